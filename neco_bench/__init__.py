@@ -1,0 +1,56 @@
+"""neco-bench: evaluation of dense visual encoders under named protocols.
+
+    import neco_bench
+    result = neco_bench.run("baseline_hog", "shapes_ic")
+    print(result.metrics["mIoU"], result.ci95["mIoU"])
+
+Names are loaded when they are first used, so that `import neco_bench` is instant.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "run": "neco_bench.runner",
+    "load_encoder": "neco_bench.encoders",
+    "check_encoder": "neco_bench.encoders",
+    "Encoder": "neco_bench.encoders",
+    "DenseFeatures": "neco_bench.encoders",
+    "load_dataset": "neco_bench.data",
+    "find_tasks": "neco_bench.protocol",
+    "Result": "neco_bench.results.schema",
+    "ResultStore": "neco_bench.results.store",
+    "NecoBenchError": "neco_bench.errors",
+}
+__all__ = [
+    "DenseFeatures",
+    "Encoder",
+    "NecoBenchError",
+    "Result",
+    "ResultStore",
+    "__version__",
+    "check_encoder",
+    "find_tasks",
+    "load_dataset",
+    "load_encoder",
+    "run",
+]
+
+if TYPE_CHECKING:
+    from neco_bench.data import load_dataset
+    from neco_bench.encoders import DenseFeatures, Encoder, check_encoder, load_encoder
+    from neco_bench.errors import NecoBenchError
+    from neco_bench.protocol import find_tasks
+    from neco_bench.results.schema import Result
+    from neco_bench.results.store import ResultStore
+    from neco_bench.runner import run
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'neco_bench' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

@@ -1,0 +1,331 @@
+"""The command line: verbs only. Heavy imports happen inside the commands, so that help and listings are instant.
+
+stdout carries results, and exactly one JSON document with --json; progress, logs and errors go to stderr.
+Exit codes: 0 done, 2 wrong usage, 3 missing data or weights, 4 bad input file, 5 numerical failure, 1 other.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from neco_bench.errors import NecoBenchError
+
+if TYPE_CHECKING:
+    from neco_bench.results.schema import Result
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    help="Evaluate dense visual encoders under named protocols.\n\n"
+    "Example: neco-bench run --model baseline_hog --task 'shapes_*'",
+)
+data_app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    help="Data sets: what is there, and is it whole.\n\nExample: neco-bench data list",
+)
+app.add_typer(data_app, name="data")
+
+DataRoot = Annotated[
+    Path | None,
+    typer.Option(
+        "--data-root", envvar="NECO_BENCH_DATA", show_envvar=True, help="Folder with one sub-folder per data set."
+    ),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
+Weights = Annotated[Path | None, typer.Option(help="Weights file (safetensors, .pth, .ckpt) for the model.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
+Precision = Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16 for the encoder.")]
+Layers = Annotated[str | None, typer.Option(help="Inner blocks of a ViT (8 or 2,5,8,11), or the stage of a CNN.")]
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `neco-bench`; exits with the documented code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    try:
+        app(args=arguments, prog_name="neco-bench")
+    except NecoBenchError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)
+
+
+@app.command()
+def run(
+    model: Annotated[
+        list[str], typer.Option(help="Model spec; repeatable and comma-separated. See `neco-bench models`.")
+    ],
+    task: Annotated[list[str], typer.Option(help="Task, glob or task@protocol; repeatable and comma-separated.")],
+    data_root: DataRoot = None,
+    out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
+    device: Device = None,
+    precision: Precision = None,
+    batch_size: Annotated[int, typer.Option(help="Images per encoder forward; halved when memory runs out.")] = 16,
+    workers: Annotated[int | None, typer.Option(help="Loading processes; default: cores - 1, at most 8.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="First N items of each split only; never ranked.")] = None,
+    weights: Weights = None,
+    layers: Layers = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a constant; the protocol is then marked *."),
+    ] = None,
+    overwrite: Annotated[bool, typer.Option(help="Run again where a result is stored.")] = False,
+    dry_run: Annotated[bool, typer.Option(help="Check everything, say what would run, run nothing.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Run tasks for models and store one result each; stored results are returned, not computed again.
+
+    Example: neco-bench run --model baseline_hog --task 'shapes_*'
+    """
+    from neco_bench import runner
+    from neco_bench.protocol import find_tasks, parse_changes
+    from neco_bench.results.store import ResultStore
+
+    runner.check_device(device)
+    tasks = find_tasks(task, parse_changes(changes or []))
+    options = runner.Options(
+        data_root, device, precision, batch_size, workers, seed, limit, weights, layers, overwrite, progress=True
+    )
+    jobs = runner.plan_all(_models(model), tasks, options)
+    store = ResultStore(out)
+    if dry_run:
+        rows = [
+            {
+                "model": job.label,
+                "task": job.task.card.name,
+                "protocol": job.task.label,
+                "items": {role: len(d) for role, d in job.data.items()},
+                "subset": {role: d.subset for role, d in job.data.items() if d.subset},
+                "stored": store.find(job.key) is not None,
+            }
+            for job in jobs
+        ]
+        _print(rows, as_json)
+        return
+    results = []
+    try:
+        for job in jobs:
+            results.append(runner.run_job(job, store))
+            note = results[-1].error or "done"
+            print(f"{job.label} on {job.task.card.name}@{job.task.label}: {note}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"interrupted; finished results are in {out}, the same command goes on from there.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if as_json:
+        print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
+    else:
+        _print([_summary(result) for result in results], False)
+    raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), 0))
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models that have a name; any timm:, hub:, hf: or file.py:factory spec works besides.
+
+    Example: neco-bench models
+    """
+    from neco_bench.encoders.zoo import describe_models
+
+    _print(describe_models(), as_json)
+
+
+@app.command()
+def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """List every task with its data set, protocols (the first is the default), metric, and whether its data is here.
+
+    Example: neco-bench tasks --data-root /data
+    """
+    from neco_bench.data.integrity import describe_datasets
+    from neco_bench.protocol import all_cards
+
+    present = {row.name: row.present for row in describe_datasets(data_root)}
+    cards, broken = all_cards()
+    rows = [
+        {
+            "task": card.name,
+            "family": card.family,
+            "dataset": card.dataset,
+            "protocols": list(card.protocols),
+            "metric": card.metric,
+            "data": bool(present.get(card.dataset)),
+            "citation": card.citation,
+        }
+        for card in cards.values()
+    ]
+    if not as_json:
+        for row in rows:
+            del row["citation"]
+    _print(rows, as_json)
+    for family, reason in broken.items():
+        print(f"warning: task family {family!r} is broken: {reason}", file=sys.stderr)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Model spec.")],
+    weights: Weights = None,
+    device: Device = None,
+    precision: Precision = None,
+    layers: Layers = None,
+    as_json: Json = False,
+) -> None:
+    """Check on synthetic images that an encoder keeps the contract; exits with 4 where it does not.
+
+    Example: neco-bench check baseline_hog
+    """
+    from neco_bench.encoders import check_encoder, load_encoder
+
+    encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
+    rows = [
+        {"check": row.name, "passed": "pass" if row.passed else "FAIL", "detail": row.detail}
+        for row in check_encoder(encoder)
+    ]
+    _print(rows, as_json)
+    if any(row["passed"] == "FAIL" for row in rows):
+        raise typer.Exit(4)
+
+
+@app.command()
+def leaderboard(
+    results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
+    out: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("leaderboards/local"),
+    as_json: Json = False,
+) -> None:
+    """Write one CSV per task family and a Markdown page from stored results.
+
+    Example: neco-bench leaderboard --results results --out leaderboards/local
+    """
+    from neco_bench.results.leaderboard import write_leaderboard
+    from neco_bench.results.store import ResultStore
+
+    found: list[Result] = []
+    for folder in results or [Path("results")]:
+        store = ResultStore(folder)
+        found += store.load_all()
+        for problem in store.problems:
+            print(f"warning: {problem}", file=sys.stderr)
+    paths = write_leaderboard(found, out)
+    if as_json:
+        print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
+        return
+    print((out / "leaderboard.md").read_text(encoding="utf-8"))
+    print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
+
+
+@app.command()
+def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """Show versions, devices, folders and data sets: what to paste into a bug report.
+
+    Example: neco-bench doctor
+    """
+    import torch
+
+    from neco_bench.cache import cache_dir
+    from neco_bench.data.integrity import describe_datasets
+    from neco_bench.results.provenance import environment
+    from neco_bench.search import ExactIndex
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    facts: dict[str, Any] = {
+        **environment(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "search": ExactIndex(8, device).backend,
+        "cache": str(cache_dir()),
+        "data": {row.name: row.present for row in describe_datasets(data_root)},
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
+    else:
+        _print([{"fact": name, "value": value} for name, value in facts.items()], False)
+
+
+@data_app.command("list")
+def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """List the data sets and whether they are under the data root.
+
+    Example: neco-bench data list --data-root /data
+    """
+    from neco_bench.data.integrity import describe_datasets
+
+    rows = [vars(row) for row in describe_datasets(data_root)]
+    if not as_json:
+        for row in rows:
+            del row["citation"]
+    _print(rows, as_json)
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="Data set; see `neco-bench data list`.")],
+    data_root: DataRoot = None,
+    as_json: Json = False,
+) -> None:
+    """Read a whole data set and say what is wrong with it; exits with 4 where something is.
+
+    Example: neco-bench data check voc2012 --data-root /data
+    """
+    from tqdm import tqdm
+
+    from neco_bench.data.integrity import check_dataset
+
+    findings = check_dataset(name, data_root, progress=lambda items, **kw: tqdm(items, disable=None, leave=False, **kw))
+    _print([vars(finding) for finding in findings], as_json)
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(4)
+
+
+def _models(values: Sequence[str]) -> list[str]:
+    """Comma-separated specs; commas between numbers belong to a spec (timm:NAME?layers=2,5)."""
+    parts = [part.strip() for value in values for part in re.split(r",(?!-?\d+(?:,|&|$))", value)]
+    return list(dict.fromkeys(part for part in parts if part))
+
+
+def _summary(result: Result) -> dict[str, Any]:
+    value = result.metrics.get(result.primary_metric)
+    low, high = result.ci95.get(result.primary_metric, (None, None))
+    notes = [f"{role} {n['found']}/{n['expected']}" for role, n in (result.subset or {}).items()]
+    notes += [f"limit {result.limit}"] if result.limit else []
+    return {
+        "model": result.model,
+        "task": result.task,
+        "protocol": result.protocol,
+        "metric": result.primary_metric,
+        "value": "failed" if value is None else f"{100 * value:.1f}",
+        "95 % interval": "" if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]",
+        "note": ", ".join([*(["subset"] if result.subset else []), *notes]),
+        "seconds": f"{result.timing.get('total', 0):.1f}",
+    }
+
+
+def _print(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
+    """Rows as a table for people, or as one JSON list."""
+    if as_json:
+        print(json.dumps(list(rows), indent=2, default=str))
+        return
+    if not rows:
+        print("nothing")
+        return
+    table = [[*rows[0]], *([_text(value) for value in row.values()] for row in rows)]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for line in table:
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
+    if isinstance(value, (list, tuple)):
+        return ", ".join(map(_text, value))
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "" if value is None else str(value)

@@ -1,0 +1,66 @@
+"""What a task is handed besides encoder, data and settings, and what it hands back. Imports no torch."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def item_rng(seed: int, *key: object) -> np.random.Generator:
+    """A generator that depends on (seed, key) alone: what happens to an item never moves with workers or batches."""
+    entropy = hashlib.sha256(repr((seed, *key)).encode()).digest()
+    return np.random.Generator(np.random.Philox(int.from_bytes(entropy[:16], "little")))
+
+
+@dataclass
+class Context:
+    """One run: seed, loading and batch settings, and what is measured on the way.
+
+    batch_size: images per encoder forward; halved when the device runs out of memory. timing: seconds per phase.
+    notes: facts of the run that belong in its provenance.
+    """
+
+    seed: int = 0
+    batch_size: int = 16
+    workers: int = 0
+    progress: bool = False
+    timing: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    notes: dict[str, Any] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to `timing[name]`."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.timing[name] += time.perf_counter() - start
+
+    def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
+        """`items` with a progress bar on stderr where that is a terminal."""
+        if not self.progress:
+            return items
+        from tqdm import tqdm
+
+        return tqdm(items, desc=description, total=total, disable=None, leave=False)
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a task family returns. Metrics are fractions; statistics go beside the result as arrays."""
+
+    metrics: dict[str, float]
+    per_class: dict[str, dict[str, float | None]]
+    ci95: dict[str, tuple[float, float]]
+    n_images: int
+    statistics: dict[str, np.ndarray]
+    features: dict[str, Any]

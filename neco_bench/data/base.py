@@ -1,0 +1,150 @@
+"""The dataset contracts: segmentation sets and image-pair sets, read item by item, images never kept.
+
+Masks hold class ids 0..C-1 and `IGNORE` (255 where C <= 255) for void. A dataset knows nothing of encoders or tasks.
+"""
+
+from __future__ import annotations
+
+import abc
+import copy
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from neco_bench.errors import UsageError
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+IGNORE = 255
+
+
+@dataclass(frozen=True)
+class Sample:
+    """image: (H, W, 3) uint8 RGB. mask: (H, W) integer class ids, IGNORE for void. id: unique in its split."""
+
+    image: np.ndarray
+    mask: np.ndarray
+    id: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Annotation of one image pair. Points are (P, 2) float64 (x, y) pixels of the original images, x right, y down.
+
+    point_ids: semantic names of the points. boxes: (x1, y1, x2, y2). attributes: integer variation levels, such as
+    viewpoint_variation and scale_variation.
+    """
+
+    id: str
+    source_id: str
+    target_id: str
+    source_points: np.ndarray
+    target_points: np.ndarray
+    point_ids: tuple[str, ...]
+    source_box: tuple[float, float, float, float]
+    target_box: tuple[float, float, float, float]
+    category: str
+    attributes: dict[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class PairSample:
+    """A pair with its two images, (H, W, 3) uint8 RGB each."""
+
+    pair: Pair
+    source_image: np.ndarray
+    target_image: np.ndarray
+
+
+class Dataset(abc.ABC):
+    """What all data sets share. A class is constructed as `Class(folder, split)`; folder is None without `needs_root`.
+
+    name, split; version: of the reader and its id mapping. expected: number of items of each full split (empty where
+    no such number exists). citation: short reference. ids: item ids in a fixed order (image ids, or pair ids).
+    kind: "segmentation" or "pairs". needs_root: whether it is read from the data root. layout: the tree of files
+    expected there, shown in error messages.
+    """
+
+    name: ClassVar[str]
+    version: ClassVar[str] = "1"
+    expected: ClassVar[dict[str, int]] = {}
+    citation: ClassVar[str] = ""
+    kind: ClassVar[str]
+    needs_root: ClassVar[bool] = True
+    layout: ClassVar[str] = ""
+    splits: ClassVar[tuple[str, ...]]
+    split: str
+    ids: tuple[str, ...]
+    _before_limit: int | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    @property
+    def subset(self) -> dict[str, int] | None:
+        """{"found": n, "expected": m} where the split on disk is not the full one (limited or not), else None."""
+        full = self.expected.get(self.split)
+        found = self._before_limit or len(self)
+        return None if full is None or found == full else {"found": found, "expected": full}
+
+    @abc.abstractmethod
+    def fingerprint(self) -> str:
+        """Hex digest that changes with the list of items and with the files behind them (names and sizes)."""
+
+    def limited(self, count: int) -> Self:
+        """The same data set with its first `count` items only. Raises UsageError where count < 1."""
+        if count < 1:
+            raise UsageError(f"A data set cannot be limited to {count} items: give 1 or more.")
+        part = copy.copy(self)
+        part.ids = self.ids[:count]
+        part._before_limit = self._before_limit or len(self)
+        return part
+
+
+class SegmentationDataset(Dataset):
+    """A split of images with masks. classes: names of ids 0..C-1. palette: (C, 3) uint8 colours for pictures."""
+
+    kind = "segmentation"
+    classes: ClassVar[tuple[str, ...]]
+
+    @abc.abstractmethod
+    def __getitem__(self, index: int) -> Sample:
+        """Sample `index`. Raises MissingError (no such file) and BadInputError (truncated file, bad ids, sizes)."""
+
+    @property
+    @abc.abstractmethod
+    def palette(self) -> np.ndarray:
+        """(C, 3) uint8."""
+
+
+class PairDataset(Dataset):
+    """A split of image pairs. `pairs` is the annotation; images are read one by one by id.
+
+    expected_attributes: for full splits, how many pairs have level 0, 1, ... of an attribute.
+    """
+
+    kind = "pairs"
+    expected_attributes: ClassVar[dict[str, dict[str, tuple[int, ...]]]] = {}
+    pairs: Sequence[Pair]
+
+    @property
+    def image_ids(self) -> tuple[str, ...]:
+        """Sorted ids of all images that some pair uses."""
+        return tuple(sorted({i for pair in self.pairs for i in (pair.source_id, pair.target_id)}))
+
+    def limited(self, count: int) -> Self:
+        """The same data set with its first `count` pairs only. Raises UsageError where count < 1."""
+        part = super().limited(count)
+        part.pairs = self.pairs[:count]
+        return part
+
+    @abc.abstractmethod
+    def read_image(self, image_id: str) -> np.ndarray:
+        """(H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
+
+    def __getitem__(self, index: int) -> PairSample:
+        pair = self.pairs[index]
+        return PairSample(pair, self.read_image(pair.source_id), self.read_image(pair.target_id))

@@ -1,0 +1,52 @@
+"""CamVid in the layout of the SegNet tutorial: 480x360 frames, 11 classes, mask value 11 is void.
+
+The lists hold pairs of absolute-looking paths of their author's machine; only the base names count.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from neco_bench.data.folder import SegmentationFolder, read_list
+
+# Colours of the SegNet tutorial.
+_COLOURS = (
+    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+)  # fmt: skip
+
+
+class CamVid(SegmentationFolder):
+    """CamVid, 367/101/233 frames. Ids are file stems."""
+
+    name = "camvid"
+    splits = ("train", "val", "test")
+    expected = {"train": 367, "val": 101, "test": 233}  # noqa: RUF012 (a ClassVar of the base class)
+    citation = (
+        "Brostow et al., Pattern Recognition Letters 2009; split and classes of SegNet (Badrinarayanan et al. 2017)"
+    )
+    layout = """\
+  <data root>/camvid/
+    train.txt  val.txt  test.txt      one line per frame: image path, mask path
+    train/  val/  test/               NAME.png, images
+    trainannot/  valannot/  testannot/  NAME.png, class ids 0..10, 11 = void"""
+    classes = (
+        "Sky", "Building", "Pole", "Road", "Pavement", "Tree",
+        "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
+    )  # fmt: skip
+    void = 11
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self.folder = folder
+        self.split = split
+        self.list_file = folder / f"{split}.txt"
+        self.ids = tuple(Path(word).stem for word in read_list(type(self), self.list_file))
+
+    def files(self, item: str) -> tuple[Path, Path]:
+        return self.folder / self.split / f"{item}.png", self.folder / f"{self.split}annot" / f"{item}.png"
+
+    @property
+    def palette(self) -> np.ndarray:
+        return np.array(_COLOURS, np.uint8)

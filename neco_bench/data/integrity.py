@@ -1,0 +1,189 @@
+"""Is a data set here, whole and readable? Used by `neco-bench data list` and `neco-bench data check`.
+
+Checking reads every image once, one at a time; describing reads none.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+
+from neco_bench.data import DATASETS, data_root, dataset_folder
+from neco_bench.data.base import IGNORE, Dataset, PairDataset, SegmentationDataset
+from neco_bench.data.folder import AbsentSplitError
+from neco_bench.errors import BadInputError, NecoBenchError
+
+# Damaged items named one by one in each split; the rest is counted.
+_NAMED = 20
+
+Progress = Callable[..., Iterable[Any]]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """level: "ok", "warning" (usable, but know this) or "error". values: figures by name, such as class fractions."""
+
+    level: Literal["ok", "warning", "error"]
+    split: str
+    text: str
+    mend: str = ""
+    values: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DatasetRow:
+    """A line of the listing. expected: items per split. present: its folder is here. problem: why it cannot be used."""
+
+    name: str
+    kind: str
+    splits: tuple[str, ...]
+    expected: dict[str, int]
+    present: bool
+    origin: str
+    citation: str
+    problem: str = ""
+
+
+def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[DatasetRow]:
+    """All registered data sets, broken plug-ins included. Looks only for folders under the root."""
+    base = data_root(root)
+    rows = []
+    for name, entry in DATASETS.entries().items():
+        try:
+            cls = DATASETS.load(name)
+        except BadInputError as error:
+            rows.append(DatasetRow(name, "", (), {}, False, entry.origin, "", str(error)))
+            continue
+        present = not cls.needs_root or (base is not None and (base / cls.name).is_dir())
+        problem = "" if present else f"not in {base}" if base else "no data root given (--data-root, NECO_BENCH_DATA)"
+        rows.append(
+            DatasetRow(name, cls.kind, cls.splits, dict(cls.expected), present, entry.origin, cls.citation, problem)
+        )
+    return rows
+
+
+def check_dataset(
+    name: str, root: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
+) -> list[Finding]:
+    """Read all splits of a data set and say what is right and wrong with them, in the order of its splits.
+
+    progress: called as `progress(iterable, desc=text)` around each loop; `tqdm.tqdm` fits. Raises UsageError (unknown
+    name) and MissingError (no root, no folder); everything else is a finding.
+    """
+    cls = DATASETS.load(name)
+    folder = dataset_folder(cls, root)
+    wrap: Progress = progress or (lambda items, desc: items)
+    findings: list[Finding] = []
+    absent: list[AbsentSplitError] = []
+    for split in cls.splits:
+        try:
+            dataset = cls(folder, split)  # type: ignore[call-arg]
+        except AbsentSplitError as error:
+            absent.append(error)
+            text = str(error).partition("\n")[0]
+            findings.append(Finding("warning", split, text, "Ignore this if the split is not needed."))
+        except NecoBenchError as error:
+            findings.append(Finding("error", split, str(error)))
+        else:
+            findings += _check_split(dataset, wrap)
+    if len(absent) == len(cls.splits):
+        return [Finding("error", "", str(absent[0]), "Restore the split lists, or correct the data root.")]
+    return findings
+
+
+def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
+    findings = [_check_count(dataset)]
+    if isinstance(dataset, SegmentationDataset):
+        findings += _check_segmentation(dataset, wrap)
+    elif isinstance(dataset, PairDataset):
+        findings += _check_pairs(dataset, wrap)
+    return findings
+
+
+def _check_count(dataset: Dataset) -> Finding:
+    subset = dataset.subset
+    if subset is None:
+        return Finding("ok", dataset.split, f"{len(dataset)} items")
+    if subset["found"] > subset["expected"]:
+        return Finding(
+            "error",
+            dataset.split,
+            f"{subset['found']} items are listed, the full split has {subset['expected']}.",
+            "Restore the official split list.",
+        )
+    return Finding(
+        "warning",
+        dataset.split,
+        f"{subset['found']} of the {subset['expected']} items of the full split: results are marked as on a subset.",
+        "Get the whole data set for comparable numbers.",
+    )
+
+
+def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Finding]:
+    counts = np.zeros(256, np.int64)
+    damage: list[str] = []
+    for index in wrap(range(len(dataset)), desc=f"{dataset.name} {dataset.split}"):
+        try:
+            counts += np.bincount(dataset[index].mask.ravel(), minlength=256)
+        except NecoBenchError as error:
+            damage.append(str(error))
+    findings = _damaged(dataset, damage, len(dataset), "image and mask pairs")
+    if counts.sum():
+        names = {name: i for i, name in enumerate(dataset.classes)} | {"void": IGNORE}
+        fractions = {name: float(counts[i] / counts.sum()) for name, i in names.items()}
+        shown = ", ".join(f"{name} {100 * value:.2f}" for name, value in fractions.items())
+        findings.append(Finding("ok", dataset.split, f"percent of pixels: {shown}", values=fractions))
+        never = [name for name, value in fractions.items() if value == 0 and name != "void"]
+        if never:
+            text = f"No pixel of {len(never)} of {len(dataset.classes)} classes: {', '.join(never)}."
+            findings.append(Finding("warning", dataset.split, text, "Scores average the classes that are present."))
+    return findings
+
+
+def _check_pairs(dataset: PairDataset, wrap: Progress) -> list[Finding]:
+    sizes: dict[str, tuple[int, int]] = {}
+    damage: list[str] = []
+    for image_id in wrap(dataset.image_ids, desc=f"{dataset.name} {dataset.split}"):
+        try:
+            height, width = dataset.read_image(image_id).shape[:2]
+            sizes[image_id] = (width, height)
+        except NecoBenchError as error:
+            damage.append(str(error))
+    findings = _damaged(dataset, damage, len(dataset.image_ids), "images")
+    outside = [
+        pair.id
+        for pair in dataset.pairs
+        for image_id, points in ((pair.source_id, pair.source_points), (pair.target_id, pair.target_points))
+        if image_id in sizes and ((points < 0) | (points > sizes[image_id])).any()
+    ]
+    if outside:
+        text = f"{len(outside)} pairs have keypoints outside their images, the first is {outside[0]}."
+        findings.append(Finding("error", dataset.split, text, "Restore the annotations and images of one version."))
+    empty = [pair.id for pair in dataset.pairs if not len(pair.point_ids)]
+    if empty:
+        text = f"{len(empty)} pairs have no common keypoint, the first is {empty[0]}."
+        findings.append(Finding("warning", dataset.split, text, "They are not scored."))
+    if dataset.subset is None:
+        for key, expected in dataset.expected_attributes.get(dataset.split, {}).items():
+            found = tuple(
+                sum(pair.attributes[key] == level for pair in dataset.pairs) for level in range(len(expected))
+            )
+            if found != expected:
+                text = f"Pairs by {key} are {found}, in the official release {expected}."
+                findings.append(Finding("error", dataset.split, text, "Restore the official annotations."))
+    return findings
+
+
+def _damaged(dataset: Dataset, damage: list[str], count: int, what: str) -> list[Finding]:
+    if not damage:
+        return [Finding("ok", dataset.split, f"all {count} {what} can be read and agree")]
+    findings = [Finding("error", dataset.split, text) for text in damage[:_NAMED]]
+    mend = f"Get the data set again: {dataset.citation}." if dataset.citation else "Get the data set again."
+    return [
+        *findings,
+        Finding("error", dataset.split, f"{len(damage)} of {count} {what} are damaged or missing.", mend),
+    ]

@@ -1,0 +1,98 @@
+"""SPair-71k in its official layout: pairs of VOC images with common keypoints.
+
+Items are the pairs of Layout/large, sorted by pair name, so that no result depends on a directory's or list's order.
+Points and boxes are taken from the pair files as they are: integers whose origin the authors do not state, x up to and
+including the image width. Image ids are "<category>/<stem>".
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+from pathlib import Path
+
+import numpy as np
+
+from neco_bench.data.base import Pair, PairDataset
+from neco_bench.data.folder import file_digest, missing, pair_text, parse_pair, read_list
+from neco_bench.data.io import read_image
+from neco_bench.errors import BadInputError, MissingError
+
+
+class SPair71k(PairDataset):
+    """SPair-71k: 53,340/5,384/12,234 pairs, 18 categories, up to 30 keypoint names per category.
+
+    Attributes: viewpoint_variation and scale_variation 0 easy, 1 medium, 2 hard; truncation and occlusion 0 none,
+    1 source, 2 target, 3 both.
+    """
+
+    name = "spair71k"
+    splits = ("trn", "val", "test")
+    expected = {"trn": 53340, "val": 5384, "test": 12234}  # noqa: RUF012 (a ClassVar of the base class)
+    # Third-party counts over the official files; they add up to 12,234 each.
+    expected_attributes = {  # noqa: RUF012 (a ClassVar of the base class)
+        "test": {
+            "viewpoint_variation": (6654, 4474, 1106),
+            "scale_variation": (6458, 3794, 1982),
+            "truncation": (7050, 2166, 2166, 852),
+            "occlusion": (8166, 1806, 1806, 456),
+        }
+    }
+    citation = "Min et al., SPair-71k: A Large-scale Benchmark for Semantic Correspondence, arXiv 1908.10543"
+    layout = """\
+  <data root>/spair71k/                       or spair71k/SPair-71k/
+    Layout/large/trn.txt  val.txt  test.txt   one pair name per line
+    PairAnnotation/{trn,val,test}/PAIR.json   PAIR as in 000167-2008_007604-2009_001056:aeroplane
+    JPEGImages/CATEGORY/NAME.jpg"""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        nested = folder / "SPair-71k"
+        self.folder = nested if nested.is_dir() else folder
+        self.split = split
+        self.list_file = self.folder / "Layout" / "large" / f"{split}.txt"
+        self.ids = tuple(sorted(read_list(type(self), self.list_file)))
+        self._sizes: dict[str, tuple[int, int]] = {}
+        self.pairs = tuple(self._read_pair(name) for name in self.ids)
+
+    def _read_pair(self, name: str) -> Pair:
+        path = self.folder / "PairAnnotation" / self.split / f"{name}.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+            pair = parse_pair(name, raw)
+            for image_id, key in ((pair.source_id, "src_imsize"), (pair.target_id, "trg_imsize")):
+                self._sizes[image_id] = (int(raw[key][1]), int(raw[key][0]))
+            return pair
+        except FileNotFoundError:
+            renamed = sorted(path.parent.glob(glob.escape(name.partition(":")[0]) + "*"))
+            if renamed:
+                raise MissingError(
+                    f"No pair annotation {path}, but {renamed[0].name!r} is there: the ':' in file names was replaced "
+                    f"when SPair-71k was unpacked (Windows, exFAT and some copies do this). Unpack the archive again "
+                    f"on a file system that allows colons."
+                ) from None
+            raise missing(type(self), f"no pair annotation {path}, though {self.list_file} names it.") from None
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise BadInputError(
+                f"Pair annotation {path} is not what SPair-71k holds: {type(error).__name__}: {error}. "
+                f"Restore it from the original archive."
+            ) from error
+
+    def read_image(self, image_id: str) -> np.ndarray:
+        """(H, W, 3) uint8 RGB. Raises MissingError and BadInputError; the size must be that of the annotation."""
+        path = self._image_file(image_id)
+        image = read_image(path, listed_in=self.folder / "PairAnnotation" / self.split)
+        expected = self._sizes.get(image_id, image.shape[:2])
+        if image.shape[:2] != expected:
+            raise BadInputError(
+                f"Image {path} is {image.shape[1]}x{image.shape[0]} pixels, its annotations are for "
+                f"{expected[1]}x{expected[0]}: it was resized or rotated. Restore the original file."
+            )
+        return image
+
+    def fingerprint(self) -> str:
+        """Sha256 over name, reader version, split, the pairs with all their points, and image names and sizes."""
+        facts = (self.name, self.version, self.split, *(pair_text(pair) for pair in self.pairs))
+        return file_digest(facts, self.folder, map(self._image_file, self.image_ids))
+
+    def _image_file(self, image_id: str) -> Path:
+        return self.folder / "JPEGImages" / f"{image_id}.jpg"

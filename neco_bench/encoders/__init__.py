@@ -1,0 +1,41 @@
+"""Encoders: the contract, its conformance check, and adapters that make one from a spec.
+
+Importing this package imports no torch; the names below load when they are first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
+    from neco_bench.encoders.check import CheckResult, check_encoder
+    from neco_bench.encoders.specs import load_encoder
+    from neco_bench.encoders.zoo import describe, describe_models, request_id
+
+__all__ = [
+    "CheckResult",
+    "DenseFeatures",
+    "Encoder",
+    "WeightsReport",
+    "check_encoder",
+    "describe",
+    "describe_models",
+    "load_encoder",
+    "request_id",
+]
+
+_HOMES = {
+    "base": ("DenseFeatures", "Encoder", "WeightsReport"),
+    "check": ("CheckResult", "check_encoder"),
+    "specs": ("load_encoder",),
+    "zoo": ("describe", "describe_models", "request_id"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for module, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,156 @@
+"""The Encoder contract: authors write `_encode`; everyone else calls the sealed `encode`.
+
+`encode` checks shapes, normalises with the encoder's own statistics, sets eval and inference mode, autocast and
+precision, and checks what comes back. Prefix tokens (class, registers) never leak into `map`. What an encoder can do is
+declared (`attentions`, `has_final_norm`), never guessed from tensor shapes.
+"""
+
+from __future__ import annotations
+
+import abc
+from dataclasses import dataclass, field
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from neco_bench.errors import BadInputError, NumericalError, UsageError
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class DenseFeatures:
+    """What leaves an encoder, in float32.
+
+    map: (B, D, h, w) patch features. stride: input pixels per cell. layer: where they were read, for people
+    ("last", "blocks 5,8,11", "stage 3"). final_norm: was the last norm applied. prefix: (B, P, D) class and register
+    tokens, or None. attention: (B, heads, h, w) class-token attention of the last block, or None.
+    """
+
+    map: Tensor
+    stride: int
+    layer: str = "last"
+    final_norm: bool = True
+    prefix: Tensor | None = None
+    attention: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class WeightsReport:
+    """What strict loading did: file or address, and the keys that were renamed, dropped or resized."""
+
+    source: str
+    renamed: dict[str, str] = field(default_factory=dict)
+    dropped: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+
+
+class Encoder(nn.Module, abc.ABC):
+    """A frozen dense encoder.
+
+    Static facts: name; embed_dim D; stride in pixels; mean and std of RGB on [0, 1]; weights_id, the sha256 of the
+    weights in use (of the source file for code without weights); layer; pos_interp, the position-interpolation rule
+    ("none" where there are no positions); weights_report. `attentions`: can give class-token attention.
+    `has_final_norm`: can give features both before and after a final norm; `final_norm`: its default is after.
+    """
+
+    name: str
+    embed_dim: int
+    stride: int
+    mean: tuple[float, float, float] = IMAGENET_MEAN
+    std: tuple[float, float, float] = IMAGENET_STD
+    weights_id: str
+    layer: str = "last"
+    pos_interp: str = "none"
+    weights_report: WeightsReport | None = None
+    attentions: bool = False
+    has_final_norm: bool = False
+    final_norm: bool = True
+    precision: str = "fp32"
+
+    @abc.abstractmethod
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        """Features of normalised images (B, 3, H, W), H and W multiples of the stride. Authors write this."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live (the CPU for encoders without any)."""
+        return next(
+            (p.device for p in self.parameters()), next((b.device for b in self.buffers()), torch.device("cpu"))
+        )
+
+    @final
+    def encode(
+        self,
+        images: Tensor,
+        *,
+        final_norm: bool | None = None,
+        attention: bool = False,
+        mean: tuple[float, float, float] | None = None,
+        std: tuple[float, float, float] | None = None,
+    ) -> DenseFeatures:
+        """Dense features of RGB images in [0, 1], (B, 3, H, W) float; H and W multiples of `stride`.
+
+        final_norm: True reads after the final norm (where there is one; the result says), False before it, None takes
+        the encoder's default.
+        mean, std: replace the encoder's statistics, for protocols that fix them.
+
+        Raises UsageError (shape, indivisible size, something asked for that this encoder does not declare),
+        BadInputError (the encoder breaks its contract) and NumericalError (NaN or infinite features).
+        """
+        if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
+            raise UsageError(
+                f"encode() takes float RGB images in [0, 1] of shape (B, 3, H, W), "
+                f"got {tuple(images.shape)} {images.dtype}."
+            )
+        height, width = images.shape[-2:]
+        if height % self.stride or width % self.stride or not height or not width:
+            down, up = (max(1, height // self.stride + i) * self.stride for i in (0, 1))
+            raise UsageError(
+                f"Input size {height}x{width} is not a multiple of the stride {self.stride} of {self.name!r}. "
+                f"Use a size such as {down} or {up}."
+            )
+        if attention and not self.attentions:
+            raise UsageError(f"Encoder {self.name!r} does not give class-token attention.")
+        if self.training:
+            self.eval()
+        with torch.inference_mode():
+            images = images.to(self.device, torch.float32, non_blocking=True)
+            shift = torch.tensor(mean or self.mean, device=images.device).view(3, 1, 1)
+            scale = torch.tensor(std or self.std, device=images.device).view(3, 1, 1)
+            images = (images - shift) / scale
+            with torch.autocast(images.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
+                wanted = self.has_final_norm and (self.final_norm if final_norm is None else final_norm)
+                features = self._encode(images, final_norm=wanted, attention=attention)
+            return self._checked(features, len(images), height // self.stride, width // self.stride)
+
+    def _checked(self, features: DenseFeatures, batch: int, rows: int, columns: int) -> DenseFeatures:
+        if not isinstance(features, DenseFeatures) or not isinstance(features.map, Tensor):
+            raise BadInputError(
+                f"Encoder {self.name!r} returned {type(features).__name__} from _encode(); it must return "
+                f"DenseFeatures with a tensor as its map."
+            )
+        expected = (batch, self.embed_dim, rows, columns)
+        if tuple(features.map.shape) != expected:
+            raise BadInputError(
+                f"Encoder {self.name!r} gave features of shape {tuple(features.map.shape)} where {expected} "
+                f"(B, embed_dim, H/stride, W/stride) was expected. Check embed_dim, stride, and that class and "
+                f"register tokens are removed; `neco-bench check` shows which."
+            )
+        features = DenseFeatures(
+            features.map.float(),
+            features.stride,
+            features.layer,
+            features.final_norm,
+            None if features.prefix is None else features.prefix.float(),
+            None if features.attention is None else features.attention.float(),
+        )
+        if not torch.isfinite(features.map).all():
+            raise NumericalError(
+                f"Encoder {self.name!r} gave NaN or infinite features. Try --precision fp32; "
+                f"if it stays, the weights are broken."
+            )
+        return features

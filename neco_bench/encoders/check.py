@@ -1,0 +1,197 @@
+"""The conformance check: does an encoder keep its contract on synthetic images?
+
+Where a feature sits is measured by changing one cell of the image and finding the cell whose features change most. Edge
+cells tell a shift by left-in tokens (which wraps to another row) from the small offsets that convolutions have; cells
+off the diagonal tell a transposed grid. Cells next to the expected one count as right, and most cells decide, as
+attention and convolutions carry changes further.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neco_bench.encoders.base import Encoder
+from neco_bench.errors import UsageError
+
+# Where one cell is changed, as fractions of the grid's height and width: both edges, and off the diagonal.
+_SPOTS = ((1, 7), (3, 7), (6, 7), (2, 0), (5, 0), (0, 4), (7, 3), (2, 5), (5, 2), (4, 6))
+_SHIFTS = tuple(k for k in range(-9, 18) if k)  # tokens; no model in use has more than 17 in front
+_CELLS = 8  # cells on a side of the images used
+
+
+@dataclass(frozen=True)
+class CheckResult:
+    """One line of the table: what was checked, whether it holds, and what was seen."""
+
+    name: str
+    passed: bool
+    detail: str
+
+
+def check_encoder(encoder: Encoder) -> list[CheckResult]:
+    """Check an encoder on synthetic images of 8x8 cells (or the one size that it takes).
+
+    Lines: shape and stride, finite values, non-square input, deterministic, eval mode, batch independence, prefix
+    tokens, grid orientation, locality. Outputs may differ by 1e-4 of their largest value in float32 on the CPU,
+    1e-3 on other devices, 5e-2 in half precision. An error in the encoder is a failed line.
+    """
+    torch_state = torch.get_rng_state()
+    try:
+        size = _size(encoder)
+        where: list[tuple[str, bool, str]] = []
+        checks: dict[str, Callable[[], tuple[bool, str]]] = {
+            "shape and stride": lambda: _shape(encoder, size),
+            "finite values": lambda: _finite(encoder, size),
+            "non-square input": lambda: _non_square(encoder, size),
+            "deterministic": lambda: _deterministic(encoder, size),
+            "eval mode": lambda: _eval_mode(encoder),
+            "batch independence": lambda: _batch(encoder, size),
+        }
+        results = [_line(name, check) for name, check in checks.items()]
+        try:
+            where = _location(encoder, size)
+        except Exception as error:  # an encoder may fail in any way; that is a finding
+            told = _told(error)
+            where = [(name, False, told) for name in ("prefix tokens", "grid orientation", "locality")]
+        return results + [CheckResult(*line) for line in where]
+    finally:
+        torch.set_rng_state(torch_state)
+
+
+def _line(name: str, check: Callable[[], tuple[bool, str]]) -> CheckResult:
+    try:
+        passed, detail = check()
+    except Exception as error:  # an encoder may fail in any way; that is a finding
+        passed, detail = False, _told(error)
+    return CheckResult(name, passed, detail)
+
+
+def _told(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+def _images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
+    """Smooth coloured noise in [0, 1], (count, 3, height, width)."""
+    noise = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
+    return F.interpolate(noise, size=(height, width), mode="bilinear", align_corners=True)
+
+
+def _size(encoder: Encoder) -> int:
+    """The side in pixels of the images to use: 8 cells, or the first usual size that a fixed-size encoder accepts."""
+    for size in (_CELLS * encoder.stride, 224, 256, 384, 448, 518):
+        if size % encoder.stride == 0:
+            try:
+                encoder.encode(_images(1, size, size))
+                return size
+            except UsageError:
+                continue
+            except Exception:  # reported by the checks themselves
+                return size
+    return _CELLS * encoder.stride
+
+
+def _tolerance(encoder: Encoder) -> float:
+    if encoder.precision != "fp32":
+        return 5e-2
+    return 1e-4 if encoder.device.type == "cpu" else 1e-3
+
+
+def _difference(one: Tensor, other: Tensor) -> float:
+    return ((one - other).abs().max() / other.abs().max().clamp_min(1e-12)).item()
+
+
+def _shape(encoder: Encoder, size: int) -> tuple[bool, str]:
+    features = encoder.encode(_images(2, size, size))
+    declared = features.stride == encoder.stride
+    told = f"{size}x{size} gives {tuple(features.map.shape)} at stride {encoder.stride}"
+    return declared, told if declared else f"{told}, but the features say stride {features.stride}"
+
+
+def _finite(encoder: Encoder, size: int) -> tuple[bool, str]:
+    extremes = torch.stack([torch.zeros(3, size, size), torch.ones(3, size, size)])
+    encoder.encode(extremes)  # raises on NaN or infinite values
+    return True, "black and white images too"
+
+
+def _non_square(encoder: Encoder, size: int) -> tuple[bool, str]:
+    wide = size + 2 * encoder.stride
+    for height, width in ((size, wide), (wide, size)):
+        encoder.encode(_images(1, height, width))
+    return True, f"{size}x{wide} and {wide}x{size}"
+
+
+def _deterministic(encoder: Encoder, size: int) -> tuple[bool, str]:
+    images = _images(2, size, size)
+    first = encoder.encode(images).map
+    torch.manual_seed(1)
+    seen = _difference(encoder.encode(images).map, first)
+    passed = seen <= _tolerance(encoder)
+    return passed, f"two passes differ by {seen:.1e}" + ("" if passed else ": dropout or other randomness is on")
+
+
+def _eval_mode(encoder: Encoder) -> tuple[bool, str]:
+    training = [name or "the encoder itself" for name, module in encoder.named_modules() if module.training]
+    if training:
+        return False, f"{len(training)} modules are in train mode: {', '.join(training[:4])}"
+    return True, "all modules"
+
+
+def _batch(encoder: Encoder, size: int) -> tuple[bool, str]:
+    images = _images(3, size, size)
+    alone = encoder.encode(images[:1]).map
+    company = encoder.encode(images).map[:1]
+    other = encoder.encode(torch.cat([images[:1], torch.ones_like(images[:1])])).map[:1]
+    seen = max(_difference(company, alone), _difference(other, alone))
+    passed = seen <= _tolerance(encoder)
+    return passed, f"alone and in company differ by {seen:.1e}" + (
+        "" if passed else ": features depend on the other images of the batch"
+    )
+
+
+def _location(encoder: Encoder, size: int) -> list[tuple[str, bool, str]]:
+    """Lines on prefix tokens, orientation and locality, from where the change of one cell shows most."""
+    stride, side = encoder.stride, size // encoder.stride
+    cells = [(round(r / 7 * (side - 1)), round(c / 7 * (side - 1))) for r, c in _SPOTS]
+    plain = _images(1, size, size)
+    before = encoder.encode(plain).map[0]
+    loud = (torch.rand(3, stride, stride, generator=torch.Generator().manual_seed(2)) > 0.5).float()
+    peaks = []
+    for row, column in cells:
+        changed = plain.clone()
+        changed[0, :, row * stride : (row + 1) * stride, column * stride : (column + 1) * stride] = loud
+        change = (encoder.encode(changed).map[0] - before).norm(dim=0)
+        peaks.append(divmod(int(change.argmax()), side))
+
+    def explained(place: Callable[[int, int], tuple[int, int]], within: int = 1) -> int:
+        expected = [place(*cell) for cell in cells]
+        return sum(
+            abs(r - y) <= within and abs(c - x) <= within for (r, c), (y, x) in zip(peaks, expected, strict=True)
+        )
+
+    def shifted(k: int, within: int = 1) -> int:
+        return explained(lambda r, c: divmod(r * side + c + k, side), within)
+
+    right = explained(lambda r, c: (r, c))
+    turned = {
+        "transposed": explained(lambda r, c: (c, r)),
+        "mirrored left to right": explained(lambda r, c: (r, side - 1 - c)),
+        "mirrored top to bottom": explained(lambda r, c: (side - 1 - r, c)),
+    }
+    shift = max(_SHIFTS, key=lambda k: (shifted(k), shifted(k, within=0), -abs(k)))
+    turn = max(turned, key=lambda name: turned[name])
+    # Another place must explain clearly more than the right one: two spots may fall either way in a convolution.
+    is_turn = turned[turn] >= right + 2
+    is_shift = shifted(shift) >= max(right + 2, turned[turn])
+    prefix = f"features sit {abs(shift)} tokens {'later' if shift > 0 else 'earlier'} than they should: "
+    prefix += f"{shift} class or register tokens are left in" if shift > 0 else "patch tokens are cut off at the front"
+    told = f"{right} of {len(cells)} changed cells change most where they are"
+    return [
+        ("prefix tokens", not is_shift, prefix if is_shift else "none left in"),
+        ("grid orientation", not is_turn, f"the grid is {turn}" if is_turn else "rows and columns in order"),
+        ("locality", right >= 0.6 * len(cells), told),
+    ]

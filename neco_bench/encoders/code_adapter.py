@@ -1,0 +1,120 @@
+"""Encoders from code: a function in a file of one's own, in an installed plug-in, or in this package.
+
+The function takes no arguments and returns an Encoder, or a module that maps normalised images (B, 3, H, W) to features
+(B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride` (`mean` and `std` too, where they are not
+ImageNet's). A file is run as any Python file is: use only those you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from neco_bench.encoders import weights
+from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
+from neco_bench.encoders.zoo import Request, file_sha256, functions_in, models
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError, UsageError
+
+
+def build(request: Request, file: Path | None) -> Encoder:
+    """The encoder that a factory makes, with `file` loaded into it strictly where one is given.
+
+    Raises `MissingError` (no such file) and `BadInputError` (no such factory, a factory that fails, a wrong result).
+    """
+    factory: Any
+    if request.kind == "file":
+        path, _, attribute = request.target.rpartition(":")
+        factory, source = _factory_in(Path(path), attribute), Path(path)
+    else:
+        factory = models().load(request.name.partition("?")[0])
+        found = inspect.getsourcefile(factory) if callable(factory) else None
+        source = Path(found) if found else Path(__file__)
+    if not callable(factory):
+        raise BadInputError(f"{request.target} is {type(factory).__name__}, not a function that makes an encoder.")
+    try:
+        made = factory()
+    except NecoBenchError:
+        raise
+    except Exception as error:  # someone else's code may fail in any way
+        raise BadInputError(f"{request.target} failed: {type(error).__name__}: {error}") from error
+    encoder = made if isinstance(made, Encoder) else ModuleEncoder(_checked_module(made, request.target))
+    encoder.name = request.name
+    for fact in ("embed_dim", "stride"):
+        if not isinstance(getattr(encoder, fact, None), int):
+            raise BadInputError(f"{request.target} made an encoder whose {fact} is not a whole number.")
+    if file is not None:
+        if not encoder.state_dict():
+            raise UsageError(f"Model {request.name!r} has no weights to load; leave out --weights.")
+        target = encoder.module if isinstance(encoder, ModuleEncoder) else encoder
+        encoder.weights_report = weights.load_file_into(target, file, request.branch)
+    elif encoder.weights_report is None:
+        encoder.weights_report = WeightsReport(source=str(source))
+    digest = hashlib.sha256(file_sha256(source).encode())
+    digest.update(weights.state_sha256(encoder).encode())
+    encoder.weights_id = digest.hexdigest()
+    return encoder
+
+
+def _factory_in(path: Path, attribute: str) -> Any:
+    """What a Python file calls `attribute`, the file having been run."""
+    if not path.is_file():
+        raise MissingError(f"Encoder file {path} does not exist.")
+    name = f"neco_bench_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look a class's module up here
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:  # someone else's code may fail in any way
+        raise BadInputError(f"Encoder file {path} could not be run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, attribute):
+        raise BadInputError(f"Encoder file {path} has no {attribute!r}.{functions_in(path)}")
+    return getattr(module, attribute)
+
+
+def _checked_module(made: Any, target: str) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise BadInputError(
+            f"{target} returned {type(made).__name__}; it must return an Encoder, or a torch.nn.Module with the "
+            f"attributes embed_dim and stride."
+        )
+    absent = [name for name in ("embed_dim", "stride") if not hasattr(made, name)]
+    if absent:
+        raise BadInputError(
+            f"{target} returned a {type(made).__name__} without {' and '.join(absent)}; set it as a number."
+        )
+    return made
+
+
+class ModuleEncoder(Encoder):
+    """A plain module as an encoder, its features taken as they come: no layers, no attention, no norm to leave out."""
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.embed_dim, self.stride = module.embed_dim, module.stride
+        self.mean = tuple(getattr(module, "mean", self.mean))
+        self.std = tuple(getattr(module, "std", self.std))
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        try:
+            features = self.module(images)
+        except (NecoBenchError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:  # someone else's code may fail in any way
+            if "memory" in str(error):  # running out of it is not the module's fault
+                raise
+            raise BadInputError(
+                f"Encoder {self.name!r} failed on a batch of shape {tuple(images.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return DenseFeatures(features, self.stride, final_norm=False)

@@ -1,0 +1,92 @@
+"""Fetching weights without ever hanging: one attempt, short timeouts, and a message that gives the mend. No torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+from neco_bench.errors import MissingError
+
+TIMEOUT = 5.0  # seconds without an answer or without data
+_SWITCHES = ("NECO_BENCH_OFFLINE", "HF_HUB_OFFLINE")
+
+
+def offline() -> bool:
+    """Is fetching switched off, by NECO_BENCH_OFFLINE or HF_HUB_OFFLINE?"""
+    return any(os.environ.get(name, "0").lower() in ("1", "true", "yes") for name in _SWITCHES)
+
+
+def reachable(url: str) -> bool:
+    """Does the server of `url` answer within `TIMEOUT`? False when offline."""
+    if offline():
+        return False
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, method="HEAD"), timeout=TIMEOUT):
+            return True
+    except urllib.error.HTTPError:
+        return True
+    except OSError:
+        return False
+
+
+def hub_reachable() -> bool:
+    """Does the Hugging Face hub answer? Asked first, as its own client retries for half a minute."""
+    return reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
+
+
+def fetch_url(url: str, path: Path) -> Path:
+    """`path`, downloaded from `url` first where it is not there yet (whole or not at all).
+
+    Raises MissingError naming the address and the file to put in place.
+    """
+    if path.is_file():
+        return path
+    reason = "downloads are switched off (NECO_BENCH_OFFLINE or HF_HUB_OFFLINE)"
+    if not offline():
+        try:
+            with urllib.request.urlopen(url, timeout=TIMEOUT) as answer:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".part", delete=False) as part:
+                    try:
+                        shutil.copyfileobj(answer, part, 1 << 20)
+                        part.close()
+                        expected = answer.headers.get("Content-Length")
+                        if expected and Path(part.name).stat().st_size != int(expected):
+                            raise OSError("the connection closed early")
+                        os.replace(part.name, path)
+                    finally:
+                        Path(part.name).unlink(missing_ok=True)
+            return path
+        except OSError as error:
+            reason = str(error)
+    raise missing(url, path, reason)
+
+
+def fetch_hub_file(repo: str, name: str, path: Path) -> Path:
+    """A file of a Hugging Face repository: `path` if it is there, else the hub's own cache, else a download.
+
+    Raises MissingError naming the address and the file to put in place.
+    """
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
+
+    if path.is_file():
+        return path
+    try:
+        local = not hub_reachable()
+        return Path(hf_hub_download(repo, name, etag_timeout=TIMEOUT, local_files_only=local))
+    except (OSError, HfHubHTTPError) as error:
+        reason = "the Hugging Face hub cannot be reached" if local else str(error).splitlines()[0]
+        raise missing(f"https://huggingface.co/{repo}/resolve/main/{name}", path, reason) from error
+
+
+def missing(url: str, path: Path, reason: str) -> MissingError:
+    """The error for weights that are neither here nor to be had."""
+    return MissingError(
+        f"Weights are not on this machine and could not be fetched ({reason}). Download {url} and save it as {path}, "
+        f"or pass --weights FILE."
+    )

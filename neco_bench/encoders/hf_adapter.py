@@ -1,0 +1,167 @@
+"""Encoders from transformers: an id on the Hugging Face hub, or a local folder made by `save_pretrained`.
+
+What each model type has in front of its patch tokens is declared in `TYPES`, not read from shapes. Remote code is never
+run. Features are read from the blocks themselves, with the final norm applied here, so that every type and every
+version of transformers means the same by "before" and "after".
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from neco_bench.encoders import fetch, weights
+from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
+from neco_bench.encoders.specs import layer_name, take_layers
+from neco_bench.encoders.zoo import Request
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError, UsageError
+
+
+class Type(NamedTuple):
+    """One model type: its class, tokens before registers and patches, and the names its final norm may have."""
+
+    model: str
+    tokens: int
+    norms: tuple[str, ...] = ("layernorm",)
+
+
+_POST = ("post_layernorm", "vision_model.post_layernorm")
+TYPES = {
+    "dinov2": Type("Dinov2Model", 1),
+    "dinov2_with_registers": Type("Dinov2WithRegistersModel", 1),
+    "dinov3_vit": Type("DINOv3ViTModel", 1, ("norm",)),
+    "vit": Type("ViTModel", 1),
+    "deit": Type("DeiTModel", 2),
+    "ijepa": Type("IJepaModel", 0),
+    "clip": Type("CLIPVisionModel", 1, _POST),
+    "clip_vision_model": Type("CLIPVisionModel", 1, _POST),
+    "siglip": Type("SiglipVisionModel", 0, _POST),
+    "siglip_vision_model": Type("SiglipVisionModel", 0, _POST),
+}
+
+
+def build(request: Request, file: Path | None) -> Encoder:
+    """The encoder of a transformers model. Raises `MissingError`, `BadInputError`, `UsageError` (not in `TYPES`)."""
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("hf: models need transformers: pip install 'neco-bench[hf]'.") from error
+    source = request.target
+    if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
+        raise MissingError(f"Folder {source} does not exist.")
+    local = Path(source).expanduser().is_dir()
+    where: dict[str, Any] = {"local_files_only": local or not fetch.hub_reachable(), "trust_remote_code": False}
+    source = str(Path(source).expanduser()) if local else source
+    try:
+        config = transformers.AutoConfig.from_pretrained(source, **where)
+        kind = TYPES.get(config.model_type)
+        if kind is None:
+            raise UsageError(
+                f"Model {request.name!r} is of type {config.model_type!r}; known are {', '.join(sorted(TYPES))}. "
+                f"Wrap it in a function of your own: path/to/file.py:FACTORY."
+            )
+        cls = getattr(transformers, kind.model, None)
+        if cls is None:
+            raise UsageError(f"transformers {transformers.__version__} has no {kind.model}; install a newer one.")
+        if file is None:
+            given: dict[str, Any] = {"pretrained_model_name_or_path": source, **where}
+        else:
+            config = getattr(config, "vision_config", config)
+            given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights.read_tensors(file)}
+        model, notes = cls.from_pretrained(**given, output_loading_info=True)
+        absent = sorted(key for key in notes["missing_keys"] if not weights.UNUSED.match(key))
+        if absent:
+            raise BadInputError(
+                f"Weights {file or source} do not fit {kind.model}: {len(absent)} missing: {', '.join(absent[:8])}."
+            )
+        report = WeightsReport(source=str(file or source), dropped=tuple(sorted(notes["unexpected_keys"])))
+        if report.dropped:
+            weights.log.warning("%s: not used, dropped: %s", report.source, ", ".join(report.dropped[:8]))
+    except NecoBenchError:
+        raise
+    except OSError as error:
+        raise MissingError(
+            f"transformers model {request.target!r} is not on this machine and could not be fetched, or its folder "
+            f"lacks a file. Download https://huggingface.co/{request.target} and give hf:FOLDER. "
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    except ValueError as error:  # an id or a type that transformers does not know, or code of the repository's own
+        raise UsageError(f"transformers cannot load {request.target!r}: {error}") from error
+    except Exception as error:  # shapes that differ, a truncated file: whichever it is, these weights are at fault
+        raise BadInputError(f"Weights {file or source} do not fit: {type(error).__name__}: {error}") from error
+    encoder = HFEncoder(model, kind, request)
+    encoder.mean, encoder.std = _statistics(source, where, encoder)
+    encoder.weights_report = report
+    encoder.weights_id = weights.state_sha256(model)
+    return encoder
+
+
+def _statistics(source: str, where: dict[str, Any], encoder: Encoder) -> tuple[Any, Any]:
+    """Mean and std from preprocessor_config.json; ImageNet's where the model has none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        source,
+        "preprocessor_config.json",
+        local_files_only=where["local_files_only"],
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+    )
+    if found is None:
+        return encoder.mean, encoder.std
+    try:
+        facts = json.loads(Path(found).read_text(encoding="utf-8"))
+        return tuple(facts.get("image_mean", encoder.mean)), tuple(facts.get("image_std", encoder.std))
+    except (ValueError, AttributeError, TypeError) as error:
+        raise BadInputError(f"{found} is not a preprocessor configuration: {error}.") from error
+
+
+class HFEncoder(Encoder):
+    """A transformers vision model; `prefix` holds its class (and distillation) token and registers."""
+
+    def __init__(self, model: Any, kind: Type, request: Request) -> None:
+        super().__init__()
+        config = model.config
+        self.name, self.model = request.name, model
+        count = config.num_hidden_layers
+        self.blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
+        norms = dict(model.named_modules())
+        self.norm = next(norms[name] for name in kind.norms if name in norms)
+        self.taken = take_layers(request.layers, count, request.name)
+        self.layer = layer_name(self.taken, count)
+        self.embed_dim = config.hidden_size * len(self.taken)
+        self.stride = config.patch_size
+        self.count = kind.tokens + getattr(config, "num_register_tokens", 0)
+        self.has_final_norm = True
+        self.pos_interp = "native"
+        takes = inspect.signature(model.forward).parameters
+        self.options = {"interpolate_pos_encoding": True} if "interpolate_pos_encoding" in takes else {}
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        levels: list[Tensor] = []
+        hooks = [
+            self.blocks[i].register_forward_hook(
+                lambda _module, _inputs, output: levels.append(output if isinstance(output, Tensor) else output[0])
+            )
+            for i in self.taken
+        ]
+        try:
+            self.model(pixel_values=images, **self.options)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        tokens = torch.cat([self.norm(level) if final_norm else level for level in levels], -1)
+        size = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
+        patches = tokens[:, self.count :]
+        if patches.shape[1] != size[0] * size[1]:
+            raise BadInputError(
+                f"Model {self.name!r} gave {patches.shape[1]} patch tokens for a grid of {size[0]}x{size[1]}."
+            )
+        grid = patches.transpose(1, 2).unflatten(2, size)
+        prefix = tokens[:, : self.count] if self.count else None
+        return DenseFeatures(grid, self.stride, self.layer, final_norm, prefix)

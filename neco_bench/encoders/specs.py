@@ -1,0 +1,104 @@
+"""Loading an encoder from a model spec; `encoders.zoo` says what a spec is. Importing this module imports no torch."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neco_bench.encoders.zoo import SPEC_OPTIONS, Layers, parse_layers, parse_spec
+from neco_bench.errors import BadInputError, MissingError, UsageError
+
+if TYPE_CHECKING:
+    import torch
+
+    from neco_bench.encoders.base import Encoder
+
+
+def take_layers(layers: tuple[int, ...] | None, count: int, model: str, what: str = "blocks") -> tuple[int, ...]:
+    """Indices in [0, count), ascending; the last one for None. Raises `UsageError` naming the valid range."""
+    indices = (count - 1,) if layers is None else layers
+    taken = sorted({i + count if i < 0 else i for i in indices})
+    if len(taken) != len(indices) or taken[0] < 0 or taken[-1] >= count:
+        raise UsageError(
+            f"Model {model!r} has {count} {what}: layers={','.join(map(str, indices))} must be different numbers "
+            f"from 0 to {count - 1}, or -{count} to -1 counted from the end."
+        )
+    return tuple(taken)
+
+
+def layer_name(taken: tuple[int, ...], count: int, what: str = "block") -> str:
+    """The layers in words: "last", "block 8", "blocks 3,6,9,11"."""
+    if taken == (count - 1,):
+        return "last"
+    return f"{what}{'s' * (len(taken) > 1)} {','.join(map(str, taken))}"
+
+
+def resolve_device(device: str | None) -> torch.device:
+    """The device of that name; None and "auto" take CUDA, then MPS, then the CPU. Raises `UsageError`."""
+    import torch
+
+    available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
+    if device in (None, "auto"):
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    try:
+        picked = torch.device(str(device))
+    except RuntimeError:
+        picked = None
+    if picked is None or picked.type not in available:
+        raise UsageError(f"Unknown device {device!r}: use auto, cpu, cuda, cuda:N or mps.")
+    if (picked.index or 0) >= available[picked.type]:
+        here = [f"{kind} ({count})" for kind, count in available.items() if count]
+        raise UsageError(f"Device {device!r} is not available here; this machine has {', '.join(here)}.")
+    return picked
+
+
+def load_encoder(
+    spec: str,
+    *,
+    weights: str | Path | None = None,
+    device: str | None = None,
+    precision: str | None = None,
+    layers: Layers = None,
+) -> Encoder:
+    """The encoder that a spec names, frozen, in eval mode and on its device.
+
+    weights: a file that replaces the spec's weights, in any layout that `encoders.weights` knows. device: None or
+    "auto" takes the best one here. precision: fp32 (default), bf16 or fp16, as autocast. layers: block indices of a ViT
+    (several are concatenated along D), or the feature level of a hierarchical network; None reads the last.
+
+    Raises `UsageError` (spec, option, device, precision, layers), `MissingError` (a file, or weights that cannot be
+    fetched) and `BadInputError` (weights that do not fit, code that breaks its contract).
+    """
+    request = parse_spec(spec)
+    if layers is not None:
+        request = replace(request, layers=parse_layers(layers))
+    if request.layers is not None and "layers" not in SPEC_OPTIONS[request.kind]:
+        raise UsageError(f"Model {spec!r} chooses its layer itself and takes no layers.")
+    from neco_bench.encoders.base import PRECISIONS
+
+    if precision not in (None, *PRECISIONS):
+        raise UsageError(f"Unknown precision {precision!r}: use {', '.join(PRECISIONS)}.")
+    file = None if weights is None else Path(weights)
+    if file is not None and not file.is_file():
+        raise MissingError(f"Weights file {file} does not exist.")
+    place = resolve_device(device)
+
+    # Each adapter is imported only when it is needed.
+    if request.kind == "timm":
+        from neco_bench.encoders.timm_adapter import build
+    elif request.kind == "hub":
+        from neco_bench.encoders.hub_adapter import build
+    elif request.kind == "hf":
+        from neco_bench.encoders.hf_adapter import build
+    else:
+        from neco_bench.encoders.code_adapter import build
+    encoder = build(request, file)
+    encoder.name = request.name
+    encoder.precision = precision or "fp32"
+    encoder.final_norm = request.final_norm
+    if not request.final_norm and not encoder.has_final_norm:
+        raise UsageError(f"Model {spec!r} has no final norm to leave out; remove final_norm=false.")
+    if encoder.stride < 1 or encoder.embed_dim < 1:
+        raise BadInputError(f"Model {spec!r}: embed_dim and stride must be positive whole numbers.")
+    return encoder.requires_grad_(False).eval().to(place)

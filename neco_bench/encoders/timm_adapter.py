@@ -1,0 +1,254 @@
+"""Encoders from timm: plain ViTs, other token models (EVA, DINOv3, SigLIP, ...), and hierarchical networks and CNNs.
+
+Plain ViTs are run here block by block, for the choice of position interpolation and for class-token attention; all
+others through timm's `forward_intermediates`. Inner blocks pass the final norm too unless asked otherwise, as DINOv2's
+`get_intermediate_layers` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from neco_bench.encoders import fetch, weights
+from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
+from neco_bench.encoders.positions import interpolate_positions
+from neco_bench.encoders.specs import layer_name, take_layers
+from neco_bench.encoders.zoo import POS_INTERP, Request, weights_folder
+from neco_bench.errors import BadInputError, UsageError, did_you_mean
+
+
+def build(request: Request, file: Path | None) -> Encoder:
+    """The encoder for a timm model, with weights from `file`, the zoo's address, timm's own, or seeded random ones."""
+    name, entry = request.target, request.entry
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UsageError(
+            f"timm {timm.__version__} has no model {architecture!r}.{did_you_mean(architecture, timm.list_models())}"
+        )
+    if tag and not timm.is_model_pretrained(name):
+        known = timm.list_pretrained(f"{architecture}.*")
+        raise UsageError(f"timm {timm.__version__} has no weights {name!r}; it has {', '.join(known) or 'none'}.")
+    if file is None and entry and entry.weights and entry.weights_file and request.pretrained:
+        file = fetch.fetch_url(entry.weights, entry.weights_file)
+    report: WeightsReport
+    if file is not None:
+        model, report = _from_file(request, file)
+    elif request.pretrained:
+        model, report = _from_timm(request)
+    else:
+        model = _create(name, request.seed, num_classes=0)
+        report = WeightsReport(source=f"random, seed {request.seed}")
+    encoder = _wrap(model, request)
+    if entry is None:
+        encoder.mean, encoder.std = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+    else:  # the zoo's weights are not always those that timm's statistics belong to
+        encoder.mean, encoder.std = entry.mean or IMAGENET_MEAN, entry.std or IMAGENET_STD
+    encoder.weights_report = report
+    encoder.weights_id = weights.state_sha256(model)
+    return encoder
+
+
+def _create(name: str, seed: int, **options: Any) -> Any:
+    """The model, able to take any input size where timm offers that; the same weights for the same seed."""
+    attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+    for sizes in attempts:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                return timm.create_model(name, **options, **sizes)
+            except TypeError as error:
+                if not sizes or "unexpected keyword argument" not in str(error):
+                    raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
+    """timm's own pretrained weights, loaded by timm with all names fitting (heads included, then removed)."""
+    name = request.target
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not (config.hf_hub_id or config.url):
+        raise UsageError(f"timm has no weights for {name!r}. Add ?pretrained=false&seed=0, or pass --weights FILE.")
+    if "." not in name and config.tag:
+        name = f"{name}.{config.tag}"
+    file_name: Any
+    if config.hf_hub_id:
+        file_name = config.hf_hub_filename or "model.safetensors"
+        path = fetch.fetch_hub_file(config.hf_hub_id, file_name, weights_folder(name) / file_name)
+    else:
+        path = fetch.fetch_url(str(config.url), weights_folder(name) / str(config.url).rsplit("/", 1)[-1])
+    if path.suffix == ".npz":
+        overlay: dict[str, Any] = {"file": str(path)}
+    else:
+        overlay = {"state_dict": weights.read_tensors(path)}
+    try:
+        model = _create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError) as error:
+        raise BadInputError(f"Weights file {path} does not fit timm's {name!r}: {error}") from error
+    model.reset_classifier(0)
+    return model, WeightsReport(source=str(path))
+
+
+def _from_file(request: Request, path: Path) -> tuple[Any, WeightsReport]:
+    """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
+    model = _create(request.target, 0, num_classes=0)
+    read = weights.without_chunks(weights.read_tensors(path))
+    tensors, outside = weights.select(read, model.state_dict().keys(), path, request.branch)
+    drop_registers = request.entry is not None and request.entry.drop_registers
+    tensors, renamed, dropped = weights.to_timm(tensors, model, path, drop_registers=drop_registers)
+    if isinstance(model, VisionTransformer) and model.pos_embed is not None and "pos_embed" in tensors:
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        cells = tensors["pos_embed"].shape[1] - prefix
+        side = math.isqrt(max(cells, 0))
+        if cells != math.prod(model.patch_embed.grid_size) and side * side == cells > 0:
+            size = tuple(side * patch for patch in model.patch_embed.patch_size)
+            model = _create(request.target, 0, num_classes=0, img_size=size)
+    report = weights.load_strictly(model, tensors, path, renamed=renamed, dropped=(*outside, *dropped))
+    return model, report
+
+
+def _wrap(model: Any, request: Request) -> Encoder:
+    if not hasattr(model, "forward_intermediates"):
+        raise UsageError(f"timm's {request.target!r} gives no dense features (it has no forward_intermediates).")
+    tokens = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+    plain = type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.pos_embed is not None
+    if plain:
+        return TimmViT(model, request)
+    if request.pos_interp not in (None, "timm", "none"):
+        raise UsageError(
+            f"pos_interp={request.pos_interp} is for plain ViTs with learned positions; "
+            f"{request.target!r} takes timm only."
+        )
+    return TimmTokens(model, request) if tokens else TimmStages(model, request)
+
+
+class _Timm(Encoder):
+    """What the three kinds share: the model, the layers read, and a plain message for sizes a model does not take."""
+
+    def __init__(self, model: Any, request: Request, count: int, what: str) -> None:
+        super().__init__()
+        self.name = request.name
+        self.model = model
+        self.taken = take_layers(request.layers, count, request.name, f"{what}s")
+        self.layer = layer_name(self.taken, count, what)
+
+    def _intermediates(self, images: Tensor, **options: Any) -> Any:
+        """timm's `forward_intermediates`. Some models take one input size only and fail in ways of their own."""
+        try:
+            return self.model.forward_intermediates(
+                images, indices=list(self.taken), intermediates_only=True, **options
+            )
+        except (AssertionError, RuntimeError) as error:
+            own, asked = tuple(self.model.pretrained_cfg["input_size"][1:]), tuple(images.shape[-2:])
+            if asked == own or "memory" in str(error):
+                raise
+            raise UsageError(
+                f"Model {self.name!r} cannot take inputs of {asked[0]}x{asked[1]} ({error}). "
+                f"Its own size is {own[0]}x{own[1]}."
+            ) from error
+
+
+def _is_norm(norm: Any) -> bool:
+    return isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity | nn.ModuleList)
+
+
+class TimmTokens(_Timm):
+    """A timm model of equal token grids in all blocks, through `forward_intermediates`."""
+
+    def __init__(self, model: Any, request: Request) -> None:
+        super().__init__(model, request, len(model.feature_info), "block")
+        self.embed_dim = model.num_features * len(self.taken)
+        self.stride = int(model.feature_info[-1]["reduction"])
+        self.has_final_norm = _is_norm(model.norm)
+        self.pos_interp = "timm"
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        with_prefix = self.model.num_prefix_tokens > 0
+        levels = self._intermediates(images, return_prefix_tokens=with_prefix, norm=final_norm)
+        maps, prefix = levels, None
+        if with_prefix:
+            maps = [level[0] for level in levels]
+            prefix = torch.cat([level[1] for level in levels], dim=-1)
+        return DenseFeatures(torch.cat(maps, dim=1), self.stride, self.layer, final_norm, prefix)
+
+
+class TimmStages(_Timm):
+    """A hierarchical network or CNN of timm, read at one feature level; the stride follows from the level."""
+
+    def __init__(self, model: Any, request: Request) -> None:
+        super().__init__(model, request, len(model.feature_info), "stage")
+        if len(self.taken) > 1:
+            raise UsageError(
+                f"Model {request.name!r} is hierarchical: its stages differ in size, so read one at a time."
+            )
+        facts = model.feature_info[self.taken[0]]
+        self.embed_dim, self.stride = int(facts["num_chs"]), int(facts["reduction"])
+        self.has_final_norm = self.layer == "last" and _is_norm(getattr(model, "norm", None))
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        (level,) = self._intermediates(images, norm=final_norm)
+        return DenseFeatures(level, self.stride, self.layer, final_norm)
+
+
+class TimmViT(_Timm):
+    """A plain Vision Transformer of timm, with or without class token and registers."""
+
+    def __init__(self, model: VisionTransformer, request: Request) -> None:
+        super().__init__(model, request, len(model.blocks), "block")
+        self.embed_dim = model.embed_dim * len(self.taken)
+        self.stride = model.patch_embed.patch_size[0]
+        self.has_final_norm = _is_norm(model.norm)
+        self.pos_interp = request.pos_interp or "timm"
+        if self.pos_interp not in POS_INTERP:
+            raise UsageError(f"Model {request.name!r}: pos_interp must be one of {', '.join(POS_INTERP)}.")
+        last: Any = model.blocks[-1]
+        self.attentions = model.cls_token is not None and type(last) is Block and type(last.attn) is Attention
+
+    def _positions(self, size: tuple[int, int]) -> Tensor:
+        """Position embeddings for a grid of `size` (rows, columns); the class token's own position stays first."""
+        model = self.model
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        fixed, patches = model.pos_embed[:, :prefix], model.pos_embed[:, prefix:]
+        return torch.cat([fixed, interpolate_positions(patches, model.patch_embed.grid_size, size, self.pos_interp)], 1)
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        model = self.model
+        x = model.patch_embed(images)  # (B, h, w, D), as the model is built for any input size
+        size = (x.shape[1], x.shape[2])
+        x = x.flatten(1, 2)
+        prefix = [t.expand(len(x), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
+        if model.no_embed_class:
+            x = torch.cat([*prefix, x + self._positions(size)], 1)
+        else:
+            x = torch.cat([*prefix, x], 1) + self._positions(size)
+        x = model.norm_pre(x)
+        levels, weights_of_class = [], None
+        depth = len(model.blocks) if attention else self.taken[-1] + 1
+        for i, block in enumerate(model.blocks[:depth]):
+            if attention and i == depth - 1:
+                weights_of_class = self._class_attention(block, x, size)
+            x = block(x)
+            if i in self.taken:
+                levels.append(model.norm(x) if final_norm else x)
+        tokens = torch.cat(levels, dim=-1)
+        count = model.num_prefix_tokens
+        grid = tokens[:, count:].transpose(1, 2).unflatten(2, size)
+        return DenseFeatures(
+            grid, self.stride, self.layer, final_norm, tokens[:, :count] if count else None, weights_of_class
+        )
+
+    def _class_attention(self, block: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The class token's attention to the patches in `block`, (B, heads, h, w); over all tokens it sums to one."""
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))  # (B, N, 3, heads, d)
+        query, key = attn.q_norm(qkv[:, :, 0]), attn.k_norm(qkv[:, :, 1])
+        scores = torch.einsum("bhd,bnhd->bhn", query[:, 0] * attn.scale, key)
+        return scores.softmax(-1)[..., self.model.num_prefix_tokens :].unflatten(-1, size)

@@ -1,0 +1,348 @@
+"""The model zoo, and how models are named: reading specs, listing, and the identity of what a spec asks for.
+
+Importing this module imports no torch. `zoo.toml` beside it holds the facts.
+
+    neco_dinov2                                     a zoo name, or a name that an installed package adds
+    timm:NAME                                       any timm model with dense features
+    hub:OWNER/REPO:ENTRY                            a torch.hub entry, or a local folder in place of OWNER/REPO
+    hf:ID                                           a transformers model, or a local folder
+    path/to/file.py:FACTORY                         a function of one's own
+
+Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
+
+    pretrained=true|false    seed=N (for pretrained=false)    branch=student|teacher (of a checkpoint with both)
+    layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
+"""
+
+from __future__ import annotations
+
+import ast
+import hashlib
+import importlib.metadata
+import importlib.util
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from neco_bench.cache import cache_dir
+from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
+from neco_bench.registry import Registry
+from neco_bench.toml import read_toml
+
+Layers = int | str | Sequence[int] | None
+
+POS_INTERP = ("timm", "scale_offset", "size_antialias")
+SPEC_OPTIONS = {
+    "timm": ("pretrained", "seed", "branch", "layers", "final_norm", "pos_interp"),
+    "hub": ("pretrained", "branch", "layers", "final_norm"),
+    "hf": ("layers", "final_norm"),
+    "file": ("branch",),
+    "code": ("branch",),
+}
+_FORMS = "a zoo name (see `neco-bench models`), timm:NAME, hub:OWNER/REPO:ENTRY, hf:ID or path/to/file.py:FACTORY"
+_FILE = Path(__file__).with_name("zoo.toml")
+
+
+@dataclass(frozen=True)
+class ZooEntry:
+    """One named encoder. `zoo.toml` says what each field means."""
+
+    id: str
+    spec: str
+    source: str
+    licence: str
+    citation: str
+    training_data: str
+    embed_dim: int
+    stride: int
+    params_m: float
+    pos_interp: str
+    weights: str | None = None
+    drop_registers: bool = False
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    aliases: tuple[str, ...] = ()
+    notes: str = ""
+    family: str = field(default="", repr=False)
+
+    @property
+    def weights_file(self) -> Path | None:
+        """Where the weights file belongs, whether or not it is there; None for entries without an address."""
+        return None if self.weights is None else weights_folder(self.id) / self.weights.rsplit("/", 1)[-1]
+
+
+def weights_folder(model: str) -> Path:
+    """The folder for weights files of one model: `<cache>/weights/<model>`."""
+    return cache_dir() / "weights" / model
+
+
+@cache
+def zoo() -> dict[str, ZooEntry]:
+    """All entries by id. Raises `BadInputError` where `zoo.toml` has an unknown or missing field."""
+    document = read_toml(_FILE)
+    known = {f.name for f in fields(ZooEntry)} | {"teacher"}
+    entries: dict[str, ZooEntry] = {}
+    for name, own in document["model"].items():
+        facts: dict[str, Any] = {**document["family"].get(own.get("family"), {}), **own}
+        if unknown := facts.keys() - known:
+            raise BadInputError(f"{_FILE}: model {name!r} has unknown fields {sorted(unknown)}.")
+        teacher = facts.pop("teacher", None)
+        facts.update({key: tuple(facts[key]) for key in ("mean", "std", "aliases") if key in facts})
+        try:
+            entries[name] = ZooEntry(id=name, **facts)
+        except TypeError as error:
+            raise BadInputError(f"{_FILE}: model {name!r}: {error}.") from error
+        if teacher:
+            entries[f"{name}_teacher"] = replace(
+                entries[name], id=f"{name}_teacher", weights=teacher, aliases=(), notes="The teacher (moving average)."
+            )
+    return entries
+
+
+@cache
+def aliases() -> dict[str, str]:
+    """Other names of zoo entries, to their ids."""
+    return {alias: entry.id for entry in zoo().values() for alias in entry.aliases}
+
+
+@cache
+def models() -> Registry[Any]:
+    """All model names: the zoo's, their aliases, and those of third-party entry points."""
+    specs = {entry.id: entry.spec for entry in zoo().values()}
+    specs.update({alias: specs[name] for alias, name in aliases().items()})
+    return Registry("model", "neco_bench.encoders", specs)
+
+
+@dataclass(frozen=True)
+class Request:
+    """A parsed spec. `kind` is the adapter ("code" is "module:factory"), `target` what it is to build."""
+
+    name: str
+    kind: str
+    target: str
+    entry: ZooEntry | None = None
+    origin: str = ""
+    options: dict[str, str] = field(default_factory=dict)
+    pretrained: bool = True
+    seed: int = 0
+    branch: str | None = None
+    layers: tuple[int, ...] | None = None
+    final_norm: bool = True
+    pos_interp: str | None = None
+
+
+def parse_spec(spec: str) -> Request:
+    """Read a spec. Raises `UsageError` for an unknown name or option, with the nearest known ones."""
+    body, _, query = str(spec).strip().partition("?")
+    scheme, _, rest = body.partition(":")
+    entry, origin = None, ""
+    if scheme in ("timm", "hub", "hf"):
+        kind, target = scheme, rest
+        if not rest or (kind == "hub" and not all(rest.rpartition(":"))):
+            raise UsageError(f"Model spec {spec!r} is incomplete: write {_FORMS}.")
+    elif scheme.endswith(".py"):
+        kind, target = "file", body
+        if not rest:
+            raise UsageError(f"Model spec {spec!r} names no factory: write {body}:FACTORY.{functions_in(Path(body))}")
+    elif "/" in body or ":" in body:
+        raise UsageError(f"Model spec {spec!r} is none of the known forms: {_FORMS}.")
+    else:
+        body = aliases().get(body, body)
+        registered = models().entry(body)
+        entry, origin = zoo().get(body), registered.origin
+        if registered.value.startswith("timm:"):
+            inner = parse_spec(registered.value)
+            kind, target = inner.kind, inner.target
+            query = "&".join(filter(None, ["&".join(f"{k}={v}" for k, v in inner.options.items()), query]))
+        else:
+            kind, target = "code", registered.value
+    options = _parse_query(query, kind, spec)
+    own = {k: v for k, v in options.items() if entry is None or f"{k}={v}" not in entry.spec}
+    name = body + ("?" + "&".join(f"{k}={own[k]}" for k in sorted(own)) if own else "")
+    if "seed" in options and options.get("pretrained") != "false":
+        raise UsageError(f"Model spec {spec!r}: seed is for random weights; add pretrained=false.")
+    return Request(
+        name=name,
+        kind=kind,
+        target=target,
+        entry=entry,
+        origin=origin,
+        options=options,
+        pretrained=options.get("pretrained") != "false",
+        seed=_integer(options.get("seed", "0"), "seed", spec),
+        branch=options.get("branch"),
+        layers=parse_layers(options.get("layers")),
+        final_norm=options.get("final_norm") != "false",
+        pos_interp=options.get("pos_interp") or (entry.pos_interp if entry else None),
+    )
+
+
+def _parse_query(query: str, kind: str, spec: str) -> dict[str, str]:
+    allowed = {
+        "pretrained": ("true", "false"),
+        "final_norm": ("true", "false"),
+        "branch": ("student", "teacher"),
+        "pos_interp": POS_INTERP,
+    }
+    options: dict[str, str] = {}
+    for part in filter(None, query.split("&")):
+        key, _, value = part.partition("=")
+        if key not in SPEC_OPTIONS[kind]:
+            raise UsageError(
+                f"Model spec {spec!r}: unknown option {key!r} for this kind of model; "
+                f"it takes {', '.join(SPEC_OPTIONS[kind])}.{did_you_mean(key, SPEC_OPTIONS[kind])}"
+            )
+        if key in allowed and value not in allowed[key]:
+            raise UsageError(f"Model spec {spec!r}: {key}={value!r} must be one of {', '.join(allowed[key])}.")
+        options[key] = value
+    return options
+
+
+def _integer(text: str, option: str, spec: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"Model spec {spec!r}: {option}={text!r} must be a whole number.") from None
+
+
+def parse_layers(layers: Layers) -> tuple[int, ...] | None:
+    """Layer indices from None, 11, [3, 6, 9, 11] or "3,6,9,11". Raises `UsageError`."""
+    if layers is None:
+        return None
+    parts = layers.split(",") if isinstance(layers, str) else [layers] if isinstance(layers, int) else layers
+    try:
+        indices = tuple(int(part) for part in parts)
+    except (TypeError, ValueError):
+        indices = ()
+    if not indices:
+        raise UsageError(f"layers={layers!r} must be whole numbers such as 11, -1 or 3,6,9,11.")
+    return indices
+
+
+def describe_models() -> list[dict[str, Any]]:
+    """One row for each model name, without loading any: the zoo's entries, then those of installed packages."""
+    rows = []
+    for entry in models().entries().values():
+        facts = zoo().get(entry.name)
+        if entry.name in aliases():
+            continue
+        file = facts.weights_file if facts else None
+        rows.append(
+            {
+                "model": entry.name,
+                "spec": entry.value,
+                "origin": entry.origin,
+                "embed_dim": facts.embed_dim if facts else "",
+                "stride": facts.stride if facts else "",
+                "params_m": facts.params_m if facts else "",
+                "weights": "" if file is None else "here" if file.is_file() else "to fetch",
+                "training_data": facts.training_data if facts else "",
+                "licence": facts.licence if facts else "",
+            }
+        )
+    return rows
+
+
+def functions_in(path: Path) -> str:
+    """A sentence with the functions and classes at the top level of a Python file, or an empty string."""
+    try:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+    except (OSError, SyntaxError, ValueError):
+        return ""
+    names = [n.name for n in tree.body if isinstance(n, ast.FunctionDef | ast.ClassDef) and not n.name.startswith("_")]
+    return f" It defines: {', '.join(names)}." if names else " It defines no function."
+
+
+def describe(spec: str) -> dict[str, Any]:
+    """Facts about a spec without loading it: name, kind, target, origin, options; for zoo entries all their facts.
+
+    `weights_file` is where the file belongs and `weights_in_place` whether it is there. Raises `UsageError`.
+    """
+    request = parse_spec(spec)
+    facts: dict[str, Any] = {
+        "name": request.name,
+        "kind": request.kind,
+        "target": request.target,
+        "origin": request.origin,
+        "options": dict(request.options),
+    }
+    if request.entry is not None:
+        file = request.entry.weights_file
+        facts |= asdict(request.entry)
+        facts |= {"weights_file": file and str(file), "weights_in_place": bool(file and file.is_file())}
+    return facts
+
+
+def request_id(spec: str, weights: str | Path | None = None) -> str:
+    """The sha256 of what is asked for, without loading it: the resume key's share of the model.
+
+    It covers the spec with its options, and as content: the zoo entry, the weights file (given, or the zoo's own once
+    it is in place), the Python file, the local folder, or the version of the package that defines the model. A zoo
+    file that is first fetched by `load_encoder` changes the id, so store the id taken after loading.
+    Raises `UsageError` (unknown name or option) and `MissingError` (a file that is not there).
+    """
+    request = parse_spec(spec)
+    facts: dict[str, Any] = {
+        "kind": request.kind,
+        "target": request.target,
+        "options": sorted(request.options.items()),
+        "entry": asdict(request.entry) if request.entry else None,
+    }
+    if weights is not None:
+        facts["weights"] = file_sha256(Path(weights))
+    elif request.entry and request.pretrained and (file := request.entry.weights_file) and file.is_file():
+        facts["weights"] = file_sha256(file)
+    if request.kind == "file":
+        facts |= {
+            "target": request.target.rpartition(":")[2],
+            "code": file_sha256(Path(request.target.rpartition(":")[0])),
+        }
+    elif request.kind == "code":
+        facts["code"] = _code_identity(request)
+    else:
+        folder = Path(request.target.rpartition(":")[0] if request.kind == "hub" else request.target)
+        package = {"timm": "timm", "hub": "torch", "hf": "transformers"}[request.kind]
+        if request.kind != "timm" and folder.is_dir():
+            facts["folder"] = {
+                str(file.relative_to(folder)): file_sha256(file)
+                for file in sorted(folder.rglob("*"))
+                if file.suffix in (".py", ".json", ".safetensors", ".bin", ".pth", ".pt")
+            }
+        facts["version"] = _version(package)
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+def _code_identity(request: Request) -> dict[str, str]:
+    """Package and version of a plug-in, and the source file of its module (found without importing the module)."""
+    module = request.target.partition(":")[0]
+    top = importlib.util.find_spec(module.partition(".")[0])
+    files = []
+    for folder in (top.submodule_search_locations or []) if top else []:
+        stem = Path(folder).joinpath(*module.split(".")[1:])
+        files += [p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()]
+    if top and top.origin and not files:
+        files = [Path(top.origin)]
+    source = {"source": file_sha256(files[0])} if files else {}
+    return {"package": request.origin, "version": _version(request.origin), **source}
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def file_sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal. Raises `MissingError`."""
+    try:
+        with path.open("rb") as file:
+            digest = hashlib.sha256()
+            while block := file.read(1 << 20):
+                digest.update(block)
+    except OSError as error:
+        raise MissingError(f"{path} could not be read: {error.strerror or error}.") from error
+    return digest.hexdigest()

@@ -1,0 +1,110 @@
+"""The extraction loop: items in a stated order, through a transform and an encoder, one batch of features at a time.
+
+Order and content do not depend on the number of workers or the batch size; only floating-point rounding inside the
+encoder may. When the device runs out of memory the batch is halved and the size used is recorded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from neco_bench.context import Context, item_rng
+from neco_bench.data.base import SegmentationDataset
+from neco_bench.encoders.base import Encoder
+from neco_bench.errors import NecoBenchError
+from neco_bench.features.transforms import Transform
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Positions in the item list, features (B, D, h, w) float32 on the encoder's device, and one mask per image."""
+
+    positions: tuple[int, ...]
+    features: Tensor
+    masks: tuple[np.ndarray, ...]
+
+
+class _Items(TorchDataset):
+    """Loads and transforms item `position` of `items`, a sequence of (epoch, index)."""
+
+    def __init__(
+        self, dataset: SegmentationDataset, items: Sequence[tuple[int, int]], transform: Transform, seed: int
+    ) -> None:
+        self.dataset, self.items, self.transform, self.seed = dataset, items, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor, np.ndarray] | NecoBenchError:
+        epoch, index = self.items[position]
+        try:
+            sample = self.dataset[index]
+        except NecoBenchError as error:  # handed over as a value: a worker's exception arrives wrapped in its traceback
+            return error
+        return position, *self.transform(sample, item_rng(self.seed, "augment", epoch, sample.id))
+
+
+def _collate(rows: list[Any]) -> tuple[tuple[int, ...], Tensor, tuple[np.ndarray, ...]] | NecoBenchError:
+    for row in rows:
+        if isinstance(row, NecoBenchError):
+            return row
+    positions, images, masks = zip(*rows, strict=True)
+    return positions, torch.stack(images), masks
+
+
+def encode_within_memory(encoder: Encoder, images: Tensor, context: Context, **options: Any) -> Tensor:
+    """`encoder.encode(images).map`; after an out-of-memory error in halves, and so from then on."""
+    while True:
+        try:
+            parts = [encoder.encode(part, **options).map for part in images.split(context.batch_size)]
+            return torch.cat(parts) if len(parts) > 1 else parts[0]
+        except torch.OutOfMemoryError:
+            if context.batch_size == 1:
+                raise
+            context.batch_size = min(context.batch_size, len(images)) // 2
+            torch.cuda.empty_cache()
+
+
+def stream(
+    encoder: Encoder,
+    dataset: SegmentationDataset,
+    transform: Transform,
+    context: Context,
+    description: str,
+    *,
+    items: Sequence[tuple[int, int]] | None = None,
+    **options: Any,
+) -> Iterator[Batch]:
+    """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to `encode`.
+
+    The generator given to the transform depends on (seed, epoch, image id) alone.
+    """
+    if items is None:
+        items = [(0, index) for index in range(len(dataset))]
+    loader = DataLoader(
+        _Items(dataset, items, transform, context.seed),
+        batch_size=context.batch_size,
+        num_workers=context.workers,
+        collate_fn=_collate,
+        pin_memory=encoder.device.type == "cuda",
+    )
+    batches = iter(context.track(loader, description))
+    while True:
+        with context.phase("load"):
+            batch = next(batches, None)
+        if batch is None:
+            return
+        if isinstance(batch, NecoBenchError):
+            raise batch
+        positions, images, masks = batch
+        with context.phase("encode"):
+            features = encode_within_memory(encoder, images, context, **options)
+        yield Batch(positions, features, masks)

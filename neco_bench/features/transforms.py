@@ -1,0 +1,146 @@
+"""Image and mask transforms. Images leave as (3, H, W) float32 RGB in [0, 1]; masks as (h, w) uint8 class ids.
+
+Two nearest rules exist in the reference code and differ on 1.5 % of CamVid's mask pixels: PyTorch's legacy `nearest`
+(source index floor(i * in/out), computed in float32), and Pillow's, which samples cell centres.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision.transforms.v2.functional as tvf
+from PIL import Image
+from torch import Tensor
+
+from neco_bench.data.base import Sample
+
+Transform = Callable[[Sample, np.random.Generator], tuple[Tensor, np.ndarray]]
+
+
+def fit_size(size: int, stride: int) -> int:
+    """The multiple of `stride` nearest to `size` pixels (the larger one on ties), at least one stride."""
+    return max(1, math.floor(size / stride + 0.5)) * stride
+
+
+@functools.lru_cache(maxsize=256)
+def _legacy_index(source: int, target: int) -> np.ndarray:
+    scale = np.float32(source) / np.float32(target)
+    return np.minimum((np.arange(target, dtype=np.float32) * scale).astype(np.int64), source - 1)
+
+
+def nearest_legacy(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(..., H, W) -> (..., height, width) by PyTorch's `nearest` rule."""
+    return mask[..., _legacy_index(mask.shape[-2], height)[:, None], _legacy_index(mask.shape[-1], width)]
+
+
+def nearest_centre(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W) uint8 -> (height, width) by Pillow's nearest rule, which samples cell centres."""
+    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+
+
+def to_tensor(image: np.ndarray) -> Tensor:
+    """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+
+
+def resize_image(image: np.ndarray, height: int, width: int) -> Tensor:
+    """(H, W, 3) uint8 -> (3, height, width) float32 in [0, 1], Pillow bilinear (antialiased, rounded to uint8)."""
+    if image.shape[:2] != (height, width):
+        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+    return to_tensor(image)
+
+
+def crop_box(
+    rng: np.random.Generator, size: tuple[int, ...], scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """(top, left, height, width) in an image of size (height, width), drawn as torchvision's RandomResizedCrop does.
+
+    Ten tries, then a central crop.
+    """
+    height, width = size
+    area = height * width
+    low, high = math.log(ratio[0]), math.log(ratio[1])
+    for _ in range(10):
+        target = area * rng.uniform(*scale)
+        aspect = math.exp(rng.uniform(low, high))
+        w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
+        if 0 < w <= width and 0 < h <= height:
+            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
+    aspect = width / height
+    if aspect < ratio[0]:
+        w, h = width, round(width / ratio[0])
+    elif aspect > ratio[1]:
+        w, h = round(height * ratio[1]), height
+    else:
+        w, h = width, height
+    return (height - h) // 2, (width - w) // 2, h, w
+
+
+@dataclass(frozen=True)
+class Squash:
+    """Resize image and mask to a size x size square, aspect ratio not kept, or leave the mask at native resolution."""
+
+    size: int
+    mask: str  # "legacy", "centre" (the two nearest rules) or "native"
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        image = resize_image(sample.image, self.size, self.size)
+        if self.mask == "native":
+            return image, sample.mask
+        resize = nearest_legacy if self.mask == "legacy" else nearest_centre
+        return image, resize(sample.mask, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class HummingbirdTrain:
+    """Memory-side augmentation of open-hummingbird-eval v2: four independent jitters, then a random resized crop.
+
+    The crop acts on the float image (bilinear, antialias) after the jitter, as there; normalising before or after the
+    crop is the same up to rounding, since both are affine.
+    """
+
+    size: int
+    jitter: float  # half-range of the brightness, contrast, saturation and hue factors
+    jitter_probability: float
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        image = Image.fromarray(sample.image)
+        for adjust, centre in (
+            (tvf.adjust_brightness, 1.0),
+            (tvf.adjust_contrast, 1.0),
+            (tvf.adjust_saturation, 1.0),
+            (tvf.adjust_hue, 0.0),
+        ):
+            apply, factor = rng.random() < self.jitter_probability, centre + rng.uniform(-self.jitter, self.jitter)
+            if apply:
+                image = adjust(image, factor)
+        tensor = to_tensor(np.asarray(image))
+        top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
+        tensor = tvf.resized_crop(tensor, top, left, height, width, [self.size, self.size], antialias=True)
+        mask = sample.mask[top : top + height, left : left + width]
+        return tensor, nearest_legacy(mask, self.size, self.size)
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Random resized crop (Pillow bilinear image, Pillow nearest mask) and horizontal flip: NeCo's linear training."""
+
+    size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip_probability: float
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
+        image = resize_image(sample.image[top : top + height, left : left + width], self.size, self.size)
+        mask = nearest_centre(sample.mask[top : top + height, left : left + width], self.size, self.size)
+        if rng.random() < self.flip_probability:
+            return image.flip(-1), mask[:, ::-1].copy()
+        return image, mask

@@ -1,0 +1,97 @@
+"""What produced a number: package versions, machine, commit of the source tree. Imports no torch."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+# Distributions that can move a number or a timing.
+PACKAGES = (
+    "neco-bench",
+    "torch",
+    "torchvision",
+    "timm",
+    "transformers",
+    "faiss-gpu",
+    "faiss-cpu",
+    "numpy",
+    "scipy",
+    "pandas",
+    "pillow",
+    "opencv-python-headless",
+    "huggingface-hub",
+    "safetensors",
+    "pydantic",
+)
+_PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
+
+
+def environment() -> dict[str, Any]:
+    """Versions of the installed PACKAGES, python, platform, cpu model and usable cores, git commit and dirty flag.
+
+    `git_commit` (40 hex digits) and `git_dirty` describe the checkout that neco_bench was imported from, never the
+    working directory's; both are None outside a checkout. Dirty: `neco_bench/` or `tasks/` differ from the commit.
+    """
+    packages = {}
+    for name in PACKAGES:
+        try:
+            packages[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    commit, dirty = _git_state(_PACKAGE_FOLDER)
+    return {
+        "packages": packages,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cpu_cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "git_commit": commit,
+        "git_dirty": dirty,
+    }
+
+
+def peak_memory_mb() -> float:
+    """Largest resident memory of this process so far, in MiB; child processes (data workers) are not counted.
+
+    0.0 means "not measured": Windows has no `resource` module.
+    """
+    try:
+        import resource
+    except ImportError:
+        return 0.0
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak / (2**20 if sys.platform == "darwin" else 2**10)  # macOS counts bytes, Linux KiB
+
+
+def _cpu_model() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def _git_state(package: Path) -> tuple[str | None, bool | None]:
+    """(commit, dirty) of the checkout whose top level holds `package`; (None, None) for any other place."""
+    # Hooks and `git rebase --exec` set GIT_DIR and the like, which would point to another repository.
+    env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
+    env["GIT_OPTIONAL_LOCKS"] = "0"
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(package.parent), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, env=env).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:  # a venv inside someone's project
+            return None, None
+        commit = git("rev-parse", "HEAD")
+        return commit, bool(git("status", "--porcelain", "--", package.name, "tasks"))
+    except (OSError, subprocess.SubprocessError):
+        return None, None

@@ -1,0 +1,56 @@
+"""The Result: one JSON document per (model, task, protocol, seed). Each field says what it holds.
+
+Metrics are fractions in [0, 1] here, percent in tables.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, model_validator
+
+SCHEMA_VERSION = 1
+
+
+class Result(BaseModel):
+    """What one run of one task gives. Beside it, in `<same name>.npz`, lie the per-image sufficient statistics."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    key: str  # content key (hex): what the number depends on; resume looks results up by it
+    model: str  # model spec as given, with "[layers=...]" where inner layers were asked for
+    task: str  # task name, e.g. "ade20k_ic"
+    family: str  # task family, e.g. "in_context"; one leaderboard table each
+    protocol: str  # protocol id, with "*" appended where --set changed a constant
+    primary_metric: str  # the key of `metrics` that stands in the leaderboard; higher is better
+    metrics: dict[str, float]  # fractions
+    per_class: dict[str, dict[str, float | None]]  # metric -> class name -> fraction; None: undefined (absent class)
+    ci95: dict[str, tuple[float, float]]  # metric -> 95 % percentile-bootstrap interval over images or pairs
+    n_images: int  # evaluated items: images, or pairs
+    seed: int
+    status: Literal["ok", "failed"]
+    error: str | None = None  # the message, where status is "failed"
+    error_code: int | None = None  # the exit code of that error
+    subset: dict[str, dict[str, int]] | None = None  # split -> {"found", "expected"} where a split is not whole
+    limit: int | None = None  # --limit; such a result is never ranked
+    changed: dict[str, Any] = {}  # what --set changed, key -> value
+    provenance: dict[str, Any]  # leaderboards read "weights_id", "protocol_hash" and SETTINGS of leaderboard.py
+    timing: dict[str, float]  # seconds per phase, and "total"
+    peak_memory_mb: float  # 0.0: not measured on this platform
+
+    @model_validator(mode="after")
+    def _primary_metric_is_there(self) -> Result:
+        if self.status == "ok" and self.primary_metric not in self.metrics:
+            raise ValueError(f"status is ok, but metrics lack the primary metric {self.primary_metric!r}")
+        return self
+
+    @property
+    def rankable(self) -> bool:
+        """May stand in a ranked table beside full-set results."""
+        return self.status == "ok" and not (self.subset or self.is_changed)
+
+    @property
+    def is_changed(self) -> bool:
+        """Measured otherwise than the protocol says: --limit or --set was given."""
+        return self.limit is not None or bool(self.changed) or self.protocol.endswith("*")

@@ -1,0 +1,164 @@
+"""A folder of results: one JSON document each, and beside it `<same name>.npz` with its per-image statistics.
+
+A result is known by the content key inside its document; file names are for people and may be changed. One bad file
+never hides the others.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+import zlib
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from pydantic import ValidationError
+
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError
+from neco_bench.results.files import slug, write_whole
+from neco_bench.results.schema import SCHEMA_VERSION, Result
+
+if TYPE_CHECKING:
+    import numpy as np
+
+
+class ResultStore:
+    """The results under `folder`, subfolders included. `problems`: what the last `load_all` could not use, and why."""
+
+    def __init__(self, folder: Path | str) -> None:
+        self.folder = Path(folder)
+        self.problems: list[str] = []
+
+    def save(self, result: Result, statistics: dict[str, np.ndarray] | None = None) -> Path:
+        """Write a result and its statistics whole; returns the path of the JSON document.
+
+        A stored result of the same key is overwritten where it lies, also when it was renamed. The arrays are written
+        first, so that a document never lacks its own. Raises NumericalError for NaN or infinite values, NecoBenchError
+        where the folder cannot be written.
+        """
+        try:
+            text = json.dumps(result.model_dump(), indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+        except ValueError as error:
+            raise NumericalError(
+                f"The result of {result.model} on {result.task}@{result.protocol} holds NaN or infinite values."
+            ) from error
+        stored = self._of_key(result.key)
+        path = stored[0][0] if stored else self._default_path(result)
+        if statistics is not None:
+            import numpy as np
+
+            buffer = io.BytesIO()
+            np.savez_compressed(buffer, **dict[str, Any](statistics))
+            write_whole(path.with_suffix(".npz"), buffer.getvalue())
+        write_whole(path, text.encode() + b"\n")
+        if statistics is None:
+            path.with_suffix(".npz").unlink(missing_ok=True)
+        return path
+
+    def find(self, key: str) -> Result | None:
+        """The successful result with this content key, wherever it lies; None for none, or a failed one."""
+        return next((result for _, result in self._of_key(key) if result.status == "ok"), None)
+
+    def load_all(self) -> list[Result]:
+        """Every readable result, ordered by path; one per key, a successful one before a failed one.
+
+        What cannot be used is named in `problems`. Raises MissingError where there is no such folder.
+        """
+        if not self.folder.is_dir():
+            raise MissingError(f"{self.folder}: no such results folder. `neco-bench run --out {self.folder}` makes it.")
+        self.problems = []
+        by_key: dict[str, tuple[Path, Result]] = {}
+        for path in self._documents():
+            try:
+                result = _parse(path, path.read_bytes())
+            except NecoBenchError as error:
+                self.problems.append(str(error))
+                continue
+            except OSError as error:
+                self.problems.append(f"{path}: could not be read ({error.strerror or error}).")
+                continue
+            kept_path, kept = by_key.setdefault(result.key, (path, result))
+            if kept_path == path:
+                continue
+            ignored = path
+            if kept.status != "ok" and result.status == "ok":
+                by_key[result.key], ignored = (path, result), kept_path
+            self.problems.append(
+                f"{ignored}: is not used, {by_key[result.key][0]} has the same key. Delete one of the two."
+            )
+        return [result for _, result in sorted(by_key.values(), key=lambda item: item[0])]
+
+    def statistics(self, result: Result) -> dict[str, np.ndarray]:
+        """The per-image arrays stored beside a result, by name.
+
+        Raises MissingError where there are none, BadInputError for a damaged file.
+        """
+        import numpy as np
+
+        stored = self._of_key(result.key)
+        path = (stored[0][0] if stored else self._default_path(result)).with_suffix(".npz")
+        try:
+            with np.load(path, allow_pickle=False) as arrays:
+                return {name: arrays[name] for name in arrays.files}
+        except FileNotFoundError as error:
+            raise MissingError(
+                f"{path}: no statistics are stored for {result.model} on {result.task}@{result.protocol}. "
+                f"Run the task again with --overwrite."
+            ) from error
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise BadInputError(
+                f"{path}: the stored statistics cannot be read ({error}). Run the task again with --overwrite."
+            ) from error
+
+    def _default_path(self, result: Result) -> Path:
+        name = f"{slug(result.model)}@{slug(result.protocol)}_seed{result.seed}_{slug(result.key)[:8]}.json"
+        return self.folder / slug(result.family) / slug(result.task) / name
+
+    def _documents(self) -> list[Path]:
+        return sorted(self.folder.rglob("*.json"))
+
+    def _of_key(self, key: str) -> list[tuple[Path, Result]]:
+        """Documents with this key, successful ones first, then by path. Unreadable ones are passed over."""
+        found = []
+        for path in self._documents():
+            try:
+                content = path.read_bytes()
+                if key.encode() not in content:
+                    continue
+                result = _parse(path, content)
+            except (OSError, NecoBenchError):
+                continue
+            if result.key == key:
+                found.append((path, result))
+        return sorted(found, key=lambda item: (item[1].status != "ok", item[0]))
+
+
+def _parse(path: Path, content: bytes) -> Result:
+    """The result of a document. Raises BadInputError with the file and the mend."""
+    try:
+        document = json.loads(content)
+    except ValueError as error:
+        raise BadInputError(
+            f"{path}: is not a whole JSON document ({error}). Delete it and run its task again."
+        ) from error
+    version = document.get("schema_version") if isinstance(document, dict) else None
+    if not isinstance(version, int):
+        raise BadInputError(f"{path}: is not a neco-bench result (no schema_version). Move it out of this folder.")
+    if version > SCHEMA_VERSION:
+        raise BadInputError(
+            f"{path}: has schema_version {version}; this neco-bench reads up to {SCHEMA_VERSION}. Upgrade neco-bench."
+        )
+    try:
+        return Result.model_validate(document)
+    except ValidationError as error:
+        item = error.errors()[0]
+        where = ".".join(map(str, item["loc"])) or "document"
+        raise BadInputError(
+            f"{path}: is not a valid result ({where}: {item['msg']}). Delete it and run its task again."
+        ) from error
+
+
+def _plain(value: Any) -> Any:
+    """What JSON lacks: numpy scalars and arrays as numbers and lists, anything else (paths, dtypes) as text."""
+    return value.tolist() if hasattr(value, "tolist") else str(value)

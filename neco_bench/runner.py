@@ -1,0 +1,287 @@
+"""`run`: one encoder on one task, from names to a stored Result. What the command line calls, and the Python API.
+
+The content key of a result covers everything the number depends on, and is computed without loading torch or the
+weights, so that a second run returns the stored result at once.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import os
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neco_bench.context import Context
+from neco_bench.data import load_dataset
+from neco_bench.data.base import Dataset
+from neco_bench.encoders.specs import load_encoder, resolve_device
+from neco_bench.encoders.zoo import request_id
+from neco_bench.errors import NecoBenchError, UsageError, error_of_code
+from neco_bench.protocol import Task, digest, family_module, find_tasks
+from neco_bench.results.provenance import environment, peak_memory_mb
+from neco_bench.results.schema import Result
+from neco_bench.results.store import ResultStore
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from neco_bench.encoders.base import Encoder
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers."""
+
+    data_root: Path | None = None
+    device: str | None = None
+    precision: str | None = None
+    batch_size: int = 16
+    workers: int | None = None
+    seed: int = 0
+    limit: int | None = None
+    weights: Path | None = None
+    layers: str | None = None
+    overwrite: bool = False
+    progress: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("--batch-size", self.batch_size, 1),
+            ("--workers", self.workers, 0),
+            ("--limit", self.limit, 1),
+            ("--seed", self.seed, 0),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be at least {least}, got {value}.")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model on one task with its data opened: what `--dry-run` shows and `execute` runs."""
+
+    model: str
+    task: Task
+    data: Mapping[str, Dataset]
+    options: Options
+    facts: Mapping[str, Any]
+    identity: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The content key, from the files as they are now: a zoo checkpoint that a run fetches becomes part of it."""
+        return digest([dict(self.facts), self.identity or request_id(self.model, self.options.weights)])
+
+    @property
+    def label(self) -> str:
+        """The model column of tables: the spec, with the layers where inner ones were asked for."""
+        return self.model + (f"[layers={self.options.layers}]" if self.options.layers else "")
+
+
+def plan(model: str, task: Task, options: Options, *, identity: str | None = None) -> Job:
+    """Check names and settings and open the data. Loads no weights.
+
+    identity: what stands for the encoder's content; None asks the model spec.
+    """
+    task.settings()
+    data = {
+        role: load_dataset(task.card.dataset, split, root=options.data_root, limit=options.limit)
+        for role, split in task.card.splits.items()
+    }
+    facts = {
+        "layers": options.layers,
+        "precision": options.precision or "fp32",
+        "device": (options.device or "auto").split(":")[0],
+        "task": [task.card.name, task.card.hash(task.protocol.id), task.label, task.hash],
+        "data": {role: dataset.fingerprint() for role, dataset in data.items()},
+        "seed": options.seed,
+        "limit": options.limit,
+        "versions": {name: importlib.metadata.version(name) for name in ("neco-bench", "torch", "torchvision", "timm")},
+    }
+    job = Job(model, task, data, options, facts, identity)
+    if identity is None:
+        request_id(model, options.weights)  # an unknown model or a missing file is an error now, not hours later
+    return job
+
+
+def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.ndarray] | None]:
+    """Run a job: its Result and per-image statistics.
+
+    Errors of the user's making become a Result with status "failed"; other exceptions pass through.
+    """
+    options, task = job.options, job.task
+    workers = max(0, min(8, (os.cpu_count() or 1) - 1)) if options.workers is None else options.workers
+    context = Context(options.seed, options.batch_size, workers, options.progress)
+    provenance: dict[str, Any] = {
+        **environment(),
+        "arguments": {name: str(value) for name, value in vars(options).items() if value is not None},
+        "card_hash": task.card.hash(task.protocol.id),
+        "protocol_hash": task.hash,
+        "settings": task.constants,
+        "citation": task.card.citation,
+        "dataset": {role: {"name": d.name, "split": d.split, "items": len(d)} for role, d in job.data.items()},
+        "dataset_fingerprint": {role: d.fingerprint() for role, d in job.data.items()},
+    }
+    subset = {role: d.subset for role, d in job.data.items() if d.subset is not None}
+    common: dict[str, Any] = {
+        "model": job.label,
+        "task": task.card.name,
+        "family": task.card.family,
+        "protocol": task.label,
+        "primary_metric": task.card.metric,
+        "seed": options.seed,
+        "subset": subset or None,
+        "limit": options.limit,
+        "changed": dict(task.changed),
+    }
+    start = time.perf_counter()
+    try:
+        with context.phase("load_encoder"):
+            loaded = encoder or load_encoder(
+                job.model,
+                weights=options.weights,
+                device=options.device,
+                precision=options.precision,
+                layers=options.layers,
+            )
+        provenance |= _encoder_facts(loaded)
+        _check_size(task, loaded)
+        outcome = family_module(task.card.family).run(loaded, job.data, task.settings(), context)
+    except NecoBenchError as error:
+        failed = Result(
+            key=job.key,
+            **common,
+            metrics={},
+            per_class={},
+            ci95={},
+            n_images=0,
+            status="failed",
+            error=str(error),
+            error_code=error.exit_code,
+            provenance=provenance,
+            timing=_timing(context, start),
+            peak_memory_mb=peak_memory_mb(),
+        )
+        return failed, None
+    provenance["features"] = {
+        **outcome.features,
+        "layer": loaded.layer,
+        "pos_interp": loaded.pos_interp,
+        "dtype": "float32",
+    }
+    provenance |= {
+        "device": _device_name(loaded),
+        "batch_size_used": context.batch_size,
+        "workers": workers,
+        "run": context.notes,
+    }
+    result = Result(
+        key=job.key,
+        **common,
+        metrics=outcome.metrics,
+        per_class=outcome.per_class,
+        ci95=outcome.ci95,
+        n_images=outcome.n_images,
+        status="ok",
+        provenance=provenance,
+        timing=_timing(context, start),
+        peak_memory_mb=peak_memory_mb(),
+    )
+    return result, outcome.statistics
+
+
+def run(
+    model: str | Encoder,
+    task: str,
+    *,
+    data_root: str | Path | None = None,
+    out: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Result:
+    """Run one task ("camvid_ic", "ade20k_linear@clean-1") for one model spec or Encoder, and return its Result.
+
+    out: results folder; with it, a stored result of the same content is returned instead of running again.
+    changes: what `--set` gives on the command line. options: fields of `Options` (device, precision, batch_size,
+    workers, seed, limit, weights, layers, overwrite, progress).
+
+    Raises the NecoBenchError that the command line would report, with its exit code.
+    """
+    unknown = set(options) - set(Options.__dataclass_fields__)
+    if unknown:
+        raise UsageError(f"Unknown option {sorted(unknown)}. There are: {', '.join(Options.__dataclass_fields__)}.")
+    tasks = find_tasks([task], changes)
+    if len(tasks) != 1:
+        raise UsageError(f"run() takes one task, {task!r} names {len(tasks)}.")
+    chosen = Options(data_root=Path(data_root) if data_root else None, **options)
+    if isinstance(model, str):
+        job, encoder = plan(model, tasks[0], chosen), None
+    else:
+        job, encoder = plan(model.name, tasks[0], chosen, identity=model.weights_id), model
+    result = run_job(job, ResultStore(out) if out else None, encoder)
+    if result.status == "failed":
+        raise error_of_code(result.error_code, result.error or "")
+    return result
+
+
+def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None) -> Result:
+    """The stored result of a job, or a new one, stored at once. encoder: None loads what the job names."""
+    if store and not job.options.overwrite and (found := store.find(job.key)):
+        return found
+    result, statistics = execute(job, encoder)
+    if store:
+        store.save(result, statistics)
+    return result
+
+
+def check_device(device: str | None) -> None:
+    """Raise UsageError for a device that is unknown or not on this machine."""
+    if device not in (None, "auto", "cpu"):
+        resolve_device(device)
+
+
+def _timing(context: Context, start: float) -> dict[str, float]:
+    return {**{k: round(v, 4) for k, v in context.timing.items()}, "total": round(time.perf_counter() - start, 4)}
+
+
+def _check_size(task: Task, encoder: Encoder) -> None:
+    """A card's size is rounded to the stride; one that the user sets must fit."""
+    size = task.changed.get("input_size")
+    if size is not None and size % encoder.stride:
+        low = size // encoder.stride * encoder.stride
+        raise UsageError(
+            f"--set input_size={size} is not a multiple of the stride {encoder.stride} of "
+            f"{encoder.name!r}. Use {low or encoder.stride} or {low + encoder.stride}."
+        )
+
+
+def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
+    report = encoder.weights_report
+    return {
+        "weights_id": encoder.weights_id,
+        "precision": encoder.precision,
+        "encoder": {
+            "name": encoder.name,
+            "embed_dim": encoder.embed_dim,
+            "stride": encoder.stride,
+            "mean": encoder.mean,
+            "std": encoder.std,
+            "parameters": sum(p.numel() for p in encoder.parameters()),
+            "weights_report": None if report is None else vars(report),
+        },
+    }
+
+
+def _device_name(encoder: Encoder) -> str:
+    import torch
+
+    device = encoder.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+def plan_all(models: Iterable[str], tasks: Iterable[Task], options: Options) -> list[Job]:
+    """Jobs of every model on every task. Every name, setting and data set is checked before anything runs."""
+    tasks = list(tasks)
+    return [plan(model, task, options) for model in models for task in tasks]

@@ -1,0 +1,164 @@
+"""In-context segmentation: label the patches of an image by retrieval from a memory of labelled patches.
+
+Protocol of Balazevic et al., *Towards In-context Scene Understanding* (NeurIPS 2023), as implemented by
+open-hummingbird-eval v2.0.0 (`hbird-2`, quirks included) and without its quirks (`clean-1`). README.md lists them.
+
+Known deviations from the reference: augmentation and sampling noise are drawn per image, not from one global stream, so
+the result does not depend on batch size or workers; search is exact (the reference's ScaNN is not).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neco_bench import metrics, statistics
+from neco_bench.context import Context, Outcome, item_rng
+from neco_bench.data.base import IGNORE, SegmentationDataset
+from neco_bench.encoders.base import Encoder
+from neco_bench.features.extract import stream
+from neco_bench.features.transforms import HummingbirdTrain, Squash
+from neco_bench.features.transforms import fit_size as fit
+from neco_bench.protocol import Settings as BaseSettings
+from neco_bench.search import ExactIndex
+
+
+class Settings(BaseSettings):
+    """Constants of a protocol and a card. Sizes in pixels; memory_size in patches (None: every patch).
+
+    std: replaces the encoder's own statistics (None: keeps them). passes: augmented copies of each training image.
+    """
+
+    input_size: int
+    memory_size: int | None = None
+    passes: int
+    neighbours: int
+    temperature: float
+    std: tuple[float, float, float] | None = None
+    jitter: float
+    jitter_probability: float
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    void_in_memory: Literal["class 0", "dropped"]
+    matching: Literal["hungarian", "identity"]
+    absent: metrics.Absent
+    score_at: Literal["input", "native"]
+
+
+def patch_labels(mask: np.ndarray, stride: int, classes: int) -> np.ndarray:
+    """(N, C) float32 class shares of each stride x stride patch, row-major; void pixels count for no class."""
+    rows, columns = mask.shape[0] // stride, mask.shape[1] // stride
+    patches = mask.reshape(rows, stride, columns, stride).swapaxes(1, 2).reshape(rows * columns, -1).astype(np.int64)
+    cells = np.arange(rows * columns)[:, None] * (classes + 1) + np.where(patches == IGNORE, classes, patches)
+    counts = np.bincount(cells.ravel(), minlength=rows * columns * (classes + 1))
+    return (counts.reshape(-1, classes + 1)[:, :classes] / stride**2).astype(np.float32)
+
+
+def choose_patches(labels: np.ndarray, noise: np.ndarray, count: int) -> np.ndarray:
+    """Ids of at most `count` patches of one image, rare classes favoured, by increasing noisy score.
+
+    score = sum over the classes in the patch of how many patches of this image hold that class; the patches with the
+    smallest score * noise are kept. labels (N, C), noise (N,) in [0, 1). Patches without any label are never chosen.
+    """
+    present = labels > 0
+    score = (present * present.sum(0)).sum(1).astype(np.float32) * noise
+    score[~present.any(1)] = np.inf
+    order = np.argsort(score, kind="stable")[:count]
+    return order[np.isfinite(score[order])]
+
+
+def retrieve(index: ExactIndex, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Cosines and row ids (Q, k) of the nearest memory rows, which have unit length; queries (Q, D) as they are.
+
+    Queries are not normalised before the search, as in the reference: the order is the same, but where two rows tie the
+    rounding decides, and so decides alike.
+    """
+    scores, ids = index.search(queries, k)
+    return scores / queries.norm(dim=1, keepdim=True).clamp_min(1e-12).to(scores.device), ids
+
+
+def read_labels(scores: Tensor, ids: Tensor, labels: Tensor, temperature: float) -> Tensor:
+    """(Q, C) predicted class shares: softmax over the k cosines (Q, k) / temperature, times the neighbours' labels."""
+    weights = torch.softmax(scores / temperature, dim=1)
+    return torch.einsum("qk,qkc->qc", weights, labels[ids])
+
+
+def predict_classes(shares: Tensor, height: int, width: int) -> Tensor:
+    """(height, width) class ids of patch predictions (C, h, w): bilinear upsampling, then argmax."""
+    return F.interpolate(shares[None], (height, width), mode="bilinear", align_corners=False)[0].argmax(0)
+
+
+def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
+    """mIoU of retrieval segmentation: memory from data["train"], queries from data["val"]."""
+    train, val = data["train"], data["val"]
+    classes = len(train.classes)
+    size = fit(settings.input_size, encoder.stride)
+    index, labels = build_memory(encoder, train, settings, context, size)
+    context.notes |= {"memory_patches": index.rows, "search": index.backend}
+
+    confusions = metrics.ImageConfusions(classes)
+    transform = Squash(size, "legacy" if settings.score_at == "input" else "native")
+    for batch in stream(encoder, val, transform, context, "query", std=settings.std):
+        count, _, rows, columns = batch.features.shape
+        queries = batch.features.flatten(2).transpose(1, 2).flatten(0, 1)
+        with context.phase("search"):
+            scores, ids = retrieve(index, queries, settings.neighbours)
+        with context.phase("predict"):
+            shares = torch.cat(
+                [
+                    read_labels(s, i, labels, settings.temperature)
+                    for s, i in zip(scores.split(4096), ids.split(4096), strict=True)
+                ]
+            )
+            shares = shares.view(count, rows, columns, classes).permute(0, 3, 1, 2)
+            for share, mask in zip(shares, batch.masks, strict=True):
+                confusions.add(mask, predict_classes(share, *mask.shape).numpy())
+
+    total = confusions.total()
+    identity = np.arange(classes)
+    mapping = metrics.hungarian_match(total) if settings.matching == "hungarian" else identity
+    per_image = confusions.per_image(mapping)
+    matched = per_image.sum(0)
+    return Outcome(
+        metrics={
+            "mIoU": metrics.mean_iou(matched, absent=settings.absent),
+            "mIoU_identity": metrics.mean_iou(total, absent=settings.absent),
+            "mIoU_present": metrics.mean_iou(matched, absent="exclude"),
+            "pixel_accuracy": float(np.trace(matched) / max(1, matched.sum())),
+        },
+        per_class={"IoU": metrics.named(metrics.iou_per_class(matched), train.classes)},
+        ci95={"mIoU": statistics.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
+        n_images=len(confusions),
+        statistics={"confusion": per_image, "mapping": mapping},
+        features={"input_size": settings.input_size, "used_size": size, "resize": "squash", "final_norm": True},
+    )
+
+
+def build_memory(
+    encoder: Encoder, train: SegmentationDataset, settings: Settings, context: Context, size: int
+) -> tuple[ExactIndex, Tensor]:
+    """The index over unit-length patch features, and the (M, C) float32 class shares of its rows."""
+    transform = HummingbirdTrain(
+        size, settings.jitter, settings.jitter_probability, settings.crop_scale, settings.crop_ratio
+    )
+    items = [(epoch, i) for epoch in range(settings.passes) for i in range(len(train))]
+    per_image = None if settings.memory_size is None else max(1, settings.memory_size // len(items))
+    index, labels = ExactIndex(encoder.embed_dim, encoder.device), []
+    for batch in stream(encoder, train, transform, context, "memory", items=items, std=settings.std):
+        with context.phase("memory"):
+            features = F.normalize(batch.features.flatten(2).transpose(1, 2), dim=2)
+            for position, tokens, mask in zip(batch.positions, features, batch.masks, strict=True):
+                if settings.void_in_memory == "class 0":
+                    mask = np.where(mask == IGNORE, 0, mask)
+                share = patch_labels(mask, encoder.stride, len(train.classes))
+                epoch, image = items[position]
+                noise = item_rng(context.seed, "memory", epoch, train.ids[image]).random(len(share), np.float32)
+                chosen = np.flatnonzero(share.any(1)) if per_image is None else choose_patches(share, noise, per_image)
+                share = share[chosen]
+                labels.append(torch.from_numpy(share / share.sum(1, keepdims=True)))
+                index.add(tokens[torch.from_numpy(chosen).to(tokens.device)])
+    return index, torch.cat(labels)

@@ -1,0 +1,155 @@
+"""Linear segmentation: a 1x1 convolution on frozen patch features.
+
+Protocol of NeCo's `linear_finetune.py` (`neco-1`, quirks included; Pariza et al., ICLR 2025, table 2) and without its
+quirks (`clean-1`). README.md lists them. The encoder sees every augmented training image once per epoch.
+
+Known deviations from the reference: augmentation and order are drawn per (epoch, image), not from a global stream.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Literal
+
+import numpy as np
+import torch
+
+from neco_bench import metrics, statistics
+from neco_bench.context import Context, Outcome, item_rng
+from neco_bench.data.base import IGNORE, SegmentationDataset
+from neco_bench.encoders.base import Encoder
+from neco_bench.errors import UsageError
+from neco_bench.features.extract import stream
+from neco_bench.features.transforms import CropFlip, Squash, fit_size, nearest_legacy
+from neco_bench.probe import ProbeOptions, classify, new_head, train_probe
+from neco_bench.protocol import Settings as BaseSettings
+
+
+class Settings(BaseSettings):
+    """Constants of a protocol and a card; sizes in pixels.
+
+    batch_size: of the probe, not of the encoder. drop_last, drop_last_val: leave out the last partial batch.
+    select: which epoch's head is reported; "best" picks it on val. score_size: side of the shrunk masks that are scored
+    (None: their own resolution).
+    """
+
+    input_size: int
+    train_mask_size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip_probability: float
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    decay: float
+    decay_epochs: int
+    shuffle: bool
+    drop_last: bool = False
+    drop_last_val: bool = False
+    select: Literal["best", "last"]
+    score_size: int | None = None
+    absent: metrics.Absent
+
+
+def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
+    """mIoU of a linear head trained on data["train"], scored on data["val"]."""
+    train, val = data["train"], data["val"]
+    classes = len(train.classes)
+    size = fit_size(settings.input_size, encoder.stride)
+    order = training_order(len(train), settings, context.seed)
+    head = new_head(encoder.embed_dim, classes, context.seed, encoder.device)
+    options = ProbeOptions(
+        settings.learning_rate, settings.momentum, settings.weight_decay, settings.decay, settings.decay_epochs
+    )
+    heads = train_probe(head, _epochs(encoder, train, order, size, settings, context), options, ignore=IGNORE)
+
+    candidates = heads if settings.select == "best" else heads[-1:]
+    confusions = [metrics.ImageConfusions(classes) for _ in candidates]
+    scored = len(val) // settings.batch_size * settings.batch_size if settings.drop_last_val else len(val)
+    if not scored:
+        raise UsageError(
+            f"drop_last_val leaves none of the {len(val)} val images at batch_size "
+            f"{settings.batch_size}. Use --set drop_last_val=false, or the clean-1 protocol."
+        )
+    transform = Squash(size, "centre" if settings.score_size else "native")
+    for batch in stream(encoder, val, transform, context, "score", items=[(0, i) for i in range(scored)]):
+        with context.phase("predict"), torch.no_grad():
+            for row, mask in enumerate(batch.masks):
+                if settings.score_size:
+                    mask = nearest_legacy(mask, settings.score_size, settings.score_size)
+                predictions = classify(candidates, batch.features[row], *mask.shape).cpu().numpy()
+                for confusion, predicted in zip(confusions, predictions, strict=True):
+                    confusion.add(mask, predicted)
+
+    scores = [metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions]
+    best = int(np.argmax(scores))
+    total, per_image = confusions[best].total(), confusions[best].per_image()
+    context.notes |= {"epoch_reported": len(heads) - len(candidates) + best + 1, "scored_images": scored}
+    return Outcome(
+        metrics={
+            "mIoU": scores[best],
+            "mIoU_last_epoch": scores[-1],
+            "mIoU_present": metrics.mean_iou(total, absent="exclude"),
+            "pixel_accuracy": float(np.trace(total) / max(1, total.sum())),
+        },
+        per_class={"IoU": metrics.named(metrics.iou_per_class(total), train.classes)},
+        ci95={"mIoU": statistics.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
+        n_images=scored,
+        statistics={"confusion": per_image},
+        features={"input_size": settings.input_size, "used_size": size, "resize": "squash", "final_norm": True},
+    )
+
+
+def training_order(count: int, settings: Settings, seed: int) -> list[list[tuple[int, int]]]:
+    """(epoch, index) items of each epoch, without a dropped last batch. Raises UsageError where none is left."""
+    kept = count // settings.batch_size * settings.batch_size if settings.drop_last else count
+    if not kept:
+        raise UsageError(
+            f"drop_last leaves none of the {count} training images at batch_size {settings.batch_size}. "
+            f"Use --set drop_last=false, or the clean-1 protocol."
+        )
+    orders = []
+    for epoch in range(settings.epochs):
+        indices = item_rng(seed, "order", epoch).permutation(count) if settings.shuffle else np.arange(count)
+        orders.append([(epoch, int(i)) for i in indices[:kept]])
+    return orders
+
+
+def _epochs(
+    encoder: Encoder,
+    train: SegmentationDataset,
+    order: list[list[tuple[int, int]]],
+    size: int,
+    settings: Settings,
+    context: Context,
+) -> Iterator[Iterator[tuple[torch.Tensor, torch.Tensor]]]:
+    """For each epoch its probe batches, from one stream over all epochs, so that workers start once."""
+    transform = CropFlip(size, settings.crop_scale, settings.crop_ratio, settings.flip_probability)
+    rows = _rows(encoder, train, [item for epoch in order for item in epoch], transform, settings, context)
+    for epoch in order:
+        yield _batches(rows, len(epoch), settings.batch_size)
+
+
+def _rows(
+    encoder: Encoder,
+    train: SegmentationDataset,
+    items: list[tuple[int, int]],
+    transform: CropFlip,
+    settings: Settings,
+    context: Context,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    side = settings.train_mask_size
+    for batch in stream(encoder, train, transform, context, "train", items=items):
+        for features, mask in zip(batch.features, batch.masks, strict=True):
+            target = torch.from_numpy(nearest_legacy(mask, side, side).astype(np.int64))
+            yield features.clone(), target.to(features.device)
+
+
+def _batches(
+    rows: Iterator[tuple[torch.Tensor, torch.Tensor]], count: int, batch_size: int
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    for start in range(0, count, batch_size):
+        features, targets = zip(*(next(rows) for _ in range(min(batch_size, count - start))), strict=True)
+        yield torch.stack(features), torch.stack(targets)

@@ -1,0 +1,23 @@
+"""Writers of small images and masks."""
+
+import numpy as np
+from PIL import Image
+
+PAIRS = ("000003-a-b:cat", "000001-b-a:cat")
+
+
+def image_of(seed, size=(20, 30)):
+    return np.random.default_rng(seed).integers(0, 256, (*size, 3), dtype=np.uint8)
+
+
+def save(path, array, **options):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+
+
+def save_indices(path, array):
+    """A palette PNG, as VOC has them."""
+    image = Image.fromarray(array)
+    image.putpalette(bytes(range(256)) * 3)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    image.save(path)

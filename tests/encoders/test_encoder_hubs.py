@@ -1,0 +1,186 @@
+"""torch.hub entries from a local folder, and transformers models from a saved folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neco_bench.encoders import check_encoder, load_encoder, request_id
+from neco_bench.encoders.fetch import fetch_url
+from neco_bench.errors import BadInputError, MissingError, UsageError
+
+HUBCONF = '''
+import timm, torch
+from torch import nn
+
+class Tiny(nn.Module):
+    """A ViT with DINOv2's interface, or DINO's, or forward_features alone."""
+    patch_size, embed_dim = 16, 192
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.vit = timm.create_model("vit_tiny_patch16_224", num_classes=0, dynamic_img_size=True)
+        self.blocks = self.vit.blocks
+
+def outputs(self, x, n, norm):
+    return self.vit.forward_intermediates(x, indices=n, norm=norm, return_prefix_tokens=True, output_fmt="NLC",
+                                          intermediates_only=True)
+
+class V2(Tiny):
+    def get_intermediate_layers(self, x, n=1, reshape=False, return_class_token=False, norm=True):
+        return tuple((patches, prefix[:, 0]) for patches, prefix in outputs(self, x, n, norm))
+
+class V1(Tiny):
+    def get_intermediate_layers(self, x, n=1):
+        return [torch.cat([prefix, patches], 1) for patches, prefix in outputs(self, x, n, True)]
+
+class Features(Tiny):
+    def forward_features(self, x):
+        (patches, prefix), = outputs(self, x, 1, True)
+        return {"x_norm_patchtokens": patches, "x_norm_clstoken": prefix[:, 0]}
+
+class Spare(nn.Module):
+    pass
+
+def v2(pretrained=True):
+    if pretrained:
+        raise OSError("no file")
+    return V2()
+
+def v2_free(pretrained=True): return V2()
+def v1(pretrained=True): return V1()
+def features(pretrained=True): return Features()
+def spare(pretrained=True): return Spare()
+def broken(pretrained=True): raise ValueError("out of order")
+'''
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    folder = tmp_path / "repo"
+    folder.mkdir()
+    (folder / "hubconf.py").write_text(HUBCONF)
+    return folder
+
+
+def test_hub_interfaces_agree(repository: Path) -> None:
+    images = torch.rand(2, 3, 64, 96)
+    encoders = {name: load_encoder(f"hub:{repository}:{name}") for name in ("v2_free", "v1", "features")}
+    maps = [encoder.encode(images).map for encoder in encoders.values()]
+    torch.testing.assert_close(maps[0], maps[1])
+    torch.testing.assert_close(maps[0], maps[2])
+    assert len({encoder.weights_id for encoder in encoders.values()}) == 1
+    assert encoders["v2_free"].encode(images).prefix.shape == (2, 1, 192)  # type: ignore[union-attr]
+    assert all(line.passed for line in check_encoder(encoders["v2_free"]))
+    two = [load_encoder(f"hub:{repository}:{name}", layers=[3, 11]).encode(images).map for name in ("v2_free", "v1")]
+    torch.testing.assert_close(*two)
+    raw = encoders["v2_free"].encode(images, final_norm=False)
+    assert not raw.final_norm
+    assert not torch.allclose(raw.map, maps[0])
+
+
+def test_hub_faults(repository: Path, tmp_path: Path) -> None:
+    for spec, kind, told in (
+        (f"hub:{repository}:absent", UsageError, "no entry 'absent'"),
+        (f"hub:{repository}:v2", MissingError, "no file"),
+        (f"hub:{repository}:broken", BadInputError, "out of order"),
+        (f"hub:{repository}:spare", BadInputError, "style of DINO"),
+        ("hub:nobody/nothing_at_all:x", MissingError, "neither a local folder"),
+        (f"hub:{tmp_path}:x", MissingError, "hubconf"),
+    ):
+        with pytest.raises(kind, match=told):
+            load_encoder(spec)
+    with pytest.raises(UsageError, match="last block only"):
+        load_encoder(f"hub:{repository}:features", layers=3)
+
+
+def test_hub_with_weights(repository: Path, tmp_path: Path) -> None:
+    model = load_encoder(f"hub:{repository}:v2?pretrained=false").model
+    state = {k: v.clone() * 0.5 for k, v in model.state_dict().items()}  # type: ignore[union-attr]
+    save_file(state, tmp_path / "w.safetensors")
+    encoder = load_encoder(f"hub:{repository}:v2", weights=tmp_path / "w.safetensors")
+    assert torch.equal(encoder.model.state_dict()["vit.cls_token"], state["vit.cls_token"])  # type: ignore[union-attr]
+    before = request_id(f"hub:{repository}:v2")
+    (repository / "hubconf.py").write_text(HUBCONF + "#")
+    assert request_id(f"hub:{repository}:v2") != before
+
+
+SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
+
+
+@pytest.mark.parametrize(
+    ("model", "config", "prefix", "more"),
+    [
+        ("Dinov2Model", "Dinov2Config", 1, {}),
+        ("Dinov2WithRegistersModel", "Dinov2WithRegistersConfig", 5, {"num_register_tokens": 4}),
+        ("DINOv3ViTModel", "DINOv3ViTConfig", 3, {"num_register_tokens": 2, "intermediate_size": 64}),
+        ("ViTModel", "ViTConfig", 1, {"intermediate_size": 64}),
+        ("CLIPVisionModel", "CLIPVisionConfig", 1, {"intermediate_size": 64}),
+        ("SiglipVisionModel", "SiglipVisionConfig", 0, {"intermediate_size": 64}),
+    ],
+)
+def test_transformers_models(tmp_path: Path, model: str, config: str, prefix: int, more: dict[str, int]) -> None:
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    made = getattr(transformers, model)(getattr(transformers, config)(**SMALL, **more)).eval()
+    made.save_pretrained(tmp_path / "saved")
+    facts = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.25, 0.25, 0.25]}
+    (tmp_path / "saved" / "preprocessor_config.json").write_text(json.dumps(facts))
+    spec = f"hf:{tmp_path}/saved"
+    encoder = load_encoder(spec)
+    assert encoder.mean == (0.5, 0.5, 0.5)
+    images = torch.rand(2, 3, 64, 96)
+    features = encoder.encode(images)
+    assert features.map.shape == (2, 32, 4, 6)
+    count = 0 if features.prefix is None else features.prefix.shape[1]
+    assert count == prefix
+    with torch.inference_mode():
+        options: Any = encoder.options
+        last = made((images - 0.5) / 0.25, **options).last_hidden_state
+        if model == "CLIPVisionModel":  # hands out tokens before its last norm
+            last = dict(made.named_modules())[next(n for n in dict(made.named_modules()) if "post_layer" in n)](last)
+    torch.testing.assert_close(features.map, last[:, prefix:].transpose(1, 2).unflatten(2, (4, 6)))
+    assert not torch.allclose(encoder.encode(images, final_norm=False).map, features.map)
+    assert load_encoder(spec, layers=[0, 2]).encode(images).map.shape == (2, 64, 4, 6)
+    again = load_encoder(spec, weights=tmp_path / "saved" / "model.safetensors")
+    assert again.weights_id == encoder.weights_id
+    assert len(request_id(spec)) == 64
+
+
+def test_transformers_faults(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    with pytest.raises(MissingError, match="does not exist"):
+        load_encoder(f"hf:{tmp_path}/absent")
+    with pytest.raises(MissingError, match=r"huggingface\.co/nobody/nothing"):
+        load_encoder("hf:nobody/nothing")
+    transformers.BertConfig(hidden_size=32).save_pretrained(tmp_path / "bert")
+    with pytest.raises(UsageError, match="'bert'"):
+        load_encoder(f"hf:{tmp_path}/bert")
+    made = transformers.ViTModel(transformers.ViTConfig(**SMALL, intermediate_size=64))
+    made.save_pretrained(tmp_path / "vit")
+    spec, path = f"hf:{tmp_path}/vit", tmp_path / "vit" / "model.safetensors"
+    state = load_file(path)
+    save_file({k: v for k, v in state.items() if "cls_token" not in k}, tmp_path / "w.safetensors")
+    with pytest.raises(BadInputError, match=r"missing: embeddings\.cls_token"):
+        load_encoder(spec, weights=tmp_path / "w.safetensors")
+    save_file(state | {"embeddings.cls_token": torch.ones(1, 1, 33)}, tmp_path / "w.safetensors")
+    with pytest.raises(BadInputError, match="do not fit"):
+        load_encoder(spec, weights=tmp_path / "w.safetensors")
+    path.write_bytes(path.read_bytes()[:500])
+    with pytest.raises(BadInputError, match="do not fit"):
+        load_encoder(spec)
+
+
+def test_fetching_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("NECO_BENCH_OFFLINE")
+    source = tmp_path / "source.bin"
+    source.write_bytes(b"weights")
+    assert fetch_url(source.as_uri(), tmp_path / "a" / "w.bin").read_bytes() == b"weights"
+    with pytest.raises(MissingError, match="could not be fetched"):
+        fetch_url((tmp_path / "absent.bin").as_uri(), tmp_path / "b" / "w.bin")
+    assert [p.name for p in (tmp_path / "a").iterdir()] == ["w.bin"]

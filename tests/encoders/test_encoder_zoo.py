@@ -1,0 +1,146 @@
+"""Zoo facts against the architectures, the grammar of specs, and identities without torch."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import timm
+import torch
+
+from neco_bench.encoders import describe, describe_models, load_encoder, request_id
+from neco_bench.encoders.zoo import models, parse_spec, zoo
+from neco_bench.errors import MissingError, UsageError
+
+
+def test_what_the_zoo_holds() -> None:
+    ids = set(zoo())
+    neco = ["dinov2", "dinov2_vitb14", "dinov2r", "dinov2r_vitb14", "dinov2r_xr", "dinov2r_xr_vitb14"]
+    neco += ["dino", "timet", "leopart"]
+    assert ids >= {f"neco_{name}{end}" for name in neco for end in ("", "_teacher")}
+    assert ids >= {"dino_vits16", "dino_vits8", "dino_vitb16", "dino_vitb8"}
+    assert ids >= {f"dinov2_vit{size}14{end}" for size in "sblg" for end in ("", "_reg")}
+    assert ids >= {"dinov3_vits16", "dinov3_vitl16", "dinov3_convnext_tiny", "mae_vitb16", "clip_vitb16"}
+    assert ids >= {"baseline_rgb", "baseline_hog", "random_vit_small"}
+
+
+@pytest.mark.parametrize("entry", zoo().values(), ids=zoo())
+def test_facts(entry) -> None:  # type: ignore[no-untyped-def]
+    for fact in ("source", "licence", "citation", "training_data"):
+        assert getattr(entry, fact), fact
+    assert entry.pos_interp in ("timm", "scale_offset", "size_antialias", "none")
+    if not entry.spec.startswith("timm:"):
+        encoder = load_encoder(entry.id)
+        assert (encoder.embed_dim, encoder.stride) == (entry.embed_dim, entry.stride)
+        return
+    name = parse_spec(entry.spec).target
+    with torch.device("meta"):
+        model: Any = timm.create_model(name, num_classes=0)
+    assert model.feature_info[-1]["num_chs"] == entry.embed_dim
+    assert model.feature_info[-1]["reduction"] == entry.stride
+    assert sum(p.numel() for p in model.parameters()) / 1e6 == pytest.approx(entry.params_m, rel=0.01)
+    if "." in name:  # timm's own weights
+        config = timm.get_pretrained_cfg(name)
+        assert config is not None
+        assert config.mean == (entry.mean or (0.485, 0.456, 0.406))
+        assert config.std == (entry.std or (0.229, 0.224, 0.225))
+    else:
+        assert entry.weights or "pretrained=false" in entry.spec
+    if "_reg" in entry.id or entry.id in ("neco_dinov2r", "neco_dinov2r_vitb14"):
+        assert model.reg_token is not None
+
+
+def test_zoo_weights_use_the_statistics_of_their_training() -> None:
+    encoder = load_encoder("dino_vits16?pretrained=false")
+    assert encoder.mean == (0.485, 0.456, 0.406)
+
+
+def test_specs() -> None:
+    request = parse_spec("neco_dinov2_vits14?layers=3,11&final_norm=false")
+    assert (request.name, request.target) == ("neco_dinov2?final_norm=false&layers=3,11", "vit_small_patch14_dinov2")
+    assert (request.layers, request.final_norm, request.pos_interp) == ((3, 11), False, "scale_offset")
+    assert parse_spec("random_vit_small").name == "random_vit_small"
+    assert parse_spec("random_vit_small?seed=4").seed == 4
+    assert parse_spec("dir/enc.py:make").kind == "file"
+    assert parse_spec("hub:facebookresearch/dinov2:main:dinov2_vits14").target.endswith(":dinov2_vits14")
+
+
+@pytest.mark.parametrize(
+    ("spec", "told"),
+    [
+        ("neco_dinov3", "neco_dinov2"),
+        ("timm:x?pretraind=false", "pretrained"),
+        ("timm:x?pretrained=no", "true, false"),
+        ("timm:x?seed=1", "pretrained=false"),
+        ("timm:x?pretrained=false&seed=a", "whole number"),
+        ("timm:x?pos_interp=bilinear", "scale_offset"),
+        ("timm:", "incomplete"),
+        ("hub:owner/repo", "incomplete"),
+        ("facebook/dinov2", "hf:ID"),
+        ("enc.py", "FACTORY"),
+        ("baseline_rgb?layers=3", "layers"),
+    ],
+)
+def test_wrong_specs(spec: str, told: str) -> None:
+    for ask in (request_id, describe):
+        with pytest.raises(UsageError, match=told):
+            ask(spec)
+
+
+def test_device_and_precision() -> None:
+    for options in ({"device": "tpu"}, {"device": "nonsense"}, {"precision": "fp8"}, {"layers": 3}):
+        with pytest.raises(UsageError):
+            load_encoder("baseline_rgb", **options)  # type: ignore[arg-type]
+    if not torch.cuda.is_available():
+        with pytest.raises(UsageError, match="not available"):
+            load_encoder("baseline_rgb", device="cuda:0")
+    assert load_encoder("baseline_rgb", device="cpu").device.type == "cpu"
+    with pytest.raises(MissingError):
+        load_encoder("neco_dinov2", weights="nowhere.pth")
+
+
+def test_request_id_follows_content(tmp_path: Path) -> None:
+    file = tmp_path / "enc.py"
+    file.write_text("def make(): ...")
+    first = request_id(f"{file}:make")
+    file.write_text("def make(): return 1")
+    assert request_id(f"{file}:make") != first
+    weights = tmp_path / "w.pth"
+    weights.write_bytes(b"1")
+    ids = {request_id("neco_dinov2"), request_id("neco_dinov2", weights), request_id("neco_dinov2?layers=3")}
+    ids |= {request_id("dinov2_vits14"), request_id("baseline_rgb"), request_id("baseline_hog")}
+    place = tmp_path / "cache" / "weights" / "neco_dinov2"
+    place.mkdir(parents=True)
+    (place / "neco_on_dinov2_vit14_model.ckpt").write_bytes(b"2")
+    ids.add(request_id("neco_dinov2"))
+    assert len(ids) == 7
+    assert request_id("timm:x?seed=1&pretrained=false") == request_id("timm:x?pretrained=false&seed=1")
+    with pytest.raises(MissingError):
+        request_id("neco_dinov2", tmp_path / "absent.pth")
+    with pytest.raises(MissingError):
+        request_id(f"{tmp_path}/absent.py:make")
+
+
+def test_naming_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys, neco_bench.encoders as e, neco_bench.encoders.specs\n"
+        "e.describe_models(); e.describe('neco_dinov2'); e.request_id('neco_dinov2'); e.request_id('baseline_hog')\n"
+        "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
+    )
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"NECO_BENCH_CACHE": str(tmp_path)})
+    assert time.perf_counter() - start < 5
+
+
+def test_listing() -> None:
+    rows = {row["model"]: row for row in describe_models()}
+    assert rows["neco_dino"]["weights"] == "to fetch"
+    assert rows["neco_dino"]["stride"] == 16
+    assert "neco_dinov2_vits14" not in rows
+    assert "neco_dinov2_vits14" in models()
+    assert describe("neco_dinov2_vits14")["weights_in_place"] is False

@@ -1,0 +1,111 @@
+"""Transforms against torch, torchvision and Pillow."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torchvision.transforms as T
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from neco_bench.context import item_rng
+from neco_bench.data.base import Sample
+from neco_bench.features.transforms import (
+    CropFlip,
+    HummingbirdTrain,
+    Squash,
+    crop_box,
+    fit_size,
+    nearest_centre,
+    nearest_legacy,
+    resize_image,
+)
+
+sides = st.integers(1, 600)
+
+
+@given(sides, sides, sides, sides)
+@settings(max_examples=60, deadline=None)
+def test_legacy_nearest_equals_torch(height: int, width: int, rows: int, columns: int) -> None:
+    mask = np.random.default_rng(0).integers(0, 255, (height, width), dtype=np.uint8)
+    torch_way = torch.nn.functional.interpolate(torch.from_numpy(mask)[None, None].float(), (rows, columns))[0, 0]
+    np.testing.assert_array_equal(nearest_legacy(mask, rows, columns), torch_way.numpy())
+
+
+def test_the_two_nearest_rules_differ() -> None:
+    """By hand: 4 -> 2 rows; the legacy rule takes rows 0 and 2, the centre rule rows 1 and 3."""
+    mask = np.arange(4, dtype=np.uint8)[:, None]
+    assert nearest_legacy(mask, 2, 1).ravel().tolist() == [0, 2]
+    assert nearest_centre(mask, 2, 1).ravel().tolist() == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "expected"),
+    [(448, 14, 448), (448, 16, 448), (320, 14, 322), (518, 16, 512), (800, 14, 798), (5, 16, 16), (24, 16, 32)],
+)
+def test_fit_size(size: int, stride: int, expected: int) -> None:
+    assert fit_size(size, stride) == expected
+
+
+def test_resize_equals_torchvision_on_pillow_images() -> None:
+    image = np.random.default_rng(0).integers(0, 256, (57, 91, 3), dtype=np.uint8)
+    theirs = T.ToTensor()(T.Resize((32, 48))(Image.fromarray(image)))
+    assert torch.equal(resize_image(image, 32, 48), theirs)
+
+
+@given(st.integers(8, 300), st.integers(8, 300), st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_crop_box_stays_inside(height: int, width: int, seed: int) -> None:
+    top, left, h, w = crop_box(np.random.default_rng(seed), (height, width), (0.5, 2.0), (3 / 4, 4 / 3))
+    assert top >= 0
+    assert left >= 0
+    assert 0 < h <= height - top
+    assert 0 < w <= width - left
+
+
+def test_crop_box_has_the_shares_measured_on_the_reference() -> None:
+    """4:3 images: area share 0.5 to 1 with mean 0.71, about 15 % fallbacks, which are the whole image there."""
+    rng = np.random.default_rng(0)
+    boxes = [crop_box(rng, (360, 480), (0.5, 2.0), (3 / 4, 4 / 3)) for _ in range(4000)]
+    shares = [height * width / (480 * 360) for _, _, height, width in boxes]
+    assert min(shares) > 0.49
+    assert np.mean(shares) == pytest.approx(0.71, abs=0.01)
+    assert np.mean(np.array(shares) == 1) == pytest.approx(0.15, abs=0.02)
+
+
+def sample() -> Sample:
+    rng = np.random.default_rng(1)
+    return Sample(rng.integers(0, 256, (60, 80, 3), dtype=np.uint8), rng.integers(0, 5, (60, 80), dtype=np.uint8), "x")
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        Squash(48, "legacy"),
+        HummingbirdTrain(48, 0.1, 0.5, (0.5, 2.0), (0.75, 4 / 3)),
+        CropFlip(48, (0.8, 1), (0.75, 4 / 3), 0.5),
+    ],
+)
+def test_an_item_is_transformed_alike_for_a_seed_and_epoch(transform: Squash) -> None:
+    image, mask = transform(sample(), item_rng(0, "augment", 3, "x"))
+    again, mask_again = transform(sample(), item_rng(0, "augment", 3, "x"))
+    other, _ = transform(sample(), item_rng(0, "augment", 4, "x"))
+    assert image.shape == (3, 48, 48)
+    assert mask.shape == (48, 48)
+    assert float(image.min()) >= -1e-6
+    assert float(image.max()) <= 1 + 1e-6
+    assert torch.equal(image, again)
+    np.testing.assert_array_equal(mask, mask_again)
+    assert isinstance(transform, Squash) or not torch.equal(image, other)
+
+
+def test_image_and_mask_move_together() -> None:
+    """A picture of its own mask still shows it after cropping and flipping, but for the borders."""
+    mask = np.repeat(np.repeat(np.arange(12).reshape(3, 4), 40, 0), 40, 1).astype(np.uint8)
+    picture = Sample(np.repeat(mask[..., None] * 20, 3, 2), mask, "x")
+    for transform in (CropFlip(96, (0.8, 1), (0.75, 4 / 3), 0.5), HummingbirdTrain(96, 0, 0, (0.5, 1), (0.75, 4 / 3))):
+        for epoch in range(6):
+            image, moved = transform(picture, item_rng(0, epoch))
+            assert np.mean(np.abs(image[0].numpy() * 255 / 20 - moved) < 0.1) > 0.85

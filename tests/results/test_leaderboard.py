@@ -1,0 +1,169 @@
+"""Tables of a small hand-written set of results, compared with hand-checked files in `golden/`."""
+
+from __future__ import annotations
+
+import csv
+import random
+from pathlib import Path
+
+import pytest
+
+from neco_bench.errors import NecoBenchError
+from neco_bench.results import build_tables, write_leaderboard
+
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def results(make_result):
+    made = []
+
+    def add(model, value=0.5, **changes):
+        provenance = {"weights_id": model[0] * 64, "protocol_hash": changes.get("protocol", "hbird-2")[0] * 64}
+        made.append(
+            make_result(value, **({"key": f"{len(made):016x}", "model": model, "provenance": provenance} | changes))
+        )
+
+    add("alpha", 0.412)
+    add("alpha", 0.5, task="voc_ic")
+    add("beta", 0.523)
+    add("beta", 0.611, task="voc_ic", seed=0)
+    add("beta", 0.615, task="voc_ic", seed=1)
+    add("beta", 0.62, task="voc_ic", seed=2)
+    add("beta", status="failed", task="voc_ic", seed=3)
+    add("gamma|odd, name", 0.9)
+    add("gamma|odd, name", status="failed", task="voc_ic")
+    add("alpha", 0.45, protocol="clean-1", task="voc_ic")
+    for model, value in (("alpha", 0.3), ("beta", 0.4)):
+        add(model, value, subset={"train": {"found": 184, "expected": 367}})
+    add("beta", 0.35, subset={"train": {"found": 100, "expected": 367}, "test": {"found": 9, "expected": 233}})
+    add("alpha", 0.7, limit=10)
+    add("alpha", 0.6, protocol="hbird-2*", changed={"k": 50})
+    add(
+        "alpha",
+        0.45678912345,
+        family="correspondence",
+        task="spair",
+        protocol="spair-1",
+        primary_metric="pck",
+        metrics={"pck": 0.45678912345, "pck_macro": 0.44},
+        ci95={},
+    )
+    return made
+
+
+def test_golden(results, tmp_path):
+    paths = write_leaderboard(results, tmp_path)
+    assert sorted(path.name for path in paths) == sorted(path.name for path in GOLDEN.iterdir())
+    for path in paths:
+        assert path.read_text(encoding="utf-8") == (GOLDEN / path.name).read_text(encoding="utf-8"), path.name
+
+
+def test_same_bytes_in_any_order(results, tmp_path):
+    first = {path.name: path.read_bytes() for path in write_leaderboard(results, tmp_path / "a")}
+    for seed in range(20):
+        random.Random(seed).shuffle(results)
+        assert {path.name: path.read_bytes() for path in write_leaderboard(results, tmp_path / "b")} == first
+
+
+def results_of(results, family):
+    return [result for result in results if result.family == family]
+
+
+def ranked(results):
+    return build_tables(results)[0]
+
+
+def test_unrankable_results_never_stand_in_the_ranked_table(results):
+    text = ranked(results_of(results, "in_context")).to_csv()
+    unrankable = [result for result in results if result.status == "ok" and not result.rankable]
+    assert len(unrankable) == 5
+    for result in unrankable:
+        assert f"{100 * result.metrics['miou']:.1f}" not in text
+
+
+def test_models_rank_over_columns_that_all_have(make_result):
+    scores = {"worst": (0.1, 0.2), "best": (0.8, 0.9), "tie_b": (0.5, 0.6), "tie_a": (0.6, 0.5)}
+    results = [
+        make_result(value, key=model + task, model=model, task=task)
+        for model, values in scores.items()
+        for task, value in zip(("camvid_ic", "voc_ic"), values, strict=True)
+    ]
+    results.append(make_result(0.99, model="partial"))
+    assert [row[0] for row in ranked(results).rows] == ["best", "tie_a", "tie_b", "worst", "partial"]
+
+
+def test_other_weights_under_one_name_are_rows_of_their_own(make_result):
+    results = [make_result(value, provenance={"weights_id": digit * 64}) for value, digit in ((0.4, "1"), (0.6, "2"))]
+    assert ranked(results).rows == (
+        ("dino_vits16 (weights 22222222)", "60.0"),
+        ("dino_vits16 (weights 11111111)", "40.0"),
+    )
+
+
+def test_a_failure_without_weights_does_not_split_the_row(make_result):
+    results = [make_result(0.4), make_result(status="failed", task="voc_ic", provenance={})]
+    assert ranked(results).rows == (("dino_vits16", "40.0", "failed"),)
+
+
+def test_one_protocol_id_with_two_hashes_is_two_columns(make_result):
+    results = [make_result(0.4, key=digit, provenance={"protocol_hash": digit * 64}) for digit in "12"]
+    assert ranked(results).header == ("model", "camvid_ic@hbird-2 (hash 11111111)", "camvid_ic@hbird-2 (hash 22222222)")
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"key": "fedcba"},
+        {"seed": 1, "provenance": {"features": {"layer": 9}}},
+        {"seed": 1, "provenance": {"precision": "bf16"}},
+    ],
+)
+def test_results_that_are_not_seeds_of_one_thing_are_ambiguous(make_result, other):
+    results = [make_result(0.4, provenance={"features": {"layer": 11}}), make_result(0.6, **other)]
+    (row,) = ranked(results).rows
+    assert row[1] == "ambiguous"
+
+
+def test_copies_count_once(make_result):
+    results = [make_result(0.4), make_result(0.4), make_result(0.4, timing={"total": 9.0})]
+    for order in (results, results[::-1]):
+        table, full = build_tables(order)
+        assert table.rows == (("dino_vits16", "40.0"),)
+        assert [row[16] for row in full.rows] == ["9.0"]
+
+
+def test_full_table_keeps_full_precision(results, tmp_path):
+    write_leaderboard(results, tmp_path)
+    with open(tmp_path / "correspondence.full.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["metric"], float(row["value"]), row["primary"]) for row in rows] == [
+        ("pck", 0.45678912345, "True"),
+        ("pck_macro", 0.44, "False"),
+    ]
+
+
+def test_only_our_stale_tables_are_removed(results, tmp_path):
+    write_leaderboard(results, tmp_path)
+    for name in ("notes.csv", "published.csv", "other.full.csv", "other.csv"):
+        (tmp_path / name).write_text("mine,not,yours\n")
+    write_leaderboard([result for result in results if result.family == "correspondence"], tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "correspondence.csv",
+        "correspondence.full.csv",
+        "leaderboard.md",
+        "notes.csv",
+        "other.csv",
+        "other.full.csv",
+        "published.csv",
+    ]
+
+
+def test_no_results(tmp_path):
+    assert [path.name for path in write_leaderboard([], tmp_path / "new")] == ["leaderboard.md"]
+
+
+def test_a_folder_that_cannot_be_written(results, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NecoBenchError, match="--out"):
+        write_leaderboard(results, tmp_path / "file" / "deeper")

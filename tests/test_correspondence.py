@@ -1,0 +1,121 @@
+"""Matching and PCK by hand, and probe3d's geometry."""
+
+from __future__ import annotations
+
+import random
+
+import numpy as np
+import pytest
+import torch
+from neco_bench.tasks.correspondence.task import View, match_centres, match_probe3d, prepare_centres, prepare_probe3d
+
+from neco_bench.correspondence import box_side, draw_pairs, nearest_cells, pck_hits
+from neco_bench.data.base import Pair
+
+
+class Spec:
+    """The facts of an encoder that the geometry reads."""
+
+    mean = (0.485, 0.456, 0.406)
+    stride = 14
+
+
+def make_pair(source: list[list[float]], target: list[list[float]], **fields: object) -> Pair:
+    defaults = {
+        "id": "p",
+        "source_id": "a",
+        "target_id": "b",
+        "point_ids": tuple(map(str, range(len(source)))),
+        "source_box": (0, 0, 10, 10),
+        "target_box": (0, 0, 10, 10),
+        "category": "c",
+    }
+    return Pair(**{**defaults, **fields}, source_points=np.array(source, float), target_points=np.array(target, float))
+
+
+def distinct_map(side: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(512, side, side, generator=torch.Generator().manual_seed(seed))
+
+
+def test_nearest_cell_finds_a_moved_feature() -> None:
+    source, target = distinct_map(4), distinct_map(4, 1)
+    target[:, 1, 3] = 5 * source[:, 2, 0]
+    centre = torch.tensor([[(0 + 0.5) / 4 * 2 - 1, (2 + 0.5) / 4 * 2 - 1]])
+    assert nearest_cells(source, target, centre, align_corners=False).tolist() == [[3, 1]]
+    valid = torch.ones(4, 4, dtype=torch.bool)
+    valid[1, 3] = False
+    assert nearest_cells(source, target, centre, align_corners=False, valid=valid).tolist() != [[3, 1]]
+
+
+def test_pck_counts_strictly_or_not() -> None:
+    errors = np.array([0.5, 1.0, 3.0])
+    assert pck_hits(errors, [1.0, 3.0], strict=True).tolist() == [1, 2]
+    assert pck_hits(errors, [1.0, 3.0], strict=False).tolist() == [2, 3]
+    assert box_side((2, 3, 7, 20)) == 17
+
+
+@pytest.mark.parametrize(("size", "stride"), [(224, 16), (224, 14), (96, 8)])
+def test_probe3d_identical_images(size: int, stride: int) -> None:
+    """With distinct cells, identical images give round(kp * (W - 1)) / W: a shift to the top left of up to one cell."""
+    side = size // stride
+    view = View(distinct_map(side), size, size)
+    points = [[x, y] for x in range(3, size, 7) for y in range(5, size, 11)]
+    pair = make_pair(points, points)
+    unit = torch.tensor(points).float() / size
+    expected = (torch.round(unit * (side - 1)) / side - unit).norm(dim=1).double().numpy() * size
+    halfway = (unit * (side - 1)) % 1
+    clear = ((halfway - 0.5).abs() > 0.15).all(1).numpy()  # elsewhere the sampled feature is a mixture of two cells
+    assert clear.sum() > 20
+    np.testing.assert_allclose(match_probe3d(pair, view, view, size, stride)[clear], expected[clear], atol=1e-3)
+
+
+def test_probe3d_truncates_integer_keypoints() -> None:
+    """Keypoint (62, 462) in a 333x500 image at 224 px becomes (27, 206), not (28, 207)."""
+    size, stride = 224, 16
+    target = torch.zeros(1, 14, 14)
+    view = View(target + 1, 333, 500)
+    errors = match_probe3d(make_pair([[62, 462]], [[62, 462]]), view, view, size, stride)
+    # All cells tie, so the first one (0, 0) is chosen; the error is the length of the truncated point.
+    assert errors[0] == pytest.approx(np.hypot(27, 206) / 224 * 500, abs=1e-3)
+
+
+def test_probe3d_padding() -> None:
+    """White right and bottom, then zero after normalisation around 800 px at stride 14: 812, six pixels each side."""
+    image = np.zeros((50, 100, 3), np.uint8)
+    out = prepare_probe3d(image, 800, Spec())
+    assert out.shape == (3, 812, 812)
+    mean = torch.tensor(Spec.mean).view(3, 1, 1)
+    assert torch.equal(out[:, :6], mean.expand(3, 6, 812))
+    assert torch.equal(out[:, -6:], mean.expand(3, 6, 812))
+    np.testing.assert_allclose(out[:, 100, 100], 0, atol=1e-6)
+    np.testing.assert_allclose(out[:, 700, 100], 1, atol=1e-6)
+
+
+def test_centres_geometry_is_exact_on_identical_images() -> None:
+    """A keypoint at a cell's centre is found at that centre: no offset, whatever the aspect ratio."""
+    stride, size = 16, 64
+    view = View(distinct_map(4), 128, 64)  # scale 1/2: cells of 32 original pixels
+    points = [[32 * c + 15.5, 32 * r + 15.5] for c in range(4) for r in range(2)]
+    np.testing.assert_allclose(match_centres(make_pair(points, points), view, view, size, stride), 0, atol=1e-6)
+
+
+def test_centres_never_choose_padding() -> None:
+    source, target = distinct_map(4), distinct_map(4, 1)
+    target[:, 3, 1] = source[:, 0, 0]  # the best match lies in the padded lower half
+    errors = match_centres(
+        make_pair([[15.5, 15.5]], [[47.5, 111.5]]), View(source, 128, 64), View(target, 128, 64), 64, 16
+    )
+    assert errors[0] > 30
+    image = prepare_centres(np.full((64, 128, 3), 255, np.uint8), 64, Spec())
+    np.testing.assert_allclose(image[:, :32], 1, atol=1e-6)
+    np.testing.assert_allclose(image[:, 32:], torch.tensor(Spec.mean).view(3, 1, 1).expand(3, 32, 64))
+
+
+def test_draw_is_pythons_shuffle_of_sorted_names() -> None:
+    pairs = [make_pair([[0, 0]], [[0, 0]], id=f"{i:03}", attributes={"viewpoint_variation": i % 3}) for i in range(30)]
+    names = [f"{i:03}" for i in range(0, 30, 3)]
+    random.seed(20)
+    random.shuffle(names)
+    drawn = draw_pairs(pairs[::-1], "viewpoint_variation", 0, 4, 20)
+    assert [p.id for p in drawn] == names[:4]
+    assert len(draw_pairs(pairs, "viewpoint_variation", None, 200, 20)) == 30
