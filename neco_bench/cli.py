@@ -96,8 +96,8 @@ def run(
     options = runner.Options(
         data_root, device, precision, batch_size, workers, seed, limit, weights, layers, overwrite, progress=True
     )
-    jobs = runner.plan_all(_models(model), tasks, options)
     store = ResultStore(out)
+    jobs = runner.plan_all(_models(model), tasks, options, store)
     if dry_run:
         rows = [
             {
@@ -106,7 +106,7 @@ def run(
                 "protocol": job.task.label,
                 "items": {role: len(d) for role, d in job.data.items()},
                 "subset": {role: d.subset for role, d in job.data.items() if d.subset},
-                "stored": store.find(job.key) is not None,
+                "stored": runner.stored(job, store) is not None,
             }
             for job in jobs
         ]

@@ -81,11 +81,10 @@ class Job:
 
 
 def plan(model: str, task: Task, options: Options, *, identity: str | None = None) -> Job:
-    """Check names and settings and open the data. Loads no weights.
+    """Check the model's name and open the data. Loads no weights and no torch.
 
     identity: what stands for the encoder's content; None asks the model spec.
     """
-    task.settings()
     data = {
         role: load_dataset(task.card.dataset, split, root=options.data_root, limit=options.limit)
         for role, split in task.card.splits.items()
@@ -228,7 +227,7 @@ def run(
 
 def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None) -> Result:
     """The stored result of a job, or a new one, stored at once. encoder: None loads what the job names."""
-    if store and not job.options.overwrite and (found := store.find(job.key)):
+    if store and (found := stored(job, store)):
         return found
     result, statistics = execute(job, encoder)
     if store:
@@ -281,7 +280,19 @@ def _device_name(encoder: Encoder) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
 
 
-def plan_all(models: Iterable[str], tasks: Iterable[Task], options: Options) -> list[Job]:
-    """Jobs of every model on every task. Every name, setting and data set is checked before anything runs."""
+def plan_all(models: Iterable[str], tasks: Iterable[Task], options: Options, store: ResultStore) -> list[Job]:
+    """Jobs of every model on every task. Names, settings and data are checked before anything runs.
+
+    Settings of stored results were checked when they were made: torch is imported only where something will run.
+    """
     tasks = list(tasks)
-    return [plan(model, task, options) for model in models for task in tasks]
+    jobs = [plan(model, task, options) for model in models for task in tasks]
+    for job in jobs:
+        if stored(job, store) is None:
+            job.task.settings()
+    return jobs
+
+
+def stored(job: Job, store: ResultStore) -> Result | None:
+    """The finished result of a job, unless the options ask for a new one."""
+    return None if job.options.overwrite else store.find(job.key)
