@@ -10,9 +10,14 @@ Names are loaded when they are first used, so that `import neco_bench` is instan
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
+
+if not Path(__file__).with_name("tasks").is_dir():
+    # Imported from a source checkout, where `tasks/` lies beside this package; an installed one has it inside.
+    __path__.append(str(Path(__file__).parents[1]))
 
 _HOMES = {
     "run": "neco_bench.runner",

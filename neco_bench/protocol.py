@@ -16,11 +16,11 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
 
-from neco_bench.errors import BadInputError, UsageError, did_you_mean
+from neco_bench.errors import BadInputError, NecoBenchError, UsageError, did_you_mean
 from neco_bench.registry import Registry
 from neco_bench.toml import read_toml
 
@@ -44,7 +44,17 @@ def digest(document: Any) -> str:
 class Settings(BaseModel):
     """Base of each family's settings: every constant of the protocol and the card, validated, frozen."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError("give the smaller limit first")
+    return limits
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
 
 
 @dataclass(frozen=True)
@@ -133,8 +143,17 @@ class Task:
 
 
 def family_module(family: str) -> Any:
-    """The module with `Settings` and `run` of a family. Imports it."""
-    return importlib.import_module(f"{FAMILIES.entry(family).value}.task")
+    """The module with `Settings` and `run` of a family. Imports it; raises BadInputError where a plug-in is broken."""
+    entry = FAMILIES.entry(family)
+    try:
+        module = importlib.import_module(f"{entry.value}.task")
+        _ = module.Settings, module.run
+    except Exception as error:  # a plug-in may fail in any way
+        raise BadInputError(
+            f"task family {family!r} of {entry.origin} ({entry.value}.task) could not be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return module
 
 
 def _family_folder(family: str) -> Path:
@@ -176,7 +195,7 @@ def all_cards() -> tuple[dict[str, Card], dict[str, str]]:
     for family in FAMILIES:
         try:
             found = _read_family(family)[1]
-        except BadInputError as error:
+        except NecoBenchError as error:
             broken[family] = str(error)
             continue
         for name, card in found.items():

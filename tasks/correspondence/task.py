@@ -11,12 +11,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from neco_bench import statistics
@@ -37,13 +38,13 @@ class Settings(BaseSettings):
     side of the target box. pairs_per_bin: None takes every pair.
     """
 
-    input_size: int
+    input_size: PositiveInt
     geometry: Literal["probe3d", "centres"]
     final_norm: bool
-    alphas: tuple[float, ...]
+    alphas: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     strict: bool
-    pairs_per_bin: int | None = None
-    draw_seed: int = 0
+    pairs_per_bin: PositiveInt | None = None
+    draw_seed: NonNegativeInt = 0
 
 
 @dataclass(frozen=True)

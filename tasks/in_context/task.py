@@ -9,11 +9,12 @@ the result does not depend on batch size or workers; search is exact (the refere
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from neco_bench import metrics, statistics
@@ -23,6 +24,7 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
 from neco_bench.features.transforms import HummingbirdTrain, Squash
 from neco_bench.features.transforms import fit_size as fit
+from neco_bench.protocol import Range, Share
 from neco_bench.protocol import Settings as BaseSettings
 from neco_bench.search import ExactIndex
 
@@ -33,16 +35,16 @@ class Settings(BaseSettings):
     std: replaces the encoder's own statistics (None: keeps them). passes: augmented copies of each training image.
     """
 
-    input_size: int
-    memory_size: int | None = None
-    passes: int
-    neighbours: int
-    temperature: float
-    std: tuple[float, float, float] | None = None
-    jitter: float
-    jitter_probability: float
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
+    input_size: PositiveInt
+    memory_size: PositiveInt | None = None
+    passes: PositiveInt
+    neighbours: PositiveInt
+    temperature: PositiveFloat
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+    jitter: Annotated[float, Field(ge=0, le=0.5)]  # a hue turns by half a circle at most
+    jitter_probability: Share
+    crop_scale: Range
+    crop_ratio: Range
     void_in_memory: Literal["class 0", "dropped"]
     matching: Literal["hungarian", "identity"]
     absent: metrics.Absent

@@ -13,6 +13,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from neco_bench import metrics, statistics
 from neco_bench.context import Context, Outcome, item_rng
@@ -22,6 +23,7 @@ from neco_bench.errors import UsageError
 from neco_bench.features.extract import stream
 from neco_bench.features.transforms import CropFlip, Squash, fit_size, nearest_legacy
 from neco_bench.probe import ProbeOptions, classify, new_head, train_probe
+from neco_bench.protocol import Range, Share
 from neco_bench.protocol import Settings as BaseSettings
 
 
@@ -33,23 +35,23 @@ class Settings(BaseSettings):
     (None: their own resolution).
     """
 
-    input_size: int
-    train_mask_size: int
-    crop_scale: tuple[float, float]
-    crop_ratio: tuple[float, float]
-    flip_probability: float
-    epochs: int
-    batch_size: int
-    learning_rate: float
-    momentum: float
-    weight_decay: float
-    decay: float
-    decay_epochs: int
+    input_size: PositiveInt
+    train_mask_size: PositiveInt
+    crop_scale: Range
+    crop_ratio: Range
+    flip_probability: Share
+    epochs: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    momentum: Share
+    weight_decay: NonNegativeFloat
+    decay: PositiveFloat
+    decay_epochs: PositiveInt
     shuffle: bool
     drop_last: bool = False
     drop_last_val: bool = False
     select: Literal["best", "last"]
-    score_size: int | None = None
+    score_size: PositiveInt | None = None
     absent: metrics.Absent
 
 

@@ -8,6 +8,7 @@ have. Both come from one (C, K) confusion matrix. The matching sees the ground t
 from __future__ import annotations
 
 import numpy as np
+from pydantic import NonNegativeInt, PositiveInt
 
 from neco_bench import metrics, statistics
 from neco_bench.clustering import kmeans, reduce_dimensions, standardise
@@ -27,14 +28,14 @@ class Settings(BaseSettings):
     classes. drop_last: leave out the last partial batch of this size (0: keep every image).
     """
 
-    input_size: int
-    mask_size: int | None = None
-    clusters: int | None = None
-    components: int
-    iterations: int
-    redos: int
-    seeds: int
-    drop_last: int = 0
+    input_size: PositiveInt
+    mask_size: PositiveInt | None = None
+    clusters: PositiveInt | None = None
+    components: PositiveInt
+    iterations: PositiveInt
+    redos: PositiveInt
+    seeds: PositiveInt
+    drop_last: NonNegativeInt = 0
     absent: metrics.Absent
 
 

@@ -1,0 +1,75 @@
+"""Every command of README.md runs, and does what the text says. The two install commands are what `.ci/run` calls."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+
+
+COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("neco-bench")]
+INSTALLS = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("neco-bench")]
+EXAMPLE, SCRIPT = blocks("python")
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder of the reader's own, with the README's encoder in it."""
+    folder = tmp_path_factory.mktemp("reader")
+    (folder / "my_encoder.py").write_text(EXAMPLE)
+    return folder
+
+
+def execute(arguments: list[str], place: Path) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    return subprocess.run(arguments, cwd=place, env=environment, capture_output=True, text=True, check=False)
+
+
+def test_there_are_two_install_commands_and_ci_calls_them() -> None:
+    assert len(INSTALLS) == 2
+    assert all(line.startswith("python3 -m venv") for line in INSTALLS)
+    assert INSTALLS[1].endswith("python -m pytest")
+    assert "grep '^python3 -m venv' README.md" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_the_example_encoder_is_short() -> None:
+    function = EXAMPLE[EXAMPLE.index("def ") :].strip().splitlines()
+    assert len(function) <= 15
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_command(command: str, place: Path, request: pytest.FixtureRequest) -> None:
+    if "/data" in command:
+        command = command.replace("/data", str(request.getfixturevalue("real_data")))
+    done = execute([sys.executable, "-m", "neco_bench", *shlex.split(command)[1:]], place)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip()
+    assert "Traceback" not in done.stderr
+
+
+def test_python_example(place: Path) -> None:
+    done = execute([sys.executable, "-c", SCRIPT], place)
+    assert done.returncode == 0, done.stderr
+
+
+def test_links_lead_somewhere() -> None:
+    for target in re.findall(r"\]\(([^)#]+)\)", README):
+        assert (ROOT / target).exists(), target
+
+
+@pytest.mark.parametrize("arguments", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]])
+def test_style(arguments: list[str]) -> None:
+    done = execute([sys.executable, "-m", *arguments], ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
