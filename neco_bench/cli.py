@@ -116,7 +116,7 @@ def run(
     try:
         for job in jobs:
             results.append(runner.run_job(job, store))
-            note = results[-1].error or "done"
+            note = f"error: {results[-1].error}" if results[-1].error else "done"
             print(f"{job.label} on {job.task.card.name}@{job.task.label}: {note}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"interrupted; finished results are in {out}, the same command goes on from there.", file=sys.stderr)

@@ -31,6 +31,7 @@ FAMILIES: Registry = Registry(
         name: f"neco_bench.tasks.{name}"
         for name in ("in_context", "linear_segmentation", "overclustering", "correspondence")
     },
+    listing="neco-bench tasks",
 )
 # Renamed task ids keep resolving here: old id -> new id.
 RENAMED: dict[str, str] = {}
@@ -42,9 +43,15 @@ def digest(document: Any) -> str:
 
 
 class Settings(BaseModel):
-    """Base of each family's settings: every constant of the protocol and the card, validated, frozen."""
+    """Base of each family's settings: every constant of the protocol and the card, validated, frozen.
+
+    mean, std: of RGB on [0, 1]; they replace the encoder's own where a reference feeds every encoder alike.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    mean: tuple[float, float, float] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
 
 
 def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
@@ -134,7 +141,7 @@ class Task:
             for item in error.errors():
                 key = ".".join(map(str, item["loc"]))
                 hint = did_you_mean(key, schema.model_fields) if item["type"] == "extra_forbidden" else ""
-                problems.append(f"{key}: {item['msg']}.{hint}")
+                problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}.{hint}")
             where = "--set" if self.changed else f"cards.toml of family {self.card.family!r}"
             raise UsageError(
                 f"{where}, task {self.card.name}@{self.protocol.id}: {'; '.join(problems)} "

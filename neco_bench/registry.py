@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Generic, TypeVar
@@ -25,13 +26,30 @@ class Entry:
     value: str
     origin: str
 
+    @property
+    def problem(self) -> str:
+        """Why it cannot be loaded, as far as that shows without importing anything; else an empty string."""
+        name, path = "", None
+        for part in self.value.partition(":")[0].split("."):
+            name = f"{name}.{part}" if name else part
+            # What importlib.util.find_spec does, without importing the parent packages.
+            spec = next((s for finder in sys.meta_path if (s := finder.find_spec(name, path))), None)
+            if spec is None:
+                return f"there is no module {name!r}"
+            path = spec.submodule_search_locations
+        return ""
+
 
 class Registry(Generic[T]):
-    """Names of one kind. `group` is the entry-point group through which other packages add to it."""
+    """Names of one kind.
 
-    def __init__(self, kind: str, group: str, builtin: Mapping[str, str]) -> None:
+    group: the entry-point group through which other packages add to it. listing: the command that lists the names.
+    """
+
+    def __init__(self, kind: str, group: str, builtin: Mapping[str, str], *, listing: str) -> None:
         self.kind = kind
         self.group = group
+        self.listing = listing
         self._builtin = {name: Entry(name, value, "neco-bench") for name, value in builtin.items()}
 
     def entries(self) -> dict[str, Entry]:
@@ -58,7 +76,7 @@ class Registry(Generic[T]):
         """The entry of that name. Raises `UsageError` with near names where there is none."""
         entries = self.entries()
         if name not in entries:
-            raise UsageError(f"Unknown {self.kind} {name!r}.{did_you_mean(name, entries)}")
+            raise UsageError(f"Unknown {self.kind} {name!r}.{did_you_mean(name, entries)} `{self.listing}` lists all.")
         return entries[name]
 
     def load(self, name: str) -> T:

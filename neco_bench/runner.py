@@ -18,8 +18,8 @@ from neco_bench.context import Context
 from neco_bench.data import load_dataset
 from neco_bench.data.base import Dataset
 from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import request_id
-from neco_bench.errors import NecoBenchError, UsageError, error_of_code
+from neco_bench.encoders.zoo import PRECISIONS, request_id
+from neco_bench.errors import BadInputError, NecoBenchError, UsageError, error_of_code
 from neco_bench.protocol import Task, digest, family_module, find_tasks
 from neco_bench.results.provenance import environment, peak_memory_mb
 from neco_bench.results.schema import Result
@@ -48,6 +48,8 @@ class Options:
     progress: bool = False
 
     def __post_init__(self) -> None:
+        if self.precision not in (None, *PRECISIONS):
+            raise UsageError(f"Unknown precision {self.precision!r}: use {', '.join(PRECISIONS)}.")
         for name, value, least in (
             ("--batch-size", self.batch_size, 1),
             ("--workers", self.workers, 0),
@@ -85,6 +87,8 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
 
     identity: what stands for the encoder's content; None asks the model spec.
     """
+    if identity is None:
+        request_id(model, options.weights)  # an unknown model or a missing file is an error now, not hours later
     data = {
         role: load_dataset(task.card.dataset, split, root=options.data_root, limit=options.limit)
         for role, split in task.card.splits.items()
@@ -99,10 +103,7 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
         "limit": options.limit,
         "versions": {name: importlib.metadata.version(name) for name in ("neco-bench", "torch", "torchvision", "timm")},
     }
-    job = Job(model, task, data, options, facts, identity)
-    if identity is None:
-        request_id(model, options.weights)  # an unknown model or a missing file is an error now, not hours later
-    return job
+    return Job(model, task, data, options, facts, identity)
 
 
 def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.ndarray] | None]:
@@ -218,8 +219,13 @@ def run(
     if isinstance(model, str):
         job, encoder = plan(model, tasks[0], chosen), None
     else:
-        job, encoder = plan(model.name, tasks[0], chosen, identity=model.weights_id), model
-    result = run_job(job, ResultStore(out) if out else None, encoder)
+        identity = _identity(model, chosen)
+        name = model.name + ("" if model.layer == "last" else f"[{model.layer}]")
+        job, encoder = plan(name, tasks[0], chosen, identity=identity), model
+    store = ResultStore(out) if out else None
+    if store is None or stored(job, store) is None:
+        job.task.settings()  # a wrong setting is an error now, not after the encoder is loaded
+    result = run_job(job, store, encoder)
     if result.status == "failed":
         raise error_of_code(result.error_code, result.error or "")
     return result
@@ -230,7 +236,7 @@ def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None)
     if store and (found := stored(job, store)):
         return found
     result, statistics = execute(job, encoder)
-    if store:
+    if store and result.error_code != UsageError.exit_code:  # a mistyped option is no gap in a table
         store.save(result, statistics)
     return result
 
@@ -271,6 +277,25 @@ def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
             "weights_report": None if report is None else vars(report),
         },
     }
+
+
+def _identity(encoder: Encoder, options: Options) -> str:
+    """What stands for an Encoder object in the content key: its weights, and how features are read from it."""
+    from neco_bench.encoders.base import Encoder as Contract
+
+    if not isinstance(encoder, Contract):
+        raise UsageError(
+            f"run() takes a model spec or an Encoder, not {type(encoder).__name__}. Subclass neco_bench.Encoder, or "
+            f"name a function that returns the module: path/to/file.py:FACTORY."
+        )
+    absent = [fact for fact in ("name", "embed_dim", "stride", "weights_id") if not hasattr(encoder, fact)]
+    if absent:
+        raise BadInputError(f"The {type(encoder).__name__} given to run() lacks {', '.join(absent)}; set it.")
+    ignored = [name for name in ("device", "precision", "layers", "weights") if getattr(options, name) is not None]
+    if ignored:
+        raise UsageError(f"An Encoder is run as it is: give {', '.join(ignored)} to load_encoder() instead.")
+    facts = ("weights_id", "embed_dim", "stride", "mean", "std", "layer", "final_norm", "pos_interp", "precision")
+    return digest({"device": encoder.device.type} | {fact: getattr(encoder, fact) for fact in facts})
 
 
 def _device_name(encoder: Encoder) -> str:

@@ -12,12 +12,7 @@ from neco_bench.tasks.correspondence.task import View, match_centres, match_prob
 from neco_bench.correspondence import box_side, draw_pairs, nearest_cells, pck_hits
 from neco_bench.data.base import Pair
 
-
-class Spec:
-    """The facts of an encoder that the geometry reads."""
-
-    mean = (0.485, 0.456, 0.406)
-    stride = 14
+MEAN = (0.485, 0.456, 0.406)
 
 
 def make_pair(source: list[list[float]], target: list[list[float]], **fields: object) -> Pair:
@@ -82,9 +77,9 @@ def test_probe3d_truncates_integer_keypoints() -> None:
 def test_probe3d_padding() -> None:
     """White right and bottom, then zero after normalisation around 800 px at stride 14: 812, six pixels each side."""
     image = np.zeros((50, 100, 3), np.uint8)
-    out = prepare_probe3d(image, 800, Spec())
+    out = prepare_probe3d(image, 800, 14, MEAN)
     assert out.shape == (3, 812, 812)
-    mean = torch.tensor(Spec.mean).view(3, 1, 1)
+    mean = torch.tensor(MEAN).view(3, 1, 1)
     assert torch.equal(out[:, :6], mean.expand(3, 6, 812))
     assert torch.equal(out[:, -6:], mean.expand(3, 6, 812))
     np.testing.assert_allclose(out[:, 100, 100], 0, atol=1e-6)
@@ -106,9 +101,9 @@ def test_centres_never_choose_padding() -> None:
         make_pair([[15.5, 15.5]], [[47.5, 111.5]]), View(source, 128, 64), View(target, 128, 64), 64, 16
     )
     assert errors[0] > 30
-    image = prepare_centres(np.full((64, 128, 3), 255, np.uint8), 64, Spec())
+    image = prepare_centres(np.full((64, 128, 3), 255, np.uint8), 64, 16, MEAN)
     np.testing.assert_allclose(image[:, :32], 1, atol=1e-6)
-    np.testing.assert_allclose(image[:, 32:], torch.tensor(Spec.mean).view(3, 1, 1).expand(3, 32, 64))
+    np.testing.assert_allclose(image[:, 32:], torch.tensor(MEAN).view(3, 1, 1).expand(3, 32, 64))
 
 
 def test_draw_is_pythons_shuffle_of_sorted_names() -> None:

@@ -7,10 +7,11 @@ SegmentationDataset or PairDataset constructed as `Class(folder, split)`.
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, PairSample, Sample, SegmentationDataset
-from neco_bench.data.folder import missing
+from neco_bench.data.folder import missing, read_list
 from neco_bench.errors import UsageError
 from neco_bench.registry import Registry
 
@@ -22,8 +23,16 @@ DATASETS: Registry[type[Dataset]] = Registry(
         "shapes_pairs": "neco_bench.data.shapes:ShapesPairs",
         "camvid": "neco_bench.data.camvid:CamVid",
         "voc2012": "neco_bench.data.voc2012:VOC2012",
+        "ade20k": "neco_bench.data.ade20k:ADE20K",
+        "ade20k_151": "neco_bench.data.ade20k:ADE20K151",
+        "coco_things": "neco_bench.data.coco:CocoThings",
+        "coco_things_shifted": "neco_bench.data.coco:CocoThingsShifted",
+        "coco_stuff": "neco_bench.data.coco:CocoStuff",
+        "coco_stuff27": "neco_bench.data.coco:CocoStuff27",
+        "coco_stuff171": "neco_bench.data.coco:CocoStuff171",
         "spair71k": "neco_bench.data.spair71k:SPair71k",
     },
+    listing="neco-bench data list",
 )
 
 __all__ = [
@@ -37,9 +46,14 @@ __all__ = [
     "SegmentationDataset",
     "data_root",
     "dataset_folder",
+    "fraction_names",
     "list_datasets",
     "load_dataset",
 ]
+
+
+# How many draws of each fraction there are, as in open-hummingbird-eval.
+DRAWS = 5
 
 
 def list_datasets() -> list[str]:
@@ -48,18 +62,42 @@ def list_datasets() -> list[str]:
 
 
 def load_dataset(
-    name: str, split: str, *, root: str | os.PathLike[str] | None = None, limit: int | None = None
+    name: str,
+    split: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    split_file: str | os.PathLike[str] | None = None,
 ) -> Dataset:
     """A split of a data set, its first `limit` items if given.
 
-    root: the folder of data sets, else NECO_BENCH_DATA; the files are in `<root>/<name>/`. Raises UsageError (unknown
-    name or split, limit < 1), MissingError (no root, files not there), BadInputError (lists or annotations wrong).
+    split: one of its splits, or a drawn fraction of one such as "trainaug_1of128_0" (`Dataset.fraction` has the rule).
+    split_file: a text file of item ids, one a line, to which the split is restricted: the list of another paper.
+    root: the folder of data sets, else NECO_BENCH_DATA; the files are in `<root>/<folder_name or name>/`. Raises
+    UsageError (unknown name or split, limit < 1), MissingError (no root, files not there), BadInputError (lists or
+    annotations wrong).
     """
     cls = DATASETS.load(name)
-    if split not in cls.splits:
-        raise UsageError(f"Data set {name!r} has no split {split!r}; it has {', '.join(cls.splits)}.")
-    dataset = cls(dataset_folder(cls, root), split)  # type: ignore[call-arg]
+    drawn = re.fullmatch(r"(.+)_1of(\d+)_(\d+)", split)
+    if drawn and int(drawn[2]) in cls.fractions.get(drawn[1], {}) and int(drawn[3]) < DRAWS:
+        whole: Dataset = cls(dataset_folder(cls, root), drawn[1])  # type: ignore[call-arg]
+        dataset = whole.fraction(int(drawn[2]), int(drawn[3]))
+    elif split in cls.splits:
+        dataset = cls(dataset_folder(cls, root), split)  # type: ignore[call-arg]
+    else:
+        raise UsageError(
+            f"Data set {name!r} has no split {split!r}; it has {', '.join((*cls.splits, *fraction_names(cls)))}."
+        )
+    if split_file is not None:
+        dataset = dataset.chosen(read_list(cls, Path(split_file)))
     return dataset if limit is None else dataset.limited(limit)
+
+
+def fraction_names(cls: type[Dataset]) -> tuple[str, ...]:
+    """The splits that can be drawn from those of a data set, as patterns: "trainaug_1of{128,64,8}_{0..4}"."""
+    return tuple(
+        f"{split}_1of{{{','.join(map(str, parts))}}}_{{0..{DRAWS - 1}}}" for split, parts in cls.fractions.items()
+    )
 
 
 def data_root(root: str | os.PathLike[str] | None = None) -> Path | None:
@@ -75,6 +113,7 @@ def dataset_folder(cls: type[Dataset], root: str | os.PathLike[str] | None = Non
     base = data_root(root)
     if base is None:
         raise missing(cls, "no data root is given. Use --data-root DIR or set NECO_BENCH_DATA.")
-    if not (base / cls.name).is_dir():
-        raise missing(cls, f"there is no folder {base / cls.name}.")
-    return base / cls.name
+    folder = base / (cls.folder_name or cls.name)
+    if not folder.is_dir():
+        raise missing(cls, f"there is no folder {folder}.")
+    return folder

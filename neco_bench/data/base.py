@@ -7,13 +7,15 @@ from __future__ import annotations
 
 import abc
 import copy
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from neco_bench.errors import UsageError
+from neco_bench.errors import BadInputError, UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -64,8 +66,9 @@ class Dataset(abc.ABC):
 
     name, split; version: of the reader and its id mapping. expected: number of items of each full split (empty where
     no such number exists). citation: short reference. ids: item ids in a fixed order (image ids, or pair ids).
-    kind: "segmentation" or "pairs". needs_root: whether it is read from the data root. layout: the tree of files
-    expected there, shown in error messages.
+    kind: "segmentation" or "pairs". needs_root: whether it is read from the data root. folder_name: its folder there,
+    the name if empty. layout: the tree of files expected there, shown in error messages. fractions: parts that can be
+    drawn from a split, as {split: {parts: items}}; see `fraction`.
     """
 
     name: ClassVar[str]
@@ -74,11 +77,14 @@ class Dataset(abc.ABC):
     citation: ClassVar[str] = ""
     kind: ClassVar[str]
     needs_root: ClassVar[bool] = True
+    folder_name: ClassVar[str] = ""
     layout: ClassVar[str] = ""
     splits: ClassVar[tuple[str, ...]]
+    fractions: ClassVar[dict[str, dict[int, int]]] = {}
     split: str
     ids: tuple[str, ...]
     _before_limit: int | None = None
+    _full: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -86,7 +92,7 @@ class Dataset(abc.ABC):
     @property
     def subset(self) -> dict[str, int] | None:
         """{"found": n, "expected": m} where the split on disk is not the full one (limited or not), else None."""
-        full = self.expected.get(self.split)
+        full = self._full or self.expected.get(self.split)
         found = self._before_limit or len(self)
         return None if full is None or found == full else {"found": found, "expected": full}
 
@@ -98,21 +104,69 @@ class Dataset(abc.ABC):
         """The same data set with its first `count` items only. Raises UsageError where count < 1."""
         if count < 1:
             raise UsageError(f"A data set cannot be limited to {count} items: give 1 or more.")
-        part = copy.copy(self)
-        part.ids = self.ids[:count]
+        part = self._part(range(min(count, len(self))))
         part._before_limit = self._before_limit or len(self)
+        return part
+
+    def fraction(self, parts: int, draw: int) -> Self:
+        """Draw `draw` of one in `parts` items of this split, as its own split "<split>_1of<parts>_<draw>".
+
+        The rule: item ids are ordered by the sha256 of "<folder name>/<split>/<draw>/<id>" and the first n are kept, in
+        the order of the full split. So draws of equal number are nested, and none hangs on a machine or on the order
+        of files. n is `fractions[split][parts]`, and proportionally less where files of the full split are absent.
+        """
+        count, full = self.fractions[self.split][parts], self.expected[self.split]
+        text = f"{self.folder_name or self.name}/{self.split}/{draw}/"
+        order = sorted(range(len(self)), key=lambda i: hashlib.sha256(f"{text}{self.ids[i]}".encode()).digest())
+        part = self._part(sorted(order[: max(1, round(count * len(self) / full))]))
+        part.split, part._full = f"{self.split}_1of{parts}_{draw}", count
+        return part
+
+    def chosen(self, ids: Iterable[str]) -> Self:
+        """The items of a list of ids only, in the order of this split; the last component of an id is enough.
+
+        Raises BadInputError naming ids that this split does not have.
+        """
+        known = {name: i for i, item in enumerate(self.ids) for name in (item.rpartition("/")[2], item)}
+        names = {item: item if item in known else PurePosixPath(item).stem for item in ids}
+        unknown = [item for item, name in names.items() if name not in known]
+        if unknown:
+            shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
+            raise BadInputError(
+                f"{len(unknown)} ids are not in split {self.split!r} of {self.name!r}: {shown}. "
+                f"Its ids look like {self.ids[0]!r}."
+            )
+        return self._part(sorted({known[name] for name in names.values()}))
+
+    def _part(self, indices: Sequence[int]) -> Self:
+        part = copy.copy(self)
+        part.ids = tuple(self.ids[i] for i in indices)
         return part
 
 
 class SegmentationDataset(Dataset):
-    """A split of images with masks. classes: names of ids 0..C-1. palette: (C, 3) uint8 colours for pictures."""
+    """A split of images with masks. classes: names of ids 0..C-1. palette: (C, 3) uint8 colours for pictures.
+
+    void_class: id of a class that is one of the C rows (of a memory, a head, an average) though pixels of it in the
+    ground truth are not scored, such as "other" in the 151-class form of ADE20K; None where there is none.
+    """
 
     kind = "segmentation"
     classes: ClassVar[tuple[str, ...]]
+    void_class: ClassVar[int | None] = None
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`. Raises MissingError (no such file) and BadInputError (truncated file, bad ids, sizes)."""
+
+    def doubts(self, counts: np.ndarray) -> list[str]:
+        """What pixel counts (256,) of a whole split, by class id, say against its masks; `data check` reports it."""
+        if counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
+            return [
+                f"The masks hold {self.classes[0]!r} and void only: they are black-and-white pictures (0 and 255), "
+                f"not class ids. Restore the original masks."
+            ]
+        return []
 
     @property
     @abc.abstractmethod
@@ -135,10 +189,9 @@ class PairDataset(Dataset):
         """Sorted ids of all images that some pair uses."""
         return tuple(sorted({i for pair in self.pairs for i in (pair.source_id, pair.target_id)}))
 
-    def limited(self, count: int) -> Self:
-        """The same data set with its first `count` pairs only. Raises UsageError where count < 1."""
-        part = super().limited(count)
-        part.pairs = self.pairs[:count]
+    def _part(self, indices: Sequence[int]) -> Self:
+        part = super()._part(indices)
+        part.pairs = tuple(self.pairs[i] for i in indices)
         return part
 
     @abc.abstractmethod

@@ -5,14 +5,16 @@ from __future__ import annotations
 
 import abc
 import hashlib
+import os
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
 from neco_bench.data.base import IGNORE, Dataset, Pair, Sample, SegmentationDataset
-from neco_bench.data.io import read_image, read_mask
+from neco_bench.data.io import id_table, read_image, read_mask
 from neco_bench.errors import BadInputError, MissingError
 
 PAIR_ATTRIBUTES = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
@@ -95,30 +97,106 @@ def parse_pair(name: str, raw: dict[str, Any]) -> Pair:
     )
 
 
-class SegmentationFolder(SegmentationDataset):
-    """Segmentation read from files. A subclass sets `folder`, `split`, `list_file`, `ids`, and says where files lie.
+def file_ids(folder: Path, before: str, after: str) -> set[str]:
+    """Ids of all files BEFORE + NAME + AFTER below a folder: the path from it without the two, as in "aachen/0001"."""
+    found: set[str] = set()
+    for place, _, names in os.walk(folder):
+        inner = Path(place).relative_to(folder).as_posix()
+        start = "" if inner == "." else f"{inner}/"
+        found.update(
+            start + name[len(before) : len(name) - len(after)]
+            for name in names
+            if name.startswith(before) and name.endswith(after) and not name.startswith(".")
+        )
+    return found
 
-    void: the mask value in files that means void.
+
+class SegmentationFolder(SegmentationDataset):
+    """Segmentation read from files. A subclass sets `folder`, `split`, `ids`, and says where files lie.
+
+    void: the mask value in files that means void. causes: what a file is that holds a certain wrong value, for
+    messages. list_file: the list that names the items, if any. source: which of several kinds of annotation is read.
+    shared_files: files besides images and masks that the masks depend on.
     """
 
     void: ClassVar[int] = IGNORE
+    causes: ClassVar[dict[int, str]] = {}
     folder: Path
-    list_file: Path
+    list_file: Path | None = None
+    source: str = ""
+    shared_files: tuple[Path, ...] = ()
 
     @abc.abstractmethod
     def files(self, item: str) -> tuple[Path, Path]:
         """Paths of the image and the mask of an item id."""
 
+    @property
+    def table(self) -> np.ndarray:
+        """Class id of each file value, see `id_table`: as in the file, and IGNORE for `void`, unless a set differs."""
+        return id_table({**{i: i for i in range(len(self.classes))}, self.void: IGNORE})
+
     def __getitem__(self, index: int) -> Sample:
         item = self.ids[index]
-        image_file, mask_file = self.files(item)
-        image = read_image(image_file, listed_in=self.list_file)
-        mask = read_mask(
-            mask_file, classes=len(self.classes), void=self.void, size=image.shape[:2], listed_in=self.list_file
-        )
-        return Sample(image, mask, item)
+        image = read_image(self.files(item)[0], listed_in=self.list_file)
+        return Sample(image, self.read_mask(item, image.shape[:2]), item)
+
+    def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
+        """The mask of an item id, which must have the size (H, W) of its image."""
+        path = self.files(item)[1]
+        return read_mask(path, table=self.table, causes=self.causes, size=size, listed_in=self.list_file)
 
     def fingerprint(self) -> str:
-        """Sha256 over name, reader version, split, ids, and names and sizes of the image and mask files."""
-        facts = (self.name, self.version, self.split, *self.ids)
-        return file_digest(facts, self.folder, (path for item in self.ids for path in self.files(item)))
+        """Sha256 over name, reader version, split, source, ids, and names and sizes of the image and mask files."""
+        facts = (self.name, self.version, self.split, *filter(None, [self.source]), *self.ids)
+        paths = dict.fromkeys(path for item in self.ids for path in self.files(item))
+        return file_digest(facts, self.folder, {**paths, **dict.fromkeys(self.shared_files)})
+
+    @property
+    def palette(self) -> np.ndarray:
+        """VOC's colours, unless a set has its own: bits of an id's octal digit b set bit 7-b of red, green and blue."""
+        ids = np.arange(len(self.classes))[:, None]
+        bits = [((ids >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3)]
+        return np.sum(bits, axis=0).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Files:
+    """Files BEFORE + NAME + AFTER below a folder, by id."""
+
+    folder: Path
+    after: str
+    before: str = ""
+
+    def path(self, item: str) -> Path:
+        start, slash, name = item.rpartition("/")
+        return self.folder / f"{start}{slash}{self.before}{name}{self.after}"
+
+
+class PairedFolders(SegmentationFolder):
+    """Segmentation without split lists: a split is what lies in two folders, each image with a mask of its name.
+
+    A subclass calls `pair`, which sets everything that reading needs.
+    """
+
+    def pair(self, folder: Path, split: str, images: Files, masks: Files) -> None:
+        """Raises AbsentSplitError (no images), MissingError (images without masks, or masks without images)."""
+        self.folder, self.split, self._images, self._masks = folder, split, images, masks
+        image_ids = file_ids(images.folder, images.before, images.after)
+        self.check_pairing(image_ids, file_ids(masks.folder, masks.before, masks.after))
+        self.ids = tuple(sorted(image_ids))
+
+    def check_pairing(self, image_ids: set[str], mask_ids: set[str]) -> None:
+        """Raises AbsentSplitError (no images) and MissingError (ids that only one of the two has)."""
+        cls, images, masks = type(self), self._images, self._masks
+        if not image_ids:
+            raise missing(cls, f"split {self.split!r} has no images in {images.folder}.", AbsentSplitError)
+        for have, lack, one, other in ((image_ids, mask_ids, images, masks), (mask_ids, image_ids, masks, images)):
+            if alone := sorted(have - lack):
+                raise missing(
+                    cls,
+                    f"{len(alone)} of {len(have)} files in {one.folder} have no partner in {other.folder}, the first "
+                    f"is {one.path(alone[0]).name}. An archive was unpacked in part: unpack both again, wholly.",
+                )
+
+    def files(self, item: str) -> tuple[Path, Path]:
+        return self._images.path(item), self._masks.path(item)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neco_bench.data import DATASETS, data_root, dataset_folder
+from neco_bench.data import DATASETS, data_root, dataset_folder, fraction_names
 from neco_bench.data.base import IGNORE, Dataset, PairDataset, SegmentationDataset
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.errors import BadInputError, NecoBenchError
@@ -36,11 +36,15 @@ class Finding:
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """A line of the listing. expected: items per split. present: its folder is here. problem: why it cannot be used."""
+    """A line of the listing. fractions: patterns of the splits that are drawn. expected: items per split.
+
+    present: its folder is here. problem: why it cannot be used.
+    """
 
     name: str
     kind: str
     splits: tuple[str, ...]
+    fractions: tuple[str, ...]
     expected: dict[str, int]
     present: bool
     origin: str
@@ -56,12 +60,15 @@ def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[Datase
         try:
             cls = DATASETS.load(name)
         except BadInputError as error:
-            rows.append(DatasetRow(name, "", (), {}, False, entry.origin, "", str(error)))
+            rows.append(DatasetRow(name, "", (), (), {}, False, entry.origin, "", str(error)))
             continue
-        present = not cls.needs_root or (base is not None and (base / cls.name).is_dir())
+        present = not cls.needs_root or (base is not None and (base / (cls.folder_name or cls.name)).is_dir())
         problem = "" if present else f"not in {base}" if base else "no data root given (--data-root, NECO_BENCH_DATA)"
+        drawn = fraction_names(cls)
         rows.append(
-            DatasetRow(name, cls.kind, cls.splits, dict(cls.expected), present, entry.origin, cls.citation, problem)
+            DatasetRow(
+                name, cls.kind, cls.splits, drawn, dict(cls.expected), present, entry.origin, cls.citation, problem
+            )
         )
     return rows
 
@@ -132,6 +139,8 @@ def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Fi
         except NecoBenchError as error:
             damage.append(str(error))
     findings = _damaged(dataset, damage, len(dataset), "image and mask pairs")
+    if not damage:
+        findings += [Finding("error", dataset.split, text) for text in dataset.doubts(counts)]
     if counts.sum():
         names = {name: i for i, name in enumerate(dataset.classes)} | {"void": IGNORE}
         fractions = {name: float(counts[i] / counts.sum()) for name, i in names.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,49 +30,77 @@ def read_image(path: Path, *, listed_in: Path | None = None) -> np.ndarray:
     return np.array(image.convert("RGB"))
 
 
+def id_table(classes: Mapping[int, int]) -> np.ndarray:
+    """(n,) int16 class id of each file value from {file value: class id or IGNORE}; -1 for values not in it.
+
+    n is 256, or 65,536 where a value needs 16 bits.
+    """
+    table = np.full(256 if max(classes) < 256 else 65536, -1, np.int16)
+    table[list(classes)] = list(classes.values())
+    return table
+
+
 def read_mask(
     path: Path,
     *,
-    classes: int,
-    void: int = IGNORE,
+    table: np.ndarray,
+    causes: Mapping[int, str] | None = None,
     size: tuple[int, int] | None = None,
     listed_in: Path | None = None,
 ) -> np.ndarray:
-    """A mask file as (H, W) uint8 class ids 0..classes-1, IGNORE where the file holds `void`.
+    """A mask file as (H, W) uint8 class ids, `table[file value]` (see `id_table`).
 
-    Only single-channel 8-bit files: grey levels (PIL mode L) or palette indices (mode P) are the ids; colours are
-    never interpreted. size: (H, W) that the mask must have. Raises MissingError and BadInputError.
+    Only single-channel files of 8 bits, or of 16 bits where the table has 65,536 entries: grey levels or palette
+    indices are the values; colours are never interpreted. causes: {wrong value: what the file then is}, for messages.
+    size: (H, W) that the mask must have. Raises MissingError and BadInputError.
     """
     image = _open(path, "mask", listed_in)
-    if image.mode not in ("L", "P"):
+    if image.mode not in ("L", "P", *(("I;16", "I") if len(table) > 256 else ())):
         kind = "a colour mask" if image.mode.startswith("RGB") else f"of pixel format {image.mode}"
         raise BadInputError(
             f"Mask {path} is {kind}, but class ids are needed: 8-bit grey levels or palette indices. Use the original "
             f"annotation file, not one that was converted or drawn in colours."
         )
-    mask = np.array(image)
+    return map_ids(np.array(image), path, table=table, causes=causes, size=size)
+
+
+def map_ids(
+    mask: np.ndarray,
+    path: Path,
+    *,
+    table: np.ndarray,
+    causes: Mapping[int, str] | None = None,
+    size: tuple[int, int] | None = None,
+) -> np.ndarray:
+    """What `read_mask` does with the values of a mask once `path` is read."""
     if size is not None and mask.shape != size:
         raise BadInputError(
             f"Mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels (width x height), its image {size[1]}x{size[0]}. "
             f"One of the two was resized or belongs to another item: restore both from the original archive."
         )
-    counts = np.bincount(mask.ravel(), minlength=256)
-    counts[:classes] = counts[void] = 0
-    wrong = np.flatnonzero(counts)
-    if len(wrong):
+    mapped = table[mask]
+    if (mapped < 0).any():
+        wrong = np.unique(mask[mapped < 0])
         shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
+        allowed = np.flatnonzero(table >= 0)
+        classes = sum(table[allowed] != IGNORE)
         cause = (
             "it is a grey picture, or was resized with interpolation or saved as JPEG"
             if len(wrong) > classes
             else "it follows another id mapping (another version of the data set, or ids shifted by one)"
         )
+        cause = next((text for value, text in (causes or {}).items() if value in wrong), cause)
         raise BadInputError(
-            f"Mask {path} holds the values {shown} in {counts.sum()} pixels; allowed are class ids 0..{classes - 1} "
-            f"and {void} for void. Likely {cause}: restore the original file."
+            f"Mask {path} holds the values {shown} in {(mapped < 0).sum()} pixels; allowed are {_ranges(allowed)}. "
+            f"Likely {cause}: restore the original file."
         )
-    if void != IGNORE:
-        mask[mask == void] = IGNORE
-    return mask
+    return mapped.astype(np.uint8)
+
+
+def _ranges(values: np.ndarray) -> str:
+    """0, 1, 2, 255 as "0..2, 255"."""
+    runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
+    return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def _open(path: Path, what: str, listed_in: Path | None) -> Image.Image:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from neco_bench.data.folder import SegmentationFolder, missing, read_list
+from neco_bench.data.base import IGNORE
+from neco_bench.data.folder import AbsentSplitError, SegmentationFolder, missing, read_list
+from neco_bench.errors import MissingError
 
 
 class VOC2012(SegmentationFolder):
@@ -25,28 +27,49 @@ class VOC2012(SegmentationFolder):
     ImageSets/Segmentation/train.txt  val.txt  trainaug.txt   one image name per line
     JPEGImages/NAME.jpg
     SegmentationClass/NAME.png                train, val: palette indices 0..20, 255 = border
-    SegmentationClassAug/NAME.png             trainaug: the same ids for VOC and SBD images"""
+    SegmentationClassAug/NAME.png             trainaug: the same ids for VOC and SBD images
+  or the layout of the NeCo code, where train reads SegmentationClassAug too:
+  <data root>/voc2012/VOCSegmentation/
+    sets/{train,trainaug,val}.txt  images/NAME.jpg  SegmentationClass/NAME.png  SegmentationClassAug/NAME.png"""
     classes = (
         "background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
         "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
     )  # fmt: skip
 
+    fractions = {"trainaug": {128: 80, 64: 160, 8: 1320}}  # noqa: RUF012 (a ClassVar of the base class)
+
     def __init__(self, folder: Path, split: str) -> None:
+        neco = folder / "VOCSegmentation"
         candidates = (folder / "VOCdevkit" / "VOC2012", folder / "VOC2012", folder)
-        self.folder = next((path for path in candidates if (path / "ImageSets").is_dir()), candidates[0])
+        if (neco / "sets").is_dir():
+            self.folder, self._images, lists = neco, neco / "images", neco / "sets"
+        else:
+            self.folder = next((path for path in candidates if (path / "ImageSets").is_dir()), candidates[0])
+            self._images, lists = self.folder / "JPEGImages", self.folder / "ImageSets" / "Segmentation"
         self.split = split
-        self.list_file = self.folder / "ImageSets" / "Segmentation" / f"{split}.txt"
+        self.list_file = lists / f"{split}.txt"
+        augmented = split == "trainaug" or (split == "train" and self.folder == neco)
+        self._masks = self.folder / ("SegmentationClassAug" if augmented else "SegmentationClass")
+        if split == "trainaug" and not (self.list_file.is_file() and self._masks.is_dir()):
+            absent = self._masks if self.list_file.is_file() else self.list_file
+            raise missing(
+                type(self),
+                f"{absent} is not there. SegmentationClassAug and trainaug.txt are no part of the official archive: "
+                f"make both from SBD with `neco-bench data prepare voc_sbd --source SBD --data-root DIR`.",
+                MissingError if self.list_file.is_file() or self._masks.is_dir() else AbsentSplitError,
+            )
         self.ids = tuple(Path(word).stem for word in read_list(type(self), self.list_file))
-        self._masks = self.folder / ("SegmentationClassAug" if split == "trainaug" else "SegmentationClass")
         if not self._masks.is_dir():
             raise missing(type(self), f"the mask folder {self._masks} of split {split!r} is not there.")
 
     def files(self, item: str) -> tuple[Path, Path]:
-        return self.folder / "JPEGImages" / f"{item}.jpg", self._masks / f"{item}.png"
+        return self._images / f"{item}.jpg", self._masks / f"{item}.png"
 
-    @property
-    def palette(self) -> np.ndarray:
-        """The official palette: the three bits of an id's octal digit b set bit 7-b of red, green and blue."""
-        ids = np.arange(len(self.classes))[:, None]
-        bits = [((ids >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3)]
-        return np.sum(bits, axis=0).astype(np.uint8)
+    def doubts(self, counts: np.ndarray) -> list[str]:
+        """Every official mask has a border of void; where a whole split has none, 255 was turned into 0."""
+        if self.split == "trainaug" or counts[IGNORE]:
+            return super().doubts(counts)
+        return [
+            "No mask has a void border (255), all official ones do: 255 was turned into background (0). "
+            "Use the original SegmentationClass."
+        ]

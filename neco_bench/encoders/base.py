@@ -14,11 +14,11 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
+from neco_bench.encoders.zoo import PRECISIONS
 from neco_bench.errors import BadInputError, NumericalError, UsageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,9 @@ class Encoder(nn.Module, abc.ABC):
             shift = torch.tensor(mean or self.mean, device=images.device).view(3, 1, 1)
             scale = torch.tensor(std or self.std, device=images.device).view(3, 1, 1)
             images = (images - shift) / scale
-            with torch.autocast(images.device.type, PRECISIONS[self.precision], enabled=self.precision != "fp32"):
+            with torch.autocast(
+                images.device.type, getattr(torch, PRECISIONS[self.precision]), enabled=self.precision != "fp32"
+            ):
                 wanted = self.has_final_norm and (self.final_norm if final_norm is None else final_norm)
                 features = self._encode(images, final_norm=wanted, attention=attention)
             return self._checked(features, len(images), height // self.stride, width // self.stride)

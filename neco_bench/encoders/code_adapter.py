@@ -56,9 +56,7 @@ def build(request: Request, file: Path | None) -> Encoder:
         encoder.weights_report = weights.load_file_into(target, file, request.branch)
     elif encoder.weights_report is None:
         encoder.weights_report = WeightsReport(source=str(source))
-    digest = hashlib.sha256(file_sha256(source).encode())
-    digest.update(weights.state_sha256(encoder).encode())
-    encoder.weights_id = digest.hexdigest()
+    encoder.weights_id = weights.state_sha256(encoder) if encoder.state_dict() else file_sha256(source)
     return encoder
 
 

@@ -6,7 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neco_bench.encoders.zoo import SPEC_OPTIONS, Layers, parse_layers, parse_spec
+from neco_bench.encoders.zoo import PRECISIONS, SPEC_OPTIONS, Layers, parse_layers, parse_spec
 from neco_bench.errors import BadInputError, MissingError, UsageError
 
 if TYPE_CHECKING:
@@ -75,7 +75,6 @@ def load_encoder(
         request = replace(request, layers=parse_layers(layers))
     if request.layers is not None and "layers" not in SPEC_OPTIONS[request.kind]:
         raise UsageError(f"Model {spec!r} chooses its layer itself and takes no layers.")
-    from neco_bench.encoders.base import PRECISIONS
 
     if precision not in (None, *PRECISIONS):
         raise UsageError(f"Unknown precision {precision!r}: use {', '.join(PRECISIONS)}.")

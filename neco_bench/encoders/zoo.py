@@ -34,6 +34,7 @@ from neco_bench.toml import read_toml
 
 Layers = int | str | Sequence[int] | None
 
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # option: torch's name
 POS_INTERP = ("timm", "scale_offset", "size_antialias")
 SPEC_OPTIONS = {
     "timm": ("pretrained", "seed", "branch", "layers", "final_norm", "pos_interp"),
@@ -113,7 +114,7 @@ def models() -> Registry[Any]:
     """All model names: the zoo's, their aliases, and those of third-party entry points."""
     specs = {entry.id: entry.spec for entry in zoo().values()}
     specs.update({alias: specs[name] for alias, name in aliases().items()})
-    return Registry("model", "neco_bench.encoders", specs)
+    return Registry("model", "neco_bench.encoders", specs, listing="neco-bench models")
 
 
 @dataclass(frozen=True)
@@ -241,6 +242,7 @@ def describe_models() -> list[dict[str, Any]]:
                 "weights": "" if file is None else "here" if file.is_file() else "to fetch",
                 "training_data": facts.training_data if facts else "",
                 "licence": facts.licence if facts else "",
+                "problem": "" if facts else entry.problem,
             }
         )
     return rows

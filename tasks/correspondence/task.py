@@ -118,15 +118,19 @@ def _views(
         chunk = ids[start : start + context.batch_size]
         with context.phase("load"):
             images = [dataset.read_image(i) for i in chunk]
-            batch = torch.stack([prepare(image, size, encoder) for image in images])
+            batch = torch.stack(
+                [prepare(image, size, encoder.stride, settings.mean or encoder.mean) for image in images]
+            )
         with context.phase("encode"):
-            features = encode_within_memory(encoder, batch, context, final_norm=settings.final_norm)
+            features = encode_within_memory(
+                encoder, batch, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std
+            )
         for name, image, feature in zip(chunk, images, features, strict=True):
             views[name] = View(feature, image.shape[1], image.shape[0])
     return views
 
 
-def prepare_probe3d(image: np.ndarray, size: int, encoder: Encoder) -> Tensor:
+def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
     """(3, S', S') in [0, 1]: white right and bottom padding to a square, bicubic to `size`, padded to the stride.
 
     The last padding is zero after normalisation (the mean before it), the smaller half at the low side.
@@ -135,9 +139,9 @@ def prepare_probe3d(image: np.ndarray, size: int, encoder: Encoder) -> Tensor:
     square = np.full((longest, longest, 3), 255, np.uint8)
     square[: image.shape[0], : image.shape[1]] = image
     tensor = to_tensor(np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)))
-    extra = -size % encoder.stride
-    mean = torch.tensor(encoder.mean).view(3, 1, 1)
-    return F.pad(tensor - mean, (extra // 2, extra - extra // 2) * 2) + mean
+    extra = -size % stride
+    colour = torch.tensor(mean).view(3, 1, 1)
+    return F.pad(tensor - colour, (extra // 2, extra - extra // 2) * 2) + colour
 
 
 def match_probe3d(pair: Pair, source: View, target: View, size: int, stride: int) -> np.ndarray:
@@ -152,13 +156,13 @@ def match_probe3d(pair: Pair, source: View, target: View, size: int, stride: int
     return (predicted - end).norm(dim=1).double().numpy() * target.longest
 
 
-def prepare_centres(image: np.ndarray, size: int, encoder: Encoder) -> Tensor:
-    """(3, S, S) in [0, 1]: longer side to `size`, aspect kept, padded right and bottom with the encoder's mean."""
+def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
+    """(3, S, S) in [0, 1]: longer side to `size`, aspect kept, padded right and bottom with the mean."""
     height, width = image.shape[:2]
     scale = size / max(height, width)
     new = (max(1, round(width * scale)), max(1, round(height * scale)))
     tensor = to_tensor(np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC)))
-    canvas = torch.tensor(encoder.mean).view(3, 1, 1).repeat(1, size, size)
+    canvas = torch.tensor(mean).view(3, 1, 1).repeat(1, size, size)
     canvas[:, : new[1], : new[0]] = tensor
     return canvas
 

@@ -32,7 +32,7 @@ from neco_bench.search import ExactIndex
 class Settings(BaseSettings):
     """Constants of a protocol and a card. Sizes in pixels; memory_size in patches (None: every patch).
 
-    std: replaces the encoder's own statistics (None: keeps them). passes: augmented copies of each training image.
+    passes: augmented copies of each training image.
     """
 
     input_size: PositiveInt
@@ -40,7 +40,6 @@ class Settings(BaseSettings):
     passes: PositiveInt
     neighbours: PositiveInt
     temperature: PositiveFloat
-    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
     jitter: Annotated[float, Field(ge=0, le=0.5)]  # a hue turns by half a circle at most
     jitter_probability: Share
     crop_scale: Range
@@ -104,7 +103,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
     confusions = metrics.ImageConfusions(classes)
     transform = Squash(size, "legacy" if settings.score_at == "input" else "native")
-    for batch in stream(encoder, val, transform, context, "query", std=settings.std):
+    for batch in stream(encoder, val, transform, context, "query", mean=settings.mean, std=settings.std):
         count, _, rows, columns = batch.features.shape
         queries = batch.features.flatten(2).transpose(1, 2).flatten(0, 1)
         with context.phase("search"):
@@ -150,7 +149,9 @@ def build_memory(
     items = [(epoch, i) for epoch in range(settings.passes) for i in range(len(train))]
     per_image = None if settings.memory_size is None else max(1, settings.memory_size // len(items))
     index, labels = ExactIndex(encoder.embed_dim, encoder.device), []
-    for batch in stream(encoder, train, transform, context, "memory", items=items, std=settings.std):
+    for batch in stream(
+        encoder, train, transform, context, "memory", items=items, mean=settings.mean, std=settings.std
+    ):
         with context.phase("memory"):
             features = F.normalize(batch.features.flatten(2).transpose(1, 2), dim=2)
             for position, tokens, mask in zip(batch.positions, features, batch.masks, strict=True):

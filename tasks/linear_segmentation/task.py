@@ -76,7 +76,16 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             f"{settings.batch_size}. Use --set drop_last_val=false, or the clean-1 protocol."
         )
     transform = Squash(size, "centre" if settings.score_size else "native")
-    for batch in stream(encoder, val, transform, context, "score", items=[(0, i) for i in range(scored)]):
+    for batch in stream(
+        encoder,
+        val,
+        transform,
+        context,
+        "score",
+        items=[(0, i) for i in range(scored)],
+        mean=settings.mean,
+        std=settings.std,
+    ):
         with context.phase("predict"), torch.no_grad():
             for row, mask in enumerate(batch.masks):
                 if settings.score_size:
@@ -143,7 +152,7 @@ def _rows(
     context: Context,
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     side = settings.train_mask_size
-    for batch in stream(encoder, train, transform, context, "train", items=items):
+    for batch in stream(encoder, train, transform, context, "train", items=items, mean=settings.mean, std=settings.std):
         for features, mask in zip(batch.features, batch.masks, strict=True):
             target = torch.from_numpy(nearest_legacy(mask, side, side).astype(np.int64))
             yield features.clone(), target.to(features.device)

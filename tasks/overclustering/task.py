@@ -52,7 +52,16 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     features = np.empty((scored, side * side, encoder.embed_dim), np.float32)
     masks: list[np.ndarray] = []
     transform = Squash(size, "centre" if settings.mask_size else "native")
-    for batch in stream(encoder, val, transform, context, "extract", items=[(0, i) for i in range(scored)]):
+    for batch in stream(
+        encoder,
+        val,
+        transform,
+        context,
+        "extract",
+        items=[(0, i) for i in range(scored)],
+        mean=settings.mean,
+        std=settings.std,
+    ):
         features[list(batch.positions)] = batch.features.flatten(2).transpose(1, 2).cpu().numpy()
         for mask in batch.masks:
             masks.append(nearest_legacy(mask, settings.mask_size, settings.mask_size) if settings.mask_size else mask)

@@ -1,0 +1,57 @@
+"""Foreground share: ridge regression from the mean patch feature of an image to its share of foreground pixels.
+
+Scored by how many val images it tells to within a tolerance. Void pixels count neither as foreground nor at all.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from pydantic import PositiveFloat, PositiveInt
+
+from neco_bench import statistics
+from neco_bench.context import Context, Outcome
+from neco_bench.data.base import IGNORE, SegmentationDataset
+from neco_bench.encoders.base import Encoder
+from neco_bench.features.extract import stream
+from neco_bench.features.transforms import Squash, fit_size
+from neco_bench.protocol import Settings as BaseSettings
+
+
+class Settings(BaseSettings):
+    """input_size in pixels; penalty of the ridge on standardised features; tolerance as a share of the image."""
+
+    input_size: PositiveInt
+    penalty: PositiveFloat
+    tolerance: PositiveFloat
+
+
+def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
+    """Share of the images of data["val"] told to within the tolerance, fitted on data["train"]."""
+    size = fit_size(settings.input_size, encoder.stride)
+    (x, y), (x_val, y_val) = (_pooled(encoder, data[split], size, settings, context) for split in ("train", "val"))
+    with context.phase("fit"):
+        centre, spread = x.mean(0), x.std(0) + 1e-6
+        x, x_val = (x - centre) / spread, (x_val - centre) / spread
+        weights = np.linalg.solve(x.T @ x + settings.penalty * np.eye(x.shape[1]), x.T @ (y - y.mean()))
+    errors = np.abs(np.clip(x_val @ weights + y.mean(), 0, 1) - y_val)
+    hits = errors <= settings.tolerance
+    return Outcome(
+        metrics={"within_tolerance": float(hits.mean()), "mean_error": float(errors.mean())},
+        per_class={},
+        ci95={"within_tolerance": statistics.bootstrap_mean(hits, seed=context.seed)},
+        n_images=len(hits),
+        statistics={"error": errors, "share": y_val},
+        features={"input_size": settings.input_size, "used_size": size, "resize": "squash", "final_norm": True},
+    )
+
+
+def _pooled(
+    encoder: Encoder, dataset: SegmentationDataset, size: int, settings: Settings, context: Context
+) -> tuple[np.ndarray, np.ndarray]:
+    """(n, D) mean patch features and (n,) foreground shares of a split, float64."""
+    features, shares = [], []
+    colours = {"mean": settings.mean, "std": settings.std}
+    for batch in stream(encoder, dataset, Squash(size, "native"), context, dataset.split, **colours):
+        features.append(batch.features.mean((2, 3)).double().cpu().numpy())
+        shares += [(mask[mask != IGNORE] > 0).mean() for mask in batch.masks]
+    return np.concatenate(features), np.array(shares)
