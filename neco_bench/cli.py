@@ -73,6 +73,7 @@ def run(
     workers: Annotated[int | None, typer.Option(help="Loading processes; default: cores - 1, at most 8.")] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     limit: Annotated[int | None, typer.Option(help="First N items of each split only; never ranked.")] = None,
+    split_file: Annotated[Path | None, typer.Option(help="List of ids that restricts the training split.")] = None,
     weights: Weights = None,
     layers: Layers = None,
     changes: Annotated[
@@ -94,7 +95,18 @@ def run(
     runner.check_device(device)
     tasks = find_tasks(task, parse_changes(changes or []))
     options = runner.Options(
-        data_root, device, precision, batch_size, workers, seed, limit, weights, layers, overwrite, progress=True
+        data_root=data_root,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        limit=limit,
+        split_file=split_file,
+        weights=weights,
+        layers=layers,
+        overwrite=overwrite,
+        progress=True,
     )
     store = ResultStore(out)
     jobs = runner.plan_all(_models(model), tasks, options, store)
@@ -199,12 +211,14 @@ def check(
 def leaderboard(
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
     out: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("leaderboards/local"),
+    published: Annotated[Path | None, typer.Option(help="CSV of published numbers; default: the one shipped.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Write one CSV per task family and a Markdown page from stored results.
+    """Write one CSV per task family and a Markdown page from stored results, published numbers beside measured ones.
 
     Example: neco-bench leaderboard --results results --out leaderboards/local
     """
+    import neco_bench.leaderboards
     from neco_bench.results.leaderboard import write_leaderboard
     from neco_bench.results.store import ResultStore
 
@@ -214,7 +228,8 @@ def leaderboard(
         found += store.load_all()
         for problem in store.problems:
             print(f"warning: {problem}", file=sys.stderr)
-    paths = write_leaderboard(found, out)
+    shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
+    paths = write_leaderboard(found, out, published or shipped)
     if as_json:
         print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return
@@ -282,6 +297,28 @@ def data_check(
     _print([vars(finding) for finding in findings], as_json)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(4)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="voc_sbd, coco_panoptic, or a data set whose archive is unpacked.")],
+    data_root: DataRoot = None,
+    source: Annotated[Path | None, typer.Option(help="Archive (zip, tar), or the folder of SBD.")] = None,
+    into: Annotated[str, typer.Option(help="Sub-folder for an archive, such as stuffthingmaps.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Unpack an archive, or convert annotations, without touching the originals; may be interrupted and repeated.
+
+    Example: neco-bench data prepare voc_sbd --source benchmark.tgz --data-root /data
+    """
+    from tqdm import tqdm
+
+    from neco_bench.data.prepare import prepare
+
+    def progress(items: Any, **kw: Any) -> Any:
+        return tqdm(items, disable=None, leave=False, **kw)
+
+    _print([vars(row) for row in prepare(name, data_root, source=source, into=into, progress=progress)], as_json)
 
 
 def _models(values: Sequence[str]) -> list[str]:

@@ -7,6 +7,7 @@ weights, so that a second run returns the stored result at once.
 from __future__ import annotations
 
 import importlib.metadata
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping
@@ -19,7 +20,7 @@ from neco_bench.data import load_dataset
 from neco_bench.data.base import Dataset
 from neco_bench.encoders.specs import load_encoder, resolve_device
 from neco_bench.encoders.zoo import PRECISIONS, request_id
-from neco_bench.errors import BadInputError, NecoBenchError, UsageError, error_of_code
+from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code
 from neco_bench.protocol import Task, digest, family_module, find_tasks
 from neco_bench.results.provenance import environment, peak_memory_mb
 from neco_bench.results.schema import Result
@@ -42,6 +43,7 @@ class Options:
     workers: int | None = None
     seed: int = 0
     limit: int | None = None
+    split_file: Path | None = None
     weights: Path | None = None
     layers: str | None = None
     overwrite: bool = False
@@ -90,7 +92,13 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
     if identity is None:
         request_id(model, options.weights)  # an unknown model or a missing file is an error now, not hours later
     data = {
-        role: load_dataset(task.card.dataset, split, root=options.data_root, limit=options.limit)
+        role: load_dataset(
+            task.card.dataset,
+            split,
+            root=options.data_root,
+            limit=options.limit,
+            split_file=options.split_file if role == "train" else None,
+        )
         for role, split in task.card.splits.items()
     }
     facts = {
@@ -149,6 +157,9 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         provenance |= _encoder_facts(loaded)
         _check_size(task, loaded)
         outcome = family_module(task.card.family).run(loaded, job.data, task.settings(), context)
+        undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
+        if undefined:
+            raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
     except NecoBenchError as error:
         failed = Result(
             key=job.key,
@@ -205,7 +216,7 @@ def run(
 
     out: results folder; with it, a stored result of the same content is returned instead of running again.
     changes: what `--set` gives on the command line. options: fields of `Options` (device, precision, batch_size,
-    workers, seed, limit, weights, layers, overwrite, progress).
+    workers, seed, limit, split_file, weights, layers, overwrite, progress).
 
     Raises the NecoBenchError that the command line would report, with its exit code.
     """

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from safetensors.torch import save_file
 
+from neco_bench.cache import cache_dir
 from neco_bench.results.store import ResultStore
 from tests.command import Answer, neco
 
@@ -245,11 +246,10 @@ def test_a_pickle_that_would_run_code(
     assert not (tmp_path / "attacked").exists()
 
 
-def test_weights_that_are_not_on_this_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "cache"))
+def test_weights_that_are_not_on_this_machine(tmp_path: Path) -> None:
     model = "neco_dinov2"
     answer = run(tmp_path, "--set", "input_size=28", model=model)
-    assert_told(answer, 3, "https://", tmp_path / "cache" / "weights" / model, "--weights FILE")
+    assert_told(answer, 3, "https://", cache_dir() / "weights" / model, "--weights FILE")
 
 
 def test_a_results_folder_that_cannot_be_written(tmp_path: Path) -> None:

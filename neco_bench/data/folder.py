@@ -111,6 +111,13 @@ def file_ids(folder: Path, before: str, after: str) -> set[str]:
     return found
 
 
+def voc_colours(count: int) -> np.ndarray:
+    """(count, 3) uint8, VOC's palette: the three bits of an id's octal digit b set bit 7-b of red, green and blue."""
+    ids = np.arange(count)[:, None]
+    bits = [((ids >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3)]
+    return np.sum(bits, axis=0).astype(np.uint8)
+
+
 class SegmentationFolder(SegmentationDataset):
     """Segmentation read from files. A subclass sets `folder`, `split`, `ids`, and says where files lie.
 
@@ -153,10 +160,8 @@ class SegmentationFolder(SegmentationDataset):
 
     @property
     def palette(self) -> np.ndarray:
-        """VOC's colours, unless a set has its own: bits of an id's octal digit b set bit 7-b of red, green and blue."""
-        ids = np.arange(len(self.classes))[:, None]
-        bits = [((ids >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3)]
-        return np.sum(bits, axis=0).astype(np.uint8)
+        """VOC's colours, unless a set has its own."""
+        return voc_colours(len(self.classes))
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The one reader of images, masks and split lists. Every error names the file and, where known, the list naming it."""
+"""The one reader of images, masks and MATLAB files. Every error names the file and, where known, the list naming it."""
 
 from __future__ import annotations
 
@@ -101,6 +101,18 @@ def _ranges(values: np.ndarray) -> str:
     """0, 1, 2, 255 as "0..2, 255"."""
     runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
     return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+
+
+def read_mat(path: Path) -> dict[str, np.ndarray]:
+    """The variables of a MATLAB file. Raises MissingError and BadInputError."""
+    from scipy.io import loadmat
+
+    try:
+        return loadmat(str(path), appendmat=False)
+    except FileNotFoundError:
+        raise MissingError(f"There is no file {path}. Restore it from the original archive.") from None
+    except Exception as error:  # scipy raises anything on bad bytes
+        raise BadInputError(f"{path} is not a readable MATLAB file: {error}. Restore it.") from error
 
 
 def _open(path: Path, what: str, listed_in: Path | None) -> Image.Image:

@@ -1,8 +1,8 @@
 """SPair-71k in its official layout: pairs of VOC images with common keypoints.
 
-Items are the pairs of Layout/large, sorted by pair name, so that no result depends on a directory's or list's order.
-Points and boxes are taken from the pair files as they are: integers whose origin the authors do not state, x up to and
-including the image width. Image ids are "<category>/<stem>".
+Items are the pairs of Layout/large (of Layout/small in the splits *_small), sorted by pair name, so that no result
+depends on a directory's or list's order. Points and boxes are taken from the pair files as they are: integers whose
+origin the authors do not state, x up to and including the image width. Image ids are "<category>/<stem>".
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class SPair71k(PairDataset):
     """
 
     name = "spair71k"
-    splits = ("trn", "val", "test")
+    splits = ("trn", "val", "test", "trn_small", "val_small", "test_small")
     expected = {"trn": 53340, "val": 5384, "test": 12234}  # noqa: RUF012 (a ClassVar of the base class)
     # Third-party counts over the official files; they add up to 12,234 each.
     expected_attributes = {  # noqa: RUF012 (a ClassVar of the base class)
@@ -41,7 +41,7 @@ class SPair71k(PairDataset):
     citation = "Min et al., SPair-71k: A Large-scale Benchmark for Semantic Correspondence, arXiv 1908.10543"
     layout = """\
   <data root>/spair71k/                       or spair71k/SPair-71k/
-    Layout/large/trn.txt  val.txt  test.txt   one pair name per line
+    Layout/large/trn.txt  val.txt  test.txt   one pair name per line; Layout/small/ for the splits *_small
     PairAnnotation/{trn,val,test}/PAIR.json   PAIR as in 000167-2008_007604-2009_001056:aeroplane
     JPEGImages/CATEGORY/NAME.jpg"""
 
@@ -49,13 +49,15 @@ class SPair71k(PairDataset):
         nested = folder / "SPair-71k"
         self.folder = nested if nested.is_dir() else folder
         self.split = split
-        self.list_file = self.folder / "Layout" / "large" / f"{split}.txt"
+        part, _, small = split.partition("_")
+        self.list_file = self.folder / "Layout" / (small or "large") / f"{part}.txt"
+        self._annotations = self.folder / "PairAnnotation" / part
         self.ids = tuple(sorted(read_list(type(self), self.list_file)))
         self._sizes: dict[str, tuple[int, int]] = {}
         self.pairs = tuple(self._read_pair(name) for name in self.ids)
 
     def _read_pair(self, name: str) -> Pair:
-        path = self.folder / "PairAnnotation" / self.split / f"{name}.json"
+        path = self._annotations / f"{name}.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
             pair = parse_pair(name, raw)
@@ -80,7 +82,7 @@ class SPair71k(PairDataset):
     def read_image(self, image_id: str) -> np.ndarray:
         """(H, W, 3) uint8 RGB. Raises MissingError and BadInputError; the size must be that of the annotation."""
         path = self._image_file(image_id)
-        image = read_image(path, listed_in=self.folder / "PairAnnotation" / self.split)
+        image = read_image(path, listed_in=self._annotations)
         expected = self._sizes.get(image_id, image.shape[:2])
         if image.shape[:2] != expected:
             raise BadInputError(

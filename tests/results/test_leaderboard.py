@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from neco_bench.errors import NecoBenchError
-from neco_bench.results import build_tables, write_leaderboard
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError
+from neco_bench.results import Published, build_tables, read_published, write_leaderboard
 
 GOLDEN = Path(__file__).parent / "golden"
+PUBLISHED = Path(__file__).parent / "fixtures" / "published.csv"
 
 
 @pytest.fixture
@@ -53,17 +54,18 @@ def results(make_result):
 
 
 def test_golden(results, tmp_path):
-    paths = write_leaderboard(results, tmp_path)
+    paths = write_leaderboard(results, tmp_path, PUBLISHED)
     assert sorted(path.name for path in paths) == sorted(path.name for path in GOLDEN.iterdir())
     for path in paths:
         assert path.read_text(encoding="utf-8") == (GOLDEN / path.name).read_text(encoding="utf-8"), path.name
 
 
 def test_same_bytes_in_any_order(results, tmp_path):
-    first = {path.name: path.read_bytes() for path in write_leaderboard(results, tmp_path / "a")}
+    first = {path.name: path.read_bytes() for path in write_leaderboard(results, tmp_path / "a", PUBLISHED)}
     for seed in range(20):
         random.Random(seed).shuffle(results)
-        assert {path.name: path.read_bytes() for path in write_leaderboard(results, tmp_path / "b")} == first
+        again = write_leaderboard(results, tmp_path / "b", PUBLISHED)
+        assert {path.name: path.read_bytes() for path in again} == first
 
 
 def results_of(results, family):
@@ -144,7 +146,7 @@ def test_full_table_keeps_full_precision(results, tmp_path):
 
 
 def test_only_our_stale_tables_are_removed(results, tmp_path):
-    write_leaderboard(results, tmp_path)
+    write_leaderboard(results, tmp_path, PUBLISHED)
     for name in ("notes.csv", "published.csv", "other.full.csv", "other.csv"):
         (tmp_path / name).write_text("mine,not,yours\n")
     write_leaderboard([result for result in results if result.family == "correspondence"], tmp_path)
@@ -160,7 +162,59 @@ def test_only_our_stale_tables_are_removed(results, tmp_path):
 
 
 def test_no_results(tmp_path):
-    assert [path.name for path in write_leaderboard([], tmp_path / "new")] == ["leaderboard.md"]
+    assert [path.name for path in write_leaderboard([], tmp_path / "new", PUBLISHED)] == ["leaderboard.md"]
+
+
+def beside(results, **changes):
+    """(protocol, measured, published, difference) of the rows for one published number."""
+    fields = {"arch": "ViT-S/16", "setting": "", "source": "", "quality": "printed", "model": "dino_vits16"}
+    fields |= {"task": "camvid_ic", "protocol": "hbird-2", "metric": "miou", "value": "41.3"}
+    tables = build_tables(results, [Published(**(fields | changes))])
+    return [(row[2], *row[4:7]) for table in tables if table.name.endswith(".published") for row in table.rows]
+
+
+def test_difference_is_published_minus_measured(make_result):
+    result = make_result(0.4, ci95={})
+    assert beside([result]) == [("hbird-2", "40.0", "41.3", "+1.3")]
+    assert beside([result], value="38.75") == [("hbird-2", "40.0", "38.75", "-1.2")]
+    assert beside([result], value="39.99") == [("hbird-2", "40.0", "39.99", "+0.0")]
+    seeds = [result, make_result(0.42, seed=1, key="1", ci95={})]
+    assert beside(seeds) == [("hbird-2", "41.0 ± 1.4 (2 seeds)", "41.3", "+0.3")]
+
+
+@pytest.mark.parametrize(
+    "changes", [{"protocol": "paper:hbird-1-scann"}, {"protocol": "clean-1"}, {"metric": "accuracy"}]
+)
+def test_no_difference_between_protocols_or_metrics(make_result, changes):
+    rows = beside([make_result(0.4, ci95={})], **changes)
+    assert rows == sorted([("hbird-2", "40.0", "", ""), (changes.get("protocol", "hbird-2"), "", "41.3", "")])
+
+
+def test_no_difference_unless_rankable(make_result):
+    part = make_result(0.4, ci95={}, subset={"test": {"found": 9, "expected": 233}})
+    assert beside([part]) == [("hbird-2 [test 9/233]", "40.0", "41.3", "")]
+    assert beside([make_result(0.4, ci95={}, limit=9)]) == [("hbird-2 [limit 9]", "40.0", "41.3", "")]
+    changed = make_result(0.4, ci95={}, protocol="hbird-2*", changed={"k": 5})
+    assert beside([changed]) == [("hbird-2", "", "41.3", ""), ("hbird-2* [k=5]", "40.0", "", "")]
+    assert beside([make_result(0.4), make_result(0.5, key="1")]) == [("hbird-2", "ambiguous", "41.3", "")]
+
+
+@pytest.mark.parametrize(
+    ("result", "published"),
+    [({"status": "failed"}, {}), ({}, {"model": "other"}), ({}, {"task": ""}), ({"task": "voc_ic"}, {})],
+)
+def test_no_table_without_both_numbers(make_result, result, published):
+    assert beside([make_result(**result)], **published) == []
+
+
+def test_unusable_published_files(tmp_path):
+    with pytest.raises(MissingError, match=r"nowhere\.csv"):
+        read_published(tmp_path / "nowhere.csv")
+    text = PUBLISHED.read_text()
+    for bad in (text.replace("61.50", "about 61"), text.replace(",arch", ""), text.replace("digitised", "guessed")):
+        (tmp_path / "bad.csv").write_text(bad)
+        with pytest.raises(BadInputError, match=r"bad\.csv, line \d+: \w+"):
+            read_published(tmp_path / "bad.csv")
 
 
 def test_a_folder_that_cannot_be_written(results, tmp_path):

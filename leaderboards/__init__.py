@@ -1,0 +1,1 @@
+"""Published numbers (`published.csv`) as package data, installed as `neco_bench.leaderboards`."""

@@ -1,0 +1,200 @@
+"""Make `published.csv` from a folder of `published_*.csv` files (model,arch,task,dataset,setting,metric,value,source).
+
+    python leaderboards/make_published.py FOLDER leaderboards/published.csv
+
+Prints how many rows were read, kept and dropped, by reason. The rules below are the documentation of every choice; the
+README beside this file says them in words. Only the standard library is used.
+"""
+
+from __future__ import annotations
+
+import csv
+import re
+import sys
+from collections import Counter
+from collections.abc import Callable
+from decimal import Decimal
+from pathlib import Path
+
+Row = dict[str, str]
+COLUMNS = ("model", "arch", "task", "protocol", "metric", "value", "setting", "source", "quality")
+
+# Reason, column, pattern: the first that is found drops the row.
+DROPPED = (
+    ("second-hand", "setting", r"quoted|quotes|original Hummingbird paper|in review|implied:|reference line"),
+    ("second-hand", "setting", r"^(?!unsupervised, SD).*as collected in that table"),  # all but LDM's own rows
+    ("second-hand", "source", r"second-hand|third-party pages|deep-diver|quoting"),
+    ("gain, not a score", "setting", r"headline gain|gain only"),
+    ("superseded table", "source", r"neco-1_x"),
+    ("report in an issue or pull request", "source", r"issues? |/pull/"),
+    ("data set not stated", "dataset", r"not stated"),
+)
+# Whose experiments a source reports; first match. Paper and repository of one group are one publication.
+PUBLICATIONS = {
+    "hbird-1-scann": r"open-hummingbird-eval",
+    "neco": r"NeCo README|vpariza/NeCo|^paper (Table|Figure)",
+    "dinov3": r"DINOv3 paper|facebookresearch/dinov3",
+    "dinov2": r"DINOv2 paper|facebookresearch/dinov2",
+    "franca-readme": r"valeoai/Franca README",
+    "franca": r"Franca paper",
+    "dino": r"DINO paper",
+    "dip": r"DIP paper",
+    "capi": r"facebookresearch/capi",
+    "radio": r"NVlabs/RADIO",
+    "tips": r"google-deepmind/tips",
+    "segmenter": r"rstrudel/segmenter",
+    "mmseg": r"open-mmlab",
+    "crw": r"videowalk",
+    "cribo": r"CrIBo README",
+    "leopart": r"[Ll]eopart README",
+    "insid3": r"INSID3",
+    "cleandift": r"cleandift|CleanDIFT",
+    "ldm": r"LDM_correspondences",
+    "geoaware": r"GeoAware-SC abstract",
+    "hpf": r"juhongm999/hpf",
+    "cats": r"Cost-Aggregation",
+    "densematching": r"DenseMatching",
+    "semantic-correspondence": r"Visual-AI",
+}
+# What was measured, by the text of the task; first match.
+MEASURES = {
+    "ic-depth": r"in-context depth",
+    "ic": r"in-context",
+    "overcluster": r"over-?clustering",
+    "cluster_gt": r"clustering",
+    "unsup": r"fully unsupervised",
+    "knn": r"k-NN",
+    "logreg": r"logistic",
+    "finetune": r"fine-tuned segmentation",
+    "fcn": r"FCN",
+    "video": r"video",
+    "correspondence": r"correspondence|matching",
+    "depth": r"depth",
+    "linear": r"^linear",
+    "segmentation": r"^segmentation",
+}
+DATASETS = {
+    "voc": r"Pascal ?VOC.*",
+    "ade20k": r"ADE20K( val)?",
+    "coco_things": r"COCO-Things",
+    "coco_stuff": r"COCO-Stuff",
+    "cityscapes": r"Cityscapes( val)?",
+    "pascal_context": r"Pascal Context( val)?",
+    "spair": r"SPair-71k",
+    "sun": r"SUN.?RGB-?D.*",
+}
+# Zoo ids by the name in the paper; {size}{patch}{plus} come from the architecture.
+MODELS = {
+    "dino_vit{}": r"dino",
+    "dinov2_vit{}": r"dinov2( \(no registers\)| \(distilled.*\))?",
+    "dinov2_vit{}_reg": r"dinov2-?r|dinov2 \(reg\)",
+    "dinov3_vit{}": r"dinov3( \(lvd-1689m\)| \(original features\))?",
+    "mae_vit{}": r"mae",
+}
+CONVNEXT = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
+
+
+def first(table: dict[str, str], text: str, match: Callable[[str, str], object] = re.search) -> str:
+    return next((name for name, pattern in table.items() if match(pattern, text)), "")
+
+
+def model_id(row: Row, publication: str) -> str:
+    """Our zoo id where name and architecture match one, else the paper's name."""
+    name, arch = row["model"], row["arch"]
+    if publication == "franca-readme":  # the files differ in where they say the training data
+        return f"Franca ({'LAION-600M' if 'LAION' in name + row['setting'] else 'IN21K'})"
+    if publication == "neco" and name == "NeCo":  # its values equal those of the README's DINOv2R-XR rows
+        name = "NeCo(DINOv2R-XR)"
+    neco = re.fullmatch(r"NeCo(?:\(| on )(DINOv2R-XR|DINOv2R|DINOv2|DINO|TimeT|Leopart)\)?", name)
+    if neco:
+        return f"neco_{neco[1].lower().replace('-', '_')}" + ("_vitb14" if arch == "ViT-B/14" else "")
+    pattern = first(MODELS, name.lower(), re.fullmatch)
+    vit = re.match(r"ViT-(7B|[SBLGH])(\+?)/(\d+)$", arch, re.IGNORECASE)
+    if pattern and vit:
+        return pattern.format(f"{vit[1].lower()}{vit[3]}{'plus' if vit[2] else ''}")
+    if pattern == "dinov3_vit{}" and arch.startswith("ConvNeXt-"):
+        return f"dinov3_convnext_{CONVNEXT[arch[-1]]}"
+    return name
+
+
+def task_id(measure: str, dataset: str, row: Row) -> str:
+    """Our task id by the naming rule; empty where we have no such task."""
+    if measure == "correspondence":
+        return dataset if dataset == "spair" else ""
+    if not dataset or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup"):
+        return ""
+    if measure == "overcluster":
+        clusters = re.search(r"K=(\d+)", row["setting"] + row["task"])
+        return f"{dataset}_overcluster_{clusters[1]}" if clusters else ""
+    fraction = re.search(r"fraction 1/(\d+)", row["setting"])
+    return f"{dataset}_{measure}" + (f"_1of{fraction[1]}" if fraction and fraction[1] != "1" else "")
+
+
+def convert(row: Row) -> tuple[Row, tuple]:
+    """The row in our columns, and its key: rows of one key are one number of one publication, written down twice."""
+    if "almost certainly ViT-B/14" in row["setting"]:
+        row["arch"] = "ViT-B/14"
+    publication = first(PUBLICATIONS, row["source"])
+    measure = first(MEASURES, row["task"])
+    dataset = first(DATASETS, row["dataset"], re.fullmatch)
+    if not publication or not measure:
+        raise SystemExit(f"no rule for {row}")
+    model = model_id(row, publication)
+    task = task_id(measure, dataset, row)
+    ours = publication == "neco" and measure in ("linear", "overcluster", "cluster_gt")
+    notes = [row["setting"]]
+    if ours and measure == "linear":
+        notes.append("25 epochs and 100 px masks inferred")
+    if ours and "K=21" in row["setting"] and dataset == "coco_things":
+        notes.append("taken as the 12 classes of Table 1")
+    if publication == "neco" and row["model"] == "NeCo":
+        notes.append("start model DINOv2R-XR inferred")
+    metric = re.sub(r" %$| \(digitised.*", "", row["metric"])
+    metric = "RMSE m" if metric == "RMSE" else re.sub(r"^(SPair|NAVI) score.*", "recall", metric)
+    value = row["value"]
+    if publication == "crw":  # printed as fractions
+        value = format((100 * Decimal(value)).normalize(), "f")
+    made = {
+        "model": model,
+        "arch": row["arch"],
+        "task": task,
+        "protocol": "neco-1" if ours else f"paper:{publication}-{measure}".replace("-scann-ic", "-scann"),
+        "metric": metric,
+        "value": value,
+        "setting": f"{row['dataset']}, {row['task']}: {'; '.join(notes)}",
+        "source": f"NeCo {row['source']}" if row["source"].startswith("paper ") else row["source"],
+        "quality": "digitised" if "digitised" in row["metric"] else "printed",
+    }
+    what = task or (dataset or row["dataset"], measure)
+    return made, (publication, model, row["arch"], what, metric.split("@")[0], Decimal(value))
+
+
+def main(folder: Path, out: Path) -> None:
+    read, dropped, kept = 0, Counter[str](), []
+    seen: set[tuple] = set()
+    for path in sorted(folder.glob("published_*.csv")):
+        with open(path, newline="", encoding="utf-8") as file:
+            for row in csv.DictReader(file):
+                read += 1
+                reason = next((why for why, column, text in DROPPED if re.search(text, row[column])), None)
+                if reason is None:
+                    made, same = convert(row)
+                    reason = "duplicate" if same in seen else None
+                    seen.add(same)
+                if reason is None:
+                    kept.append(made)
+                else:
+                    dropped[reason] += 1
+    with open(out, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(sorted(kept, key=lambda made: tuple(made[column] for column in COLUMNS)))
+    print(f"read {read}, kept {len(kept)}")
+    for reason, count in dropped.most_common():
+        print(f"dropped {count}: {reason}")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 3:
+        raise SystemExit("usage: make_published.py FOLDER OUT.csv")
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

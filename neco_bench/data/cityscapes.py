@@ -1,0 +1,53 @@
+"""Cityscapes (leftImg8bit and gtFine), the 19 classes that are scored, from labelIds or from labelTrainIds."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from neco_bench.data.base import IGNORE
+from neco_bench.data.folder import Files, PairedFolders
+from neco_bench.data.io import id_table
+
+# The file values 0..33 of labelIds that are scored, in the order of the train ids 0..18. Others are void.
+LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
+_COLOURS = (
+    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
+    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
+    (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+)  # fmt: skip
+
+
+class Cityscapes(PairedFolders):
+    """Cityscapes, 19 classes, 2,975/500 images. Ids are "CITY/CITY_SEQUENCE_FRAME"; the test split has no masks."""
+
+    name = "cityscapes"
+    splits = ("train", "val")
+    expected = {"train": 2975, "val": 500}  # noqa: RUF012 (a ClassVar of the base class)
+    citation = "Cordts et al., The Cityscapes Dataset for Semantic Urban Scene Understanding, CVPR 2016"
+    layout = """\
+  <data root>/cityscapes/
+    leftImg8bit/{train,val}/CITY/NAME_leftImg8bit.png
+    gtFine/{train,val}/CITY/NAME_gtFine_labelIds.png   or, where there are none, NAME_gtFine_labelTrainIds.png"""
+    classes = (
+        "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
+        "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
+    )  # fmt: skip
+    causes = {IGNORE: "that train ids (255 = void) lie in a file of label ids (0..33)"}  # noqa: RUF012 (ClassVar)
+
+    def __init__(self, folder: Path, split: str) -> None:
+        masks = folder / "gtFine" / split
+        self.source = "labelIds" if next(masks.glob("*/*_gtFine_labelIds.png"), None) else "labelTrainIds"
+        images = Files(folder / "leftImg8bit" / split, "_leftImg8bit.png")
+        self.pair(folder, split, images, Files(masks, f"_gtFine_{self.source}.png"))
+
+    @property
+    def table(self) -> np.ndarray:
+        if self.source == "labelTrainIds":
+            return super().table
+        return id_table({**dict.fromkeys(range(34), IGNORE), **{value: i for i, value in enumerate(LABEL_IDS)}})
+
+    @property
+    def palette(self) -> np.ndarray:
+        return np.array(_COLOURS, np.uint8)

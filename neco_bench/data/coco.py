@@ -1,0 +1,285 @@
+"""COCO 2017 as semantic segmentation: COCO-Things (12 merged classes) and COCO-Stuff (15 merged, 27, 171 classes).
+
+All sets share the folder `coco/` and read whichever annotation is there, the first of their `sources`; its name is in
+the fingerprint. File values are category ids 1..200 (0 = none), except in stuffthingmaps, which hold category id - 1
+and 255 = none. Reading those as category ids is the off-by-one trap: `person` becomes void, bicycles become `person`.
+It is what NeCo's code does if `annotations/{train,val}2017` holds stuffthingmaps; `coco_things_shifted` does it on
+purpose, `coco_things` never.
+
+Reading `panoptic` or `instances` JSON keeps the whole file in memory; `neco-bench data prepare coco_panoptic` writes
+masks from the former once.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from neco_bench.data.base import IGNORE
+from neco_bench.data.folder import AbsentSplitError, Files, PairedFolders, file_ids, missing
+from neco_bench.data.io import id_table, map_ids, read_image
+from neco_bench.errors import BadInputError
+
+_THINGS = """
+accessory: 27 backpack, 28 umbrella, 31 handbag, 32 tie, 33 suitcase
+animal: 16 bird, 17 cat, 18 dog, 19 horse, 20 sheep, 21 cow, 22 elephant, 23 bear, 24 zebra, 25 giraffe
+appliance: 78 microwave, 79 oven, 80 toaster, 81 sink, 82 refrigerator
+electronic: 72 tv, 73 laptop, 74 mouse, 75 remote, 76 keyboard, 77 cell phone
+food: 52 banana, 53 apple, 54 sandwich, 55 orange, 56 broccoli, 57 carrot, 58 hot dog, 59 pizza, 60 donut,
+    61 cake
+furniture: 62 chair, 63 couch, 64 potted plant, 65 bed, 67 dining table, 70 toilet
+indoor: 84 book, 85 clock, 86 vase, 87 scissors, 88 teddy bear, 89 hair drier, 90 toothbrush
+kitchen: 44 bottle, 46 wine glass, 47 cup, 48 fork, 49 knife, 50 spoon, 51 bowl
+outdoor: 10 traffic light, 11 fire hydrant, 13 stop sign, 14 parking meter, 15 bench
+person: 1 person
+sports: 34 frisbee, 35 skis, 36 snowboard, 37 sports ball, 38 kite, 39 baseball bat, 40 baseball glove,
+    41 skateboard, 42 surfboard, 43 tennis racket
+vehicle: 2 bicycle, 3 car, 4 motorcycle, 5 airplane, 6 bus, 7 train, 8 truck, 9 boat
+"""
+
+_STUFF = """
+building: 95 bridge, 96 building-other, 128 house, 151 roof, 158 skyscraper, 166 tent
+ceiling: 102 ceiling-other, 103 ceiling-tile
+floor: 101 carpet, 114 floor-marble, 115 floor-other, 116 floor-stone, 117 floor-tile, 118 floor-wood
+food-stuff: 121 food-other, 122 fruit, 153 salad, 170 vegetable
+furniture-stuff: 98 cabinet, 107 counter, 108 cupboard, 110 desk-stuff, 112 door-stuff, 123 furniture-other,
+    130 light, 133 mirror-stuff, 156 shelf, 161 stairs, 165 table
+ground: 111 dirt, 125 gravel, 126 ground-other, 136 mud, 140 pavement, 144 platform, 145 playingfield,
+    147 railroad, 149 road, 154 sand, 159 snow
+plant: 94 branch, 97 bush, 119 flower, 124 grass, 129 leaves, 134 moss, 142 plant-other, 163 straw, 169 tree
+raw-material: 100 cardboard, 132 metal, 139 paper, 143 plastic
+sky: 106 clouds, 157 sky-other
+solid: 127 hill, 135 mountain, 150 rock, 160 solid-other, 162 stone, 182 wood
+structural: 99 cage, 113 fence, 138 net, 146 railing, 164 structural-other
+textile: 92 banner, 93 blanket, 104 cloth, 105 clothes, 109 curtain, 131 mat, 137 napkin, 141 pillow, 152 rug,
+    167 textile-other, 168 towel
+wall: 171 wall-brick, 172 wall-concrete, 173 wall-other, 174 wall-panel, 175 wall-stone, 176 wall-tile,
+    177 wall-wood
+water: 120 fog, 148 river, 155 sea, 178 water-other, 179 waterdrops
+window: 180 window-blind, 181 window-other
+"""
+
+
+def _parse(text: str) -> dict[str, dict[int, str]]:
+    """{super-category: {category id: name}}."""
+    merged = {}
+    for line in text.strip().replace("\n    ", " ").splitlines():
+        name, _, members = line.partition(": ")
+        merged[name] = {int(number): word for number, word in (part.split(" ", 1) for part in members.split(", "))}
+    return merged
+
+
+THINGS, STUFF = _parse(_THINGS), _parse(_STUFF)
+_THING_NAMES = {number: name for group in THINGS.values() for number, name in group.items()}
+_STUFF_NAMES = {number: name for group in STUFF.values() for number, name in group.items()}
+# Stuff ids of the panoptic annotation: some of COCO-Stuff's, and 184..200, which merge several.
+_PANOPTIC_STUFF = (
+    92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151, 154,
+    155, 156, 159, 161, 166, 168, 171, 175, 176, 177, 178, 180, 181, *range(184, 201),
+)  # fmt: skip
+
+# Category id (0 = none) of every value that may occur in each kind of annotation.
+_PANOPTIC_VALUES = {i: i for i in (0, *_THING_NAMES, *_PANOPTIC_STUFF)}
+VALUES: dict[str, dict[int, int]] = {
+    "panoptic_semantic": _PANOPTIC_VALUES,
+    "panoptic": _PANOPTIC_VALUES,
+    "stuffthingmaps": {**{i - 1: i for i in (*_THING_NAMES, *_STUFF_NAMES)}, 255: 0},
+    "pixelmaps": {0: 0, **{i: i for i in _STUFF_NAMES}, 183: 0},
+    "instances": {i: i for i in (0, *_THING_NAMES)},
+}
+# Where each may lie; {} is train or val. Panoptic PNGs have their JSON beside the folder.
+_PLACES = {
+    "panoptic_semantic": ("annotations/panoptic_annotations/semantic_segmentation_{}2017",),
+    "panoptic": ("annotations/panoptic_{}2017", "annotations/panoptic_annotations/panoptic_{}2017"),
+    "stuffthingmaps": ("stuffthingmaps/{}2017", "stuffthingmaps_trainval2017/{}2017", "annotations/{}2017"),
+    "pixelmaps": ("annotations/stuff_annotations/stuff_{}2017_pixelmaps", "annotations/stuff_{}2017_pixelmaps"),
+    "instances": ("annotations/instances_{}2017.json",),
+}
+_CAUSES = {
+    **dict.fromkeys(range(184, 201), "that the file holds panoptic category ids (0 = none, up to 200)"),
+    255: "that the file is a stuffthingmap (category id - 1, 255 = none), which belongs into stuffthingmaps/",
+}
+
+
+def find_annotation(folder: Path, source: str, split: str) -> Path | None:
+    """Where a kind of annotation lies in a COCO folder, None if it is not there."""
+    places = (folder / place.format(split) for place in _PLACES[source])
+    return next((path for path in places if path.exists()), None)
+
+
+def read_segments(path: Path) -> dict[str, list[Any]]:
+    """Per image stem of a panoptic or instances JSON, its list of annotated segments. Raises BadInputError."""
+    try:
+        raw = json.loads(path.read_bytes())
+        if raw["images"] and "segments_info" in raw["annotations"][0]:
+            return {Path(item["file_name"]).stem: item["segments_info"] for item in raw["annotations"]}
+        stems = {item["id"]: Path(item["file_name"]).stem for item in raw["images"]}
+        found: dict[str, list[Any]] = {stem: [] for stem in stems.values()}
+        for item in raw["annotations"]:
+            found[stems[item["image_id"]]].append(item)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        raise BadInputError(
+            f"{path} is not a COCO annotation file: {type(error).__name__}: {error}. Restore it from the archive."
+        ) from error
+
+
+def panoptic_categories(path: Path, segments: list[Any]) -> np.ndarray:
+    """(H, W) uint8 category ids, 0 = none, of a panoptic PNG whose colours number its segments. Raises BadInputError.
+
+    Colours that the JSON does not list are an error, as is a category id that COCO's panoptic annotation lacks.
+    """
+    colours = read_image(path).astype(np.int64)
+    numbers, where = np.unique(colours @ (1, 256, 65536), return_inverse=True)
+    categories = {0: 0, **{int(item["id"]): int(item["category_id"]) for item in segments}}
+    wrong = [number for number in numbers.tolist() if categories.get(number) not in _PANOPTIC_VALUES]
+    if wrong:
+        raise BadInputError(
+            f"Panoptic map {path} holds segment {wrong[0]}, for which the JSON has no category of COCO panoptic. PNGs "
+            f"and JSON are of different versions: restore both."
+        )
+    values = np.array([categories[number] for number in numbers.tolist()], np.uint8)
+    return values[where.reshape(colours.shape[:2])]
+
+
+def instance_categories(segments: list[Any], size: tuple[int, int]) -> np.ndarray:
+    """(H, W) uint8 category ids, 0 = none, from polygons and run lengths; crowds lie lowest, small objects on top."""
+    from pycocotools import mask as rle
+
+    categories = np.zeros(size, np.uint8)
+    for item in sorted(segments, key=lambda item: (-item.get("iscrowd", 0), -item["area"], item["id"])):
+        shape = item["segmentation"]
+        if isinstance(shape, list):
+            shape = rle.merge(rle.frPyObjects(shape, *size))
+        elif isinstance(shape["counts"], list):
+            shape = rle.frPyObjects(shape, *size)
+        if tuple(shape["size"]) != size:
+            raise ValueError(f"segment {item['id']} is for {shape['size']} pixels, its image has {size}")
+        categories[rle.decode(shape) > 0] = item["category_id"]
+    return categories
+
+
+class _Coco(PairedFolders):
+    """What all COCO sets share. rows: class id by category id; other categories are void. sources: first is preferred.
+
+    shift: category ids of file values are moved by it, which is wrong unless it is 0.
+    """
+
+    folder_name = "coco"
+    splits = ("train", "val")
+    expected = {"train": 118287, "val": 5000}  # noqa: RUF012 (a ClassVar of the base class)
+    fractions = {"train": {10: 11828}}  # noqa: RUF012 (a ClassVar of the base class)
+    citation = "Lin et al., Microsoft COCO, ECCV 2014; Caesar et al., COCO-Stuff, CVPR 2018; Kirillov et al., CVPR 2019"
+    layout = """\
+  <data root>/coco/
+    images/{train,val}2017/NAME.jpg             or {train,val}2017/NAME.jpg
+  and masks from one of (things: any but pixelmaps; stuff, 15 classes: pixelmaps or stuffthingmaps; else stuffthingmaps)
+    annotations/panoptic_annotations/semantic_segmentation_{train,val}2017/NAME.png   `data prepare coco_panoptic`
+    annotations/panoptic_{train,val}2017/NAME.png and panoptic_{train,val}2017.json
+    stuffthingmaps/{train,val}2017/NAME.png     or annotations/{train,val}2017: category id - 1, 255 = none
+    annotations/stuff_annotations/stuff_{train,val}2017_pixelmaps/NAME.png
+    annotations/instances_{train,val}2017.json"""
+    rows: ClassVar[Mapping[int, int]]
+    sources: ClassVar[tuple[str, ...]]
+    causes = _CAUSES
+    shift: ClassVar[int] = 0
+
+    def __init__(self, folder: Path, split: str) -> None:
+        folders = (folder / "images" / f"{split}2017", folder / f"{split}2017")
+        images = Files(next((path for path in folders if path.is_dir()), folders[0]), ".jpg")
+        places = {source: place for source in self.sources if (place := find_annotation(folder, source, split))}
+        if not places and not images.folder.is_dir():
+            raise missing(type(self), f"split {split!r} has no images in {images.folder}.", AbsentSplitError)
+        if not places:
+            raise missing(type(self), f"split {split!r} has no annotation; {', '.join(self.sources)} would do.")
+        self.source, place = next(iter(places.items()))
+        self._segments: dict[str, list[Any]] = {}
+        if self.source in ("panoptic", "instances"):
+            self.shared_files = (place if place.suffix == ".json" else place.with_name(f"{place.name}.json"),)
+            self._segments = read_segments(self.shared_files[0])
+        if self.source != "instances":
+            self.pair(folder, split, images, Files(place, ".png"))
+        else:
+            self.folder, self.split, self._images, self._masks = folder, split, images, Files(place, "")
+            self.ids = tuple(sorted(file_ids(images.folder, "", ".jpg")))
+        if self._segments:
+            self.check_pairing(set(self.ids), set(self._segments))
+
+    def files(self, item: str) -> tuple[Path, Path]:
+        image, mask = super().files(item)
+        return image, self.shared_files[0] if self.source == "instances" else mask
+
+    @property
+    def table(self) -> np.ndarray:
+        shift = self.shift
+        values = VALUES[self.source].items()
+        return id_table({value: self.rows.get(id_ + shift if id_ else 0, IGNORE) for value, id_ in values})
+
+    def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
+        if not self._segments:
+            return super().read_mask(item, size)
+        path = self.files(item)[1]
+        try:
+            segments = self._segments[item]
+            panoptic = self.source == "panoptic"
+            categories = panoptic_categories(path, segments) if panoptic else instance_categories(segments, size)
+        except (KeyError, TypeError, ValueError, IndexError) as error:
+            if isinstance(error, BadInputError):
+                raise
+            raise BadInputError(
+                f"The annotation of image {item} in {self.shared_files[0]} is wrong: {error}. Restore the file."
+            ) from error
+        return map_ids(categories, path, table=self.table, size=size)
+
+
+def _merged(groups: Mapping[str, Mapping[int, str]]) -> dict[int, int]:
+    """Class id by category id, one class per group in the order of the groups."""
+    return {number: row for row, group in enumerate(groups.values()) for number in group}
+
+
+class CocoThings(_Coco):
+    """COCO-Things: the 80 object categories merged into 12 super-categories, stuff void."""
+
+    name = "coco_things"
+    classes = tuple(THINGS)
+    rows = _merged(THINGS)
+    sources: ClassVar[tuple[str, ...]] = ("panoptic_semantic", "panoptic", "stuffthingmaps", "instances")
+
+
+class CocoThingsShifted(CocoThings):
+    """COCO-Things as it comes out when stuffthingmaps are read as category ids: wrong by one, see the module."""
+
+    name = "coco_things_shifted"
+    sources = ("stuffthingmaps",)
+    shift = -1
+
+
+class CocoStuff(_Coco):
+    """COCO-Stuff: the 91 stuff categories merged into 15 super-categories, objects void."""
+
+    name = "coco_stuff"
+    classes = tuple(STUFF)
+    rows = _merged(STUFF)
+    sources = ("pixelmaps", "stuffthingmaps")
+
+
+class CocoStuff27(_Coco):
+    """COCO-Stuff-27: the 12 super-categories of things, then the 15 of stuff."""
+
+    name = "coco_stuff27"
+    classes = (*THINGS, *STUFF)
+    rows = _merged(THINGS | STUFF)
+    sources = ("stuffthingmaps",)
+
+
+class CocoStuff171(_Coco):
+    """COCO-Stuff-171 (164k): 80 things and 91 stuff, by increasing category id."""
+
+    name = "coco_stuff171"
+    classes = tuple(name for _, name in sorted((_THING_NAMES | _STUFF_NAMES).items()))
+    rows = {number: row for row, number in enumerate(sorted(_THING_NAMES | _STUFF_NAMES))}  # noqa: RUF012 (ClassVar)
+    sources = ("stuffthingmaps",)

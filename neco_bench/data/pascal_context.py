@@ -1,0 +1,70 @@
+"""Pascal Context on VOC 2010 images, 59 classes, or 60 with background, from 8-bit PNGs: 0 = background, 1..59.
+
+The official annotation is MATLAB files of 459 labels; the PNGs are what its `detail` API, and the converter of
+mmsegmentation that calls it, write into SegmentationClassContext with the split lists. `pascal_context` has the 59
+classes, background void; `pascal_context60` scores background too.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from neco_bench.data.base import IGNORE
+from neco_bench.data.folder import SegmentationFolder, read_list
+from neco_bench.data.io import id_table
+
+
+class PascalContext(SegmentationFolder):
+    """Pascal Context, 59 classes, 4,998/5,105 images. Ids are file stems such as 2008_000002."""
+
+    name = "pascal_context"
+    folder_name = "pascal_context"
+    splits = ("train", "val")
+    expected = {"train": 4998, "val": 5105}  # noqa: RUF012 (a ClassVar of the base class)
+    citation = (
+        "Mottaghi et al., The Role of Context for Object Detection and Semantic Segmentation in the Wild, CVPR 2014"
+    )
+    layout = """\
+  <data root>/pascal_context/VOCdevkit/VOC2010/   or pascal_context/VOC2010/, or directly pascal_context/
+    ImageSets/SegmentationContext/train.txt  val.txt
+    JPEGImages/NAME.jpg
+    SegmentationClassContext/NAME.png             8-bit ids, 0 = background, 1..59"""
+    classes: ClassVar[tuple[str, ...]] = (
+        "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow", "table", "dog", "horse",
+        "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor", "bag", "bed", "bench", "book",
+        "building", "cabinet", "ceiling", "cloth", "computer", "cup", "door", "fence", "floor", "flower", "food",
+        "grass", "ground", "keyboard", "light", "mountain", "mouse", "curtain", "platform", "sign", "plate", "road",
+        "rock", "shelves", "sidewalk", "sky", "snow", "bedclothes", "track", "tree", "truck", "wall", "water",
+        "window", "wood",
+    )  # fmt: skip
+    causes = {  # noqa: RUF012 (a ClassVar of the base class)
+        IGNORE: "that ids were already shifted to 0..58 with 255 for background, while 0 = background is needed"
+    }
+
+    def __init__(self, folder: Path, split: str) -> None:
+        candidates = (folder / "VOCdevkit" / "VOC2010", folder / "VOC2010", folder)
+        self.folder = next((path for path in candidates if (path / "ImageSets").is_dir()), candidates[0])
+        self.split = split
+        self.list_file = self.folder / "ImageSets" / "SegmentationContext" / f"{split}.txt"
+        self.ids = tuple(Path(word).stem for word in read_list(type(self), self.list_file))
+
+    def files(self, item: str) -> tuple[Path, Path]:
+        return self.folder / "JPEGImages" / f"{item}.jpg", self.folder / "SegmentationClassContext" / f"{item}.png"
+
+    @property
+    def table(self) -> np.ndarray:
+        return id_table({0: IGNORE, **{i + 1: i for i in range(59)}})
+
+
+class PascalContext60(PascalContext):
+    """Pascal Context with background as class 0 of 60."""
+
+    name = "pascal_context60"
+    classes = ("background", *PascalContext.classes)
+
+    @property
+    def table(self) -> np.ndarray:
+        return id_table({i: i for i in range(60)})

@@ -1,0 +1,174 @@
+"""PF-WILLOW and PF-PASCAL: pairs of images with keypoints from MATLAB files.
+
+MATLAB counts pixels from 1; points and boxes are given here with the centre of the first pixel at 0.
+"""
+
+from __future__ import annotations
+
+import csv
+import itertools
+from abc import abstractmethod
+from pathlib import Path
+
+import numpy as np
+
+from neco_bench.data.base import Pair, PairDataset
+from neco_bench.data.folder import AbsentSplitError, file_digest, missing, pair_text
+from neco_bench.data.io import read_image, read_mat
+from neco_bench.data.voc2012 import VOC2012
+from neco_bench.errors import BadInputError
+
+Box = tuple[float, float, float, float]
+
+
+class _ProposalFlow(PairDataset):
+    """What both share: `folder`, `pairs` and where an image lies."""
+
+    folder: Path
+
+    def _set_pairs(self, pairs: list[Pair]) -> None:
+        self.pairs = tuple(pairs)
+        self.ids = tuple(pair.id for pair in pairs)
+
+    @abstractmethod
+    def _image_file(self, image_id: str) -> Path: ...
+
+    def read_image(self, image_id: str) -> np.ndarray:
+        """(H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
+        return read_image(self._image_file(image_id))
+
+    def fingerprint(self) -> str:
+        """Sha256 over name, reader version, split, the pairs with all their points, and image names and sizes."""
+        facts = (self.name, self.version, self.split, *(pair_text(pair) for pair in self.pairs))
+        return file_digest(facts, self.folder, map(self._image_file, self.image_ids))
+
+
+class PFWillow(_ProposalFlow):
+    """PF-WILLOW: all 900 ordered pairs within 10 sub-classes of 10 images, 10 points each, all visible.
+
+    Boxes are the tight boxes of the points, as every evaluation of this set has them.
+    """
+
+    name = "pf_willow"
+    splits = ("test",)
+    expected = {"test": 900}  # noqa: RUF012 (a ClassVar of the base class)
+    citation = "Ham et al., Proposal Flow, CVPR 2016"
+    layout = """\
+  <data root>/pf_willow/PF-dataset-WILLOW/    or directly pf_willow/
+    SUBCLASS/NAME.png  SUBCLASS/NAME.mat      pts_coord: 2 x 10, x above y, 1-based; SUBCLASS as in car(G)"""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        nested = folder / "PF-dataset-WILLOW"
+        self.folder, self.split = nested if nested.is_dir() else folder, split
+        pairs = []
+        for place in sorted(path for path in self.folder.iterdir() if path.is_dir()):
+            points = {file.stem: self._read(file) for file in sorted(place.glob("*.mat"))}
+            alone = points.keys() ^ {file.stem for file in place.glob("*.png")}
+            if alone:
+                raise missing(
+                    type(self),
+                    f"{place / min(alone)} has a .png or a .mat file, but not both: the archive was unpacked in part.",
+                )
+            for a, b in itertools.permutations(points, 2):
+                pairs.append(
+                    Pair(
+                        id=f"{a}-{b}:{place.name}",
+                        source_id=f"{place.name}/{a}",
+                        target_id=f"{place.name}/{b}",
+                        source_points=points[a],
+                        target_points=points[b],
+                        point_ids=tuple(map(str, range(10))),
+                        source_box=_tight(points[a]),
+                        target_box=_tight(points[b]),
+                        category=place.name,
+                    )
+                )
+        if not pairs:
+            raise missing(type(self), f"{self.folder} holds no sub-class folders with .mat files.", AbsentSplitError)
+        self._set_pairs(pairs)
+
+    def _read(self, path: Path) -> np.ndarray:
+        points = read_mat(path).get("pts_coord", np.zeros(0))
+        if points.shape != (2, 10) or not np.isfinite(points).all():
+            raise BadInputError(f"{path} lacks pts_coord, 2 x 10 finite numbers. Restore it from the original archive.")
+        return points.T.astype(np.float64) - 1
+
+    def _image_file(self, image_id: str) -> Path:
+        return self.folder / f"{image_id}.png"
+
+
+def _tight(points: np.ndarray) -> Box:
+    (x1, y1), (x2, y2) = points.min(0).tolist(), points.max(0).tolist()
+    return x1, y1, x2, y2
+
+
+class PFPascal(_ProposalFlow):
+    """PF-PASCAL: the 299 test and 308 val pairs of the lists of Rocco et al. (ncnet), 20 VOC classes.
+
+    Points are those visible in both images, from the .mat file of each image; boxes are the object boxes there. The
+    train list (with mirrored copies) is for methods that are trained, and is not read.
+    """
+
+    name = "pf_pascal"
+    splits = ("val", "test")
+    expected = {"val": 308, "test": 299}  # noqa: RUF012 (a ClassVar of the base class)
+    citation = (
+        "Ham et al., Proposal Flow, TPAMI 2018; lists: Rocco et al., Neighbourhood Consensus Networks, NeurIPS 2018"
+    )
+    layout = """\
+  <data root>/pf_pascal/PF-dataset-PASCAL/    or directly pf_pascal/
+    test_pairs.csv  val_pairs.csv             or {test,val}_pairs_pf_pascal.csv: source_image,target_image,class,...
+    JPEGImages/NAME.jpg
+    Annotations/CLASS/NAME.mat                kps: N x 2, 1-based, NaN = not visible; bbox: x1 y1 x2 y2"""
+
+    def __init__(self, folder: Path, split: str) -> None:
+        nested = folder / "PF-dataset-PASCAL"
+        self.folder, self.split = nested if nested.is_dir() else folder, split
+        names = (f"{split}_pairs.csv", f"{split}_pairs_pf_pascal.csv")
+        lists = [path for name in names if (path := self.folder / name).is_file()]
+        if not lists:
+            raise missing(type(self), f"the pair list {self.folder / names[0]} is not there.", AbsentSplitError)
+        try:
+            with lists[0].open(encoding="utf-8-sig", newline="") as file:
+                rows = [
+                    (Path(r["source_image"]).stem, Path(r["target_image"]).stem, VOC2012.classes[int(r["class"])])
+                    for r in csv.DictReader(file, skipinitialspace=True)
+                ]
+        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+            raise BadInputError(
+                f"Pair list {lists[0]} needs the columns source_image, target_image and class 1..20: "
+                f"{type(error).__name__}: {error}. Restore the official list."
+            ) from error
+        if not rows:
+            raise BadInputError(f"Pair list {lists[0]} is empty. Restore the official list.")
+        self._set_pairs([self._pair(f"{i:03d}-{a}-{b}:{name}", a, b, name) for i, (a, b, name) in enumerate(rows)])
+
+    def _pair(self, name: str, source: str, target: str, category: str) -> Pair:
+        first, first_box = self._read(category, source)
+        second, second_box = self._read(category, target)
+        if len(first) != len(second):
+            raise BadInputError(f"The annotations of {source} and {target} have {len(first)} and {len(second)} points.")
+        common = np.flatnonzero(np.isfinite(first).all(1) & np.isfinite(second).all(1))
+        return Pair(
+            id=name,
+            source_id=source,
+            target_id=target,
+            source_points=first[common],
+            target_points=second[common],
+            point_ids=tuple(map(str, common)),
+            source_box=first_box,
+            target_box=second_box,
+            category=category,
+        )
+
+    def _read(self, category: str, name: str) -> tuple[np.ndarray, Box]:
+        path = self.folder / "Annotations" / category / f"{name}.mat"
+        variables = read_mat(path)
+        points, box = variables.get("kps", np.zeros(0)), variables.get("bbox", np.zeros(0)).ravel()
+        if points.ndim != 2 or points.shape[1] != 2 or len(box) != 4:
+            raise BadInputError(f"{path} lacks kps (N x 2) or bbox (4 numbers). Restore it from the original archive.")
+        x1, y1, x2, y2 = (box.astype(np.float64) - 1).tolist()
+        return points.astype(np.float64) - 1, (x1, y1, x2, y2)
+
+    def _image_file(self, image_id: str) -> Path:
+        return self.folder / "JPEGImages" / f"{image_id}.jpg"

@@ -1,0 +1,212 @@
+"""`data prepare`: archives, SBD, panoptic maps. Originals stay, interruptions do no harm, bad archives are refused."""
+
+import hashlib
+import io
+import json
+import shutil
+import stat
+import sys
+import tarfile
+import zipfile
+
+import numpy as np
+import pytest
+from data_helpers import image_of, save
+from PIL import Image
+from scipy.io import savemat
+
+from neco_bench.cli import main
+from neco_bench.data import load_dataset
+from neco_bench.data.prepare import prepare, unpack
+from neco_bench.errors import BadInputError, MissingError, UsageError
+
+
+def digests(folder):
+    return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def voc_and_sbd(voc):
+    """VOC with one train image beside the three of val; SBD with that one, one of val, and two of its own."""
+    base = voc / "voc2012" / "VOCdevkit" / "VOC2012"
+    save(base / "JPEGImages" / "2008_000009.jpg", image_of(9))
+    save(base / "SegmentationClass" / "2008_000009.png", np.tile(np.array([3, 255], np.uint8), (20, 15)))
+    (base / "ImageSets" / "Segmentation" / "train.txt").write_text("2008_000009\n")
+    classes = voc / "benchmark_RELEASE" / "dataset" / "cls"
+    classes.mkdir(parents=True)
+    names = ("2008_000009", "2007_000001", "2010_000001", "2010_000002")
+    for i, name in enumerate(names):
+        save(base / "JPEGImages" / f"{name}.jpg", image_of(i))
+        savemat(classes / f"{name}.mat", {"GTcls": {"Segmentation": np.full((20, 30), 10 + i, np.uint8)}})
+    (classes.parent / "train.txt").write_text("\n".join(names))
+    return voc, base, classes.parent.parent
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_voc_sbd(voc_and_sbd, tmp_path, packed):
+    root, base, source = voc_and_sbd
+    before = digests(root)
+    if packed:
+        with tarfile.open(tmp_path / "benchmark.tgz", "w:gz") as tar:
+            tar.add(source, "benchmark_RELEASE")
+    given = tmp_path / "benchmark.tgz" if packed else source
+    made = prepare("voc_sbd", root, source=given)
+    assert made[-2].written == 3
+    assert "3 images, the whole set has 10582" in made[-2].note
+    dataset = load_dataset("voc2012", "trainaug", root=root)
+    assert dataset.ids == ("2008_000009", "2010_000001", "2010_000002")  # no image of val
+    assert set(dataset[0].mask.ravel()) == {3, 255}  # VOC's own mask, not SBD's
+    assert [int(dataset[i].mask[0, 0]) for i in (1, 2)] == [12, 13]
+    stored = Image.open(base / "SegmentationClassAug" / "2010_000001.png")
+    assert stored.mode == "P"
+    assert stored.getpalette()[3:6] == [128, 0, 0]
+    after = digests(root)
+    assert before.items() <= after.items()
+    again = prepare("voc_sbd", root, source=given)
+    assert [row.written for row in again] == [0] * len(again)
+    assert digests(root) == after
+
+
+def test_voc_sbd_goes_on_after_an_interruption(voc_and_sbd):
+    root, base, source = voc_and_sbd
+
+    def interrupted(items, desc):
+        yield from list(items)[:2]
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        prepare("voc_sbd", root, source=source, progress=interrupted)
+    with pytest.raises(MissingError, match="prepare voc_sbd"):
+        load_dataset("voc2012", "trainaug", root=root)
+    assert prepare("voc_sbd", root, source=source)[0].written == 1
+    assert len(load_dataset("voc2012", "trainaug", root=root)) == 3
+    assert not list(base.glob("*.partial"))
+    (base / "SegmentationClassAug" / "2010_000001.png").unlink()
+    with pytest.raises(UsageError, match=r"lacks 1 of 3 files, the first is 2010_000001\.png"):
+        prepare("voc_sbd", root, source=source)
+
+
+def test_voc_sbd_defects(voc_and_sbd, tmp_path):
+    root, _, source = voc_and_sbd
+    (tmp_path / "file").touch()
+    with pytest.raises(UsageError, match="Cannot write below"):
+        prepare("ade20k", tmp_path / "file", source=packed_one(tmp_path))
+    with pytest.raises(UsageError, match="needs --source"):
+        prepare("voc_sbd", root)
+    with pytest.raises(MissingError, match=r"No SBD below"):
+        prepare("voc_sbd", root, source=root / "voc2012")
+    with pytest.raises(MissingError, match="given as --source"):
+        prepare("voc_sbd", root, source=root / "nothing")
+    (source / "dataset" / "cls" / "2010_000001.mat").unlink()
+    with pytest.raises(MissingError, match=r"2010_000001\.mat: SBD was unpacked in part"):
+        prepare("voc_sbd", root, source=source)
+    savemat(source / "dataset" / "cls" / "2010_000001.mat", {"GTinst": 1})
+    with pytest.raises(BadInputError, match=r"2010_000001\.mat is not a class file of SBD"):
+        prepare("voc_sbd", root, source=source)
+
+
+def test_coco_panoptic(samples, tmp_path):
+    sample, coco = samples / "coco_panoptic_sample", tmp_path / "coco"
+    shutil.copytree(sample / "input_images", coco / "val2017")
+    (coco / "annotations").mkdir()
+    shutil.copy(sample / "panoptic_examples.json", coco / "annotations" / "panoptic_val2017.json")
+    with pytest.raises(MissingError, match="No panoptic annotation"):
+        prepare("coco_panoptic", tmp_path)
+    with zipfile.ZipFile(coco / "annotations" / "panoptic_val2017.zip", "w") as file:
+        for path in sorted((sample / "panoptic_examples").iterdir()):
+            file.write(path, f"panoptic_val2017/{path.name}")
+        file.writestr("__MACOSX/panoptic_val2017/._x.png", "junk")
+    before = digests(tmp_path)
+    assert [row.written for row in prepare("coco_panoptic", tmp_path)] == [2, 2]
+    assert before.items() <= digests(tmp_path).items()
+    made = load_dataset("coco_things", "val", root=tmp_path)
+    assert made.source == "panoptic_semantic"
+    shutil.move(coco / "annotations" / "panoptic_annotations", tmp_path / "away")
+    direct = load_dataset("coco_things", "val", root=tmp_path)
+    assert direct.source == "panoptic"
+    assert all(np.array_equal(made_mask, direct[i].mask) for i, made_mask in enumerate(masks_of(tmp_path, coco)))
+
+
+def masks_of(root, coco):
+    shutil.copytree(root / "away", coco / "annotations" / "panoptic_annotations")
+    return [sample.mask for sample in load_dataset("coco_things", "val", root=root)]
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+def test_unpacking(tmp_path, kind):
+    content = {"ADEChallengeData2016/images/a.jpg": b"12345", "ADEChallengeData2016/b:c.txt": b"6"}
+    archive = tmp_path / f"set.{kind}"
+    pack(archive, content)
+    folder = tmp_path / "root" / "ade20k"
+    assert prepare("ade20k", tmp_path / "root", source=archive)[0].written == 2
+    assert {p.relative_to(folder).as_posix(): p.read_bytes() for p in folder.rglob("*") if p.is_file()} == content
+    assert not [p for p in folder.iterdir() if p.name.startswith(".")]
+    assert prepare("ade20k_151", tmp_path / "root", source=archive)[0].written == 0
+    (folder / "ADEChallengeData2016/images/a.jpg").write_bytes(b"mine")
+    with pytest.raises(UsageError, match=r"a\.jpg is there already and differs"):
+        unpack(archive, folder)
+    assert (folder / "ADEChallengeData2016/images/a.jpg").read_bytes() == b"mine"
+    prepare("coco_stuff", tmp_path / "root", source=archive, into="stuffthingmaps")
+    assert (tmp_path / "root/coco/stuffthingmaps/ADEChallengeData2016/images/a.jpg").is_file()
+
+
+def packed_one(folder):
+    pack(folder / "one.zip", {"a": b"1"})
+    return folder / "one.zip"
+
+
+def pack(archive, content):
+    if archive.suffix == ".zip":
+        with zipfile.ZipFile(archive, "w") as file:
+            for name, data in content.items():
+                file.writestr(name, data)
+    else:
+        with tarfile.open(archive, "w:gz") as tar:
+            for name, data in content.items():
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
+
+
+@pytest.mark.parametrize("kind", ["zip", "tar.gz"])
+@pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil", "C:/evil", "a\\..\\evil"])
+def test_paths_out_of_the_folder_are_refused(tmp_path, kind, name):
+    pack(tmp_path / f"set.{kind}", {"fine": b"1", name: b"2"})
+    with pytest.raises(BadInputError, match="not safe to unpack"):
+        unpack(tmp_path / f"set.{kind}", tmp_path / "in" / "folder")
+    assert not list(tmp_path.rglob("evil"))
+    assert not (tmp_path / "in" / "folder" / "fine").exists()
+
+
+def test_links_and_damage_are_refused(tmp_path):
+    with tarfile.open(tmp_path / "link.tar", "w") as tar:
+        info = tarfile.TarInfo("link")
+        info.type, info.linkname = tarfile.SYMTYPE, "/etc"
+        tar.addfile(info)
+    with zipfile.ZipFile(tmp_path / "link.zip", "w") as file:
+        entry = zipfile.ZipInfo("link")
+        entry.external_attr = (stat.S_IFLNK | 0o777) << 16
+        file.writestr(entry, "/etc")
+    for name in ("link.tar", "link.zip"):
+        with pytest.raises(BadInputError, match="not safe to unpack"):
+            unpack(tmp_path / name, tmp_path / "folder")
+    for kind in ("tar.gz", "zip"):
+        path = tmp_path / f"half.{kind}"
+        pack(path, {"a": np.random.default_rng(0).bytes(50000), "b": b"1"})
+        path.write_bytes(path.read_bytes()[:20000])
+        with pytest.raises(BadInputError, match="damaged or was downloaded in part"):
+            unpack(path, tmp_path / "folder")
+        assert not (tmp_path / "folder" / "a").exists()
+
+
+def test_the_command(voc_and_sbd, capsys, monkeypatch):
+    root, _, source = voc_and_sbd
+    arguments = ["data", "prepare", "voc_sbd", "--source", str(source), "--data-root", str(root), "--json"]
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert not exit_.value.code
+    assert [row["written"] for row in json.loads(capsys.readouterr().out)] == [3, 1]
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with pytest.raises(SystemExit) as exit_:
+        main(["data", "prepare", "ade20k", "--data-root", str(root)])
+    assert exit_.value.code == 2
