@@ -1,0 +1,22 @@
+"""ROI-align (He et al., "Mask R-CNN", ICCV 2017): features of two views on the image region that both show."""
+
+from __future__ import annotations
+
+import torchvision
+from torch import Tensor
+
+from neco_bench.errors import UsageError
+
+
+def align(features: Tensor, boxes: Tensor, stride: int, cells: int = 7) -> Tensor:
+    """Pool (B, D, h, w) features of a view in boxes (B, R, 4), (x1, y1, x2, y2) in pixels of that view.
+
+    Returns (B, R, cells * cells, D), cells row by row: means of bilinear samples, ceil(box / cells) per cell and axis,
+    half a token of shift (`aligned`). stride: pixels per token. Not normalised again.
+    For teacher view c the boxes are `gc[:, c]`, for student view v `all[:, v, c]` of `neco_bench.training.views`.
+    """
+    if boxes.dim() != 3 or boxes.shape[0] != len(features) or boxes.shape[2] != 4:
+        raise UsageError(f"boxes must be ({len(features)}, regions, 4), not {tuple(boxes.shape)}.")
+    in_tokens = boxes.to(features.dtype) / stride
+    pooled = torchvision.ops.roi_align(features, list(in_tokens), cells, aligned=True)
+    return pooled.flatten(2).transpose(1, 2).unflatten(0, boxes.shape[:2])

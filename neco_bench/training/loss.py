@@ -1,0 +1,86 @@
+"""The loss of NeCo (Pariza et al., "Near, far: Patch-ordering enhances vision foundation models' scene understanding",
+ICLR 2025): the student's patches should order reference patches by similarity as the teacher's patches do.
+
+As in the official code, similarities are sorted ascending, and each reference has a distribution over ranks: there is
+no second cross-entropy over the references of a rank.
+
+Deviation: the official code takes the logarithm of the student's weights as they are, so that one that underflows to 0
+(float32, odd_even, steepness 1000 and above) makes the loss NaN. Here weights below the smallest normal number (1.2e-38
+in float32) count as that number, and have no gradient. All other weights are untouched.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from neco_bench.errors import UsageError
+from neco_bench.training.sorting import Relaxation, as_rows, check_steepness, in_chunks
+
+
+class _NecoLoss(torch.autograd.Function):
+    """Computes the gradient with the value, a few rows at a time, and keeps it alone."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, student: Tensor, teacher: Tensor, network: str, steepness: tuple[float, float], differentiable: bool
+    ) -> Tensor:
+        scale = -1 / student.numel()
+        smallest = torch.finfo(student.dtype).tiny
+        gradient = torch.empty_like(student) if differentiable else None
+
+        def work(relaxation: Relaxation, part: slice) -> Tensor:
+            target = relaxation.forward(teacher[part].T * steepness[1])[:, 1:].clone()
+            columns = relaxation.forward(student[part].T * steepness[0], keep=differentiable)
+            weights = columns[:, 1:].clamp_min(smallest)
+            if gradient is not None:
+                underflow = columns[:, 1:] < smallest
+                columns[:, 0] = 0
+                torch.div(target, weights, out=columns[:, 1:]).masked_fill_(underflow, 0)
+                gradient[part] = relaxation.backward()[:, : columns.shape[2]].T * (scale * steepness[0])
+            return weights.log_().mul_(target).sum()
+
+        total = torch.stack(in_chunks(network, "cauchy", student, differentiable, work)).sum()
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        return total * scale
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, by_loss: Tensor) -> tuple[Tensor, None, None, None, None]:
+        (gradient,) = ctx.saved_tensors
+        return gradient * by_loss, None, None, None, None
+
+
+def neco_loss(
+    student_sim: Tensor,
+    teacher_sim: Tensor,
+    *,
+    network: str = "bitonic",
+    student_steepness: float = 100.0,
+    teacher_steepness: float = 100.0,
+) -> Tensor:
+    """Cross-entropy between the soft ranks that teacher and student give to the same references.
+
+    student_sim, teacher_sim: (M, n) cosine similarity of each of M patches to its n references. With the permutations P
+    and Q of their soft sorts (Cauchy), the loss is - sum over ranks j of Q[m, i, j] ln P[m, i, j], mean over patches m
+    and references i. Gradient to `student_sim` only. Computed in float32 (float64 for float64), inside autocast too.
+    Returns a scalar. Raises UsageError for shapes that differ, an unknown network, a steepness that is not positive.
+    """
+    if student_sim.shape != teacher_sim.shape:
+        raise UsageError(
+            f"student_sim {tuple(student_sim.shape)} and teacher_sim {tuple(teacher_sim.shape)} must have one shape."
+        )
+    student = as_rows(student_sim, "student_sim")
+    check_steepness(student_steepness)
+    check_steepness(teacher_steepness)
+    return _NecoLoss.apply(
+        student,
+        teacher_sim.detach().to(student.dtype),
+        network,
+        (student_steepness, teacher_steepness),
+        torch.is_grad_enabled() and student.requires_grad,
+    )

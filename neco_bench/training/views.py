@@ -1,0 +1,154 @@
+"""Views of one image: crops that overlap, colours that vary, and where the crops overlap (Pariza et al., ICLR 2025,
+after Leopart's transforms; the official code's choices).
+
+Two global and four local crops; no flip, no solarisation. The first two views are the global ones everywhere. Boxes are
+(x1, y1, x2, y2), x right, y down, corners and not pixel centres. All randomness comes from the generator given, so a
+view of an image depends on (seed, epoch, image id) where the caller seeds it by those (`context.item_rng`).
+
+Deviations from the official code: rejection sampling of crops ends with an error for images too thin for any pair of
+crops to overlap enough, where the official code never returns; one generator serves all draws.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as tf
+from PIL import Image, ImageFilter
+from torch import Tensor
+
+from neco_bench.errors import BadInputError
+
+GLOBALS = 2
+ATTEMPTS = 1000
+
+
+@dataclass(frozen=True)
+class ViewSettings:
+    """Sizes in pixels, scales as shares of the image's area, probabilities per view; defaults are the paper's."""
+
+    global_size: int = 518
+    local_size: int = 98
+    locals: int = 4
+    global_scale: tuple[float, float] = (0.25, 1.0)
+    local_scale: tuple[float, float] = (0.05, 0.25)
+    aspect: tuple[float, float] = (3 / 4, 4 / 3)
+    min_overlap: float = 0.01
+    jitter_probability: float = 0.8
+    jitter_strength: float = 1.0
+    gray_probability: float = 0.2
+    blur_probability: float = 0.5
+    blur_strength: float = 1.0
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Output size of each view."""
+        return (self.global_size,) * GLOBALS + (self.local_size,) * self.locals
+
+
+@dataclass(frozen=True)
+class Views:
+    """One image's views. global_views: (2, 3, g, g), local_views: (V - 2, 3, l, l), normalised float32.
+
+    gc: (2, V, 4), [i, j] is what crops i and j share, in pixels of view i, a global one.
+    all: (V, 2, 4), [j, i] is the same in pixels of view j.
+    """
+
+    global_views: Tensor
+    local_views: Tensor
+    gc: Tensor
+    all: Tensor
+
+
+def shared_boxes(crops: np.ndarray, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """`gc` (2, V, 4) and `all` (V, 2, 4) of `Views`, float64, from crops (V, 4) in pixels of the image."""
+    first = crops[:GLOBALS, None]
+    shared = np.concatenate((np.maximum(first[..., :2], crops[:, :2]), np.minimum(first[..., 2:], crops[:, 2:])), -1)
+    corner, spans = np.tile(crops[:, :2], 2), np.tile(crops[:, 2:] - crops[:, :2], 2)
+    size = np.array(sizes)[:, None]
+    in_global = (shared - corner[:GLOBALS, None]) * size[:GLOBALS, None] / spans[:GLOBALS, None]
+    in_each = (shared - corner) * size / spans
+    return in_global, in_each.swapaxes(0, 1)
+
+
+def random_crop(
+    width: int, height: int, scale: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
+) -> tuple[int, int, int, int]:
+    """A box by the rule of torchvision's RandomResizedCrop: ten attempts, then the largest central one."""
+    for _ in range(10):
+        area = width * height * rng.uniform(*scale)
+        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
+        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
+            return x, y, x + w, y + h
+    w, h = min(width, max(1, round(height * aspect[1]))), min(height, max(1, round(width / aspect[0])))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+def sample_crops(width: int, height: int, settings: ViewSettings, rng: np.random.Generator) -> np.ndarray:
+    """(V, 4) integer boxes in pixels of the image, each sharing enough area with every global one before it.
+
+    With m = floor(min_overlap * width * height), a local crop shares more than m with both global ones, and the second
+    global one more than 2 m with the first. Raises BadInputError where no such crops are found.
+    """
+    least = math.floor(settings.min_overlap * width * height)
+    crops: list[tuple[int, int, int, int]] = []
+    for view in range(GLOBALS + settings.locals):
+        scale, needed = (settings.global_scale, 2 * least) if view < GLOBALS else (settings.local_scale, least)
+        for _ in range(ATTEMPTS):
+            x1, y1, x2, y2 = random_crop(width, height, scale, settings.aspect, rng)
+            shared = (
+                max(0, min(x2, b[2]) - max(x1, b[0])) * max(0, min(y2, b[3]) - max(y1, b[1])) for b in crops[:GLOBALS]
+            )
+            if all(area > needed for area in shared):
+                crops.append((x1, y1, x2, y2))
+                break
+        else:
+            raise BadInputError(
+                f"no crops of this {width} x {height} image overlap enough in {ATTEMPTS} attempts: it is too thin for "
+                f"crops of aspect {settings.aspect[0]:.2f} to {settings.aspect[1]:.2f}. Leave it out of the data."
+            )
+    return np.array(crops)
+
+
+def vary_colours(image: Image.Image, settings: ViewSettings, rng: np.random.Generator) -> Image.Image:
+    """Colour jitter (its four parts in random order), grayscale and Gaussian blur, each with its probability."""
+    if rng.random() < settings.jitter_probability:
+        spread = 0.8 * settings.jitter_strength
+        most = min(0.5, 0.2 * settings.jitter_strength)
+        brightness, contrast, saturation = rng.uniform(max(0, 1 - spread), 1 + spread, 3)
+        hue = rng.uniform(-most, most)
+        parts = (
+            lambda im: tf.adjust_brightness(im, brightness),
+            lambda im: tf.adjust_contrast(im, contrast),
+            lambda im: tf.adjust_saturation(im, saturation),
+            lambda im: tf.adjust_hue(im, hue),
+        )
+        for part in rng.permutation(len(parts)):
+            image = parts[part](image)
+    if rng.random() < settings.gray_probability:
+        image = tf.rgb_to_grayscale(image, num_output_channels=3)
+    if rng.random() < settings.blur_probability:
+        image = image.filter(ImageFilter.GaussianBlur(rng.uniform(0.1, 2.0) * settings.blur_strength))
+    return image
+
+
+def make_views(image: np.ndarray, settings: ViewSettings, rng: np.random.Generator) -> Views:
+    """The views of an image (H, W, 3) uint8 RGB. Raises BadInputError for images too thin to crop."""
+    picture = Image.fromarray(image)
+    crops = sample_crops(picture.width, picture.height, settings, rng)
+    views = []
+    for (x1, y1, x2, y2), size in zip(crops.tolist(), settings.sizes, strict=True):
+        crop = picture.crop((x1, y1, x2, y2)).resize((size, size), Image.Resampling.BILINEAR)
+        pixels = tf.to_tensor(vary_colours(crop, settings, rng))
+        views.append(tf.normalize(pixels, list(settings.mean), list(settings.std)))
+    gc, every = (torch.from_numpy(boxes).float() for boxes in shared_boxes(crops, settings.sizes))
+    local_views = torch.stack(views[GLOBALS:]) if settings.locals else torch.empty(0, 3, *(settings.local_size,) * 2)
+    return Views(torch.stack(views[:GLOBALS]), local_views, gc, every)
