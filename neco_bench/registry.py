@@ -16,6 +16,7 @@ from typing import Generic, TypeVar
 from neco_bench.errors import BadInputError, UsageError, did_you_mean
 
 T = TypeVar("T")
+BUILTIN = "neco-bench"  # the origin of what this package registers itself
 
 
 @dataclass(frozen=True)
@@ -50,7 +51,7 @@ class Registry(Generic[T]):
         self.kind = kind
         self.group = group
         self.listing = listing
-        self._builtin = {name: Entry(name, value, "neco-bench") for name, value in builtin.items()}
+        self._builtin = {name: Entry(name, value, BUILTIN) for name, value in builtin.items()}
 
     def entries(self) -> dict[str, Entry]:
         """All entries by name. Raises `UsageError` where two packages claim one name."""

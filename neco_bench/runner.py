@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neco_bench.context import Context
+from neco_bench.context import Context, Outcome
 from neco_bench.data import load_dataset
 from neco_bench.data.base import Dataset
 from neco_bench.encoders.specs import load_encoder, resolve_device
 from neco_bench.encoders.zoo import PRECISIONS, request_id
 from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code
-from neco_bench.protocol import Task, digest, family_module, find_tasks
+from neco_bench.protocol import FAMILIES, Task, digest, family_module, find_tasks
+from neco_bench.registry import BUILTIN
 from neco_bench.results.provenance import environment, peak_memory_mb
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
@@ -156,7 +157,7 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
             )
         provenance |= _encoder_facts(loaded)
         _check_size(task, loaded)
-        outcome = family_module(task.card.family).run(loaded, job.data, task.settings(), context)
+        outcome = _outcome(task, loaded, job.data, context)
         undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
         if undefined:
             raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
@@ -256,6 +257,22 @@ def check_device(device: str | None) -> None:
     """Raise UsageError for a device that is unknown or not on this machine."""
     if device not in (None, "auto", "cpu"):
         resolve_device(device)
+
+
+def _outcome(task: Task, encoder: Encoder, data: Mapping[str, Dataset], context: Context) -> Outcome:
+    """What the family returns. Any error of a plug-in's family is that plug-in's, and loses no other job."""
+    family = task.card.family
+    try:
+        return family_module(family).run(encoder, data, task.settings(), context)
+    except NecoBenchError:
+        raise
+    except Exception as error:
+        origin = FAMILIES.entry(family).origin
+        if origin == BUILTIN:
+            raise
+        raise BadInputError(
+            f"Task {task.card.name!r} of {origin} failed: {type(error).__name__}: {error}. Report it to that package."
+        ) from error
 
 
 def _timing(context: Context, start: float) -> dict[str, float]:

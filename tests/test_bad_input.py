@@ -38,6 +38,13 @@ def nan():
 def raises():
     made = Cells(); made.forward = lambda x: x[:, 5]
     return made
+
+from neco_bench import Encoder
+class Own(Encoder):
+    embed_dim, stride = 8, 8
+    def _encode(self, images, *, final_norm, attention):
+        raise ValueError("my own mistake")
+def own(): return Own()
 """
 
 
@@ -198,9 +205,10 @@ def test_masks_at_fault(tmp_path: Path, root: Path) -> None:
 @pytest.mark.parametrize(
     ("factory", "code", "told"),
     [
-        ("absent", 4, "has no 'absent'. It defines: Cells, sound, tokens, nan, raises"),
+        ("absent", 4, "has no 'absent'. It defines: Cells, sound, tokens, nan, raises, Own, own"),
         ("tokens", 4, "(4, 8, 784) where (4, 8, 28, 28)"),
         ("raises", 4, "IndexError"),
+        ("own", 4, "ValueError: my own mistake"),
         ("nan", 5, "NaN or infinite features"),
     ],
 )
@@ -277,6 +285,10 @@ def test_a_failure_stops_no_other_job(tmp_path: Path, root: Path, file: Path) ->
         ("baseline_rgb", "camvid_cluster_gt"): "ok",
         ("baseline_rgb", "camvid_overcluster_50"): "ok",
     }
+    again = ("--data-root", root, *QUICK, "--seed", 1)  # another seed, so that nothing is stored yet
+    own = run(tmp_path, *again, model=f"{file}:own,baseline_rgb", task="camvid_cluster_gt")
+    assert_told(own, 4, "my own mistake")
+    assert "baseline_rgb on camvid_cluster_gt@neco-1*: done" in own.err
     failed = stored["nan", "camvid_cluster_gt"]
     assert failed.error_code == 5
     assert failed.error is not None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,22 @@ def test_planning_opens_the_data_but_loads_no_encoder(monkeypatch: pytest.Monkey
     other = runner.plan("baseline_rgb", task, runner.Options(limit=4, layers="3", seed=1))
     same = runner.plan("baseline_rgb", task, runner.Options(limit=4, layers="3", batch_size=2, workers=1))
     assert job.key == same.key != other.key  # what moves no number is no part of the key
+
+
+@pytest.mark.parametrize(("origin", "error"), [("someone-else", BadInputError), ("neco-bench", ZeroDivisionError)])
+def test_an_error_inside_a_family(origin: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A plug-in's family that fails is named, as a failed result; an error in one of ours is a bug and shows itself."""
+
+    class Broken:
+        @staticmethod
+        def run(*_: Any) -> None:
+            raise ZeroDivisionError("division by zero")
+
+    entry = runner.FAMILIES.entry("in_context")
+    monkeypatch.setattr(runner, "family_module", lambda _: Broken)
+    monkeypatch.setattr(runner.FAMILIES, "entry", lambda _: type(entry)(entry.name, entry.value, origin))
+    job = runner.plan("baseline_rgb", find_tasks(["shapes_ic"])[0], runner.Options(limit=2, device="cpu"))
+    with pytest.raises(ZeroDivisionError) if error is ZeroDivisionError else nullcontext():
+        result, _ = runner.execute(job, None)
+        assert result.error_code == error("").exit_code  # type: ignore[attr-defined]
+        assert "someone-else" in (result.error or "")

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from neco_bench.encoders.zoo import PRECISIONS
-from neco_bench.errors import BadInputError, NumericalError, UsageError
+from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -126,8 +126,22 @@ class Encoder(nn.Module, abc.ABC):
                 images.device.type, getattr(torch, PRECISIONS[self.precision]), enabled=self.precision != "fp32"
             ):
                 wanted = self.has_final_norm and (self.final_norm if final_norm is None else final_norm)
-                features = self._encode(images, final_norm=wanted, attention=attention)
+                features = self._run(images, final_norm=wanted, attention=attention)
             return self._checked(features, len(images), height // self.stride, width // self.stride)
+
+    def _run(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        """`_encode`, which may be someone else's code: its errors name the encoder, but for running out of memory."""
+        try:
+            return self._encode(images, final_norm=final_norm, attention=attention)
+        except (NecoBenchError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            if "memory" in str(error):
+                raise
+            raise BadInputError(
+                f"Encoder {self.name!r} failed on a batch of shape {tuple(images.shape)}: "
+                f"{type(error).__name__}: {error}"
+            ) from error
 
     def _checked(self, features: DenseFeatures, batch: int, rows: int, columns: int) -> DenseFeatures:
         if not isinstance(features, DenseFeatures) or not isinstance(features.map, Tensor):

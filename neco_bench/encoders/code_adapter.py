@@ -14,7 +14,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from neco_bench.encoders import weights
@@ -104,15 +103,4 @@ class ModuleEncoder(Encoder):
         self.std = tuple(getattr(module, "std", self.std))
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        try:
-            features = self.module(images)
-        except (NecoBenchError, torch.cuda.OutOfMemoryError):
-            raise
-        except Exception as error:  # someone else's code may fail in any way
-            if "memory" in str(error):  # running out of it is not the module's fault
-                raise
-            raise BadInputError(
-                f"Encoder {self.name!r} failed on a batch of shape {tuple(images.shape)}: "
-                f"{type(error).__name__}: {error}"
-            ) from error
-        return DenseFeatures(features, self.stride, final_norm=False)
+        return DenseFeatures(self.module(images), self.stride, final_norm=False)

@@ -53,13 +53,12 @@ def test_retrieval_to_miou(arrays: dict[str, np.ndarray], case: str, encoder: st
     index.add(memory)
     queries = torch.from_numpy(arrays[f"{key}_f_val"]).flatten(0, 1)
     scores, ids = retrieve(index, queries, 30)
-    clear = arrays[f"{key}_gap_rank30_31"] > 1e-6
-    np.testing.assert_array_equal(np.sort(ids.numpy()[clear]), np.sort(arrays[f"{key}_knn_ids"][clear]))
+    # Every row, those too whose 30th and 31st neighbour tie ("vit" has 15 or 16): rounding decides as it did there.
+    np.testing.assert_array_equal(np.sort(ids.numpy()), np.sort(arrays[f"{key}_knn_ids"]))
 
     shares = read_labels(scores, ids, torch.from_numpy(arrays[f"{key}_mem_lab"]), 0.02).view(4, 196, 11)
     expected = arrays[f"{key}_pred_dist"]
-    settled = clear.reshape(4, 196)
-    np.testing.assert_allclose(shares.numpy()[settled], expected[settled], atol=1e-5)
+    np.testing.assert_allclose(shares, expected, atol=1e-5)
 
     # From the reference's own neighbours on, everything must agree, also where the 30th neighbour is a tie.
     cosines = np.take_along_axis((F.normalize(queries, dim=1) @ memory.T).numpy(), arrays[f"{key}_knn_ids"], 1)
@@ -80,8 +79,7 @@ def test_retrieval_to_miou(arrays: dict[str, np.ndarray], case: str, encoder: st
     assert metrics.mean_iou(total, absent="zero") == pytest.approx(float(arrays[f"{key}_miou_identity"]), abs=1e-9)
     assert official == pytest.approx(float(arrays[f"{key}_miou_official"]), abs=1e-9)
 
-    # From its neighbours, rounding may move a pixel between two equal shares; from our own search, a tie for the
-    # 30th neighbour may too. Without ties ("cg") nothing moves.
+    # Our own distributions differ by rounding, which may move a pixel between two equal shares; for "cg" none moves.
     for found in (given, shares):
         own_maps, _, own = score(found, arrays[f"{case}_y_val"][:, 0])
         if encoder == "cg":
