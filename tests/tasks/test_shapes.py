@@ -76,7 +76,7 @@ def painted(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("painted")
 @pytest.mark.parametrize("protocol", ["hbird-2", "clean-1"])
 def test_an_oracle_is_nearly_perfect_in_context(protocol: str) -> None:
-    """Under the protocol as it is, on the whole set; what it lacks is the grid: cells of 4 pixels against full masks."""
+    """Under the protocol as it is, on the whole set; what it lacks is the grid: 4-pixel cells against full masks."""
     result = neco_bench.run(Oracle(), f"shapes_ic@{protocol}", workers=0)
     assert result.protocol == protocol
     assert result.n_images == 80
