@@ -121,7 +121,7 @@ def task_id(measure: str, dataset: str, row: Row) -> str:
     """Our task id by the naming rule; empty where we have no such task."""
     if measure == "correspondence":
         return dataset if dataset == "spair" else ""
-    if not dataset or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup"):
+    if not dataset or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup", "knn", "logreg"):
         return ""
     if measure == "overcluster":
         clusters = re.search(r"K=(\d+)", row["setting"] + row["task"])
@@ -142,7 +142,12 @@ def convert(row: Row) -> tuple[Row, tuple]:
     model = model_id(row, publication)
     task = task_id(measure, dataset, row)
     ours = publication == "neco" and measure in ("linear", "overcluster", "cluster_gt")
+    dinov3 = (publication, task) == ("dinov3", "ade20k_linear") and re.match(r"ViT-.*/16$", row["arch"])
+    protocol = f"paper:{publication}-{measure}".replace("-scann-ic", "-scann")
+    protocol = "neco-1" if ours else "dinov3-1" if dinov3 else "capi-1" if publication == "capi" else protocol
     notes = [row["setting"]]
+    if dinov3:
+        notes.append("the released evaluator's settings inferred")
     if ours and measure == "linear":
         notes.append("25 epochs and 100 px masks inferred")
     if ours and "K=21" in row["setting"] and dataset == "coco_things":
@@ -158,7 +163,7 @@ def convert(row: Row) -> tuple[Row, tuple]:
         "model": model,
         "arch": row["arch"],
         "task": task,
-        "protocol": "neco-1" if ours else f"paper:{publication}-{measure}".replace("-scann-ic", "-scann"),
+        "protocol": protocol,
         "metric": metric,
         "value": value,
         "setting": f"{row['dataset']}, {row['task']}: {'; '.join(notes)}",

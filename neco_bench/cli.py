@@ -81,7 +81,9 @@ def run(
         typer.Option("--set", metavar="KEY=VALUE", help="Change a constant; the protocol is then marked *."),
     ] = None,
     overwrite: Annotated[bool, typer.Option(help="Run again where a result is stored.")] = False,
-    dry_run: Annotated[bool, typer.Option(help="Check everything, say what would run, run nothing.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check everything, say what would run and its cost, run nothing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Run tasks for models and store one result each; stored results are returned, not computed again.
@@ -111,19 +113,11 @@ def run(
     store = ResultStore(out)
     jobs = runner.plan_all(_models(model), tasks, options, store)
     if dry_run:
-        rows = [
-            {
-                "model": job.label,
-                "task": job.task.card.name,
-                "protocol": job.task.label,
-                "items": {role: len(d) for role, d in job.data.items()},
-                "subset": {role: d.subset for role, d in job.data.items() if d.subset},
-                "stored": runner.stored(job, store) is not None,
-            }
-            for job in jobs
-        ]
-        _print(rows, as_json)
-        return
+        from neco_bench.estimate import forecast
+
+        rows = forecast(jobs, store)
+        _print([{name: row[name] for name in row if as_json or name != "exit_code"} for row in rows], as_json)
+        raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
     results = []
     try:
         for job in jobs:
@@ -174,9 +168,6 @@ def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
         }
         for card in cards.values()
     ]
-    if not as_json:
-        for row in rows:
-            del row["citation"]
     _print(rows, as_json)
     for family, reason in broken.items():
         print(f"warning: task family {family!r} is broken: {reason}", file=sys.stderr)

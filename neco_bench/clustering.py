@@ -1,41 +1,103 @@
-"""Clustering of patch features: standardise, PCA, k-means. Pure functions on arrays, with FAISS's own sub-sampling.
+"""Clustering of patch features: standardise, PCA, k-means, with FAISS's own sub-sampling, on rows kept in a file.
 
 FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K, drawn with its fixed seeds; the reference
-(NeCo's overclustering) inherits that, and so do we.
+(NeCo's overclustering) inherits that, and so do we. So only those points are ever in memory, however many rows there
+are.
 """
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Iterator
+
+import faiss
 import numpy as np
 
-from neco_bench.errors import UsageError
+from neco_bench.cache import cache_dir
+from neco_bench.errors import NecoBenchError, UsageError
+
+CHUNK = 65536  # rows in memory at once
+PCA_POINTS = 1000  # per dimension, the default of faiss.PCAMatrix
+PCA_SEED = 1234  # of fvecs_maybe_subsample in FAISS
+KMEANS_POINTS = 256  # per centroid, the default of faiss.Kmeans
 
 
-def standardise(features: np.ndarray) -> np.ndarray:
-    """(N, D) float32 with population mean 0 and deviation 1 in each dimension, in place; constant ones become 0."""
-    mean = features.mean(0, dtype=np.float64)
-    # In chunks, so that no float64 copy of the whole array is made.
-    total = sum(np.square(part - mean).sum(0) for part in np.array_split(features, max(1, len(features) // 65536)))
-    deviation = np.sqrt(total / len(features))
+class Rows:
+    """(N, D) float32 rows in a temporary file in the cache folder: appended, then read in parts."""
+
+    def __init__(self, dimension: int) -> None:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        self.dimension = dimension
+        self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115 (lives as long as the rows)
+        self._count = 0
+
+    def __len__(self) -> int:
+        return self._count
+
+    def append(self, rows: np.ndarray) -> None:
+        """Add (n, D) rows. Raises NecoBenchError where the disk is full."""
+        try:
+            self._file.write(rows.astype(np.float32, copy=False).tobytes())
+            self._file.flush()
+        except OSError as error:
+            raise NecoBenchError(
+                f"Features could not be written to {cache_dir()}: {error}. Free space there, or set NECO_BENCH_CACHE."
+            ) from error
+        self._count += len(rows)
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Rows start..stop-1, (stop - start, D)."""
+        self._file.seek(start * self.dimension * 4)
+        count = (min(stop, self._count) - start) * self.dimension
+        return np.frombuffer(bytearray(self._file.read(count * 4)), np.float32).reshape(-1, self.dimension)
+
+    def chunks(self) -> Iterator[np.ndarray]:
+        """All rows in order, `CHUNK` at a time."""
+        for start in range(0, self._count, CHUNK):
+            yield self.read(start, start + CHUNK)
+
+    def drawn(self, count: int, seed: int) -> np.ndarray:
+        """The first `count` rows of FAISS's permutation of that seed, in its order; all in file order if no more."""
+        if count >= self._count:
+            return self.read(0, self._count)
+        permutation = np.empty(self._count, np.int32)
+        faiss.rand_perm(faiss.swig_ptr(permutation), self._count, seed)  # type: ignore[attr-defined]
+        ids = permutation[:count]
+        order = np.argsort(ids)
+        rows, done = np.empty((count, self.dimension), np.float32), 0
+        for start in range(0, self._count, CHUNK):
+            here = order[done : done + np.searchsorted(ids[order[done:]], start + CHUNK)]
+            if len(here):
+                rows[here] = self.read(start, start + CHUNK)[ids[here] - start]
+            done += len(here)
+        return rows
+
+
+def standardise(features: Rows) -> Rows:
+    """The rows with population mean 0 and deviation 1 in each dimension; constant dimensions become 0."""
+    mean = sum(part.sum(0, dtype=np.float64) for part in features.chunks()) / len(features)
+    deviation = np.sqrt(sum(np.square(part - mean).sum(0) for part in features.chunks()) / len(features))
     deviation[deviation == 0] = 1
-    features -= mean.astype(np.float32)
-    features /= deviation.astype(np.float32)
-    return features
+    scaled = Rows(features.dimension)
+    for part in features.chunks():
+        scaled.append((part - mean.astype(np.float32)) / deviation.astype(np.float32))
+    return scaled
 
 
-def reduce_dimensions(features: np.ndarray, dimensions: int) -> np.ndarray:
-    """(N, d) float32 principal components, centred, not whitened; as given where D <= `dimensions`."""
-    if features.shape[1] <= dimensions:
+def reduce_dimensions(features: Rows, dimensions: int) -> Rows:
+    """(N, d) principal components, centred, not whitened; the rows as given where D <= `dimensions`."""
+    if features.dimension <= dimensions:
         return features
-    import faiss
+    pca = faiss.PCAMatrix(features.dimension, dimensions)
+    pca.train(features.drawn(PCA_POINTS * features.dimension, PCA_SEED))
+    reduced = Rows(dimensions)
+    for part in features.chunks():
+        reduced.append(pca.apply(part))
+    return reduced
 
-    pca = faiss.PCAMatrix(features.shape[1], dimensions)
-    pca.train(features)
-    return pca.apply(features)
 
-
-def kmeans(features: np.ndarray, clusters: int, *, seed: int, iterations: int, redos: int) -> np.ndarray:
-    """(N,) int64 nearest centroid of each row, after FAISS k-means (L2) with `redos` restarts.
+def kmeans(features: Rows, clusters: int, *, seed: int, iterations: int, redos: int) -> faiss.Index:
+    """The index over the (K, d) centroids of FAISS k-means (L2) with `redos` restarts; `nearest` reads it.
 
     Raises UsageError where there are fewer points than clusters.
     """
@@ -44,10 +106,13 @@ def kmeans(features: np.ndarray, clusters: int, *, seed: int, iterations: int, r
             f"{clusters} clusters need at least as many patches, there are {len(features)}. "
             f"Lower --set clusters, or use more images."
         )
-    import faiss
-
     model = faiss.Kmeans(
-        features.shape[1], clusters, niter=iterations, nredo=redos, seed=seed, min_points_per_centroid=1
+        features.dimension, clusters, niter=iterations, nredo=redos, seed=seed, min_points_per_centroid=1
     )
-    model.train(features)
-    return model.index.search(features, 1)[1][:, 0]
+    model.train(features.drawn(KMEANS_POINTS * clusters, seed))
+    return model.index
+
+
+def nearest(centroids: faiss.Index, rows: np.ndarray) -> np.ndarray:
+    """(n,) int64 id of the nearest centroid of each row (n, d)."""
+    return centroids.search(rows, 1)[1][:, 0]

@@ -64,3 +64,15 @@ class Outcome:
     n_images: int
     statistics: dict[str, np.ndarray]
     features: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What a run will take, known before it. images: through the encoder, each `size` pixels a side. operations:
+    floating-point ones besides. memory, disk: bytes held at once."""
+
+    images: int
+    size: int
+    operations: float = 0
+    memory: float = 0
+    disk: float = 0

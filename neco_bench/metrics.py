@@ -6,6 +6,7 @@ removed from both sides before counting. IoU pools all pixels of the data set; i
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from typing import Literal
 
@@ -14,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from neco_bench.errors import BadInputError
 
-Absent = Literal["zero", "exclude"]
+Absent = Literal["zero", "exclude", "union"]
 
 
 def confusion_matrix(
@@ -44,17 +45,17 @@ def iou_per_class(confusion: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(confusion: np.ndarray, *, absent: Absent) -> float:
-    """mIoU of a (C, C) matrix. Absent classes (no pixel in truth or prediction) count as 0, or are excluded.
+    """mIoU of a (C, C) matrix, of which `absent` says what classes count: NaN where none does.
 
-    With "exclude", a class without ground truth is excluded too, also where it was predicted: its IoU is 0 whatever the
-    model does elsewhere, and the misses already count against the true classes. "zero" is the mean over all C rows, as
-    in open-hummingbird-eval and NeCo.
+    "zero": all C, one in neither truth nor prediction as 0, as in open-hummingbird-eval and NeCo. "union": those in
+    truth or prediction, as in mmseg and DINOv3. "exclude": those with ground truth; one that is only predicted has IoU
+    0 whatever the model does elsewhere, and the misses already count against the true classes.
     """
     iou = iou_per_class(confusion)
     if absent == "zero":
         return float(np.nan_to_num(iou).mean())
-    present = confusion.sum(1) > 0
-    return float(iou[present].mean()) if present.any() else float("nan")
+    counted = confusion.sum(1) > 0 if absent == "exclude" else ~np.isnan(iou)
+    return float(iou[counted].mean()) if counted.any() else float("nan")
 
 
 def hungarian_match(confusion: np.ndarray) -> np.ndarray:
@@ -89,31 +90,34 @@ class ImageConfusions:
     def __init__(self, classes: int, clusters: int | None = None) -> None:
         self.classes = classes
         self.clusters = classes if clusters is None else clusters
-        self._images: list[tuple[np.ndarray, np.ndarray]] = []
+        # Two long buffers: small arrays of thousands of images would pin the pages that big ones leave.
+        self._cells, self._counts, self._lengths = array("q"), array("q"), array("q")
 
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
         """Count one image; arrays of equal shape, `ignore` pixels of the truth dropped."""
         counts = confusion_matrix(truth, prediction, self.classes, clusters=self.clusters).ravel()
         cells = np.flatnonzero(counts)
-        self._images.append((cells, counts[cells]))
+        self._cells.frombytes(cells.astype(np.int64).tobytes())
+        self._counts.frombytes(counts[cells].tobytes())
+        self._lengths.append(len(cells))
 
     def __len__(self) -> int:
-        return len(self._images)
+        return len(self._lengths)
 
     def total(self) -> np.ndarray:
         """(C, K) int64 over all images."""
         total = np.zeros(self.classes * self.clusters, np.int64)
-        for cells, counts in self._images:
-            total[cells] += counts
+        np.add.at(total, np.array(self._cells), np.array(self._counts))
         return total.reshape(self.classes, self.clusters)
 
     def per_image(self, mapping: np.ndarray | None = None) -> np.ndarray:
-        """(n, C, C) int64, clusters sent to classes by `mapping` (K,); None: prediction ids are class ids."""
-        dense = np.zeros((len(self), self.classes * self.classes), np.int64)
-        for row, (cells, counts) in zip(dense, self._images, strict=True):
-            columns = cells % self.clusters if mapping is None else mapping[cells % self.clusters]
-            np.add.at(row, cells // self.clusters * self.classes + columns, counts)
-        return dense.reshape(len(self), self.classes, self.classes)
+        """(n, C, C) int32, clusters sent to classes by `mapping` (K,); None: prediction ids are class ids."""
+        rows, columns = np.divmod(np.array(self._cells), self.clusters)
+        columns = columns if mapping is None else mapping[columns]
+        images = np.repeat(np.arange(len(self)), np.array(self._lengths))
+        dense = np.zeros((len(self), self.classes, self.classes), np.int32)
+        np.add.at(dense, (images, rows, columns), np.array(self._counts))
+        return dense
 
 
 def named(values: np.ndarray, names: Sequence[str]) -> dict[str, float | None]:

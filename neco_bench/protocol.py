@@ -13,12 +13,13 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
 
 from neco_bench.errors import BadInputError, NecoBenchError, UsageError, did_you_mean
 from neco_bench.registry import Registry
@@ -29,7 +30,7 @@ FAMILIES: Registry = Registry(
     "neco_bench.tasks",
     {
         name: f"neco_bench.tasks.{name}"
-        for name in ("in_context", "linear_segmentation", "overclustering", "correspondence")
+        for name in ("in_context", "linear_segmentation", "overclustering", "patch_probe", "correspondence")
     },
     listing="neco-bench tasks",
 )
@@ -46,12 +47,22 @@ class Settings(BaseModel):
     """Base of each family's settings: every constant of the protocol and the card, validated, frozen.
 
     mean, std: of RGB on [0, 1]; they replace the encoder's own where a reference feeds every encoder alike.
+    tokens_per_side: equal tokens instead of equal pixels: every encoder gets an input of this many strides a side.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
+    input_size: PositiveInt
+    tokens_per_side: PositiveInt | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+
+    def used_size(self, stride: int) -> int:
+        """Side of the input in pixels: the multiple of `stride` nearest to `input_size`, or `tokens_per_side` strides.
+
+        The larger multiple on ties, at least one stride.
+        """
+        return stride * (self.tokens_per_side or max(1, math.floor(self.input_size / stride + 0.5)))
 
 
 def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
@@ -66,11 +77,15 @@ Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending
 
 @dataclass(frozen=True)
 class Protocol:
-    """id, all constants, and the hash over both. A changed constant demands a new id (a test holds the hashes)."""
+    """id, all constants, and the hash over both. A changed constant demands a new id (a test holds the hashes).
+
+    module: of the family's package, with the `Settings` and `run` of this protocol.
+    """
 
     id: str
     family: str
     constants: Mapping[str, Any]
+    module: str = "task"
 
     @property
     def hash(self) -> str:
@@ -79,7 +94,11 @@ class Protocol:
 
 @dataclass(frozen=True)
 class Card:
-    """A concrete task. `protocols`: protocol id -> constants of this card under that protocol; the first is default."""
+    """A concrete task. `protocols`: protocol id -> constants of this card under that protocol; the first is default.
+
+    Such a table may name a `dataset` of its own. A split that ends in "_*" stands for all draws of a fraction: the
+    task is run on each, and the result is their mean.
+    """
 
     name: str
     family: str
@@ -123,8 +142,18 @@ class Task:
     @property
     def constants(self) -> dict[str, Any]:
         """Protocol, then card, then `--set`: later ones win."""
-        card = self.card
-        return {**self.protocol.constants, **card.constants, **card.protocols[self.protocol.id], **self.changed}
+        own = {key: value for key, value in self.card.protocols[self.protocol.id].items() if key != "dataset"}
+        return {**self.protocol.constants, **self.card.constants, **own, **self.changed}
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set: the card's, unless it has another one for this protocol."""
+        return self.card.protocols[self.protocol.id].get("dataset", self.card.dataset)
+
+    @property
+    def module(self) -> Any:
+        """The module with `Settings` and `run`. Imports it; raises BadInputError where a plug-in is broken."""
+        return family_module(self.card.family, self.protocol.module)
 
     @property
     def hash(self) -> str:
@@ -133,7 +162,7 @@ class Task:
 
     def settings(self) -> Settings:
         """The family's frozen settings object. Raises UsageError for an unknown key or a value of the wrong type."""
-        schema: type[Settings] = family_module(self.card.family).Settings
+        schema: type[Settings] = self.module.Settings
         try:
             return schema(**self.constants)
         except ValidationError as error:
@@ -149,15 +178,15 @@ class Task:
             ) from error
 
 
-def family_module(family: str) -> Any:
-    """The module with `Settings` and `run` of a family. Imports it; raises BadInputError where a plug-in is broken."""
+def family_module(family: str, name: str = "task") -> Any:
+    """A module of a family, with `Settings` and `run`. Imports it; raises BadInputError where a plug-in is broken."""
     entry = FAMILIES.entry(family)
     try:
-        module = importlib.import_module(f"{entry.value}.task")
+        module = importlib.import_module(f"{entry.value}.{name}")
         _ = module.Settings, module.run
     except Exception as error:  # a plug-in may fail in any way
         raise BadInputError(
-            f"task family {family!r} of {entry.origin} ({entry.value}.task) could not be loaded: "
+            f"task family {family!r} of {entry.origin} ({entry.value}.{name}) could not be loaded: "
             f"{type(error).__name__}: {error}"
         ) from error
     return module
@@ -178,7 +207,10 @@ def _family_folder(family: str) -> Path:
 def _read_family(family: str) -> tuple[dict[str, Protocol], dict[str, Card]]:
     path = _family_folder(family) / "cards.toml"
     document = read_toml(path)
-    protocols = {name: Protocol(name, family, constants) for name, constants in document.get("protocols", {}).items()}
+    protocols = {
+        name: Protocol(name, family, constants, constants.pop("module", "task"))
+        for name, constants in document.get("protocols", {}).items()
+    }
     cards = {}
     for name, table in document.get("tasks", {}).items():
         table = dict(table)

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neco_bench.context import Context, Outcome
-from neco_bench.data import load_dataset
+from neco_bench.data import DRAWS, load_dataset
 from neco_bench.data.base import Dataset
 from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import PRECISIONS, request_id
+from neco_bench.encoders.zoo import PRECISIONS, contamination, request_id, zoo
 from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code
-from neco_bench.protocol import FAMILIES, Task, digest, family_module, find_tasks
+from neco_bench.protocol import FAMILIES, Task, digest, find_tasks
 from neco_bench.registry import BUILTIN
 from neco_bench.results.provenance import environment, peak_memory_mb
 from neco_bench.results.schema import Result
@@ -65,7 +65,10 @@ class Options:
 
 @dataclass(frozen=True)
 class Job:
-    """One model on one task with its data opened: what `--dry-run` shows and `execute` runs."""
+    """One model on one task with its data opened: what `--dry-run` shows and `execute` runs.
+
+    data: by role; the draws of a fraction have the roles "train/0", "train/1", ...
+    """
 
     model: str
     task: Task
@@ -80,6 +83,13 @@ class Job:
         return digest([dict(self.facts), self.identity or request_id(self.model, self.options.weights)])
 
     @property
+    def draws(self) -> list[dict[str, Dataset]]:
+        """The data of each run of the family: of the only one, or of one per draw of a fraction."""
+        parts = [(*role.partition("/")[::2], dataset) for role, dataset in self.data.items()]
+        numbers = sorted({number for _, number, _ in parts if number}) or [""]
+        return [{role: d for role, number, d in parts if number in ("", wanted)} for wanted in numbers]
+
+    @property
     def label(self) -> str:
         """The model column of tables: the spec, with the layers where inner ones were asked for."""
         return self.model + (f"[layers={self.options.layers}]" if self.options.layers else "")
@@ -92,16 +102,11 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
     """
     if identity is None:
         request_id(model, options.weights)  # an unknown model or a missing file is an error now, not hours later
-    data = {
-        role: load_dataset(
-            task.card.dataset,
-            split,
-            root=options.data_root,
-            limit=options.limit,
-            split_file=options.split_file if role == "train" else None,
-        )
-        for role, split in task.card.splits.items()
-    }
+    data = {}
+    for role, split in task.card.splits.items():
+        file = options.split_file if role == "train" else None
+        for part, name in _splits(role, split, file is not None).items():
+            data[part] = load_dataset(task.dataset, name, root=options.data_root, limit=options.limit, split_file=file)
     facts = {
         "layers": options.layers,
         "precision": options.precision or "fp32",
@@ -131,9 +136,10 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         "settings": task.constants,
         "citation": task.card.citation,
         "dataset": {role: {"name": d.name, "split": d.split, "items": len(d)} for role, d in job.data.items()},
+        "training": _training(job),
         "dataset_fingerprint": {role: d.fingerprint() for role, d in job.data.items()},
     }
-    subset = {role: d.subset for role, d in job.data.items() if d.subset is not None}
+    subset = {role.partition("/")[0]: d.subset for role, d in job.data.items() if d.subset is not None}
     common: dict[str, Any] = {
         "model": job.label,
         "task": task.card.name,
@@ -148,16 +154,10 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     start = time.perf_counter()
     try:
         with context.phase("load_encoder"):
-            loaded = encoder or load_encoder(
-                job.model,
-                weights=options.weights,
-                device=options.device,
-                precision=options.precision,
-                layers=options.layers,
-            )
+            loaded = encoder or load_job_encoder(job)
         provenance |= _encoder_facts(loaded)
-        _check_size(task, loaded)
-        outcome = _outcome(task, loaded, job.data, context)
+        check_size(task, loaded)
+        outcome = _outcome(job, loaded, context)
         undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
         if undefined:
             raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
@@ -177,8 +177,10 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
             peak_memory_mb=peak_memory_mb(),
         )
         return failed, None
+    used = outcome.features.get("used_size")
     provenance["features"] = {
         **outcome.features,
+        "tokens": None if used is None else (used // loaded.stride) ** 2,
         "layer": loaded.layer,
         "pos_interp": loaded.pos_interp,
         "dtype": "float32",
@@ -253,34 +255,98 @@ def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None)
     return result
 
 
+def load_job_encoder(job: Job) -> Encoder:
+    """The encoder that a job names. Raises what `load_encoder` raises."""
+    options = job.options
+    return load_encoder(
+        job.model,
+        weights=options.weights,
+        device=options.device,
+        precision=options.precision,
+        layers=options.layers,
+    )
+
+
 def check_device(device: str | None) -> None:
     """Raise UsageError for a device that is unknown or not on this machine."""
     if device not in (None, "auto", "cpu"):
         resolve_device(device)
 
 
-def _outcome(task: Task, encoder: Encoder, data: Mapping[str, Dataset], context: Context) -> Outcome:
+def _splits(role: str, split: str, listed: bool) -> dict[str, str]:
+    """{role: split}; of a fraction all draws, {"train/0": "trainaug_1of8_0", ...}, unless a list replaces them."""
+    if not split.endswith("_*"):
+        return {role: split}
+    if listed:
+        return {role: split.rpartition("_1of")[0]}
+    return {f"{role}/{draw}": f"{split[:-1]}{draw}" for draw in range(DRAWS)}
+
+
+def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
     """What the family returns. Any error of a plug-in's family is that plug-in's, and loses no other job."""
-    family = task.card.family
+    task = job.task
+    settings = task.settings()
     try:
-        return family_module(family).run(encoder, data, task.settings(), context)
+        outcomes = [task.module.run(encoder, data, settings, context) for data in job.draws]
     except NecoBenchError:
         raise
     except Exception as error:
-        origin = FAMILIES.entry(family).origin
+        origin = FAMILIES.entry(task.card.family).origin
         if origin == BUILTIN:
             raise
         raise BadInputError(
             f"Task {task.card.name!r} of {origin} failed: {type(error).__name__}: {error}. Report it to that package."
         ) from error
+    return outcomes[0] if len(outcomes) == 1 else _mean_of_draws(outcomes, settings, context.seed)
+
+
+def _mean_of_draws(outcomes: list[Outcome], settings: Any, seed: int) -> Outcome:
+    """Mean over the draws of a fraction, with the sample standard deviation of each metric as `<metric>_std`.
+
+    The interval is that of the mean mIoU when the val images are drawn anew, the same ones for every draw. Statistics
+    are stacked, draws first.
+    """
+    import numpy as np
+
+    from neco_bench import statistics
+
+    values = {name: np.array([outcome.metrics[name] for outcome in outcomes]) for name in outcomes[0].metrics}
+    stacked = {name: np.stack([o.statistics[name] for o in outcomes]) for name in outcomes[0].statistics}
+    per_class: dict[str, dict[str, float | None]] = {}
+    for metric, rows in outcomes[0].per_class.items():
+        columns = {name: [outcome.per_class[metric][name] for outcome in outcomes] for name in rows}
+        known = {name: [value for value in column if value is not None] for name, column in columns.items()}
+        per_class[metric] = {name: float(np.mean(column)) if column else None for name, column in known.items()}
+    return Outcome(
+        metrics={
+            **{name: float(column.mean()) for name, column in values.items()},
+            **{f"{name}_std": float(column.std(ddof=1)) for name, column in values.items()},
+        },
+        per_class=per_class,
+        ci95={"mIoU": statistics.bootstrap_miou(stacked["confusion"], absent=settings.absent, seed=seed)},
+        n_images=outcomes[0].n_images,
+        statistics=stacked,
+        features=outcomes[0].features,
+    )
+
+
+def _training(job: Job) -> dict[str, str]:
+    """What the encoder was trained on, and whether that touches the images of the data set."""
+    entry = zoo().get(job.model)
+    source = next(iter(job.data.values()))
+    images_from = source.images_from or source.folder_name or source.name
+    return {
+        "data": entry.training_data if entry else "",
+        "contamination": contamination(job.model, job.options.weights or job.identity, images_from),
+    }
 
 
 def _timing(context: Context, start: float) -> dict[str, float]:
     return {**{k: round(v, 4) for k, v in context.timing.items()}, "total": round(time.perf_counter() - start, 4)}
 
 
-def _check_size(task: Task, encoder: Encoder) -> None:
-    """A card's size is rounded to the stride; one that the user sets must fit."""
+def check_size(task: Task, encoder: Encoder) -> None:
+    """A card's size is rounded to the stride; one that the user sets must fit, else UsageError."""
     size = task.changed.get("input_size")
     if size is not None and size % encoder.stride:
         low = size // encoder.stride * encoder.stride

@@ -24,7 +24,8 @@ def bootstrap_miou(
 
     With (S, n, C, C), of several seeds over the same images, the interval is that of the mean of their S mIoUs.
     Absent classes are treated in each draw as `metrics.mean_iou` treats them: "exclude" leaves out classes without
-    ground truth in the draw, "zero" averages over all C with 0 for a class in neither truth nor prediction.
+    ground truth in the draw, "union" those in neither truth nor prediction there, "zero" averages over all C with 0 for
+    the latter.
     Raises NumericalError for no images, or no ground truth in any draw.
     """
     stack = confusions[None] if confusions.ndim == 3 else confusions
@@ -35,7 +36,8 @@ def bootstrap_miou(
 
     def miou(sums: np.ndarray) -> np.ndarray:
         tp, total, gt = sums.reshape(-1, 3, seeds, classes).swapaxes(0, 1).reshape(3, -1, classes)
-        values = _mean_ratio(tp, total, np.full(tp.shape, True) if absent == "zero" else gt > 0)
+        counted = {"zero": total >= 0, "exclude": gt > 0, "union": total > 0}[absent]
+        values = _mean_ratio(tp, total, counted)
         return values.reshape(-1, seeds).mean(1)
 
     columns = np.stack([hits, union, truth]).transpose(2, 0, 1, 3).reshape(images, 3 * seeds * classes)

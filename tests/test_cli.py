@@ -112,11 +112,28 @@ def test_a_dry_run_checks_all_and_runs_nothing(tmp_path: Path, real_data: Path) 
         ("baseline_hog", "camvid_ic", "hbird-2"),
     ]
     assert rows[0]["items"] == {"train": 160, "val": 80}
+    for row in rows:
+        assert 0 < row["hours"] < 1
+        assert 0.1 < row["memory_gb"] < 8
+    assert rows[1]["hours"] > rows[0]["hours"]  # more and larger images, a larger memory
     assert rows[1]["subset"]["train"]["expected"] == 367
     assert not any(row["stored"] for row in rows)
     assert not out.exists()
     assert neco(*run, "--out", out).code == 3  # no data root
     assert neco(*run, "--data-root", real_data, "--set", "neighbors=3").code == 2
+
+
+def test_a_dry_run_names_what_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NECO_BENCH_OFFLINE", "1")
+    run = ["run", "--model", "dinov2_vits14,baseline_rgb", "--task", "shapes_cluster_gt", "--dry-run", "--json"]
+    answer = neco(*run, "--out", tmp_path)
+    absent, there = json.loads(answer.out)
+    assert (answer.code, absent["exit_code"], absent["hours"]) == (3, 3, None)
+    assert "dinov2_vits14_pretrain.pth" in absent["problem"]
+    assert (there["problem"], there["exit_code"]) == (None, None)
+    assert there["disk_gb"] > 0  # clustering keeps its features in a file
+    answer = neco(*run[:-1], "--set", "input_size=100", "--out", tmp_path)
+    assert "input_size=100 is not a multiple" in answer.out
 
 
 def test_the_leaderboard_writes_tables(results: Path, tmp_path: Path) -> None:

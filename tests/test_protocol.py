@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from neco_bench.errors import BadInputError, UsageError
-from neco_bench.protocol import FAMILIES, all_cards, find_tasks, parse_changes, protocol
+from neco_bench.protocol import FAMILIES, Settings, all_cards, find_tasks, parse_changes, protocol
 
 HASHES = json.loads(Path(__file__).with_name("protocol_hashes.json").read_text())
 CARDS = all_cards()[0]
@@ -145,3 +145,12 @@ def test_a_family_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPat
     with pytest.raises(BadInputError, match=r"'in_context' of neco-bench .*could not be loaded: ModuleNotFoundError"):
         task.settings()
     assert set(FAMILIES) == {card.family for card in CARDS.values()}
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "expected"),
+    [(448, 14, 448), (448, 16, 448), (320, 14, 322), (518, 16, 512), (800, 14, 798), (5, 16, 16), (24, 16, 32)],
+)
+def test_sizes_are_taken_to_the_stride(size: int, stride: int, expected: int) -> None:
+    assert Settings(input_size=size).used_size(stride) == expected
+    assert Settings(input_size=size, tokens_per_side=32).used_size(stride) == 32 * stride

@@ -53,6 +53,7 @@ def test_a_result_says_what_produced_it(tmp_path: Path) -> None:
         "used_size": 224,
         "resize": "squash",
         "final_norm": True,
+        "tokens": 784,
         "layer": "last",
         "pos_interp": "none",
         "dtype": "float32",
@@ -193,13 +194,11 @@ def test_planning_opens_the_data_but_loads_no_encoder(monkeypatch: pytest.Monkey
 def test_an_error_inside_a_family(origin: str, error: type[Exception], monkeypatch: pytest.MonkeyPatch) -> None:
     """A plug-in's family that fails is named, as a failed result; an error in one of ours is a bug and shows itself."""
 
-    class Broken:
-        @staticmethod
-        def run(*_: Any) -> None:
-            raise ZeroDivisionError("division by zero")
+    def broken(*_: Any) -> None:
+        raise ZeroDivisionError("division by zero")
 
     entry = runner.FAMILIES.entry("in_context")
-    monkeypatch.setattr(runner, "family_module", lambda _: Broken)
+    monkeypatch.setattr("neco_bench.tasks.in_context.task.run", broken)
     monkeypatch.setattr(runner.FAMILIES, "entry", lambda _: type(entry)(entry.name, entry.value, origin))
     job = runner.plan("baseline_rgb", find_tasks(["shapes_ic"])[0], runner.Options(limit=2, device="cpu"))
     with pytest.raises(ZeroDivisionError) if error is ZeroDivisionError else nullcontext():

@@ -67,8 +67,9 @@ class Dataset(abc.ABC):
     name, split; version: of the reader and its id mapping. expected: number of items of each full split (empty where
     no such number exists). citation: short reference. ids: item ids in a fixed order (image ids, or pair ids).
     kind: "segmentation" or "pairs". needs_root: whether it is read from the data root. folder_name: its folder there,
-    the name if empty. layout: the tree of files expected there, shown in error messages. fractions: parts that can be
-    drawn from a split, as {split: {parts: items}}; see `fraction`.
+    the name if empty. layout: the tree of files expected there, shown in error messages. images_from: the collection
+    that the images are from, the folder name if empty. fractions: parts that can be drawn from a split, as
+    {split: {parts: items}}; see `fraction`.
     """
 
     name: ClassVar[str]
@@ -79,6 +80,7 @@ class Dataset(abc.ABC):
     needs_root: ClassVar[bool] = True
     folder_name: ClassVar[str] = ""
     layout: ClassVar[str] = ""
+    images_from: ClassVar[str] = ""
     splits: ClassVar[tuple[str, ...]]
     fractions: ClassVar[dict[str, dict[int, int]]] = {}
     split: str
@@ -158,6 +160,10 @@ class SegmentationDataset(Dataset):
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`. Raises MissingError (no such file) and BadInputError (truncated file, bad ids, sizes)."""
+
+    def scored(self, mask: np.ndarray) -> np.ndarray:
+        """The mask as losses and scores see it: pixels of `void_class` are IGNORE too."""
+        return mask if self.void_class is None else np.where(mask == self.void_class, np.uint8(IGNORE), mask)
 
     def doubts(self, counts: np.ndarray) -> list[str]:
         """What pixel counts (256,) of a whole split, by class id, say against its masks; `data check` reports it."""

@@ -21,6 +21,7 @@ class PascalContext(SegmentationFolder):
     """Pascal Context, 59 classes, 4,998/5,105 images. Ids are file stems such as 2008_000002."""
 
     name = "pascal_context"
+    images_from = "voc"
     folder_name = "pascal_context"
     splits = ("train", "val")
     expected = {"train": 4998, "val": 5105}  # noqa: RUF012 (a ClassVar of the base class)

@@ -110,6 +110,7 @@ class PFPascal(_ProposalFlow):
     """
 
     name = "pf_pascal"
+    images_from = "voc"
     splits = ("val", "test")
     expected = {"val": 308, "test": 299}  # noqa: RUF012 (a ClassVar of the base class)
     citation = (

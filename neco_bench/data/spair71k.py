@@ -27,6 +27,7 @@ class SPair71k(PairDataset):
     """
 
     name = "spair71k"
+    images_from = "voc"
     splits = ("trn", "val", "test", "trn_small", "val_small", "test_small")
     expected = {"trn": 53340, "val": 5384, "test": 12234}  # noqa: RUF012 (a ClassVar of the base class)
     # Third-party counts over the official files; they add up to 12,234 each.

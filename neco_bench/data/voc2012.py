@@ -19,6 +19,7 @@ class VOC2012(SegmentationFolder):
     """PASCAL VOC 2012, 20 classes and background, 255 = object border. Ids are file stems such as 2007_000032."""
 
     name = "voc2012"
+    images_from = "voc"
     splits = ("train", "trainaug", "val")
     expected = {"train": 1464, "trainaug": 10582, "val": 1449}  # noqa: RUF012 (a ClassVar of the base class)
     citation = "Everingham et al., IJCV 2015; trainaug: Hariharan et al., ICCV 2011 (SBD)"

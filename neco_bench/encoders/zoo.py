@@ -21,7 +21,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -67,6 +67,7 @@ class ZooEntry:
     std: tuple[float, float, float] | None = None
     aliases: tuple[str, ...] = ()
     notes: str = ""
+    overlap: Mapping[str, str] = field(default_factory=dict)
     family: str = field(default="", repr=False)
 
     @property
@@ -246,6 +247,13 @@ def describe_models() -> list[dict[str, Any]]:
             }
         )
     return rows
+
+
+def contamination(spec: str, weights: object, images_from: str) -> str:
+    """What is known of an encoder's training images against a source of evaluation images: "none known", "seen",
+    "near", "possible", or "unknown" for anything that is not an encoder of the zoo with its own weights."""
+    entry = None if weights else zoo().get(aliases().get(spec, spec))
+    return "unknown" if entry is None else entry.overlap.get(images_from, entry.overlap.get("*", "none known"))
 
 
 def functions_in(path: Path) -> str:

@@ -22,11 +22,6 @@ from neco_bench.data.base import Sample
 Transform = Callable[[Sample, np.random.Generator], tuple[Tensor, np.ndarray]]
 
 
-def fit_size(size: int, stride: int) -> int:
-    """The multiple of `stride` nearest to `size` pixels (the larger one on ties), at least one stride."""
-    return max(1, math.floor(size / stride + 0.5)) * stride
-
-
 @functools.lru_cache(maxsize=256)
 def _legacy_index(source: int, target: int) -> np.ndarray:
     scale = np.float32(source) / np.float32(target)

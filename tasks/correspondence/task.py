@@ -1,9 +1,10 @@
 """Semantic correspondence: find the keypoints of one image in another by the nearest patch feature, scored by PCK.
 
-Two protocols. `probe3d-1` reproduces the SPair-71k evaluation of probe3d (El Banani et al., *Probing the 3D Awareness
-of Visual Foundation Models*, CVPR 2024), which NeCo cites: 200 drawn pairs per class and viewpoint bin, features before
-the final norm, cell corners. `pck-1` is the full-pair measurement: every pair, geometry without offsets. README.md
-lists their constants and quirks.
+`pck-1` is the plain measurement: every pair, geometry without offsets. The others reproduce references: `probe3d-1` the
+SPair-71k evaluation of probe3d (El Banani et al., *Probing the 3D Awareness of Visual Foundation Models*, CVPR 2024),
+which NeCo cites; `sd-dino-1` that of *A Tale of Two Features* (Zhang et al., NeurIPS 2023); `geoaware-1` the zero-shot
+one of *Telling Left from Right* (Zhang et al., CVPR 2024); `dift-1` that of *Emergent Correspondence from Image
+Diffusion* (Tang et al., NeurIPS 2023). README.md lists their constants and quirks.
 """
 
 from __future__ import annotations
@@ -11,40 +12,73 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor
 
 from neco_bench import statistics
-from neco_bench.context import Context, Outcome
-from neco_bench.correspondence import box_side, draw_pairs, nearest_cells, pck_hits
+from neco_bench.context import Context, Cost, Outcome
+from neco_bench.correspondence import (
+    box_side,
+    cell_similarity,
+    draw_pairs,
+    nearest_cells,
+    nearest_pixels,
+    pck_averages,
+    pck_hits,
+    peak_cells,
+    window_softargmax,
+)
 from neco_bench.data.base import Pair, PairDataset
 from neco_bench.encoders.base import Encoder
+from neco_bench.errors import BadInputError
 from neco_bench.features.extract import encode_within_memory
-from neco_bench.features.transforms import fit_size, to_tensor
+from neco_bench.features.transforms import to_tensor
 from neco_bench.protocol import Settings as BaseSettings
+
+Average = Literal["points", "pairs", "class_mean"]
 
 
 class Settings(BaseSettings):
     """Constants of a protocol and a card; sizes in pixels.
 
-    geometry: "probe3d" (white padding right and bottom, integer keypoints, corner read-out, zero padding to the stride)
-    or "centres" (exact points, cell centres, padded cells never chosen). alphas: thresholds as shares of the longest
-    side of the target box. pairs_per_bin: None takes every pair.
+    geometry: "probe3d" (white padding right and bottom, integer keypoints, corner read-out, zero padding to the
+    stride), "centres" (exact points, cell centres, padded cells never chosen), "padded_centre" (centred on black, the
+    source cell that holds the point) or "squash" (aspect not kept, features upsampled to the original pixels).
+    readout: "nearest" cell or pixel; for "padded_centre" also "window_softargmax" with half_window cells and
+    temperature. centre_shift: added there to the cell centre that is the prediction. alphas: thresholds as shares of
+    the longest side of the target box. average: of the primary metric, see `pck_averages`; None is "class_mean" where
+    pairs are drawn, else "points". pairs_per_bin: None takes every pair.
     """
 
-    input_size: PositiveInt
-    geometry: Literal["probe3d", "centres"]
+    geometry: Literal["probe3d", "centres", "padded_centre", "squash"]
+    readout: Literal["nearest", "window_softargmax"] = "nearest"
+    half_window: NonNegativeInt = 5
+    temperature: PositiveFloat = 0.02
+    centre_shift: float = 0
     final_norm: bool
     alphas: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
     strict: bool
+    average: Average | None = None
     pairs_per_bin: PositiveInt | None = None
     draw_seed: NonNegativeInt = 0
+
+    @field_validator("readout")
+    @classmethod
+    def _has_cells(cls, readout: str, info: ValidationInfo) -> str:
+        if readout == "window_softargmax" and info.data.get("geometry") != "padded_centre":
+            raise ValueError("'window_softargmax' needs geometry 'padded_centre'")
+        return readout
+
+    @property
+    def average_used(self) -> Average:
+        return self.average or ("points" if self.pairs_per_bin is None else "class_mean")
 
 
 @dataclass(frozen=True)
@@ -60,14 +94,36 @@ class View:
         return max(self.width, self.height)
 
 
+def cost(settings: Settings, data: dict[str, PairDataset], stride: int, dimension: int) -> Cost:
+    """What `run` will take: every image once, about eight points a pair against every cell."""
+    dataset = data["test"]
+    size = settings.used_size(stride)
+    cells, categories = (size // stride) ** 2, len({pair.category for pair in dataset.pairs})
+    return Cost(
+        images=len(dataset.image_ids),
+        size=size,
+        operations=2.0 * len(dataset) * (8 + 2 * 4) * cells * dimension,  # and both maps are normalised
+        memory=4.0 * len(dataset.image_ids) / categories * cells * dimension,
+    )
+
+
 def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, context: Context) -> Outcome:
     """PCK on data["test"]. Features are computed once per image; one category is held at a time."""
     dataset = data["test"]
     by_category: dict[str, list[Pair]] = defaultdict(list)
     for pair in dataset.pairs:
-        by_category[pair.category].append(pair)
-    used = settings.input_size if settings.geometry == "probe3d" else fit_size(settings.input_size, encoder.stride)
+        if len(pair.source_points):
+            by_category[pair.category].append(pair)
+    if not by_category:
+        raise BadInputError(
+            f"No pair of {dataset.name!r} {dataset.split!r} has a common keypoint. Restore its annotations, or raise "
+            f"--limit."
+        )
+    as_is = settings.geometry == "probe3d" and settings.tokens_per_side is None
+    used = settings.input_size if as_is else settings.used_size(encoder.stride)
     prepare, match = _GEOMETRIES[settings.geometry]
+    if settings.geometry == "padded_centre":
+        match = partial(match_padded_centre, settings=settings)
 
     hits: dict[str, np.ndarray] = {}
     totals: dict[str, int] = {}
@@ -88,17 +144,19 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
 
 
 def _bins(pairs: Sequence[Pair], settings: Settings) -> dict[str, list[Pair]]:
-    """Named groups of one category's pairs; "" is the group of the primary metric."""
-    if settings.pairs_per_bin is None:
-        groups = {"": list(pairs)}
-        for attribute in ("viewpoint_variation", "scale_variation"):
+    """Named groups of one category's pairs; "" is that of the primary metric, levels exist where pairs have them."""
+    count = settings.pairs_per_bin
+
+    def choose(attribute: str, level: int | None) -> list[Pair]:
+        if count is not None:
+            return draw_pairs(pairs, attribute, level, count, settings.draw_seed)
+        return [pair for pair in pairs if level is None or pair.attributes[attribute] == level]
+
+    groups = {"": choose("", None)}
+    for attribute in ("viewpoint_variation", "scale_variation")[: 2 if count is None else 1]:
+        if all(attribute in pair.attributes for pair in pairs):
             for level in (0, 1, 2):
-                groups[f"/{attribute}={level}"] = [p for p in pairs if p.attributes[attribute] == level]
-        return groups
-    count, seed = settings.pairs_per_bin, settings.draw_seed
-    groups = {"": draw_pairs(pairs, "viewpoint_variation", None, count, seed)}
-    for level in (0, 1, 2):
-        groups[f"/viewpoint_variation={level}"] = draw_pairs(pairs, "viewpoint_variation", level, count, seed)
+                groups[f"/{attribute}={level}"] = choose(attribute, level)
     return groups
 
 
@@ -178,7 +236,74 @@ def match_centres(pair: Pair, source: View, target: View, size: int, stride: int
     return np.linalg.norm(predicted - pair.target_points, axis=1)
 
 
-_GEOMETRIES = {"probe3d": (prepare_probe3d, match_probe3d), "centres": (prepare_centres, match_centres)}
+def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
+    """(3, S, S) in [0, 1]: longer side to `size` (Lanczos), aspect kept, in the middle of a black square."""
+    height, width = image.shape[:2]
+    new_width, new_height = (_resized(side, max(height, width), size) for side in (width, height))
+    canvas = np.zeros((size, size, 3), np.uint8)
+    left, top = (size - new_width) // 2, (size - new_height) // 2
+    canvas[top : top + new_height, left : left + new_width] = Image.fromarray(image).resize(
+        (new_width, new_height), Image.Resampling.LANCZOS
+    )
+    return to_tensor(canvas)
+
+
+def match_padded_centre(
+    pair: Pair, source: View, target: View, size: int, stride: int, settings: Settings
+) -> np.ndarray:
+    """(P,) pixel errors in the original target image. Points in single precision, as sd-dino has them."""
+    start, end = (
+        points.astype(np.float32) * np.float32(size / view.longest)
+        + np.array([(size - _resized(side, view.longest, size)) // 2 for side in (view.width, view.height)], np.float32)
+        for points, view in ((pair.source_points, source), (pair.target_points, target))
+    )
+    side = source.map.shape[-1]
+    cells = (np.float32(side / size) * start).astype(np.int64).clip(0, side - 1)
+    similarity = cell_similarity(source.map, target.map, torch.from_numpy(cells))
+    if settings.readout == "nearest":
+        found = peak_cells(similarity)
+    else:
+        found = window_softargmax(similarity, settings.half_window, settings.temperature)
+    predicted = (found.cpu().double().numpy() + 0.5) * stride + settings.centre_shift
+    return np.linalg.norm(predicted - end, axis=1) * (target.longest / size)
+
+
+def _resized(side: int, longest: int, size: int) -> int:
+    """Pixels of a side of an image whose longest side becomes `size`; halves to even."""
+    return max(1, round(size * side / longest))
+
+
+def prepare_squash(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
+    """(3, S, S) in [0, 1]: both sides to `size` (bicubic), aspect not kept."""
+    return to_tensor(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
+
+
+def match_squash(pair: Pair, source: View, target: View, size: int, stride: int) -> np.ndarray:
+    """(P,) pixel errors in the original target image: integer points, the nearest of all its pixels."""
+    limits = (source.width - 1, source.height - 1)
+    start = torch.from_numpy(pair.source_points.astype(np.int64).clip(0, limits))
+    found = nearest_pixels(source.map, target.map, start, (source.height, source.width), (target.height, target.width))
+    return np.linalg.norm(found.numpy() - pair.target_points, axis=1)
+
+
+_GEOMETRIES: dict[str, tuple[Callable, Callable]] = {
+    "probe3d": (prepare_probe3d, match_probe3d),
+    "centres": (prepare_centres, match_centres),
+    "padded_centre": (prepare_padded_centre, match_padded_centre),
+    "squash": (prepare_squash, match_squash),
+}
+# The averages given beside the primary one; none where pairs are drawn, as in the reference.
+_BESIDE = {
+    "points": ("class_mean", "pairs"),
+    "pairs": ("points", "class_mean"),
+    "class_mean": ("pair_weighted", "points", "pairs"),
+}
+_SUFFIX = {
+    "points": "per_point",
+    "pairs": "per_image",
+    "class_mean": "per_class_mean",
+    "pair_weighted": "pair_weighted",
+}
 
 
 def _outcome(
@@ -193,49 +318,40 @@ def _outcome(
 ) -> Outcome:
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float | None]] = {}
-    macro = settings.pairs_per_bin is not None
+    ci95: dict[str, tuple[float, float]] = {}
+    average = settings.average_used
+    beside = _BESIDE[average] if settings.pairs_per_bin is None else ()
+    categories = sorted({p.category for p in dataset.pairs})
     for name, groups in bins.items():
+        members = [pair for group in groups for pair in group]
+        if not members:
+            continue
+        table = np.stack([hits[p.id] for p in members])
+        counts = np.array([totals[p.id] for p in members])
+        classes = np.array([categories.index(p.category) for p in members])
         for column, alpha in enumerate(settings.alphas):
-            rates = {
-                group[0].category: sum(int(hits[p.id][column]) for p in group) / sum(totals[p.id] for p in group)
-                for group in groups
-                if group
-            }
-            if not rates:
-                continue
-            members = [pair for group in groups for pair in group]
-            per_point = sum(int(hits[p.id][column]) for p in members) / sum(totals[p.id] for p in members)
-            by_class = float(np.mean(list(rates.values())))
             key = f"PCK@{alpha:.2f}{name}"
-            metrics[key] = by_class if macro else per_point
-            if not macro:
-                metrics[f"{key}_per_class_mean"] = by_class
-                metrics[f"{key}_per_image"] = float(np.mean([hits[p.id][column] / totals[p.id] for p in members]))
-            per_class[key] = {category: rates.get(category) for category in sorted({p.category for p in dataset.pairs})}
+            values = pck_averages(table[:, column], counts, classes)
+            metrics[key] = values[average]
+            metrics |= {f"{key}_{_SUFFIX[other]}": values[other] for other in beside}
+            rates: dict[str, float | None] = dict.fromkeys(categories)
+            for number in np.unique(classes):
+                mine = classes == number
+                within = pck_averages(table[mine, column], counts[mine], classes[mine])
+                rates[categories[number]] = within["pairs" if average == "pairs" else "points"]
+            per_class[key] = rates
+            if name == "":
+                ci95[key] = _interval(table[:, column], counts, classes, average, context.seed)
+        if name == "":
+            primary, stored = members, {"hits": table, "totals": counts, "category": classes}
 
-    primary = [pair for group in bins[""] for pair in group]
-    categories = {name: i for i, name in enumerate(sorted({p.category for p in primary}))}
-    table = np.stack([hits[p.id] for p in primary])
-    counts = np.array([totals[p.id] for p in primary])
-    groups_of = np.array([categories[p.category] for p in primary])
-    ci95 = {
-        f"PCK@{alpha:.2f}": statistics.bootstrap_ratio(
-            table[:, column], counts, groups_of if macro else None, seed=context.seed
-        )
-        for column, alpha in enumerate(settings.alphas)
-    }
-    context.notes |= {"pairs": len(primary), "keypoints": int(counts.sum()), "pairs_evaluated": len(hits)}
+    context.notes |= {"pairs": len(primary), "keypoints": int(stored["totals"].sum()), "pairs_evaluated": len(hits)}
     return Outcome(
         metrics=metrics,
         per_class=per_class,
         ci95=ci95,
         n_images=len(primary),
-        statistics={
-            "hits": table,
-            "totals": counts,
-            "category": groups_of,
-            "pair_id": np.array([p.id for p in primary]),
-        },
+        statistics={**stored, "pair_id": np.array([p.id for p in primary])},
         features={
             "input_size": settings.input_size,
             "used_size": used + -used % encoder.stride,
@@ -243,3 +359,12 @@ def _outcome(
             "final_norm": settings.final_norm,
         },
     )
+
+
+def _interval(
+    hits: np.ndarray, totals: np.ndarray, classes: np.ndarray, average: Average, seed: int
+) -> tuple[float, float]:
+    """95 % interval of the average in use, pairs drawn anew."""
+    if average == "pairs":
+        return statistics.bootstrap_mean(hits / totals, seed=seed)
+    return statistics.bootstrap_ratio(hits, totals, classes if average == "class_mean" else None, seed=seed)

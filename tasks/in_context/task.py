@@ -18,12 +18,11 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from neco_bench import metrics, statistics
-from neco_bench.context import Context, Outcome, item_rng
+from neco_bench.context import Context, Cost, Outcome, item_rng
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
 from neco_bench.features.transforms import HummingbirdTrain, Squash
-from neco_bench.features.transforms import fit_size as fit
 from neco_bench.protocol import Range, Share
 from neco_bench.protocol import Settings as BaseSettings
 from neco_bench.search import ExactIndex
@@ -93,11 +92,24 @@ def predict_classes(shares: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(shares[None], (height, width), mode="bilinear", align_corners=False)[0].argmax(0)
 
 
+def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
+    """What `run` will take: every query against every row of the memory, which lies beside its labels."""
+    size, classes = settings.used_size(stride), len(data["val"].classes)
+    views, patches = settings.passes * len(data["train"]), (size // stride) ** 2
+    rows = min(views * patches, settings.memory_size or views * patches)
+    return Cost(
+        images=views + len(data["val"]),
+        size=size,
+        operations=2.0 * rows * dimension * patches * len(data["val"]),
+        memory=4.0 * rows * (2 * dimension + classes) + 4.0 * len(data["val"]) * classes**2,
+    )
+
+
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """mIoU of retrieval segmentation: memory from data["train"], queries from data["val"]."""
     train, val = data["train"], data["val"]
     classes = len(train.classes)
-    size = fit(settings.input_size, encoder.stride)
+    size = settings.used_size(encoder.stride)
     index, labels = build_memory(encoder, train, settings, context, size)
     context.notes |= {"memory_patches": index.rows, "search": index.backend}
 
@@ -117,7 +129,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             )
             shares = shares.view(count, rows, columns, classes).permute(0, 3, 1, 2)
             for share, mask in zip(shares, batch.masks, strict=True):
-                confusions.add(mask, predict_classes(share, *mask.shape).numpy())
+                confusions.add(val.scored(mask), predict_classes(share, *mask.shape).numpy())
 
     total = confusions.total()
     identity = np.arange(classes)
@@ -148,7 +160,9 @@ def build_memory(
     )
     items = [(epoch, i) for epoch in range(settings.passes) for i in range(len(train))]
     per_image = None if settings.memory_size is None else max(1, settings.memory_size // len(items))
-    index, labels = ExactIndex(encoder.embed_dim, encoder.device), []
+    index = ExactIndex(encoder.embed_dim, encoder.device)
+    patches = (size // encoder.stride) ** 2
+    labels = torch.empty(len(items) * min(patches, per_image or patches), len(train.classes))
     for batch in stream(
         encoder, train, transform, context, "memory", items=items, mean=settings.mean, std=settings.std
     ):
@@ -162,6 +176,6 @@ def build_memory(
                 noise = item_rng(context.seed, "memory", epoch, train.ids[image]).random(len(share), np.float32)
                 chosen = np.flatnonzero(share.any(1)) if per_image is None else choose_patches(share, noise, per_image)
                 share = share[chosen]
-                labels.append(torch.from_numpy(share / share.sum(1, keepdims=True)))
+                labels[index.rows : index.rows + len(share)] = torch.from_numpy(share / share.sum(1, keepdims=True))
                 index.add(tokens[torch.from_numpy(chosen).to(tokens.device)])
-    return index, torch.cat(labels)
+    return index, labels[: index.rows]

@@ -16,12 +16,12 @@ import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
 from neco_bench import metrics, statistics
-from neco_bench.context import Context, Outcome, item_rng
+from neco_bench.context import Context, Cost, Outcome, item_rng
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.errors import UsageError
 from neco_bench.features.extract import stream
-from neco_bench.features.transforms import CropFlip, Squash, fit_size, nearest_legacy
+from neco_bench.features.transforms import CropFlip, Squash, nearest_legacy
 from neco_bench.probe import ProbeOptions, classify, new_head, train_probe
 from neco_bench.protocol import Range, Share
 from neco_bench.protocol import Settings as BaseSettings
@@ -55,11 +55,26 @@ class Settings(BaseSettings):
     absent: metrics.Absent
 
 
+def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
+    """What `run` will take: every training image once per epoch, with the head's forward and backward pass."""
+    size, classes = settings.used_size(stride), len(data["val"].classes)
+    views, side = settings.epochs * len(data["train"]), settings.train_mask_size
+    per_view = 6.0 * classes * (dimension * (size // stride) ** 2 + 8 * side**2)
+    heads = settings.epochs if settings.select == "best" else 1
+    activations = settings.batch_size * (dimension * (size // stride) ** 2 + 4 * classes * side**2)
+    return Cost(
+        images=views + len(data["val"]),
+        size=size,
+        operations=views * per_view,
+        memory=4.0 * activations + 4.0 * len(data["val"]) * classes**2 + 4.0 * heads * classes * dimension,
+    )
+
+
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """mIoU of a linear head trained on data["train"], scored on data["val"]."""
     train, val = data["train"], data["val"]
     classes = len(train.classes)
-    size = fit_size(settings.input_size, encoder.stride)
+    size = settings.used_size(encoder.stride)
     order = training_order(len(train), settings, context.seed)
     head = new_head(encoder.embed_dim, classes, context.seed, encoder.device)
     options = ProbeOptions(
@@ -92,7 +107,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
                     mask = nearest_legacy(mask, settings.score_size, settings.score_size)
                 predictions = classify(candidates, batch.features[row], *mask.shape).cpu().numpy()
                 for confusion, predicted in zip(confusions, predictions, strict=True):
-                    confusion.add(mask, predicted)
+                    confusion.add(val.scored(mask), predicted)
 
     scores = [metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions]
     best = int(np.argmax(scores))
@@ -154,7 +169,7 @@ def _rows(
     side = settings.train_mask_size
     for batch in stream(encoder, train, transform, context, "train", items=items, mean=settings.mean, std=settings.std):
         for features, mask in zip(batch.features, batch.masks, strict=True):
-            target = torch.from_numpy(nearest_legacy(mask, side, side).astype(np.int64))
+            target = torch.from_numpy(train.scored(nearest_legacy(mask, side, side)).astype(np.int64))
             yield features.clone(), target.to(features.device)
 
 

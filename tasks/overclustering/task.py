@@ -7,17 +7,20 @@ have. Both come from one (C, K) confusion matrix. The matching sees the ground t
 
 from __future__ import annotations
 
+import tempfile
+
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from neco_bench import metrics, statistics
-from neco_bench.clustering import kmeans, reduce_dimensions, standardise
-from neco_bench.context import Context, Outcome
+from neco_bench.cache import cache_dir
+from neco_bench.clustering import KMEANS_POINTS, PCA_POINTS, Rows, kmeans, nearest, reduce_dimensions, standardise
+from neco_bench.context import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.errors import UsageError
 from neco_bench.features.extract import stream
-from neco_bench.features.transforms import Squash, fit_size, nearest_legacy
+from neco_bench.features.transforms import Squash, nearest_legacy
 from neco_bench.protocol import Settings as BaseSettings
 
 
@@ -39,54 +42,68 @@ class Settings(BaseSettings):
     absent: metrics.Absent
 
 
+def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
+    """What `run` will take: k-means on FAISS's sub-sample, and a file of all features and masks."""
+    size, classes = settings.used_size(stride), len(data["val"].classes)
+    clusters, reduced = settings.clusters or classes, min(dimension, settings.components)
+    rows = len(data["val"]) * (size // stride) ** 2
+    drawn = min(rows, KMEANS_POINTS * clusters)
+    passes = settings.seeds * (drawn * settings.redos * settings.iterations + rows)
+    return Cost(
+        images=len(data["val"]),
+        size=size,
+        operations=2.0 * passes * clusters * reduced + 4.0 * rows * dimension * reduced,
+        memory=8.0 * max(drawn * reduced, min(rows, PCA_POINTS * dimension) * dimension)
+        + 4.0 * settings.seeds * len(data["val"]) * classes**2,
+        disk=4.0 * rows * (2 * dimension + reduced) + len(data["val"]) * (settings.mask_size or size) ** 2,
+    )
+
+
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """mIoU averaged over k-means seeds, on data["val"]."""
     val = data["val"]
     classes = len(val.classes)
     clusters = settings.clusters or classes
-    size = fit_size(settings.input_size, encoder.stride)
+    size = settings.used_size(encoder.stride)
     side = size // encoder.stride
     scored = len(val) // settings.drop_last * settings.drop_last if settings.drop_last else len(val)
     if not scored:
         raise UsageError(f"drop_last leaves none of the {len(val)} images. Use --set drop_last=0, or clean-1.")
-    features = np.empty((scored, side * side, encoder.embed_dim), np.float32)
-    masks: list[np.ndarray] = []
+    features = Rows(encoder.embed_dim)
+    masks = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115 (gone when this function is left)
     transform = Squash(size, "centre" if settings.mask_size else "native")
-    for batch in stream(
-        encoder,
-        val,
-        transform,
-        context,
-        "extract",
-        items=[(0, i) for i in range(scored)],
-        mean=settings.mean,
-        std=settings.std,
-    ):
-        features[list(batch.positions)] = batch.features.flatten(2).transpose(1, 2).cpu().numpy()
+    items = [(0, i) for i in range(scored)]
+    for batch in stream(encoder, val, transform, context, "extract", items=items, mean=settings.mean, std=settings.std):
+        features.append(batch.features.flatten(2).transpose(1, 2).flatten(0, 1).cpu().numpy())
         for mask in batch.masks:
-            masks.append(nearest_legacy(mask, settings.mask_size, settings.mask_size) if settings.mask_size else mask)
+            small = nearest_legacy(mask, settings.mask_size, settings.mask_size) if settings.mask_size else mask
+            np.save(masks, val.scored(small), allow_pickle=False)
     with context.phase("pca"):
-        reduced = reduce_dimensions(standardise(features.reshape(-1, encoder.embed_dim)), settings.components)
-
-    scores, per_image, mappings = [], [], []
-    for seed in context.track(range(context.seed, context.seed + settings.seeds), "k-means"):
-        with context.phase("kmeans"):
-            assigned = kmeans(reduced, clusters, seed=seed, iterations=settings.iterations, redos=settings.redos)
-        with context.phase("match"):
-            confusions = metrics.ImageConfusions(classes, clusters)
-            for grid, mask in zip(assigned.reshape(scored, side, side), masks, strict=True):
+        reduced = reduce_dimensions(standardise(features), settings.components)
+    seeds = range(context.seed, context.seed + settings.seeds)
+    with context.phase("kmeans"):
+        models = [
+            kmeans(reduced, clusters, seed=seed, iterations=settings.iterations, redos=settings.redos)
+            for seed in context.track(seeds, "k-means")
+        ]
+    counted = [metrics.ImageConfusions(classes, clusters) for _ in models]
+    masks.seek(0)
+    with context.phase("match"):
+        for image in context.track(range(scored), "match"):
+            mask = np.load(masks, allow_pickle=False)
+            rows = reduced.read(image * side**2, (image + 1) * side**2)
+            for model, confusions in zip(models, counted, strict=True):
+                grid = nearest(model, rows).reshape(side, side)
                 confusions.add(mask, nearest_legacy(grid, *mask.shape))
-            match = metrics.hungarian_match if clusters == classes else metrics.majority_match
-            mapping = match(confusions.total())
-            matched = confusions.per_image(mapping)
-        scores.append(metrics.mean_iou(matched.sum(0), absent=settings.absent))
-        per_image.append(matched)
-        mappings.append(mapping)
+    match = metrics.hungarian_match if clusters == classes else metrics.majority_match
+    mappings = [match(confusions.total()) for confusions in counted]
+    per_image = [confusions.per_image(mapping) for confusions, mapping in zip(counted, mappings, strict=True)]
+    scores = [metrics.mean_iou(matched.sum(0), absent=settings.absent) for matched in per_image]
 
     confusion = np.stack(per_image)
     iou = np.stack([metrics.iou_per_class(c.sum(0)) for c in per_image]).mean(0)
     present = [metrics.mean_iou(c.sum(0), absent="exclude") for c in per_image]
-    context.notes |= {"clusters": clusters, "components": reduced.shape[1], "scored_images": scored}
+    context.notes |= {"clusters": clusters, "components": reduced.dimension, "scored_images": scored}
     return Outcome(
         metrics={
             "mIoU": float(np.mean(scores)),

@@ -13,8 +13,9 @@ import pytest
 import timm
 import torch
 
+from neco_bench.data import DATASETS
 from neco_bench.encoders import describe, describe_models, load_encoder, request_id
-from neco_bench.encoders.zoo import models, parse_spec, zoo
+from neco_bench.encoders.zoo import contamination, models, parse_spec, zoo
 from neco_bench.errors import MissingError, UsageError
 
 
@@ -144,3 +145,27 @@ def test_listing() -> None:
     assert "neco_dinov2_vits14" not in rows
     assert "neco_dinov2_vits14" in models()
     assert describe("neco_dinov2_vits14")["weights_in_place"] is False
+
+
+@pytest.mark.parametrize(
+    ("spec", "weights", "images_from", "known"),
+    [
+        ("neco_dinov2", None, "coco", "seen"),
+        ("neco_dinov2_teacher", None, "voc", "near"),
+        ("neco_dino", None, "voc", "none known"),
+        ("dinov2_vits14", None, "camvid", "possible"),
+        ("clip_vitb16", None, "ade20k", "possible"),
+        ("baseline_hog", None, "coco", "none known"),
+        ("dinov2_vits14", "mine.pth", "coco", "unknown"),
+        ("timm:resnet18", None, "coco", "unknown"),
+    ],
+)
+def test_contamination(spec, weights, images_from, known):
+    assert contamination(spec, weights, images_from) == known
+
+
+def test_overlaps_are_of_the_known_kinds():
+    kinds = {kind for entry in zoo().values() for kind in entry.overlap.values()}
+    assert kinds == {"seen", "near", "possible"}
+    sources = {cls.images_from or cls.folder_name or cls.name for cls in map(DATASETS.load, DATASETS)}
+    assert {name for entry in zoo().values() for name in entry.overlap} - {"*"} <= sources

@@ -17,7 +17,6 @@ from neco_bench.features.transforms import (
     HummingbirdTrain,
     Squash,
     crop_box,
-    fit_size,
     nearest_centre,
     nearest_legacy,
     resize_image,
@@ -39,14 +38,6 @@ def test_the_two_nearest_rules_differ() -> None:
     mask = np.arange(4, dtype=np.uint8)[:, None]
     assert nearest_legacy(mask, 2, 1).ravel().tolist() == [0, 2]
     assert nearest_centre(mask, 2, 1).ravel().tolist() == [1, 3]
-
-
-@pytest.mark.parametrize(
-    ("size", "stride", "expected"),
-    [(448, 14, 448), (448, 16, 448), (320, 14, 322), (518, 16, 512), (800, 14, 798), (5, 16, 16), (24, 16, 32)],
-)
-def test_fit_size(size: int, stride: int, expected: int) -> None:
-    assert fit_size(size, stride) == expected
 
 
 def test_resize_equals_torchvision_on_pillow_images() -> None:

@@ -221,3 +221,23 @@ def test_a_folder_that_cannot_be_written(results, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(NecoBenchError, match="--out"):
         write_leaderboard(results, tmp_path / "file" / "deeper")
+
+
+def test_conditions_say_what_each_model_was_given(make_result):
+    facts = {"features": {"input_size": 512, "used_size": 518, "tokens": 1369}}
+    facts["training"] = {"contamination": "near", "data": "LVD-142M"}
+    provenance = {"weights_id": "a" * 64, "protocol_hash": "b" * 64, **facts}
+    results = [make_result(provenance=provenance), make_result(model="x", key="f" * 16)]
+    tables = {table.name: table for table in build_tables(results)}
+    table = tables["in_context.conditions"]
+    assert table.header == ("model", "task", "input_size", "used_size", "tokens", "contamination", "training_data")
+    assert table.rows == (("dino_vits16", "camvid_ic@hbird-2", "512", "518", "1369", "near", "LVD-142M"),)
+    assert "in context: conditions" in table.to_markdown()
+
+
+def test_draws_of_a_fraction_show_their_deviation(make_result):
+    roles = {f"train/{draw}": {"name": "voc2012"} for draw in range(5)}
+    provenance = {"weights_id": "a" * 64, "protocol_hash": "b" * 64, "dataset": roles}
+    (table, _) = build_tables([make_result(metrics={"miou": 0.666, "miou_std": 0.0123}, provenance=provenance)])
+    assert table.rows == (("dino_vits16", "66.6 ± 1.2"),)
+    assert table.markdown == (("dino_vits16", "66.6 ± 1.2 (5 draws)"),)

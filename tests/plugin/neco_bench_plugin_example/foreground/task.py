@@ -13,7 +13,7 @@ from neco_bench.context import Context, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
-from neco_bench.features.transforms import Squash, fit_size
+from neco_bench.features.transforms import Squash
 from neco_bench.protocol import Settings as BaseSettings
 
 
@@ -27,7 +27,7 @@ class Settings(BaseSettings):
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Share of the images of data["val"] told to within the tolerance, fitted on data["train"]."""
-    size = fit_size(settings.input_size, encoder.stride)
+    size = settings.used_size(encoder.stride)
     (x, y), (x_val, y_val) = (_pooled(encoder, data[split], size, settings, context) for split in ("train", "val"))
     with context.phase("fit"):
         centre, spread = x.mean(0), x.std(0) + 1e-6

@@ -1,0 +1,61 @@
+"""Images and masks as patches: the square bicubic squash, the pixel labels of each patch, the most frequent label."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from neco_bench.data.base import IGNORE, Sample
+from neco_bench.features.transforms import nearest_centre, to_tensor
+
+Void = Literal["wins ties", "loses ties", "never votes"]
+
+
+@dataclass(frozen=True)
+class BicubicSquash:
+    """Resize the image to a size x size square with Pillow's bicubic, and the mask by Pillow's nearest rule or not."""
+
+    size: int
+    resize_mask: bool
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        image, mask = sample.image, sample.mask
+        if image.shape[:2] != (self.size, self.size):
+            image = np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BICUBIC))
+        if self.resize_mask and mask.shape != (self.size, self.size):
+            mask = nearest_centre(mask, self.size, self.size)
+        return to_tensor(image), mask
+
+
+def cut(mask: np.ndarray, side: int) -> Tensor:
+    """(N, side²) uint8 pixel labels of the side x side blocks of a mask, row-major; `paste` undoes it."""
+    rows, columns = mask.shape[0] // side, mask.shape[1] // side
+    blocks = mask.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, side**2)
+    return torch.from_numpy(blocks.astype(np.uint8))
+
+
+def paste(blocks: Tensor, columns: int) -> np.ndarray:
+    """The mask whose blocks (N, side²) lie row-major in `columns` columns."""
+    side = round(blocks.shape[1] ** 0.5)
+    grid = blocks.view(-1, columns, side, side).transpose(1, 2)
+    return grid.reshape(-1, columns * side).cpu().numpy()
+
+
+def most_frequent(labels: Tensor, classes: int, void: Void) -> Tensor:
+    """(M,) uint8 most frequent of the labels (M, V) uint8 of each row, the smallest class id on ties.
+
+    IGNORE counts as a label: it wins ties where the reference stores it as 0, loses them where it is 255, and never
+    votes (it is then the answer only where there is nothing else).
+    """
+    counts = torch.zeros(len(labels), classes + 1, dtype=torch.int32, device=labels.device)
+    one = torch.ones((), dtype=torch.int32, device=labels.device)
+    counts.scatter_add_(1, labels.clamp(max=classes).long(), one.expand(labels.shape))
+    most, winner = counts[:, :classes].max(1)
+    ignored = counts[:, classes]
+    is_void = {"wins ties": ignored >= most, "loses ties": ignored > most, "never votes": most == 0}[void]
+    return torch.where(is_void, IGNORE, winner).to(torch.uint8)

@@ -1,0 +1,188 @@
+"""Linear segmentation as DINOv3 evaluates it (`dinov3-1`): BatchNorm and a 1x1 convolution, trained on augmented crops.
+
+Protocol of facebookresearch/dinov3's linear segmentation on ADE20K (Simeoni et al., DINOv3, 2025), quirks included.
+README.md lists them. Images are scored by a sliding window, at their own resolution.
+
+Known deviations from the reference: augmentation is drawn per (epoch, image) and dropout per iteration, not from global
+streams; encoders whose stride does not divide 512 get the nearest size that it does (518 for 14), all else in
+proportion; data sets other than ADE20K take the same constants.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from neco_bench import metrics, statistics
+from neco_bench.context import Context, Cost, Outcome, item_rng
+from neco_bench.data.base import IGNORE, SegmentationDataset
+from neco_bench.encoders.base import Encoder
+from neco_bench.features.extract import encode_within_memory, stream
+from neco_bench.features.segmentation_train import Distortion, ScaleCropDistort, resize_short_side
+from neco_bench.features.transforms import to_tensor
+from neco_bench.probe_bn import BnHead, BnProbeOptions, train_bn_probe
+from neco_bench.protocol import Range, Share
+from neco_bench.protocol import Settings as BaseSettings
+
+
+class Settings(BaseSettings):
+    """Constants of a protocol and a card. input_size is the side of crops and windows in pixels.
+
+    scale: range of the short side in training, in crops. max_class_share, crop_tries: a crop where one class has this
+    share of the labelled pixels, or all of them, is drawn anew so many times. brightness of 255, hue in turns (half-
+    ranges). warmup, evaluate_every: in iterations; where there are fewer iterations than warmup, the rate stays low.
+    warmup_start: share of the rate at the first one. select: which head is reported; "best" picks it on val.
+    window_step: distance of windows as a share of their side, rounded down to pixels.
+    """
+
+    scale: Range
+    max_class_share: Share
+    crop_tries: NonNegativeInt
+    flip_probability: Share
+    distortion_probability: Share
+    brightness: NonNegativeFloat
+    contrast: Range
+    saturation: Range
+    hue: Annotated[float, Field(ge=0, le=0.5)]  # half a turn at most
+    dropout: Annotated[float, Field(ge=0, lt=1)]
+    iterations: PositiveInt
+    batch_size: PositiveInt
+    learning_rate: PositiveFloat
+    weight_decay: NonNegativeFloat
+    warmup: NonNegativeInt
+    warmup_start: Share
+    evaluate_every: PositiveInt
+    select: Literal["best", "last"]
+    window_step: Annotated[float, Field(gt=0, le=1)]
+    absent: metrics.Absent
+
+
+def window_starts(length: int, window: int, step: int) -> list[int]:
+    """First pixels of the windows along an axis of `length` >= `window` pixels; the last one ends with the axis."""
+    count = max(length - window + step - 1, 0) // step + 1
+    return [min(k * step, length - window) for k in range(count)]
+
+
+def merge_windows(logits: Tensor, corners: list[tuple[int, int]], window: int) -> Tensor:
+    """(C, H, W) mean of the logits (n, C, h, w) of windows, upsampled to their place; corners: (top, left) of each."""
+    height, width = (max(side) + window for side in zip(*corners, strict=True))
+    total, visits = logits.new_zeros(logits.shape[1], height, width), logits.new_zeros(height, width)
+    for part, (top, left) in zip(logits, corners, strict=True):
+        place = (..., slice(top, top + window), slice(left, left + window))
+        total[place] += F.interpolate(part[None], (window, window), mode="bilinear", align_corners=False)[0]
+        visits[place] += 1
+    return total / visits
+
+
+def encode_windows(
+    encoder: Encoder, image: np.ndarray, window: int, settings: Settings, context: Context
+) -> tuple[Tensor, list[tuple[int, int]]]:
+    """Features (n, D, h, w) and (top, left) of the windows over an image (H, W, 3) uint8, its short side resized."""
+    resized = to_tensor(resize_short_side(image, window))
+    step = max(1, int(window * settings.window_step))
+    rows, columns = (window_starts(side, window, step) for side in resized.shape[1:])
+    corners = list(itertools.product(rows, columns))
+    crops = torch.stack([resized[:, top : top + window, left : left + window] for top, left in corners])
+    with context.phase("encode"):
+        features = encode_within_memory(encoder, crops, context, final_norm=True, mean=settings.mean, std=settings.std)
+    return features, corners
+
+
+@torch.inference_mode()
+def classify_windows(
+    head: BnHead, features: Tensor, corners: list[tuple[int, int]], window: int, shape: tuple[int, ...]
+) -> Tensor:
+    """Class ids of an image of `shape` (H, W) from what `encode_windows` gives: mean logits, upsampled, argmax."""
+    merged = merge_windows(head(features), corners, window)
+    return F.interpolate(merged[None], shape, mode="bilinear", align_corners=False)[0].argmax(0)
+
+
+def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
+    """What `run` will take: crops for every iteration, about two windows per val image."""
+    window, classes = settings.used_size(stride), len(data["val"].classes)
+    crops = settings.iterations * settings.batch_size
+    return Cost(
+        images=crops + 2 * len(data["val"]),
+        size=window,
+        operations=crops * classes * (6.0 * dimension * (window // stride) ** 2 + 24.0 * window**2),
+        memory=4.0 * (settings.batch_size * dimension * (window // stride) ** 2 + 4 * classes * window**2)
+        + 4.0 * len(data["val"]) * classes**2,
+    )
+
+
+def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
+    """mIoU of a linear head trained on data["train"], scored on data["val"]."""
+    train, val = data["train"], data["val"]
+    classes = len(train.classes)
+    window = settings.used_size(encoder.stride)
+    head = BnHead(encoder.embed_dim, classes, context.seed).to(encoder.device)
+    options = BnProbeOptions(**settings.model_dump(include=set(BnProbeOptions.__dataclass_fields__)))
+    batches = _batches(encoder, train, window, settings, context)
+    trained = train_bn_probe(head, batches, options, context.seed, ignore=IGNORE)
+
+    iterations = list(trained) if settings.select == "best" else list(trained)[-1:]
+    confusions = [metrics.ImageConfusions(classes) for _ in iterations]
+    for index in context.track(range(len(val)), "score"):
+        with context.phase("load"):
+            sample = val[index]
+        features, corners = encode_windows(encoder, sample.image, window, settings, context)
+        with context.phase("predict"):
+            for iteration, confusion in zip(iterations, confusions, strict=True):
+                predicted = classify_windows(trained[iteration], features, corners, window, sample.mask.shape)
+                confusion.add(val.scored(sample.mask), predicted.cpu().numpy())
+
+    scores = [metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions]
+    best = int(np.argmax(scores))
+    total, per_image = confusions[best].total(), confusions[best].per_image()
+    context.notes |= {"iteration_reported": iterations[best], "scored_images": len(val)}
+    return Outcome(
+        metrics={
+            "mIoU": scores[best],
+            "mIoU_last": scores[-1],
+            "mIoU_present": metrics.mean_iou(total, absent="exclude"),
+            "pixel_accuracy": float(np.trace(total) / max(1, total.sum())),
+        },
+        per_class={"IoU": metrics.named(metrics.iou_per_class(total), train.classes)},
+        ci95={"mIoU": statistics.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
+        n_images=len(val),
+        statistics={"confusion": per_image},
+        features={
+            "input_size": settings.input_size,
+            "used_size": window,
+            "resize": "short side, sliding window",
+            "final_norm": True,
+        },
+    )
+
+
+def training_order(count: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
+    """(epoch, index) of all items of all iterations: each epoch a permutation; batches run on over their ends."""
+    wanted = settings.iterations * settings.batch_size
+    items: list[tuple[int, int]] = []
+    for epoch in range(-(-wanted // count)):
+        items += [(epoch, int(i)) for i in item_rng(seed, "order", epoch).permutation(count)]
+    return items[:wanted]
+
+
+def _batches(
+    encoder: Encoder, train: SegmentationDataset, size: int, settings: Settings, context: Context
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Features (B, D, h, w) and targets (B, size, size) int64 of the probe's batches."""
+    s = settings
+    distortion = Distortion(s.distortion_probability, s.brightness, s.contrast, s.saturation, s.hue)
+    fill = s.mean or encoder.mean
+    transform = ScaleCropDistort(size, s.scale, s.max_class_share, s.crop_tries, s.flip_probability, distortion, fill)
+    items = training_order(len(train), s, context.seed)
+    batches = stream(encoder, train, transform, context, "train", items=items, final_norm=True, mean=s.mean, std=s.std)
+    rows = (row for batch in batches for row in zip(batch.features, batch.masks, strict=True))
+    while chunk := list(itertools.islice(rows, s.batch_size)):
+        features, masks = zip(*chunk, strict=True)
+        targets = torch.from_numpy(train.scored(np.stack(masks)).astype(np.int64))
+        yield torch.stack(features), targets.to(encoder.device, non_blocking=True)
