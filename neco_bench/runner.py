@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from neco_bench.context import Context, Outcome
 from neco_bench.data import DRAWS, load_dataset
-from neco_bench.data.base import Dataset
+from neco_bench.data.base import Dataset, SegmentationDataset
 from neco_bench.encoders.specs import load_encoder, resolve_device
 from neco_bench.encoders.zoo import PRECISIONS, contamination, request_id, zoo
 from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code
@@ -157,6 +157,7 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
             loaded = encoder or load_job_encoder(job)
         provenance |= _encoder_facts(loaded)
         check_size(task, loaded)
+        _glance(job)
         outcome = _outcome(job, loaded, context)
         undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
         if undefined:
@@ -271,6 +272,19 @@ def check_device(device: str | None) -> None:
     """Raise UsageError for a device that is unknown or not on this machine."""
     if device not in (None, "auto", "cpu"):
         resolve_device(device)
+
+
+def _glance(job: Job) -> None:
+    """Raise BadInputError where a few masks of a split already show that they are not those of the data set."""
+    import numpy as np
+
+    for dataset in job.data.values():
+        if isinstance(dataset, SegmentationDataset):
+            counts = np.zeros(256, np.int64)
+            for index in np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int)):
+                counts += np.bincount(dataset[index].mask.ravel(), minlength=256)[:256]
+            if doubts := dataset.doubts(counts):
+                raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {doubts[0]}")
 
 
 def _splits(role: str, split: str, listed: bool) -> dict[str, str]:

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+
 import faiss
 import numpy as np
 import pytest
+import torch
 from sklearn.decomposition import PCA
+from sklearn.metrics import jaccard_score
+from sklearn.metrics.cluster import contingency_matrix
 from sklearn.preprocessing import StandardScaler
 
 from neco_bench import clustering
 from neco_bench.clustering import Rows, kmeans, nearest, reduce_dimensions, standardise
+from neco_bench.context import Context
+from neco_bench.data.base import Sample
+from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.errors import UsageError
+from neco_bench.protocol import find_tasks
 
 
 def features(rows: int = 3000, columns: int = 24) -> np.ndarray:
@@ -86,3 +95,59 @@ def test_kmeans_is_faiss_with_its_own_sub_sampling() -> None:
 def test_more_clusters_than_points() -> None:
     with pytest.raises(UsageError, match="there are 10"):
         kmeans(stored(features(10, 4)), 11, seed=0, iterations=1, redos=1)
+
+
+@pytest.mark.parametrize("clusters", [4, 9])
+def test_clustering_of_given_features_equals_an_independent_computation(clusters: int) -> None:
+    """The family on an encoder that hands out given features, against scikit-learn's scaler and contingency table and
+    faiss on whole arrays, which draws its own sub-sample for k-means (256 of 768 points a cluster where K = 4)."""
+    count, side, dimension, classes = 48, 8, 60, 4
+    rng = np.random.default_rng(0)
+    truth = rng.integers(0, classes, (count, side, side))
+    given = rng.normal(size=(classes, dimension))[truth] + rng.normal(size=(count, side, side, dimension)) * 4
+    given = given.astype(np.float32)
+
+    class Given(Encoder):
+        name, weights_id = "given", "0"
+        embed_dim, stride = dimension, 8
+
+        def _encode(self, images: torch.Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+            numbers = (images.amax((1, 2, 3)) * 51).round().long()  # the brightness of an image is its number
+            return DenseFeatures(torch.from_numpy(given).permute(0, 3, 1, 2)[numbers].contiguous(), 8)
+
+    class Scenes:
+        name, split, ids = "scenes", "val", tuple(map(str, range(count)))
+        classes = tuple("abcd")
+
+        def __len__(self) -> int:
+            return count
+
+        def scored(self, mask: np.ndarray) -> np.ndarray:
+            return mask
+
+        def __getitem__(self, i: int) -> Sample:
+            image = np.full((64, 64, 3), 5 * i, np.uint8)
+            return Sample(image, np.kron(truth[i], np.ones((8, 8))).astype(np.uint8), str(i))
+
+    (task,) = find_tasks(["shapes_cluster_gt@clean-1"], {"input_size": 64, "clusters": clusters, "components": 5})
+    settings = task.settings().model_copy(update={"mean": (0, 0, 0), "std": (1, 1, 1)})
+    outcome = task.module.run(Given(), {"val": Scenes()}, settings, Context(seed=3))
+
+    x = StandardScaler().fit_transform(given.reshape(-1, dimension)).astype(np.float32)
+    pca = faiss.PCAMatrix(dimension, 5)
+    pca.train(x)
+    x = pca.apply(x)
+    scores = []
+    for seed in range(3, 8):
+        kmeans = faiss.Kmeans(5, clusters, niter=100, nredo=5, seed=seed, min_points_per_centroid=1)
+        kmeans.train(x)
+        found = kmeans.index.search(x, 1)[1][:, 0]
+        table = contingency_matrix(truth.ravel(), found)
+        if clusters == classes:
+            iou = table / (table.sum(0) + table.sum(1)[:, None] - table)
+            best = max(itertools.permutations(range(classes)), key=lambda p: iou[p, range(classes)].sum())
+        else:
+            best = table.argmax(0)
+        scores.append(jaccard_score(truth.ravel(), np.array(best)[found], average="macro"))
+    assert outcome.statistics["mIoU_per_seed"] == pytest.approx(np.array(scores), abs=1e-6)
+    assert 0.3 < np.mean(scores) < 0.99

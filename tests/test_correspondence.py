@@ -3,16 +3,33 @@
 from __future__ import annotations
 
 import random
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from neco_bench.tasks.correspondence.task import View, match_centres, match_probe3d, prepare_centres, prepare_probe3d
+from PIL import Image
+from scipy.io import savemat
 
+import neco_bench
 from neco_bench.correspondence import box_side, draw_pairs, nearest_cells, pck_hits
+from neco_bench.data import load_dataset
 from neco_bench.data.base import Pair
+from neco_bench.encoders import DenseFeatures, Encoder
 
 MEAN = (0.485, 0.456, 0.406)
+
+
+class Colour(Encoder):
+    """The mean colour of each cell of 16 pixels."""
+
+    name, weights_id = "colour", "0"
+    embed_dim, stride = 3, 16
+
+    def _encode(self, images: torch.Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        return DenseFeatures(F.avg_pool2d(images, 16), 16)
 
 
 def make_pair(source: list[list[float]], target: list[list[float]], **fields: object) -> Pair:
@@ -114,3 +131,65 @@ def test_draw_is_pythons_shuffle_of_sorted_names() -> None:
     drawn = draw_pairs(pairs[::-1], "viewpoint_variation", 0, 4, 20)
     assert [p.id for p in drawn] == names[:4]
     assert len(draw_pairs(pairs, "viewpoint_variation", None, 200, 20)) == 30
+
+
+# Ceilings of probe3d's convention on a larger sample (360 test pairs): size, stride, then per cent of points right at
+# 0.10, 0.05 and 0.01 where the cell that holds the truth is returned, and where the best of all cells is.
+CEILINGS = [
+    (224, 14, (76.4, 26.9, 1.6), (96.9, 71.0, 3.1)),
+    (224, 16, (65.4, 20.1, 1.5), (93.5, 58.7, 2.7)),
+    (448, 14, (97.2, 75.0, 5.4), (99.9, 96.3, 14.9)),
+    (800, 16, (99.5, 94.5, 14.7), (100, 99.7, 35.3)),
+]
+
+
+@pytest.mark.parametrize(("size", "stride", "cell", "best"), CEILINGS)
+def test_probe3d_ceilings(
+    size: int,
+    stride: int,
+    cell: tuple[float, ...],
+    best: tuple[float, ...],
+    real_data: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """An oracle that returns the right cell is as limited as the reference's grid says; ours are 20 genuine pairs."""
+    side = size // stride
+    found: dict[str, dict[str, list[np.ndarray]]] = {"cell": {}, "best": {}}
+    for pair in load_dataset("spair71k", "test", root=real_data).pairs:  # type: ignore[attr-defined]
+        view = View(torch.zeros(1, side, side), 500, 1)  # VOC images: the longest side is 500
+        truth = np.trunc(pair.target_points * (size / 500)) / size
+        for kind, cells in (
+            ("cell", np.floor(truth * side)),
+            ("best", np.clip(np.round(truth * side), 0, side - 1)),
+        ):
+            answer = torch.from_numpy(cells.astype(np.int64))
+            monkeypatch.setattr("neco_bench.tasks.correspondence.task.nearest_cells", lambda *_, a=answer, **__: a)
+            errors = match_probe3d(pair, view, view, size, stride) / box_side(pair.target_box)
+            by_hand = np.linalg.norm(cells / side - truth, axis=1) * 500 / box_side(pair.target_box)
+            np.testing.assert_allclose(errors, by_hand, atol=1e-4)
+            found[kind].setdefault(pair.category, []).append(errors)
+    for kind, expected in (("cell", cell), ("best", best)):
+        rates = [[np.mean(np.concatenate(e) < alpha) for e in found[kind].values()] for alpha in (0.10, 0.05, 0.01)]
+        np.testing.assert_allclose(100 * np.mean(rates, 1), expected, atol=14)  # 7 of 18 categories
+
+
+def test_pck_1_by_hand_with_a_missing_keypoint(tmp_path: Path) -> None:
+    """Cells of distinct colours move one to the right. Point 0 is annotated where it goes; point 1 six pixels off, with
+    a box of 50: right at 0.15, not at 0.10; point 2 is not visible in the target, and counts nowhere."""
+    base = tmp_path / "pf_pascal"
+    colours = np.random.default_rng(0).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    names = {"source": colours, "target": np.roll(colours, 1, axis=1)}
+    centres = np.array([[8.5, 8.5], [24.5, 40.5], [40.5, 8.5]])  # MATLAB's, from 1: pixels 7.5, 23.5, ...
+    points = {"source": centres, "target": centres + np.array([[16, 0], [22, 0], [np.nan, np.nan]])}
+    (base / "JPEGImages").mkdir(parents=True)
+    (base / "Annotations" / "cat").mkdir(parents=True)
+    for name, grid in names.items():
+        image = Image.fromarray(np.kron(grid, np.ones((16, 16, 1), np.uint8)))
+        image.save(base / "JPEGImages" / f"{name}.jpg", quality=95)
+        savemat(base / "Annotations" / "cat" / f"{name}.mat", {"kps": points[name], "bbox": [[1, 1, 51, 41]]})
+    (base / "test_pairs.csv").write_text("source_image,target_image,class\nsource.jpg,target.jpg,8\n")
+    changes = {"input_size": 64, "alphas": [0.05, 0.10, 0.15]}
+    result = neco_bench.run(Colour(), "pf_pascal@pck-1", data_root=tmp_path, changes=changes, workers=0)
+    found = {key: result.metrics[key] for key in ("PCK@0.05", "PCK@0.10", "PCK@0.15")}
+    assert found == {"PCK@0.05": 0.5, "PCK@0.10": 0.5, "PCK@0.15": 1.0}
+    assert result.provenance["run"]["keypoints"] == 2

@@ -166,8 +166,11 @@ class SegmentationDataset(Dataset):
         return mask if self.void_class is None else np.where(mask == self.void_class, np.uint8(IGNORE), mask)
 
     def doubts(self, counts: np.ndarray) -> list[str]:
-        """What pixel counts (256,) of a whole split, by class id, say against its masks; `data check` reports it."""
-        if counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
+        """What pixel counts (256,) of a split, or of 16 masks across it, by class id, say against its masks.
+
+        `data check` reports it for whole splits; `run` looks at 16 masks before it starts, and stops.
+        """
+        if len(self.classes) > 2 and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
             return [
                 f"The masks hold {self.classes[0]!r} and void only: they are black-and-white pictures (0 and 255), "
                 f"not class ids. Restore the original masks."

@@ -67,8 +67,8 @@ class VOC2012(SegmentationFolder):
         return self._images / f"{item}.jpg", self._masks / f"{item}.png"
 
     def doubts(self, counts: np.ndarray) -> list[str]:
-        """Every official mask has a border of void; where a whole split has none, 255 was turned into 0."""
-        if self.split == "trainaug" or counts[IGNORE]:
+        """Every official mask has a border of void; where no mask has one, 255 was turned into 0."""
+        if self.split.startswith("trainaug") or counts[IGNORE]:
             return super().doubts(counts)
         return [
             "No mask has a void border (255), all official ones do: 255 was turned into background (0). "
