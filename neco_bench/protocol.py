@@ -79,13 +79,14 @@ Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending
 class Protocol:
     """id, all constants, and the hash over both. A changed constant demands a new id (a test holds the hashes).
 
-    module: of the family's package, with the `Settings` and `run` of this protocol.
+    module: of the family's package, with the `Settings` and `run` of this protocol. citation: the family's where empty.
     """
 
     id: str
     family: str
     constants: Mapping[str, Any]
     module: str = "task"
+    citation: str = ""
 
     @property
     def hash(self) -> str:
@@ -151,6 +152,11 @@ class Task:
         return self.card.protocols[self.protocol.id].get("dataset", self.card.dataset)
 
     @property
+    def citation(self) -> str:
+        """The paper behind the number."""
+        return self.protocol.citation or self.card.citation
+
+    @property
     def module(self) -> Any:
         """The module with `Settings` and `run`. Imports it; raises BadInputError where a plug-in is broken."""
         return family_module(self.card.family, self.protocol.module)
@@ -208,7 +214,7 @@ def _read_family(family: str) -> tuple[dict[str, Protocol], dict[str, Card]]:
     path = _family_folder(family) / "cards.toml"
     document = read_toml(path)
     protocols = {
-        name: Protocol(name, family, constants, constants.pop("module", "task"))
+        name: Protocol(name, family, constants, constants.pop("module", "task"), constants.pop("citation", ""))
         for name, constants in document.get("protocols", {}).items()
     }
     cards = {}

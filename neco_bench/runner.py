@@ -134,7 +134,7 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         "card_hash": task.card.hash(task.protocol.id),
         "protocol_hash": task.hash,
         "settings": task.constants,
-        "citation": task.card.citation,
+        "citation": task.citation,
         "dataset": {role: {"name": d.name, "split": d.split, "items": len(d)} for role, d in job.data.items()},
         "training": _training(job),
         "dataset_fingerprint": {role: d.fingerprint() for role, d in job.data.items()},

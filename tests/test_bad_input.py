@@ -59,11 +59,13 @@ def root(tmp_path: Path) -> Path:
         (voc / folder).mkdir(parents=True)
     for i in range(4):
         image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
-        mask = Image.fromarray(rng.integers(0, 11, (40, 60), dtype=np.uint8))
+        ids = rng.integers(0, 11, (40, 60), dtype=np.uint8)
+        mask = Image.fromarray(ids)
         image.save(camvid / "val" / f"f{i}.png")
         mask.save(camvid / "valannot" / f"f{i}.png")
         image.save(voc / "JPEGImages" / f"2007_00000{i}.jpg")
-        mask.save(voc / "SegmentationClass" / f"2007_00000{i}.png")
+        ids[0] = 255
+        Image.fromarray(ids).save(voc / "SegmentationClass" / f"2007_00000{i}.png")
     (camvid / "val.txt").write_text("".join(f"/x/val/f{i}.png /x/valannot/f{i}.png\n" for i in range(4)))
     (voc / "ImageSets" / "Segmentation" / "val.txt").write_text("".join(f"2007_00000{i}\n" for i in range(4)))
     return tmp_path / "data"

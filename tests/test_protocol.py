@@ -154,3 +154,9 @@ def test_a_family_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPat
 def test_sizes_are_taken_to_the_stride(size: int, stride: int, expected: int) -> None:
     assert Settings(input_size=size).used_size(stride) == expected
     assert Settings(input_size=size, tokens_per_side=32).used_size(stride) == 32 * stride
+
+
+def test_a_protocol_of_other_authors_cites_them() -> None:
+    cited = {t.label: t.citation for t in find_tasks(["ade20k_linear@neco-1", "ade20k_linear@dinov3-1"])}
+    assert "Pariza" in cited["neco-1"]
+    assert "DINOv3" in cited["dinov3-1"]
