@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterator
+from typing import BinaryIO
 
 import faiss
 import numpy as np
@@ -22,13 +23,29 @@ PCA_SEED = 1234  # of fvecs_maybe_subsample in FAISS
 KMEANS_POINTS = 256  # per centroid, the default of faiss.Kmeans
 
 
+def open_spool() -> BinaryIO:
+    """A temporary file in the cache folder, gone when it is closed or forgotten."""
+    cache_dir().mkdir(parents=True, exist_ok=True)
+    return tempfile.TemporaryFile(dir=cache_dir())
+
+
+def spool(file: BinaryIO, data: bytes) -> None:
+    """Write to such a file. Raises NecoBenchError where the disk is full."""
+    try:
+        file.write(data)
+        file.flush()
+    except OSError as error:
+        raise NecoBenchError(
+            f"Features could not be written to {cache_dir()}: {error}. Free space there, or set NECO_BENCH_CACHE."
+        ) from error
+
+
 class Rows:
     """(N, D) float32 rows in a temporary file in the cache folder: appended, then read in parts."""
 
     def __init__(self, dimension: int) -> None:
-        cache_dir().mkdir(parents=True, exist_ok=True)
         self.dimension = dimension
-        self._file = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115 (lives as long as the rows)
+        self._file = open_spool()
         self._count = 0
 
     def __len__(self) -> int:
@@ -36,13 +53,7 @@ class Rows:
 
     def append(self, rows: np.ndarray) -> None:
         """Add (n, D) rows. Raises NecoBenchError where the disk is full."""
-        try:
-            self._file.write(rows.astype(np.float32, copy=False).tobytes())
-            self._file.flush()
-        except OSError as error:
-            raise NecoBenchError(
-                f"Features could not be written to {cache_dir()}: {error}. Free space there, or set NECO_BENCH_CACHE."
-            ) from error
+        spool(self._file, rows.astype(np.float32, copy=False).tobytes())
         self._count += len(rows)
 
     def read(self, start: int, stop: int) -> np.ndarray:

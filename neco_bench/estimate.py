@@ -6,7 +6,6 @@ batches through the encoder, a few images from the disk and one matrix product g
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -83,7 +82,7 @@ def estimate(job: Job, encoder: Encoder) -> Estimate | None:
     costs = [cost_of(settings, data, encoder.stride, encoder.embed_dim) for data in job.draws]
     size = costs[0].size + -costs[0].size % encoder.stride
     loading = _seconds_to_load(next(iter(job.data.values())), size)
-    workers = max(0, min(8, (os.cpu_count() or 1) - 1)) if job.options.workers is None else job.options.workers
+    workers = job.options.workers_used
     images = torch.zeros(min(MEASURED, job.options.batch_size), 3, size, size)
     encoding = _median(lambda: encoder.encode(images)) / len(images)
     # Loading and encoding go on side by side only where there are workers.

@@ -50,6 +50,11 @@ class Options:
     overwrite: bool = False
     progress: bool = False
 
+    @property
+    def workers_used(self) -> int:
+        """`workers`, by default one core less than there are, at most 8."""
+        return max(0, min(8, (os.cpu_count() or 1) - 1)) if self.workers is None else self.workers
+
     def __post_init__(self) -> None:
         if self.precision not in (None, *PRECISIONS):
             raise UsageError(f"Unknown precision {self.precision!r}: use {', '.join(PRECISIONS)}.")
@@ -126,8 +131,7 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     Errors of the user's making become a Result with status "failed"; other exceptions pass through.
     """
     options, task = job.options, job.task
-    workers = max(0, min(8, (os.cpu_count() or 1) - 1)) if options.workers is None else options.workers
-    context = Context(options.seed, options.batch_size, workers, options.progress)
+    context = Context(options.seed, options.batch_size, options.workers_used, options.progress)
     provenance: dict[str, Any] = {
         **environment(),
         "arguments": {name: str(value) for name, value in vars(options).items() if value is not None},
@@ -189,7 +193,7 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     provenance |= {
         "device": _device_name(loaded),
         "batch_size_used": context.batch_size,
-        "workers": workers,
+        "workers": context.workers,
         "run": context.notes,
     }
     result = Result(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from pathlib import Path
 
 import faiss
 import numpy as np
@@ -18,7 +19,7 @@ from neco_bench.clustering import Rows, kmeans, nearest, reduce_dimensions, stan
 from neco_bench.context import Context
 from neco_bench.data.base import Sample
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.errors import UsageError
+from neco_bench.errors import NecoBenchError, UsageError
 from neco_bench.protocol import find_tasks
 
 
@@ -151,3 +152,11 @@ def test_clustering_of_given_features_equals_an_independent_computation(clusters
         scores.append(jaccard_score(truth.ravel(), np.array(best)[found], average="macro"))
     assert outcome.statistics["mIoU_per_seed"] == pytest.approx(np.array(scores), abs=1e-6)
     assert 0.3 < np.mean(scores) < 0.99
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_is_told() -> None:
+    rows = Rows(4)
+    rows._file = open("/dev/full", "wb")  # noqa: SIM115
+    with pytest.raises(NecoBenchError, match=r"No space left.*NECO_BENCH_CACHE"):
+        rows.append(np.zeros((3, 4), np.float32))

@@ -7,14 +7,23 @@ have. Both come from one (C, K) confusion matrix. The matching sees the ground t
 
 from __future__ import annotations
 
-import tempfile
+import io
 
 import numpy as np
 from pydantic import NonNegativeInt, PositiveInt
 
 from neco_bench import metrics, statistics
-from neco_bench.cache import cache_dir
-from neco_bench.clustering import KMEANS_POINTS, PCA_POINTS, Rows, kmeans, nearest, reduce_dimensions, standardise
+from neco_bench.clustering import (
+    KMEANS_POINTS,
+    PCA_POINTS,
+    Rows,
+    kmeans,
+    nearest,
+    open_spool,
+    reduce_dimensions,
+    spool,
+    standardise,
+)
 from neco_bench.context import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
@@ -70,14 +79,16 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     if not scored:
         raise UsageError(f"drop_last leaves none of the {len(val)} images. Use --set drop_last=0, or clean-1.")
     features = Rows(encoder.embed_dim)
-    masks = tempfile.TemporaryFile(dir=cache_dir())  # noqa: SIM115 (gone when this function is left)
+    masks = open_spool()
     transform = Squash(size, "centre" if settings.mask_size else "native")
     items = [(0, i) for i in range(scored)]
     for batch in stream(encoder, val, transform, context, "extract", items=items, mean=settings.mean, std=settings.std):
         features.append(batch.features.flatten(2).transpose(1, 2).flatten(0, 1).cpu().numpy())
         for mask in batch.masks:
             small = nearest_legacy(mask, settings.mask_size, settings.mask_size) if settings.mask_size else mask
-            np.save(masks, val.scored(small), allow_pickle=False)
+            packed = io.BytesIO()
+            np.save(packed, val.scored(small), allow_pickle=False)
+            spool(masks, packed.getvalue())
     with context.phase("pca"):
         reduced = reduce_dimensions(standardise(features), settings.components)
     seeds = range(context.seed, context.seed + settings.seeds)
