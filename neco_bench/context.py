@@ -69,10 +69,11 @@ class Outcome:
 @dataclass(frozen=True)
 class Cost:
     """What a run will take, known before it. images: through the encoder, each `size` pixels a side. operations:
-    floating-point ones besides. memory, disk: bytes held at once."""
+    floating-point ones besides, in inner products of vectors of `width`. memory, disk: bytes held at once."""
 
     images: int
     size: int
+    width: int
     operations: float = 0
     memory: float = 0
     disk: float = 0

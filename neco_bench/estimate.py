@@ -1,7 +1,7 @@
 """What a run will take, from a short measurement: what `run --dry-run` prints.
 
 A family says in its `cost` how many images it encodes, how many operations it does besides and what it keeps; a few
-batches through the encoder, a few images from the disk and one matrix product give the rates of this machine.
+images through the encoder, a few from the disk and one search give the rates of this machine.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ from neco_bench.features.transforms import resize_image
 from neco_bench.results.provenance import peak_memory_mb
 from neco_bench.results.store import ResultStore
 from neco_bench.runner import Job, check_size, load_job_encoder, stored
+from neco_bench.search import ExactIndex
 
-MEASURED = 4  # images
+MEASURED = 8  # images
 
 
 @dataclass(frozen=True)
@@ -85,9 +86,11 @@ def estimate(job: Job, encoder: Encoder) -> Estimate | None:
     workers = job.options.workers_used
     images = torch.zeros(min(MEASURED, job.options.batch_size), 3, size, size)
     encoding = _median(lambda: encoder.encode(images)) / len(images)
-    # Loading and encoding go on side by side only where there are workers.
-    per_image = max(loading / workers, encoding) if workers else loading + encoding
-    seconds = sum(c.images * per_image + c.operations / _rate(encoder.device) for c in costs)
+    # Loading and encoding go on side by side where there are workers, and not on the same cores.
+    apart = workers and encoder.device.type != "cpu"
+    per_image = max(loading / workers, encoding) if apart else loading + encoding
+    rate = _rate(encoder.device, costs[0].width)
+    seconds = sum(c.images * per_image + c.operations / rate for c in costs)
     memory = peak_memory_mb() * 2**20 + max(c.memory for c in costs)
     return Estimate(seconds / 3600, memory, max(c.disk for c in costs))
 
@@ -124,7 +127,9 @@ def _seconds_to_load(dataset: Dataset, size: int) -> float:
     return (time.perf_counter() - start) / count
 
 
-def _rate(device: torch.device) -> float:
-    """Floating-point operations per second of a float32 matrix product."""
-    a = torch.rand(1024, 1024, device=device)
-    return 2 * 1024**3 / _median(lambda: a @ a)
+def _rate(device: torch.device, width: int) -> float:
+    """Floating-point operations per second of an exact search among vectors of `width`."""
+    index = ExactIndex(width, device)
+    index.add(torch.rand(8192, width))
+    queries = torch.rand(8192, width)
+    return 2.0 * 8192**2 * width / _median(lambda: index.search(queries, 8))

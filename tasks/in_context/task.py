@@ -100,6 +100,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
     return Cost(
         images=views + len(data["val"]),
         size=size,
+        width=dimension,
         operations=2.0 * rows * dimension * patches * len(data["val"]),
         memory=4.0 * rows * (2 * dimension + classes) + 4.0 * len(data["val"]) * classes**2,
     )

@@ -111,6 +111,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
     return Cost(
         images=crops + 2 * len(data["val"]),
         size=window,
+        width=dimension,
         operations=crops * classes * (6.0 * dimension * (window // stride) ** 2 + 24.0 * window**2),
         memory=4.0 * (settings.batch_size * dimension * (window // stride) ** 2 + 4 * classes * window**2)
         + 4.0 * len(data["val"]) * classes**2,

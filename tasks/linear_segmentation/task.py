@@ -65,6 +65,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
     return Cost(
         images=views + len(data["val"]),
         size=size,
+        width=dimension,
         operations=views * per_view,
         memory=4.0 * activations + 4.0 * len(data["val"]) * classes**2 + 4.0 * heads * classes * dimension,
     )

@@ -61,6 +61,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
     return Cost(
         images=len(data["val"]),
         size=size,
+        width=reduced,
         operations=2.0 * passes * clusters * reduced + 4.0 * rows * dimension * reduced,
         memory=8.0 * max(drawn * reduced, min(rows, PCA_POINTS * dimension) * dimension)
         + 4.0 * settings.seeds * len(data["val"]) * classes**2,

@@ -243,6 +243,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
     return Cost(
         images=images + len(data["val"]),
         size=size,
+        width=dimension,
         operations=operations,
         memory=(rows + held + val) * (4.0 * dimension + 2.0 * stride**2) + 4.0 * len(data["val"]) * classes**2,
     )
