@@ -46,7 +46,8 @@ def digest(document: Any) -> str:
 class Settings(BaseModel):
     """Base of each family's settings: every constant of the protocol and the card, validated, frozen.
 
-    mean, std: of RGB on [0, 1]; they replace the encoder's own where a reference feeds every encoder alike.
+    input_size: side of the input in pixels. mean, std: of RGB on [0, 1]; they replace the encoder's own where a
+    reference feeds every encoder alike.
     tokens_per_side: equal tokens instead of equal pixels: every encoder gets an input of this many strides a side.
     """
 

@@ -304,8 +304,12 @@ def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
     """What the family returns. Any error of a plug-in's family is that plug-in's, and loses no other job."""
     task = job.task
     settings = task.settings()
+    outcomes, notes = [], []
     try:
-        outcomes = [task.module.run(encoder, data, settings, context) for data in job.draws]
+        for data in job.draws:
+            context.notes = {}
+            outcomes.append(task.module.run(encoder, data, settings, context))
+            notes.append(context.notes)
     except NecoBenchError:
         raise
     except Exception as error:
@@ -315,7 +319,10 @@ def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
         raise BadInputError(
             f"Task {task.card.name!r} of {origin} failed: {type(error).__name__}: {error}. Report it to that package."
         ) from error
-    return outcomes[0] if len(outcomes) == 1 else _mean_of_draws(outcomes, settings, context.seed)
+    if len(outcomes) == 1:
+        return outcomes[0]
+    context.notes = {"draws": notes}
+    return _mean_of_draws(outcomes, settings, context.seed)
 
 
 def _mean_of_draws(outcomes: list[Outcome], settings: Any, seed: int) -> Outcome:

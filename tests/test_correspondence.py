@@ -170,7 +170,9 @@ def test_probe3d_ceilings(
             found[kind].setdefault(pair.category, []).append(errors)
     for kind, expected in (("cell", cell), ("best", best)):
         rates = [[np.mean(np.concatenate(e) < alpha) for e in found[kind].values()] for alpha in (0.10, 0.05, 0.01)]
-        np.testing.assert_allclose(100 * np.mean(rates, 1), expected, atol=14)  # 7 of 18 categories
+        # 7 of 18 categories: three standard errors over them, 0.15 where all points are right.
+        allowed = np.minimum(14, 0.15 + 300 * np.std(rates, axis=1, ddof=1) / np.sqrt(len(found[kind])))
+        assert (np.abs(100 * np.mean(rates, 1) - expected) < allowed).all()
 
 
 def test_pck_1_by_hand_with_a_missing_keypoint(tmp_path: Path) -> None:

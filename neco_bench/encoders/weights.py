@@ -128,12 +128,9 @@ def _branch(prefix: str) -> str | None:
 
 def _group(key: str, prefix: str) -> str:
     """The start of a key up to where it leaves the prefix: teacher.module.head.* beside teacher.module.backbone."""
-    common: list[str] = []
-    for part, other in zip(key.split("."), [*prefix.split("."), ""], strict=False):
-        common.append(part)
-        if part != other:
-            break
-    return ".".join(common) + ".*"
+    parts, own = key.split("."), prefix.split(".")
+    shared = next((i for i in range(len(parts)) if parts[: i + 1] != own[: i + 1]), len(parts))
+    return ".".join(parts[: shared + 1]) + ".*"
 
 
 def _some(names: Collection[str]) -> str:

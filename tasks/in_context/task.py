@@ -34,7 +34,6 @@ class Settings(BaseSettings):
     passes: augmented copies of each training image.
     """
 
-    input_size: PositiveInt
     memory_size: PositiveInt | None = None
     passes: PositiveInt
     neighbours: PositiveInt

@@ -35,7 +35,6 @@ class Settings(BaseSettings):
     (None: their own resolution).
     """
 
-    input_size: PositiveInt
     train_mask_size: PositiveInt
     crop_scale: Range
     crop_ratio: Range

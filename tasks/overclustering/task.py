@@ -40,7 +40,6 @@ class Settings(BaseSettings):
     classes. drop_last: leave out the last partial batch of this size (0: keep every image).
     """
 
-    input_size: PositiveInt
     mask_size: PositiveInt | None = None
     clusters: PositiveInt | None = None
     components: PositiveInt

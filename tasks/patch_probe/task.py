@@ -47,7 +47,6 @@ class Settings(BaseSettings):
     tie. max_patches: of the training images together, equally many from each (None: all).
     """
 
-    input_size: PositiveInt
     method: Literal["knn", "logreg"]
     ks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
     distances: Annotated[tuple[Distance, ...], Field(min_length=1)]

@@ -6,7 +6,7 @@ Scored by how many val images it tells to within a tolerance. Void pixels count 
 from __future__ import annotations
 
 import numpy as np
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 
 from neco_bench import statistics
 from neco_bench.context import Context, Outcome
@@ -18,9 +18,8 @@ from neco_bench.protocol import Settings as BaseSettings
 
 
 class Settings(BaseSettings):
-    """input_size in pixels; penalty of the ridge on standardised features; tolerance as a share of the image."""
+    """penalty of the ridge on standardised features; tolerance as a share of the image."""
 
-    input_size: PositiveInt
     penalty: PositiveFloat
     tolerance: PositiveFloat
 
