@@ -135,6 +135,17 @@ def test_a_run_without_a_folder_stores_nothing(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_error_that_speaks_of_memory_is_the_encoder_s_own() -> None:
+    class Forgetful(Mean):
+        name, weights_id = "forgetful", "0"
+
+        def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+            raise ValueError("no such memory format")
+
+    with pytest.raises(BadInputError, match=r"'forgetful' failed.*no such memory format"):
+        neco_bench.run(Forgetful(), "shapes_ic", **QUICK)
+
+
 def test_the_batch_is_halved_when_memory_runs_out(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 

@@ -130,14 +130,12 @@ class Encoder(nn.Module, abc.ABC):
             return self._checked(features, len(images), height // self.stride, width // self.stride)
 
     def _run(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        """`_encode`, which may be someone else's code: its errors name the encoder, but for running out of memory."""
+        """`_encode`, which may be someone else's code: its errors name the encoder, but for a device that is full."""
         try:
             return self._encode(images, final_norm=final_norm, attention=attention)
         except (NecoBenchError, torch.OutOfMemoryError):
             raise
         except Exception as error:
-            if "memory" in str(error):
-                raise
             raise BadInputError(
                 f"Encoder {self.name!r} failed on a batch of shape {tuple(images.shape)}: "
                 f"{type(error).__name__}: {error}"
