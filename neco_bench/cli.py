@@ -199,6 +199,84 @@ def check(
 
 
 @app.command()
+def train(
+    data: Annotated[
+        str,
+        typer.Option(help="Folder of images, list file, shapes[:N], or coco, imagenet, voc with an optional :FOLDER."),
+    ],
+    out: Annotated[Path, typer.Option(help="Run folder; `run --model` takes it afterwards.")],
+    recipe: Annotated[str, typer.Option(help="Recipe name or .toml file; a wrong name lists those there are.")],
+    base: Annotated[str | None, typer.Option(help="Model spec to start from; default: the recipe's.")] = None,
+    weights: Weights = None,
+    changes: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of everything random; default: the recipe's.")] = None,
+    data_root: DataRoot = None,
+    device: Device = None,
+    precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the recipe's.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Loading processes; default: cores - 1, at most 8.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    evaluate: Annotated[
+        list[str] | None, typer.Option("--eval", metavar="TASK", help="Score on this task while training; repeatable.")
+    ] = None,
+    eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 1000,
+    compiled: Annotated[bool, typer.Option("--compile", help="Run the encoder through torch.compile.")] = False,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Compute activations again in backward: less memory, more time.")
+    ] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
+) -> None:
+    """Post-train an encoder with NeCo, on one device or, started by torchrun, on several.
+
+    Example: neco-bench train --data shapes --recipe tiny_neco --base tiny_base --out runs/tiny
+    """
+    from neco_bench.training import loop
+    from neco_bench.training.recipe import load_recipe, parse_changes
+
+    given = {"base": base, "seed": seed, "precision": precision}
+    settings = parse_changes(changes or []) | {name: value for name, value in given.items() if value is not None}
+    options = loop.Options(
+        out=out,
+        data=data,
+        data_root=data_root,
+        weights=weights,
+        device=device,
+        workers=workers,
+        resume=resume,
+        save_every=save_every,
+        evaluate=tuple(evaluate or ()),
+        eval_every=eval_every,
+        compiled=compiled,
+        checkpointing=checkpointing,
+        tensorboard=tensorboard,
+    )
+    loop.train(load_recipe(recipe, settings), options)
+    print(f"done; evaluate it with: neco-bench run --model {out} --task TASK", file=sys.stderr)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Model spec, such as a run folder.")],
+    out: Annotated[Path, typer.Option(help="File to write: .safetensors or .pth.")],
+    layout: Annotated[
+        str, typer.Option(help="Names of the weights: timm, or dinov2 (torch.hub's, of NeCo too).")
+    ] = "timm",
+    weights: Weights = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the file where there is one.")] = False,
+) -> None:
+    """Write an encoder's weights so that timm or torch.hub's DINOv2 load them.
+
+    Example: neco-bench export tiny_neco --layout dinov2 --out tiny_neco.pth
+    """
+    from neco_bench.encoders import load_encoder
+    from neco_bench.encoders.export import export as write
+
+    print(write(load_encoder(model, weights=weights, device="cpu"), layout, out, overwrite=overwrite), file=sys.stderr)
+
+
+@app.command()
 def leaderboard(
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
     out: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("leaderboards/local"),

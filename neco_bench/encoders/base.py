@@ -70,6 +70,7 @@ class Encoder(nn.Module, abc.ABC):
     has_final_norm: bool = False
     final_norm: bool = True
     precision: str = "fp32"
+    _inner: str | None = None  # the attribute with the model that weights files are of; None: this module itself
 
     @abc.abstractmethod
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:

@@ -51,8 +51,7 @@ def build(request: Request, file: Path | None) -> Encoder:
     if file is not None:
         if not encoder.state_dict():
             raise UsageError(f"Model {request.name!r} has no weights to load; leave out --weights.")
-        target = encoder.module if isinstance(encoder, ModuleEncoder) else encoder
-        encoder.weights_report = weights.load_file_into(target, file, request.branch)
+        encoder.weights_report = weights.load_file_into(weights.inner_module(encoder), file, request.branch)
     elif encoder.weights_report is None:
         encoder.weights_report = WeightsReport(source=str(source))
     encoder.weights_id = weights.state_sha256(encoder) if encoder.state_dict() else file_sha256(source)
@@ -94,6 +93,8 @@ def _checked_module(made: Any, target: str) -> nn.Module:
 
 class ModuleEncoder(Encoder):
     """A plain module as an encoder, its features taken as they come: no layers, no attention, no norm to leave out."""
+
+    _inner = "module"
 
     def __init__(self, module: Any) -> None:
         super().__init__()

@@ -124,6 +124,8 @@ def _statistics(source: str, where: dict[str, Any], encoder: Encoder) -> tuple[A
 class HFEncoder(Encoder):
     """A transformers vision model; `prefix` holds its class (and distillation) token and registers."""
 
+    _inner = "model"
+
     def __init__(self, model: Any, kind: Type, request: Request) -> None:
         super().__init__()
         config = model.config

@@ -86,6 +86,8 @@ def _wrap(model: Any, request: Request) -> Encoder:
 
 
 class _Hub(Encoder):
+    _inner = "model"
+
     def __init__(self, model: Any, request: Request) -> None:
         super().__init__()
         self.name, self.model = request.name, model

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+import importlib
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from neco_bench.encoders.zoo import PRECISIONS, SPEC_OPTIONS, Layers, parse_layers, parse_spec
+from neco_bench.encoders.zoo import PRECISIONS, Layers, Request, parse_layers, parse_spec
 from neco_bench.errors import BadInputError, MissingError, UsageError
 
 if TYPE_CHECKING:
     import torch
 
     from neco_bench.encoders.base import Encoder
+
+_ADAPTERS = {
+    "timm": "timm_adapter",
+    "hub": "hub_adapter",
+    "hf": "hf_adapter",
+    "file": "code_adapter",
+    "code": "code_adapter",
+    "run": "run_folder",
+}
 
 
 def take_layers(layers: tuple[int, ...] | None, count: int, model: str, what: str = "blocks") -> tuple[int, ...]:
@@ -53,6 +63,12 @@ def resolve_device(device: str | None) -> torch.device:
     return picked
 
 
+def build(request: Request, file: Path | None) -> Encoder:
+    """The encoder of a parsed spec, by the adapter of its kind, which is imported only when it is needed."""
+    encoder: Encoder = importlib.import_module(f"neco_bench.encoders.{_ADAPTERS[request.kind]}").build(request, file)
+    return encoder
+
+
 def load_encoder(
     spec: str,
     *,
@@ -73,7 +89,7 @@ def load_encoder(
     request = parse_spec(spec)
     if layers is not None:
         request = replace(request, layers=parse_layers(layers))
-    if request.layers is not None and "layers" not in SPEC_OPTIONS[request.kind]:
+    if request.layers is not None and "layers" not in request.takes:
         raise UsageError(f"Model {spec!r} chooses its layer itself and takes no layers.")
 
     if precision not in (None, *PRECISIONS):
@@ -83,15 +99,6 @@ def load_encoder(
         raise MissingError(f"Weights file {file} does not exist.")
     place = resolve_device(device)
 
-    # Each adapter is imported only when it is needed.
-    if request.kind == "timm":
-        from neco_bench.encoders.timm_adapter import build
-    elif request.kind == "hub":
-        from neco_bench.encoders.hub_adapter import build
-    elif request.kind == "hf":
-        from neco_bench.encoders.hf_adapter import build
-    else:
-        from neco_bench.encoders.code_adapter import build
     encoder = build(request, file)
     encoder.name = request.name
     encoder.precision = precision or "fp32"

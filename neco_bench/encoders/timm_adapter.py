@@ -22,8 +22,8 @@ from neco_bench.encoders import fetch, weights
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.positions import interpolate_positions
 from neco_bench.encoders.specs import layer_name, take_layers
-from neco_bench.encoders.zoo import POS_INTERP, Request, weights_folder
-from neco_bench.errors import BadInputError, UsageError, did_you_mean
+from neco_bench.encoders.zoo import POS_INTERP, Request, ZooEntry, weights_folder
+from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
 
 
 def build(request: Request, file: Path | None) -> Encoder:
@@ -37,8 +37,8 @@ def build(request: Request, file: Path | None) -> Encoder:
     if tag and not timm.is_model_pretrained(name):
         known = timm.list_pretrained(f"{architecture}.*")
         raise UsageError(f"timm {timm.__version__} has no weights {name!r}; it has {', '.join(known) or 'none'}.")
-    if file is None and entry and entry.weights and entry.weights_file and request.pretrained:
-        file = fetch.fetch_url(entry.weights, entry.weights_file)
+    if file is None and entry and request.pretrained:
+        file = _zoo_file(entry)
     report: WeightsReport
     if file is not None:
         model, report = _from_file(request, file)
@@ -55,6 +55,18 @@ def build(request: Request, file: Path | None) -> Encoder:
     encoder.weights_report = report
     encoder.weights_id = weights.state_sha256(model)
     return encoder
+
+
+def _zoo_file(entry: ZooEntry) -> Path | None:
+    """The weights of a zoo entry: in this package, or fetched; None where they are timm's own."""
+    path = entry.weights_file
+    if path is None or entry.weights is None:
+        return None
+    if not entry.packaged:
+        return fetch.fetch_url(entry.weights, path)
+    if not path.is_file():
+        raise MissingError(f"{path}, the weights of {entry.id!r}, is not there. Install neco-bench again.")
+    return path
 
 
 def _create(name: str, seed: int, **options: Any) -> Any:
@@ -100,7 +112,9 @@ def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
 def _from_file(request: Request, path: Path) -> tuple[Any, WeightsReport]:
     """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
     model = _create(request.target, 0, num_classes=0)
-    read = weights.without_chunks(weights.read_tensors(path))
+    read = weights.read_tensors(path)
+    if isinstance(model, VisionTransformer):  # other models have names of their own that look like chunks
+        read = weights.without_chunks(read)
     tensors, outside = weights.select(read, model.state_dict().keys(), path, request.branch)
     drop_registers = request.entry is not None and request.entry.drop_registers
     tensors, renamed, dropped = weights.to_timm(tensors, model, path, drop_registers=drop_registers)
@@ -132,6 +146,8 @@ def _wrap(model: Any, request: Request) -> Encoder:
 
 class _Timm(Encoder):
     """What the three kinds share: the model, the layers read, and a plain message for sizes a model does not take."""
+
+    _inner = "model"
 
     def __init__(self, model: Any, request: Request, count: int, what: str) -> None:
         super().__init__()

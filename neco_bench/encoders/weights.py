@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neco_bench.encoders.base import WeightsReport
+from neco_bench.encoders.base import Encoder, WeightsReport
 from neco_bench.errors import BadInputError, MissingError
 
 log = logging.getLogger("neco_bench")
@@ -57,7 +57,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
                 f"comes from, convert it to .safetensors, or save its state dict alone."
             ) from error
         raise BadInputError(
-            f"Weights file {path} could not be read ({type(error).__name__}); it may be truncated. Fetch it again."
+            f"Weights file {path} could not be read ({type(error).__name__}); it may be truncated. Get it again."
         ) from error
     tensors = dict(_flat(content, ""))
     if not tensors:
@@ -215,6 +215,12 @@ def to_timm(
                 f"or one of the zoo's XR entries if they are to be dropped."
             )
     return result, renamed, dropped
+
+
+def inner_module(encoder: Encoder) -> nn.Module:
+    """The model whose state dict is the encoder's weights: what files are loaded into, and what training saves."""
+    inner: nn.Module = getattr(encoder, encoder._inner) if encoder._inner else encoder
+    return inner
 
 
 def state_sha256(model: nn.Module) -> str:

@@ -7,10 +7,11 @@ Importing this module imports no torch. `zoo.toml` beside it holds the facts.
     hub:OWNER/REPO:ENTRY                            a torch.hub entry, or a local folder in place of OWNER/REPO
     hf:ID                                           a transformers model, or a local folder
     path/to/file.py:FACTORY                         a function of one's own
+    path/to/run                                     what a training run left in its folder
 
 Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
 
-    pretrained=true|false    seed=N (for pretrained=false)    branch=student|teacher (of a checkpoint with both)
+    pretrained=true|false    seed=N (for pretrained=false)    branch=student|teacher (where there are both)
     layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
 """
 
@@ -21,6 +22,7 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -42,8 +44,13 @@ SPEC_OPTIONS = {
     "hf": ("layers", "final_norm"),
     "file": ("branch",),
     "code": ("branch",),
+    "run": ("branch", "layers", "final_norm"),  # the last two where the architecture takes them
 }
-_FORMS = "a zoo name (see `neco-bench models`), timm:NAME, hub:OWNER/REPO:ENTRY, hf:ID or path/to/file.py:FACTORY"
+RUN_FILE = "encoder.json"  # in the folder of a training run; `encoders.run_folder` reads it
+_FORMS = (
+    "a zoo name (see `neco-bench models`), timm:NAME, hub:OWNER/REPO:ENTRY, hf:ID, path/to/file.py:FACTORY "
+    "or the folder of a training run"
+)
 _FILE = Path(__file__).with_name("zoo.toml")
 
 
@@ -72,8 +79,15 @@ class ZooEntry:
 
     @property
     def weights_file(self) -> Path | None:
-        """Where the weights file belongs, whether or not it is there; None for entries without an address."""
-        return None if self.weights is None else weights_folder(self.id) / self.weights.rsplit("/", 1)[-1]
+        """Where the weights file belongs, whether or not it is there; None for entries without one."""
+        if self.weights is None:
+            return None
+        return _FILE.parent / self.weights if self.packaged else weights_folder(self.id) / Path(self.weights).name
+
+    @property
+    def packaged(self) -> bool:
+        """Is the weights file part of this package, beside `zoo.toml`?"""
+        return self.weights is not None and "://" not in self.weights
 
 
 def weights_folder(model: str) -> Path:
@@ -120,7 +134,11 @@ def models() -> Registry[Any]:
 
 @dataclass(frozen=True)
 class Request:
-    """A parsed spec. `kind` is the adapter ("code" is "module:factory"), `target` what it is to build."""
+    """A parsed spec. `kind` is the adapter ("code" is "module:factory"), `target` what it is to build.
+
+    base: the architecture of a run folder, whose layers, final norm and positions hold where the spec says nothing.
+    takes: the options that such a model has.
+    """
 
     name: str
     kind: str
@@ -134,14 +152,29 @@ class Request:
     layers: tuple[int, ...] | None = None
     final_norm: bool = True
     pos_interp: str | None = None
+    base: Request | None = None
+    takes: tuple[str, ...] = ()
+
+
+def is_run_folder(body: str) -> bool:
+    """Is the part of a spec before its options the folder of a training run with an encoder in it?"""
+    return bool(body) and os.path.isfile(os.path.join(body, RUN_FILE))
 
 
 def parse_spec(spec: str) -> Request:
-    """Read a spec. Raises `UsageError` for an unknown name or option, with the nearest known ones."""
+    """Read a spec. Raises `UsageError` for an unknown name or option, with the nearest known ones.
+
+    Of run folders it reads `encoder.json`: `MissingError` for a folder without, `BadInputError` for a broken one.
+    """
     body, _, query = str(spec).strip().partition("?")
     scheme, _, rest = body.partition(":")
-    entry, origin = None, ""
-    if scheme in ("timm", "hub", "hf"):
+    entry, origin, base = None, "", None
+    if is_run_folder(body):
+        from neco_bench.encoders.run_folder import base_of
+
+        body = body.rstrip("/") or body
+        kind, target, base = "run", body, base_of(Path(body))
+    elif scheme in ("timm", "hub", "hf"):
         kind, target = scheme, rest
         if not rest or (kind == "hub" and not all(rest.rpartition(":"))):
             raise UsageError(f"Model spec {spec!r} is incomplete: write {_FORMS}.")
@@ -149,6 +182,11 @@ def parse_spec(spec: str) -> Request:
         kind, target = "file", body
         if not rest:
             raise UsageError(f"Model spec {spec!r} names no factory: write {body}:FACTORY.{functions_in(Path(body))}")
+    elif os.path.isdir(body) and body not in models():
+        raise MissingError(
+            f"Folder {body} holds no trained encoder (no {RUN_FILE}): if a training run writes there, it has not saved "
+            f"a checkpoint yet. A folder of transformers is hf:{body}, one of torch.hub hub:{body}:ENTRY."
+        )
     elif "/" in body or ":" in body:
         raise UsageError(f"Model spec {spec!r} is none of the known forms: {_FORMS}.")
     else:
@@ -161,11 +199,13 @@ def parse_spec(spec: str) -> Request:
             query = "&".join(filter(None, ["&".join(f"{k}={v}" for k, v in inner.options.items()), query]))
         else:
             kind, target = "code", registered.value
-    options = _parse_query(query, kind, spec)
+    takes = tuple(o for o in SPEC_OPTIONS[kind] if base is None or o in (*SPEC_OPTIONS[base.kind], "branch"))
+    options = _parse_query(query, takes, spec)
     own = {k: v for k, v in options.items() if entry is None or f"{k}={v}" not in entry.spec}
     name = body + ("?" + "&".join(f"{k}={own[k]}" for k in sorted(own)) if own else "")
     if "seed" in options and options.get("pretrained") != "false":
         raise UsageError(f"Model spec {spec!r}: seed is for random weights; add pretrained=false.")
+    defaults = entry or base
     return Request(
         name=name,
         kind=kind,
@@ -176,13 +216,15 @@ def parse_spec(spec: str) -> Request:
         pretrained=options.get("pretrained") != "false",
         seed=_integer(options.get("seed", "0"), "seed", spec),
         branch=options.get("branch"),
-        layers=parse_layers(options.get("layers")),
-        final_norm=options.get("final_norm") != "false",
-        pos_interp=options.get("pos_interp") or (entry.pos_interp if entry else None),
+        layers=parse_layers(options.get("layers")) or (base.layers if base else None),
+        final_norm=base.final_norm if base and "final_norm" not in options else options.get("final_norm") != "false",
+        pos_interp=options.get("pos_interp") or (defaults.pos_interp if defaults else None),
+        base=base,
+        takes=takes,
     )
 
 
-def _parse_query(query: str, kind: str, spec: str) -> dict[str, str]:
+def _parse_query(query: str, takes: tuple[str, ...], spec: str) -> dict[str, str]:
     allowed = {
         "pretrained": ("true", "false"),
         "final_norm": ("true", "false"),
@@ -192,10 +234,10 @@ def _parse_query(query: str, kind: str, spec: str) -> dict[str, str]:
     options: dict[str, str] = {}
     for part in filter(None, query.split("&")):
         key, _, value = part.partition("=")
-        if key not in SPEC_OPTIONS[kind]:
+        if key not in takes:
             raise UsageError(
                 f"Model spec {spec!r}: unknown option {key!r} for this kind of model; "
-                f"it takes {', '.join(SPEC_OPTIONS[kind])}.{did_you_mean(key, SPEC_OPTIONS[kind])}"
+                f"it takes {', '.join(takes)}.{did_you_mean(key, takes)}"
             )
         if key in allowed and value not in allowed[key]:
             raise UsageError(f"Model spec {spec!r}: {key}={value!r} must be one of {', '.join(allowed[key])}.")
@@ -232,6 +274,7 @@ def describe_models() -> list[dict[str, Any]]:
         if entry.name in aliases():
             continue
         file = facts.weights_file if facts else None
+        absent = "missing" if facts and facts.packaged else "to fetch"
         rows.append(
             {
                 "model": entry.name,
@@ -240,7 +283,7 @@ def describe_models() -> list[dict[str, Any]]:
                 "embed_dim": facts.embed_dim if facts else "",
                 "stride": facts.stride if facts else "",
                 "params_m": facts.params_m if facts else "",
-                "weights": "" if file is None else "here" if file.is_file() else "to fetch",
+                "weights": "" if file is None else "here" if file.is_file() else absent,
                 "training_data": facts.training_data if facts else "",
                 "licence": facts.licence if facts else "",
                 "problem": "" if facts else entry.problem,
@@ -252,7 +295,8 @@ def describe_models() -> list[dict[str, Any]]:
 def contamination(spec: str, weights: object, images_from: str) -> str:
     """What is known of an encoder's training images against a source of evaluation images: "none known", "seen",
     "near", "possible", or "unknown" for anything that is not an encoder of the zoo with its own weights."""
-    entry = None if weights else zoo().get(aliases().get(spec, spec))
+    own = weights or is_run_folder(spec.partition("?")[0])
+    entry = None if own else zoo().get(aliases().get(spec, spec))
     return "unknown" if entry is None else entry.overlap.get(images_from, entry.overlap.get("*", "none known"))
 
 
@@ -267,9 +311,10 @@ def functions_in(path: Path) -> str:
 
 
 def describe(spec: str) -> dict[str, Any]:
-    """Facts about a spec without loading it: name, kind, target, origin, options; for zoo entries all their facts.
+    """Facts about a spec without loading it: name, kind, target, origin, options; for zoo entries all their facts,
+    for run folders all that `encoder.json` says.
 
-    `weights_file` is where the file belongs and `weights_in_place` whether it is there. Raises `UsageError`.
+    `weights_file` is where the file belongs and `weights_in_place` whether it is there. Raises as `parse_spec`.
     """
     request = parse_spec(spec)
     facts: dict[str, Any] = {
@@ -279,9 +324,17 @@ def describe(spec: str) -> dict[str, Any]:
         "origin": request.origin,
         "options": dict(request.options),
     }
-    if request.entry is not None:
+    file = None
+    if request.kind == "run":
+        from neco_bench.encoders.run_folder import read
+
+        run = read(Path(request.target))
+        file = run.file_of(Path(request.target), request.branch)
+        facts |= run.model_dump()
+    elif request.entry is not None:
         file = request.entry.weights_file
         facts |= asdict(request.entry)
+    if request.entry or file:
         facts |= {"weights_file": file and str(file), "weights_in_place": bool(file and file.is_file())}
     return facts
 
@@ -290,8 +343,9 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
     """The sha256 of what is asked for, without loading it: the resume key's share of the model.
 
     It covers the spec with its options, and as content: the zoo entry, the weights file (given, or the zoo's own once
-    it is in place), the Python file, the local folder, or the version of the package that defines the model. A zoo
-    file that is first fetched by `load_encoder` changes the id, so store the id taken after loading.
+    it is in place), the Python file, the local folder, or the version of the package that defines the model; of a run
+    folder `encoder.json`, the weights of the branch, and the same of its architecture, but not its place. A zoo file
+    that is first fetched by `load_encoder` changes the id, so store the id taken after loading.
     Raises `UsageError` (unknown name or option) and `MissingError` (a file that is not there).
     """
     request = parse_spec(spec)
@@ -301,7 +355,13 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
         "options": sorted(request.options.items()),
         "entry": asdict(request.entry) if request.entry else None,
     }
-    if weights is not None:
+    if request.base is not None:
+        from neco_bench.encoders.run_folder import weights_file
+
+        folder = Path(request.target)
+        used = weights_file(folder, request.branch) if weights is None else Path(weights)
+        facts |= {"target": "", "run": file_sha256(folder / RUN_FILE), "base": request_id(request.base.name, used)}
+    elif weights is not None:
         facts["weights"] = file_sha256(Path(weights))
     elif request.entry and request.pretrained and (file := request.entry.weights_file) and file.is_file():
         facts["weights"] = file_sha256(file)
@@ -312,7 +372,7 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
         }
     elif request.kind == "code":
         facts["code"] = _code_identity(request)
-    else:
+    elif request.kind != "run":
         folder = Path(request.target.rpartition(":")[0] if request.kind == "hub" else request.target)
         package = {"timm": "timm", "hub": "torch", "hf": "transformers"}[request.kind]
         if request.kind != "timm" and folder.is_dir():

@@ -52,7 +52,7 @@ def test_facts(entry) -> None:  # type: ignore[no-untyped-def]
         assert config.std == (entry.std or (0.229, 0.224, 0.225))
     else:
         assert entry.weights or "pretrained=false" in entry.spec
-    if "_reg" in entry.id or entry.id in ("neco_dinov2r", "neco_dinov2r_vitb14"):
+    if ("_reg" in entry.id and "_xr" not in entry.id) or entry.id in ("neco_dinov2r", "neco_dinov2r_vitb14"):
         assert model.reg_token is not None
 
 

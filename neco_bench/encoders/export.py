@@ -1,0 +1,110 @@
+"""Writing an encoder's weights so that other code loads them.
+
+timm: the state dict of the timm model itself. dinov2: the names of the official DINOv2 models of torch.hub, which are
+also those of NeCo's and DINO's ViTs (without LayerScale and registers there).
+
+timm's models with registers keep no position of the class token: it is part of the class token. The official layout has
+one, so a zero is written; features are the same, but the tensors may differ from those of the file once read.
+"""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+from timm.layers import GluMlp, Mlp
+from timm.models.vision_transformer import Attention, Block
+from torch import Tensor, nn
+
+from neco_bench.encoders.base import Encoder
+from neco_bench.encoders.timm_adapter import TimmStages, TimmTokens, TimmViT
+from neco_bench.encoders.weights import UNUSED, inner_module
+from neco_bench.errors import UsageError
+from neco_bench.results.files import write_whole
+
+LAYOUTS = ("dinov2", "timm")
+SUFFIXES = (".safetensors", ".pth")
+
+
+def check_target(layout: str, path: Path, overwrite: bool = False) -> None:
+    """Could such a file be written? Raises `UsageError` (layout, suffix, a file that is there already)."""
+    if layout not in LAYOUTS:
+        raise UsageError(f"Unknown layout {layout!r}: use {' or '.join(LAYOUTS)}.")
+    if path.suffix not in SUFFIXES:
+        raise UsageError(f"{path} must end in {' or '.join(SUFFIXES)}, which says what kind of file it is.")
+    if path.is_dir():
+        raise UsageError(f"{path} is a folder. Name a file.")
+    if path.exists() and not overwrite:
+        raise UsageError(f"{path} is there already. Choose another name, or replace it with --overwrite.")
+
+
+def export(encoder: Encoder, layout: str, path: Path, overwrite: bool = False) -> Path:
+    """Write the encoder's weights (float32, on the CPU) to `path` in a layout, whole or not at all, and return `path`.
+
+    Raises `UsageError` (as `check_target`, and an encoder that has no such layout) and `NecoBenchError` (a full disk).
+    """
+    check_target(layout, path, overwrite)
+    tensors = _as_dinov2(encoder) if layout == "dinov2" else _as_timm(encoder)
+    tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
+    if path.suffix == ".safetensors":
+        content = save(tensors, {"format": "pt"})
+    else:
+        buffer = io.BytesIO()
+        torch.save(tensors, buffer)
+        content = buffer.getvalue()
+    write_whole(path, content)
+    return path
+
+
+def _as_timm(encoder: Encoder) -> dict[str, Tensor]:
+    if not isinstance(encoder, TimmViT | TimmTokens | TimmStages):
+        raise UsageError(f"Model {encoder.name!r} is not built by timm, so it has no timm layout.")
+    return inner_module(encoder).state_dict()
+
+
+def _as_dinov2(encoder: Encoder) -> dict[str, Tensor]:
+    if not isinstance(encoder, TimmViT):
+        raise UsageError(f"Model {encoder.name!r} is not a plain ViT of timm; only these have a dinov2 layout.")
+    model: Any = inner_module(encoder)
+    if strange := _strange(model):
+        raise UsageError(f"Model {encoder.name!r} has no dinov2 layout, which knows no model with {', '.join(strange)}.")
+    result: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if UNUSED.match(name):
+            continue
+        if isinstance(model.blocks[0].mlp, GluMlp):
+            name = name.replace(".mlp.fc1.", ".mlp.w12.").replace(".mlp.fc2.", ".mlp.w3.")
+        result[{"reg_token": "register_tokens"}.get(name, name)] = value
+    positions, token = result["pos_embed"], result["cls_token"]
+    if model.no_embed_class:
+        result["pos_embed"] = torch.cat([torch.zeros_like(token), positions], 1)
+    if "blocks.0.ls1.gamma" in result:  # DINO's own ViTs have neither LayerScale nor a mask token
+        result["mask_token"] = torch.zeros_like(token[0])
+    return result
+
+
+def _strange(model: Any) -> list[str]:
+    """What of a plain ViT of timm the DINOv2 layout has no place or another meaning for, in words."""
+    block = model.blocks[0]
+    plain = type(block) is Block and type(block.attn) is Attention
+    known = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+    mlp = block.mlp if plain else None
+    act = getattr(mlp, "act", None)
+    gated = isinstance(mlp, GluMlp) and isinstance(act, nn.SiLU) and not mlp.gate_last
+    scales = [type(part).__name__ for part in (getattr(block, "ls1", None), getattr(block, "ls2", None))]
+    faults = {
+        "no class token": model.cls_token is None,
+        "positions for its registers": model.reg_token is not None and not model.no_embed_class,
+        "a norm before its blocks": not isinstance(model.norm_pre, nn.Identity),
+        "no norm after its blocks": not isinstance(model.norm, nn.LayerNorm),
+        "another patch embedding": {*model.patch_embed.state_dict()} != {"proj.weight", "proj.bias"},
+        "another kind of block": not plain,
+        "another kind of attention": plain and {*block.attn.state_dict()} != known,
+        "another kind of MLP": plain and not gated and not (type(mlp) is Mlp and type(act) is nn.GELU),
+        "another kind of norm": plain and not isinstance(block.norm1, nn.LayerNorm),
+        "only one LayerScale": len(set(scales)) > 1,
+    }
+    return [fault for fault, there in faults.items() if there]

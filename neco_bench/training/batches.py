@@ -1,0 +1,105 @@
+"""Batches of views, in an order and with crops and colours that depend on (seed, epoch, image id) alone.
+
+So they do not hang on the number of processes, of workers, or on where a run was interrupted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from neco_bench.context import item_rng
+from neco_bench.errors import BadInputError
+from neco_bench.training.images import Images
+from neco_bench.training.objectives import TENSORS, Batch
+from neco_bench.training.recipe import Recipe
+from neco_bench.training.views import Views, ViewSettings, make_views
+
+ATTEMPTS = 100
+
+
+class Item(NamedTuple):
+    """One image's views; unusable: images that were tried before it, each with the reason."""
+
+    views: Views
+    id: str
+    unusable: list[tuple[str, str]]
+
+
+class ViewData(Dataset[Any]):
+    """Views of image `index` in `epoch`, for keys (epoch, index); of the next usable image where that one is not."""
+
+    def __init__(self, images: Images, settings: ViewSettings, seed: int) -> None:
+        self.images, self.settings, self.seed = images, settings, seed
+
+    def __getitem__(self, key: tuple[int, int]) -> Item | BadInputError:
+        epoch, first = key
+        unusable: list[tuple[str, str]] = []
+        for index in range(first, first + min(ATTEMPTS, len(self.images))):
+            name = self.images.ids[index % len(self.images)]
+            try:
+                image = self.images.read(index % len(self.images))
+                if min(image.shape[:2]) < self.settings.local_size:
+                    height, width = image.shape[:2]
+                    raise BadInputError(f"{width}x{height} pixels, less than a local crop ({self.settings.local_size})")
+                views = make_views(image, self.settings, item_rng(self.seed, "views", epoch, name))
+            except BadInputError as error:
+                unusable.append((name, str(error)))
+            else:
+                return Item(views, name, unusable)
+        name, reason = unusable[0]  # a value: a worker's exception arrives wrapped in its traceback
+        return BadInputError(f"{len(unusable)} training images in a row cannot be used, the first is {name}: {reason}")
+
+
+class Order:
+    """Keys of the batches from step `first` on: each epoch a permutation of its own, the last partial batch dropped.
+
+    A process takes the images from `start` on, `count` at a time, of each of `accumulate` parts of a step's batch.
+    """
+
+    def __init__(self, images: int, recipe: Recipe, first: int, last: int, start: int, count: int) -> None:
+        self.images, self.recipe, self.steps = images, recipe, range(first, last)
+        self.start, self.count = start, count
+
+    def __len__(self) -> int:
+        return len(self.steps) * self.recipe.accumulate
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        size, part = self.recipe.batch_size, self.recipe.batch_size // self.recipe.accumulate
+        per_epoch = self.images // size
+        epoch, order = -1, None
+        for step in self.steps:
+            if order is None or step // per_epoch != epoch:
+                epoch = step // per_epoch
+                order = item_rng(self.recipe.seed, "order", epoch).permutation(self.images)
+            begin = step % per_epoch * size + self.start
+            for first in range(begin, begin + size, part):
+                yield [(epoch, int(i)) for i in order[first : first + self.count]]
+
+
+def collate(items: list[Any]) -> Batch | BadInputError:
+    """Stack the views of single images."""
+    for item in items:
+        if isinstance(item, BadInputError):
+            return item
+    stacked = {name: torch.stack([getattr(item.views, name) for item in items]) for name in TENSORS}
+    unusable = [fault for item in items for fault in item.unusable]
+    return Batch(**stacked, ids=[item.id for item in items], unusable=unusable)
+
+
+def loader(
+    images: Images, recipe: Recipe, order: Order, statistics: dict[str, Any], workers: int, pin: bool
+) -> DataLoader[Any]:
+    """Batches in `order`. statistics: mean and std of RGB on [0, 1], which the views are normalised with."""
+    shared = ViewSettings.__dataclass_fields__.keys() & Recipe.model_fields.keys()
+    settings = ViewSettings(**{name: getattr(recipe, name) for name in shared}, **statistics)
+    return DataLoader(
+        ViewData(images, settings, recipe.seed),
+        batch_sampler=order,
+        collate_fn=collate,
+        num_workers=workers,
+        pin_memory=pin,
+    )

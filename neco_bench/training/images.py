@@ -1,0 +1,129 @@
+"""Where training images come from: folders, lists, well-known data sets, and the generated shapes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from neco_bench.data import data_root
+from neco_bench.data.io import read_image
+from neco_bench.data.shapes import TRAIN, VERSION, segmentation_scene
+from neco_bench.data.voc2012 import VOC2012
+from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
+
+SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+# Data sets by name: the folder of each below the data root, and where its training images are in that.
+FOLDERS = {"coco": ("coco", "train2017"), "imagenet": ("imagenet", "train"), "voc": ("voc2012", "")}
+
+
+@dataclass(frozen=True)
+class Images:
+    """Images by number. ids: their names, in a fixed order that does not hang on where they lie. folder: of files whose
+    names are the ids; None for generated ones. description: for people."""
+
+    ids: tuple[str, ...]
+    description: str
+    folder: Path | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def read(self, index: int) -> np.ndarray:
+        """Image (H, W, 3) uint8 RGB. Raises BadInputError for one that is absent or cannot be decoded."""
+        if self.folder is None:
+            return segmentation_scene("train", index).image
+        try:
+            return read_image(self.folder / self.ids[index])
+        except MissingError as error:
+            raise BadInputError(str(error)) from error
+
+    def fingerprint(self) -> str:
+        """Sha256 over ids and sizes of files (-1 for an absent one), or over the version of generated images."""
+        digest = hashlib.sha256(VERSION.encode() if self.folder is None else b"files")
+        for name in self.ids:
+            size = 0
+            if self.folder is not None:
+                try:
+                    size = os.stat(self.folder / name).st_size
+                except OSError:
+                    size = -1
+            digest.update(f"{name} {size}\n".encode())
+        return digest.hexdigest()
+
+
+def open_images(spec: str, root: Path | None = None) -> Images:
+    """The images that `spec` names.
+
+    A folder (its images, however deep); a list file (a path per line, absolute or from the folder of the list; # begins
+    a comment); `shapes` or `shapes:N` (the first N training scenes, never those of the val split); `coco`, `imagenet`
+    or `voc` below the data root, each with `:FOLDER` for another place.
+    Raises UsageError (unknown name), MissingError (nothing there) and BadInputError (an empty list).
+    """
+    name, _, rest = spec.partition(":")
+    if name == "shapes" and not Path(spec).exists():
+        if rest and not (rest.isdecimal() and int(rest)):
+            raise UsageError(f"--data {spec!r}: write shapes:N with the number of images to generate.")
+        count = int(rest or TRAIN)
+        return Images(tuple(f"train/{i}" for i in range(count)), f"shapes ({count} generated images)")
+    if name in FOLDERS and not Path(spec).exists():
+        return _named(name, rest, root)
+    path = Path(spec).expanduser()
+    if path.is_dir():
+        return _in_folder(path, path.resolve().name)
+    if path.is_file():
+        return _in_list(path)
+    known = [*FOLDERS, "shapes"]
+    raise MissingError(
+        f"--data {spec!r} is neither a folder, nor a list file, nor one of {', '.join(known)}."
+        f"{did_you_mean(name, known)}"
+    )
+
+
+def _named(name: str, rest: str, root: Path | None) -> Images:
+    below, inside = FOLDERS[name]
+    base = data_root(root)
+    if not rest and base is None:
+        raise MissingError(f"--data {name}: no data root is given. Use --data-root DIR, or --data {name}:FOLDER.")
+    folder = Path(rest).expanduser() if rest else Path(base or "") / below
+    if name != "voc":
+        if not (folder / inside).is_dir():
+            raise MissingError(f"--data {name}: its images should be in {folder / inside}, which is not there.")
+        return _in_folder(folder / inside, f"{name} {inside}")
+    if not folder.is_dir():
+        raise MissingError(f"--data voc: there is no folder {folder}. It should hold\n{VOC2012.layout}")
+    try:
+        dataset = VOC2012(folder, "trainaug")
+    except MissingError:
+        dataset = VOC2012(folder, "train")
+    names = (os.path.relpath(dataset.files(item)[0], folder) for item in dataset.ids)
+    return Images(tuple(sorted(names)), f"voc {dataset.split}", folder)
+
+
+def _in_folder(folder: Path, description: str) -> Images:
+    found = []
+    for place, folders, files in os.walk(folder, followlinks=True):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        near = os.path.relpath(place, folder)
+        found += [
+            os.path.normpath(os.path.join(near, f)) for f in files if f.lower().endswith(SUFFIXES) and f[0] != "."
+        ]
+    if not found:
+        raise MissingError(f"{folder} has no images, at any depth; looked for {', '.join(SUFFIXES)}.")
+    return Images(tuple(sorted(found)), description, folder)
+
+
+def _in_list(path: Path) -> Images:
+    try:
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+    except (UnicodeDecodeError, OSError) as error:
+        raise BadInputError(f"{path} is not a list of image files, one a line ({error}).") from error
+    names = [line for line in lines if line]
+    if not names:
+        raise BadInputError(f"{path} names no images; write one path a line.")
+    if not any((path.parent / name).is_file() for name in names):
+        raise MissingError(f"{path}: none of its {len(names)} files is there, the first is {path.parent / names[0]}.")
+    return Images(tuple(dict.fromkeys(names)), path.name, path.parent)

@@ -1,0 +1,216 @@
+"""Student and teacher: an encoder with a projection head, and what makes an encoder trainable.
+
+Deviations from the official code: stochastic depth and all other randomness depend on (seed, step, place in the batch)
+alone, so that a run can be resumed exactly and does not hang on the number of processes; batch normalisation, in
+encoders that have it, keeps the statistics it came with; embeddings that no loss term reads are not computed.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from neco_bench.context import item_rng
+from neco_bench.encoders.base import Encoder
+from neco_bench.errors import BadInputError, UsageError
+from neco_bench.training.recipe import Recipe
+
+log = logging.getLogger("neco_bench")
+
+_BLOCK_LISTS = ("blocks", "stages", "layers", "layer")
+
+
+@dataclass
+class Place:
+    """What a process works on: `images` of the `total` of all processes, from number `start`; turn: how many batches
+    came before (several to a step where gradients are accumulated)."""
+
+    seed: int
+    images: int
+    start: int = 0
+    total: int = 0
+    turn: int = 0
+
+    def __post_init__(self) -> None:
+        self.total = self.total or self.images
+
+
+class StochasticDepth(nn.Module):
+    """Drops a residual branch per image, and scales what it keeps (Huang et al., ECCV 2016).
+
+    exact: as in the last block of DINOv2, a fixed number of images, floor(n (1 - rate)), keeps its branch.
+    """
+
+    def __init__(self, rate: float, number: int, place: Place, exact: bool = False) -> None:
+        super().__init__()
+        self.rate, self.number, self.place, self.exact = rate, number, place, exact
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        place = self.place
+        views = len(x) // place.images
+        # Equal for every call with tensors of this shape of a batch: gradient checkpointing repeats the call.
+        draws = item_rng(place.seed, "drop_path", place.turn, self.number, *x.shape[1:]).random((views, place.total))
+        if self.exact:
+            count = max(1, math.floor(draws.size * (1 - self.rate)))
+            keep = (draws.ravel().argsort().argsort().reshape(draws.shape) < count) * (draws.size / count)
+        else:
+            keep = (draws >= self.rate) / (1 - self.rate)
+        mine = torch.from_numpy(keep[:, place.start : place.start + place.images].reshape(-1))
+        return x * mine.to(x).view(-1, *[1] * (x.dim() - 1))
+
+
+def projection_head(width: int, recipe: Recipe, stride: int) -> nn.Sequential:
+    """An MLP with GELU, `head_layers` linear layers, from the encoder's width to `head_dim`, or to a patch's pixels."""
+    last = recipe.head_dim if recipe.objective == "neco" else 3 * stride * stride
+    widths = [width, *[recipe.head_hidden] * (recipe.head_layers - 1), last]
+    layers: list[nn.Module] = []
+    for before, after in itertools.pairwise(widths):
+        layers += [nn.Linear(before, after), nn.GELU()]
+    head = nn.Sequential(*layers[:-1])
+    for layer in head:
+        if isinstance(layer, nn.Linear):
+            nn.init.trunc_normal_(layer.weight, std=0.02)
+            nn.init.zeros_(layer.bias)
+    return head
+
+
+class Network(nn.Module):
+    """An encoder and its projection head, from normalised images to embeddings of patches (of length 1 for NeCo)."""
+
+    def __init__(self, encoder: Encoder, recipe: Recipe, seed: int, compiled: bool = False) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.unit = recipe.objective == "neco"
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            self.projection_head = projection_head(encoder.embed_dim, recipe, encoder.stride)
+        self._run = torch.compile(self._encode) if compiled else self._encode
+
+    def _encode(self, images: Tensor, attention: bool) -> Any:
+        norm = self.encoder.has_final_norm and self.encoder.final_norm
+        return self.encoder._encode(images, final_norm=norm, attention=attention)
+
+    def attention(self, images: Tensor) -> Tensor:
+        """Class-token attention (B, heads, h, w) of the last block."""
+        return self._encode(images, True).attention
+
+    def forward(self, groups: list[Tensor], needed: list[Tensor]) -> list[Tensor]:
+        """Embeddings (B, E, h, w) of each group (B, 3, H, W) of images, float32.
+
+        needed: for each group (B, h, w) bool, the patches that will be read; the embeddings of others are 0.
+        """
+        outputs = []
+        for images, mask in zip(groups, needed, strict=True):
+            features = self._run(images, False).map
+            embedded = self.projection_head(features.permute(0, 2, 3, 1)[mask]).float()
+            embedded = F.normalize(embedded, dim=-1) if self.unit else embedded
+            canvas = embedded.new_zeros(*mask.shape, embedded.shape[-1])
+            outputs.append(canvas.masked_scatter(mask[..., None], embedded).permute(0, 3, 1, 2))
+        return outputs
+
+
+def blocks_of(encoder: Encoder) -> list[nn.Module]:
+    """The blocks of a transformer, or the stages of a hierarchical network; empty where none are found by name."""
+    for name, module in encoder.named_modules():
+        if name.rpartition(".")[2] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential):
+            return [part for part in module if not isinstance(part, nn.Identity)]
+        if hasattr(module, "layer1") and hasattr(module, "layer4"):
+            return [getattr(module, f"layer{i}") for i in range(1, 5)]
+    return []
+
+
+def make_trainable(encoder: Encoder, recipe: Recipe, place: Place, checkpointing: bool) -> None:
+    """Prepare the student in place: frozen parts, stochastic depth, gradient checkpointing.
+
+    Raises UsageError where the encoder has nothing to train, or no blocks to choose from.
+    """
+    if not any(True for _ in encoder.parameters()):
+        raise UsageError(f"--base {encoder.name!r} has no weights to train. Use an encoder with weights.")
+    blocks = blocks_of(encoder)
+    chosen = recipe.trainable_blocks
+    encoder.requires_grad_(chosen is None)
+    if chosen is not None:
+        numbers = list(range(len(blocks)))[chosen:] if isinstance(chosen, int) else chosen
+        if not numbers or not all(-len(blocks) <= i < len(blocks) for i in numbers):
+            raise UsageError(f"trainable_blocks={chosen}: --base {encoder.name!r} has {len(blocks)} blocks, from 0.")
+        for i in numbers:
+            blocks[i].requires_grad_()
+    _add_stochastic_depth(encoder, recipe.drop_path, place)
+    if checkpointing and not blocks:
+        raise UsageError(f"--checkpointing: --base {encoder.name!r} has no blocks that are known by name.")
+    for block in blocks if checkpointing else ():
+        block.forward = _recomputed(block.forward)
+    _freeze_unused(encoder, recipe.local_size)
+
+
+def _recomputed(forward: Any) -> Any:
+    def run(*inputs: Any, **options: Any) -> Any:
+        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+
+    return run
+
+
+def _add_stochastic_depth(encoder: Encoder, rate: float, place: Place) -> None:
+    """Rates grow linearly with depth, from 0. The last block of a ViT with LayerScale (DINOv2) drops exact numbers."""
+    holders = [
+        (module, [name for name in ("drop_path", "drop_path1", "drop_path2") if hasattr(module, name)])
+        for module in encoder.modules()
+    ]
+    holders = [(module, names) for module, names in holders if names]
+    number = 0
+    for depth, (module, names) in enumerate(holders):
+        share = rate * depth / max(1, len(holders) - 1)
+        last_of_dinov2 = depth == len(holders) - 1 and "drop_path2" in names and hasattr(module.ls1, "gamma")
+        for name in names:
+            if getattr(module, name) is not None:
+                drop = StochasticDepth(share, number, place, last_of_dinov2) if share else nn.Identity()
+                setattr(module, name, drop)
+            number += 1
+
+
+def _freeze_unused(encoder: Encoder, size: int) -> None:
+    """Freeze what dense features never pass through (mask tokens, later stages), found by one backward pass."""
+    probe = torch.zeros(1, 3, size, size, device=encoder.device)
+    with torch.enable_grad():
+        features = encoder.eval()._run(probe, final_norm=encoder.has_final_norm and encoder.final_norm, attention=False)
+        encoder._checked(features, 1, size // encoder.stride, size // encoder.stride)
+        if not features.map.requires_grad:
+            raise BadInputError(f"--base {encoder.name!r}: its features carry no gradient, so it cannot be trained.")
+        features.map.sum().backward()
+    unused = [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
+    for parameter in encoder.parameters():
+        parameter.requires_grad_(parameter.grad is not None)
+        parameter.grad = None
+    if unused:
+        log.warning("not trained, as dense features do not pass through them: %s", ", ".join(unused[:8]))
+
+
+def set_training(network: Network) -> None:
+    """Training mode, but for batch normalisation."""
+    network.train()
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.eval()
+
+
+def parameter_groups(network: Network) -> list[dict[str, Any]]:
+    """Trainable parameters in four groups: encoder and head, each with weight decay (two dimensions or more) and
+    without (biases, norms). `part` says which."""
+    groups = []
+    for part, wanted in (("backbone", True), ("head", False)):
+        named = [p for name, p in network.named_parameters() if name.startswith("encoder.") == wanted]
+        for decays in (True, False):
+            chosen = [p for p in named if p.requires_grad and (p.dim() > 1) == decays]
+            if chosen:
+                groups.append({"params": chosen, "part": part, "decays": decays})
+    return groups

@@ -1,0 +1,193 @@
+"""Recipes: every setting of a training run, in one frozen object. `recipes/*.toml` holds those that ship.
+
+A recipe file names only what differs from the defaults below, or from another recipe that it `extends`. Defaults are
+what all configurations of the official code share (Pariza et al., ICLR 2025; github.com/vpariza/NeCo, branch main).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
+from neco_bench.toml import parse_value, read_toml
+
+FOLDER = Path(__file__).with_name("recipes")
+
+Count = Annotated[int, Field(ge=0)]
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Range = Annotated[tuple[Rate, Rate], Field()]
+
+
+class Recipe(BaseModel):
+    """Sizes in pixels, learning rates per step of the whole batch, scales as shares of an image's area.
+
+    objective: "neco", or "mim" (masked image modelling) to begin from random weights, without a teacher.
+    base: the model spec to start from.
+    epochs, steps: how long; `steps` wins where it is given. batch_size: images per optimizer step, over all processes
+    and over `accumulate` parts of it.
+    head_*: the projection head, an MLP of `head_layers` linear layers. same_heads: the teacher's begins as a copy of
+    the student's; the official code draws two, which a long run gets over and a short one does not.
+    cells: a shared region is aligned to cells x cells vectors. references: vectors each of them is compared with.
+    queue_length: teacher tokens kept per global view as references, to which each image of a batch adds
+    `queue_per_image`; 0 takes references from the batch. loss_mask: "fg" and "bg" train on the cells that the
+    teacher's class token attends to, or on the others. use_teacher: false lets the student set its own targets.
+    shuffle_teacher: a control: targets of other patches, from which nothing can be learned.
+    hidden_share: share of patches that "mim" hides and predicts.
+    momentum, final_momentum: of the teacher, which is a moving average of the student.
+    drop_path: rate of the student's last block, growing from 0 linearly. trainable_blocks: null trains everything, n
+    the blocks from n on, a list those alone; with it all outside blocks is frozen.
+    lr_*, weight_decay: cosine from the first to the `final_*` value, per step, after `warmup_steps` of linear growth.
+    clip_norm: largest gradient norm, null for none. max_unreadable: share of images that may be unusable.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+
+    objective: Literal["neco", "mim"] = "neco"
+    base: str = "dinov2_vits14_reg?pos_interp=scale_offset"
+    seed: Count = 400
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+
+    epochs: Positive = 25
+    steps: Positive | None = None
+    batch_size: Positive = 64
+    accumulate: Positive = 1
+
+    global_size: Positive = 518
+    local_size: Positive = 98
+    locals: Count = 4
+    global_scale: Range = (0.25, 1.0)
+    local_scale: Range = (0.05, 0.25)
+    aspect: Range = (3 / 4, 4 / 3)
+    min_overlap: Share = 0.01
+    jitter_probability: Share = 0.8
+    jitter_strength: NotNegative = 1.0
+    gray_probability: Share = 0.2
+    blur_probability: Share = 0.5
+    blur_strength: NotNegative = 1.0
+
+    head_hidden: Positive = 2048
+    head_dim: Positive = 256
+    head_layers: Positive = 3
+    same_heads: bool = False
+
+    cells: Positive = 7
+    references: Annotated[int, Field(ge=2)] = 49
+    similarity: Literal["cosine", "euclidean"] = "cosine"
+    network: Literal["bitonic", "odd_even"] = "bitonic"
+    student_steepness: Rate = 100.0
+    teacher_steepness: Rate = 100.0
+    loss_mask: Literal["all", "fg", "bg"] = "all"
+    use_teacher: bool = True
+    shuffle_teacher: bool = False
+    queue_length: Count = 0
+    queue_per_image: Positive = 10
+
+    hidden_share: Annotated[float, Field(gt=0, lt=1)] = 0.6
+
+    momentum: Share = 0.9995
+    final_momentum: Share = 1.0
+
+    drop_path: Annotated[float, Field(ge=0, lt=1)] = 0.1
+    trainable_blocks: int | list[int] | None = None
+
+    lr_backbone: NotNegative = 1e-5
+    lr_head: NotNegative = 1e-4
+    final_lr: NotNegative = 0.0
+    warmup_steps: Count = 0
+    weight_decay: NotNegative = 0.04
+    final_weight_decay: NotNegative = 0.5
+    clip_norm: Rate | None = None
+
+    max_unreadable: Share = 0.01
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Recipe:
+        for name in ("global_scale", "local_scale", "aspect"):
+            low, high = getattr(self, name)
+            if low > high or (name != "aspect" and high > 1):
+                raise ValueError(f"{name} must be two numbers, the smaller first, and shares at most 1")
+        if self.objective == "mim" and (self.use_teacher or self.loss_mask != "all" or self.shuffle_teacher):
+            raise ValueError("objective mim has no teacher: it needs use_teacher=false and no loss_mask")
+        if self.global_size < self.local_size:
+            raise ValueError("global_size must not be smaller than local_size")
+        return self
+
+    def total_steps(self, images: int) -> int:
+        """Optimizer steps of the run, the last partial batch of an epoch dropped. Raises UsageError for none."""
+        per_epoch = images // self.batch_size
+        if not per_epoch:
+            raise UsageError(
+                f"batch_size={self.batch_size} is more than the {images} images there are. Use a smaller one."
+            )
+        return self.steps or self.epochs * per_epoch
+
+
+def shipped() -> list[str]:
+    """Names of the recipes in this package."""
+    return sorted(path.stem for path in FOLDER.glob("*.toml"))
+
+
+def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
+    """A shipped recipe by name, or one in a TOML file, with `changes` on top.
+
+    Raises UsageError (unknown name, or a change with an unknown key or a wrong value), MissingError and BadInputError
+    (a file that is absent or wrong), naming the file and the key.
+    """
+    values = _read(name, ())
+    unknown = [key for key in changes or {} if key not in Recipe.model_fields]
+    if unknown:
+        near = did_you_mean(unknown[0], Recipe.model_fields)
+        raise UsageError(f"--set {unknown[0]}: recipes have no such key.{near}")
+    try:
+        return Recipe(**{**values, **(changes or {})})
+    except ValidationError as error:
+        raise UsageError(f"recipe {name!r} with --set: {_told(error)}.") from error
+
+
+def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE texts as values; "null" stands for none. Raises UsageError."""
+    changes = {}
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign or not key:
+            raise UsageError(f"--set {pair!r} is not KEY=VALUE.")
+        changes[key.strip()] = None if text.strip() == "null" else parse_value(text.strip())
+    return changes
+
+
+def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
+    """The values of a recipe file and of those it extends, each file checked for itself."""
+    path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
+    if not path.is_file():
+        if name.endswith(".toml"):
+            raise MissingError(f"Recipe file {path} does not exist.")
+        raise UsageError(f"unknown recipe {name!r}.{did_you_mean(name, shipped())} Known: {', '.join(shipped())}.")
+    if name in seen:
+        raise BadInputError(f"{path}: recipes extend each other in a circle ({' -> '.join((*seen, name))}).")
+    own = read_toml(path)
+    parent = own.pop("extends", None)
+    values = {**(_read(str(parent), (*seen, name)) if parent else {}), **own}
+    for key in own:
+        if key not in Recipe.model_fields:
+            raise BadInputError(f"{path}: unknown key {key!r}.{did_you_mean(key, Recipe.model_fields)}")
+    try:
+        Recipe(**values)
+    except ValidationError as error:
+        raise BadInputError(f"{path}: {_told(error)}.") from error
+    return values
+
+
+def _told(error: ValidationError) -> str:
+    """What pydantic found, in one line."""
+    return "; ".join(
+        f"{'.'.join(map(str, fault['loc'])) or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}"
+        + (f" (got {fault['input']!r})" if fault["loc"] else "")
+        for fault in error.errors()
+    )

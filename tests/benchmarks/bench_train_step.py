@@ -1,0 +1,75 @@
+"""The NeCo training step against the bare backbone: which share of a step is spent outside its forward and backward.
+
+    python tests/benchmarks/bench_train_step.py [--threads 2] [--repeats 5] [--size 224] [--batch 8]
+
+ViT-S/16 with random weights on generated images, views and all. Whole steps of the trainer (loading, student, teacher,
+heads, alignment, sorting, loss, moving average, optimizer) and bare ones (student forward and backward on all views,
+teacher forward on the global ones) in turn, in one process; the share is 1 - bare / whole of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from neco_bench.training.batches import Order, loader
+from neco_bench.training.loop import Options, _Run
+from neco_bench.training.recipe import Recipe
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--size", type=int, default=224)
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--queue", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1)
+    chosen = parser.parse_args()
+    torch.set_num_threads(chosen.threads)
+    recipe = Recipe(
+        base="timm:vit_small_patch16_224?pretrained=false",
+        batch_size=chosen.batch,
+        global_size=chosen.size,
+        local_size=96,
+        queue_length=chosen.queue,
+        steps=chosen.repeats + 1,
+    )
+    with tempfile.TemporaryDirectory() as folder:
+        run = _Run(recipe, Options(out=Path(folder), data="shapes:160"), 0, 1, torch.device("cpu"))
+    order = Order(len(run.images), recipe, 0, recipe.steps or 0, 0, chosen.batch)
+    facts = {"mean": run.student.encoder.mean, "std": run.student.encoder.std}
+    batches = iter(loader(run.images, recipe, order, facts, chosen.workers, False))
+    views = torch.randn(chosen.batch, 2, 3, chosen.size, chosen.size), torch.randn(chosen.batch, 4, 3, 96, 96)
+    groups = [v.flatten(0, 1) for v in views]
+
+    def bare() -> float:
+        start = time.perf_counter()
+        with torch.no_grad():
+            run.teacher._run(groups[0], False)
+        sum(run.student._run(images, False).map.mean() for images in groups).backward()
+        taken = time.perf_counter() - start
+        run.optimizer.zero_grad(set_to_none=True)
+        return taken
+
+    def whole(step: int) -> float:
+        start = time.perf_counter()
+        run._step(step, batches, 0.9995)
+        return time.perf_counter() - start
+
+    times = [(whole(step), bare()) for step in range(chosen.repeats + 1)][1:]
+    step, backbone = (statistics.median(column) for column in zip(*times, strict=True))
+    print(
+        f"batch {chosen.batch}, {chosen.size} px, {chosen.threads} threads: "
+        f"step {step:.2f} s, backbone {backbone:.2f} s"
+    )
+    print(f"outside the backbone's forward and backward: {1 - backbone / step:.1%}")
+
+
+if __name__ == "__main__":
+    main()

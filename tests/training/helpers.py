@@ -1,0 +1,54 @@
+"""A small ViT, batches of generated views, and recipes that train in seconds."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+
+from neco_bench.encoders import Encoder, load_encoder
+from neco_bench.training.batches import Item, collate
+from neco_bench.training.objectives import Batch
+from neco_bench.training.recipe import Recipe
+from neco_bench.training.views import ViewSettings, make_views
+
+SMALL = "timm:test_vit?pretrained=false&seed=0"
+
+
+def small_encoder(spec: str = SMALL) -> Encoder:
+    return load_encoder(spec, device="cpu")
+
+
+def recipe(**changes: Any) -> Recipe:
+    values = {
+        "base": SMALL,
+        "batch_size": 4,
+        "steps": 6,
+        "global_size": 64,
+        "local_size": 32,
+        "head_hidden": 32,
+        "head_dim": 16,
+        "lr_backbone": 1e-3,
+        "lr_head": 1e-3,
+    }
+    return Recipe(**{**values, **changes})
+
+
+def batch(images: int = 3, seed: int = 0, settings: Recipe | None = None) -> Batch:
+    """Views of noise images."""
+    of = settings or recipe()
+    views = ViewSettings(global_size=of.global_size, local_size=of.local_size, locals=of.locals)
+    rng = np.random.default_rng(seed)
+    items = [
+        Item(make_views(rng.integers(0, 256, (90, 120, 3), np.uint8), views, rng), f"image {i}", [])
+        for i in range(images)
+    ]
+    made = collate(items)
+    assert isinstance(made, Batch)
+    return made
+
+
+def flat(module: torch.nn.Module) -> torch.Tensor:
+    """All parameters in one vector."""
+    return torch.cat([p.detach().flatten() for p in module.parameters()])

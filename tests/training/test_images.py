@@ -1,0 +1,123 @@
+"""Where training images come from."""
+
+from __future__ import annotations
+
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from neco_bench.data import load_dataset
+from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.training.images import open_images
+
+
+def put(path: Path, value: int = 7, mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new(mode, (6, 4), value if mode == "L" else (value,) * len(mode)).save(path)
+    return path
+
+
+def test_a_folder_is_read_at_any_depth_in_a_fixed_order(tmp_path: Path) -> None:
+    for name in ("b/2.PNG", "a.jpg", "b/c/1.webp", ".hidden/x.png", "b/.y.png"):
+        put(tmp_path / name)
+    (tmp_path / "notes.txt").write_text("no image")
+    images = open_images(str(tmp_path))
+    assert images.ids == ("a.jpg", "b/2.PNG", "b/c/1.webp")
+    assert images.read(1).shape == (4, 6, 3)
+    assert pickle.loads(pickle.dumps(images)).ids == images.ids
+    moved = tmp_path.rename(tmp_path.with_name("elsewhere"))
+    assert open_images(str(moved)).fingerprint() == images_fingerprint(images, moved)
+
+
+def images_fingerprint(images: object, folder: Path) -> str:
+    import dataclasses
+
+    return dataclasses.replace(images, folder=folder).fingerprint()  # type: ignore[type-var]
+
+
+def test_fingerprint_changes_with_names_and_sizes(tmp_path: Path) -> None:
+    for name in "ab":
+        put(tmp_path / f"{name}.png")
+    first = open_images(str(tmp_path)).fingerprint()
+    assert open_images(str(tmp_path)).fingerprint() == first
+    Image.new("RGB", (60, 40), (1, 2, 3)).save(tmp_path / "b.png")
+    assert open_images(str(tmp_path)).fingerprint() != first
+
+
+@pytest.mark.parametrize("mode", ["L", "RGBA", "CMYK"])
+def test_every_image_becomes_rgb(mode: str, tmp_path: Path) -> None:
+    put(tmp_path / ("x.tif" if mode == "CMYK" else "x.png"), mode=mode)
+    image = open_images(str(tmp_path)).read(0)
+    assert image.shape == (4, 6, 3)
+    assert image.dtype == np.uint8
+
+
+def test_a_broken_or_vanished_image_is_a_bad_input(tmp_path: Path) -> None:
+    for name in "ab":
+        put(tmp_path / f"{name}.jpg")
+    images = open_images(str(tmp_path))
+    (tmp_path / "a.jpg").write_bytes((tmp_path / "a.jpg").read_bytes()[:100])
+    (tmp_path / "b.jpg").unlink()
+    for index, name in enumerate(("a.jpg", "b.jpg")):
+        with pytest.raises(BadInputError, match=name):
+            images.read(index)
+
+
+def test_lists(tmp_path: Path) -> None:
+    inside, outside = put(tmp_path / "in/x.png"), put(tmp_path / "out/y.png")
+    file = tmp_path / "in/list.txt"
+    file.write_text(f"# two\nx.png\n\n{outside}  # absolute\n")
+    images = open_images(str(file))
+    assert images.ids == ("x.png", str(outside))
+    assert np.array_equal(images.read(0), images.read(1))
+    inside.unlink()
+    outside.unlink()
+    with pytest.raises(MissingError, match="none of its 2 files is there"):
+        open_images(str(file))
+    file.write_text("\n# nothing\n")
+    with pytest.raises(BadInputError, match="names no images"):
+        open_images(str(file))
+
+
+def test_shapes_never_hold_a_validation_scene() -> None:
+    few, many = open_images("shapes"), open_images("shapes:400")
+    assert (len(few), len(many)) == (160, 400)
+    train = load_dataset("shapes", "train")
+    assert np.array_equal(many.read(3), train[3].image)
+    validation = {sample.image.tobytes() for sample in load_dataset("shapes", "val")}
+    assert not any(many.read(i).tobytes() in validation for i in range(0, 400, 57))
+    assert few.fingerprint() != many.fingerprint()
+    with pytest.raises(UsageError, match="shapes:N"):
+        open_images("shapes:many")
+
+
+def test_named_data_sets(tmp_path: Path) -> None:
+    put(tmp_path / "coco/train2017/1.jpg")
+    put(tmp_path / "coco/val2017/2.jpg")
+    put(tmp_path / "imagenet/train/n01/3.JPEG")
+    put(tmp_path / "imagenet/val/n01/4.JPEG")
+    assert open_images("coco", tmp_path).ids == ("1.jpg",)
+    assert open_images(f"coco:{tmp_path}/coco").ids == ("1.jpg",)
+    assert open_images("imagenet", tmp_path).ids == ("n01/3.JPEG",)
+    with pytest.raises(MissingError, match=r"should be in .*train2017"):
+        open_images(f"coco:{tmp_path}/imagenet")
+    with pytest.raises(MissingError, match="no data root"):
+        open_images("coco")
+    with pytest.raises(MissingError, match="there is no folder"):
+        open_images("voc", tmp_path)
+
+
+def test_real_voc(real_data: Path) -> None:
+    images = open_images("voc", real_data)
+    assert len(images) >= 100
+    assert images.read(0).ndim == 3
+
+
+def test_nothing_there(tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"no images, at any depth; looked for \.jpg"):
+        open_images(str(tmp_path))
+    with pytest.raises(MissingError, match="Did you mean 'imagenet'"):
+        open_images("imagnet")

@@ -1,0 +1,316 @@
+"""The training loop: schedules, checkpoints, interruptions of every kind, several processes, and what goes wrong."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import json
+import math
+import multiprocessing
+import os
+import random
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+
+import neco_bench
+from neco_bench.encoders import load_encoder
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
+from neco_bench.training import checkpoints, loop
+from neco_bench.training.loop import Interrupted, Options, cosine, train
+
+from .helpers import SMALL, recipe
+
+# Forked from a server that has imported torch once, with threads of its own.
+CHILD = multiprocessing.get_context("forkserver")
+CHILD.set_forkserver_preload(["neco_bench.training.loop"])
+
+
+def options(out: Path, **changes: Any) -> Options:
+    return Options(**{"out": out, "data": "shapes:24", "workers": 0, "progress": False, "save_every": 2, **changes})
+
+
+def weights(run: Path, role: str = "student") -> dict[str, torch.Tensor]:
+    return load_file(checkpoints.checkpoints(run)[-1] / f"{role}.safetensors")
+
+
+def losses(run: Path) -> list[float]:
+    with open(run / "log.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["step"]) for row in rows] == list(range(1, len(rows) + 1))
+    return [float(row["loss"]) for row in rows]
+
+
+def same(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> bool:
+    return first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of six steps with a queue."""
+    return train(recipe(queue_length=60), options(tmp_path_factory.mktemp("whole") / "run"))
+
+
+def test_schedules_of_the_official_code() -> None:
+    steps = 46_200  # protocols/neco.md 1.13 and 1.14
+    momentum = [cosine(0.9995, 1.0, k, steps) for k in (0, steps // 4, steps // 2, 3 * steps // 4)]
+    assert momentum == pytest.approx([0.9995, 0.99957322, 0.99975, 0.99992678], abs=5e-9)
+    assert math.prod(cosine(0.9995, 1.0, k, steps) for k in range(steps)) == pytest.approx(9.6e-6, rel=0.01)
+    assert cosine(0.04, 0.5, steps // 2, steps) == pytest.approx(0.27)
+    assert [cosine(1e-5, 0, k, steps) for k in (0, steps)] == [1e-5, 0]
+
+
+def test_a_run_leaves_a_model_that_can_be_evaluated(whole: Path) -> None:
+    encoder = load_encoder(str(whole))
+    assert encoder.embed_dim == 64
+    assert same(dict(encoder.model.state_dict()), weights(whole))
+    start = load_encoder(SMALL).model.state_dict()
+    assert not torch.equal(start["blocks.0.attn.qkv.weight"], weights(whole)["blocks.0.attn.qkv.weight"])
+    teacher = load_encoder(f"{whole}?branch=teacher")
+    assert same(dict(teacher.model.state_dict()), weights(whole, "teacher"))
+    assert neco_bench.run(str(whole), "shapes_ic", limit=4, workers=0).status == "ok"
+    facts = json.loads((whole / "encoder.json").read_text())
+    assert facts["step"] == 6
+    assert [path.name for path in checkpoints.checkpoints(whole)] == ["checkpoint-0000004", "checkpoint-0000006"]
+
+
+def test_the_teacher_is_a_moving_average_taken_before_the_step(tmp_path: Path) -> None:
+    settings = recipe(steps=2, momentum=0.9, final_momentum=0.9)
+    run = train(settings, options(tmp_path / "two", save_every=1))
+    first, start = load_file(run / "checkpoint-0000001/student.safetensors"), load_encoder(SMALL).model.state_dict()
+    name = "blocks.3.mlp.fc1.weight"
+    assert not torch.equal(first[name], start[name])
+    torch.testing.assert_close(weights(run, "teacher")[name], 0.9 * start[name] + 0.1 * first[name], rtol=0, atol=1e-7)
+
+
+def test_heads_are_drawn_apart_unless_told_otherwise(tmp_path: Path) -> None:
+    for same_heads in (False, True):
+        run = train(recipe(steps=1, lr_head=0, same_heads=same_heads), options(tmp_path / str(same_heads)))
+        state = torch.load(checkpoints.checkpoints(run)[-1] / "training.pt", weights_only=True)
+        assert same(state["student_head"], state["teacher_head"]) is same_heads
+
+
+@pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_state_and_resume_gives_the_same_weights(
+    kind: signal.Signals, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = loop._Run._step
+
+    def step(self: Any, number: int, *rest: Any) -> float:
+        if number == 2:
+            os.kill(os.getpid(), kind)
+        return plain(self, number, *rest)
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    with pytest.raises(Interrupted, match="after step 3 of 6"):
+        train(recipe(queue_length=60), options(tmp_path / "run", save_every=100))
+    monkeypatch.undo()
+    assert signal.getsignal(kind) in (signal.SIG_DFL, signal.default_int_handler)
+    train(recipe(queue_length=60), options(tmp_path / "run", resume=True))
+    assert losses(tmp_path / "run") == losses(whole)
+    for role in ("student", "teacher"):
+        assert same(weights(tmp_path / "run", role), weights(whole, role))
+
+
+def _train_in_child(out: Path, resume: bool) -> None:
+    torch.set_num_threads(1)
+    train(recipe(queue_length=60, steps=30), options(out, resume=resume, save_every=3))
+
+
+def test_killed_at_ten_random_moments_a_run_ends_in_the_same_weights(tmp_path: Path) -> None:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        train(recipe(queue_length=60, steps=30), options(tmp_path / "whole", save_every=3))
+    finally:
+        torch.set_num_threads(threads)
+    out, moments = tmp_path / "killed", random.Random(0)
+    kills, resumed = 0, set()
+    while kills < 10:
+        child = CHILD.Process(target=_train_in_child, args=(out, kills > 0))
+        child.start()
+        before = len(resumed)
+        deadline = time.monotonic() + 60
+        while child.is_alive() and time.monotonic() < deadline:  # until it works, then for a moment of its own
+            found = {path.name for path in out.glob("checkpoint-*")}
+            if found - resumed or (kills and (out / "log.csv").is_file()):
+                break
+            time.sleep(0.01)
+        time.sleep(moments.uniform(0, 0.6))
+        child.kill()
+        child.join()
+        resumed |= {path.name for path in out.glob("checkpoint-*")}
+        kills += 1
+        assert before <= len(resumed)
+    child = CHILD.Process(target=_train_in_child, args=(out, True))
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    assert losses(out) == losses(tmp_path / "whole")
+    for role in ("student", "teacher"):
+        assert same(weights(out, role), weights(tmp_path / "whole", role))
+
+
+def _one_of_two(rank: int, port: int, out: Path) -> None:
+    torch.set_num_threads(1)
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK="0")
+    train(recipe(queue_length=60, steps=20), options(out, save_every=100))
+
+
+def test_two_processes_train_as_one(tmp_path: Path) -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    children = [CHILD.Process(target=_one_of_two, args=(rank, port, tmp_path / "two")) for rank in (0, 1)]
+    for child in children:
+        child.start()
+    train(recipe(queue_length=60, steps=20), options(tmp_path / "one", save_every=100))
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    one, two, start = (load_file(path / "student.safetensors") for path in (
+        tmp_path / "one/checkpoint-0000020", tmp_path / "two/checkpoint-0000020", tmp_path / "one/checkpoint-0000000",
+    ))  # fmt: skip
+    moved = torch.cat([(one[name] - start[name]).flatten() for name in one])
+    apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
+    assert apart.norm() < 0.02 * moved.norm()
+
+
+def test_accumulation_and_other_switches_train(tmp_path: Path) -> None:
+    for number, changes in enumerate(
+        (
+            {"accumulate": 2},
+            {"precision": "bf16"},
+            {"clip_norm": 0.1, "warmup_steps": 2},
+            {"use_teacher": False},
+            {"objective": "mim", "use_teacher": False, "head_layers": 1, "locals": 0},
+            {"base": "timm:resnet18?pretrained=false", "global_size": 96},
+            {"base": "timm:test_convnext?pretrained=false", "global_size": 96, "drop_path": 0.2},
+        )
+    ):
+        run = train(recipe(steps=2, **changes), options(tmp_path / str(number), checkpointing=number == 0))
+        assert all(math.isfinite(loss) for loss in losses(run))
+        assert load_encoder(str(run)).embed_dim
+
+
+def test_evaluation_while_training(tmp_path: Path) -> None:
+    run = train(
+        recipe(steps=2, global_size=32), options(tmp_path / "run", evaluate=("shapes_correspondence",), eval_every=1)
+    )
+    with open(run / "eval.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["step"] for row in rows] == ["0", "1", "2"]
+    assert all(0 < float(row["low"]) <= float(row["value"]) <= float(row["high"]) < 1 for row in rows)
+    assert len(list((run / "results").glob("**/*.json"))) == 3
+
+
+def test_a_folder_with_a_run_is_not_overwritten(whole: Path) -> None:
+    before = weights(whole)
+    with pytest.raises(UsageError, match="holds a run already"):
+        train(recipe(queue_length=60), options(whole))
+    with pytest.raises(UsageError, match=r"lr_backbone=0.001 \(now 0.1\)"):
+        train(recipe(queue_length=60, lr_backbone=0.1), options(whole, resume=True))
+    assert same(weights(whole), before)
+
+
+@pytest.mark.parametrize("broken", ["training.pt", "student.safetensors"])
+def test_a_corrupt_checkpoint_is_named_and_the_one_before_serves(broken: str, whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    train(recipe(queue_length=60), options(run))
+    file = run / "checkpoint-0000006" / broken
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(BadInputError, match=r"checkpoint-0000006 cannot be read .* Delete it") as told:
+        train(recipe(queue_length=60), options(run, resume=True))
+    assert "one before" in str(told.value)
+    for left in (run / "checkpoint-0000006").iterdir():
+        left.unlink()
+    (run / "checkpoint-0000006").rmdir()
+    train(recipe(queue_length=60), options(run, resume=True))
+    assert same(weights(run), weights(whole))
+    assert losses(run) == losses(whole)
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, calls = checkpoints.save_file, []
+
+    def full(tensors: Any, path: Path) -> None:
+        calls.append(path)
+        if len(calls) > 4:  # two files at step 0, two at step 2
+            Path(path).write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+        plain(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", full)
+    with pytest.raises(NecoBenchError, match=r"No space left.*checkpoint-0000002, is untouched.*--resume"):
+        train(recipe(), options(tmp_path / "run"))
+    monkeypatch.undo()
+    assert not list((tmp_path / "run").glob(".*"))
+    assert load_encoder(str(tmp_path / "run")).embed_dim == 64
+    train(recipe(), options(tmp_path / "run", resume=True))
+    assert len(losses(tmp_path / "run")) == 6
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_images(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = loop.OBJECTIVES["neco"].forward
+
+    def forward(self: Any, batch: Any, student: Any, teacher: Any, attend: Any, place: Any) -> torch.Tensor:
+        value = plain(self, batch, student, teacher, attend, place)
+        return value * math.nan if place.turn == 3 else value
+
+    monkeypatch.setattr(loop.OBJECTIVES["neco"], "forward", forward)
+    with pytest.raises(NumericalError, match="loss of step 4 is nan") as told:
+        train(recipe(), options(tmp_path / "run"))
+    assert "not-finite-step-4-rank-0.pt" in str(told.value)
+    kept = torch.load(tmp_path / "run/not-finite-step-4-rank-0.pt", weights_only=True)
+    assert kept["global_views"].shape == (4, 2, 3, 64, 64)
+    assert len(kept["ids"]) == 4
+    assert len(losses(tmp_path / "run")) == 3
+
+
+def test_too_many_unusable_images_end_the_run(tmp_path: Path) -> None:
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for i in range(12):
+        Image.new("RGB", (80, 80), (i, 2 * i, 3 * i)).save(folder / f"{i}.png")
+    (folder / "0.png").write_bytes(b"broken")
+    train(recipe(max_unreadable=0.1), options(tmp_path / "ok", data=str(folder)))
+    with pytest.raises(BadInputError, match=r"1 of 12 training images cannot be used.*0\.png") as told:
+        train(recipe(max_unreadable=0.05), options(tmp_path / "run", data=str(folder)))
+    assert "--set max_unreadable" in str(told.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"global_size": 60}, UsageError, r"global_size=60 is not a multiple of the patch size 16 of .*=48 or 64"),
+        ({"local_size": 20}, UsageError, r"local_size=20 .* Use --set local_size=16 or 32"),
+        ({"batch_size": 25}, UsageError, "more than the 24 images"),
+        ({"accumulate": 3}, UsageError, "cannot be shared by 1 processes in 3 parts"),
+        ({"base": "no_such_model"}, UsageError, "no_such_model"),
+        ({"base": "baseline_rgb"}, UsageError, "no weights to train"),
+    ],
+)
+def test_settings_that_do_not_fit(changes: dict[str, Any], error: type, told: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=told):
+        train(recipe(**changes), options(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
+
+
+def test_missing_images_and_missing_tensorboard(tmp_path: Path) -> None:
+    with pytest.raises(MissingError):
+        train(recipe(), options(tmp_path / "run", data=str(tmp_path)))
+    try:
+        import tensorboard  # noqa: F401
+    except ImportError:
+        with pytest.raises(MissingError, match=r"neco-bench\[tensorboard\]"):
+            train(recipe(), options(tmp_path / "run", tensorboard=True))
