@@ -230,7 +230,7 @@ def train(
 ) -> None:
     """Post-train an encoder with NeCo, on one device or, started by torchrun, on several.
 
-    Example: neco-bench train --data shapes --recipe tiny_neco --base tiny_base --out runs/tiny
+    Example: neco-bench train --base dinov2_vits14_reg --data coco --recipe neco_vits14_518 --out runs/neco
     """
     from neco_bench.training import loop
     from neco_bench.training.recipe import load_recipe, parse_changes
@@ -252,7 +252,7 @@ def train(
         checkpointing=checkpointing,
         tensorboard=tensorboard,
     )
-    loop.train(load_recipe(recipe, settings), options)
+    print(loop.train(load_recipe(recipe, settings), options))
     print(f"done; evaluate it with: neco-bench run --model {out} --task TASK", file=sys.stderr)
 
 
@@ -268,12 +268,14 @@ def export(
 ) -> None:
     """Write an encoder's weights so that timm or torch.hub's DINOv2 load them.
 
-    Example: neco-bench export tiny_neco --layout dinov2 --out tiny_neco.pth
+    Example: neco-bench export runs/neco --layout dinov2 --out neco_vits14.pth
     """
     from neco_bench.encoders import load_encoder
+    from neco_bench.encoders.export import check_target
     from neco_bench.encoders.export import export as write
 
-    print(write(load_encoder(model, weights=weights, device="cpu"), layout, out, overwrite=overwrite), file=sys.stderr)
+    check_target(layout, out, overwrite)
+    print(write(load_encoder(model, weights=weights, device="cpu"), layout, out, overwrite=overwrite))
 
 
 @app.command()

@@ -19,7 +19,7 @@ from neco_bench.context import Context, Outcome
 from neco_bench.data import DRAWS, load_dataset
 from neco_bench.data.base import Dataset, SegmentationDataset
 from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import PRECISIONS, contamination, request_id, zoo
+from neco_bench.encoders.zoo import PRECISIONS, contamination, describe, request_id
 from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code
 from neco_bench.protocol import FAMILIES, Task, digest, find_tasks
 from neco_bench.registry import BUILTIN
@@ -357,11 +357,11 @@ def _mean_of_draws(outcomes: list[Outcome], settings: Any, seed: int) -> Outcome
 
 def _training(job: Job) -> dict[str, str]:
     """What the encoder was trained on, and whether that touches the images of the data set."""
-    entry = zoo().get(job.model)
+    known = {} if job.options.weights or job.identity else describe(job.model)
     source = next(iter(job.data.values()))
     images_from = source.images_from or source.folder_name or source.name
     return {
-        "data": entry.training_data if entry else "",
+        "data": known.get("training_data", ""),
         "contamination": contamination(job.model, job.options.weights or job.identity, images_from),
     }
 

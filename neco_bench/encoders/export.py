@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.timm_adapter import TimmStages, TimmTokens, TimmViT
 from neco_bench.encoders.weights import UNUSED, inner_module
-from neco_bench.errors import UsageError
+from neco_bench.errors import UsageError, did_you_mean
 from neco_bench.results.files import write_whole
 
 LAYOUTS = ("dinov2", "timm")
@@ -32,7 +32,7 @@ SUFFIXES = (".safetensors", ".pth")
 def check_target(layout: str, path: Path, overwrite: bool = False) -> None:
     """Could such a file be written? Raises `UsageError` (layout, suffix, a file that is there already)."""
     if layout not in LAYOUTS:
-        raise UsageError(f"Unknown layout {layout!r}: use {' or '.join(LAYOUTS)}.")
+        raise UsageError(f"Unknown layout {layout!r}: use {' or '.join(LAYOUTS)}.{did_you_mean(layout, LAYOUTS)}")
     if path.suffix not in SUFFIXES:
         raise UsageError(f"{path} must end in {' or '.join(SUFFIXES)}, which says what kind of file it is.")
     if path.is_dir():
@@ -67,10 +67,13 @@ def _as_timm(encoder: Encoder) -> dict[str, Tensor]:
 
 def _as_dinov2(encoder: Encoder) -> dict[str, Tensor]:
     if not isinstance(encoder, TimmViT):
-        raise UsageError(f"Model {encoder.name!r} is not a plain ViT of timm; only these have a dinov2 layout.")
+        raise UsageError(f"Model {encoder.name!r} has no dinov2 layout; only plain ViTs of timm have one.")
     model: Any = inner_module(encoder)
-    if strange := _strange(model):
-        raise UsageError(f"Model {encoder.name!r} has no dinov2 layout, which knows no model with {', '.join(strange)}.")
+    strange = ["another kind of block"] if type(model.blocks[0]) is not Block else _strange(model)
+    if strange:
+        raise UsageError(
+            f"Model {encoder.name!r} has no dinov2 layout, which knows no model with {', '.join(strange)}."
+        )
     result: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
         if UNUSED.match(name):
@@ -87,24 +90,18 @@ def _as_dinov2(encoder: Encoder) -> dict[str, Tensor]:
 
 
 def _strange(model: Any) -> list[str]:
-    """What of a plain ViT of timm the DINOv2 layout has no place or another meaning for, in words."""
+    """What of a plain ViT of timm has no place in the DINOv2 layout, or another meaning there, in words."""
     block = model.blocks[0]
-    plain = type(block) is Block and type(block.attn) is Attention
-    known = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
-    mlp = block.mlp if plain else None
-    act = getattr(mlp, "act", None)
-    gated = isinstance(mlp, GluMlp) and isinstance(act, nn.SiLU) and not mlp.gate_last
-    scales = [type(part).__name__ for part in (getattr(block, "ls1", None), getattr(block, "ls2", None))]
+    norms, mlp = (block.norm1, block.norm2, model.norm), block.mlp
+    linear = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}
+    gated = isinstance(mlp, GluMlp) and isinstance(mlp.act, nn.SiLU) and not mlp.gate_last
     faults = {
         "no class token": model.cls_token is None,
         "positions for its registers": model.reg_token is not None and not model.no_embed_class,
-        "a norm before its blocks": not isinstance(model.norm_pre, nn.Identity),
-        "no norm after its blocks": not isinstance(model.norm, nn.LayerNorm),
         "another patch embedding": {*model.patch_embed.state_dict()} != {"proj.weight", "proj.bias"},
-        "another kind of block": not plain,
-        "another kind of attention": plain and {*block.attn.state_dict()} != known,
-        "another kind of MLP": plain and not gated and not (type(mlp) is Mlp and type(act) is nn.GELU),
-        "another kind of norm": plain and not isinstance(block.norm1, nn.LayerNorm),
-        "only one LayerScale": len(set(scales)) > 1,
+        "a norm before its blocks": not isinstance(model.norm_pre, nn.Identity),
+        "another attention": type(block.attn) is not Attention or {*block.attn.state_dict()} != linear,
+        "another MLP": not gated and not (type(mlp) is Mlp and type(mlp.act) is nn.GELU),
+        "no norm after its blocks, or norms of another kind": not all(isinstance(n, nn.LayerNorm) for n in norms),
     }
     return [fault for fault, there in faults.items() if there]

@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.weights import inner_module
@@ -43,7 +42,8 @@ def save(run: Path, step: int, networks: dict[str, Encoder], state: dict[str, An
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
         for role, encoder in networks.items():
-            tensors = {name: t.detach().cpu().contiguous() for name, t in inner_module(encoder).state_dict().items()}
+            weights = inner_module(encoder).state_dict()  # copied, as modules that share weights may name them twice
+            tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in weights.items()}
             save_file(tensors, temporary / f"{role}.safetensors")
         torch.save(state, temporary / "training.pt")
         for file in temporary.iterdir():
@@ -70,15 +70,10 @@ def restore(folder: Path, networks: dict[str, Encoder]) -> dict[str, Any]:
     """Load a checkpoint's weights into the encoders and give back its state. Raises BadInputError naming the mend."""
     try:
         for role, encoder in networks.items():
-            load_strictly(inner_module(encoder), folder / f"{role}.safetensors")
+            inner_module(encoder).load_state_dict(load_file(folder / f"{role}.safetensors"))
         return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
     except Exception as error:  # readers raise many types; whichever it is, this checkpoint is at fault
         raise BadInputError(
             f"Checkpoint {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). Delete it to "
             f"go on from the one before, or from the start."
         ) from error
-
-
-def load_strictly(model: nn.Module, file: Path) -> None:
-    """Load weights whose names and shapes are exactly the model's."""
-    model.load_state_dict(load_file(file))

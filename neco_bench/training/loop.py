@@ -38,8 +38,9 @@ from tqdm import tqdm
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.run_folder import architecture
 from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import zoo
+from neco_bench.encoders.zoo import describe
 from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
+from neco_bench.protocol import find_tasks
 from neco_bench.results.files import write_whole
 from neco_bench.results.provenance import environment, peak_memory_mb
 from neco_bench.training import checkpoints
@@ -132,9 +133,12 @@ class _Run:
                 f"batch_size={recipe.batch_size} cannot be shared by {world} processes in {recipe.accumulate} parts. "
                 f"Use a multiple of {world * recipe.accumulate}."
             )
+        for task in options.evaluate:
+            find_tasks([task])  # a mistyped name is an error now
         self.images: Images = open_images(options.data, options.data_root)
         self.steps = recipe.total_steps(len(self.images))
         encoder = load_encoder(recipe.base, weights=options.weights, device=str(device))
+        self.architecture = architecture(recipe.base)
         self._check_sizes(encoder)
         count = recipe.batch_size // world // recipe.accumulate
         self.place = Place(recipe.seed, count, rank * count, world * count)
@@ -209,7 +213,7 @@ class _Run:
         state |= {"step": step, "unusable": self.unusable}
         encoder = self.student.encoder
         facts = {
-            "base": architecture(self.recipe.base),
+            "base": self.architecture,
             "mean": encoder.mean,
             "std": encoder.std,
             "layers": None,
@@ -220,8 +224,8 @@ class _Run:
         checkpoints.save(self.options.out, step, self._encoders, state, facts)
 
     def _training_data(self) -> str:
-        start = zoo().get(self.recipe.base.partition("?")[0])
-        before = f"{start.training_data} (the start's); " if start else ""
+        start = "" if self.options.weights else describe(self.recipe.base).get("training_data", "")
+        before = f"{start} (the start's); " if start else ""
         return f"{before}{self.images.description} ({self.recipe.objective}, {self.steps} steps)"
 
     def _begin(self) -> int:

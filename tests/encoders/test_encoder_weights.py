@@ -101,6 +101,23 @@ def test_dino_full_checkpoint_takes_the_teacher(states: States, images: Tensor, 
     torch.testing.assert_close(encoder.encode(images).map, reference_map(DINO, teacher, images, IMAGENET))
 
 
+def test_files_as_neco_writes_them(states: States, images: Tensor, tmp_path: Path) -> None:
+    """A Lightning checkpoint of its training, whose student and teacher are also released each in a file of its own."""
+    student = official_registers(states(REG))
+    teacher = {k: v * 0.9 for k, v in student.items()}
+    content = prefixed("model.", student) | prefixed("teacher.", teacher) | heads("projection_head.")
+    content |= heads("teacher_projection_head.")
+    torch.save({"state_dict": content, "epoch": 24, "global_step": 9, "loops": {}, "lr_schedulers": []}, tmp_path / "l")
+    for branch, state, name in (("student", student, "neco_dinov2r"), ("teacher", teacher, "neco_dinov2r_teacher")):
+        torch.save(state | heads(), tmp_path / "released.ckpt")
+        released = load_encoder(name, weights=tmp_path / "released.ckpt")
+        encoder = load_encoder(f"neco_dinov2r?branch={branch}", weights=tmp_path / "l")
+        assert encoder.weights_id == released.weights_id
+        token = state["cls_token"] + state["pos_embed"][:, :1]
+        assert torch.equal(released.model.cls_token, token)  # type: ignore[union-attr]
+    assert load_encoder("neco_dinov2r", weights=tmp_path / "l").weights_id != encoder.weights_id  # the student's
+
+
 def test_one_leading_component(states: States, images: Tensor, tmp_path: Path) -> None:
     save_file(prefixed("backbone.", states(DINO)), tmp_path / "leopart.safetensors")
     encoder = load_encoder("neco_leopart?pos_interp=timm", weights=tmp_path / "leopart.safetensors")

@@ -6,16 +6,19 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import timm
 import torch
+from safetensors.torch import save_file
 
 from neco_bench.data import DATASETS
 from neco_bench.encoders import describe, describe_models, load_encoder, request_id
-from neco_bench.encoders.zoo import contamination, models, parse_spec, zoo
+from neco_bench.encoders.run_folder import architecture
+from neco_bench.encoders.zoo import aliases, contamination, models, parse_spec, zoo
 from neco_bench.errors import MissingError, UsageError
 
 
@@ -26,6 +29,7 @@ def test_what_the_zoo_holds() -> None:
     assert ids >= {f"neco_{name}{end}" for name in neco for end in ("", "_teacher")}
     assert ids >= {"dino_vits16", "dino_vits8", "dino_vitb16", "dino_vitb8"}
     assert ids >= {f"dinov2_vit{size}14{end}" for size in "sblg" for end in ("", "_reg")}
+    assert ids >= {"dinov2_vits14_reg_xr", "dinov2_vitb14_reg_xr"}
     assert ids >= {"dinov3_vits16", "dinov3_vitl16", "dinov3_convnext_tiny", "mae_vitb16", "clip_vitb16"}
     assert ids >= {"baseline_rgb", "baseline_hog", "random_vit_small"}
 
@@ -54,6 +58,52 @@ def test_facts(entry) -> None:  # type: ignore[no-untyped-def]
         assert entry.weights or "pretrained=false" in entry.spec
     if ("_reg" in entry.id and "_xr" not in entry.id) or entry.id in ("neco_dinov2r", "neco_dinov2r_vitb14"):
         assert model.reg_token is not None
+
+
+@pytest.fixture
+def own_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a zoo that has one entry more, `small`, whose weights are part of the package."""
+    module = sys.modules[zoo.__module__]
+    entry = """
+        [model.small]
+        family = "baseline"
+        spec = "timm:test_vit3"
+        weights = "weights/small.safetensors"
+        teacher = "weights/teacher.safetensors"
+        embed_dim = 96
+        stride = 16
+        params_m = 0.9
+        pos_interp = "timm"
+        citation = "none"
+    """
+    (tmp_path / "zoo.toml").write_text(module._FILE.read_text() + entry)
+    monkeypatch.setattr(module, "_FILE", tmp_path / "zoo.toml")
+    for cached in (zoo, aliases, models):
+        cached.cache_clear()
+    yield tmp_path
+    monkeypatch.undo()
+    for cached in (zoo, aliases, models):
+        cached.cache_clear()
+
+
+def test_weights_that_are_part_of_the_package(own_zoo: Path) -> None:
+    place = own_zoo / "weights" / "small.safetensors"
+    assert describe("small")["weights_file"] == str(place)
+    assert {row["model"]: row["weights"] for row in describe_models()}["small"] == "missing"
+    with pytest.raises(MissingError, match=r"weights/small\.safetensors, the weights of 'small', is not there"):
+        load_encoder("small")
+    before = request_id("small")
+    place.parent.mkdir()
+    made = load_encoder("timm:test_vit3?pretrained=false&seed=4")
+    save_file(made.model.state_dict(), place)  # type: ignore[union-attr, operator, arg-type]
+    encoder = load_encoder("small")
+    assert encoder.weights_id == made.weights_id
+    assert encoder.mean == (0.485, 0.456, 0.406)
+    assert request_id("small") != before
+    assert {row["model"]: row["weights"] for row in describe_models()}["small"] == "here"
+    assert zoo()["small_teacher"].weights_file == own_zoo / "weights" / "teacher.safetensors"
+    assert load_encoder("small?pretrained=false").weights_id != made.weights_id
+    assert architecture("small") == "timm:test_vit3"
 
 
 def test_zoo_weights_use_the_statistics_of_their_training() -> None:

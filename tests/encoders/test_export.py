@@ -1,4 +1,4 @@
-"""Exported weights: they load where they came from, and are what they were."""
+"""Exported files: the official names with the very same tensors, and what has no such layout is told so."""
 
 from __future__ import annotations
 
@@ -9,76 +9,140 @@ from typing import Any
 import pytest
 import timm
 import torch
-from safetensors.torch import load_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from neco_bench.encoders import load_encoder
+from neco_bench.encoders import load_encoder, timm_adapter
 from neco_bench.encoders.export import export
-from neco_bench.errors import UsageError
+from neco_bench.encoders.weights import inner_module, read_tensors
+from neco_bench.errors import NecoBenchError, UsageError
+from tests.command import neco
 
-from ..command import neco
-from .test_encoder_weights import official_registers
+from .test_encoder_weights import DINO, PLAIN, REG, official_registers
 
 States = Callable[[str], dict[str, Tensor]]
-PLAIN, REGISTERS, DINO = "vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2", "vit_small_patch16_224"
+TINY = "timm:vit_tiny_patch16_224?pretrained=false"
 
 
-def test_dinov2_and_dino_files_come_out_as_they_went_in(states: States, tmp_path: Path) -> None:
-    for number, name in enumerate((PLAIN, DINO)):
-        official = dict(states(name))
-        if name == PLAIN:
-            official["mask_token"] = torch.zeros(1, 384)
-        torch.save(official, tmp_path / f"in{number}.pth")
-        encoder = load_encoder(f"timm:{name}", weights=tmp_path / f"in{number}.pth", device="cpu")
-        written = load_file(export(encoder, "dinov2", tmp_path / f"out{number}.safetensors"))
-        assert written.keys() == official.keys()
-        assert all(torch.equal(written[key], official[key]) for key in official)
+def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-def test_registers_keep_their_features(states: States, images: Tensor, tmp_path: Path) -> None:
-    official = official_registers(states(REGISTERS))
-    torch.save(official, tmp_path / "in.pth")
-    first = load_encoder(f"timm:{REGISTERS}", weights=tmp_path / "in.pth", device="cpu")
-    written = torch.load(export(first, "dinov2", tmp_path / "out.pth"), weights_only=True)
-    assert written.keys() == official.keys() | {"mask_token"}
-    assert {k: v.shape for k, v in written.items() if k in official} == {k: v.shape for k, v in official.items()}
-    assert torch.equal(written["cls_token"], official["cls_token"] + official["pos_embed"][:, :1])
-    assert not written["pos_embed"][:, 0].any()
-    again = load_encoder(f"timm:{REGISTERS}", weights=tmp_path / "out.pth", device="cpu")
-    assert torch.equal(first.encode(images).map, again.encode(images).map)
+@pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
+@pytest.mark.parametrize(("spec", "name"), [("dinov2_vits14", PLAIN), ("dino_vits16", DINO)])
+def test_official_names_come_back_equal(states: States, tmp_path: Path, spec: str, name: str, suffix: str) -> None:
+    """DINOv2's with its mask token, which is zero; DINO's has none."""
+    official = dict(states(name)) | ({"mask_token": torch.zeros(1, 384)} if name == PLAIN else {})
+    torch.save(official, tmp_path / "official.pth")
+    encoder = load_encoder(spec, weights=tmp_path / "official.pth")
+    path = export(encoder, "dinov2", tmp_path / "new" / f"out{suffix}")
+    assert same(read_tensors(path), official)
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
-def test_swiglu_has_dinov2s_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    encoder = load_encoder(f"timm:{REGISTERS}?pretrained=false", device="cpu")
-    small: dict[str, Any] = {"embed_dim": 32, "depth": 2, "num_heads": 2, "num_classes": 0, "reg_tokens": 4}
-    gated = timm.create_model("vit_giant_patch14_reg4_dinov2", **{**small, "mlp_ratio": 2.0})
-    encoder.model = gated
+def test_registers(states: States, images: Tensor, tmp_path: Path) -> None:
+    official = official_registers(states(REG))
+    torch.save(official, tmp_path / "official.pth")
+    encoder = load_encoder("dinov2_vits14_reg", weights=tmp_path / "official.pth")
     written = load_file(export(encoder, "dinov2", tmp_path / "out.safetensors"))
-    assert torch.equal(written["blocks.1.mlp.w12.weight"], gated.blocks[1].mlp.fc1.weight)
-    assert torch.equal(written["blocks.1.mlp.w3.weight"], gated.blocks[1].mlp.fc2.weight)
-    assert not any(".fc" in name for name in written)
+    assert {name: value.shape for name, value in written.items()} == {n: v.shape for n, v in official.items()}
+    # The position of the class token has become part of it.
+    place = official["pos_embed"][:, :1]
+    assert torch.equal(written["cls_token"], official["cls_token"] + place)
+    assert not written["pos_embed"][:, :1].any()
+    moved = {"cls_token": official["cls_token"] + place, "pos_embed": written["pos_embed"]}
+    assert torch.equal(written["pos_embed"][:, 1:], official["pos_embed"][:, 1:])
+    assert same(written, official | moved)
+    again = load_encoder("dinov2_vits14_reg", weights=tmp_path / "out.safetensors")
+    assert torch.equal(again.encode(images).map, encoder.encode(images).map)
+    assert again.weights_id == encoder.weights_id
 
 
-def test_timm_layout_loads_strictly_into_timm(tmp_path: Path) -> None:
-    for name in ("resnet18", "vit_tiny_patch16_224"):
-        encoder = load_encoder(f"timm:{name}?pretrained=false&seed=3", device="cpu")
-        written = load_file(export(encoder, "timm", tmp_path / f"{name}.safetensors"))
-        timm.create_model(name, num_classes=0).load_state_dict(written, strict=True)
+def test_the_gated_mlp_of_the_largest_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    create, small = timm_adapter._create, {"depth": 2, "embed_dim": 48, "num_heads": 2}
+    monkeypatch.setattr(timm_adapter, "_create", lambda name, seed, **options: create(name, seed, **options, **small))
+    encoder = load_encoder("dinov2_vitg14_reg?pretrained=false")
+    written = load_file(export(encoder, "dinov2", tmp_path / "out.safetensors"))
+    assert {name for name in written if ".0.mlp." in name} == {
+        f"blocks.0.mlp.{layer}.{kind}" for layer in ("w12", "w3") for kind in ("weight", "bias")
+    }
+    again = load_encoder("dinov2_vitg14_reg", weights=tmp_path / "out.safetensors")
+    assert again.weights_id == encoder.weights_id
+    tokens = torch.randn(1, 5, 48)
+    mlp = [written[f"blocks.1.mlp.{name}"] for name in ("w12.weight", "w12.bias", "w3.weight", "w3.bias")]
+    gate, value = F.linear(tokens, *mlp[:2]).chunk(2, dim=-1)  # DINOv2's SwiGLUFFN
+    expected = F.linear(F.silu(gate) * value, *mlp[2:])
+    torch.testing.assert_close(again.model.blocks[1].mlp(tokens), expected)  # type: ignore[union-attr, index, operator]
 
 
-def test_command_and_what_is_refused(tmp_path: Path) -> None:
-    model, out = "timm:vit_tiny_patch16_224?pretrained=false", tmp_path / "x.pth"
-    assert neco("export", model, "--layout", "dinov2", "--out", out).code == 0
-    before = out.read_bytes()
-    again = neco("export", model, "--out", out)
-    assert again.code == 2
-    assert "--overwrite" in again.err
-    assert out.read_bytes() == before
-    assert neco("export", model, "--out", out, "--overwrite").code == 0
-    assert ".safetensors or .pth" in neco("export", model, "--out", tmp_path / "x.bin").err
-    assert "Did you mean 'dinov2'" in neco("export", model, "--out", tmp_path / "y.pth", "--layout", "dinov").err
-    assert "plain ViTs" in neco(
-        "export", "timm:resnet18?pretrained=false", "--out", tmp_path / "y.pth", "--layout", "dinov2"
-    ).err  # fmt: skip
-    with pytest.raises(UsageError, match="no timm layout"):
-        export(load_encoder("baseline_rgb"), "timm", tmp_path / "y.pth")
+@pytest.mark.parametrize(
+    ("spec", "options"),
+    [
+        ("timm:vit_small_patch14_reg4_dinov2", {"img_size": 224}),
+        ("timm:test_vit3?pretrained=false", {}),
+        ("timm:resnet18?pretrained=false", {}),
+        ("timm:vit_small_patch16_dinov3?pretrained=false", {}),
+    ],
+)
+def test_timm_layout(states: States, tmp_path: Path, spec: str, options: dict[str, Any]) -> None:
+    file = None
+    if options:
+        small = dict(states(REG)) | {"pos_embed": states(REG)["pos_embed"][:, : 16 * 16].contiguous()}
+        save_file(small, file := tmp_path / "small.safetensors")
+    encoder = load_encoder(spec, weights=file)
+    path = export(encoder, "timm", tmp_path / "out.safetensors")
+    name = spec.removeprefix("timm:").partition("?")[0]
+    model = timm.create_model(name, num_classes=0, **options)
+    model.load_state_dict(load_file(path))
+    assert same(model.state_dict(), inner_module(encoder).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("spec", "layout", "told"),
+    [
+        ("timm:resnet18?pretrained=false", "dinov2", "only plain ViTs"),
+        ("timm:test_vit3?pretrained=false", "dinov2", "no class token"),
+        ("timm:vit_xsmall_patch16_clip_224?pretrained=false", "dinov2", "a norm before its blocks"),
+        ("timm:vit_tiny_r_s16_p8_224?pretrained=false", "dinov2", "only plain ViTs"),
+        ("baseline_hog", "timm", "not built by timm"),
+        (TINY, "dinov", "Did you mean 'dinov2'"),
+    ],
+)
+def test_no_such_layout(tmp_path: Path, spec: str, layout: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        export(load_encoder(spec), layout, tmp_path / "out.pth")
+    assert not any(tmp_path.iterdir())
+
+
+def test_only_whole_files_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoder, path = load_encoder(TINY), tmp_path / "out.pth"
+    path.write_text("mine")
+    with pytest.raises(UsageError, match="--overwrite"):
+        export(encoder, "dinov2", path)
+    with monkeypatch.context() as patch:
+        patch.setattr("os.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+        with pytest.raises(NecoBenchError, match="No space left"):
+            export(encoder, "dinov2", path, overwrite=True)
+    assert path.read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [path]
+    export(encoder, "dinov2", path, overwrite=True)
+    assert "cls_token" in torch.load(path, weights_only=True)
+
+
+def test_command(tmp_path: Path) -> None:
+    command = ("export", TINY, "--layout", "dinov2", "--out", tmp_path / "out.safetensors")
+    answer = neco(*command)
+    assert (answer.code, answer.out.strip()) == (0, str(tmp_path / "out.safetensors")), answer.err
+    assert load_encoder(TINY, weights=tmp_path / "out.safetensors").weights_id == load_encoder(TINY).weights_id
+    for arguments, told in (
+        (command, "--overwrite"),
+        ((*command[:-1], tmp_path / "out.ckpt"), ".safetensors or .pth"),
+        ((*command[:-1], tmp_path), ".safetensors or .pth"),
+        (("export", TINY, "--layout", "hf", "--out", "x.pth"), "dinov2 or timm"),
+    ):
+        answer = neco(*arguments)
+        assert (answer.code, answer.out) == (2, "")
+        assert told in answer.err
+    assert neco(*command, "--overwrite", "--weights", tmp_path / "out.safetensors").code == 0
+    assert neco("export", TINY, "--out", tmp_path / "timm.pth").code == 0

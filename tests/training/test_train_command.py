@@ -1,0 +1,61 @@
+"""`neco-bench train` as a user meets it: from images to a benchmarked model, and every way to get it wrong."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ..command import Answer, neco
+
+SMALL = (
+    "--base", "timm:test_vit?pretrained=false", "--recipe", "neco_dino_vits16", "--workers", 0,
+    "--set", "global_size=64", "--set", "local_size=32", "--set", "head_hidden=32", "--set", "head_dim=16",
+    "--set", "batch_size=4", "--set", "steps=2",
+)  # fmt: skip
+
+
+def train(out: Path, *arguments: object) -> Answer:
+    return neco("train", "--data", "shapes:12", "--out", out, *SMALL, *arguments)
+
+
+def test_two_commands(tmp_path: Path) -> None:
+    done = train(tmp_path / "run")
+    assert (done.code, done.out.strip()) == (0, str(tmp_path / "run"))
+    again = train(tmp_path / "run")
+    assert again.code == 2
+    assert "Give --resume to go on" in again.err
+    assert train(tmp_path / "run", "--resume").code == 0
+    scored = neco("run", "--model", tmp_path / "run", "--task", "shapes_ic", "--limit", 4, "--workers", 0,
+                  "--out", tmp_path / "results")  # fmt: skip
+    assert scored.code == 0, scored.err
+    assert "shapes_ic" in scored.out
+    exported = neco("export", tmp_path / "run", "--layout", "dinov2", "--out", tmp_path / "run.pth")
+    assert (exported.code, (tmp_path / "run.pth").is_file()) == (0, True)
+    further = train(tmp_path / "further", "--base", tmp_path / "run")
+    assert further.code == 0, further.err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "told"),
+    [
+        (["--recipe", "neco_vits14_51"], 2, "Did you mean 'neco_vits14_518'"),
+        (["--set", "lr=1"], 2, "recipes have no such key"),
+        (["--base", "dinov2_vits14_rex"], 2, "Did you mean"),
+        (["--data", "nowhere"], 3, "neither a folder"),
+        (["--data", "EMPTY"], 3, "no images, at any depth"),
+        (["--set", "global_size=65"], 2, "not a multiple of the patch size 16"),
+        (["--set", "precision=fp8"], 2, "precision"),
+        (["--weights", "nowhere.pth"], 3, "nowhere.pth does not exist"),
+        (["--save-every", 0], 2, "--save-every must be at least 1"),
+        (["--eval", "shapes_icc"], 2, "Did you mean 'shapes_ic'"),
+    ],
+)
+def test_mistakes(arguments: list[object], code: int, told: str, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    arguments = [tmp_path / "empty" if a == "EMPTY" else a for a in arguments]
+    answer = train(tmp_path / "run", *arguments)
+    assert answer.code == code
+    assert told in answer.err
+    assert "Traceback" not in answer.err
+    assert not (tmp_path / "run").exists()
