@@ -5,6 +5,7 @@ So they do not hang on the number of processes, of workers, or on where a run wa
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -90,6 +91,12 @@ def collate(items: list[Any]) -> Batch | BadInputError:
     return Batch(**stacked, ids=[item.id for item in items], unusable=unusable)
 
 
+def _leave_signals_to_the_parent(worker: int) -> None:
+    """Ctrl-C and schedulers signal all processes; the run ends after its step, for which it needs its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+
+
 def loader(
     images: Images, recipe: Recipe, order: Order, statistics: dict[str, Any], workers: int, pin: bool
 ) -> DataLoader[Any]:
@@ -101,5 +108,6 @@ def loader(
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
+        worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=pin,
     )

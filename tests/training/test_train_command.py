@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -34,6 +39,24 @@ def test_two_commands(tmp_path: Path) -> None:
     assert (exported.code, (tmp_path / "run.pth").is_file()) == (0, True)
     further = train(tmp_path / "further", "--base", tmp_path / "run")
     assert further.code == 0, further.err
+
+
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_to_all_processes_ends_the_run_in_order(kind: signal.Signals, tmp_path: Path) -> None:
+    """As a terminal and a cluster send it: loading processes get it too."""
+    out = tmp_path / "run"
+    words = ["train", "--data", "shapes:12", "--out", out, *SMALL, "--workers", 2, "--set", "steps=5000"]
+    command = [sys.executable, "-m", "neco_bench", *map(str, words)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    deadline = time.monotonic() + 60
+    while not (out / "log.csv").is_file() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    os.killpg(child.pid, kind)
+    _, told = child.communicate(timeout=60)
+    assert child.returncode == 130, told
+    assert "--resume goes on from there" in told
+    assert "Traceback" not in told
+    assert len(list(out.glob("checkpoint-*"))) == 2
 
 
 @pytest.mark.parametrize(
