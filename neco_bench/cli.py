@@ -222,7 +222,9 @@ def train(
         list[str] | None, typer.Option("--eval", metavar="TASK", help="Score on this task while training; repeatable.")
     ] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 1000,
-    compiled: Annotated[bool, typer.Option("--compile", help="Run the encoder through torch.compile.")] = False,
+    compiled: Annotated[
+        bool, typer.Option("--compile", help="Run the encoder through torch.compile; needs drop_path=0.")
+    ] = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute activations again in backward: less memory, more time.")
     ] = False,

@@ -46,7 +46,7 @@ from neco_bench.results.provenance import environment, peak_memory_mb
 from neco_bench.training import checkpoints
 from neco_bench.training.batches import Order, loader
 from neco_bench.training.images import Images, open_images
-from neco_bench.training.networks import Network, Place, make_trainable, parameter_groups, set_training
+from neco_bench.training.networks import Network, Place, StochasticDepth, make_trainable, parameter_groups, set_training
 from neco_bench.training.objectives import OBJECTIVES, Batch
 from neco_bench.training.recipe import Recipe
 
@@ -144,6 +144,8 @@ class _Run:
         self.place = Place(recipe.seed, count, rank * count, world * count)
         teacher = copy.deepcopy(encoder)
         make_trainable(encoder, recipe, self.place, options.checkpointing)
+        if options.compiled and any(isinstance(module, StochasticDepth) for module in encoder.modules()):
+            raise UsageError("--compile: stochastic depth cannot be compiled. Add --set drop_path=0, or leave it out.")
         self.student = Network(encoder, recipe, recipe.seed, options.compiled).to(device)
         self.objective = OBJECTIVES[recipe.objective](recipe, self.student).to(device)
         self.teacher: Network | None = None

@@ -71,6 +71,7 @@ def test_a_signal_to_all_processes_ends_the_run_in_order(kind: signal.Signals, t
         (["--set", "precision=fp8"], 2, "precision"),
         (["--weights", "nowhere.pth"], 3, "nowhere.pth does not exist"),
         (["--save-every", 0], 2, "--save-every must be at least 1"),
+        (["--compile"], 2, "Add --set drop_path=0"),
         (["--eval", "shapes_icc"], 2, "Did you mean 'shapes_ic'"),
     ],
 )
