@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -254,8 +255,10 @@ def train(
         checkpointing=checkpointing,
         tensorboard=tensorboard,
     )
-    print(loop.train(load_recipe(recipe, settings), options))
-    print(f"done; evaluate it with: neco-bench run --model {out} --task TASK", file=sys.stderr)
+    run_folder = loop.train(load_recipe(recipe, settings), options)
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
+        print(run_folder)
+        print(f"done; evaluate it with: neco-bench run --model {out} --task TASK", file=sys.stderr)
 
 
 @app.command()

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from neco_bench.encoders.base import Encoder
@@ -52,7 +53,7 @@ def save(run: Path, step: int, networks: dict[str, Encoder], state: dict[str, An
         if final.exists():
             shutil.rmtree(final)
         os.replace(temporary, final)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk in ways of their own
+    except (OSError, RuntimeError, SafetensorError) as error:  # each reports a full disk in a way of its own
         shutil.rmtree(temporary, ignore_errors=True)
         before = checkpoints(run)
         kept = f"The last checkpoint, {before[-1]}, is untouched: " if before else "Then "

@@ -17,13 +17,14 @@ from __future__ import annotations
 import contextlib
 import copy
 import csv
+import io
 import json
 import logging
 import math
 import os
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -38,21 +39,20 @@ from tqdm import tqdm
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.run_folder import architecture
 from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import describe
+from neco_bench.encoders.zoo import PRECISIONS, describe
 from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
 from neco_bench.protocol import find_tasks
 from neco_bench.results.files import write_whole
 from neco_bench.results.provenance import environment, peak_memory_mb
+from neco_bench.runner import Options as RunOptions
 from neco_bench.training import checkpoints
 from neco_bench.training.batches import Order, loader
 from neco_bench.training.images import Images, open_images
 from neco_bench.training.networks import Network, Place, StochasticDepth, make_trainable, parameter_groups, set_training
-from neco_bench.training.objectives import OBJECTIVES, Batch
+from neco_bench.training.objectives import OBJECTIVES, Batch, mean_over_processes
 from neco_bench.training.recipe import Recipe
 
 log = logging.getLogger("neco_bench")
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,7 @@ class _Run:
             )
         set_training(self.student)
         self.optimizer = torch.optim.AdamW(parameter_groups(self.student), lr=recipe.lr_backbone)
+        self.dtype = getattr(torch, PRECISIONS[recipe.precision])
         self.scaler = torch.amp.GradScaler(device.type, enabled=recipe.precision == "fp16")
         self.embed: Any = self.student
         if world > 1:
@@ -272,26 +273,27 @@ class _Run:
 
     def run(self) -> Path:
         first = self._begin()
+        if self.world > 1:
+            dist.barrier()  # every process has seen the folder before the first writes to it
         recipe, options = self.recipe, self.options
         order = Order(len(self.images), recipe, first, self.steps, self.place.start, self.place.images)
         encoder = self.student.encoder
-        workers = options.workers if options.workers is not None else max(0, min(8, (os.cpu_count() or 1) - 1))
+        workers = RunOptions(workers=options.workers).workers_used
         statistics = {"mean": encoder.mean, "std": encoder.std}
-        batches = iter(loader(self.images, recipe, order, statistics, workers, self.device.type == "cuda"))
-        records = _Records(options, first) if self.rank == 0 else None
-        if first == 0:
-            self._save(0)  # a folder that cannot be written is an error now, not after hours
-            self._evaluate(0)
-        bar = tqdm(
-            total=self.steps,
-            initial=first,
-            desc=recipe.objective,
-            unit="step",
-            disable=None if options.progress and self.rank == 0 else True,
-        )
-        with self._signals(), contextlib.closing(bar), contextlib.ExitStack() as stack:
-            if records:
-                stack.enter_context(contextlib.closing(records))
+        with self._signals(), contextlib.ExitStack() as stack:
+            batches = iter(loader(self.images, recipe, order, statistics, workers, self.device.type == "cuda"))
+            records = stack.enter_context(contextlib.closing(_Records(options, first))) if self.rank == 0 else None
+            if first == 0:
+                self._save(0)  # a folder that cannot be written is an error now, not after hours
+                self._evaluate(0)
+            bar = tqdm(
+                total=self.steps,
+                initial=first,
+                desc=recipe.objective,
+                unit="step",
+                disable=None if options.progress and self.rank == 0 else True,
+            )
+            stack.enter_context(contextlib.closing(bar))
             for step in range(first, self.steps):
                 start = time.perf_counter()
                 settings = self._schedule(step)
@@ -338,7 +340,7 @@ class _Run:
             self.place.turn = step * recipe.accumulate + part
             between = self.world > 1 and part + 1 < recipe.accumulate
             with self.embed.no_sync() if between else contextlib.nullcontext():
-                with torch.autocast(self.device.type, PRECISIONS[recipe.precision], enabled=recipe.precision != "fp32"):
+                with torch.autocast(self.device.type, self.dtype, enabled=recipe.precision != "fp32"):
                     loss = self.objective(batch, self.embed, self.teacher, self.teacher or self.student, self.place)
                 value = float(loss.detach())
                 if not math.isfinite(value):
@@ -356,11 +358,7 @@ class _Run:
         return self._mean(total)
 
     def _mean(self, value: float) -> float:
-        if self.world == 1:
-            return value
-        mean = torch.tensor(value, dtype=torch.float64, device=self.device)
-        dist.all_reduce(mean)
-        return float(mean) / self.world
+        return float(mean_over_processes(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
     def _count_unusable(self, batch: Batch) -> None:
         for name, reason in batch.unusable:
@@ -377,9 +375,9 @@ class _Run:
 
     def _give_up(self, step: int, value: float, batch: Batch) -> None:
         """Save the batch of a step whose loss is not finite, and raise NumericalError."""
-        self.options.out.mkdir(parents=True, exist_ok=True)
-        path = self.options.out / f"not-finite-step-{step + 1}-rank-{self.rank}.pt"
-        torch.save({**vars(batch), "step": step + 1, "loss": value}, path)
+        path, content = self.options.out / f"not-finite-step-{step + 1}-rank-{self.rank}.pt", io.BytesIO()
+        torch.save({**vars(batch), "step": step + 1, "loss": value}, content)
+        write_whole(path, content.getvalue())
         raise NumericalError(
             f"the loss of step {step + 1} is {value}. Its images are in {path}; the last checkpoint is untouched. Use "
             f"--set precision=fp32 or a smaller --set lr_backbone."
@@ -448,10 +446,10 @@ class _Records:
         if first and self.path.is_file():  # steps after the checkpoint will be done again
             with open(self.path, newline="", encoding="utf-8") as file:
                 rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.unlink(missing_ok=True)
-        for row in rows:
-            _append(self.path, row)
+        if rows:
+            write_whole(self.path, _lines(rows, header=True).encode())
+        else:
+            self.path.unlink(missing_ok=True)
         self.events = _event_writer(options.out, first) if options.tensorboard else None
 
     def write(self, row: dict[str, float]) -> None:
@@ -474,10 +472,22 @@ def _event_writer(out: Path, first: int) -> Any:
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:
-    """Add a line to a CSV file, with a header to a new one."""
-    new = not path.is_file()
-    with open(path, "a", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, list(row))
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
+    """Add a line to a CSV file, with a header to an empty one. Raises NecoBenchError where it cannot be written."""
+    try:
+        with open(path, "a", newline="", encoding="utf-8") as file:
+            file.write(_lines([row], header=file.tell() == 0))
+    except OSError as error:
+        raise NecoBenchError(
+            f"{path}: could not be written ({error.strerror or error}). Free disk space or make the folder writable; "
+            f"--resume goes on from the last checkpoint."
+        ) from error
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
+    """Rows as lines of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -14,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
 from neco_bench.toml import parse_value, read_toml
+from neco_bench.training.views import ViewSettings
 
 FOLDER = Path(__file__).with_name("recipes")
 
@@ -22,7 +23,7 @@ Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Range = Annotated[tuple[Rate, Rate], Field()]
+Range = Annotated[tuple[Rate, Rate], Field(strict=False)]  # TOML has lists, not tuples
 
 
 class Recipe(BaseModel):
@@ -47,7 +48,7 @@ class Recipe(BaseModel):
     clip_norm: largest gradient norm, null for none. max_unreadable: share of images that may be unusable.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     objective: Literal["neco", "mim"] = "neco"
     base: str = "dinov2_vits14_reg?pos_interp=scale_offset"
@@ -59,18 +60,18 @@ class Recipe(BaseModel):
     batch_size: Positive = 64
     accumulate: Positive = 1
 
-    global_size: Positive = 518
-    local_size: Positive = 98
-    locals: Count = 4
-    global_scale: Range = (0.25, 1.0)
-    local_scale: Range = (0.05, 0.25)
-    aspect: Range = (3 / 4, 4 / 3)
-    min_overlap: Share = 0.01
-    jitter_probability: Share = 0.8
-    jitter_strength: NotNegative = 1.0
-    gray_probability: Share = 0.2
-    blur_probability: Share = 0.5
-    blur_strength: NotNegative = 1.0
+    global_size: Positive = ViewSettings.global_size
+    local_size: Positive = ViewSettings.local_size
+    locals: Count = ViewSettings.locals
+    global_scale: Range = ViewSettings.global_scale
+    local_scale: Range = ViewSettings.local_scale
+    aspect: Range = ViewSettings.aspect
+    min_overlap: Share = ViewSettings.min_overlap
+    jitter_probability: Share = ViewSettings.jitter_probability
+    jitter_strength: NotNegative = ViewSettings.jitter_strength
+    gray_probability: Share = ViewSettings.gray_probability
+    blur_probability: Share = ViewSettings.blur_probability
+    blur_strength: NotNegative = ViewSettings.blur_strength
 
     head_hidden: Positive = 2048
     head_dim: Positive = 256

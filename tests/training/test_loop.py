@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import socket
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import neco_bench
@@ -121,34 +123,34 @@ def test_a_signal_saves_the_state_and_resume_gives_the_same_weights(
 
 def _train_in_child(out: Path, resume: bool) -> None:
     torch.set_num_threads(1)
-    train(recipe(queue_length=60, steps=30), options(out, resume=resume, save_every=3))
+    train(recipe(queue_length=60, steps=80), options(out, resume=resume, save_every=3))
 
 
 def test_killed_at_ten_random_moments_a_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    start = time.perf_counter()
     try:
-        train(recipe(queue_length=60, steps=30), options(tmp_path / "whole", save_every=3))
+        train(recipe(queue_length=60, steps=80), options(tmp_path / "whole", save_every=3))
     finally:
         torch.set_num_threads(threads)
-    out, moments = tmp_path / "killed", random.Random(0)
-    kills, resumed = 0, set()
-    while kills < 10:
-        child = CHILD.Process(target=_train_in_child, args=(out, kills > 0))
+    a_step = (time.perf_counter() - start) / 80
+    out, moments, reached = tmp_path / "killed", random.Random(0), []
+    log = out / "log.csv"
+    for kill in range(10):
+        before, done = (log.stat().st_mtime_ns, int(checkpoints.checkpoints(out)[-1].name[-7:])) if kill else (0, 0)
+        child = CHILD.Process(target=_train_in_child, args=(out, kill > 0))
         child.start()
-        before = len(resumed)
-        deadline = time.monotonic() + 60
-        while child.is_alive() and time.monotonic() < deadline:  # until it works, then for a moment of its own
-            found = {path.name for path in out.glob("checkpoint-*")}
-            if found - resumed or (kills and (out / "log.csv").is_file()):
-                break
-            time.sleep(0.01)
-        time.sleep(moments.uniform(0, 0.6))
+        while not log.is_file() or log.stat().st_mtime_ns == before or len(log.read_text().splitlines()) < done + 2:
+            assert child.is_alive()
+            time.sleep(0.005)  # until it has done a step, then for a moment of its own
+        time.sleep(moments.uniform(0, 7 * a_step))
         child.kill()
         child.join()
-        resumed |= {path.name for path in out.glob("checkpoint-*")}
-        kills += 1
-        assert before <= len(resumed)
+        assert child.exitcode == -signal.SIGKILL
+        reached.append(checkpoints.checkpoints(out)[-1].name)
+    assert len(set(reached)) > 3  # the kills fell on different states, and the run was not over
+    assert reached[-1] < "checkpoint-0000080"
     child = CHILD.Process(target=_train_in_child, args=(out, True))
     child.start()
     child.join()
@@ -175,13 +177,13 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-4)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-6)
     one, two, start = (load_file(path / "student.safetensors") for path in (
         tmp_path / "one/checkpoint-0000020", tmp_path / "two/checkpoint-0000020", tmp_path / "one/checkpoint-0000000",
     ))  # fmt: skip
     moved = torch.cat([(one[name] - start[name]).flatten() for name in one])
     apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
-    assert apart.norm() < 0.02 * moved.norm()
+    assert apart.norm() < 2e-4 * moved.norm()
 
 
 def test_accumulation_and_other_switches_train(tmp_path: Path) -> None:
@@ -189,6 +191,7 @@ def test_accumulation_and_other_switches_train(tmp_path: Path) -> None:
         (
             {"accumulate": 2},
             {"precision": "bf16"},
+            {"precision": "fp16"},
             {"clip_norm": 0.1, "warmup_steps": 2},
             {"use_teacher": False},
             {"objective": "mim", "use_teacher": False, "head_layers": 1, "locals": 0},
@@ -238,14 +241,24 @@ def test_a_corrupt_checkpoint_is_named_and_the_one_before_serves(broken: str, wh
     assert losses(run) == losses(whole)
 
 
-def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc] No space left on device"),
+    ],
+)
+def test_a_full_disk_leaves_the_last_checkpoint(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plain, calls = checkpoints.save_file, []
 
     def full(tensors: Any, path: Path) -> None:
         calls.append(path)
         if len(calls) > 4:  # two files at step 0, two at step 2
             Path(path).write_bytes(b"half")
-            raise OSError(errno.ENOSPC, "No space left on device")
+            raise error
         plain(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
@@ -256,6 +269,14 @@ def test_a_full_disk_leaves_the_last_checkpoint(tmp_path: Path, monkeypatch: pyt
     assert load_encoder(str(tmp_path / "run")).embed_dim == 64
     train(recipe(), options(tmp_path / "run", resume=True))
     assert len(losses(tmp_path / "run")) == 6
+
+
+def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(recipe(), options(tmp_path / "run", save_every=2))
+    shutil.rmtree(run / "checkpoint-0000006")
+    monkeypatch.setattr(loop, "write_whole", lambda path, content: path.unlink() or path.mkdir())
+    with pytest.raises(NecoBenchError, match=r"log\.csv: could not be written.*--resume goes on"):
+        train(recipe(), options(run, save_every=2, resume=True))
 
 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_images(

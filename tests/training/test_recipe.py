@@ -100,6 +100,10 @@ def test_changes_on_top(tmp_path: Path) -> None:
     [
         (["lr_bakbone=1"], "no such key.*Did you mean 'lr_backbone'"),
         (["batch_size=0"], "batch_size: .*greater than or equal to 1"),
+        (["batch_size='8'"], "batch_size: .*valid integer"),
+        (["batch_size=8.5"], "batch_size: .*valid integer"),
+        (["use_teacher=1"], "use_teacher: .*valid boolean"),
+        (["lr_head=true"], "lr_head: .*valid number"),
         (["network=bubble"], "network: .*'bitonic' or 'odd_even'"),
         (["global_scale=[0.9, 0.1]"], "global_scale must be two numbers, the smaller first"),
         (["batch_size"], "not KEY=VALUE"),
