@@ -324,13 +324,13 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
     from neco_bench.cache import cache_dir
     from neco_bench.data.integrity import describe_datasets
     from neco_bench.results.provenance import environment
-    from neco_bench.search import ExactIndex
+    from neco_bench.search import fastest
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     facts: dict[str, Any] = {
         **environment(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
-        "search": ExactIndex(8, device).backend,
+        "search_seconds": fastest(device, 384, 30),
         "cache": str(cache_dir()),
         "data": {row.name: row.present for row in describe_datasets(data_root)},
     }

@@ -76,7 +76,7 @@ def test_json_is_one_document_and_nothing_else(results: Path, tmp_path: Path) ->
     assert not tasks["voc_ic"]["data"]
     assert {row["name"] for row in document("data", "list")} >= {"shapes", "voc2012", "spair71k"}
     assert {finding["level"] for finding in document("data", "check", "shapes")} == {"ok"}
-    assert {"git_commit", "packages", "device", "search", "cache", "data"} <= document("doctor").keys()
+    assert {"git_commit", "packages", "device", "search_seconds", "cache", "data"} <= document("doctor").keys()
     written = document("leaderboard", "--results", results, "--out", tmp_path / "tables")
     assert written["results"] == 1
     assert all(Path(path).is_file() for path in written["files"])

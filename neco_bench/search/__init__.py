@@ -1,11 +1,14 @@
-"""Exact k-nearest-neighbour search by inner product behind one small interface.
+"""k-nearest-neighbour search by inner product behind one small interface: exact, and approximate on request.
 
-FAISS flat on CPUs and, where the installed wheel sees the GPU, on GPUs; elsewhere on accelerators a chunked matrix
-product with a running top-k. All are exact: they differ in rounding only.
+The exact ways differ in speed by machine and in rounding only; the fastest of them here is found by a short
+measurement. All but FAISS's are blocked matrix products with a running top-k, so that memory stays bounded.
 """
 
 from __future__ import annotations
 
+import functools
+import time
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -14,49 +17,255 @@ from torch import Tensor
 
 from neco_bench.errors import UsageError
 
-_CHUNK_BYTES = 256 * 2**20
+BLOCK_ROWS = 131_072  # keys in one product
+BLOCK_BYTES = 32 * 2**20  # scores held at once
+GROUP = 16  # keys that share a maximum in `top`
+SPARE = 2  # candidates of the half-precision product, as a multiple of k
+UPWARDS = 1 + 2**-7  # what is a bound stays one in bfloat16
+PART = 2048  # queries that are proven at once
+MAX_DOUBT = 0.3  # share of queries searched again above which half precision is given up
+MEASURED = (16_384, 512)  # keys and queries of a measurement
+
+Found = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
+
+
+def top(scores: Tensor, k: int) -> Found:
+    """The k largest of each row of scores (n, M), largest first.
+
+    The keys that hold the k largest lie in the k groups of largest maxima, so that only those are sorted.
+    """
+    groups = scores.shape[1] // GROUP
+    if groups <= k:
+        values, ids = scores.topk(k)
+        return values, ids
+    whole = scores[:, : groups * GROUP].unflatten(1, (GROUP, groups))  # a group is a stride apart: maxima vectorise
+    chosen = whole.amax(1).topk(k, sorted=False).indices
+    members = whole.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
+    ids = (chosen[:, None] + torch.arange(GROUP, device=scores.device)[:, None] * groups).flatten(1)
+    rest = torch.arange(groups * GROUP, scores.shape[1], device=scores.device).expand(len(scores), -1)
+    values, best = torch.cat([members, scores[:, groups * GROUP :]], 1).topk(k)
+    return values, torch.cat([ids, rest], 1).gather(1, best)
+
+
+def merged(best: Found | None, more: Found, k: int) -> Found:
+    """The k best of two findings among different keys."""
+    if best is None:
+        return more
+    values, order = torch.cat([best[0], more[0]], 1).topk(min(k, best[0].shape[1] + more[0].shape[1]))
+    return values, torch.cat([best[1], more[1]], 1).gather(1, order)
+
+
+def blocked(keys: Tensor, queries: Tensor, k: int, multiply: Callable[..., object]) -> Found:
+    """The k best of `keys` (M, D) for each query, by products that `multiply(queries, keys.T, out=scores)` computes."""
+    width = min(len(keys), BLOCK_ROWS)
+    step = max(1, BLOCK_BYTES // (keys.element_size() * width))
+    # One piece of memory for all products: to ask the system for fresh pages takes as long as a product.
+    memory = torch.empty(min(step, len(queries)) * width, dtype=keys.dtype, device=keys.device)
+    parts = []
+    for some in queries.split(step):
+        best: Found | None = None
+        for start in range(0, len(keys), width):
+            block = keys[start : start + width]
+            scores = memory[: len(some) * len(block)].view(len(some), len(block))
+            multiply(some, block.T, out=scores)
+            values, ids = top(scores, min(k, len(block)))
+            best = merged(best, (values, ids + start), k)
+        assert best is not None
+        parts.append(best)
+    return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+
+class _Faiss:
+    """FAISS's flat index on a GPU. (On CPUs its wheel's BLAS is never faster than the better of the other two.)"""
+
+    def __init__(self, keys: Tensor) -> None:
+        import faiss
+
+        self._resources = faiss.StandardGpuResources()
+        flat = faiss.IndexFlatIP(keys.shape[1])
+        self.index: Any = faiss.index_cpu_to_gpu(self._resources, keys.device.index or 0, flat)
+        self.index.add(keys.cpu().numpy())
+
+    def search(self, queries: Tensor, k: int) -> Found:
+        scores, ids = self.index.search(np.ascontiguousarray(queries.cpu().numpy()), k)
+        return torch.from_numpy(scores), torch.from_numpy(ids)
+
+
+class _Torch:
+    """Products by PyTorch, in single precision."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys = keys
+
+    def search(self, queries: Tensor, k: int) -> Found:
+        return blocked(self.keys, queries, k, torch.mm)
+
+
+class _Numpy(_Torch):
+    """Products by numpy, whose BLAS is another one and on some CPUs several times faster than PyTorch's."""
+
+    def search(self, queries: Tensor, k: int) -> Found:
+        def multiply(some: Tensor, block: Tensor, out: Tensor) -> None:
+            np.matmul(some.numpy(), block.numpy(), out=out.numpy())
+
+        return blocked(self.keys, queries, k, multiply)
+
+
+class _Half:
+    """Candidates by a bfloat16 product, ranked anew in single precision; what cannot be proven right is searched again.
+
+    Keys are centred on their mean m, which changes no order. With k~ and q~ the rounded key and query, d their errors,
+    q = a m / |m| + r: the product q k is at most q~ k~ + a (m d_k) / |m| + |r| |d_k| + |d_q| |k~| (Cauchy-Schwarz).
+    Four more columns make the product this bound itself, less a shift that brings the k-th best of a query near zero,
+    where bfloat16 has its resolution. A key that is no candidate stays below the last candidate's bound; where the k-th
+    best candidate is above that, none is missed.
+    """
+
+    def __init__(self, keys: Tensor, *, proven: bool = True) -> None:
+        """proven: False orders candidates by their products alone and takes the best of them as they are."""
+        self.keys, self.proven = keys, proven
+        self.mean = keys.mean(0)
+        self.axis = self.mean / self.mean.norm().clamp_min(1e-12)
+        width = keys.shape[1]
+        self.low = torch.empty(len(keys), width + 4, dtype=torch.bfloat16, device=keys.device)
+        self.longest = 0.0
+        for start in range(0, len(keys), BLOCK_ROWS):
+            centred = keys[start : start + BLOCK_ROWS] - self.mean
+            low = self.low[start : start + BLOCK_ROWS]
+            low[:, :width] = centred
+            rounded = low[:, :width].float()
+            error = centred - rounded
+            low[:, width] = error @ self.axis
+            low[:, width + 1] = error.norm(dim=1) * UPWARDS
+            low[:, width + 2] = rounded.norm(dim=1) * UPWARDS
+            low[:, width + 3] = 1
+            self.longest = max(self.longest, float(centred.norm(dim=1).max()))
+        self.again = _Torch(keys)
+        self.searched = self.doubted = 0
+
+    def search(self, queries: Tensor, k: int) -> Found:
+        wanted = min(SPARE * k + 4, len(self.keys))
+        parts = []
+        for some in queries.split(PART):
+            if self.searched >= PART and self.doubted > MAX_DOUBT * self.searched:  # not worth the trouble here
+                parts.append(self.again.search(some, k))
+                continue
+            scores, ids, sure = self.candidates(some, k, wanted)
+            if not self.proven:
+                sure[:] = True
+            doubtful = (~sure).nonzero()[:, 0]
+            if len(doubtful):
+                scores[doubtful], ids[doubtful] = self.again.search(some[doubtful], k)
+            self.searched, self.doubted = self.searched + len(some), self.doubted + len(doubtful)
+            parts.append((scores, ids))
+        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+
+    def candidates(self, queries: Tensor, k: int, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Scores and ids (n, k) of the best of `wanted` candidates, and for which queries (n,) they are proven."""
+        width, length, along = queries.shape[1], queries.norm(dim=1), queries @ self.axis
+        low = torch.zeros(len(queries), width + 4, dtype=torch.bfloat16, device=queries.device)
+        low[:, :width] = queries
+        low[:, width] = along
+        if self.proven:
+            low[:, width + 1] = (length.square() - along.square()).clamp_min(0).sqrt() * UPWARDS
+            low[:, width + 2] = (queries - low[:, :width].float()).norm(dim=1) * UPWARDS
+        sample = self.low[::GROUP]
+        few = min(max(1, wanted // GROUP), len(sample))
+        low[:, -1] = -(low @ sample.T).topk(few, sorted=False).values.amin(1)
+        rough, ids = blocked(self.low, low, wanted, torch.mm)
+        scores = self._products(queries, ids)
+        best, order = scores.topk(k)
+        ids = ids.gather(1, order)
+        if wanted == len(self.keys):
+            return best, ids, torch.ones(len(queries), dtype=torch.bool, device=queries.device)
+        # Besides the bound: rounding of what the product gives, of `along` and its column, and of sums.
+        last = rough[:, -1].float()
+        slack = last.abs() * 2**-8 + length * self.longest * (2**-16 + width * 2**-22)
+        sure = last - low[:, -1].float() + slack < best[:, -1] - queries @ self.mean
+        return best, ids, sure
+
+    def _products(self, queries: Tensor, ids: Tensor) -> Tensor:
+        """(n, c) inner products of queries (n, D) with the keys of their candidates (n, c), in single precision."""
+        scores = torch.empty(ids.shape, device=ids.device)
+        memory = torch.empty(min(128, len(ids)) * ids.shape[1], self.keys.shape[1], device=ids.device)
+        for some, chosen, out in zip(queries.split(128), ids.split(128), scores.split(128), strict=True):
+            candidates = memory[: chosen.numel()]
+            torch.index_select(self.keys, 0, chosen.flatten(), out=candidates)
+            torch.bmm(candidates.view(*chosen.shape, -1), some[..., None], out=out[..., None])
+        return scores
+
+
+def _ways(device: torch.device) -> dict[str, Callable[[Tensor], Any]]:
+    """The exact ways on a device, by name."""
+    ways: dict[str, Callable[[Tensor], Any]] = {"torch": _Torch, "torch-bf16": _Half}
+    if device.type == "cpu":
+        ways["numpy"] = _Numpy
+    elif device.type == "cuda" and _faiss_sees_gpu():
+        ways["faiss-gpu"] = _Faiss
+    return ways
+
+
+@functools.lru_cache
+def fastest(device: torch.device, dimension: int, k: int) -> dict[str, float]:
+    """Seconds that each exact way takes for MEASURED keys and queries of a device, the fastest first."""
+    generator = torch.Generator().manual_seed(0)
+    keys, queries = (torch.randn(n, dimension, generator=generator).to(device) for n in MEASURED)
+    seconds = {}
+    for name, way in _ways(device).items():
+        index = way(keys)
+        index.search(queries, k)
+        times = []
+        for _ in range(3):
+            start = time.perf_counter()
+            index.search(queries, k)[0].cpu()
+            times.append(time.perf_counter() - start)
+        seconds[name] = min(times)
+    return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
 class ExactIndex:
-    """Inner-product index over float32 rows of `dimension` on `device`. `backend` says what it runs on."""
+    """Inner-product index over float32 rows of `dimension` on `device`.
 
-    def __init__(self, dimension: int, device: torch.device) -> None:
-        self.dimension, self.device = dimension, device
-        self.rows = 0
-        self._keys: list[Tensor] = []
-        self._flat: Any = None  # a FAISS index
-        if device.type == "cpu" or (device.type == "cuda" and _faiss_sees_gpu()):
-            import faiss
+    capacity: rows that will be added, where known; more may come. way: of `_ways`; None takes the fastest. `facts`:
+    how it searched, known with the first search.
+    """
 
-            self._flat = faiss.IndexFlatIP(dimension)
-            if device.type == "cuda":
-                self._resources = faiss.StandardGpuResources()
-                self._flat = faiss.index_cpu_to_gpu(self._resources, device.index or 0, self._flat)
-        self.backend = f"faiss-flat-{device.type}" if self._flat is not None else f"torch-{device.type}"
+    def __init__(self, dimension: int, device: torch.device, *, capacity: int = 0, way: str | None = None) -> None:
+        self.dimension, self.device, self.rows = dimension, device, 0
+        self.way, self.facts = way, dict[str, Any]()
+        self._keys = torch.empty(capacity, dimension, device=device)
+        self._way: Any = None
 
     def add(self, keys: Tensor) -> None:
         """Append (n, dimension) float32 keys."""
-        self.rows += len(keys)
-        if self._flat is not None:
-            self._flat.add(keys.cpu().numpy())
-        else:
-            self._keys.append(keys.to(self.device))
+        needed = self.rows + len(keys)
+        if needed > len(self._keys):
+            grown = torch.empty(max(needed, 2 * len(self._keys)), self.dimension, device=self.device)
+            grown[: self.rows] = self._keys[: self.rows]
+            self._keys = grown
+        self._keys[self.rows : needed] = keys
+        self.rows, self._way = needed, None
 
-    def search(self, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def search(self, queries: Tensor, k: int) -> Found:
         """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows."""
-        if k > self.rows:
-            raise UsageError(
-                f"{k} neighbours were asked for, but the memory bank holds {self.rows} patches. "
-                f"Lower it with --set neighbours={self.rows}, or use more images."
-            )
-        if self._flat is not None:
-            scores, ids = self._flat.search(np.ascontiguousarray(queries.cpu().numpy()), k)
-            return torch.from_numpy(scores), torch.from_numpy(ids)
-        if len(self._keys) > 1:
-            self._keys = [torch.cat(self._keys)]
-        step = max(1, _CHUNK_BYTES // (4 * self.rows))
-        found = [torch.topk(part @ self._keys[0].T, k) for part in queries.to(self.device).split(step)]
-        return torch.cat([f.values for f in found]).cpu(), torch.cat([f.indices for f in found]).cpu()
+        check_neighbours(k, self.rows)
+        if self._way is None:
+            small = self.rows * len(queries) < MEASURED[0] * MEASURED[1]
+            name = self.way or ("torch" if small else next(iter(fastest(self.device, self.dimension, k))))
+            keys = self._keys[: self.rows]
+            self._way = _ways(self.device)[name](keys)
+            self.facts = {"index": name, "recall": 1.0, "bytes": keys.numel() * (6 if "bf16" in name else 4)}
+        scores, ids = self._way.search(queries.to(self.device, torch.float32), k)
+        return scores.cpu(), ids.cpu()
+
+
+def check_neighbours(k: int, rows: int) -> None:
+    """Raise UsageError where k exceeds the rows."""
+    if k > rows:
+        raise UsageError(
+            f"{k} neighbours were asked for, but the memory bank holds {rows} patches. "
+            f"Lower it with --set neighbours={rows}, or use more images."
+        )
 
 
 def _faiss_sees_gpu() -> bool:

@@ -1,38 +1,110 @@
-"""Exact search: FAISS and the chunked matrix product find the same rows."""
+"""Exact search: every way finds what sorting all products finds, and half precision knows when it does not."""
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import neco_bench.search as search
 from neco_bench.errors import UsageError
 from neco_bench.search import ExactIndex
 
-
-def rows(count: int, seed: int) -> torch.Tensor:
-    return torch.randn(count, 16, generator=torch.Generator().manual_seed(seed))
+CPU = torch.device("cpu")
 
 
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_equals_sorting_all_products(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    keys, queries = rows(500, 0), rows(37, 1)
-    index = ExactIndex(16, torch.device(device))
-    if device == "meta":  # the accelerator path, run on the CPU in chunks of a few queries
-        assert index.backend == "torch-meta"
-        index.device = torch.device("cpu")
-        monkeypatch.setattr(search, "_CHUNK_BYTES", 500 * 4 * 5)
+def rows(count: int, seed: int, width: int = 16) -> torch.Tensor:
+    return torch.nn.functional.normalize(
+        torch.randn(count, width, generator=torch.Generator().manual_seed(seed)), dim=1
+    )
+
+
+def clustered(count: int, seed: int) -> torch.Tensor:
+    """Unit vectors near one of ten centres, far from the origin: close neighbours, as features have them."""
+    centres = 4 * rows(10, 99) + 2
+    picked = torch.randint(10, (count,), generator=torch.Generator().manual_seed(seed))
+    return torch.nn.functional.normalize(centres[picked] + 0.08 * rows(count, seed), dim=1)
+
+
+@pytest.mark.parametrize("way", search._ways(CPU))
+@pytest.mark.parametrize("make", [rows, clustered])
+def test_every_way_equals_sorting_all_products(way: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "BLOCK_ROWS", 700)  # several blocks, the last one not whole
+    monkeypatch.setattr(search, "BLOCK_BYTES", 700 * 4 * 5)
+    keys, queries = make(2000, 0), make(37, 1)
+    scores, ids = search._ways(CPU)[way](keys).search(queries, 7)
+    products = queries.double() @ keys.double().T
+    expected = products.sort(dim=1, descending=True)
+    torch.testing.assert_close(scores.double(), expected.values[:, :7], atol=2e-6, rtol=0)
+    torch.testing.assert_close(products.gather(1, ids), expected.values[:, :7], atol=2e-6, rtol=0)
+    if make is rows:
+        assert torch.equal(ids, expected.indices[:, :7])
+
+
+@given(
+    st.integers(1, 5), st.integers(1, 400), st.integers(1, 40), st.integers(0, 10), st.sampled_from([1.0, 4.0, 100.0])
+)
+@settings(deadline=None)
+def test_top_is_the_largest(count: int, width: int, k: int, seed: int, steps: float) -> None:
+    k = min(k, width)
+    scores = (rows(count, seed, width) * steps).round()  # with ties
+    values, ids = search.top(scores, k)
+    assert torch.equal(values, scores.sort(dim=1, descending=True).values[:, :k])
+    assert torch.equal(scores.gather(1, ids), values)
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
+def test_half_precision_proves_what_it_gives() -> None:
+    keys, queries = rows(4000, 0, 64), rows(100, 1, 64)
+    index = search._Half(keys)
+    scores, ids, sure = index.candidates(queries, 10, 24)
+    expected = (queries.double() @ keys.double().T).topk(10)
+    assert sure.float().mean() > 0.9
+    torch.testing.assert_close(scores[sure].double(), expected.values[sure], atol=1e-5, rtol=0)
+    assert torch.equal(ids[sure], expected.indices[sure])
+
+
+def test_half_precision_doubts_close_calls_and_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "PART", 20)
+    keys = rows(30, 0, 64).repeat(100, 1)  # each key a hundred times: no ten can be proven the best
+    queries = rows(100, 2, 64)
+    index = search._Half(keys)
+    scores, _ = index.search(queries, 10)
+    assert (index.searched, index.doubted) == (20, 20)
+    torch.testing.assert_close(scores, (queries @ keys.T).topk(10).values, atol=1e-5, rtol=0)
+
+
+def test_the_fastest_way_is_measured_for_large_searches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(search, "MEASURED", (300, 50))
+    search.fastest.cache_clear()
+    index = ExactIndex(16, CPU)
+    index.add(rows(400, 0))
+    small, large = index.search(rows(20, 1), 5), None
+    assert index.facts["index"] == "torch"
+    index.add(rows(10, 3))
+    large = index.search(rows(60, 1), 5)
+    seconds = search.fastest(CPU, 16, 5)
+    search.fastest.cache_clear()
+    assert set(seconds) == set(search._ways(CPU)) == {"torch", "torch-bf16", "numpy"}
+    assert list(seconds.values()) == sorted(seconds.values())
+    assert index.facts["index"] == next(iter(seconds))
+    assert (small[0].shape, large[0].shape) == ((20, 5), (60, 5))
+
+
+@pytest.mark.parametrize("capacity", [0, 3, 500])
+def test_rows_come_in_parts(capacity: int) -> None:
+    keys, queries = rows(500, 0), rows(3, 1)
+    index = ExactIndex(16, CPU, capacity=capacity)
     index.add(keys[:200])
     index.add(keys[200:])
-    scores, ids = index.search(queries, 7)
-    expected = (queries @ keys.T).sort(dim=1, descending=True)
+    np.testing.assert_array_equal(index.search(queries, 7)[1], (queries @ keys.T).topk(7).indices)
     assert index.rows == 500
-    assert torch.equal(ids, expected.indices[:, :7])
-    torch.testing.assert_close(scores, expected.values[:, :7])
 
 
 def test_too_many_neighbours() -> None:
-    index = ExactIndex(16, torch.device("cpu"))
+    index = ExactIndex(16, CPU)
     index.add(rows(5, 0))
     with pytest.raises(UsageError, match="holds 5 patches"):
         index.search(rows(2, 1), 6)

@@ -1,0 +1,64 @@
+"""An inverted file over 1, 3 and 10 million generated keys: seconds to build, seconds per query, recall, peak memory.
+
+    python tests/benchmarks/bench_large_bank.py [--millions 1 3 10] [--queries 20000]
+
+Keys of 384 dimensions in 20,000 clusters of unequal size, unit length; queries are drawn as they are. Each bank is a
+process of its own; peak memory is the highest resident set of the process, imports included. The keys pass through a
+file in the cache folder (NECO_BENCH_CACHE), which needs 1.5 GB per million.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import subprocess
+import sys
+import time
+
+WIDTH, CLUSTERS, NEIGHBOURS = 384, 20_000, 30
+
+
+def measure(keys: int, queries: int) -> dict[str, object]:
+    import torch
+
+    from neco_bench.search.approximate import ApproximateIndex
+
+    generator = torch.Generator().manual_seed(0)
+    centres = torch.randn(CLUSTERS, WIDTH, generator=generator)
+    weights = torch.rand(CLUSTERS, generator=generator) ** 3
+
+    def draw(count: int) -> torch.Tensor:
+        picked = torch.multinomial(weights, count, replacement=True, generator=generator)
+        return torch.nn.functional.normalize(centres[picked] + torch.randn(count, WIDTH, generator=generator), dim=1)
+
+    index = ApproximateIndex("ivf", WIDTH, torch.device("cpu"))
+    for _ in range(keys // 100_000):
+        index.add(draw(100_000))
+    asked = draw(queries)
+    index.search(asked[:256], NEIGHBOURS)  # builds it
+    start = time.perf_counter()
+    for part in asked.split(4096):
+        index.search(part, NEIGHBOURS)
+    seconds = time.perf_counter() - start
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return {"keys": keys, "ms_per_query": 1000 * seconds / queries, "peak_gib": peak, **index.facts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--millions", type=int, nargs="+", default=[1, 3, 10])
+    parser.add_argument("--queries", type=int, default=20_000)
+    parser.add_argument("--keys", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.keys:
+        print(json.dumps(measure(options.keys, options.queries)))
+        return
+    for millions in options.millions:
+        command = [sys.executable, __file__, "--keys", str(millions * 10**6), "--queries", str(options.queries)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        print(done.stdout.strip() if not done.returncode else done.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()
