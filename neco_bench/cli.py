@@ -81,6 +81,9 @@ def run(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a constant; the protocol is then marked *."),
     ] = None,
+    features: Annotated[
+        str, typer.Option(help="Keep features for other tasks: fp32, fp16 (half the space, rounded) or off.")
+    ] = "fp32",
     overwrite: Annotated[bool, typer.Option(help="Run again where a result is stored.")] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Check everything, say what would run and its cost, run nothing.")
@@ -108,6 +111,7 @@ def run(
         split_file=split_file,
         weights=weights,
         layers=layers,
+        features=features,
         overwrite=overwrite,
         progress=True,
     )
@@ -311,6 +315,27 @@ def leaderboard(
         return
     print((out / "leaderboard.md").read_text(encoding="utf-8"))
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete them; those that a process writes stay.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the features that are kept to be shared by tasks (NECO_BENCH_FEATURES_GB, 20 by default), or delete them.
+
+    Example: neco-bench cache
+    """
+    from datetime import datetime
+
+    from neco_bench.features.store import remove_stream, stored_streams
+
+    rows = stored_streams()
+    if clear:
+        rows = [row for row in rows if not remove_stream(Path(row["folder"]))]
+    for row in rows:
+        row["used"] = datetime.fromtimestamp(row["used"]).isoformat(" ", "minutes")
+    _print(rows, as_json)
 
 
 @app.command()

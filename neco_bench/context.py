@@ -8,9 +8,12 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from neco_bench.features.store import FeatureStore
 
 T = TypeVar("T")
 
@@ -26,7 +29,8 @@ class Context:
     """One run: seed, loading and batch settings, and what is measured on the way.
 
     batch_size: images per encoder forward; halved when the device runs out of memory. timing: seconds per phase.
-    notes: facts of the run that belong in its provenance.
+    notes: facts of the run that belong in its provenance. store: where features are kept; None keeps none. reused:
+    images whose features came from it.
     """
 
     seed: int = 0
@@ -35,6 +39,8 @@ class Context:
     progress: bool = False
     timing: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     notes: dict[str, Any] = field(default_factory=dict)
+    store: FeatureStore | None = None
+    reused: int = 0
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:

@@ -35,7 +35,10 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers."""
+    """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers.
+
+    features: how those of a named model are kept and shared by tasks, "fp32", "fp16" or "off".
+    """
 
     data_root: Path | None = None
     device: str | None = None
@@ -47,6 +50,7 @@ class Options:
     split_file: Path | None = None
     weights: Path | None = None
     layers: str | None = None
+    features: str = "fp32"
     overwrite: bool = False
     progress: bool = False
 
@@ -58,6 +62,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.precision not in (None, *PRECISIONS):
             raise UsageError(f"Unknown precision {self.precision!r}: use {', '.join(PRECISIONS)}.")
+        if self.features not in ("fp32", "fp16", "off"):
+            raise UsageError(f"Unknown --features {self.features!r}: use fp32, fp16 or off.")
         for name, value, least in (
             ("--batch-size", self.batch_size, 1),
             ("--workers", self.workers, 0),
@@ -122,6 +128,8 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
         "limit": options.limit,
         "versions": {name: importlib.metadata.version(name) for name in ("neco-bench", "torch", "torchvision", "timm")},
     }
+    if options.features == "fp16":  # the other two give the same numbers
+        facts["features"] = options.features
     return Job(model, task, data, options, facts, identity)
 
 
@@ -159,6 +167,10 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     try:
         with context.phase("load_encoder"):
             loaded = encoder or load_job_encoder(job)
+        if options.features == "fp16" or (options.features != "off" and encoder is None):
+            from neco_bench.features.store import FeatureStore
+
+            context.store = FeatureStore(options.features)
         provenance |= _encoder_facts(loaded)
         check_size(task, loaded)
         _glance(job)
@@ -188,12 +200,13 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         "tokens": None if used is None else (used // loaded.stride) ** 2,
         "layer": loaded.layer,
         "pos_interp": loaded.pos_interp,
-        "dtype": "float32",
+        "dtype": "float16" if options.features == "fp16" else "float32",
     }
     provenance |= {
         "device": _device_name(loaded),
         "batch_size_used": context.batch_size,
         "workers": context.workers,
+        "features_reused": context.reused,
         "run": context.notes,
     }
     result = Result(
@@ -224,7 +237,7 @@ def run(
 
     out: results folder; with it, a stored result of the same content is returned instead of running again.
     changes: what `--set` gives on the command line. options: fields of `Options` (device, precision, batch_size,
-    workers, seed, limit, split_file, weights, layers, overwrite, progress).
+    workers, seed, limit, split_file, weights, layers, features, overwrite, progress).
 
     Raises the NecoBenchError that the command line would report, with its exit code.
     """

@@ -6,6 +6,7 @@ encoder may. When the device runs out of memory the batch is halved and the size
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +21,7 @@ from neco_bench.context import Context, item_rng
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.errors import NecoBenchError
+from neco_bench.features.store import FeatureStore, Stream
 from neco_bench.features.transforms import Transform
 
 
@@ -85,12 +87,81 @@ def stream(
 ) -> Iterator[Batch]:
     """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to `encode`.
 
-    The generator given to the transform depends on (seed, epoch, image id) alone.
+    The generator given to the transform depends on (seed, epoch, image id) alone. Where the context has a feature
+    store, items that are there come from it, and the others go there.
     """
     if items is None:
         items = [(0, index) for index in range(len(dataset))]
+    kept = None
+    if context.store is not None and items:
+        kept = _open_kept(context.store, encoder, dataset, transform, context, items, options)
+    start = 0
+    try:
+        while kept and start < kept.done:
+            stop = min(start + context.batch_size, kept.done)
+            with context.phase("load"):
+                found = kept.read(start, stop)
+            if found is None:
+                kept.drop()
+                kept = None
+                break
+            context.reused += stop - start
+            yield Batch(tuple(range(start, stop)), found[0].to(encoder.device), found[1])
+            start = stop
+        for batch in _computed(encoder, dataset, transform, context, description, items, start, options):
+            if kept:
+                with context.phase("keep"):
+                    kept.append(batch.features, batch.masks)
+            yield batch
+    finally:
+        if kept:
+            kept.close()
+
+
+def _open_kept(
+    store: FeatureStore,
+    encoder: Encoder,
+    dataset: SegmentationDataset,
+    transform: Transform,
+    context: Context,
+    items: Sequence[tuple[int, int]],
+    options: dict[str, Any],
+) -> Stream | None:
+    """The stored stream of these items, known by everything its content depends on; None where it cannot be kept."""
+    if not dataclasses.is_dataclass(transform):  # what else it depends on is not known
+        return None
+    size = getattr(transform, "size", None)
+    if not isinstance(size, int):
+        return None
+    facts = {
+        "encoder": [encoder.name, encoder.weights_id, encoder.layer, encoder.final_norm, encoder.pos_interp],
+        "input": [encoder.stride, encoder.mean, encoder.std, sorted(options.items())],
+        "numbers": [encoder.precision, encoder.device.type, torch.__version__],
+        "data": f"{dataset.name} {dataset.split}",
+        "fingerprint": dataset.fingerprint(),
+        "transform": repr(transform),
+        "items": items,
+        "seed": context.seed,
+    }
+    side = size // encoder.stride
+    return store.open(facts, len(items), (encoder.embed_dim, side, side))
+
+
+def _computed(
+    encoder: Encoder,
+    dataset: SegmentationDataset,
+    transform: Transform,
+    context: Context,
+    description: str,
+    items: Sequence[tuple[int, int]],
+    start: int,
+    options: dict[str, Any],
+) -> Iterator[Batch]:
+    """Batches of the items from `start` on, loaded and encoded."""
+    if start == len(items):
+        return
     loader = DataLoader(
-        _Items(dataset, items, transform, context.seed),
+        _Items(dataset, items[start:], transform, context.seed),
         batch_size=context.batch_size,
         num_workers=context.workers,
         collate_fn=_collate,
@@ -107,4 +178,6 @@ def stream(
         positions, images, masks = batch
         with context.phase("encode"):
             features = encode_within_memory(encoder, images, context, **options)
-        yield Batch(positions, features, masks)
+            if context.store is not None:
+                features = context.store.rounded(features)
+        yield Batch(tuple(start + position for position in positions), features, masks)

@@ -1,0 +1,222 @@
+"""The feature store: what an encoder gave for the items of a stream, kept on disk and shared by every task and run.
+
+One folder per stream under `<cache>/features`, named by the digest of all that its content depends on: encoder and
+weights, layer, precision, kind of device, normalisation, data set and split, transform, items and seed. Augmentation is
+drawn per item, so augmented features are kept like others. Features lie one after the other in a file; masks, as the
+transform gave them, beside them. Items are appended in order and each has a checksum, so that a run that was killed
+loses the item it was writing and no more. One process writes a stream; others that come meanwhile compute for
+themselves. The least recently used streams go when the budget is spent.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from torch import Tensor
+
+from neco_bench.cache import cache_dir
+from neco_bench.errors import NecoBenchError, NumericalError, UsageError
+from neco_bench.protocol import digest
+from neco_bench.results.files import write_whole
+
+log = logging.getLogger("neco_bench")
+DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+_RECORD = np.dtype([("end", "<u8"), ("checksum", "<u4"), ("height", "<u4"), ("width", "<u4")])
+_ABOUT = "about.json"
+
+
+def store_folder() -> Path:
+    """Where streams are kept. It need not exist yet."""
+    return cache_dir() / "features"
+
+
+def budget() -> float:
+    """Bytes that streams may take together: `NECO_BENCH_FEATURES_GB`, else 20 GB. Raises UsageError for no number."""
+    text = os.environ.get("NECO_BENCH_FEATURES_GB", "20")
+    try:
+        return float(text) * 1e9
+    except ValueError as error:
+        raise UsageError(f"NECO_BENCH_FEATURES_GB={text!r} is not a number of gigabytes.") from error
+
+
+class Stream:
+    """Stored items of one stream: `done` of `count` are there, each features (D, h, w) and a mask (H, W) uint8."""
+
+    def __init__(
+        self, folder: Path, count: int, shape: tuple[int, ...], dtype: np.dtype, lock: FileLock | None
+    ) -> None:
+        self.folder, self.count, self.shape, self.dtype, self._lock = folder, count, shape, dtype, lock
+        self._item = int(np.prod(shape)) * dtype.itemsize
+        index = folder / "index.bin"
+        size = index.stat().st_size if index.exists() else 0
+        self._records = np.fromfile(index, _RECORD, size // _RECORD.itemsize) if size else np.zeros(0, _RECORD)
+        sizes = [(folder / name).stat().st_size if self.done else 0 for name in ("features.bin", "masks.bin")]
+        whole = min(self.done, sizes[0] // self._item, int(np.searchsorted(self._records["end"], sizes[1], "right")))
+        self._records = self._records[:whole]
+        self._files: list[Any] = []
+
+    @property
+    def done(self) -> int:
+        """Items that are there."""
+        return len(self._records)
+
+    def read(self, start: int, stop: int) -> tuple[Tensor, tuple[np.ndarray, ...]] | None:
+        """Features (n, D, h, w) float32 and masks of items start to stop; None where a checksum is wrong."""
+        with open(self.folder / "features.bin", "rb") as features, open(self.folder / "masks.bin", "rb") as masks:
+            features.seek(start * self._item)
+            content = features.read((stop - start) * self._item)
+            place = int(self._records["end"][start - 1]) if start else 0
+            masks.seek(place)
+            found = []
+            for i, record in enumerate(self._records[start:stop]):
+                packed = masks.read(int(record["end"]) - place)
+                place = int(record["end"])
+                item = memoryview(content)[i * self._item : (i + 1) * self._item]
+                if zlib.crc32(packed, zlib.crc32(item)) != record["checksum"]:
+                    return None
+                mask = np.frombuffer(bytearray(zlib.decompress(packed)), np.uint8)
+                found.append(mask.reshape(record["height"], record["width"]))
+        rows = np.frombuffer(bytearray(content), self.dtype).reshape(stop - start, *self.shape)
+        return torch.from_numpy(rows).float(), tuple(found)
+
+    def append(self, features: Tensor, masks: Sequence[np.ndarray]) -> None:
+        """Keep the next items. A disk that is full ends the keeping, not the run."""
+        if self._lock is None:
+            return
+        if features.shape[1:] != self.shape or any(mask.dtype != np.uint8 for mask in masks):  # a plug-in's transform
+            self.close()
+            return
+        try:
+            if not self._files:
+                self._open()
+            rows = features.cpu().numpy().astype(self.dtype)
+            end = int(self._records["end"][-1]) if self.done else 0
+            records = np.zeros(len(rows), _RECORD)
+            for row, mask, record in zip(rows, masks, records, strict=True):
+                item, packed = row.tobytes(), zlib.compress(mask.tobytes(), 1)
+                end += len(packed)
+                record["end"], record["checksum"] = end, zlib.crc32(packed, zlib.crc32(item))
+                record["height"], record["width"] = mask.shape
+                self._files[0].write(item)
+                self._files[1].write(packed)
+            for file, content in zip(self._files, (b"", b"", records.tobytes()), strict=True):
+                file.write(content)
+                file.flush()
+            self._records = np.concatenate([self._records, records])
+        except OSError as error:
+            log.warning("%s: features are no longer kept (%s).", self.folder, error.strerror or error)
+            self.close()
+
+    def _open(self) -> None:
+        """Cut off what a killed process left half-written, and go on from there."""
+        ends = (self.done * self._item, int(self._records["end"][-1]) if self.done else 0, self.done * _RECORD.itemsize)
+        for name, end in zip(("features.bin", "masks.bin", "index.bin"), ends, strict=True):
+            with open(self.folder / name, "ab") as file:
+                file.truncate(end)
+            self._files.append(open(self.folder / name, "ab"))  # noqa: SIM115
+
+    def close(self) -> None:
+        """Let other processes write this stream."""
+        for file in self._files:
+            file.close()
+        self._files = []
+        if self._lock:
+            self._lock.release()
+            self._lock = None
+
+    def drop(self) -> None:
+        """Delete it, as it is damaged."""
+        log.warning("%s: a checksum is wrong; these features are deleted and computed again.", self.folder)
+        self.close()
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@dataclass(frozen=True)
+class FeatureStore:
+    """Opens streams. kept_as: "fp32", the very numbers of the encoder, or "fp16", each with a relative error of at most
+    2**-11 in half the space."""
+
+    kept_as: str = "fp32"
+
+    def rounded(self, features: Tensor) -> Tensor:
+        """Features as they come back from the store. Raises NumericalError where half precision cannot hold them."""
+        if self.kept_as == "fp32":
+            return features
+        half = features.half()
+        if not torch.isfinite(half).all():
+            raise NumericalError("Features exceed the range of half precision. Use --features fp32.")
+        return half.float()
+
+    def open(self, facts: dict[str, Any], count: int, shape: tuple[int, ...]) -> Stream | None:
+        """The stream of `facts`: `count` items of features (D, h, w). None where it does not fit, or cannot be kept."""
+        dtype = DTYPES[self.kept_as]
+        needed = count * int(np.prod(shape)) * dtype.itemsize
+        folder = store_folder() / digest([facts, self.kept_as, count, list(shape)])
+        try:
+            if not folder.exists() and not self._make_room(needed):
+                return None
+            about = {"encoder": facts["encoder"][0], "data": facts["data"], "items": count, "bytes": needed}
+            write_whole(folder / _ABOUT, json.dumps(about | {"kept_as": self.kept_as}).encode())
+            lock = FileLock(folder / "lock")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:  # another process writes it; what is there can be read
+                return Stream(folder, count, shape, dtype, None)
+            return Stream(folder, count, shape, dtype, lock)
+        except (OSError, NecoBenchError) as error:
+            log.warning("Features are not kept: %s", error)
+            return None
+
+    def _make_room(self, needed: int) -> bool:
+        """Delete the least recently used streams that no process writes, until `needed` bytes fit."""
+        limit = budget()
+        store_folder().mkdir(parents=True, exist_ok=True)
+        if needed > limit or needed > shutil.disk_usage(store_folder()).free * 0.9:
+            return False
+        entries = sorted(stored_streams(), key=lambda row: row["used"])
+        total = sum(row["bytes"] for row in entries)
+        for row in entries:
+            if total + needed > limit:
+                total -= row["bytes"] * remove_stream(Path(row["folder"]))
+        return total + needed <= limit
+
+
+def stored_streams() -> list[dict[str, Any]]:
+    """One row per stream in the store: encoder, data, items, how many are there, bytes, when it was used, folder."""
+    rows = []
+    for about in sorted(store_folder().glob(f"*/{_ABOUT}")):
+        try:
+            row = json.loads(about.read_bytes())
+            index = about.with_name("index.bin")
+            done = index.stat().st_size // _RECORD.itemsize if index.exists() else 0
+            size = sum(file.stat().st_size for file in about.parent.iterdir())
+            used = about.stat().st_mtime
+        except (OSError, ValueError):  # deleted meanwhile
+            continue
+        rows.append({**row, "done": done, "bytes": size, "used": used, "folder": str(about.parent)})
+    return rows
+
+
+def remove_stream(folder: Path) -> bool:
+    """Delete a stream unless a process writes it; whether it is gone."""
+    lock = FileLock(folder / "lock")
+    try:
+        lock.acquire(blocking=False)
+    except (Timeout, OSError):
+        return False
+    try:
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        lock.release()
+    return not folder.exists()

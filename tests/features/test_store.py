@@ -1,0 +1,214 @@
+"""The feature store: same numbers, nothing computed twice, nothing lost, nothing trusted that was damaged."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from filelock import FileLock
+
+from neco_bench.cache import cache_dir
+from neco_bench.context import Context
+from neco_bench.data import load_dataset
+from neco_bench.encoders import load_encoder
+from neco_bench.encoders.base import Encoder
+from neco_bench.errors import NumericalError, UsageError
+from neco_bench.features.extract import Batch, stream
+from neco_bench.features.store import FeatureStore, budget, remove_stream, store_folder, stored_streams
+from neco_bench.features.transforms import CropFlip, Squash
+from neco_bench.protocol import find_tasks
+from neco_bench.runner import Options, execute, plan
+
+MODEL = "baseline_rgb"
+
+
+@pytest.fixture(autouse=True)
+def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches that went through an encoder."""
+    sizes: list[int] = []
+    encode = Encoder.encode
+
+    def counted(self: Encoder, images: torch.Tensor, **options: object) -> object:
+        sizes.append(len(images))
+        return encode(self, images, **options)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    return sizes
+
+
+def batches(context: Context, transform: object = None, count: int = 20, epochs: int = 1) -> list[Batch]:
+    dataset = load_dataset("shapes", "val", limit=count)
+    items = [(epoch, i) for epoch in range(epochs) for i in range(count)]
+    return list(stream(load_encoder(MODEL), dataset, transform or Squash(64, "centre"), context, "x", items=items))
+
+
+def with_store(kept_as: str = "fp32", batch_size: int = 8) -> Context:
+    return Context(batch_size=batch_size, store=FeatureStore(kept_as))
+
+
+def flat(found: list[Batch]) -> tuple[torch.Tensor, np.ndarray, list[int]]:
+    masks = np.stack([mask for batch in found for mask in batch.masks])
+    return torch.cat([b.features for b in found]), masks, [p for b in found for p in b.positions]
+
+
+def assert_same(a: list[Batch], b: list[Batch]) -> None:
+    for first, second in zip(flat(a), flat(b), strict=True):
+        np.testing.assert_array_equal(first, second)
+
+
+@pytest.mark.parametrize("transform", [Squash(64, "centre"), CropFlip(64, (0.2, 1.0), (0.75, 1.3), 0.5)])
+def test_what_comes_back_is_what_was_computed(transform: object, encoded: list[int]) -> None:
+    plain = batches(Context(batch_size=8), transform, epochs=2)
+    first, context = batches(with_store(), transform, epochs=2), with_store(batch_size=7)
+    computed = sum(encoded)
+    again = batches(context, transform, epochs=2)
+    assert sum(encoded) == computed == 80
+    assert context.reused == 40
+    assert_same(plain, first)
+    assert_same(plain, again)
+
+
+def test_what_another_number_would_need_is_not_shared(encoded: list[int]) -> None:
+    batches(with_store())
+    batches(with_store(), Squash(80, "centre"))
+    batches(with_store(), Squash(64, "legacy"))
+    batches(Context(batch_size=8, seed=1, store=FeatureStore()))
+    assert (sum(encoded), len(stored_streams())) == (80, 4)
+
+
+@pytest.mark.parametrize("damage", ["none", "half an item", "lost index", "lost masks"])
+def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]) -> None:
+    plain = batches(Context(batch_size=4))
+    encoded.clear()
+    dataset, items = load_dataset("shapes", "val", limit=20), [(0, i) for i in range(20)]
+    context = with_store(batch_size=4)
+    started = stream(load_encoder(MODEL), dataset, Squash(64, "centre"), context, "x", items=items)
+    for _ in range(3):  # the third is appended when the fourth is asked for
+        next(started)
+    started.close()
+    (row,) = stored_streams()
+    assert row["done"] == 12
+    folder = Path(row["folder"])
+    lost = {"none": 0, "half an item": 1, "lost index": 1, "lost masks": 1}[damage]
+    if damage == "half an item":
+        os.truncate(folder / "features.bin", (folder / "features.bin").stat().st_size - 5)
+    elif damage == "lost index":
+        os.truncate(folder / "index.bin", (folder / "index.bin").stat().st_size - 3)
+    elif damage == "lost masks":
+        os.truncate(folder / "masks.bin", (folder / "masks.bin").stat().st_size - 1)
+    encoded.clear()
+    context = with_store(batch_size=4)
+    assert_same(plain, batches(context))
+    assert (context.reused, sum(encoded)) == (12 - lost, 8 + lost)
+    encoded.clear()
+    assert_same(plain, batches(with_store()))
+    assert not encoded
+
+
+@pytest.mark.parametrize("file", ["features.bin", "masks.bin"])
+def test_a_damaged_stream_is_computed_again(file: str, encoded: list[int], caplog: pytest.LogCaptureFixture) -> None:
+    plain = batches(with_store())
+    path = Path(stored_streams()[0]["folder"]) / file
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+    assert_same(plain, batches(with_store()))
+    assert "checksum" in caplog.text
+    assert not stored_streams()
+    batches(with_store())
+    encoded.clear()
+    assert_same(plain, batches(with_store()))
+    assert not encoded
+
+
+def test_a_second_process_computes_for_itself(encoded: list[int]) -> None:
+    plain = batches(with_store())
+    folder = Path(stored_streams()[0]["folder"])
+    os.truncate(folder / "index.bin", 10 * 20)
+    encoded.clear()
+    with FileLock(folder / "lock"):
+        assert_same(plain, batches(with_store()))
+        assert not remove_stream(folder)
+    assert sum(encoded) == 10
+    assert stored_streams()[0]["done"] == 10
+
+
+def test_the_least_recently_used_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    for seed in range(3):
+        batches(Context(batch_size=8, seed=seed, store=FeatureStore()))
+    rows = stored_streams()
+    order = {row["folder"]: i for i, row in enumerate(rows)}
+    for row in rows:
+        os.utime(Path(row["folder"]) / "about.json", (order[row["folder"]], order[row["folder"]]))
+    monkeypatch.setenv("NECO_BENCH_FEATURES_GB", str(3.5 * rows[0]["bytes"] / 1e9))
+    batches(Context(batch_size=8, seed=3, store=FeatureStore()))
+    assert {row["folder"] for row in rows[1:]} < {row["folder"] for row in stored_streams()}
+    assert rows[0]["folder"] not in {row["folder"] for row in stored_streams()}
+    monkeypatch.setenv("NECO_BENCH_FEATURES_GB", "0.000001")
+    assert len(batches(Context(batch_size=8, seed=4, store=FeatureStore()))) == 3
+    assert len(stored_streams()) == 3  # what does not fit at all drives nothing out
+    monkeypatch.setenv("NECO_BENCH_FEATURES_GB", "much")
+    with pytest.raises(UsageError, match="NECO_BENCH_FEATURES_GB='much'"):
+        budget()
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_run(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(content: bytes, level: int) -> bytes:
+        raise OSError(28, "No space left on device")
+
+    plain = batches(Context(batch_size=8))
+    monkeypatch.setattr("neco_bench.features.store.zlib.compress", full)
+    assert_same(plain, batches(with_store()))
+    assert "no longer kept (No space left" in caplog.text
+
+
+def test_half_precision_is_stated_and_bounded() -> None:
+    plain, half = flat(batches(Context(batch_size=8)))[0], flat(batches(with_store("fp16")))[0]
+    assert torch.equal(half, flat(batches(with_store("fp16")))[0])
+    assert not torch.equal(half, plain)
+    assert ((half - plain).abs() <= plain.abs() * 2**-11 + 2**-25).all()
+    with pytest.raises(NumericalError, match="--features fp32"):
+        FeatureStore("fp16").rounded(torch.tensor([1e6]))
+
+
+def test_tasks_share_features_and_results_say_so(encoded: list[int]) -> None:
+    def run(task: str, **options: object):
+        job = plan(MODEL, find_tasks([task])[0], Options(workers=0, limit=12, **options))
+        encoded.clear()
+        result, _ = execute(job, None)
+        assert result.status == "ok", result.error
+        return result, sum(encoded)
+
+    off, computed = run("shapes_ic", features="off")
+    assert not store_folder().exists()
+    first, filling = run("shapes_ic")
+    second, none = run("shapes_ic", overwrite=True)
+    assert (filling, none) == (computed, 0)
+    assert off.metrics == first.metrics == second.metrics
+    assert off.key == first.key == second.key
+    assert second.provenance["features_reused"] == computed
+    run("shapes_cluster_gt")
+    _, shared = run("shapes_overcluster_50")
+    assert shared == 0
+    half, _ = run("shapes_ic", features="fp16")
+    assert half.key != off.key
+    assert (off.provenance["features"]["dtype"], half.provenance["features"]["dtype"]) == ("float32", "float16")
+    assert half.metrics["mIoU"] == pytest.approx(off.metrics["mIoU"], abs=0.01)
+    with pytest.raises(UsageError, match="--features"):
+        Options(features="int4")
+
+
+def test_an_encoder_object_keeps_nothing() -> None:
+    job = plan(MODEL, find_tasks(["shapes_ic"])[0], Options(workers=0, limit=4), identity="mine")
+    execute(job, load_encoder(MODEL))
+    assert not (cache_dir() / "features").exists()
