@@ -318,6 +318,50 @@ def leaderboard(
 
 
 @app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="Model as named in the results, or the start of a result's key.")],
+    second: Annotated[str, typer.Argument(help="Model to compare with it.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
+    results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Compare the classes of each task too.")] = False,
+    images: Annotated[int, typer.Option(help="Show so many of the most gained and most lost images of each task.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Difference of two models, second less first, by paired bootstrap over images: interval, p, and p after Holm.
+
+    Example: neco-bench compare baseline_rgb baseline_hog --task 'shapes_*'
+    """
+    from neco_bench.results import compare as comparing
+    from neco_bench.results.store import ResultStore
+
+    patterns = [part for value in task or [] for part in value.split(",") if part]
+    stores = [ResultStore(folder) for folder in results or [Path("results")]]
+    pairs = comparing.find_pairs(stores, first, second, patterns)
+    tables: dict[str, list[dict[str, Any]]] = {"tasks": [_compared(row) for row in comparing.compare_tasks(pairs)]}
+    for pair in pairs:
+        if per_class and "confusion" in pair.first_arrays:
+            tables[f"{pair.name} by class"] = [_compared(row) for row in comparing.compare_classes(pair)]
+        if images > 0:
+            rows = comparing.compare_images(pair)
+            rows = rows if len(rows) <= 2 * images else [*rows[:images], *rows[-images:]]
+            tables[f"{pair.name} by image"] = [
+                {
+                    "image": name,
+                    "first": f"{100 * a:.1f}",
+                    "second": f"{100 * b:.1f}",
+                    "difference": f"{100 * (b - a):+.1f}",
+                }
+                for name, a, b in rows
+            ]
+    if as_json:
+        print(json.dumps(tables, indent=2))
+        return
+    for title, table in tables.items():
+        print(f"{first} -> {second}" if title == "tasks" else f"\n{title}")
+        _print(table, False)
+
+
+@app.command()
 def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete them; those that a process writes stay.")] = False,
     as_json: Json = False,
@@ -442,6 +486,26 @@ def _summary(result: Result) -> dict[str, Any]:
         "95 % interval": "" if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]",
         "note": ", ".join([*(["subset"] if result.subset else []), *notes]),
         "seconds": f"{result.timing.get('total', 0):.1f}",
+    }
+
+
+def _compared(row: Any) -> dict[str, Any]:
+    """A row of a comparison in percent points."""
+
+    def percent(value: float | None, sign: str = "") -> str:
+        return "" if value is None or value != value else f"{100 * value:{sign}.1f}"
+
+    difference = row.difference
+    known = difference.p == difference.p
+    return {
+        "name": row.name,
+        "first": percent(row.first),
+        "second": percent(row.second),
+        "difference": percent(difference.value, "+"),
+        "95 % interval": f"[{percent(difference.low, '+')}, {percent(difference.high, '+')}]" if known else "",
+        "p": f"{difference.p:.4f}" if known else "",
+        "p (Holm)": f"{row.p_holm:.4f}" if known else "",
+        "items": row.items,
     }
 
 

@@ -221,7 +221,7 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         timing=_timing(context, start),
         peak_memory_mb=peak_memory_mb(),
     )
-    return result, outcome.statistics
+    return result, outcome.statistics | _image_ids(job, outcome)
 
 
 def run(
@@ -366,6 +366,16 @@ def _mean_of_draws(outcomes: list[Outcome], settings: Any, seed: int) -> Outcome
         statistics=stacked,
         features=outcomes[0].features,
     )
+
+
+def _image_ids(job: Job, outcome: Outcome) -> dict[str, np.ndarray]:
+    """Which images the rows of the statistics are of."""
+    import numpy as np
+
+    val = job.data.get("val")
+    if "confusion" not in outcome.statistics or not isinstance(val, SegmentationDataset):
+        return {}
+    return {"image_id": np.array(val.ids[: outcome.n_images])}
 
 
 def _training(job: Job) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Percentile-bootstrap intervals over images or pairs, from per-image sufficient statistics. Pure numpy.
+"""Percentile-bootstrap intervals and paired tests over images or pairs, from per-image statistics. Pure numpy.
 
 Images are resampled with replacement (Efron 1979); a data-set metric such as mIoU is computed anew from the pooled
 counts of each draw. A draw is a vector of how often each image occurs, so that many draws are one matrix product. The
@@ -8,6 +8,7 @@ same n and seed give the same draws, whatever the metric.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -15,6 +16,74 @@ from neco_bench.errors import NumericalError
 from neco_bench.metrics import Absent
 
 _CHUNK = 4_000_000  # drawn image indices held at once: about 100 MB
+
+
+Statistic = Callable[[np.ndarray], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Sums:
+    """A metric as a function of sums over items: `columns` (n, K) and `statistic`, (rows, K) sums to (rows,) values,
+    or to (rows, C) of several metrics at once."""
+
+    columns: np.ndarray
+    statistic: Statistic
+
+    def value(self) -> np.ndarray:
+        """The metric of all items."""
+        return self.statistic(self.columns.sum(0, keepdims=True, dtype=np.float64))[0]
+
+
+def miou_sums(confusions: np.ndarray, absent: Absent = "exclude") -> Sums:
+    """mIoU over pooled pixels, from per-image confusions (n, C, C), rows ground truth, or (S, n, C, C): see
+    `bootstrap_miou`."""
+    columns, ious = _segmentation(confusions)
+
+    def miou(sums: np.ndarray) -> np.ndarray:
+        values, gt, total = ious(sums)
+        counted = {"zero": total >= 0, "exclude": gt > 0, "union": total > 0}[absent]
+        return _mean_counted(values, counted).mean(1)
+
+    return Sums(columns, miou)
+
+
+def class_iou_sums(confusions: np.ndarray) -> Sums:
+    """The IoU of each class, (rows, C), NaN where it is in neither truth nor prediction; of S seeds their mean."""
+    columns, ious = _segmentation(confusions)
+
+    def per_class(sums: np.ndarray) -> np.ndarray:
+        values, _, total = ious(sums)
+        return np.where(total > 0, values, np.nan).mean(1)
+
+    return Sums(columns, per_class)
+
+
+def ratio_sums(hits: np.ndarray, totals: np.ndarray, groups: np.ndarray | None = None) -> Sums:
+    """sum(hits) / sum(totals), or with groups the mean of their ratios: see `bootstrap_ratio`."""
+    ids, group = np.unique(np.zeros(len(hits), int) if groups is None else groups, return_inverse=True)
+    member = np.arange(len(ids)) == group.reshape(-1, 1)
+    columns = np.concatenate([member * hits[:, None], member * totals[:, None]], axis=1)
+
+    def ratio(sums: np.ndarray) -> np.ndarray:
+        above, below = np.split(sums, 2, axis=1)
+        return _mean_counted(_ratios(above, below), below > 0)
+
+    return Sums(columns, ratio)
+
+
+def _segmentation(confusions: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, ...]]]:
+    """Columns, and a function of their sums: IoU, pixels of ground truth and of the union, (rows, S, C) each."""
+    stack = confusions[None] if confusions.ndim == 3 else confusions
+    hits = np.einsum("snii->sni", stack)
+    truth = stack.sum(3)
+    union = truth + stack.sum(2) - hits
+    seeds, images, classes = hits.shape
+
+    def ious(sums: np.ndarray) -> tuple[np.ndarray, ...]:
+        tp, total, gt = sums.reshape(-1, 3, seeds, classes).swapaxes(0, 1)
+        return _ratios(tp, total), gt, total
+
+    return np.stack([hits, union, truth]).transpose(2, 0, 1, 3).reshape(images, 3 * seeds * classes), ious
 
 
 def bootstrap_miou(
@@ -28,20 +97,7 @@ def bootstrap_miou(
     the latter.
     Raises NumericalError for no images, or no ground truth in any draw.
     """
-    stack = confusions[None] if confusions.ndim == 3 else confusions
-    hits = np.einsum("snii->sni", stack)
-    truth = stack.sum(3)
-    union = truth + stack.sum(2) - hits
-    seeds, images, classes = hits.shape
-
-    def miou(sums: np.ndarray) -> np.ndarray:
-        tp, total, gt = sums.reshape(-1, 3, seeds, classes).swapaxes(0, 1).reshape(3, -1, classes)
-        counted = {"zero": total >= 0, "exclude": gt > 0, "union": total > 0}[absent]
-        values = _mean_ratio(tp, total, counted)
-        return values.reshape(-1, seeds).mean(1)
-
-    columns = np.stack([hits, union, truth]).transpose(2, 0, 1, 3).reshape(images, 3 * seeds * classes)
-    return _interval(columns, miou, draws, seed, level)
+    return _interval(_resampled(miou_sums(confusions, absent), draws, seed), level)
 
 
 def bootstrap_ratio(
@@ -58,15 +114,52 @@ def bootstrap_ratio(
     With `groups` (n,) integers (categories): of the mean of the groups' ratios; a group without totals in a draw is
     left out of that draw. Raises NumericalError for no items, or no totals in any draw.
     """
-    ids, group = np.unique(np.zeros(len(hits), int) if groups is None else groups, return_inverse=True)
-    member = np.arange(len(ids)) == group.reshape(-1, 1)
-    columns = np.concatenate([member * hits[:, None], member * totals[:, None]], axis=1)
+    return _interval(_resampled(ratio_sums(hits, totals, groups), draws, seed), level)
 
-    def ratio(sums: np.ndarray) -> np.ndarray:
-        above, below = np.split(sums, 2, axis=1)
-        return _mean_ratio(above, below, below > 0)
 
-    return _interval(columns, ratio, draws, seed, level)
+@dataclass(frozen=True)
+class Difference:
+    """value: of the second less the first; low, high: its interval; p: two-sided, of no difference."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+
+
+def paired_difference(
+    first: Sums, second: Sums, *, draws: int = 10_000, seed: int = 0, level: float = 0.95
+) -> list[Difference]:
+    """The difference of a metric between two models on the same items, drawn anew together (paired bootstrap).
+
+    One per metric of the statistic. p is the smallest level at which the percentile interval leaves out zero (Efron and
+    Tibshirani, *An Introduction to the Bootstrap*, 1993, section 15.4), at least 1 / (draws + 1). NaN where a metric is
+    undefined for all items. Raises NumericalError where the items differ in number.
+    """
+    if len(first.columns) != len(second.columns):
+        raise NumericalError(f"{len(first.columns)} items cannot be paired with {len(second.columns)}.")
+    values = np.atleast_1d(second.value() - first.value())
+    spread = _resampled(second, draws, seed) - _resampled(first, draws, seed)
+    found = []
+    for value, column in zip(values, spread.reshape(len(spread), -1).T, strict=True):
+        known = column[~np.isnan(column)]
+        if np.isnan(value) or not len(known):
+            found.append(Difference(float("nan"), float("nan"), float("nan"), float("nan")))
+            continue
+        low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
+        tail = min((known <= 0).sum(), (known >= 0).sum())
+        found.append(Difference(float(value), float(low), float(high), min(1.0, 2 * (tail + 1) / (len(known) + 1))))
+    return found
+
+
+def holm(values: np.ndarray) -> np.ndarray:
+    """p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 1979); NaN stays NaN."""
+    adjusted = np.full(len(values), np.nan)
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    steps = values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return adjusted
 
 
 def bootstrap_mean(
@@ -76,11 +169,15 @@ def bootstrap_mean(
     return bootstrap_ratio(values, np.ones(len(values)), draws=draws, seed=seed, level=level)
 
 
-def _mean_ratio(above: np.ndarray, below: np.ndarray, counted: np.ndarray) -> np.ndarray:
-    """(draws,) mean over the counted (draws, K) of above / below, where 0 / 0 is 0; NaN where none is counted."""
-    ratios = np.divide(above, below, out=np.zeros_like(above), where=below > 0)
-    number = counted.sum(1)
-    return np.divide((ratios * counted).sum(1), number, out=np.full(len(above), np.nan), where=number > 0)
+def _ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
+    """above / below, where 0 / 0 is 0."""
+    return np.divide(above, below, out=np.zeros_like(above), where=below > 0)
+
+
+def _mean_counted(values: np.ndarray, counted: np.ndarray) -> np.ndarray:
+    """Mean along the last axis over what is counted; NaN where nothing is."""
+    number = counted.sum(-1)
+    return np.divide((values * counted).sum(-1), number, out=np.full(number.shape, np.nan), where=number > 0)
 
 
 def _counts(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
@@ -94,14 +191,16 @@ def _counts(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
         yield np.bincount(picked.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
 
 
-def _interval(
-    columns: np.ndarray, statistic: Callable[[np.ndarray], np.ndarray], draws: int, seed: int, level: float
-) -> tuple[float, float]:
-    """Percentile interval of `statistic`, a function of the (rows, K) resampled sums of `columns` (n, K)."""
-    columns = columns.astype(np.float64)  # pixel counts below 2**53 stay exact
+def _resampled(sums: Sums, draws: int, seed: int) -> np.ndarray:
+    """The metric of each draw, (draws,) or (draws, C). Equal numbers of items and seeds give the same draws."""
+    columns = sums.columns.astype(np.float64)  # pixel counts below 2**53 stay exact
     if not len(columns) or not np.isfinite(columns).all():
         raise NumericalError(f"A bootstrap needs finite values of at least one item, got {len(columns)} items.")
-    values = np.concatenate([statistic(counts @ columns) for counts in _counts(len(columns), draws, seed)])
+    return np.concatenate([sums.statistic(counts @ columns) for counts in _counts(len(columns), draws, seed)])
+
+
+def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
+    """Percentile interval of the values of draws (draws,)."""
     values = values[~np.isnan(values)]
     if not len(values):
         raise NumericalError("A bootstrap found no item with ground truth, so the metric is undefined.")

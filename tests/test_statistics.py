@@ -11,7 +11,16 @@ from hypothesis.extra import numpy as hnp
 from neco_bench import statistics
 from neco_bench.errors import NumericalError
 from neco_bench.metrics import mean_iou
-from neco_bench.statistics import bootstrap_mean, bootstrap_miou, bootstrap_ratio
+from neco_bench.statistics import (
+    bootstrap_mean,
+    bootstrap_miou,
+    bootstrap_ratio,
+    class_iou_sums,
+    holm,
+    miou_sums,
+    paired_difference,
+    ratio_sums,
+)
 
 # Class 2 occurs in no image; image 1 lacks class 1 but predicts it once.
 HAND = np.array(
@@ -134,3 +143,85 @@ def test_image_order_moves_it_only_by_chance():
     bounds = np.array([bootstrap_miou(confusions[rng.permutation(60)]) for _ in range(5)])
     width = (bounds[:, 1] - bounds[:, 0]).mean()
     assert (np.ptp(bounds, axis=0) < 0.1 * width).all()
+
+
+def simulated(rng: np.random.Generator, images: int, skill: np.ndarray) -> np.ndarray:
+    """Per-image confusions (n, 4, 4): difficulty and class sizes differ between images, `skill` (4,) is the recall."""
+    sizes = rng.gamma(1.0, 300, (images, 4)).astype(int)
+    ease = np.clip(skill + rng.normal(0, 0.15, (images, 1)), 0.02, 0.98)
+    right = rng.binomial(sizes, ease)
+    wrong = sizes - right
+    confusion = np.zeros((images, 4, 4), np.int64)
+    for c in range(4):
+        confusion[:, c, c] = right[:, c]
+        for other in range(1, 4):
+            part = wrong[:, c] // 3 + (other <= wrong[:, c] % 3)
+            confusion[:, c, (c + other) % 4] = part
+    return confusion
+
+
+SKILL = np.array([0.9, 0.7, 0.6, 0.4])
+
+
+def test_intervals_cover_the_true_value():
+    rng = np.random.default_rng(0)
+    truth = mean_iou(simulated(rng, 400_000, SKILL).sum(0), absent="exclude")
+    inside = 0
+    for seed in range(600):
+        low, high = bootstrap_miou(simulated(rng, 100, SKILL), draws=1000, seed=seed)
+        inside += low <= truth <= high
+    assert 0.93 <= inside / 600 <= 0.97
+
+
+def test_the_paired_test_rejects_a_true_null_as_often_as_it_says():
+    """Two models of equal skill, whose errors on an image go together: 5 % within three simulation errors."""
+    rng = np.random.default_rng(1)
+    rejected = 0
+    for seed in range(600):
+        images = simulated(rng, 100, SKILL)
+        truth = images.sum(2)
+        sides = []
+        for _ in range(2):  # the same images, each model some of their pixels otherwise
+            side = images.copy()
+            moved = rng.binomial(np.einsum("nii->ni", images), 0.1 * rng.random((100, 1)))
+            for c in range(4):
+                side[:, c, c] -= moved[:, c]
+                side[:, c, (c + 1) % 4] += moved[:, c]
+            assert (side.sum(2) == truth).all()
+            sides.append(miou_sums(side))
+        (difference,) = paired_difference(*sides, draws=1000, seed=seed)
+        rejected += difference.p < 0.05
+        assert (difference.p < 0.05) == (difference.low > 0 or difference.high < 0) or 0.03 < difference.p < 0.07
+    assert abs(rejected / 600 - 0.05) <= 3 * np.sqrt(0.05 * 0.95 / 600)
+
+
+def test_paired_difference_by_hand():
+    hits, more, totals = np.array([1, 0, 2, 1]), np.array([2, 1, 2, 2]), np.full(4, 2)
+    (same,) = paired_difference(ratio_sums(hits, totals), ratio_sums(hits, totals))
+    assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
+    (better,) = paired_difference(ratio_sums(hits, totals), ratio_sums(more, totals), draws=2000)
+    draws = picks(4, 2000)
+    expected = np.quantile((more - hits)[draws].sum(1) / 8, [0.025, 0.975])
+    assert (better.value, better.low, better.high) == pytest.approx((3 / 8, *expected))
+    assert better.p == pytest.approx(2 * (((more - hits)[draws].sum(1) == 0).sum() + 1) / 2001)
+    with pytest.raises(NumericalError, match="cannot be paired"):
+        paired_difference(ratio_sums(hits, totals), ratio_sums(more[:3], totals[:3]))
+
+
+def test_classes_are_compared_each_on_its_own():
+    other = HAND.copy()
+    other[0, 0] = [4, 0, 0]
+    differences = paired_difference(class_iou_sums(HAND), class_iou_sums(other))
+    assert [d.value for d in differences[:2]] == pytest.approx([6 / 7 - 5 / 7, 4 / 5 - 4 / 6])
+    assert np.isnan(differences[2].value)
+    assert np.isnan(differences[2].p)
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
+def test_holm(values):
+    adjusted = holm(np.array([*values, np.nan]))
+    assert np.isnan(adjusted[-1])
+    order = np.argsort(values, kind="stable")
+    for rank, i in enumerate(order):
+        expected = max(values[j] * (len(values) - r) for r, j in enumerate(order[: rank + 1]))
+        assert adjusted[i] == pytest.approx(min(1, expected))

@@ -1,0 +1,187 @@
+"""Two models on the same tasks: paired bootstrap differences from stored per-image statistics. No re-run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+import numpy as np
+
+from neco_bench import metrics
+from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.results.leaderboard import SETTINGS
+from neco_bench.results.schema import Result
+from neco_bench.results.store import ResultStore
+from neco_bench.statistics import (
+    Difference,
+    Sums,
+    class_iou_sums,
+    holm,
+    miou_sums,
+    paired_difference,
+    ratio_sums,
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: of a task, or of a class of it. p_holm: p adjusted for the number of rows compared together."""
+
+    name: str
+    first: float | None
+    second: float | None
+    difference: Difference
+    p_holm: float
+    items: int
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Results of two models on one task and protocol, with their per-image statistics."""
+
+    first: Result
+    second: Result
+    first_arrays: dict[str, np.ndarray]
+    second_arrays: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        """task@protocol"""
+        return f"{self.first.task}@{self.first.protocol}"
+
+
+def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[Pair]:
+    """What both models have results of, same task, protocol, seed and settings; tasks are globs, none means all.
+
+    A model is named as in the results, or by the start of a result's key where equal names have several weights.
+    Raises MissingError where there is nothing to compare, UsageError where a name stands for several results,
+    BadInputError where two results were not measured on the same images.
+    """
+    stores = list(folders)
+    found = [(result, store) for store in stores for result in store.load_all() if result.status == "ok"]
+
+    def of(model: str) -> dict[tuple[str, str, int, int | None], tuple[Result, ResultStore]]:
+        chosen: dict[tuple[str, str, int, int | None], tuple[Result, ResultStore]] = {}
+        for result, store in found:
+            named = result.model == model or (len(model) >= 6 and result.key.startswith(model))
+            if named and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
+                place = (result.task, result.protocol, result.seed, result.limit)
+                other = chosen.setdefault(place, (result, store))[0]
+                if other.key != result.key:
+                    raise UsageError(
+                        f"{model!r} has several results of {result.task}@{result.protocol}: name one by the start of "
+                        f"its key, {other.key[:8]} or {result.key[:8]}."
+                    )
+        if not chosen:
+            names = sorted({result.model for result, _ in found})
+            raise MissingError(
+                f"No result of {model!r}{_of(tasks)}. There are results of: {', '.join(names) or 'none'}."
+            )
+        return chosen
+
+    left, right = of(first), of(second)
+    shared = sorted(set(left) & set(right), key=str)
+    if not shared:
+        raise MissingError(f"{first!r} and {second!r} have no task and protocol in common{_of(tasks)}.")
+    pairs = []
+    for place in shared:
+        (a, in_a), (b, in_b) = left[place], right[place]
+        for fact in SETTINGS[:2]:  # data and card; features may differ, as input sizes follow strides
+            if a.provenance.get(fact) != b.provenance.get(fact):
+                raise BadInputError(
+                    f"{a.task}@{a.protocol}: the two results differ in {fact}, so their images or settings are not the "
+                    f"same. Run one of them again with --overwrite."
+                )
+        pairs.append(Pair(a, b, in_a.statistics(a), in_b.statistics(b)))
+    return pairs
+
+
+def _of(tasks: Sequence[str]) -> str:
+    return f" for {', '.join(tasks)}" if tasks else ""
+
+
+def compare_tasks(pairs: Sequence[Pair], *, draws: int = 10_000) -> list[Row]:
+    """One row per pair, on its primary metric; p adjusted over the rows."""
+    rows = []
+    for pair in pairs:
+        (difference,) = paired_difference(*_sums(pair), draws=draws, seed=pair.first.seed)
+        metric = pair.first.primary_metric
+        values = pair.first.metrics[metric], pair.second.metrics[metric]
+        rows.append((pair.name, *values, difference, pair.first.n_images))
+    return _adjusted(rows)
+
+
+def compare_classes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
+    """One row per class of a pair of segmentation results, the largest gain first; p adjusted over the classes.
+
+    Raises UsageError for results without confusion counts.
+    """
+    if "confusion" not in pair.first_arrays:
+        raise UsageError(f"{pair.name} has no classes of pixels to compare.")
+    sums = [class_iou_sums(arrays["confusion"]) for arrays in (pair.first_arrays, pair.second_arrays)]
+    differences = paired_difference(*sums, draws=draws, seed=pair.first.seed)
+    values = [s.value() for s in sums]
+    names = list(next(iter(pair.first.per_class.values())))
+    rows = [
+        (name, None if np.isnan(a) else float(a), None if np.isnan(b) else float(b), d, pair.first.n_images)
+        for name, a, b, d in zip(names, *values, differences, strict=True)
+    ]
+    rows.sort(key=lambda row: -np.nan_to_num(row[3].value, nan=-9.0))
+    return _adjusted(rows)
+
+
+def compare_images(pair: Pair) -> list[tuple[str, float, float]]:
+    """(id, first, second) of each image, the largest gain first: mIoU over the classes in it, or the share of points.
+
+    Raises MissingError where a result stores no image ids.
+    """
+    sides = []
+    for arrays in (pair.first_arrays, pair.second_arrays):
+        if "confusion" in arrays:
+            counts = arrays["confusion"] if arrays["confusion"].ndim == 4 else arrays["confusion"][None]
+            sides.append(
+                [np.mean([metrics.mean_iou(c, absent="exclude") for c in image]) for image in counts.swapaxes(0, 1)]
+            )
+        else:
+            sides.append(arrays["hits"][:, _column(pair)] / arrays["totals"])
+    ids = pair.first_arrays.get("image_id", pair.first_arrays.get("pair_id"))
+    if ids is None:
+        raise MissingError(f"{pair.name} was stored without image ids. Run it again with --overwrite.")
+    rows = [(str(i), float(a), float(b)) for i, a, b in zip(ids, *sides, strict=True) if not np.isnan(a + b)]
+    return sorted(rows, key=lambda row: (row[1] - row[2], row[0]))
+
+
+def _column(pair: Pair) -> int:
+    """The column of hits that the primary metric, PCK@alpha, reads."""
+    alphas = [f"PCK@{alpha:.2f}" for alpha in pair.first.provenance["settings"]["alphas"]]
+    return alphas.index(pair.first.primary_metric)
+
+
+def _sums(pair: Pair) -> tuple[Sums, Sums]:
+    """The primary metric of the two, over the same items. Raises BadInputError for statistics of another kind."""
+    settings = pair.first.provenance.get("settings", {})
+    both = (pair.first_arrays, pair.second_arrays)
+    if all("confusion" in arrays for arrays in both):
+        first, second = (miou_sums(arrays["confusion"], settings["absent"]) for arrays in both)
+        return first, second
+    if all("hits" in arrays for arrays in both):
+        column = _column(pair)
+        drawn = settings.get("pairs_per_bin") is not None
+        average = settings.get("average") or ("class_mean" if drawn else "points")
+        sides = []
+        for arrays in both:
+            hits, totals = arrays["hits"][:, column], arrays["totals"]
+            if average == "pairs":
+                hits, totals = hits / totals, np.ones(len(totals))
+            sides.append(ratio_sums(hits, totals, arrays["category"] if average == "class_mean" else None))
+        return sides[0], sides[1]
+    raise BadInputError(f"{pair.name}: the stored statistics are not of a kind that can be compared.")
+
+
+def _adjusted(rows: Sequence[tuple[str, float | None, float | None, Difference, int]]) -> list[Row]:
+    adjusted = holm(np.array([difference.p for _, _, _, difference, _ in rows]))
+    return [
+        Row(name, a, b, difference, float(p), items)
+        for (name, a, b, difference, items), p in zip(rows, adjusted, strict=True)
+    ]

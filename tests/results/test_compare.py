@@ -1,0 +1,104 @@
+"""Comparing stored results: pairs that belong together, values that are those of the results, errors for the rest."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.protocol import find_tasks
+from neco_bench.results.compare import compare_classes, compare_images, compare_tasks, find_pairs
+from neco_bench.results.store import ResultStore
+from neco_bench.runner import Options, plan_all, run_job
+from tests.command import neco
+
+TASKS = ["shapes_ic", "shapes_overcluster_50", "shapes_ic@clean-1", "shapes_correspondence"]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ResultStore:
+    folder = ResultStore(tmp_path_factory.mktemp("compared"))
+    options = Options(workers=0, limit=24)
+    for job in plan_all(["baseline_rgb", "baseline_hog"], find_tasks(TASKS), options, folder):
+        assert run_job(job, folder).status == "ok"
+    return folder
+
+
+def test_values_are_those_of_the_results(store: ResultStore) -> None:
+    rows = compare_tasks(find_pairs([store], "baseline_rgb", "baseline_hog", []), draws=500)
+    stored = {(r.model, f"{r.task}@{r.protocol}"): r.metrics[r.primary_metric] for r in store.load_all()}
+    assert len(rows) == len(TASKS)
+    for row in rows:
+        first, second = stored["baseline_rgb", row.name], stored["baseline_hog", row.name]
+        assert (row.first, row.second) == (first, second)
+        assert row.difference.value == pytest.approx(second - first, abs=1e-9)
+        assert row.difference.low <= row.difference.value <= row.difference.high
+        assert row.p_holm >= row.difference.p
+
+
+def test_the_other_way_round_is_the_negative(store: ResultStore) -> None:
+    pairs = [find_pairs([store], a, b, ["shapes_ic"]) for a, b in (("baseline_rgb", "baseline_hog"),) * 2]
+    back = find_pairs([store], "baseline_hog", "baseline_rgb", ["shapes_ic"])
+    for there, here in zip(compare_tasks(pairs[0], draws=500), compare_tasks(back, draws=500), strict=True):
+        assert there.difference.value == pytest.approx(-here.difference.value)
+        assert (there.difference.low, there.difference.p) == pytest.approx((-here.difference.high, here.difference.p))
+
+
+def test_a_model_with_itself_differs_in_nothing(store: ResultStore) -> None:
+    for row in compare_tasks(find_pairs([store], "baseline_rgb", "baseline_rgb", []), draws=200):
+        assert (row.difference.value, row.difference.p, row.p_holm) == (0, 1, 1)
+
+
+def test_classes_and_images(store: ResultStore) -> None:
+    (pair,) = (p for p in find_pairs([store], "baseline_rgb", "baseline_hog", ["shapes_ic"]) if "hbird" in p.name)
+    rows = {row.name: row for row in compare_classes(pair, draws=200)}
+    for name, value in pair.first.per_class["IoU"].items():
+        assert rows[name].first == (None if value is None else pytest.approx(value))
+    gains = [row.difference.value for row in rows.values() if not np.isnan(row.difference.value)]
+    assert gains == sorted(gains, reverse=True)
+    images = compare_images(pair)
+    assert {name for name, _, _ in images} <= set(pair.first_arrays["image_id"])
+    differences = [b - a for _, a, b in images]
+    assert differences == sorted(differences, reverse=True)
+    assert len(set(differences)) > 5
+    (points,) = find_pairs([store], "baseline_rgb", "baseline_hog", ["shapes_correspondence"])
+    assert len(compare_images(points)) == points.first.n_images
+    with pytest.raises(UsageError, match="no classes"):
+        compare_classes(points)
+
+
+def test_errors_name_what_is_there(store: ResultStore, tmp_path: Path) -> None:
+    with pytest.raises(MissingError, match=r"'dino'.*baseline_hog, baseline_rgb"):
+        find_pairs([store], "dino", "baseline_hog", [])
+    with pytest.raises(MissingError, match="for voc_"):
+        find_pairs([store], "baseline_rgb", "baseline_hog", ["voc_*"])
+    other = ResultStore(tmp_path)
+    result = next(r for r in store.load_all() if (r.model, r.task) == ("baseline_rgb", "shapes_ic"))
+    arrays = store.statistics(result)
+    other.save(result.model_copy(update={"key": "f" * 16}), arrays)
+    with pytest.raises(UsageError, match=r"several results.*start of its key"):
+        find_pairs([store, other], "baseline_rgb", "baseline_hog", [])
+    assert len(find_pairs([store, other], "ffffffff", "baseline_hog", [])) == 1
+    provenance = {**result.provenance, "dataset_fingerprint": {"val": "other"}}
+    other.save(result.model_copy(update={"key": "e" * 16, "provenance": provenance, "model": "moved"}), arrays)
+    with pytest.raises(BadInputError, match="differ in dataset_fingerprint"):
+        find_pairs([store, other], "moved", "baseline_hog", [])
+
+
+def test_command(store: ResultStore) -> None:
+    arguments = ["compare", "baseline_rgb", "baseline_hog", "--results", str(store.folder)]
+    code, out, _ = neco(*arguments, "--task", "shapes_ic", "--per-class", "--images", "2")
+    assert code == 0
+    assert "baseline_rgb -> baseline_hog" in out
+    assert "p (Holm)" in out
+    assert "shapes_ic@hbird-2 by class" in out
+    code, out, _ = neco(*arguments, "--json", "--images", "2")
+    tables = json.loads(out)
+    assert len(tables["tasks"]) == len(TASKS)
+    assert len(tables["shapes_ic@hbird-2 by image"]) == 4
+    code, _, err = neco("compare", "nothing", "baseline_hog", "--results", str(store.folder))
+    assert code == 3
+    assert "No result of 'nothing'" in err
