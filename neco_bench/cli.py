@@ -13,7 +13,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TextIO
 
 import typer
 
@@ -85,6 +85,9 @@ def run(
         str, typer.Option(help="Keep features for other tasks: fp32, fp16 (half the space, rounded) or off.")
     ] = "fp32",
     overwrite: Annotated[bool, typer.Option(help="Run again where a result is stored.")] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show for each result where its time went, and its peak memory.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option(help="Check everything, say what would run and its cost, run nothing.")
     ] = False,
@@ -94,10 +97,12 @@ def run(
 
     Example: neco-bench run --model baseline_hog --task 'shapes_*'
     """
-    from neco_bench import runner
+    from neco_bench import distributed, runner
     from neco_bench.protocol import find_tasks, parse_changes
     from neco_bench.results.store import ResultStore
 
+    if distributed.started_by_torchrun():
+        distributed.join()
     runner.check_device(device)
     tasks = find_tasks(task, parse_changes(changes or []))
     options = runner.Options(
@@ -113,7 +118,7 @@ def run(
         layers=layers,
         features=features,
         overwrite=overwrite,
-        progress=True,
+        progress=distributed.rank() == 0,
     )
     store = ResultStore(out)
     jobs = runner.plan_all(_models(model), tasks, options, store)
@@ -127,14 +132,18 @@ def run(
     try:
         for job in jobs:
             results.append(runner.run_job(job, store))
+            if distributed.rank():
+                continue
+            if profile:
+                _print(_phases(results[-1]), False, file=sys.stderr)
             note = f"error: {results[-1].error}" if results[-1].error else "done"
             print(f"{job.label} on {job.task.card.name}@{job.task.label}: {note}", file=sys.stderr)
     except KeyboardInterrupt:
         print(f"interrupted; finished results are in {out}, the same command goes on from there.", file=sys.stderr)
         raise typer.Exit(130) from None
-    if as_json:
+    if distributed.rank() == 0 and as_json:
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
-    else:
+    elif distributed.rank() == 0:
         _print([_summary(result) for result in results], False)
     raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), 0))
 
@@ -509,8 +518,24 @@ def _compared(row: Any) -> dict[str, Any]:
     }
 
 
-def _print(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
-    """Rows as a table for people, or as one JSON list."""
+def _phases(result: Result) -> list[dict[str, Any]]:
+    """Seconds and share of each phase, the longest first, and what none of them covers."""
+    total = result.timing.get("total", 0.0)
+    phases = {name: seconds for name, seconds in result.timing.items() if name != "total"}
+    rows = [
+        *sorted(phases.items(), key=lambda item: -item[1]),
+        ("other", total - sum(phases.values())),
+        ("total", total),
+    ]
+    table = [
+        {"phase": name, "seconds": f"{seconds:.2f}", "share": f"{100 * seconds / max(total, 1e-9):.0f} %"}
+        for name, seconds in rows
+    ]
+    return [*table, {"phase": "peak memory", "seconds": f"{result.peak_memory_mb:.0f} MB", "share": ""}]
+
+
+def _print(rows: Sequence[dict[str, Any]], as_json: bool, file: TextIO | None = None) -> None:
+    """Rows as a table for people, or as one JSON list; on stdout, or on `file`."""
     if as_json:
         print(json.dumps(list(rows), indent=2, default=str))
         return
@@ -520,7 +545,7 @@ def _print(rows: Sequence[dict[str, Any]], as_json: bool) -> None:
     table = [[*rows[0]], *([_text(value) for value in row.values()] for row in rows)]
     widths = [max(map(len, column)) for column in zip(*table, strict=True)]
     for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip())
+        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=file)
 
 
 def _text(value: Any) -> str:

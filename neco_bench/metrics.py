@@ -104,6 +104,19 @@ class ImageConfusions:
     def __len__(self) -> int:
         return len(self._lengths)
 
+    @classmethod
+    def joined(cls, parts: Sequence[ImageConfusions], positions: Sequence[Sequence[int]]) -> ImageConfusions:
+        """Those of several processes as one, in the order of the positions of their images."""
+        whole = cls(parts[0].classes, parts[0].clusters)
+        ends = [np.concatenate([[0], np.cumsum(np.array(part._lengths))]).astype(int) for part in parts]
+        places = [(position, p, i) for p, of_part in enumerate(positions) for i, position in enumerate(of_part)]
+        for _, p, i in sorted(places):
+            start, stop = ends[p][i : i + 2]
+            whole._cells.extend(parts[p]._cells[start:stop])
+            whole._counts.extend(parts[p]._counts[start:stop])
+            whole._lengths.append(int(stop - start))
+        return whole
+
     def total(self) -> np.ndarray:
         """(C, K) int64 over all images."""
         total = np.zeros(self.classes * self.clusters, np.int64)

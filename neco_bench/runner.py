@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from neco_bench import distributed
 from neco_bench.context import Context, Outcome
 from neco_bench.data import DRAWS, load_dataset
 from neco_bench.data.base import Dataset, SegmentationDataset
@@ -56,8 +57,9 @@ class Options:
 
     @property
     def workers_used(self) -> int:
-        """`workers`, by default one core less than there are, at most 8."""
-        return max(0, min(8, (os.cpu_count() or 1) - 1)) if self.workers is None else self.workers
+        """`workers`, by default one core less than there are, at most 8, shared by the processes of torchrun."""
+        spare = max(0, min(8, (os.cpu_count() or 1) - 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return spare if self.workers is None else self.workers
 
     def __post_init__(self) -> None:
         if self.precision not in (None, *PRECISIONS):
@@ -179,6 +181,8 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         if undefined:
             raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
     except NecoBenchError as error:
+        if distributed.world() > 1:  # the other processes wait for this one: end them all
+            raise
         failed = Result(
             key=job.key,
             **common,
@@ -207,6 +211,7 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         "batch_size_used": context.batch_size,
         "workers": context.workers,
         "features_reused": context.reused,
+        "processes": distributed.world(),
         "run": context.notes,
     }
     result = Result(
@@ -268,7 +273,9 @@ def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None)
     if store and (found := stored(job, store)):
         return found
     result, statistics = execute(job, encoder)
-    if store and result.error_code != UsageError.exit_code:  # a mistyped option is no gap in a table
+    if (
+        store and distributed.rank() == 0 and result.error_code != UsageError.exit_code
+    ):  # a mistyped option is no gap in a table
         store.save(result, statistics)
     return result
 

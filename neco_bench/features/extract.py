@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 from torch.utils.data import Dataset as TorchDataset
 
+from neco_bench import distributed
 from neco_bench.context import Context, item_rng
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
@@ -83,15 +84,67 @@ def stream(
     description: str,
     *,
     items: Sequence[tuple[int, int]] | None = None,
+    own: bool = False,
     **options: Any,
 ) -> Iterator[Batch]:
     """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to `encode`.
 
     The generator given to the transform depends on (seed, epoch, image id) alone. Where the context has a feature
-    store, items that are there come from it, and the others go there.
+    store, items that are there come from it, and the others go there. Of several processes each encodes every so many
+    batches; all of them get all batches, in order, or with `own` each only what it encoded.
     """
     if items is None:
         items = [(0, index) for index in range(len(dataset))]
+    if distributed.world() == 1:
+        yield from _local(encoder, dataset, transform, context, description, items, options)
+        return
+    size, step = context.batch_size, context.batch_size * distributed.world()
+    starts = range(distributed.rank() * size, len(items), step)
+    mine = [position for start in starts for position in range(start, min(start + size, len(items)))]
+    local = _local(encoder, dataset, transform, context, description, [items[p] for p in mine], options)
+    batches = _of_size(local, size)
+    side = getattr(transform, "size", encoder.stride) // encoder.stride
+    nothing = Batch((), torch.zeros(0, encoder.embed_dim, side, side, device=encoder.device), ())
+    for _ in range(0, len(items), step):
+        batch = next(batches, nothing)
+        batch = Batch(tuple(mine[p] for p in batch.positions), batch.features, batch.masks)
+        if own:
+            if batch.positions:
+                yield batch
+            continue
+        with context.phase("gather"):
+            features = distributed.gather_rows(batch.features, size)
+            facts = distributed.gather((batch.positions, batch.masks))
+        for rows, (positions, masks) in zip(features, facts, strict=True):
+            if positions:
+                yield Batch(positions, rows, masks)
+
+
+def _of_size(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+    """The same items in batches of `size`; where the store begins or ends they may be smaller."""
+    held: Batch | None = None
+    for batch in batches:
+        if held is not None:
+            features = torch.cat([held.features, batch.features])
+            batch = Batch(held.positions + batch.positions, features, held.masks + batch.masks)
+        while len(batch.positions) >= size:
+            yield Batch(batch.positions[:size], batch.features[:size], batch.masks[:size])
+            batch = Batch(batch.positions[size:], batch.features[size:], batch.masks[size:])
+        held = batch if batch.positions else None
+    if held is not None:
+        yield held
+
+
+def _local(
+    encoder: Encoder,
+    dataset: SegmentationDataset,
+    transform: Transform,
+    context: Context,
+    description: str,
+    items: Sequence[tuple[int, int]],
+    options: dict[str, Any],
+) -> Iterator[Batch]:
+    """Batches of items from the store, as far as it has them, then computed."""
     kept = None
     if context.store is not None and items:
         kept = _open_kept(context.store, encoder, dataset, transform, context, items, options)

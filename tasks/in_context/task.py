@@ -18,7 +18,7 @@ from pydantic import Field, PositiveFloat, PositiveInt
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
-from neco_bench import metrics, statistics
+from neco_bench import distributed, metrics, statistics
 from neco_bench.context import Context, Cost, Outcome, item_rng
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
@@ -122,8 +122,10 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     index, labels = build_memory(encoder, train, settings, context, size)
 
     confusions = metrics.ImageConfusions(classes)
+    scored: list[int] = []
     transform = Squash(size, "legacy" if settings.score_at == "input" else "native")
-    for batch in stream(encoder, val, transform, context, "query", mean=settings.mean, std=settings.std):
+    for batch in stream(encoder, val, transform, context, "query", own=True, mean=settings.mean, std=settings.std):
+        scored += batch.positions
         count, _, rows, columns = batch.features.shape
         queries = batch.features.flatten(2).transpose(1, 2).flatten(0, 1)
         with context.phase("search"):
@@ -134,6 +136,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             for share, mask in zip(shares, batch.masks, strict=True):
                 confusions.add(val.scored(mask), predict_classes(share, *mask.shape).numpy())
 
+    confusions = metrics.ImageConfusions.joined(distributed.gather(confusions), distributed.gather(scored))
     context.notes |= {"memory_patches": index.rows, "search": index.facts}
     total = confusions.total()
     identity = np.arange(classes)

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
 
-from neco_bench import metrics, statistics
+from neco_bench import distributed, metrics, statistics
 from neco_bench.context import Context, Cost, Outcome, item_rng
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
@@ -91,6 +91,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             f"{settings.batch_size}. Use --set drop_last_val=false, or the clean-1 protocol."
         )
     transform = Squash(size, "centre" if settings.score_size else "native")
+    positions: list[int] = []
     for batch in stream(
         encoder,
         val,
@@ -98,9 +99,11 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         context,
         "score",
         items=[(0, i) for i in range(scored)],
+        own=True,
         mean=settings.mean,
         std=settings.std,
     ):
+        positions += batch.positions
         with context.phase("predict"), torch.no_grad():
             for row, mask in enumerate(batch.masks):
                 if settings.score_size:
@@ -109,6 +112,8 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
                 for confusion, predicted in zip(confusions, predictions, strict=True):
                     confusion.add(val.scored(mask), predicted)
 
+    numbers = distributed.gather(positions)
+    confusions = [metrics.ImageConfusions.joined(distributed.gather(c), numbers) for c in confusions]
     scores = [metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions]
     best = int(np.argmax(scores))
     total, per_image = confusions[best].total(), confusions[best].per_image()

@@ -1,0 +1,85 @@
+"""Whole tasks with ViT-S/16 at 224 px, against the bare encoder forward over the same images: ratios in one run.
+
+    python tests/benchmarks/bench_tasks.py [--data-root DIR] [--repeats 3]
+
+CamVid's samples, batch size 16, the default number of workers. The forward is timed on batches that are in memory; a task
+takes loading, encoding and all the rest. "again": another task on the features that the one before it kept. Medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from neco_bench.encoders import load_encoder
+from neco_bench.encoders.base import Encoder
+from neco_bench.features import store
+from neco_bench.protocol import find_tasks
+from neco_bench.runner import Options, execute, plan
+
+MODEL, SIZE, BATCH = "timm:vit_small_patch16_224?pretrained=false&seed=0", 224, 16
+FIRST = {
+    "camvid_ic@hbird-2": {"memory_size": 51_200},
+    "camvid_ic@hbird-2 bf16": {"memory_size": 51_200, "search": "bf16"},
+    "camvid_linear@neco-1 1 epoch": {"epochs": 1},
+    "camvid_cluster_gt@neco-1": {},
+}
+AGAIN = {"camvid_overcluster_50@neco-1": "camvid_cluster_gt@neco-1"}
+
+
+def seconds(encoder: Encoder, name: str, changes: dict[str, Any], root: Path) -> tuple[float, int, dict[str, float]]:
+    """Seconds of a task, the images it encodes, and its phases."""
+    task = find_tasks([name.split()[0]], {"input_size": SIZE, **changes})[0]
+    job = plan(MODEL, task, Options(data_root=root, batch_size=BATCH, device="cpu"))
+    images = sum(len(data) for data in job.data.values())
+    start = time.perf_counter()
+    result, _ = execute(job, None)
+    taken = time.perf_counter() - start
+    if result.status != "ok":
+        raise SystemExit(result.error)
+    phases = {k: round(v, 1) for k, v in result.timing.items() if k not in ("total", "load_encoder")}
+    return taken - result.timing["load_encoder"], images, phases
+
+
+def bare(encoder: Encoder, images: int) -> float:
+    """Seconds of the forward over so many images, without loading."""
+    batch = torch.rand(BATCH, 3, SIZE, SIZE)
+    start = time.perf_counter()
+    for first in range(0, images, BATCH):
+        encoder.encode(batch[: images - first])
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--data-root", type=Path, default=os.environ.get("NECO_BENCH_DATA", "../shared/data"))
+    parser.add_argument("--repeats", type=int, default=3)
+    options = parser.parse_args()
+    encoder = load_encoder(MODEL, device="cpu")
+    bare(encoder, BATCH)
+    ratios: dict[str, list[float]] = {}
+    for _ in range(options.repeats):
+        with tempfile.TemporaryDirectory() as folder:
+            os.environ["NECO_BENCH_CACHE"] = folder
+            for name, changes in {**FIRST, **dict.fromkeys(AGAIN, {})}.items():
+                if name not in AGAIN:
+                    for row in store.stored_streams():
+                        store.remove_stream(Path(row["folder"]))
+                taken, images, phases = seconds(encoder, name, changes, options.data_root)
+                forward = bare(encoder, images)
+                ratios.setdefault(name, []).append(taken / forward)
+                print(f"{name}: {taken:.1f} s, forward {forward:.1f} s, {phases}", flush=True)
+    for name, values in ratios.items():
+        note = f" (again, after {AGAIN[name]})" if name in AGAIN else ""
+        print(f"{statistics.median(values):5.2f} of the bare forward: {name}{note}")
+
+
+if __name__ == "__main__":
+    main()
