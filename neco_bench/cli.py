@@ -71,7 +71,9 @@ def run(
     device: Device = None,
     precision: Precision = None,
     batch_size: Annotated[int, typer.Option(help="Images per encoder forward; halved when memory runs out.")] = 16,
-    workers: Annotated[int | None, typer.Option(help="Loading processes; default: cores - 1, at most 8.")] = None,
+    workers: Annotated[
+        int | None, typer.Option(help="Loading processes; default: cores - 1 for a GPU, threads for a CPU.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     limit: Annotated[int | None, typer.Option(help="First N items of each split only; never ranked.")] = None,
     split_file: Annotated[Path | None, typer.Option(help="List of ids that restricts the training split.")] = None,

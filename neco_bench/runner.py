@@ -36,7 +36,8 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Options:
-    """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers.
+    """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers
+    beside a GPU and none beside a CPU.
 
     features: how those of a named model are kept and shared by tasks, "fp32", "fp16" or "off".
     """
@@ -169,6 +170,8 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     try:
         with context.phase("load_encoder"):
             loaded = encoder or load_job_encoder(job)
+        if options.workers is None and loaded.device.type == "cpu":
+            context.workers = 0  # threads load: processes would disturb an encoder on the same cores
         if options.features == "fp16" or (options.features != "off" and encoder is None):
             from neco_bench.features.store import FeatureStore
 

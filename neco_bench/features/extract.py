@@ -7,7 +7,9 @@ encoder may. When the device runs out of memory the batch is halved and the size
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +63,38 @@ def _collate(rows: list[Any]) -> tuple[tuple[int, ...], Tensor, tuple[np.ndarray
             return row
     positions, images, masks = zip(*rows, strict=True)
     return positions, torch.stack(images), masks
+
+
+def _loaded(items: _Items, context: Context) -> DataLoader | _Threaded:
+    """Batches of items by worker processes, or without them by threads of this one.
+
+    Beside an encoder on the same cores, threads that take turns with it lose less than processes that disturb it.
+    """
+    if context.workers:
+        return DataLoader(
+            items,
+            batch_size=context.batch_size,
+            num_workers=context.workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+    return _Threaded(items, context.batch_size)
+
+
+class _Threaded:
+    """Batches of items, each loaded by several threads when it is asked for."""
+
+    def __init__(self, items: _Items, batch_size: int) -> None:
+        self.items, self.batch_size = items, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            for start in range(0, len(self.items), self.batch_size):
+                stop = min(start + self.batch_size, len(self.items))
+                yield _collate(list(pool.map(self.items.__getitem__, range(start, stop))))
 
 
 def encode_within_memory(encoder: Encoder, images: Tensor, context: Context, **options: Any) -> Tensor:
@@ -213,14 +247,9 @@ def _computed(
     """Batches of the items from `start` on, loaded and encoded."""
     if start == len(items):
         return
-    loader = DataLoader(
-        _Items(dataset, items[start:], transform, context.seed),
-        batch_size=context.batch_size,
-        num_workers=context.workers,
-        collate_fn=_collate,
-        pin_memory=encoder.device.type == "cuda",
+    batches = iter(
+        context.track(_loaded(_Items(dataset, items[start:], transform, context.seed), context), description)
     )
-    batches = iter(context.track(loader, description))
     while True:
         with context.phase("load"):
             batch = next(batches, None)

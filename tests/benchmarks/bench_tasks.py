@@ -2,8 +2,8 @@
 
     python tests/benchmarks/bench_tasks.py [--data-root DIR] [--repeats 3]
 
-CamVid's samples, batch size 16, the default number of workers. The forward is timed on batches that are in memory; a task
-takes loading, encoding and all the rest. "again": another task on the features that the one before it kept. Medians.
+CamVid's samples, batch size 16, default loading. The forward is timed on batches that are in memory; a task takes
+loading, encoding and all the rest. "again": another task on the features that the one before it kept. Medians.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def main() -> None:
     for _ in range(options.repeats):
         with tempfile.TemporaryDirectory() as folder:
             os.environ["NECO_BENCH_CACHE"] = folder
-            for name, changes in {**FIRST, **dict.fromkeys(AGAIN, {})}.items():
+            for name, changes in {**FIRST, **{key: {} for key in AGAIN}}.items():
                 if name not in AGAIN:
                     for row in store.stored_streams():
                         store.remove_stream(Path(row["folder"]))
