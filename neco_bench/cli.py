@@ -215,6 +215,38 @@ def check(
 
 
 @app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="Model spec.")],
+    dataset: Annotated[str, typer.Option(help="Data set of images and masks; see `neco-bench data list`.")] = "shapes",
+    split: Annotated[str, typer.Option(help="Its split.")] = "val",
+    images: Annotated[int, typer.Option(help="Images, spread evenly over the split.")] = 32,
+    size: Annotated[int, typer.Option(help="Pixels a side, rounded down to the stride.")] = 224,
+    picture: Annotated[Path | None, typer.Option(help="PNG to write: images, components as colours, norms.")] = None,
+    data_root: DataRoot = None,
+    weights: Weights = None,
+    device: Device = None,
+    precision: Precision = None,
+    layers: Layers = None,
+    as_json: Json = False,
+) -> None:
+    """Why a score may be what it is: norm outliers, effective rank, positional leakage, neighbour purity, shifts.
+
+    Example: neco-bench diagnose baseline_hog --picture hog.png
+    """
+    from neco_bench.data import load_dataset
+    from neco_bench.data.base import SegmentationDataset
+    from neco_bench.encoders import load_encoder
+    from neco_bench.errors import UsageError
+    from neco_bench.viz.diagnosis import diagnose as run_diagnosis
+
+    data = load_dataset(dataset, split, root=data_root)
+    if not isinstance(data, SegmentationDataset):
+        raise UsageError(f"{dataset!r} has no masks. Name a data set for segmentation with --dataset.")
+    encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
+    _print(run_diagnosis(encoder, data, size, images, picture), as_json)
+
+
+@app.command()
 def train(
     data: Annotated[
         str,
