@@ -87,6 +87,13 @@ def run(
         str, typer.Option(help="Keep features for other tasks: fp32, fp16 (half the space, rounded) or off.")
     ] = "fp32",
     overwrite: Annotated[bool, typer.Option(help="Run again where a result is stored.")] = False,
+    launcher: Annotated[
+        str | None, typer.Option(help="Submit one job per result through submitit: slurm, or local processes.")
+    ] = None,
+    launcher_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Parameter of the jobs, such as slurm_partition=gpu; repeatable."),
+    ] = None,
     profile: Annotated[
         bool, typer.Option("--profile", help="Show for each result where its time went, and its peak memory.")
     ] = False,
@@ -131,9 +138,13 @@ def run(
         _print([{name: row[name] for name in row if as_json or name != "exit_code"} for row in rows], as_json)
         raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
     results = []
+    if launcher is not None:
+        from neco_bench.launch import Grid
+
+        grid = Grid(jobs, store, launcher, parse_changes(launcher_set or []))
     try:
-        for job in jobs:
-            results.append(runner.run_job(job, store))
+        for number, job in enumerate(jobs):
+            results.append(grid.result(number) if launcher is not None else runner.run_job(job, store))
             if distributed.rank():
                 continue
             if profile:

@@ -22,7 +22,7 @@ def report_page(results: Iterable[Result]) -> str:
 
 
 def _content(results: list[Result]) -> dict[str, Any]:
-    """columns, models in the order of the tables, results, and provenance that many of them share, each once.
+    """columns, models, their order in each table, results, and provenance that many of them share, each once.
 
     Values are integers, in tenths of a percent point.
     """
@@ -30,7 +30,9 @@ def _content(results: list[Result]) -> dict[str, Any]:
     rows: list[dict[str, Any]] = []
     order: dict[str, None] = {}
     shared: dict[str, int] = {}
+    orders: dict[str, list[str]] = {}
     for grid in grids(results):
+        orders[grid.family + KINDS[grid.kind]] = list(grid.models)
         places = {}
         for name in grid.columns:
             found = [cell for (_, column), cell in grid.cells.items() if column == name]
@@ -44,6 +46,7 @@ def _content(results: list[Result]) -> dict[str, Any]:
     return {
         "columns": columns,
         "models": list(order),
+        "orders": orders,
         "results": rows,
         "provenance": [json.loads(text) for text in shared],
     }

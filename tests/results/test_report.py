@@ -81,7 +81,7 @@ def test_sort_filter_open_and_dark(make_result: Callable[..., Result], tmp_path:
     script = (
         FIRST
         + """
-        const before = first(0);
+        const before = [first(0), first(1)];
         document.querySelectorAll('section')[0].querySelectorAll('th button')[1].click();
         const down = first(0);
         document.querySelectorAll('section')[0].querySelectorAll('th button')[1].click();
@@ -115,6 +115,7 @@ def test_sort_filter_open_and_dark(make_result: Callable[..., Result], tmp_path:
     )
     out = drive(report_page(board(make_result)), script, tmp_path)
     assert out["wrong"] == []
+    assert out["before"] == ["model-0", "model-2"]  # each table has its own best first
     assert (out["down"], out["up"]) == ("model-0", "model-2")
     assert out["families"] == ["linear segmentation", "Plots"]
     assert out["searched"] == 2
