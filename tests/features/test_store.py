@@ -10,7 +10,6 @@ import pytest
 import torch
 from filelock import FileLock
 
-from neco_bench.cache import cache_dir
 from neco_bench.context import Context
 from neco_bench.data import load_dataset
 from neco_bench.encoders import load_encoder
@@ -27,7 +26,7 @@ MODEL = "baseline_rgb"
 
 @pytest.fixture(autouse=True)
 def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("neco_bench.features.store.cache_dir", lambda: tmp_path / "cache")
 
 
 @pytest.fixture
@@ -211,4 +210,4 @@ def test_tasks_share_features_and_results_say_so(encoded: list[int]) -> None:
 def test_an_encoder_object_keeps_nothing() -> None:
     job = plan(MODEL, find_tasks(["shapes_ic"])[0], Options(workers=0, limit=4), identity="mine")
     execute(job, load_encoder(MODEL))
-    assert not (cache_dir() / "features").exists()
+    assert not store_folder().exists()
