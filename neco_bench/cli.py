@@ -142,9 +142,17 @@ def run(
         from neco_bench.launch import Grid
 
         grid = Grid(jobs, store, launcher, parse_changes(launcher_set or []))
+    died = 0
     try:
         for number, job in enumerate(jobs):
-            results.append(grid.result(number) if launcher is not None else runner.run_job(job, store))
+            try:
+                results.append(grid.result(number) if launcher is not None else runner.run_job(job, store))
+            except NecoBenchError as error:
+                if launcher is None:
+                    raise
+                print(f"error: {error}", file=sys.stderr)
+                died = died or error.exit_code
+                continue
             if distributed.rank():
                 continue
             if profile:
@@ -158,7 +166,7 @@ def run(
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
     elif distributed.rank() == 0:
         _print([_summary(result) for result in results], False)
-    raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), 0))
+    raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), died))
 
 
 @app.command()

@@ -175,7 +175,10 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         if options.features == "fp16" or (options.features != "off" and encoder is None):
             from neco_bench.features.store import FeatureStore
 
-            context.store = FeatureStore(options.features)
+            identity = None
+            if encoder is None:
+                identity = digest([request_id(job.model, options.weights), job.facts["versions"]])
+            context.store = FeatureStore(options.features, identity)
         provenance |= _encoder_facts(loaded)
         check_size(task, loaded)
         _glance(job)

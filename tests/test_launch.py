@@ -37,8 +37,10 @@ def test_a_job_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
     encoder = tmp_path / "dies.py"
     encoder.write_text("import os\ndef dies():\n    os._exit(7)\n")
     model = f"{encoder}:dies"
-    code, _, err = neco("run", "--model", model, "--task", "shapes_ic", "--out", tmp_path / "r", "--launcher", "local")
+    options = ["--limit", "6", "--workers", "0", "--out", tmp_path / "r", "--launcher", "local", "--json"]
+    code, out, err = neco("run", "--model", f"{model},baseline_rgb", "--task", "shapes_ic", *options)
     assert code == 4
+    assert [row["model"] for row in json.loads(out)] == ["baseline_rgb"]  # the other job is not lost
     assert "ended without a result" in err
     assert "_log.err" in err
 

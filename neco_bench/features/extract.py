@@ -137,8 +137,7 @@ def stream(
     mine = [position for start in starts for position in range(start, min(start + size, len(items)))]
     local = _local(encoder, dataset, transform, context, description, [items[p] for p in mine], options)
     batches = _of_size(local, size)
-    side = getattr(transform, "size", encoder.stride) // encoder.stride
-    nothing = Batch((), torch.zeros(0, encoder.embed_dim, side, side, device=encoder.device), ())
+    nothing = Batch((), torch.zeros(0, device=encoder.device), ())
     for _ in range(0, len(items), step):
         batch = next(batches, nothing)
         batch = Batch(tuple(mine[p] for p in batch.positions), batch.features, batch.masks)
@@ -147,9 +146,11 @@ def stream(
                 yield batch
             continue
         with context.phase("gather"):
-            features = distributed.gather_rows(batch.features, size)
-            facts = distributed.gather((batch.positions, batch.masks))
-        for rows, (positions, masks) in zip(features, facts, strict=True):
+            facts = distributed.gather((batch.positions, batch.masks, batch.features.shape[1:]))
+            shape = facts[0][2]  # the first process has a batch whenever another has one
+            own_rows = batch.features if batch.positions else batch.features.new_zeros(0, *shape)
+            features = distributed.gather_rows(own_rows, size)
+        for rows, (positions, masks, _) in zip(features, facts, strict=True):
             if positions:
                 yield Batch(positions, rows, masks)
 

@@ -72,7 +72,13 @@ class Stream:
         return len(self._records)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, tuple[np.ndarray, ...]] | None:
-        """Features (n, D, h, w) float32 and masks of items start to stop; None where a checksum is wrong."""
+        """Features (n, D, h, w) float32 and masks of items start to stop; None where they are damaged or gone."""
+        try:
+            return self._read(start, stop)
+        except OSError:  # another process made room
+            return None
+
+    def _read(self, start: int, stop: int) -> tuple[Tensor, tuple[np.ndarray, ...]] | None:
         with open(self.folder / "features.bin", "rb") as features, open(self.folder / "masks.bin", "rb") as masks:
             features.seek(start * self._item)
             content = features.read((stop - start) * self._item)
@@ -136,18 +142,21 @@ class Stream:
             self._lock = None
 
     def drop(self) -> None:
-        """Delete it, as it is damaged."""
-        log.warning("%s: a checksum is wrong; these features are deleted and computed again.", self.folder)
+        """Delete it, as it is damaged; what another process writes is left to that one."""
+        log.warning("%s: a checksum is wrong or a file is gone; these features are computed again.", self.folder)
+        if self._lock:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
-        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @dataclass(frozen=True)
 class FeatureStore:
     """Opens streams. kept_as: "fp32", the very numbers of the encoder, or "fp16", each with a relative error of at most
-    2**-11 in half the space."""
+    2**-11 in half the space. identity: of the encoder as it was asked for, with code and package versions, which its
+    weights do not tell; None keeps nothing."""
 
     kept_as: str = "fp32"
+    identity: str | None = None
 
     def rounded(self, features: Tensor) -> Tensor:
         """Features as they come back from the store. Raises NumericalError where half precision cannot hold them."""
@@ -160,9 +169,11 @@ class FeatureStore:
 
     def open(self, facts: dict[str, Any], count: int, shape: tuple[int, ...]) -> Stream | None:
         """The stream of `facts`: `count` items of features (D, h, w). None where it does not fit, or cannot be kept."""
+        if self.identity is None:
+            return None
         dtype = DTYPES[self.kept_as]
         needed = count * int(np.prod(shape)) * dtype.itemsize
-        folder = store_folder() / digest([facts, self.kept_as, count, list(shape)])
+        folder = store_folder() / digest([self.identity, facts, self.kept_as, count, list(shape)])
         try:
             if not folder.exists() and not self._make_room(needed):
                 return None
@@ -174,6 +185,8 @@ class FeatureStore:
             except Timeout:  # another process writes it; what is there can be read
                 return Stream(folder, count, shape, dtype, None)
             return Stream(folder, count, shape, dtype, lock)
+        except UsageError:
+            raise
         except (OSError, NecoBenchError) as error:
             log.warning("Features are not kept: %s", error)
             return None

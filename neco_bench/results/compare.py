@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -10,7 +11,6 @@ import numpy as np
 
 from neco_bench import metrics
 from neco_bench.errors import BadInputError, MissingError, UsageError
-from neco_bench.results.leaderboard import SETTINGS
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.statistics import (
@@ -61,12 +61,13 @@ def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: S
     stores = list(folders)
     found = [(result, store) for store in stores for result in store.load_all() if result.status == "ok"]
 
-    def of(model: str) -> dict[tuple[str, str, int, int | None], tuple[Result, ResultStore]]:
-        chosen: dict[tuple[str, str, int, int | None], tuple[Result, ResultStore]] = {}
+    def of(model: str) -> dict[tuple[object, ...], tuple[Result, ResultStore]]:
+        chosen: dict[tuple[object, ...], tuple[Result, ResultStore]] = {}
         for result, store in found:
             named = result.model == model or (len(model) >= 6 and result.key.startswith(model))
             if named and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
-                place = (result.task, result.protocol, result.seed, result.limit)
+                changed = json.dumps(result.changed, sort_keys=True, default=str)
+                place = (result.task, result.protocol, changed, result.seed, result.limit)
                 other = chosen.setdefault(place, (result, store))[0]
                 if other.key != result.key:
                     raise UsageError(
@@ -87,7 +88,7 @@ def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: S
     pairs = []
     for place in shared:
         (a, in_a), (b, in_b) = left[place], right[place]
-        for fact in SETTINGS[:2]:  # data and card; features may differ, as input sizes follow strides
+        for fact in ("dataset_fingerprint", "card_hash", "protocol_hash"):  # input sizes may differ, as strides do
             if a.provenance.get(fact) != b.provenance.get(fact):
                 raise BadInputError(
                     f"{a.task}@{a.protocol}: the two results differ in {fact}, so their images or settings are not the "

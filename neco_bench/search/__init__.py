@@ -140,6 +140,7 @@ class _Half:
             low[:, width + 2] = rounded.norm(dim=1) * UPWARDS
             low[:, width + 3] = 1
             self.longest = max(self.longest, float(centred.norm(dim=1).max()))
+        self.longest += float(self.mean.norm())  # sums of keys as they are round like these
         self.again = _Torch(keys)
         self.searched = self.doubted = 0
 
@@ -197,9 +198,9 @@ class _Half:
 
 def _ways(device: torch.device) -> dict[str, Callable[[Tensor], Any]]:
     """The exact ways on a device, by name."""
-    ways: dict[str, Callable[[Tensor], Any]] = {"torch": _Torch, "torch-bf16": _Half}
-    if device.type == "cpu":
-        ways["numpy"] = _Numpy
+    ways: dict[str, Callable[[Tensor], Any]] = {"torch": _Torch}
+    if device.type == "cpu":  # elsewhere products may be summed in bfloat16, and prove nothing
+        ways |= {"torch-bf16": _Half, "numpy": _Numpy}
     elif device.type == "cuda" and _faiss_sees_gpu():
         ways["faiss-gpu"] = _Faiss
     return ways
@@ -254,7 +255,7 @@ class ExactIndex:
             name = self.way or ("torch" if small else next(iter(fastest(self.device, self.dimension, k))))
             keys = self._keys[: self.rows]
             self._way = _ways(self.device)[name](keys)
-            self.facts = {"index": name, "recall": 1.0, "bytes": keys.numel() * (6 if "bf16" in name else 4)}
+            self.facts = {"index": name, "bytes": keys.numel() * (6 if "bf16" in name else 4)}
         scores, ids = self._way.search(queries.to(self.device, torch.float32), k)
         return scores.cpu(), ids.cpu()
 

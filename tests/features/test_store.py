@@ -50,7 +50,7 @@ def batches(context: Context, transform: object = None, count: int = 20, epochs:
 
 
 def with_store(kept_as: str = "fp32", batch_size: int = 8) -> Context:
-    return Context(batch_size=batch_size, store=FeatureStore(kept_as))
+    return Context(batch_size=batch_size, store=FeatureStore(kept_as, "one"))
 
 
 def flat(found: list[Batch]) -> tuple[torch.Tensor, np.ndarray, list[int]]:
@@ -79,7 +79,7 @@ def test_what_another_number_would_need_is_not_shared(encoded: list[int]) -> Non
     batches(with_store())
     batches(with_store(), Squash(80, "centre"))
     batches(with_store(), Squash(64, "legacy"))
-    batches(Context(batch_size=8, seed=1, store=FeatureStore()))
+    batches(Context(batch_size=8, seed=1, store=FeatureStore(identity="one")))
     assert (sum(encoded), len(stored_streams())) == (80, 4)
 
 
@@ -142,17 +142,17 @@ def test_a_second_process_computes_for_itself(encoded: list[int]) -> None:
 
 def test_the_least_recently_used_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(3):
-        batches(Context(batch_size=8, seed=seed, store=FeatureStore()))
+        batches(Context(batch_size=8, seed=seed, store=FeatureStore(identity="one")))
     rows = stored_streams()
     order = {row["folder"]: i for i, row in enumerate(rows)}
     for row in rows:
         os.utime(Path(row["folder"]) / "about.json", (order[row["folder"]], order[row["folder"]]))
     monkeypatch.setenv("NECO_BENCH_FEATURES_GB", str(3.5 * rows[0]["bytes"] / 1e9))
-    batches(Context(batch_size=8, seed=3, store=FeatureStore()))
+    batches(Context(batch_size=8, seed=3, store=FeatureStore(identity="one")))
     assert {row["folder"] for row in rows[1:]} < {row["folder"] for row in stored_streams()}
     assert rows[0]["folder"] not in {row["folder"] for row in stored_streams()}
     monkeypatch.setenv("NECO_BENCH_FEATURES_GB", "0.000001")
-    assert len(batches(Context(batch_size=8, seed=4, store=FeatureStore()))) == 3
+    assert len(batches(Context(batch_size=8, seed=4, store=FeatureStore(identity="one")))) == 3
     assert len(stored_streams()) == 3  # what does not fit at all drives nothing out
     monkeypatch.setenv("NECO_BENCH_FEATURES_GB", "much")
     with pytest.raises(UsageError, match="NECO_BENCH_FEATURES_GB='much'"):
@@ -205,6 +205,52 @@ def test_tasks_share_features_and_results_say_so(encoded: list[int]) -> None:
     assert half.metrics["mIoU"] == pytest.approx(off.metrics["mIoU"], abs=0.01)
     with pytest.raises(UsageError, match="--features"):
         Options(features="int4")
+
+
+def test_code_that_changed_shares_nothing_with_what_it_was(tmp_path: Path) -> None:
+    """Weights are the same in both; what the module does with them is not."""
+    file = tmp_path / "mine.py"
+    code = (
+        "import torch\n"
+        "class Mine(torch.nn.Module):\n"
+        "    embed_dim, stride = 8, 16\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        torch.manual_seed(0)\n"
+        "        self.net = torch.nn.Conv2d(3, 8, 16, 16)\n"
+        "    def forward(self, x):\n"
+        "        return self.net(x)\n"
+        "def mine():\n"
+        "    return Mine()\n"
+    )
+
+    def run() -> tuple[float, int]:
+        job = plan(f"{file}:mine", find_tasks(["shapes_ic"])[0], Options(workers=0, limit=8))
+        result, _ = execute(job, None)
+        assert result.status == "ok", result.error
+        return result.metrics["mIoU"], result.provenance["features_reused"]
+
+    file.write_text(code)
+    first, _ = run()
+    assert run() == (first, 16)
+    file.write_text(code.replace("self.net(x)", "self.net(x.abs()).relu()"))
+    second, reused = run()
+    assert reused == 0
+    assert second != first
+
+
+def test_features_that_another_process_deleted_are_computed(encoded: list[int]) -> None:
+    plain = batches(with_store())
+    folder = Path(stored_streams()[0]["folder"])
+    encoded.clear()
+    reading = stream(
+        load_encoder(MODEL), load_dataset("shapes", "val", limit=20), Squash(64, "centre"), with_store(), "x"
+    )
+    found = [next(reading)]
+    (folder / "features.bin").unlink()
+    found += reading
+    assert_same(plain, found)
+    assert sum(encoded) == 12
 
 
 def test_an_encoder_object_keeps_nothing() -> None:

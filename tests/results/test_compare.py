@@ -12,7 +12,7 @@ from neco_bench.errors import BadInputError, MissingError, UsageError
 from neco_bench.protocol import find_tasks
 from neco_bench.results.compare import compare_classes, compare_images, compare_tasks, find_pairs
 from neco_bench.results.store import ResultStore
-from neco_bench.runner import Options, plan_all, run_job
+from neco_bench.runner import Options, plan, plan_all, run_job
 from tests.command import neco
 
 TASKS = ["shapes_ic", "shapes_overcluster_50", "shapes_ic@clean-1", "shapes_correspondence"]
@@ -86,6 +86,15 @@ def test_errors_name_what_is_there(store: ResultStore, tmp_path: Path) -> None:
     other.save(result.model_copy(update={"key": "e" * 16, "provenance": provenance, "model": "moved"}), arrays)
     with pytest.raises(BadInputError, match="differ in dataset_fingerprint"):
         find_pairs([store, other], "moved", "baseline_hog", [])
+
+
+def test_what_was_set_otherwise_is_not_compared(store: ResultStore, tmp_path: Path) -> None:
+    other = ResultStore(tmp_path)
+    for model, k in (("baseline_rgb", 3), ("baseline_hog", 5)):
+        task = find_tasks(["shapes_ic"], {"neighbours": k})[0]
+        assert run_job(plan(model, task, Options(workers=0, limit=6)), other).status == "ok"
+    with pytest.raises(MissingError, match="in common"):
+        find_pairs([other], "baseline_rgb", "baseline_hog", [])
 
 
 def test_command(store: ResultStore) -> None:
