@@ -386,6 +386,9 @@ def compare(
     task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Compare the classes of each task too.")] = False,
+    per_size: Annotated[
+        bool, typer.Option("--per-size", help="Compare small, medium and large regions of each segmentation task too.")
+    ] = False,
     images: Annotated[int, typer.Option(help="Show so many of the most gained and most lost images of each task.")] = 0,
     as_json: Json = False,
 ) -> None:
@@ -401,8 +404,10 @@ def compare(
     pairs = comparing.find_pairs(stores, first, second, patterns)
     tables: dict[str, list[dict[str, Any]]] = {"tasks": [_compared(row) for row in comparing.compare_tasks(pairs)]}
     for pair in pairs:
-        if per_class and "confusion" in pair.first_arrays:
+        if per_class:
             tables[f"{pair.name} by class"] = [_compared(row) for row in comparing.compare_classes(pair)]
+        if per_size and "confusion" in pair.first_arrays:
+            tables[f"{pair.name} by size"] = [_compared(row) for row in comparing.compare_sizes(pair)]
         if images > 0:
             rows = comparing.compare_images(pair)
             rows = rows if len(rows) <= 2 * images else [*rows[:images], *rows[-images:]]
@@ -421,6 +426,50 @@ def compare(
     for title, table in tables.items():
         print(f"{first} -> {second}" if title == "tasks" else f"\n{title}")
         _print(table, False)
+
+
+@app.command()
+def show(
+    model: Annotated[str, typer.Argument(help="Model as named in the results, or the start of a result's key.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
+    results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
+    out: Annotated[Path, typer.Option(help="Where the pages go, one folder per result.")] = Path("pictures"),
+    worst: Annotated[int, typer.Option(help="So many images or pairs with the lowest scores.")] = 4,
+    best: Annotated[int, typer.Option(help="So many with the highest scores.")] = 4,
+    image: Annotated[list[str] | None, typer.Option(help="Ids to show instead; repeatable.")] = None,
+    data_root: DataRoot = None,
+    weights: Weights = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Pictures for stored results: predictions and errors, nearest patches, clusters, found points; a page and a PNG.
+
+    The task runs again for them, on kept features where there are, and its predictions are held against the stored
+    counts.
+
+    Example: neco-bench show baseline_hog --task shapes_ic
+    """
+    from neco_bench.results.compare import results_of
+    from neco_bench.results.files import slug
+    from neco_bench.results.store import ResultStore
+    from neco_bench.runner import job_of
+    from neco_bench.viz.show import show as draw
+
+    patterns = [part for value in task or [] for part in value.split(",") if part]
+    found = results_of([ResultStore(folder) for folder in results or [Path("results")]], model, patterns)
+    rows = []
+    for result, store in found.values():
+        job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)
+        folder = out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
+        shown = draw(result, store.statistics(result), job, folder, worst=worst, best=best, named=image or [])
+        if shown.differing:
+            print(
+                f"warning: {result.model} on {result.task}@{result.protocol}: {shown.differing} of {shown.items} items "
+                f"have other counts than those stored; versions, weights or data changed since.",
+                file=sys.stderr,
+            )
+        rows.append({"task": f"{result.task}@{result.protocol}", "items": shown.items, "page": str(shown.page)})
+    _print(rows, as_json)
 
 
 @app.command()

@@ -31,6 +31,9 @@ class Context:
     batch_size: images per encoder forward; halved when the device runs out of memory. timing: seconds per phase.
     notes: facts of the run that belong in its provenance. store: where features are kept; None keeps none. reused:
     images whose features came from it.
+    watched: ids of items that `show` will draw. seen: what the family hands over of them, by id: `features` (D, h, w),
+    `truth`, `prediction` and `clusters` (H, W), `neighbours`, a function from a patch's number to its `Neighbour`s; of
+    pairs `points` (P, 2), the predicted pixels (x, y) of the target, their `errors` and the longest `side` of its box.
     """
 
     seed: int = 0
@@ -41,6 +44,8 @@ class Context:
     notes: dict[str, Any] = field(default_factory=dict)
     store: FeatureStore | None = None
     reused: int = 0
+    watched: frozenset[str] = frozenset()
+    seen: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -58,6 +63,18 @@ class Context:
         from tqdm import tqdm
 
         return tqdm(items, desc=description, total=total, disable=None, leave=False)
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A patch of a memory: its cosine with a query, its most frequent class, and `view`, the patch amid its image.
+
+    view: (3 s, 3 s, 3) uint8 for a patch of side s, black beyond the image.
+    """
+
+    cosine: float
+    label: int
+    view: np.ndarray
 
 
 @dataclass(frozen=True)

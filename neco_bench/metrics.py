@@ -95,7 +95,15 @@ class ImageConfusions:
 
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
         """Count one image; arrays of equal shape, `ignore` pixels of the truth dropped."""
-        counts = confusion_matrix(truth, prediction, self.classes, clusters=self.clusters).ravel()
+        counts = confusion_matrix(truth, prediction, self.classes, clusters=self.clusters)
+        labels, found = counts.nonzero()
+        self.add_counts(labels, found, counts[labels, found])
+
+    def add_counts(self, labels: np.ndarray, predicted: np.ndarray, pixels: np.ndarray) -> None:
+        """Count one image, given as (n,) classes, predictions and how many pixels have both; repeats add up."""
+        counts = np.bincount(
+            labels * self.clusters + predicted, weights=pixels, minlength=self.classes * self.clusters
+        ).astype(np.int64)
         cells = np.flatnonzero(counts)
         self._cells.frombytes(cells.astype(np.int64).tobytes())
         self._counts.frombytes(counts[cells].tobytes())

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from neco_bench import distributed
 from neco_bench.context import Context, Outcome
 from neco_bench.data import DRAWS, load_dataset
-from neco_bench.data.base import Dataset, SegmentationDataset
+from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.specs import load_encoder, resolve_device
 from neco_bench.encoders.zoo import PRECISIONS, contamination, describe, request_id
 from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code
@@ -168,17 +168,7 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     }
     start = time.perf_counter()
     try:
-        with context.phase("load_encoder"):
-            loaded = encoder or load_job_encoder(job)
-        if options.workers is None and loaded.device.type == "cpu":
-            context.workers = 0  # threads load: processes would disturb an encoder on the same cores
-        if options.features == "fp16" or (options.features != "off" and encoder is None):
-            from neco_bench.features.store import FeatureStore
-
-            identity = None
-            if encoder is None:
-                identity = digest([request_id(job.model, options.weights), job.facts["versions"]])
-            context.store = FeatureStore(options.features, identity)
+        loaded = _ready(job, encoder, context)
         provenance |= _encoder_facts(loaded)
         check_size(task, loaded)
         _glance(job)
@@ -233,6 +223,56 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         peak_memory_mb=peak_memory_mb(),
     )
     return result, outcome.statistics | _image_ids(job, outcome)
+
+
+def _ready(job: Job, encoder: Encoder | None, context: Context) -> Encoder:
+    """The encoder of a job, loaded unless it is given, and the context set for it."""
+    options = job.options
+    with context.phase("load_encoder"):
+        loaded = encoder or load_job_encoder(job)
+    if options.workers is None and loaded.device.type == "cpu":
+        context.workers = 0  # threads load: processes would disturb an encoder on the same cores
+    if options.features == "fp16" or (options.features != "off" and encoder is None):
+        from neco_bench.features.store import FeatureStore
+
+        identity = None
+        if encoder is None:
+            identity = digest([request_id(job.model, options.weights), job.facts["versions"]])
+        context.store = FeatureStore(options.features, identity)
+    return loaded
+
+
+def job_of(result: Result, **given: Any) -> Job:
+    """The job that made a stored result. given: fields of `Options` to use instead of the recorded ones.
+
+    Raises what `plan` raises, such as UsageError for a model that has no spec (an Encoder object).
+    """
+    recorded = result.provenance.get("arguments", {})
+    kinds = {"data_root": Path, "split_file": Path, "weights": Path, "batch_size": int, "workers": int, "limit": int}
+    names = ("device", "precision", "layers", "features", *kinds)
+    options = {name: kinds.get(name, str)(recorded[name]) for name in names if name in recorded}
+    options |= {name: value for name, value in given.items() if value is not None}
+    model = result.model.removesuffix(f"[layers={options.get('layers')}]")
+    (task,) = find_tasks([f"{result.task}@{result.protocol.removesuffix('*')}"], result.changed)
+    return plan(model, task, Options(seed=result.seed, **options))
+
+
+def watch(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Run a job for what it sees of some items (`Context.seen`); of a fraction's draws the first.
+
+    Pairs are computed alone; images within their whole split, on which clusters and heads hang.
+    """
+    options = job.options
+    context = Context(options.seed, options.batch_size, options.workers_used, options.progress, watched=frozenset(ids))
+    encoder = _ready(job, None, context)
+    data = {
+        role: d._part([i for i, name in enumerate(d.ids) if name in context.watched])
+        if isinstance(d, PairDataset)
+        else d
+        for role, d in job.draws[0].items()
+    }
+    job.task.module.run(encoder, data, job.task.settings(), context)
+    return context.seen
 
 
 def run(

@@ -24,10 +24,15 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 @dataclass(frozen=True)
 class Sums:
     """A metric as a function of sums over items: `columns` (n, K) and `statistic`, (rows, K) sums to (rows,) values,
-    or to (rows, C) of several metrics at once."""
+    or to (rows, C) of several metrics at once.
+
+    images: (n, 2) ids of the two images of each item, where items are pairs: those with an image in common depend on
+    each other.
+    """
 
     columns: np.ndarray
     statistic: Statistic
+    images: np.ndarray | None = None
 
     def value(self) -> np.ndarray:
         """The metric of all items."""
@@ -58,17 +63,42 @@ def class_iou_sums(confusions: np.ndarray) -> Sums:
     return Sums(columns, per_class)
 
 
-def ratio_sums(hits: np.ndarray, totals: np.ndarray, groups: np.ndarray | None = None) -> Sums:
-    """sum(hits) / sum(totals), or with groups the mean of their ratios: see `bootstrap_ratio`."""
+def size_sums(confusions: np.ndarray, low: float, high: float) -> Sums:
+    """mIoU over the regions of one size: what a class covers of an image, where that is a share in [low, high) of the
+    image's labelled pixels. Classes without such a region are left out. Confusions as in `miou_sums`."""
+    truth = (confusions[0] if confusions.ndim == 4 else confusions).sum(2)
+    share = truth / np.maximum(truth.sum(1, keepdims=True), 1)
+    inside = (truth > 0) & (share >= low) & (share < high)
+    columns, ious = _segmentation(confusions)
+    parts = columns.reshape(len(columns), 3, -1, truth.shape[1]) * inside[:, None, None]
+
+    def miou(sums: np.ndarray) -> np.ndarray:
+        values, gt, _ = ious(sums)
+        return _mean_counted(values, gt > 0).mean(1)
+
+    return Sums(parts.reshape(columns.shape), miou)
+
+
+def ratio_sums(
+    hits: np.ndarray,
+    totals: np.ndarray,
+    groups: np.ndarray | None = None,
+    *,
+    images: np.ndarray | None = None,
+    apart: bool = False,
+) -> Sums:
+    """sum(hits) / sum(totals), or with groups the mean of their ratios: see `bootstrap_ratio`. apart: the ratio of each
+    group, (rows, groups), NaN where it has no totals."""
     ids, group = np.unique(np.zeros(len(hits), int) if groups is None else groups, return_inverse=True)
     member = np.arange(len(ids)) == group.reshape(-1, 1)
     columns = np.concatenate([member * hits[:, None], member * totals[:, None]], axis=1)
 
     def ratio(sums: np.ndarray) -> np.ndarray:
         above, below = np.split(sums, 2, axis=1)
-        return _mean_counted(_ratios(above, below), below > 0)
+        values = _ratios(above, below)
+        return np.where(below > 0, values, np.nan) if apart else _mean_counted(values, below > 0)
 
-    return Sums(columns, ratio)
+    return Sums(columns, ratio, images)
 
 
 def _segmentation(confusions: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, ...]]]:
@@ -105,16 +135,26 @@ def bootstrap_ratio(
     totals: np.ndarray,
     groups: np.ndarray | None = None,
     *,
+    images: np.ndarray | None = None,
     draws: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
 ) -> tuple[float, float]:
     """(low, high) of sum(hits) / sum(totals), both (n,), as in PCK per point.
 
+    images: (n, 2) ids of the two images of each pair; the interval is then as wide as pairs that share images ask for
+    (`_dependence`), and stays within [0, 1].
+
     With `groups` (n,) integers (categories): of the mean of the groups' ratios; a group without totals in a draw is
     left out of that draw. Raises NumericalError for no items, or no totals in any draw.
     """
-    return _interval(_resampled(ratio_sums(hits, totals, groups), draws, seed), level)
+    sums = ratio_sums(hits, totals, groups, images=images)
+    values = _resampled(sums, draws, seed)
+    if images is None:
+        return _interval(values, level)
+    centre = sums.value()
+    low, high = _interval(centre + (values - centre) * _dependence(_influence(sums), images), level)
+    return max(0.0, low), min(1.0, high)
 
 
 @dataclass(frozen=True)
@@ -140,6 +180,8 @@ def paired_difference(
         raise NumericalError(f"{len(first.columns)} items cannot be paired with {len(second.columns)}.")
     values = np.atleast_1d(second.value() - first.value())
     spread = _resampled(second, draws, seed) - _resampled(first, draws, seed)
+    if first.images is not None:
+        spread = values + (spread - values) * _dependence(_influence(second) - _influence(first), first.images)
     found = []
     for value, column in zip(values, spread.reshape(len(spread), -1).T, strict=True):
         known = column[~np.isnan(column)]
@@ -163,10 +205,46 @@ def holm(values: np.ndarray) -> np.ndarray:
 
 
 def bootstrap_mean(
-    values: np.ndarray, *, draws: int = 10_000, seed: int = 0, level: float = 0.95
+    values: np.ndarray,
+    *,
+    images: np.ndarray | None = None,
+    draws: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> tuple[float, float]:
-    """(low, high) of the mean of `values` (n,). Raises NumericalError for no values, or NaN among them."""
-    return bootstrap_ratio(values, np.ones(len(values)), draws=draws, seed=seed, level=level)
+    """(low, high) of the mean of `values` (n,); images as in `bootstrap_ratio`.
+
+    Raises NumericalError for no values, or NaN among them.
+    """
+    return bootstrap_ratio(values, np.ones(len(values)), images=images, draws=draws, seed=seed, level=level)
+
+
+def _influence(sums: Sums) -> np.ndarray:
+    """(n,) or (n, C): how the metric moves with the weight of each item (infinitesimal jackknife, Jaeckel 1972)."""
+    total, step = sums.columns.sum(0, keepdims=True, dtype=np.float64), 1e-4
+    return (sums.statistic(total + step * sums.columns) - sums.statistic(total)) / step
+
+
+def _dependence(influence: np.ndarray, images: np.ndarray) -> np.ndarray:
+    """How many times larger the standard error is because pairs share images, () or (C,), at least 1.
+
+    The variance is the sum of products of the influences of all two pairs that have an image in common (dyadic-robust:
+    Fafchamps and Gubert 2007; Aronow, Samii and Assenova, *Political Analysis* 2015, eq. 5); independent pairs have the
+    sum of squares. influence: (n,) or (n, C); images: (n, 2).
+    """
+    influence = np.nan_to_num(influence)
+
+    def squares(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+        _, group = np.unique(groups, axis=0, return_inverse=True)
+        sums = np.zeros((group.max() + 1, *values.shape[1:]))
+        np.add.at(sums, group.reshape(-1), values)
+        return np.square(sums).sum(0)
+
+    shared = squares(images.T.reshape(-1), np.concatenate([influence, influence]))
+    dyadic = shared - squares(np.sort(images, axis=1), influence)
+    single = np.square(influence).sum(0)
+    ratio = np.divide(dyadic, single, out=np.ones_like(single), where=single > 0)
+    return np.sqrt(np.maximum(ratio, 1.0))
 
 
 def _ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -78,7 +78,7 @@ def test_probe3d_identical_images(size: int, stride: int) -> None:
     halfway = (unit * (side - 1)) % 1
     clear = ((halfway - 0.5).abs() > 0.15).all(1).numpy()  # elsewhere the sampled feature is a mixture of two cells
     assert clear.sum() > 20
-    np.testing.assert_allclose(match_probe3d(pair, view, view, size, stride)[clear], expected[clear], atol=1e-3)
+    np.testing.assert_allclose(match_probe3d(pair, view, view, size, stride)[1][clear], expected[clear], atol=1e-3)
 
 
 def test_probe3d_truncates_integer_keypoints() -> None:
@@ -86,7 +86,7 @@ def test_probe3d_truncates_integer_keypoints() -> None:
     size, stride = 224, 16
     target = torch.zeros(1, 14, 14)
     view = View(target + 1, 333, 500)
-    errors = match_probe3d(make_pair([[62, 462]], [[62, 462]]), view, view, size, stride)
+    _, errors = match_probe3d(make_pair([[62, 462]], [[62, 462]]), view, view, size, stride)
     # All cells tie, so the first one (0, 0) is chosen; the error is the length of the truncated point.
     assert errors[0] == pytest.approx(np.hypot(27, 206) / 224 * 500, abs=1e-3)
 
@@ -108,13 +108,13 @@ def test_centres_geometry_is_exact_on_identical_images() -> None:
     stride, size = 16, 64
     view = View(distinct_map(4), 128, 64)  # scale 1/2: cells of 32 original pixels
     points = [[32 * c + 15.5, 32 * r + 15.5] for c in range(4) for r in range(2)]
-    np.testing.assert_allclose(match_centres(make_pair(points, points), view, view, size, stride), 0, atol=1e-6)
+    np.testing.assert_allclose(match_centres(make_pair(points, points), view, view, size, stride)[1], 0, atol=1e-6)
 
 
 def test_centres_never_choose_padding() -> None:
     source, target = distinct_map(4), distinct_map(4, 1)
     target[:, 3, 1] = source[:, 0, 0]  # the best match lies in the padded lower half
-    errors = match_centres(
+    _, errors = match_centres(
         make_pair([[15.5, 15.5]], [[47.5, 111.5]]), View(source, 128, 64), View(target, 128, 64), 64, 16
     )
     assert errors[0] > 30
@@ -164,7 +164,7 @@ def test_probe3d_ceilings(
         ):
             answer = torch.from_numpy(cells.astype(np.int64))
             monkeypatch.setattr("neco_bench.tasks.correspondence.task.nearest_cells", lambda *_, a=answer, **__: a)
-            errors = match_probe3d(pair, view, view, size, stride) / box_side(pair.target_box)
+            errors = match_probe3d(pair, view, view, size, stride)[1] / box_side(pair.target_box)
             by_hand = np.linalg.norm(cells / side - truth, axis=1) * 500 / box_side(pair.target_box)
             np.testing.assert_allclose(errors, by_hand, atol=1e-4)
             found[kind].setdefault(pair.category, []).append(errors)

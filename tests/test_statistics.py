@@ -225,3 +225,56 @@ def test_holm(values):
     for rank, i in enumerate(order):
         expected = max(values[j] * (len(values) - r) for r, j in enumerate(order[: rank + 1]))
         assert adjusted[i] == pytest.approx(min(1, expected))
+
+
+def paired_images(rng: np.random.Generator, spread: float, images: int = 40, pairs: int = 240) -> tuple:
+    """Hits and points of pairs of images whose difficulty differs by `spread`; the mean over all such images is 1/2."""
+    ease = rng.normal(0, spread, images)
+    first = rng.integers(0, images, pairs)
+    second = (first + rng.integers(1, images, pairs)) % images
+    totals = rng.integers(3, 9, pairs)
+    hits = rng.binomial(totals, 1 / (1 + np.exp(-(ease[first] + ease[second]))))
+    return hits.astype(float), totals.astype(float), np.stack([first, second], 1)
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.8])
+def test_coverage_where_pairs_share_images(spread):
+    rng = np.random.default_rng(0)
+    naive = covered = 0
+    for _ in range(300):
+        hits, totals, images = paired_images(rng, spread)
+        bounds = [bootstrap_ratio(hits, totals, images=shared, draws=400) for shared in (None, images)]
+        naive += bounds[0][0] <= 0.5 <= bounds[0][1]
+        covered += bounds[1][0] <= 0.5 <= bounds[1][1]
+    assert 0.91 < covered / 300 < 0.99
+    if spread:  # as if every pair were its own: far too narrow
+        assert naive / 300 < 0.7
+
+
+def test_pairs_without_common_images_are_independent():
+    rng = np.random.default_rng(1)
+    hits, totals = rng.integers(0, 4, 50).astype(float), np.full(50, 4.0)
+    apart = np.arange(100).reshape(50, 2)
+    plain = bootstrap_ratio(hits, totals, draws=500)
+    assert bootstrap_ratio(hits, totals, images=apart, draws=500) == pytest.approx(plain)
+    doubled = np.concatenate([hits, hits])  # each pair twice, there and back: as if there were half as many
+    both_ways = np.concatenate([apart, apart[:, ::-1]])
+    wide = bootstrap_ratio(doubled, np.full(100, 4.0), images=both_ways, draws=4000)
+    narrow = bootstrap_ratio(doubled, np.full(100, 4.0), draws=4000)
+    assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(2**0.5, rel=0.02)
+
+
+def test_paired_difference_of_pairs_that_share_images():
+    rng = np.random.default_rng(2)
+    rejected = [0, 0]
+    for _ in range(200):
+        ease, hits = rng.normal(0, 1, (2, 40)), []
+        first = rng.integers(0, 40, 200)
+        second = (first + rng.integers(1, 40, 200)) % 40
+        for own in ease:
+            hits.append(rng.binomial(5, 1 / (1 + np.exp(-(own[first] + own[second])))))
+        for k, images in enumerate((None, np.stack([first, second], 1))):
+            sums = [ratio_sums(h, np.full(200, 5), images=images) for h in hits]
+            rejected[k] += paired_difference(*sums, draws=300)[0].p < 0.05
+    assert rejected[0] > 60
+    assert rejected[1] <= 24  # 5 % of 200, and three and a half standard errors of the simulation

@@ -53,7 +53,7 @@ def build(request: Request, file: Path | None) -> Encoder:
             raise UsageError(f"Model {request.name!r} has no weights to load; leave out --weights.")
         encoder.weights_report = weights.load_file_into(weights.inner_module(encoder), file, request.branch)
     elif encoder.weights_report is None:
-        encoder.weights_report = WeightsReport(source=str(source))
+        encoder.weights_report = WeightsReport(source=request.target)
     encoder.weights_id = weights.state_sha256(encoder) if encoder.state_dict() else file_sha256(source)
     return encoder
 

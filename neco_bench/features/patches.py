@@ -46,6 +46,15 @@ def paste(blocks: Tensor, columns: int) -> np.ndarray:
     return grid.reshape(-1, columns * side).cpu().numpy()
 
 
+def patch_view(image: Tensor, stride: int, patch: int) -> np.ndarray:
+    """(3 s, 3 s, 3) uint8: patch number `patch` (row-major, side s) of an image (3, H, W) in [0, 1] amid what is around
+    it, black beyond the image."""
+    pixels = (image.permute(1, 2, 0).clamp(0, 1).numpy() * 255).round().astype(np.uint8)
+    row, column = divmod(patch, image.shape[2] // stride)
+    padded = np.pad(pixels, ((stride, stride), (stride, stride), (0, 0)))
+    return padded[row * stride : (row + 3) * stride, column * stride : (column + 3) * stride]
+
+
 def most_frequent(labels: Tensor, classes: int, void: Void) -> Tensor:
     """(M,) uint8 most frequent of the labels (M, V) uint8 of each row, the smallest class id on ties.
 

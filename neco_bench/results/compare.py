@@ -21,7 +21,11 @@ from neco_bench.statistics import (
     miou_sums,
     paired_difference,
     ratio_sums,
+    size_sums,
 )
+
+# Share of an image's labelled pixels that a class covers in it, from and up to.
+SIZES = {"small (below 1 %)": (0.0, 0.01), "medium (1 to 10 %)": (0.01, 0.1), "large (from 10 %)": (0.1, 1.1)}
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,61 @@ class Row:
     difference: Difference
     p_holm: float
     items: int
+
+
+Place = tuple[object, ...]
+
+
+def results_of(
+    folders: Iterable[ResultStore], model: str, tasks: Sequence[str]
+) -> dict[Place, tuple[Result, ResultStore]]:
+    """The finished results of a model, by task, protocol, settings, seed and limit; tasks are globs, none means all.
+
+    A model is named as in the results, or by the start of a result's key where equal names have several weights.
+    Raises MissingError where there are none, UsageError where the name stands for several.
+    """
+    found = [(result, store) for store in folders for result in store.load_all() if result.status == "ok"]
+    chosen: dict[Place, tuple[Result, ResultStore]] = {}
+    for result, store in found:
+        named = result.model == model or (len(model) >= 6 and result.key.startswith(model))
+        if named and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
+            changed = json.dumps(result.changed, sort_keys=True, default=str)
+            place = (result.task, result.protocol, changed, result.seed, result.limit)
+            other = chosen.setdefault(place, (result, store))[0]
+            if other.key != result.key:
+                raise UsageError(
+                    f"{model!r} has several results of {result.task}@{result.protocol}: name one by the start of "
+                    f"its key, {other.key[:8]} or {result.key[:8]}."
+                )
+    if not chosen:
+        names = sorted({result.model for result, _ in found})
+        raise MissingError(f"No result of {model!r}{_of(tasks)}. There are results of: {', '.join(names) or 'none'}.")
+    return chosen
+
+
+def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+    """{id: score} of each image or pair: mIoU over the classes in it (of seeds and draws the mean), or the share of
+    points found. Images without ground truth are left out. Raises MissingError where a result stores no ids.
+    """
+    ids = arrays.get("image_id", arrays.get("pair_id"))
+    if ids is None:
+        raise MissingError(
+            f"The result of {result.model} on {result.task}@{result.protocol} was stored without image ids. Run it "
+            f"again with --overwrite."
+        )
+    if "confusion" in arrays:
+        counts = arrays["confusion"]
+        images = counts.reshape(-1, *counts.shape[-3:]).swapaxes(0, 1)
+        scores = [float(np.mean([metrics.mean_iou(c, absent="exclude") for c in image])) for image in images]
+    else:
+        scores = (arrays["hits"][:, hits_column(result)] / arrays["totals"]).tolist()
+    return {str(name): score for name, score in zip(ids, scores, strict=True) if not np.isnan(score)}
+
+
+def hits_column(result: Result) -> int:
+    """The column of hits that the primary metric, PCK@alpha, reads."""
+    alphas = [f"PCK@{alpha:.2f}" for alpha in result.provenance["settings"]["alphas"]]
+    return alphas.index(result.primary_metric)
 
 
 @dataclass(frozen=True)
@@ -54,34 +113,11 @@ class Pair:
 def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[Pair]:
     """What both models have results of, same task, protocol, seed and settings; tasks are globs, none means all.
 
-    A model is named as in the results, or by the start of a result's key where equal names have several weights.
-    Raises MissingError where there is nothing to compare, UsageError where a name stands for several results,
-    BadInputError where two results were not measured on the same images.
+    Raises what `results_of` raises, MissingError where there is nothing to compare, BadInputError where two
+    results were not measured on the same images.
     """
     stores = list(folders)
-    found = [(result, store) for store in stores for result in store.load_all() if result.status == "ok"]
-
-    def of(model: str) -> dict[tuple[object, ...], tuple[Result, ResultStore]]:
-        chosen: dict[tuple[object, ...], tuple[Result, ResultStore]] = {}
-        for result, store in found:
-            named = result.model == model or (len(model) >= 6 and result.key.startswith(model))
-            if named and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
-                changed = json.dumps(result.changed, sort_keys=True, default=str)
-                place = (result.task, result.protocol, changed, result.seed, result.limit)
-                other = chosen.setdefault(place, (result, store))[0]
-                if other.key != result.key:
-                    raise UsageError(
-                        f"{model!r} has several results of {result.task}@{result.protocol}: name one by the start of "
-                        f"its key, {other.key[:8]} or {result.key[:8]}."
-                    )
-        if not chosen:
-            names = sorted({result.model for result, _ in found})
-            raise MissingError(
-                f"No result of {model!r}{_of(tasks)}. There are results of: {', '.join(names) or 'none'}."
-            )
-        return chosen
-
-    left, right = of(first), of(second)
+    left, right = (results_of(stores, model, tasks) for model in (first, second))
     shared = sorted(set(left) & set(right), key=str)
     if not shared:
         raise MissingError(f"{first!r} and {second!r} have no task and protocol in common{_of(tasks)}.")
@@ -114,21 +150,41 @@ def compare_tasks(pairs: Sequence[Pair], *, draws: int = 10_000) -> list[Row]:
 
 
 def compare_classes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
-    """One row per class of a pair of segmentation results, the largest gain first; p adjusted over the classes.
-
-    Raises UsageError for results without confusion counts.
-    """
-    if "confusion" not in pair.first_arrays:
-        raise UsageError(f"{pair.name} has no classes of pixels to compare.")
-    sums = [class_iou_sums(arrays["confusion"]) for arrays in (pair.first_arrays, pair.second_arrays)]
-    differences = paired_difference(*sums, draws=draws, seed=pair.first.seed)
-    values = [s.value() for s in sums]
-    names = list(next(iter(pair.first.per_class.values())))
+    """One row per class of pixels or category of pairs, the largest gain first; p adjusted over them."""
+    if "confusion" in pair.first_arrays:
+        first, second = (class_iou_sums(arrays["confusion"]) for arrays in (pair.first_arrays, pair.second_arrays))
+        names = list(next(iter(pair.first.per_class.values())))
+        items = np.full(len(names), pair.first.n_images)
+    else:
+        first, second = _point_sums(pair, apart=True)
+        categories = list(pair.first.per_class[pair.first.primary_metric])
+        present, items = np.unique(pair.first_arrays["category"], return_counts=True)
+        names = [categories[number] for number in present]
+    differences = paired_difference(first, second, draws=draws, seed=pair.first.seed)
     rows = [
-        (name, None if np.isnan(a) else float(a), None if np.isnan(b) else float(b), d, pair.first.n_images)
-        for name, a, b, d in zip(names, *values, differences, strict=True)
+        (name, None if np.isnan(a) else float(a), None if np.isnan(b) else float(b), d, int(count))
+        for name, a, b, d, count in zip(names, first.value(), second.value(), differences, items, strict=True)
     ]
     rows.sort(key=lambda row: -np.nan_to_num(row[3].value, nan=-9.0))
+    return _adjusted(rows)
+
+
+def compare_sizes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
+    """One row per size of region: mIoU over what a class covers of an image, small, medium and large (SIZES).
+
+    p adjusted over the sizes. Raises UsageError for results without confusion counts.
+    """
+    if "confusion" not in pair.first_arrays:
+        raise UsageError(f"{pair.name} has no regions of pixels to compare.")
+    rows = []
+    for name, (low, high) in SIZES.items():
+        first, second = (
+            size_sums(arrays["confusion"], low, high) for arrays in (pair.first_arrays, pair.second_arrays)
+        )
+        items = int((first.columns > 0).any(1).sum())
+        if items:
+            (difference,) = paired_difference(first, second, draws=draws, seed=pair.first.seed)
+            rows.append((name, float(first.value()), float(second.value()), difference, items))
     return _adjusted(rows)
 
 
@@ -137,26 +193,9 @@ def compare_images(pair: Pair) -> list[tuple[str, float, float]]:
 
     Raises MissingError where a result stores no image ids.
     """
-    sides = []
-    for arrays in (pair.first_arrays, pair.second_arrays):
-        if "confusion" in arrays:
-            counts = arrays["confusion"] if arrays["confusion"].ndim == 4 else arrays["confusion"][None]
-            sides.append(
-                [np.mean([metrics.mean_iou(c, absent="exclude") for c in image]) for image in counts.swapaxes(0, 1)]
-            )
-        else:
-            sides.append(arrays["hits"][:, _column(pair)] / arrays["totals"])
-    ids = pair.first_arrays.get("image_id", pair.first_arrays.get("pair_id"))
-    if ids is None:
-        raise MissingError(f"{pair.name} was stored without image ids. Run it again with --overwrite.")
-    rows = [(str(i), float(a), float(b)) for i, a, b in zip(ids, *sides, strict=True) if not np.isnan(a + b)]
+    first, second = item_scores(pair.first, pair.first_arrays), item_scores(pair.second, pair.second_arrays)
+    rows = [(name, first[name], second[name]) for name in first if name in second]
     return sorted(rows, key=lambda row: (row[1] - row[2], row[0]))
-
-
-def _column(pair: Pair) -> int:
-    """The column of hits that the primary metric, PCK@alpha, reads."""
-    alphas = [f"PCK@{alpha:.2f}" for alpha in pair.first.provenance["settings"]["alphas"]]
-    return alphas.index(pair.first.primary_metric)
 
 
 def _sums(pair: Pair) -> tuple[Sums, Sums]:
@@ -167,17 +206,23 @@ def _sums(pair: Pair) -> tuple[Sums, Sums]:
         first, second = (miou_sums(arrays["confusion"], settings["absent"]) for arrays in both)
         return first, second
     if all("hits" in arrays for arrays in both):
-        column = _column(pair)
-        drawn = settings.get("pairs_per_bin") is not None
-        average = settings.get("average") or ("class_mean" if drawn else "points")
-        sides = []
-        for arrays in both:
-            hits, totals = arrays["hits"][:, column], arrays["totals"]
-            if average == "pairs":
-                hits, totals = hits / totals, np.ones(len(totals))
-            sides.append(ratio_sums(hits, totals, arrays["category"] if average == "class_mean" else None))
-        return sides[0], sides[1]
+        first, second = _point_sums(pair)
+        return first, second
     raise BadInputError(f"{pair.name}: the stored statistics are not of a kind that can be compared.")
+
+
+def _point_sums(pair: Pair, *, apart: bool = False) -> list[Sums]:
+    """PCK of the two by the average of the primary metric, or with `apart` that of each category."""
+    settings, column = pair.first.provenance["settings"], hits_column(pair.first)
+    average = settings.get("average") or ("class_mean" if settings.get("pairs_per_bin") is not None else "points")
+    sides = []
+    for arrays in (pair.first_arrays, pair.second_arrays):
+        hits, totals = arrays["hits"][:, column], arrays["totals"]
+        if average == "pairs":
+            hits, totals = hits / totals, np.ones(len(totals))
+        groups = arrays["category"] if apart or average == "class_mean" else None
+        sides.append(ratio_sums(hits, totals, groups, images=arrays.get("images"), apart=apart))
+    return sides
 
 
 def _adjusted(rows: Sequence[tuple[str, float | None, float | None, Difference, int]]) -> list[Row]:

@@ -43,6 +43,8 @@ from neco_bench.features.transforms import to_tensor
 from neco_bench.protocol import Settings as BaseSettings
 
 Average = Literal["points", "pairs", "class_mean"]
+# Of a pair's P points: predictions (P, 2), (x, y) in pixels of the original target image, and their errors (P,) there.
+Match = tuple[np.ndarray, np.ndarray]
 
 
 class Settings(BaseSettings):
@@ -137,10 +139,12 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
         views = _views(encoder, dataset, needed.values(), used, prepare, settings, context)
         with context.phase("match"):
             for pair in needed.values():
-                errors = match(pair, views[pair.source_id], views[pair.target_id], used, encoder.stride)
+                found, errors = match(pair, views[pair.source_id], views[pair.target_id], used, encoder.stride)
                 limits = [alpha * box_side(pair.target_box) for alpha in settings.alphas]
                 hits[pair.id] = pck_hits(errors, limits, strict=settings.strict)
                 totals[pair.id] = len(errors)
+                if pair.id in context.watched:
+                    context.seen[pair.id] = {"points": found, "errors": errors, "side": box_side(pair.target_box)}
     return _outcome(dataset, bins, hits, totals, settings, context, used, encoder)
 
 
@@ -203,8 +207,8 @@ def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
     return F.pad(tensor - colour, (extra // 2, extra - extra // 2) * 2) + colour
 
 
-def match_probe3d(pair: Pair, source: View, target: View, size: int, stride: int) -> np.ndarray:
-    """(P,) pixel errors in the original target image, by probe3d's integer points and corner read-out."""
+def match_probe3d(pair: Pair, source: View, target: View, size: int, stride: int) -> Match:
+    """By probe3d's integer points and corner read-out."""
     start, end = (
         # Integer tensors there: scaled, then truncated toward zero, then divided by the side.
         (torch.from_numpy(points).long() * (size / view.longest)).long().float() / size
@@ -212,7 +216,8 @@ def match_probe3d(pair: Pair, source: View, target: View, size: int, stride: int
     )
     cells = nearest_cells(source.map, target.map, 2 * start - 1, align_corners=True)
     predicted = cells.cpu().float() / target.map.shape[-1]
-    return (predicted - end).norm(dim=1).double().numpy() * target.longest
+    errors = (predicted - end).norm(dim=1).double().numpy() * target.longest
+    return predicted.double().numpy() * target.longest, errors
 
 
 def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
@@ -226,15 +231,15 @@ def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
     return canvas
 
 
-def match_centres(pair: Pair, source: View, target: View, size: int, stride: int) -> np.ndarray:
-    """(P,) pixel errors in the original target image; pixel i spans [i, i + 1), a cell predicts its centre."""
+def match_centres(pair: Pair, source: View, target: View, size: int, stride: int) -> Match:
+    """Pixel i spans [i, i + 1), a cell predicts its centre."""
     grid = torch.from_numpy((pair.source_points + 0.5) / source.longest * 2 - 1).float()
     scale = size / target.longest
     centres = (torch.arange(target.map.shape[-1]) + 0.5) * stride / scale
     valid = (centres < target.height)[:, None] & (centres < target.width)
     cells = nearest_cells(source.map, target.map, grid, align_corners=False, valid=valid)
     predicted = (cells.cpu().double().numpy() + 0.5) * stride / scale - 0.5
-    return np.linalg.norm(predicted - pair.target_points, axis=1)
+    return predicted, np.linalg.norm(predicted - pair.target_points, axis=1)
 
 
 def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
@@ -249,14 +254,17 @@ def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Seque
     return to_tensor(canvas)
 
 
-def match_padded_centre(
-    pair: Pair, source: View, target: View, size: int, stride: int, settings: Settings
-) -> np.ndarray:
-    """(P,) pixel errors in the original target image. Points in single precision, as sd-dino has them."""
+def match_padded_centre(pair: Pair, source: View, target: View, size: int, stride: int, settings: Settings) -> Match:
+    """Points in single precision, as sd-dino has them."""
+    borders = [
+        np.array([(size - _resized(side, view.longest, size)) // 2 for side in (view.width, view.height)], np.float32)
+        for view in (source, target)
+    ]
     start, end = (
-        points.astype(np.float32) * np.float32(size / view.longest)
-        + np.array([(size - _resized(side, view.longest, size)) // 2 for side in (view.width, view.height)], np.float32)
-        for points, view in ((pair.source_points, source), (pair.target_points, target))
+        points.astype(np.float32) * np.float32(size / view.longest) + border
+        for points, view, border in zip(
+            (pair.source_points, pair.target_points), (source, target), borders, strict=True
+        )
     )
     side = source.map.shape[-1]
     cells = (np.float32(side / size) * start).astype(np.int64).clip(0, side - 1)
@@ -266,7 +274,8 @@ def match_padded_centre(
     else:
         found = window_softargmax(similarity, settings.half_window, settings.temperature)
     predicted = (found.cpu().double().numpy() + 0.5) * stride + settings.centre_shift
-    return np.linalg.norm(predicted - end, axis=1) * (target.longest / size)
+    scale = target.longest / size
+    return (predicted - borders[1]) * scale, np.linalg.norm(predicted - end, axis=1) * scale
 
 
 def _resized(side: int, longest: int, size: int) -> int:
@@ -279,12 +288,12 @@ def prepare_squash(image: np.ndarray, size: int, stride: int, mean: Sequence[flo
     return to_tensor(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
 
 
-def match_squash(pair: Pair, source: View, target: View, size: int, stride: int) -> np.ndarray:
-    """(P,) pixel errors in the original target image: integer points, the nearest of all its pixels."""
+def match_squash(pair: Pair, source: View, target: View, size: int, stride: int) -> Match:
+    """Integer points, the nearest of all pixels of the target."""
     limits = (source.width - 1, source.height - 1)
     start = torch.from_numpy(pair.source_points.astype(np.int64).clip(0, limits))
     found = nearest_pixels(source.map, target.map, start, (source.height, source.width), (target.height, target.width))
-    return np.linalg.norm(found.numpy() - pair.target_points, axis=1)
+    return found.numpy(), np.linalg.norm(found.numpy() - pair.target_points, axis=1)
 
 
 _GEOMETRIES: dict[str, tuple[Callable, Callable]] = {
@@ -323,6 +332,7 @@ def _outcome(
     average = settings.average_used
     beside = _BESIDE[average] if settings.pairs_per_bin is None else ()
     categories = sorted({p.category for p in dataset.pairs})
+    numbers = {name: i for i, name in enumerate(dataset.image_ids)}
     for name, groups in bins.items():
         members = [pair for group in groups for pair in group]
         if not members:
@@ -330,6 +340,7 @@ def _outcome(
         table = np.stack([hits[p.id] for p in members])
         counts = np.array([totals[p.id] for p in members])
         classes = np.array([categories.index(p.category) for p in members])
+        images = np.array([(numbers[p.source_id], numbers[p.target_id]) for p in members], np.int32)
         for column, alpha in enumerate(settings.alphas):
             key = f"PCK@{alpha:.2f}{name}"
             values = pck_averages(table[:, column], counts, classes)
@@ -342,9 +353,9 @@ def _outcome(
                 rates[categories[number]] = within["pairs" if average == "pairs" else "points"]
             per_class[key] = rates
             if name == "":
-                ci95[key] = _interval(table[:, column], counts, classes, average, context.seed)
+                ci95[key] = _interval(table[:, column], counts, classes, images, average, context.seed)
         if name == "":
-            primary, stored = members, {"hits": table, "totals": counts, "category": classes}
+            primary, stored = members, {"hits": table, "totals": counts, "category": classes, "images": images}
 
     context.notes |= {"pairs": len(primary), "keypoints": int(stored["totals"].sum()), "pairs_evaluated": len(hits)}
     return Outcome(
@@ -363,9 +374,10 @@ def _outcome(
 
 
 def _interval(
-    hits: np.ndarray, totals: np.ndarray, classes: np.ndarray, average: Average, seed: int
+    hits: np.ndarray, totals: np.ndarray, classes: np.ndarray, images: np.ndarray, average: Average, seed: int
 ) -> tuple[float, float]:
-    """95 % interval of the average in use, pairs drawn anew."""
+    """95 % interval of the average in use, pairs drawn anew, and wider as far as they share images."""
     if average == "pairs":
-        return statistics.bootstrap_mean(hits / totals, seed=seed)
-    return statistics.bootstrap_ratio(hits, totals, classes if average == "class_mean" else None, seed=seed)
+        return statistics.bootstrap_mean(hits / totals, images=images, seed=seed)
+    groups = classes if average == "class_mean" else None
+    return statistics.bootstrap_ratio(hits, totals, groups, images=images, seed=seed)

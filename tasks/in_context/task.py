@@ -9,6 +9,8 @@ the result does not depend on batch size or workers; search is exact (the refere
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Annotated, Literal
 
 import numpy as np
@@ -19,10 +21,11 @@ from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
 from neco_bench import distributed, metrics, statistics
-from neco_bench.context import Context, Cost, Outcome, item_rng
+from neco_bench.context import Context, Cost, Neighbour, Outcome, item_rng
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
+from neco_bench.features.patches import patch_view
 from neco_bench.features.transforms import HummingbirdTrain, Squash
 from neco_bench.protocol import Range, Share
 from neco_bench.protocol import Settings as BaseSettings
@@ -73,6 +76,16 @@ def choose_patches(labels: np.ndarray, noise: np.ndarray, count: int) -> np.ndar
     return order[np.isfinite(score[order])]
 
 
+@dataclass
+class Memory:
+    """Labelled patches: the index over their unit-length features, their class shares (M, C) float32, and where they
+    come from: (epoch, image, its patches) of each augmented training image, in the order of the rows."""
+
+    index: ExactIndex | ApproximateIndex
+    labels: csr_matrix
+    origins: list[tuple[int, int, np.ndarray]]
+
+
 def retrieve(index: ExactIndex | ApproximateIndex, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines and row ids (Q, k) of the nearest memory rows, which have unit length; queries (Q, D) as they are.
 
@@ -119,7 +132,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     train, val = data["train"], data["val"]
     classes = len(train.classes)
     size = settings.used_size(encoder.stride)
-    index, labels = build_memory(encoder, train, settings, context, size)
+    memory = build_memory(encoder, train, settings, context, size)
 
     confusions = metrics.ImageConfusions(classes)
     scored: list[int] = []
@@ -129,18 +142,32 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         count, _, rows, columns = batch.features.shape
         queries = batch.features.flatten(2).transpose(1, 2).flatten(0, 1)
         with context.phase("search"):
-            scores, ids = retrieve(index, queries, settings.neighbours)
+            scores, ids = retrieve(memory.index, queries, settings.neighbours)
         with context.phase("predict"):
-            shares = read_labels(scores, ids, labels, settings.temperature)
+            shares = read_labels(scores, ids, memory.labels, settings.temperature)
             shares = shares.view(count, rows, columns, classes).permute(0, 3, 1, 2)
-            for share, mask in zip(shares, batch.masks, strict=True):
-                confusions.add(val.scored(mask), predict_classes(share, *mask.shape).numpy())
+            for row, (share, mask) in enumerate(zip(shares, batch.masks, strict=True)):
+                truth, prediction = val.scored(mask), predict_classes(share, *mask.shape).numpy()
+                confusions.add(truth, prediction)
+                name = val.ids[batch.positions[row]]
+                if name in context.watched:
+                    mine = slice(row * rows * columns, (row + 1) * rows * columns)
+                    context.seen[name] = {
+                        "features": batch.features[row].cpu(),
+                        "truth": truth,
+                        "prediction": prediction,
+                        "neighbours": _neighbours(
+                            memory, scores[mine], ids[mine], train, settings, size, encoder.stride, context.seed
+                        ),
+                    }
 
     confusions = metrics.ImageConfusions.joined(distributed.gather(confusions), distributed.gather(scored))
-    context.notes |= {"memory_patches": index.rows, "search": index.facts}
+    context.notes |= {"memory_patches": memory.index.rows, "search": memory.index.facts}
     total = confusions.total()
     identity = np.arange(classes)
     mapping = metrics.hungarian_match(total) if settings.matching == "hungarian" else identity
+    for seen in context.seen.values():
+        seen["prediction"] = mapping[seen["prediction"]]
     per_image = confusions.per_image(mapping)
     matched = per_image.sum(0)
     return Outcome(
@@ -160,11 +187,9 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
 def build_memory(
     encoder: Encoder, train: SegmentationDataset, settings: Settings, context: Context, size: int
-) -> tuple[ExactIndex | ApproximateIndex, csr_matrix]:
-    """The index over unit-length patch features, and the (M, C) float32 class shares of its rows."""
-    transform = HummingbirdTrain(
-        size, settings.jitter, settings.jitter_probability, settings.crop_scale, settings.crop_ratio
-    )
+) -> Memory:
+    """The memory of `settings.passes` augmented copies of each training image, size x size pixels each."""
+    transform = _augmentation(settings, size)
     items = [(epoch, i) for epoch in range(settings.passes) for i in range(len(train))]
     per_image = None if settings.memory_size is None else max(1, settings.memory_size // len(items))
     patches = (size // encoder.stride) ** 2
@@ -174,7 +199,7 @@ def build_memory(
         index = ExactIndex(encoder.embed_dim, encoder.device, capacity=most)
     else:
         index = ApproximateIndex(settings.search, encoder.embed_dim, encoder.device)
-    labels = []
+    labels, origins = [], []
     for batch in stream(
         encoder, train, transform, context, "memory", items=items, mean=settings.mean, std=settings.std
     ):
@@ -189,5 +214,39 @@ def build_memory(
                 chosen = np.flatnonzero(share.any(1)) if per_image is None else choose_patches(share, noise, per_image)
                 share = share[chosen]
                 labels.append(csr_matrix(share / share.sum(1, keepdims=True)))
+                origins.append((epoch, image, chosen.astype(np.int32)))
                 index.add(tokens[torch.from_numpy(chosen).to(tokens.device)])
-    return index, vstack(labels, format="csr")
+    return Memory(index, vstack(labels, format="csr"), origins)
+
+
+def _augmentation(settings: Settings, size: int) -> HummingbirdTrain:
+    return HummingbirdTrain(
+        size, settings.jitter, settings.jitter_probability, settings.crop_scale, settings.crop_ratio
+    )
+
+
+def _neighbours(
+    memory: Memory,
+    scores: Tensor,
+    ids: Tensor,
+    train: SegmentationDataset,
+    settings: Settings,
+    size: int,
+    stride: int,
+    seed: int,
+) -> Callable[[int], list[Neighbour]]:
+    """What a patch of an image with scores and ids (N, k) found; to be looked at, images are augmented again."""
+    ends = np.cumsum([len(patches) for _, _, patches in memory.origins])
+
+    def found(patch: int) -> list[Neighbour]:
+        rows = []
+        for cosine, row in zip(scores[patch].tolist(), ids[patch].tolist(), strict=True):
+            place = int(np.searchsorted(ends, row, side="right"))
+            epoch, number, patches = memory.origins[place]
+            image, _ = _augmentation(settings, size)(train[number], item_rng(seed, "augment", epoch, train.ids[number]))
+            origin = int(patches[row - int(ends[place])])  # counted from the end of its image
+            label = int(memory.labels[row].toarray().argmax())
+            rows.append(Neighbour(cosine, label, patch_view(image, stride, origin)))
+        return rows
+
+    return found

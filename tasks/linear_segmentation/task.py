@@ -109,13 +109,20 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
                 if settings.score_size:
                     mask = nearest_legacy(mask, settings.score_size, settings.score_size)
                 predictions = classify(candidates, batch.features[row], *mask.shape).cpu().numpy()
+                truth = val.scored(mask)
                 for confusion, predicted in zip(confusions, predictions, strict=True):
-                    confusion.add(val.scored(mask), predicted)
+                    confusion.add(truth, predicted)
+                name = val.ids[batch.positions[row]]
+                if name in context.watched:
+                    features = batch.features[row].cpu()
+                    context.seen[name] = {"features": features, "truth": truth, "prediction": predictions}
 
     numbers = distributed.gather(positions)
     confusions = [metrics.ImageConfusions.joined(distributed.gather(c), numbers) for c in confusions]
     scores = [metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions]
     best = int(np.argmax(scores))
+    for seen in context.seen.values():
+        seen["prediction"] = seen["prediction"][best]
     total, per_image = confusions[best].total(), confusions[best].per_image()
     context.notes |= {"epoch_reported": len(heads) - len(candidates) + best + 1, "scored_images": scored}
     return Outcome(

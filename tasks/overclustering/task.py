@@ -14,6 +14,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from neco_bench import metrics, statistics
 from neco_bench.clustering import (
+    CHUNK,
     KMEANS_POINTS,
     PCA_POINTS,
     Rows,
@@ -84,11 +85,14 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     items = [(0, i) for i in range(scored)]
     for batch in stream(encoder, val, transform, context, "extract", items=items, mean=settings.mean, std=settings.std):
         features.append(batch.features.flatten(2).transpose(1, 2).flatten(0, 1).cpu().numpy())
-        for mask in batch.masks:
+        for position, image, mask in zip(batch.positions, batch.features, batch.masks, strict=True):
             small = nearest_legacy(mask, settings.mask_size, settings.mask_size) if settings.mask_size else mask
+            truth = val.scored(small)
             packed = io.BytesIO()
-            np.save(packed, val.scored(small), allow_pickle=False)
+            np.save(packed, truth, allow_pickle=False)
             spool(masks, packed.getvalue())
+            if val.ids[position] in context.watched:
+                context.seen[val.ids[position]] = {"features": image.cpu(), "truth": truth}
     with context.phase("pca"):
         reduced = reduce_dimensions(standardise(features), settings.components)
     seeds = range(context.seed, context.seed + settings.seeds)
@@ -99,15 +103,26 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         ]
     counted = [metrics.ImageConfusions(classes, clusters) for _ in models]
     masks.seek(0)
+    together = max(1, CHUNK // side**2)
     with context.phase("match"):
-        for image in context.track(range(scored), "match"):
-            mask = np.load(masks, allow_pickle=False)
-            rows = reduced.read(image * side**2, (image + 1) * side**2)
-            for model, confusions in zip(models, counted, strict=True):
-                grid = nearest(model, rows).reshape(side, side)
-                confusions.add(mask, nearest_legacy(grid, *mask.shape))
+        for start in context.track(range(0, scored, together), "match"):
+            stop = min(start + together, scored)
+            rows = reduced.read(start * side**2, stop * side**2)
+            assigned = np.stack([nearest(model, rows).reshape(stop - start, -1) for model in models], 1)
+            for position, of_models in enumerate(assigned, start):
+                mask = np.load(masks, allow_pickle=False)
+                # Pixels of a cell share its cluster: they are counted once by class and cell, then for each model.
+                cells = nearest_legacy(np.arange(side**2).reshape(side, side), *mask.shape)
+                by_cell = metrics.confusion_matrix(mask, cells, classes, clusters=side**2)
+                labels, found = by_cell.nonzero()
+                for own, confusions in zip(of_models, counted, strict=True):
+                    confusions.add_counts(labels, own[found], by_cell[labels, found])
+                if seen := context.seen.get(val.ids[position]):
+                    seen["clusters"] = of_models[0][cells]
     match = metrics.hungarian_match if clusters == classes else metrics.majority_match
     mappings = [match(confusions.total()) for confusions in counted]
+    for seen in context.seen.values():
+        seen["prediction"] = mappings[0][seen["clusters"]]
     per_image = [confusions.per_image(mapping) for confusions, mapping in zip(counted, mappings, strict=True)]
     scores = [metrics.mean_iou(matched.sum(0), absent=settings.absent) for matched in per_image]
 

@@ -286,6 +286,10 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     predicted = probe(patches, split, queries, select, settings, context, len(val.classes), device)
     with context.phase("score"):
         confusions = score(predicted, masks)
+    for position, name in enumerate(val.ids):
+        if name in context.watched:
+            labels = paste(predicted[position * side**2 : (position + 1) * side**2], side)
+            context.seen[name]["prediction"] = nearest_centre(labels.clip(max=len(val.classes)), *masks[position].shape)
     per_image, total = confusions.per_image(), confusions.total()
     return Outcome(
         metrics={
@@ -448,4 +452,7 @@ def read_val(
     for batch in stream(encoder, val, transform, context, "val", mean=settings.mean, std=settings.std):
         features[list(batch.positions)] = batch.features.flatten(2).transpose(1, 2).cpu()
         masks += [val.scored(mask) for mask in batch.masks]
+        for position, image in zip(batch.positions, batch.features, strict=True):
+            if val.ids[position] in context.watched:
+                context.seen[val.ids[position]] = {"features": image.cpu(), "truth": masks[position]}
     return features.flatten(0, 1), masks

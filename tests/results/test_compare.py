@@ -10,7 +10,14 @@ import pytest
 
 from neco_bench.errors import BadInputError, MissingError, UsageError
 from neco_bench.protocol import find_tasks
-from neco_bench.results.compare import compare_classes, compare_images, compare_tasks, find_pairs
+from neco_bench.results.compare import (
+    SIZES,
+    compare_classes,
+    compare_images,
+    compare_sizes,
+    compare_tasks,
+    find_pairs,
+)
 from neco_bench.results.store import ResultStore
 from neco_bench.runner import Options, plan, plan_all, run_job
 from tests.command import neco
@@ -66,8 +73,36 @@ def test_classes_and_images(store: ResultStore) -> None:
     assert len(set(differences)) > 5
     (points,) = find_pairs([store], "baseline_rgb", "baseline_hog", ["shapes_correspondence"])
     assert len(compare_images(points)) == points.first.n_images
-    with pytest.raises(UsageError, match="no classes"):
-        compare_classes(points)
+    rows = {row.name: row for row in compare_classes(points, draws=200)}
+    stored = points.first.per_class[points.first.primary_metric]
+    assert {name: row.first for name, row in rows.items()} == pytest.approx(
+        {name: value for name, value in stored.items() if value is not None}
+    )
+    assert sum(row.items for row in rows.values()) == points.first.n_images
+    with pytest.raises(UsageError, match="no regions"):
+        compare_sizes(points)
+
+
+def test_sizes_part_the_regions(store: ResultStore) -> None:
+    for pair in find_pairs([store], "baseline_rgb", "baseline_hog", ["shapes_ic", "shapes_overcluster_50"]):
+        rows = compare_sizes(pair, draws=100)
+        assert {row.name for row in rows} <= set(SIZES)
+        assert len(rows) > 1
+        counts = pair.first_arrays["confusion"]
+        truth = (counts[0] if counts.ndim == 4 else counts).sum(2)
+        shares = truth / truth.sum(1, keepdims=True)
+        large = next(row for row in rows if row.name.startswith("large"))
+        chosen = (shares >= 0.1)[..., None]
+        assert large.items == chosen.any((1, 2)).sum()
+        one = (counts if counts.ndim == 4 else counts[None])[0]
+        hits = np.einsum("nii->ni", one)
+        union = one.sum(2) + one.sum(1) - hits
+        mask = chosen[..., 0]
+        values = [
+            hits[mask[:, c], c].sum() / union[mask[:, c], c].sum() for c in range(len(hits[0])) if mask[:, c].any()
+        ]
+        if counts.ndim == 3:
+            assert large.first == pytest.approx(np.mean(values))
 
 
 def test_errors_name_what_is_there(store: ResultStore, tmp_path: Path) -> None:

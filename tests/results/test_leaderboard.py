@@ -246,3 +246,40 @@ def test_draws_of_a_fraction_show_their_deviation(make_result):
     (table, _) = build_tables([make_result(metrics={"miou": 0.666, "miou_std": 0.0123}, provenance=provenance)])
     assert table.rows == (("dino_vits16", "66.6 ± 1.2"),)
     assert table.markdown == (("dino_vits16", "66.6 ± 1.2 (5 draws)"),)
+
+
+def ranking(results):
+    (table,) = (table for table in build_tables(results) if table.name.endswith(".ranking"))
+    return {row[0]: row[1:] for row in table.rows}
+
+
+def test_ranking_counts_only_models_with_every_column(make_result):
+    scores = {"a": (0.8, 0.6), "b": (0.79, 0.7), "c": (0.5, 0.5), "d": (0.5, None)}
+    results = [
+        make_result(value, key=model + task, model=model, task=task, ci95={"miou": (value - 0.02, value + 0.02)})
+        for model, values in scores.items()
+        for task, value in zip(("camvid_ic", "voc_ic"), values, strict=True)
+        if value is not None
+    ]
+    rows = ranking(results)
+    assert list(rows) == ["a", "b", "c", "d"]
+    # a and b win once each, their intervals overlap on camvid_ic; b is clearly ahead on voc_ic, yet a leads by name
+    assert rows["a"] == ("1", "1.50", "3", "", "1..2", "2")
+    assert rows["b"] == ("1", "1.50", "3", "", "1..2", "1")
+    assert rows["c"] == ("2", "3.00", "0", "", "3", "3")
+    assert rows["d"] == ("", "", "", "1", "", "")
+
+
+def test_equal_values_share_the_borda_point(make_result):
+    results = [make_result(0.5, key=name, model=name, ci95={}) for name in "ab"]
+    assert ranking(results) == {"a": ("1", "1.50", "0.5", "", "1..2"), "b": ("1", "1.50", "0.5", "", "1..2")}
+
+
+def test_one_model_has_one_name_in_all_tables(make_result):
+    results = [
+        make_result(0.4, provenance={"weights_id": "1" * 64}),
+        make_result(0.6, provenance={"weights_id": "2" * 64}),
+        make_result(0.6, provenance={"weights_id": "2" * 64}, family="correspondence", task="spair"),
+    ]
+    names = {row[0] for table in build_tables(results) if not table.name.endswith(".full") for row in table.rows}
+    assert {"dino_vits16 (weights 11111111)", "dino_vits16 (weights 22222222)"} == names
