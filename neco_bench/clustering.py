@@ -13,6 +13,7 @@ from typing import BinaryIO
 
 import faiss
 import numpy as np
+import torch
 
 from neco_bench.cache import cache_dir
 from neco_bench.errors import NecoBenchError, UsageError
@@ -29,7 +30,7 @@ def open_spool() -> BinaryIO:
     return tempfile.TemporaryFile(dir=cache_dir())
 
 
-def spool(file: BinaryIO, data: bytes) -> None:
+def spool(file: BinaryIO, data: bytes | memoryview) -> None:
     """Write to such a file. Raises NecoBenchError where the disk is full."""
     try:
         file.write(data)
@@ -47,25 +48,41 @@ class Rows:
         self.dimension = dimension
         self._file = open_spool()
         self._count = 0
+        self._scale: tuple[np.ndarray, np.ndarray] | None = None
 
     def __len__(self) -> int:
         return self._count
 
     def append(self, rows: np.ndarray) -> None:
         """Add (n, D) rows. Raises NecoBenchError where the disk is full."""
-        spool(self._file, rows.astype(np.float32, copy=False).tobytes())
+        spool(self._file, memoryview(np.ascontiguousarray(rows, np.float32)).cast("B"))
         self._count += len(rows)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop-1, (stop - start, D)."""
         self._file.seek(start * self.dimension * 4)
-        count = (min(stop, self._count) - start) * self.dimension
-        return np.frombuffer(bytearray(self._file.read(count * 4)), np.float32).reshape(-1, self.dimension)
+        rows = np.empty((min(stop, self._count) - start, self.dimension), np.float32)
+        self._file.readinto(memoryview(rows).cast("B"))  # type: ignore[attr-defined]
+        if self._scale is not None:
+            rows -= self._scale[0]
+            rows /= self._scale[1]
+        return rows
 
     def chunks(self) -> Iterator[np.ndarray]:
         """All rows in order, `CHUNK` at a time."""
         for start in range(0, self._count, CHUNK):
             yield self.read(start, start + CHUNK)
+
+    def standardise(self) -> None:
+        """From now on rows are read with population mean 0 and deviation 1 in each dimension, constant ones as 0."""
+        mean, deviation = torch.zeros(2, self.dimension, dtype=torch.float64)
+        for part in self.chunks():
+            mean += torch.from_numpy(part).sum(0, dtype=torch.float64) / len(self)
+        for part in self.chunks():
+            deviation += (torch.from_numpy(part) - mean).square_().sum(0) / len(self)
+        deviation.sqrt_()
+        deviation[deviation == 0] = 1
+        self._scale = mean.float().numpy(), deviation.float().numpy()
 
     def drawn(self, count: int, seed: int) -> np.ndarray:
         """The first `count` rows of FAISS's permutation of that seed, in its order; all in file order if no more."""
@@ -82,17 +99,6 @@ class Rows:
                 rows[here] = self.read(start, start + CHUNK)[ids[here] - start]
             done += len(here)
         return rows
-
-
-def standardise(features: Rows) -> Rows:
-    """The rows with population mean 0 and deviation 1 in each dimension; constant dimensions become 0."""
-    mean = sum(part.sum(0, dtype=np.float64) for part in features.chunks()) / len(features)
-    deviation = np.sqrt(sum(np.square(part - mean).sum(0) for part in features.chunks()) / len(features))
-    deviation[deviation == 0] = 1
-    scaled = Rows(features.dimension)
-    for part in features.chunks():
-        scaled.append((part - mean.astype(np.float32)) / deviation.astype(np.float32))
-    return scaled
 
 
 def reduce_dimensions(features: Rows, dimensions: int) -> Rows:

@@ -23,7 +23,6 @@ from neco_bench.clustering import (
     open_spool,
     reduce_dimensions,
     spool,
-    standardise,
 )
 from neco_bench.context import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
@@ -94,7 +93,8 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             if val.ids[position] in context.watched:
                 context.seen[val.ids[position]] = {"features": image.cpu(), "truth": truth}
     with context.phase("pca"):
-        reduced = reduce_dimensions(standardise(features), settings.components)
+        features.standardise()
+        reduced = reduce_dimensions(features, settings.components)
     seeds = range(context.seed, context.seed + settings.seeds)
     with context.phase("kmeans"):
         models = [
