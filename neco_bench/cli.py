@@ -354,6 +354,9 @@ def leaderboard(
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
     out: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("leaderboards/local"),
     published: Annotated[Path | None, typer.Option(help="CSV of published numbers; default: the one shipped.")] = None,
+    latex_intervals: Annotated[
+        bool, typer.Option("--latex-intervals", help="Put the 95 % intervals into the LaTeX tables.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Write one CSV per task family and a Markdown page from stored results, published numbers beside measured ones.
@@ -371,7 +374,7 @@ def leaderboard(
         for problem in store.problems:
             print(f"warning: {problem}", file=sys.stderr)
     shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
-    paths = write_leaderboard(found, out, published or shipped)
+    paths = write_leaderboard(found, out, published or shipped, latex_intervals=latex_intervals)
     if as_json:
         print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return

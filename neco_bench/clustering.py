@@ -55,14 +55,14 @@ class Rows:
 
     def append(self, rows: np.ndarray) -> None:
         """Add (n, D) rows. Raises NecoBenchError where the disk is full."""
-        spool(self._file, memoryview(np.ascontiguousarray(rows, np.float32)).cast("B"))
+        spool(self._file, np.ascontiguousarray(rows, np.float32).data.cast("B"))
         self._count += len(rows)
 
     def read(self, start: int, stop: int) -> np.ndarray:
         """Rows start..stop-1, (stop - start, D)."""
         self._file.seek(start * self.dimension * 4)
         rows = np.empty((min(stop, self._count) - start, self.dimension), np.float32)
-        self._file.readinto(memoryview(rows).cast("B"))  # type: ignore[attr-defined]
+        self._file.readinto(rows.data.cast("B"))  # type: ignore[attr-defined]
         if self._scale is not None:
             rows -= self._scale[0]
             rows /= self._scale[1]

@@ -150,10 +150,14 @@ class Table:
         body = [line([code(row[0]), *(cell.replace("|", "\\|") for cell in row[1:])]) for row in self.markdown]
         return "\n".join([f"## {self.title}", "", *head, *body]) + "\n"
 
-    def to_latex(self) -> str:
-        """A table for booktabs: the best of each column bold, the second underlined, equal ones alike."""
-        marked = [[_latex(row[0]) for row in self.rows]]
-        for cells in list(zip(*self.rows, strict=True))[1:]:
+    def to_latex(self, intervals: bool = False) -> str:
+        """A table for booktabs: the best of each column bold, the second underlined, equal ones alike.
+
+        intervals: beside each value, small.
+        """
+        rows = self.markdown if intervals else self.rows
+        marked = [[_latex(row[0]) for row in rows]]
+        for cells in list(zip(*rows, strict=True))[1:]:
             numbers = [float(cell.split()[0]) if cell[:1].isdigit() else None for cell in cells]
             first, second = ([*sorted({n for n in numbers if n is not None}, reverse=True), None, None])[:2]
             styles = [
@@ -164,7 +168,7 @@ class Table:
                 else "%s"
                 for n in numbers
             ]
-            marked.append([style % _latex(cell) if cell else "--" for style, cell in zip(styles, cells, strict=True)])
+            marked.append([_marked(cell, style) for style, cell in zip(styles, cells, strict=True)])
         lines = [" & ".join(row) + r" \\" for row in zip(*marked, strict=True)]
         head = " & ".join(_latex(cell) for cell in self.header) + r" \\"
         columns = "l" + "r" * (len(self.header) - 1)
@@ -192,6 +196,13 @@ _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "<": r"\textless{}",
     ">": r"\textgreater{}",
 }
+
+
+def _marked(cell: str, style: str) -> str:
+    """A cell for LaTeX: its value in a style, and behind it, small, the interval in brackets."""
+    value, bracket, rest = cell.partition(" [")
+    small = rf" {{\scriptsize [{_latex(rest)}}}" if bracket else ""
+    return style % _latex(value) + small if cell else "--"
 
 
 def _latex(text: str) -> str:
@@ -241,10 +252,16 @@ def build_tables(results: Iterable[Result], published: Iterable[Published] = ())
     return tables
 
 
-def write_leaderboard(results: Iterable[Result], out: Path | str, published: Path | str | None = None) -> list[Path]:
+def write_leaderboard(
+    results: Iterable[Result],
+    out: Path | str,
+    published: Path | str | None = None,
+    *,
+    latex_intervals: bool = False,
+) -> list[Path]:
     """Write every table as CSV, the ranked ones as LaTeX, `leaderboard.md` and `report.html` into `out`; the paths.
 
-    `published`: a published.csv, whose numbers are set beside the measured ones; None: no such tables. Tables of an
+    latex_intervals: whether the LaTeX tables have them. `published`: a published.csv, whose numbers are set beside the measured ones; None: no such tables. Tables of an
     earlier call that are no longer made are removed; other files are left alone. Raises NecoBenchError where the folder
     cannot be written.
     """
@@ -254,7 +271,7 @@ def write_leaderboard(results: Iterable[Result], out: Path | str, published: Pat
     results = list(results)
     tables = build_tables(results, () if published is None else read_published(published))
     contents = {f"{table.name}.csv": table.to_csv() for table in tables}
-    contents |= {f"{table.name}.tex": table.to_latex() for table in tables if table.ranked}
+    contents |= {f"{table.name}.tex": table.to_latex(latex_intervals) for table in tables if table.ranked}
     contents["report.html"] = report_page(results)
     contents["leaderboard.md"] = "\n".join([LEGEND, *(table.to_markdown() for table in tables if table.markdown)])
     try:

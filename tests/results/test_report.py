@@ -151,12 +151,17 @@ def test_a_large_page_stays_small_and_bytes_are_the_same(make_result: Callable[.
     assert page == report_page(reversed(results))
 
 
-def test_latex_marks_the_best_and_compiles(make_result: Callable[..., Result], tmp_path: Path) -> None:
+@pytest.mark.parametrize("intervals", [False, True])
+def test_latex_marks_the_best_and_compiles(intervals: bool, make_result: Callable[..., Result], tmp_path: Path) -> None:
     results = [*board(make_result), make_result(0.7, key="e" * 16, model="50%_$&#{x}~^\\", task="data0_ic")]
-    write_leaderboard(results, tmp_path)
+    write_leaderboard(results, tmp_path, latex_intervals=intervals)
     text = (tmp_path / "in_context.tex").read_text()
-    assert r"model-0 & \textbf{70.0} \\" in text
-    assert r"50\%\_\$\&\#\{x\}\textasciitilde{}\textasciicircum{}\textbackslash{} & \textbf{70.0}" in text
+    beside = r" {\scriptsize [69.0, 72.0]}" if intervals else ""
+    assert rf"model-0 & \textbf{{70.0}}{beside} \\" in text
+    assert (
+        rf"50\%\_\$\&\#\{{x\}}\textasciitilde{{}}\textasciicircum{{}}\textbackslash{{}} & \textbf{{70.0}}{beside}"
+        in text
+    )
     assert r"\underline{53.3}" in text
     if shutil.which("pdflatex") is None:
         pytest.skip("no pdflatex is installed: the table was not compiled")
