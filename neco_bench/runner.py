@@ -265,12 +265,7 @@ def watch(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     options = job.options
     context = Context(options.seed, options.batch_size, options.workers_used, options.progress, watched=frozenset(ids))
     encoder = _ready(job, None, context)
-    data = {
-        role: d._part([i for i, name in enumerate(d.ids) if name in context.watched])
-        if isinstance(d, PairDataset)
-        else d
-        for role, d in job.draws[0].items()
-    }
+    data = {role: d.chosen(context.watched) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
     job.task.module.run(encoder, data, job.task.settings(), context)
     return context.seen
 

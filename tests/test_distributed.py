@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
+from neco_bench.features.store import stored_streams
 from neco_bench.metrics import ImageConfusions
 from neco_bench.protocol import find_tasks
 from neco_bench.results import Result
@@ -50,6 +53,62 @@ def test_same_counts_as_one_process(processes: int, task: str, tmp_path: Path) -
     assert list(first["image_id"]) == list(second["image_id"])
     np.testing.assert_array_equal(first["confusion"], second["confusion"])
     assert found.metrics == single.metrics
+
+
+@pytest.mark.skipif(shutil.which("pkill") is None, reason="no pkill is installed")
+def test_killed_processes_leave_what_they_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "cache"))
+    encoder = tmp_path / "slow.py"
+    encoder.write_text(
+        "import time, torch\n"
+        "def slow():\n"
+        "    class Slow(torch.nn.Module):\n"
+        "        embed_dim, stride = 3, 16\n"
+        "        def forward(self, x):\n"
+        "            time.sleep(0.2)\n"
+        "            return torch.nn.functional.avg_pool2d(x, 16)\n"
+        "    return Slow()\n"
+    )
+    arguments = ["--model", f"{encoder}:slow", "--task", "shapes_ic", "--limit", "48", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        "2",
+        "-m",
+        "neco_bench",
+    ]
+    command += ["run", "--out", str(tmp_path / "many"), "--workers", "0", "--batch-size", "4", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    killed = subprocess.Popen(
+        command,
+        env=environment,
+        cwd=tmp_path,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    until = time.monotonic() + 60
+    while (streams := stored_streams()) == [] or min(row["done"] for row in streams) < 4 or len(streams) < 2:
+        assert time.monotonic() < until, "nothing was kept"
+        time.sleep(0.05)
+    subprocess.run(
+        ["pkill", "-KILL", "-f", str(encoder)], check=True
+    )  # torchrun's processes are in groups of their own
+    killed.wait()
+    kept = sum(row["done"] for row in stored_streams())
+    assert not list((tmp_path / "many").rglob("*.json"))
+    done = torchrun(2, tmp_path / "many", *arguments)
+    assert done.returncode == 0, done.stderr[-3000:]
+    (found,) = [Result.model_validate(row) for row in json.loads(done.stdout)]
+    # The first process says what it took from the store; at most its last item was not whole.
+    assert found.provenance["features_reused"] >= (kept - 2) // 2
+    job = plan(
+        f"{encoder}:slow", find_tasks(["shapes_ic"])[0], Options(workers=0, batch_size=4, limit=48, features="off")
+    )
+    assert run_job(job, None).metrics == found.metrics
 
 
 def test_an_error_of_one_process_ends_all(tmp_path: Path) -> None:

@@ -261,9 +261,9 @@ def write_leaderboard(
 ) -> list[Path]:
     """Write every table as CSV, the ranked ones as LaTeX, `leaderboard.md` and `report.html` into `out`; the paths.
 
-    latex_intervals: whether the LaTeX tables have them. `published`: a published.csv, whose numbers are set beside the measured ones; None: no such tables. Tables of an
-    earlier call that are no longer made are removed; other files are left alone. Raises NecoBenchError where the folder
-    cannot be written.
+    published: a published.csv, whose numbers are set beside the measured ones; None: no such tables. latex_intervals:
+    whether the LaTeX tables have them. Tables of an earlier call that are no longer made are removed; other files are
+    left alone. Raises NecoBenchError where the folder cannot be written.
     """
     out = Path(out)
     from neco_bench.results.report import report_page

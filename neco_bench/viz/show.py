@@ -119,15 +119,17 @@ def show(
         rows = [_paired(dataset, name, seen[name], hits[name]) for name in chosen]
         differing = sum(int(hits[name].sum()) != arrays["hits"][ids.index(name), column] for name in chosen)
         legend = [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)]
-    _write(out, result, rows, legend, _note(worst, best, named, differing))
+    several = "confusion" in arrays and arrays["confusion"].ndim > 3
+    _write(out, result, rows, legend, _note(worst, best, named, differing, several))
     return Shown(out / "index.html", len(rows), differing)
 
 
-def _note(worst: int, best: int, named: Sequence[str], differing: int) -> str:
+def _note(worst: int, best: int, named: Sequence[str], differing: int, several: bool) -> str:
     order = "As named." if named else f"The {worst} with the lowest scores, then the {best} with the highest."
     same = "Counted again, these predictions give the stored counts."
     other = f"Counted again, {differing} of them differ from the stored counts: other versions, weights or data."
-    return f"{order} {other if differing else same}"
+    first = " Scores are means over several seeds or draws; the pictures are of the first." if several else ""
+    return f"{order} {other if differing else same}{first}"
 
 
 def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
@@ -345,6 +347,8 @@ def _write(
     low, high = result.ci95.get(metric, (float("nan"), float("nan")))
     title = f"{result.model} on {result.task}@{result.protocol}"
     value = f"{metric} {100 * result.metrics[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    for old in (out / "pictures").glob("[0-9][0-9][0-9]-*"):  # of an earlier call
+        old.unlink()
     sections = []
     for number, row in enumerate(rows):
         figures = []
