@@ -19,7 +19,7 @@ from neco_bench.runner import Options, job_of, load_job_encoder, plan_all, run_j
 from neco_bench.viz.show import RIGHT, VOID, WRONG, choose, distinct_colours, error_map, query_patches
 from tests.command import neco
 
-TASKS = ["shapes_ic", "shapes_linear", "shapes_overcluster_50", "shapes_knn", "shapes_logreg", "shapes_correspondence"]
+TASKS = ["shapes_ic", "shapes_linear", "shapes_overcluster_50", "shapes_knn", "shapes_correspondence"]
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +28,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ResultStore:
     # The probe's shortest run, and no validation image dropped.
     changes: dict[str, Any] = {"shapes_linear": {"epochs": 2, "drop_last_val": False, "batch_size": 8}}
     for task in TASKS:
-        jobs = plan_all(["baseline_rgb"], find_tasks([task], changes.get(task)), Options(workers=0, limit=12), folder)
+        jobs = plan_all(["baseline_rgb"], find_tasks([task], changes.get(task)), Options(workers=0, limit=8), folder)
         assert run_job(jobs[0], folder).status == "ok"
     return folder
 

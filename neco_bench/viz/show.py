@@ -26,7 +26,8 @@ from neco_bench.results.files import slug, write_whole
 from neco_bench.results.schema import Result
 from neco_bench.runner import Job, watch
 
-BOX, WIDE_BOX, LARGE = (240, 180), (500, 180), 1024  # pixels of thumbnails, and of the longer side of pictures
+BOX, WIDE_BOX = (240, 180), (500, 180)  # pixels of thumbnails
+SMALL, LARGE = 480, 1024  # least and most pixels of the longer side of a picture
 GAP, LINE = 6, 20
 RIGHT, WRONG, VOID = (46, 160, 67), (214, 39, 40), (255, 255, 255)
 NEIGHBOURS, VIEW, PARTS = 5, 64, 8  # neighbours of a patch, pixels of each, and samples a side that judge a patch
@@ -170,7 +171,9 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
 
 
 def _segmented(dataset: SegmentationDataset, name: str, seen: dict[str, Any], colours: np.ndarray, caption: str) -> Row:
-    image = _fitted(dataset[dataset.ids.index(name)].image, (LARGE, LARGE), Image.Resampling.BICUBIC)
+    image = dataset[dataset.ids.index(name)].image
+    side = min(max(SMALL, *image.shape[:2]), LARGE)
+    image = _fitted(image, (side, side), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
     truth, prediction = (_enlarged(seen[kind], height, width) for kind in ("truth", "prediction"))
     palette = np.full((256, 3), 128, np.uint8)
@@ -303,7 +306,7 @@ def _font(size: int) -> Any:
 
 def _encoded(pixels: np.ndarray, photo: bool) -> bytes:
     buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "JPEG" if photo else "PNG", quality=88, optimize=True)
+    Image.fromarray(pixels).save(buffer, "JPEG" if photo else "PNG", quality=88)
     return buffer.getvalue()
 
 
