@@ -451,12 +451,25 @@ def _conditions(results: Iterable[Result]) -> tuple[tuple[str, ...], ...]:
 def _ranked(models: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]) -> list[str]:
     """Models with all columns first, by mean rank among them; ties, and the others, by name."""
     complete = _complete(models, columns, values)
-    ahead = {m: sum(values[other, c] > values[m, c] for c in columns for other in complete) for m in complete}
-    return [*sorted(complete, key=lambda m: (ahead[m], m)), *sorted(set(models) - set(complete))]
+    borda = _borda(complete, columns, values)
+    return [*sorted(complete, key=lambda m: (-borda[m], m)), *sorted(set(models) - set(complete))]
 
 
 def _complete(models: Iterable[str], columns: Iterable[str], values: Mapping[tuple[str, str], float]) -> list[str]:
     return [model for model in models if all((model, column) in values for column in columns)]
+
+
+def _borda(models: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """How many models each one beats, over all columns; a tie counts half."""
+    return {
+        model: sum(
+            (values[model, c] > values[other, c]) + (values[model, c] == values[other, c]) / 2
+            for c in columns
+            for other in models
+            if other != model
+        )
+        for model in models
+    }
 
 
 def _ranking(grid: Grid) -> Table:
@@ -468,23 +481,18 @@ def _ranking(grid: Grid) -> Table:
     def clearly(better: str, worse: str) -> list[bool]:
         return [bounds[better, c][0] > bounds[worse, c][1] for c in grid.columns]
 
+    borda = _borda(complete, grid.columns, values)
     leader, group = "", 0
     rows: list[tuple[str, ...]] = []
     for model in complete:
         if not leader or sum(clearly(leader, model)) > sum(clearly(model, leader)):
             leader, group = model, group + 1
-        others = [other for other in complete if other != model]
-        borda = sum(
-            (values[model, c] > values[other, c]) + (values[model, c] == values[other, c]) / 2
-            for other in others
-            for c in grid.columns
-        )
         ahead = [sum(column) for column in zip(*(clearly(other, model) for other in complete), strict=True)]
         behind = [sum(column) for column in zip(*(clearly(model, other) for other in complete), strict=True)]
         places = [(1 + a, len(complete) - b) for a, b in zip(ahead, behind, strict=True)]
         ranks = (str(first) if first == last else f"{first}..{last}" for first, last in places)
-        mean_rank = len(complete) - borda / len(grid.columns)
-        rows.append((model, str(group), f"{mean_rank:.2f}", f"{borda:g}", "", *ranks))
+        mean_rank = len(complete) - borda[model] / len(grid.columns)
+        rows.append((model, str(group), f"{mean_rank:.2f}", f"{borda[model]:g}", "", *ranks))
     for model in grid.models[len(complete) :]:
         lacking = sum((model, column) not in values for column in grid.columns)
         rows.append((model, "", "", "", str(lacking), *("" for _ in grid.columns)))
