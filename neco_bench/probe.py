@@ -19,28 +19,27 @@ from neco_bench.errors import NumericalError
 
 @dataclass(frozen=True)
 class ProbeOptions:
-    """SGD with momentum; the rate is multiplied by `decay` every `decay_epochs` epochs."""
+    """SGD with momentum; rates are multiplied by `decay` every `decay_epochs` epochs."""
 
-    learning_rate: float
     momentum: float
     weight_decay: float
     decay: float
     decay_epochs: int
 
 
-def logits_at(head: nn.Conv2d, features: Tensor, height: int, width: int) -> Tensor:
-    """(B, C, height, width) logits of features (B, D, h, w), bilinear, align_corners off."""
-    return F.interpolate(head(features), (height, width), mode="bilinear", align_corners=False)
+def logits_at(heads: Sequence[nn.Conv2d], features: Tensor, height: int, width: int) -> Tensor:
+    """(H, B, C, height, width) logits by each of H heads of features (B, D, h, w), in one pass: bilinear, align_corners
+    off."""
+    weight = torch.cat([head.weight for head in heads])
+    bias = torch.cat([head.bias for head in heads if head.bias is not None])
+    logits = F.conv2d(features, weight, bias)
+    logits = F.interpolate(logits, (height, width), mode="bilinear", align_corners=False)
+    return logits.unflatten(1, (len(heads), -1)).transpose(0, 1)
 
 
 def classify(heads: Sequence[nn.Conv2d], features: Tensor, height: int, width: int) -> Tensor:
-    """(H, height, width) class ids by each of H heads of one image's features (D, h, w), in one pass."""
-    weight = torch.cat([head.weight for head in heads])
-    bias = torch.cat([head.bias for head in heads if head.bias is not None])
-    logits = F.interpolate(
-        F.conv2d(features[None], weight, bias), (height, width), mode="bilinear", align_corners=False
-    )
-    return logits.view(len(heads), -1, height, width).argmax(1)
+    """(H, height, width) class ids by each of H heads of one image's features (D, h, w)."""
+    return logits_at(heads, features[None], height, width)[:, 0].argmax(1)
 
 
 def new_head(dimension: int, classes: int, seed: int, device: torch.device) -> nn.Conv2d:
@@ -51,26 +50,35 @@ def new_head(dimension: int, classes: int, seed: int, device: torch.device) -> n
 
 
 def train_probe(
-    head: nn.Conv2d, epochs: Iterable[Iterable[tuple[Tensor, Tensor]]], options: ProbeOptions, *, ignore: int = 255
-) -> list[nn.Conv2d]:
-    """Copies of the head after each epoch; trains `head` in place.
+    heads: Sequence[nn.Conv2d],
+    rates: Sequence[float],
+    epochs: Iterable[Iterable[tuple[Tensor, Tensor]]],
+    options: ProbeOptions,
+    *,
+    ignore: int = 255,
+) -> list[list[nn.Conv2d]]:
+    """Copies of all heads after each epoch; trains `heads` in place, each with its own learning rate.
 
-    epochs: for each epoch its batches, features (B, D, h, w) with targets (B, height, width) int64; `ignore` in the
-    target is left out of the mean cross-entropy. Raises NumericalError where the loss is not finite.
+    All see the same batches, in one pass, and none feels the others. epochs: for each epoch its batches, features
+    (B, D, h, w) with targets (B, height, width) int64; `ignore` in the target is left out of the mean cross-entropy.
+    Raises NumericalError where a loss is not finite.
     """
-    optimizer = torch.optim.SGD(
-        head.parameters(), lr=options.learning_rate, momentum=options.momentum, weight_decay=options.weight_decay
-    )
+    groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
+    optimizer = torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, options.decay_epochs, options.decay)
-    heads = []
+    snapshots = []
     for batches in epochs:
         for features, target in batches:
-            loss = F.cross_entropy(logits_at(head, features, *target.shape[-2:]), target, ignore_index=ignore)
-            if not torch.isfinite(loss):
-                raise NumericalError("The probe's loss is not finite. Lower the rate with --set learning_rate=0.001.")
+            logits = logits_at(heads, features, *target.shape[-2:])
+            losses = torch.stack([F.cross_entropy(own, target, ignore_index=ignore) for own in logits])
+            if not torch.isfinite(losses).all():
+                rate = rates[int(torch.isfinite(losses).int().argmin())]
+                raise NumericalError(
+                    f"The probe's loss is not finite at learning_rate={rate:g}. Lower it with --set learning_rate=0.001"
+                )
             optimizer.zero_grad()
-            loss.backward()
+            losses.sum().backward()
             optimizer.step()
         schedule.step()
-        heads.append(copy.deepcopy(head))
-    return heads
+        snapshots.append(copy.deepcopy(list(heads)))
+    return snapshots

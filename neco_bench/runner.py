@@ -403,13 +403,14 @@ def _mean_of_draws(outcomes: list[Outcome], settings: Any, seed: int) -> Outcome
         columns = {name: [outcome.per_class[metric][name] for outcome in outcomes] for name in rows}
         known = {name: [value for value in column if value is not None] for name, column in columns.items()}
         per_class[metric] = {name: float(np.mean(column)) if column else None for name, column in known.items()}
+    confusions = stacked["confusion"].reshape(-1, *stacked["confusion"].shape[-3:])
     return Outcome(
         metrics={
             **{name: float(column.mean()) for name, column in values.items()},
             **{f"{name}_std": float(column.std(ddof=1)) for name, column in values.items()},
         },
         per_class=per_class,
-        ci95={"mIoU": statistics.bootstrap_miou(stacked["confusion"], absent=settings.absent, seed=seed)},
+        ci95={"mIoU": statistics.bootstrap_miou(confusions, absent=settings.absent, seed=seed)},
         n_images=outcomes[0].n_images,
         statistics=stacked,
         features=outcomes[0].features,

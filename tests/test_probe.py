@@ -10,7 +10,7 @@ from torch import nn
 from neco_bench.errors import NumericalError
 from neco_bench.probe import ProbeOptions, classify, logits_at, new_head, train_probe
 
-OPTIONS = ProbeOptions(learning_rate=0.01, momentum=0.9, weight_decay=1e-4, decay=0.1, decay_epochs=3)
+OPTIONS = ProbeOptions(momentum=0.9, weight_decay=1e-4, decay=0.1, decay_epochs=3)
 
 
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
@@ -25,7 +25,7 @@ def test_fifty_steps_equal_a_plain_loop() -> None:
     head = new_head(16, 5, 1, torch.device("cpu"))
     plain = nn.Conv2d(16, 5, 1)
     plain.load_state_dict(head.state_dict())
-    snapshots = train_probe(head, data, OPTIONS)
+    snapshots = train_probe([head], [0.01], data, OPTIONS)
 
     rate, momentum = 0.01, [torch.zeros_like(p) for p in plain.parameters()]
     up = nn.Upsample(size=(20, 20), mode="bilinear", align_corners=False)
@@ -39,8 +39,19 @@ def test_fifty_steps_equal_a_plain_loop() -> None:
                     p.sub_(rate * m)
         rate = 0.01 * 0.1 ** (number // 3)
     assert len(snapshots) == 5
-    for ours, theirs in zip(snapshots[-1].parameters(), plain.parameters(), strict=True):
+    for ours, theirs in zip(snapshots[-1][0].parameters(), plain.parameters(), strict=True):
         np.testing.assert_allclose(ours.detach(), theirs.detach(), atol=1e-5)
+
+
+def test_heads_trained_together_are_those_trained_alone() -> None:
+    data, device = [batches(4) for _ in range(4)], torch.device("cpu")
+    places = [(rate, seed) for rate in (0.01, 0.1) for seed in (0, 1)]
+    together = train_probe([new_head(16, 5, seed, device) for _, seed in places], [r for r, _ in places], data, OPTIONS)
+    for number, (rate, seed) in enumerate(places):
+        alone = train_probe([new_head(16, 5, seed, device)], [rate], data, OPTIONS)
+        for joint, single in zip(together, alone, strict=True):
+            assert torch.allclose(joint[number].weight, single[0].weight, atol=1e-6)
+            assert torch.allclose(joint[number].bias, single[0].bias, atol=1e-6)
 
 
 def test_many_heads_classify_as_each_alone() -> None:
@@ -48,7 +59,7 @@ def test_many_heads_classify_as_each_alone() -> None:
     heads = [new_head(16, 5, seed, torch.device("cpu")) for seed in range(3)]
     together = classify(heads, features[0], 20, 30)
     for head, ids in zip(heads, together, strict=True):
-        assert torch.equal(ids, logits_at(head, features[:1], 20, 30)[0].argmax(0))
+        assert torch.equal(ids, logits_at([head], features[:1], 20, 30)[0, 0].argmax(0))
 
 
 def test_a_seed_gives_the_same_head_and_leaves_the_global_generator_alone() -> None:
@@ -63,4 +74,4 @@ def test_a_seed_gives_the_same_head_and_leaves_the_global_generator_alone() -> N
 def test_a_loss_that_is_not_finite() -> None:
     features, target = batches(1)[0]
     with pytest.raises(NumericalError, match="learning_rate"):
-        train_probe(new_head(16, 5, 0, torch.device("cpu")), [[(features * torch.inf, target)]], OPTIONS)
+        train_probe([new_head(16, 5, 0, torch.device("cpu"))], [0.01], [[(features * torch.inf, target)]], OPTIONS)

@@ -9,11 +9,11 @@ Known deviations from the reference: augmentation and order are drawn per (epoch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import NonNegativeFloat, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
 from neco_bench import distributed, metrics, statistics
 from neco_bench.context import Context, Cost, Outcome, item_rng
@@ -33,6 +33,8 @@ class Settings(BaseSettings):
     batch_size: of the probe, not of the encoder. drop_last, drop_last_val: leave out the last partial batch.
     select: which epoch's head is reported; "best" picks it on val. score_size: side of the shrunk masks that are scored
     (None: their own resolution).
+    learning_rates: heads trained side by side in place of that of `learning_rate`; the best on val is reported.
+    probe_seeds: heads trained side by side from as many starts, crops and order the same for all; mean and deviation.
     """
 
     train_mask_size: PositiveInt
@@ -42,6 +44,8 @@ class Settings(BaseSettings):
     epochs: PositiveInt
     batch_size: PositiveInt
     learning_rate: PositiveFloat
+    learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
+    probe_seeds: PositiveInt = 1
     momentum: Share
     weight_decay: NonNegativeFloat
     decay: PositiveFloat
@@ -53,14 +57,19 @@ class Settings(BaseSettings):
     score_size: PositiveInt | None = None
     absent: metrics.Absent
 
+    @property
+    def rates(self) -> tuple[float, ...]:
+        return self.learning_rates or (self.learning_rate,)
+
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
     """What `run` will take: every training image once per epoch, with the head's forward and backward pass."""
     size, classes = settings.used_size(stride), len(data["val"].classes)
     views, side = settings.epochs * len(data["train"]), settings.train_mask_size
-    per_view = 6.0 * classes * (dimension * (size // stride) ** 2 + 8 * side**2)
-    heads = settings.epochs if settings.select == "best" else 1
-    activations = settings.batch_size * (dimension * (size // stride) ** 2 + 4 * classes * side**2)
+    grid = len(settings.rates) * settings.probe_seeds
+    per_view = 6.0 * grid * classes * (dimension * (size // stride) ** 2 + 8 * side**2)
+    heads = grid * (settings.epochs if settings.select == "best" else 1)
+    activations = settings.batch_size * (dimension * (size // stride) ** 2 + 4 * grid * classes * side**2)
     return Cost(
         images=views + len(data["val"]),
         size=size,
@@ -76,13 +85,15 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     classes = len(train.classes)
     size = settings.used_size(encoder.stride)
     order = training_order(len(train), settings, context.seed)
-    head = new_head(encoder.embed_dim, classes, context.seed, encoder.device)
-    options = ProbeOptions(
-        settings.learning_rate, settings.momentum, settings.weight_decay, settings.decay, settings.decay_epochs
-    )
-    heads = train_probe(head, _epochs(encoder, train, order, size, settings, context), options, ignore=IGNORE)
-
-    candidates = heads if settings.select == "best" else heads[-1:]
+    seeds = range(context.seed, context.seed + settings.probe_seeds)
+    heads = [new_head(encoder.embed_dim, classes, seed, encoder.device) for _ in settings.rates for seed in seeds]
+    rates = [rate for rate in settings.rates for _ in seeds]
+    options = ProbeOptions(settings.momentum, settings.weight_decay, settings.decay, settings.decay_epochs)
+    epochs = _epochs(encoder, train, order, size, settings, context)
+    snapshots = train_probe(heads, rates, epochs, options, ignore=IGNORE)
+    if settings.select == "last":
+        snapshots = snapshots[-1:]
+    candidates = [head for snapshot in snapshots for head in snapshot]
     confusions = [metrics.ImageConfusions(classes) for _ in candidates]
     scored = len(val) // settings.batch_size * settings.batch_size if settings.drop_last_val else len(val)
     if not scored:
@@ -119,23 +130,31 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
     numbers = distributed.gather(positions)
     confusions = [metrics.ImageConfusions.joined(distributed.gather(c), numbers) for c in confusions]
-    scores = [metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions]
-    best = int(np.argmax(scores))
+    scores = np.array([metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions])
+    scores = scores.reshape(len(snapshots), len(settings.rates), len(seeds))
+    means = scores.mean(2)
+    epoch, rate = (int(i) for i in np.unravel_index(np.argmax(means), means.shape))
+    first = int(np.ravel_multi_index((epoch, rate, 0), scores.shape))
     for seen in context.seen.values():
-        seen["prediction"] = seen["prediction"][best]
-    total, per_image = confusions[best].total(), confusions[best].per_image()
-    context.notes |= {"epoch_reported": len(heads) - len(candidates) + best + 1, "scored_images": scored}
+        seen["prediction"] = seen["prediction"][first]
+    per_image = np.stack([confusion.per_image() for confusion in confusions[first : first + len(seeds)]])
+    totals = per_image.sum(1)
+    context.notes |= {"epoch_reported": settings.epochs - len(snapshots) + epoch + 1, "scored_images": scored}
+    if settings.learning_rates:
+        by_rate = dict(zip(map(str, settings.rates), means.max(0).tolist(), strict=True))
+        context.notes |= {"learning_rate_reported": settings.rates[rate], "mIoU_by_learning_rate": by_rate}
     return Outcome(
         metrics={
-            "mIoU": scores[best],
-            "mIoU_last_epoch": scores[-1],
-            "mIoU_present": metrics.mean_iou(total, absent="exclude"),
-            "pixel_accuracy": float(np.trace(total) / max(1, total.sum())),
+            "mIoU": float(means[epoch, rate]),
+            "mIoU_last_epoch": float(means[-1, rate]),
+            "mIoU_present": float(np.mean([metrics.mean_iou(total, absent="exclude") for total in totals])),
+            "pixel_accuracy": float(np.mean([np.trace(total) / max(1, total.sum()) for total in totals])),
+            **({"mIoU_std": float(scores[epoch, rate].std(ddof=1))} if len(seeds) > 1 else {}),
         },
-        per_class={"IoU": metrics.named(metrics.iou_per_class(total), train.classes)},
+        per_class={"IoU": metrics.named(np.stack([metrics.iou_per_class(t) for t in totals]).mean(0), train.classes)},
         ci95={"mIoU": statistics.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
         n_images=scored,
-        statistics={"confusion": per_image},
+        statistics={"confusion": per_image if len(seeds) > 1 else per_image[0]},
         features={"input_size": settings.input_size, "used_size": size, "resize": "squash", "final_norm": True},
     )
 
