@@ -22,7 +22,7 @@ from PIL import Image
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationInfo, field_validator
 from torch import Tensor
 
-from neco_bench import statistics
+from neco_bench import distributed, statistics
 from neco_bench.context import Context, Cost, Outcome
 from neco_bench.correspondence import (
     box_side,
@@ -111,7 +111,10 @@ def cost(settings: Settings, data: dict[str, PairDataset], stride: int, dimensio
 
 
 def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, context: Context) -> Outcome:
-    """PCK on data["test"]. Features are computed once per image; one category is held at a time."""
+    """PCK on data["test"]. Features are computed once per image; one category is held at a time.
+
+    Several processes share the categories out.
+    """
     dataset = data["test"]
     by_category: dict[str, list[Pair]] = defaultdict(list)
     for pair in dataset.pairs:
@@ -131,10 +134,12 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
     hits: dict[str, np.ndarray] = {}
     totals: dict[str, int] = {}
     bins: dict[str, list[list[Pair]]] = defaultdict(list)
-    for pairs in context.track([by_category[name] for name in sorted(by_category)], "pairs"):
-        chosen = _bins(pairs, settings)
+    for number, category in enumerate(context.track(sorted(by_category), "pairs")):
+        chosen = _bins(by_category[category], settings)
         for name, members in chosen.items():
             bins[name].append(members)
+        if number % distributed.world() != distributed.rank():
+            continue
         needed = {pair.id: pair for members in chosen.values() for pair in members}
         views = _views(encoder, dataset, needed.values(), used, prepare, settings, context)
         with context.phase("match"):
@@ -145,6 +150,9 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
                 totals[pair.id] = len(errors)
                 if pair.id in context.watched:
                     context.seen[pair.id] = {"points": found, "errors": errors, "side": box_side(pair.target_box)}
+    for of_process in distributed.gather((hits, totals)):
+        hits |= of_process[0]
+        totals |= of_process[1]
     return _outcome(dataset, bins, hits, totals, settings, context, used, encoder)
 
 
