@@ -12,9 +12,9 @@ from neco_bench.runner import Options, plan
 
 
 def probe(protocol: str, seed: int = 0, **changes: object) -> tuple[Outcome, dict]:
-    common = {"epochs": 3, "batch_size": 8, "drop_last_val": False}
+    common = {"epochs": 2, "batch_size": 8, "drop_last_val": False}
     (task,) = find_tasks([f"shapes_linear@{protocol}"], {**common, **changes})
-    job = plan("baseline_hog", task, Options(limit=16, seed=seed))
+    job = plan("baseline_hog", task, Options(limit=8, seed=seed))
     context = Context(seed=seed, batch_size=8)
     outcome = task.module.run(load_encoder("baseline_hog"), dict(job.data), task.settings(), context)
     return outcome, context.notes
@@ -22,7 +22,7 @@ def probe(protocol: str, seed: int = 0, **changes: object) -> tuple[Outcome, dic
 
 @pytest.mark.parametrize("protocol", ["neco-1", "clean-1"])
 def test_the_best_rate_scores_as_it_does_alone(protocol: str) -> None:
-    rates = [0.0001, 1.0, 0.1]
+    rates = [0.0001, 1.0]
     grid, notes = probe(protocol, learning_rates=rates)
     alone = {rate: probe(protocol, learning_rate=rate)[0] for rate in rates}
     values = {str(rate): outcome.metrics["mIoU"] for rate, outcome in alone.items()}
