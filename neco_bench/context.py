@@ -31,8 +31,9 @@ class Context:
     batch_size: images per encoder forward; halved when the device runs out of memory. timing: seconds per phase.
     notes: facts of the run that belong in its provenance. store: where features are kept; None keeps none. reused:
     images whose features came from it.
-    watched: ids of items that `show` will draw. seen: what the family hands over of them, by id: `features` (D, h, w),
-    `truth`, `prediction` and `clusters` (H, W), `neighbours`, a function from a patch's number to its `Neighbour`s; of
+    watched: ids of items that `show` will draw. seen: what the family hands over of them, by id: `truth` and
+    `prediction` (H, W); where it has them `clusters` (H, W), `features` (D, h, w), of equal shape for all images, and
+    `neighbours`, a function from a patch's number to its `Neighbour`s; of
     pairs `points` (P, 2), the predicted pixels (x, y) of the target, their `errors` and the longest `side` of its box.
     """
 

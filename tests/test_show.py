@@ -59,6 +59,17 @@ def test_every_family_shows_what_it_scored(task: str, store: ResultStore, tmp_pa
         assert len(np.unique(np.asarray(grid).reshape(-1, 3), axis=0)) > 50
 
 
+def test_features_of_windows_are_not_drawn(tmp_path: Path) -> None:
+    changes = {"iterations": 3, "warmup": 1, "evaluate_every": 2, "batch_size": 2}
+    folder = ResultStore(tmp_path / "results")
+    (job,) = plan_all(["baseline_rgb"], find_tasks(["shapes_linear@dinov3-1"], changes), Options(limit=4), folder)
+    assert run_job(job, folder).status == "ok"
+    code, out, err = neco("show", "baseline_rgb", "--results", folder.folder, "--out", tmp_path, "--json")
+    assert (code, "other counts" in err) == (0, False), err
+    page = Path(json.loads(out)[0]["page"]).read_text(encoding="utf-8")
+    assert set(re.findall(r"<figcaption>(.*?)</figcaption>", page)) == {"image", "ground truth", "prediction", "errors"}
+
+
 def test_neighbours_are_the_patches_of_the_memory(store: ResultStore) -> None:
     """The middle of each view, encoded anew, has the cosine that the search found: baseline_rgb sees 3 x 3 cells."""
     (result,) = (r for r in store.load_all() if r.task == "shapes_ic")

@@ -97,11 +97,11 @@ def show(
     legend: list[tuple[str, tuple[int, int, int]]] = []
     dataset = data["test"] if "test" in data else data["val"]
     if isinstance(dataset, SegmentationDataset):
-        colours = principal_colours(torch.stack([seen[name]["features"] for name in chosen]))
-        rows = [
-            _segmented(dataset, name, seen[name], colours[i], f"mIoU {100 * scores[name]:.1f}")
-            for i, name in enumerate(chosen)
-        ]
+        if all("features" in seen[name] for name in chosen):
+            colours = principal_colours(torch.stack([seen[name]["features"] for name in chosen]))
+            for name, own in zip(chosen, colours, strict=True):
+                seen[name]["colours"] = own
+        rows = [_segmented(dataset, name, seen[name], f"mIoU {100 * scores[name]:.1f}") for name in chosen]
         stored = arrays["confusion"]
         stored = stored.reshape(-1, *stored.shape[-3:])[0]
         size = stored.shape[-1]
@@ -170,7 +170,7 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
     return [int(i) for i in dict.fromkeys([wrong, right]) if i == right or share[i] > 0]
 
 
-def _segmented(dataset: SegmentationDataset, name: str, seen: dict[str, Any], colours: np.ndarray, caption: str) -> Row:
+def _segmented(dataset: SegmentationDataset, name: str, seen: dict[str, Any], caption: str) -> Row:
     image = dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
     image = _fitted(image, (side, side), Image.Resampling.BICUBIC)
@@ -184,8 +184,9 @@ def _segmented(dataset: SegmentationDataset, name: str, seen: dict[str, Any], co
         Tile("ground truth", palette[truth], "map"),
         Tile("prediction", palette[prediction], "map"),
         Tile("errors", error_map(image, truth, prediction), "map"),
-        Tile("features (PCA)", _enlarged(colours, height, width), "map"),
     ]
+    if "colours" in seen:
+        tiles.append(Tile("features (PCA)", _enlarged(seen["colours"], height, width), "map"))
     if "clusters" in seen:
         clusters = seen["clusters"]
         found = distinct_colours(int(clusters.max()) + 1)[clusters]

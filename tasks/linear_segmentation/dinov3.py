@@ -135,12 +135,18 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             sample = val[index]
         features, corners = encode_windows(encoder, sample.image, window, settings, context)
         with context.phase("predict"):
+            predictions = []
             for iteration, confusion in zip(iterations, confusions, strict=True):
                 predicted = classify_windows(trained[iteration], features, corners, window, sample.mask.shape)
-                confusion.add(val.scored(sample.mask), predicted.cpu().numpy())
+                predictions.append(predicted.cpu().numpy())
+                confusion.add(val.scored(sample.mask), predictions[-1])
+            if sample.id in context.watched:
+                context.seen[sample.id] = {"truth": val.scored(sample.mask), "prediction": predictions}
 
     scores = [metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions]
     best = int(np.argmax(scores))
+    for seen in context.seen.values():
+        seen["prediction"] = seen["prediction"][best]
     total, per_image = confusions[best].total(), confusions[best].per_image()
     context.notes |= {"iteration_reported": iterations[best], "scored_images": len(val)}
     return Outcome(
