@@ -13,11 +13,12 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TextIO
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from neco_bench.errors import NecoBenchError
+from neco_bench.tables import compared, phases, print_rows, summary
 
 if TYPE_CHECKING:
     from neco_bench.results.schema import Result
@@ -135,7 +136,7 @@ def run(
         from neco_bench.estimate import forecast
 
         rows = forecast(jobs, store)
-        _print([{name: row[name] for name in row if as_json or name != "exit_code"} for row in rows], as_json)
+        print_rows([{name: row[name] for name in row if as_json or name != "exit_code"} for row in rows], as_json)
         raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
     results = []
     if launcher is not None:
@@ -156,7 +157,7 @@ def run(
             if distributed.rank():
                 continue
             if profile:
-                _print(_phases(results[-1]), False, file=sys.stderr)
+                print_rows(phases(results[-1]), False, file=sys.stderr)
             note = f"error: {results[-1].error}" if results[-1].error else "done"
             print(f"{job.label} on {job.task.card.name}@{job.task.label}: {note}", file=sys.stderr)
     except KeyboardInterrupt:
@@ -165,7 +166,7 @@ def run(
     if distributed.rank() == 0 and as_json:
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
     elif distributed.rank() == 0:
-        _print([_summary(result) for result in results], False)
+        print_rows([summary(result) for result in results], False)
     raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), died))
 
 
@@ -177,7 +178,7 @@ def models(as_json: Json = False) -> None:
     """
     from neco_bench.encoders.zoo import describe_models
 
-    _print(describe_models(), as_json)
+    print_rows(describe_models(), as_json)
 
 
 @app.command()
@@ -203,7 +204,7 @@ def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
         }
         for card in cards.values()
     ]
-    _print(rows, as_json)
+    print_rows(rows, as_json)
     for family, reason in broken.items():
         print(f"warning: task family {family!r} is broken: {reason}", file=sys.stderr)
 
@@ -228,7 +229,7 @@ def check(
         {"check": row.name, "passed": "pass" if row.passed else "FAIL", "detail": row.detail}
         for row in check_encoder(encoder)
     ]
-    _print(rows, as_json)
+    print_rows(rows, as_json)
     if any(row["passed"] == "FAIL" for row in rows):
         raise typer.Exit(4)
 
@@ -262,7 +263,7 @@ def diagnose(
     if not isinstance(data, SegmentationDataset):
         raise UsageError(f"{dataset!r} has no masks. Name a data set for segmentation with --dataset.")
     encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
-    _print(run_diagnosis(encoder, data, size, images, picture), as_json)
+    print_rows(run_diagnosis(encoder, data, size, images, picture), as_json)
 
 
 @app.command()
@@ -405,12 +406,12 @@ def compare(
     patterns = [part for value in task or [] for part in value.split(",") if part]
     stores = [ResultStore(folder) for folder in results or [Path("results")]]
     pairs = comparing.find_pairs(stores, first, second, patterns)
-    tables: dict[str, list[dict[str, Any]]] = {"tasks": [_compared(row) for row in comparing.compare_tasks(pairs)]}
+    tables: dict[str, list[dict[str, Any]]] = {"tasks": [compared(row) for row in comparing.compare_tasks(pairs)]}
     for pair in pairs:
         if per_class:
-            tables[f"{pair.name} by class"] = [_compared(row) for row in comparing.compare_classes(pair)]
+            tables[f"{pair.name} by class"] = [compared(row) for row in comparing.compare_classes(pair)]
         if per_size and "confusion" in pair.first_arrays:
-            tables[f"{pair.name} by size"] = [_compared(row) for row in comparing.compare_sizes(pair)]
+            tables[f"{pair.name} by size"] = [compared(row) for row in comparing.compare_sizes(pair)]
         if images > 0:
             rows = comparing.compare_images(pair)
             rows = rows if len(rows) <= 2 * images else [*rows[:images], *rows[-images:]]
@@ -428,7 +429,7 @@ def compare(
         return
     for title, table in tables.items():
         print(f"{first} -> {second}" if title == "tasks" else f"\n{title}")
-        _print(table, False)
+        print_rows(table, False)
 
 
 @app.command()
@@ -472,7 +473,7 @@ def show(
                 file=sys.stderr,
             )
         rows.append({"task": f"{result.task}@{result.protocol}", "items": shown.items, "page": str(shown.page)})
-    _print(rows, as_json)
+    print_rows(rows, as_json)
 
 
 @app.command()
@@ -493,7 +494,7 @@ def cache(
         rows = [row for row in rows if not remove_stream(Path(row["folder"]))]
     for row in rows:
         row["used"] = datetime.fromtimestamp(row["used"]).isoformat(" ", "minutes")
-    _print(rows, as_json)
+    print_rows(rows, as_json)
 
 
 @app.command()
@@ -520,7 +521,7 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
     else:
-        _print([{"fact": name, "value": value} for name, value in facts.items()], False)
+        print_rows([{"fact": name, "value": value} for name, value in facts.items()], False)
 
 
 @data_app.command("list")
@@ -535,7 +536,7 @@ def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
     if not as_json:
         for row in rows:
             del row["citation"]
-    _print(rows, as_json)
+    print_rows(rows, as_json)
 
 
 @data_app.command("check")
@@ -553,7 +554,7 @@ def data_check(
     from neco_bench.data.integrity import check_dataset
 
     findings = check_dataset(name, data_root, progress=lambda items, **kw: tqdm(items, disable=None, leave=False, **kw))
-    _print([vars(finding) for finding in findings], as_json)
+    print_rows([vars(finding) for finding in findings], as_json)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(4)
 
@@ -577,87 +578,10 @@ def data_prepare(
     def progress(items: Any, **kw: Any) -> Any:
         return tqdm(items, disable=None, leave=False, **kw)
 
-    _print([vars(row) for row in prepare(name, data_root, source=source, into=into, progress=progress)], as_json)
+    print_rows([vars(row) for row in prepare(name, data_root, source=source, into=into, progress=progress)], as_json)
 
 
 def _models(values: Sequence[str]) -> list[str]:
     """Comma-separated specs; commas between numbers belong to a spec (timm:NAME?layers=2,5)."""
     parts = [part.strip() for value in values for part in re.split(r",(?!-?\d+(?:,|&|$))", value)]
     return list(dict.fromkeys(part for part in parts if part))
-
-
-def _summary(result: Result) -> dict[str, Any]:
-    value = result.metrics.get(result.primary_metric)
-    low, high = result.ci95.get(result.primary_metric, (None, None))
-    notes = [f"{role} {n['found']}/{n['expected']}" for role, n in (result.subset or {}).items()]
-    notes += [f"limit {result.limit}"] if result.limit else []
-    return {
-        "model": result.model,
-        "task": result.task,
-        "protocol": result.protocol,
-        "metric": result.primary_metric,
-        "value": "failed" if value is None else f"{100 * value:.1f}",
-        "95 % interval": "" if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]",
-        "note": ", ".join([*(["subset"] if result.subset else []), *notes]),
-        "seconds": f"{result.timing.get('total', 0):.1f}",
-    }
-
-
-def _compared(row: Any) -> dict[str, Any]:
-    """A row of a comparison in percent points."""
-
-    def percent(value: float | None, sign: str = "") -> str:
-        return "" if value is None or value != value else f"{100 * value:{sign}.1f}"
-
-    difference = row.difference
-    known = difference.p == difference.p
-    return {
-        "name": row.name,
-        "first": percent(row.first),
-        "second": percent(row.second),
-        "difference": percent(difference.value, "+"),
-        "95 % interval": f"[{percent(difference.low, '+')}, {percent(difference.high, '+')}]" if known else "",
-        "p": f"{difference.p:.4f}" if known else "",
-        "p (Holm)": f"{row.p_holm:.4f}" if known else "",
-        "items": row.items,
-    }
-
-
-def _phases(result: Result) -> list[dict[str, Any]]:
-    """Seconds and share of each phase, the longest first, and what none of them covers."""
-    total = result.timing.get("total", 0.0)
-    phases = {name: seconds for name, seconds in result.timing.items() if name != "total"}
-    rows = [
-        *sorted(phases.items(), key=lambda item: -item[1]),
-        ("other", total - sum(phases.values())),
-        ("total", total),
-    ]
-    table = [
-        {"phase": name, "seconds": f"{seconds:.2f}", "share": f"{100 * seconds / max(total, 1e-9):.0f} %"}
-        for name, seconds in rows
-    ]
-    return [*table, {"phase": "peak memory", "seconds": f"{result.peak_memory_mb:.0f} MB", "share": ""}]
-
-
-def _print(rows: Sequence[dict[str, Any]], as_json: bool, file: TextIO | None = None) -> None:
-    """Rows as a table for people, or as one JSON list; on stdout, or on `file`."""
-    if as_json:
-        print(json.dumps(list(rows), indent=2, default=str))
-        return
-    if not rows:
-        print("nothing")
-        return
-    table = [[*rows[0]], *([_text(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
-        print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=file)
-
-
-def _text(value: Any) -> str:
-    if isinstance(value, dict):
-        return ", ".join(f"{key} {_text(item)}" for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return ", ".join(map(_text, value))
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    return "" if value is None else str(value)

@@ -180,8 +180,9 @@ def paired_difference(
         raise NumericalError(f"{len(first.columns)} items cannot be paired with {len(second.columns)}.")
     values = np.atleast_1d(second.value() - first.value())
     spread = _resampled(second, draws, seed) - _resampled(first, draws, seed)
-    if first.images is not None:
-        spread = values + (spread - values) * _dependence(_influence(second) - _influence(first), first.images)
+    images = first.images if first.images is not None else second.images
+    if images is not None:
+        spread = values + (spread - values) * _dependence(_influence(second) - _influence(first), images)
     found = []
     for value, column in zip(values, spread.reshape(len(spread), -1).T, strict=True):
         known = column[~np.isnan(column)]

@@ -327,8 +327,8 @@ def _grid(rows: Sequence[Row], title: str) -> np.ndarray:
     for number, row in enumerate(rows):
         top = 2 * LINE + number * step
         draw.text((2, top + 2), f"{row.name}  {row.caption}", fill=(0, 0, 0), font=_font(13))
-        for left, picture in zip(lefts[:-1], small[number], strict=False):
-            grid.paste(Image.fromarray(picture), (int(left), top + LINE))
+        for i, picture in enumerate(small[number]):  # a row may have fewer than the headings
+            grid.paste(Image.fromarray(picture), (int(lefts[i]), top + LINE))
     return np.asarray(grid)
 
 

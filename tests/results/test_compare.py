@@ -94,15 +94,12 @@ def test_sizes_part_the_regions(store: ResultStore) -> None:
         large = next(row for row in rows if row.name.startswith("large"))
         chosen = (shares >= 0.1)[..., None]
         assert large.items == chosen.any((1, 2)).sum()
-        one = (counts if counts.ndim == 4 else counts[None])[0]
-        hits = np.einsum("nii->ni", one)
-        union = one.sum(2) + one.sum(1) - hits
-        mask = chosen[..., 0]
-        values = [
-            hits[mask[:, c], c].sum() / union[mask[:, c], c].sum() for c in range(len(hits[0])) if mask[:, c].any()
-        ]
-        if counts.ndim == 3:
-            assert large.first == pytest.approx(np.mean(values))
+        mask, values = chosen[..., 0], []
+        for one in counts if counts.ndim == 4 else counts[None]:
+            hits = np.einsum("nii->ni", one)
+            union = one.sum(2) + one.sum(1) - hits
+            values.append(np.mean([hits[m, c].sum() / union[m, c].sum() for c, m in enumerate(mask.T) if m.any()]))
+        assert large.first == pytest.approx(np.mean(values))
 
 
 def test_errors_name_what_is_there(store: ResultStore, tmp_path: Path) -> None:
