@@ -54,7 +54,7 @@ class ApproximateIndex:
             if self.kind == "bf16":
                 keys = torch.from_numpy(self._rows.read(0, self.rows)).to(self.device)
                 self._index = _Half(keys, proven=False)
-                self.facts = {"index": "torch-bf16", "bytes": 6 * keys.numel()}
+                self.facts = {"index": "torch-bf16", "bytes": keys.nbytes + self._index.spent}
             else:
                 self._index = _InvertedFile(self._rows)
                 self.facts = {"index": f"ivf-{self._index.lists}-fp16", "bytes": self._index.bytes}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -64,6 +66,24 @@ def test_half_precision_proves_what_it_gives() -> None:
     assert sure.float().mean() > 0.9
     torch.testing.assert_close(scores[sure].double(), expected.values[sure], atol=1e-5, rtol=0)
     assert torch.equal(ids[sure], expected.indices[sure])
+
+
+def test_long_coordinates_have_twice_the_digits(monkeypatch: pytest.MonkeyPatch) -> None:
+    lengths, turn = 0.5 ** torch.arange(64), torch.linalg.qr(rows(64, 4, 64))[0]
+    keys, queries = ((rows(n, seed, 64) * lengths) @ turn + 1.0 for n, seed in ((4000, 2), (400, 3)))
+    sure = search._Half(keys).candidates(queries, 10, 12)[2].float().mean()
+    monkeypatch.setattr(search._Half, "_round", single_digits)
+    plain = search._Half(keys).candidates(queries, 10, 12)[2].float().mean()
+    assert (sure > 0.8, plain < 0.5) == (True, True), (sure, plain)
+
+
+def single_digits(self: Any, values: torch.Tensor, low: torch.Tensor, order: tuple[int, int]) -> Any:
+    """What `_Half._round` would be if every coordinate were rounded once."""
+    low[:] = 0
+    low[:, : values.shape[1]] = values
+    rounded = low[:, : values.shape[1]].float()
+    self.double = 0
+    return (values - rounded).norm(dim=1), rounded.norm(dim=1)
 
 
 def test_half_precision_doubts_close_calls_and_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
