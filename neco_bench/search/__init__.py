@@ -6,7 +6,6 @@ measurement. All but FAISS's are blocked matrix products with a running top-k, s
 
 from __future__ import annotations
 
-import functools
 import time
 from collections.abc import Callable
 from typing import Any
@@ -15,16 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from neco_bench import distributed
 from neco_bench.errors import UsageError
 
-BLOCK_ROWS = 131_072  # keys in one product
+BLOCK_ROWS = 32_768  # keys in one product: more slow the product down, fewer the finding of the best
 BLOCK_BYTES = 32 * 2**20  # scores held at once
+HELD = 16  # blocks whose best are held until they are merged
 GROUP = 16  # keys that share a maximum in `top`
 SPARE = 2  # candidates of the half-precision product, as a multiple of k
 UPWARDS = 1 + 2**-7  # what is a bound stays one in bfloat16
 PART = 2048  # queries that are proven at once
 TILE = 64  # columns of a bfloat16 product, in multiples of which it is fast
-BOUNDS = 3  # columns that make a product a bound
+BOUNDS = 4  # columns that make a product a bound
+ROUNDING = 2**-6  # what rounding loosens bounds by, as a share of the product of lengths
+LOOSE, UNPROVEN_LOOSE = (
+    0.004,
+    0.016,
+)  # of bounds, as a share of the mean square length; less is not worth its columns
 SAMPLE = 16_384  # keys that are turned at once, and about as many as axes are found on
 MAX_DOUBT = 0.5  # share of queries searched again above which half precision is given up
 MEASURED = (16_384, 512)  # keys and queries of a measurement
@@ -39,23 +45,39 @@ def top(scores: Tensor, k: int) -> Found:
     """
     groups = scores.shape[1] // GROUP
     if groups <= k:
-        values, ids = scores.topk(k)
-        return values, ids
-    whole = scores[:, : groups * GROUP].unflatten(1, (GROUP, groups))  # a group is a stride apart: maxima vectorise
-    chosen = whole.amax(1).topk(k, sorted=False).indices
+        return _largest(scores, k)
+    inside = groups * GROUP
+    whole = scores[:, :inside].unflatten(1, (GROUP, groups))  # a group is a stride apart: maxima vectorise
+    chosen = _largest(whole.amax(1), k)[1]
     members = whole.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
-    ids = (chosen[:, None] + torch.arange(GROUP, device=scores.device)[:, None] * groups).flatten(1)
-    rest = torch.arange(groups * GROUP, scores.shape[1], device=scores.device).expand(len(scores), -1)
-    values, best = torch.cat([members, scores[:, groups * GROUP :]], 1).topk(k)
-    return values, torch.cat([ids, rest], 1).gather(1, best)
+    if inside < scores.shape[1]:
+        members = torch.cat([members, scores[:, inside:]], 1)
+    values, best = _largest(members, k)
+    ids = chosen.gather(1, best % k) + best // k * groups
+    return values, torch.where(best < GROUP * k, ids, best - GROUP * k + inside)
 
 
-def merged(best: Found | None, more: Found, k: int) -> Found:
-    """The k best of two findings among different keys."""
-    if best is None:
-        return more
-    values, order = torch.cat([best[0], more[0]], 1).topk(min(k, best[0].shape[1] + more[0].shape[1]))
-    return values, torch.cat([best[1], more[1]], 1).gather(1, order)
+def _largest(scores: Tensor, k: int) -> Found:
+    """The same by sorting. On CPUs, a bfloat16 number and its place make one float32, as numpy sorts those faster."""
+    width = scores.shape[1]
+    if scores.dtype != torch.bfloat16 or scores.device.type != "cpu" or width > 2**16:
+        return scores.topk(k)
+    pairs = torch.empty(*scores.shape, 2, dtype=torch.int16)
+    pairs[..., 0] = torch.arange(width, dtype=torch.int32).to(torch.int16)
+    pairs[..., 1] = scores.view(torch.int16)
+    packed = pairs.view(torch.float32)[..., 0].numpy()
+    if k < width:
+        packed.partition(width - k)
+    best = np.sort(packed[:, width - k :])[:, ::-1].copy()
+    found = torch.from_numpy(best).view(torch.int32)
+    return (found >> 16).to(torch.int16).view(torch.bfloat16), (found & 0xFFFF).long()
+
+
+def merged(found: list[Found], k: int) -> Found:
+    """The k best of findings among different keys, best first; fewer where there are fewer."""
+    values, ids = torch.cat([f[0] for f in found], 1), torch.cat([f[1] for f in found], 1)
+    values, order = _largest(values, min(k, values.shape[1]))
+    return values, ids.gather(1, order)
 
 
 def blocked(keys: Tensor, queries: Tensor, k: int, multiply: Callable[..., object]) -> Found:
@@ -65,16 +87,17 @@ def blocked(keys: Tensor, queries: Tensor, k: int, multiply: Callable[..., objec
     # One piece of memory for all products: to ask the system for fresh pages takes as long as a product.
     memory = torch.empty(min(step, len(queries)) * width, dtype=keys.dtype, device=keys.device)
     parts = []
-    for some in queries.split(step):
-        best: Found | None = None
+    for some in queries.chunk(-(-len(queries) // step)):  # equal parts: a small one takes as long as a whole one
+        found: list[Found] = []
         for start in range(0, len(keys), width):
             block = keys[start : start + width]
             scores = memory[: len(some) * len(block)].view(len(some), len(block))
             multiply(some, block.T, out=scores)
             values, ids = top(scores, min(k, len(block)))
-            best = merged(best, (values, ids + start), k)
-        assert best is not None
-        parts.append(best)
+            found.append((values, ids + start))
+            if len(found) == HELD:
+                found = [merged(found, k)]
+        parts.append(merged(found, k))
     return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
 
@@ -118,66 +141,83 @@ class _Half:
     """Candidates by a bfloat16 product, ranked anew in single precision; what cannot be proven right is searched again.
 
     Keys are centred on their mean m, which changes no order, and turned so that the first coordinates are the longest
-    (principal axes of keys as they are). Those are given twice as many digits, as the sum of two bfloat16 numbers, in
-    three columns each (high high, low high, high low): rounding then costs little where the length is. With k~ and q~
-    the rounded key and query, d their errors, R the other coordinates: the product q k is at most
-    q~ k~ + |q_R| |d_kR| + |d_qR| |k~_R| (Cauchy-Schwarz). Three more columns make the product this bound itself, less a
-    shift that brings the k-th best of a query near zero, where bfloat16 has its resolution. A key that is no candidate
-    stays below the last candidate's bound; where the k-th best candidate is above that, none is missed. Like every
-    search in single precision it is exact up to the rounding of sums of D products, which is taken as 8 sqrt(D) units
-    (Higham and Mary, 2019: more has a probability below 1e-13).
+    (principal axes of keys as they are). The first of them are given twice as many digits, as the sum of two bfloat16
+    numbers, in three columns each (high high, low high, high low): rounding then costs little where the length is. The
+    last ones, T, are left out where they hardly count. With k~ and q~ the rounded key and query, d their errors, R the
+    coordinates in between: the product q k is at most q~ k~ + |q_R| |d_kR| + |d_qR| |k~_R| + |q_T| |k_T|
+    (Cauchy-Schwarz). Four more columns make the product this bound itself, less a shift that brings the k-th best of a
+    query near zero, where bfloat16 has its resolution. A key that is no candidate stays below the last candidate's
+    bound; where the k-th best candidate is above that, none is missed. Like every search in single precision it is
+    exact up to the rounding of sums of D products, which is taken as 8 sqrt(D) units (Higham and Mary, 2019: more has a
+    probability below 1e-13).
     """
 
     def __init__(self, keys: Tensor, *, proven: bool = True) -> None:
         """proven: False takes the best candidates as they are."""
         self.keys, self.proven = keys, proven
-        dimension = keys.shape[1]
-        columns = -(-(dimension * 4 // 3) // TILE) * TILE  # 512 for 384
-        self.double = min(dimension, (columns - dimension - BOUNDS) // 2)
         sample = keys[:: max(1, len(keys) // SAMPLE)]
         self.axes = torch.linalg.eigh((sample.T @ sample).double())[1].flip(1).float()
         self.mean = keys.mean(0)
+        columns = self._choose_columns(((sample - self.mean) @ self.axes).square().mean(0))
         self.low = torch.empty(len(keys), columns, dtype=torch.bfloat16, device=keys.device)
         self.longest = 0.0
         for start in range(0, len(keys), SAMPLE):
             centred = (keys[start : start + SAMPLE] - self.mean) @ self.axes
             low = self.low[start : start + SAMPLE]
             error, rest = self._round(centred, low, (1, 0))
-            low[:, -3], low[:, -2], low[:, -1] = error * UPWARDS, rest * UPWARDS, 1
+            for column, bound in zip((-4, -3, -2), (error, rest, centred[:, self.kept :].norm(dim=1)), strict=True):
+                low[:, column] = bound * UPWARDS
+            low[:, -1] = 1
             self.longest = max(self.longest, float(centred.norm(dim=1).max()))
         self.spent = self.low.nbytes  # beside the keys
         self.again = _Torch(keys)
         self.searched = self.doubted = 0
 
+    def _choose_columns(self, energy: Tensor) -> int:
+        """How many columns, as few as leave the bounds tight; `kept` axes are in them, the first `double` twice.
+
+        energy: (D,) mean square of each turned coordinate.
+        """
+        dimension = len(energy)
+        left = torch.cat([energy.flip(0).cumsum(0).flip(0), energy.new_zeros(1)]) / energy.sum().clamp_min(1e-30)
+        most = -(-(dimension + max(BOUNDS, dimension // 3)) // TILE) * TILE  # 512 for 384
+        for columns in range(TILE, most + 1, TILE):
+            double = torch.arange(min(dimension, (columns - BOUNDS) // 3) + 1)
+            kept = (columns - BOUNDS - 2 * double).clamp(max=dimension)
+            loose = left[kept] + ROUNDING * (left[double] - left[kept])
+            best = int(loose.argmin())
+            if loose[best] <= (LOOSE if self.proven else UNPROVEN_LOOSE):
+                break
+        self.kept, self.double = int(kept[best]), int(double[best])
+        return columns
+
     def _round(self, values: Tensor, low: Tensor, order: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Write turned `values` (n, D) to the columns `low`, their second and third parts in `order` (1 for what is
-        left after the first). Gives (n,) the length of the error, and of what is written, in the other coordinates."""
-        double, width = self.double, values.shape[1]
+        left after the first). Gives (n,) the length of the error, and of what is written, in the coordinates R."""
+        double, between = self.double, values[:, self.double : self.kept]
         parts = [values[:, :double].bfloat16()]
         parts.append((values[:, :double] - parts[0]).bfloat16())
         low[:, :double] = parts[0]
         for place, part in enumerate(order, 1):
             low[:, place * double : (place + 1) * double] = parts[part]
-        others = low[:, 3 * double : 2 * double + width]
-        others.copy_(values[:, double:])
-        low[:, 2 * double + width :] = 0
+        others = low[:, 3 * double : 2 * double + self.kept]
+        others.copy_(between)
+        low[:, 2 * double + self.kept :] = 0
         rounded = others.float()
-        return (values[:, double:] - rounded).norm(dim=1), rounded.norm(dim=1)
+        return (between - rounded).norm(dim=1), rounded.norm(dim=1)
 
     def search(self, queries: Tensor, k: int) -> Found:
-        wanted = min(SPARE * k + 4, len(self.keys))
         parts = []
-        for some in queries.split(PART):
+        for some in queries.chunk(-(-len(queries) // PART)):
             if self.searched >= PART and self.doubted > MAX_DOUBT * self.searched:  # not worth the trouble here
                 parts.append(self.again.search(some, k))
                 continue
-            scores, ids, sure = self.candidates(some, k, wanted)
-            if not self.proven:
-                sure[:] = True
-            doubtful = (~sure).nonzero()[:, 0]
-            if len(doubtful):
-                scores[doubtful], ids[doubtful] = self.again.search(some[doubtful], k)
-            self.searched, self.doubted = self.searched + len(some), self.doubted + len(doubtful)
+            scores, ids, sure = self.candidates(some, k, min(SPARE * k + 4, len(self.keys)))
+            if self.proven:
+                doubtful = (~sure).nonzero()[:, 0]
+                self.searched, self.doubted = self.searched + len(some), self.doubted + len(doubtful)
+                if len(doubtful):
+                    scores[doubtful], ids[doubtful] = self.again.search(some[doubtful], k)
             parts.append((scores, ids))
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 
@@ -187,7 +227,9 @@ class _Half:
         low = torch.empty(len(queries), self.low.shape[1], dtype=torch.bfloat16, device=queries.device)
         error, _ = self._round(turned, low, (0, 1))
         if self.proven:
-            low[:, -3], low[:, -2] = turned[:, self.double :].norm(dim=1) * UPWARDS, error * UPWARDS
+            between, left = turned[:, self.double : self.kept].norm(dim=1), turned[:, self.kept :].norm(dim=1)
+            for column, bound in zip((-4, -3, -2), (between, error, left), strict=True):
+                low[:, column] = bound * UPWARDS
         sample = self.low[::GROUP]
         few = min(max(1, wanted // GROUP), len(sample))
         low[:, -1] = -(low @ sample.T).topk(few, sorted=False).values.amin(1)
@@ -224,19 +266,17 @@ def _ways(device: torch.device) -> dict[str, Callable[[Tensor], Any]]:
     return ways
 
 
-@functools.lru_cache
-def fastest(device: torch.device, dimension: int, k: int) -> dict[str, float]:
-    """Seconds that each exact way takes for MEASURED keys and queries of a device, the fastest first."""
-    generator = torch.Generator().manual_seed(0)
-    keys, queries = (torch.randn(n, dimension, generator=generator).to(device) for n in MEASURED)
+def fastest(keys: Tensor, queries: Tensor, k: int) -> dict[str, float]:
+    """Seconds that each exact way takes for MEASURED of these keys and queries, the fastest first."""
+    some, asked = (t[:: max(1, len(t) // most)][:most] for t, most in zip((keys, queries), MEASURED, strict=True))
     seconds = {}
-    for name, way in _ways(device).items():
-        index = way(keys)
-        index.search(queries, k)
+    for name, way in _ways(keys.device).items():
+        index = way(some)
+        index.search(asked, min(k, len(some)))
         times = []
         for _ in range(2):
             start = time.perf_counter()
-            index.search(queries, k)[0].cpu()
+            index.search(asked, min(k, len(some)))[0].cpu()
             times.append(time.perf_counter() - start)
         seconds[name] = min(times)
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
@@ -270,12 +310,35 @@ class ExactIndex:
         check_neighbours(k, self.rows)
         if self._way is None:
             small = self.rows * len(queries) < MEASURED[0] * MEASURED[1]
-            name = self.way or ("torch" if small else next(iter(fastest(self.device, self.dimension, k))))
             keys = self._keys[: self.rows]
+            name = self.way or ("torch" if small else next(iter(fastest(keys, queries.to(keys), k))))
             self._way = _ways(self.device)[name](keys)
             self.facts = {"index": name, "bytes": keys.nbytes + getattr(self._way, "spent", 0)}
         scores, ids = self._way.search(queries.to(self.device, torch.float32), k)
         return scores.cpu(), ids.cpu()
+
+
+class SharedIndex:
+    """The rows of all processes of a run, of which each holds and searches its own (`own`, an index); all give the same
+    answers. Rows count through the processes. Raises UsageError like the others."""
+
+    def __init__(self, own: Any) -> None:
+        counts = distributed.gather(own.rows)
+        self.own, self.rows, self.before = own, sum(counts), sum(counts[: distributed.rank()])
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """Of this process's share."""
+        return self.own.facts
+
+    def search(self, queries: Tensor, k: int) -> Found:
+        """Scores and row ids, each (n, k), best first, on the CPU."""
+        check_neighbours(k, self.rows)
+        mine: Found = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
+        if self.own.rows:
+            scores, ids = self.own.search(queries, min(k, self.own.rows))
+            mine = scores, ids + self.before
+        return merged(distributed.gather(mine), k)
 
 
 def check_neighbours(k: int, rows: int) -> None:

@@ -134,10 +134,9 @@ class _InvertedFile:
     def _exact(self, queries: Tensor, k: int) -> Tensor:
         """(n, k) ids of the exact neighbours among the stored keys."""
         self.index.make_direct_map()
-        best: Found | None = None
+        found: list[Found] = []
         for start in range(0, self.count, BLOCK_ROWS):
             block = torch.from_numpy(self.index.reconstruct_n(start, min(BLOCK_ROWS, self.count - start)))
             values, ids = blocked(block, queries, min(k, len(block)), torch.mm)
-            best = merged(best, (values, ids + start), k)
-        assert best is not None
-        return best[1]
+            found = [merged([*found, (values, ids + start)], k)]
+        return found[0][1]

@@ -71,19 +71,46 @@ def test_half_precision_proves_what_it_gives() -> None:
 def test_long_coordinates_have_twice_the_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, turn = 0.5 ** torch.arange(64), torch.linalg.qr(rows(64, 4, 64))[0]
     keys, queries = ((rows(n, seed, 64) * lengths) @ turn + 1.0 for n, seed in ((4000, 2), (400, 3)))
-    sure = search._Half(keys).candidates(queries, 10, 12)[2].float().mean()
-    monkeypatch.setattr(search._Half, "_round", single_digits)
+    index = search._Half(keys)
+    sure = index.candidates(queries, 10, 12)[2].float().mean()
+    assert index.double > 3
+    monkeypatch.setattr(search._Half, "_choose_columns", all_once)
     plain = search._Half(keys).candidates(queries, 10, 12)[2].float().mean()
     assert (sure > 0.8, plain < 0.5) == (True, True), (sure, plain)
 
 
-def single_digits(self: Any, values: torch.Tensor, low: torch.Tensor, order: tuple[int, int]) -> Any:
-    """What `_Half._round` would be if every coordinate were rounded once."""
-    low[:] = 0
-    low[:, : values.shape[1]] = values
-    rounded = low[:, : values.shape[1]].float()
-    self.double = 0
-    return (values - rounded).norm(dim=1), rounded.norm(dim=1)
+def all_once(self: Any, energy: torch.Tensor) -> int:
+    """Columns for every coordinate, each rounded once."""
+    self.kept, self.double = len(energy), 0
+    return 2 * search.TILE
+
+
+@given(st.integers(0, 20), st.floats(0, 4), st.sampled_from([16, 64, 100, 384]))
+@settings(deadline=None)
+def test_columns_leave_out_what_hardly_counts(seed: int, decay: float, width: int) -> None:
+    index = search._Half.__new__(search._Half)
+    index.proven = True
+    energy = rows(1, seed, width)[0].square() * torch.arange(1, width + 1) ** -decay
+    columns = index._choose_columns(energy)
+    assert columns % search.TILE == 0
+    assert 2 * index.double + index.kept + search.BOUNDS <= columns <= width * 4 // 3 + search.BOUNDS + search.TILE
+    assert 0 <= index.double <= index.kept <= width
+    assert energy[index.kept :].sum() <= search.LOOSE * energy.sum()
+
+
+@pytest.mark.parametrize("weight", [1.0, 30.0])
+def test_what_is_left_out_is_in_the_bound(weight: float) -> None:
+    """Also for queries that lie where the keys hardly do, in the coordinates that are left out."""
+    keys, queries = rows(3000, 0, 128), rows(200, 1, 128)
+    keys[:, 40:] *= 0.03
+    queries[:, 40:] *= weight
+    index = search._Half(keys)
+    assert index.kept < 128
+    scores, _, sure = index.candidates(queries, 10, 60)
+    expected = (queries.double() @ keys.double().T).topk(10)
+    assert (sure.float().mean() > 0.5) == (weight == 1)
+    torch.testing.assert_close(scores[sure].double(), expected.values[sure], atol=1e-5, rtol=0)
+    torch.testing.assert_close(index.search(queries, 10)[0].double(), expected.values, atol=1e-5, rtol=0)
 
 
 def test_half_precision_doubts_close_calls_and_gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -98,19 +125,49 @@ def test_half_precision_doubts_close_calls_and_gives_up(monkeypatch: pytest.Monk
 
 def test_the_fastest_way_is_measured_for_large_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "MEASURED", (300, 50))
-    search.fastest.cache_clear()
+    keys, queries = rows(410, 0), rows(60, 1)
     index = ExactIndex(16, CPU)
-    index.add(rows(400, 0))
-    small, large = index.search(rows(20, 1), 5), None
+    index.add(keys[:400])
+    small = index.search(queries[:20], 5)
     assert index.facts["index"] == "torch"
-    index.add(rows(10, 3))
-    large = index.search(rows(60, 1), 5)
-    seconds = search.fastest(CPU, 16, 5)
-    search.fastest.cache_clear()
+    seconds = search.fastest(keys, queries, 5)
     assert set(seconds) == set(search._ways(CPU)) == {"torch", "torch-bf16", "numpy"}
     assert list(seconds.values()) == sorted(seconds.values())
-    assert index.facts["index"] == next(iter(seconds))
+    monkeypatch.setattr(search, "fastest", lambda keys, queries, k: {"numpy": 0.1, "torch": 0.2})
+    index.add(keys[400:])
+    large = index.search(queries, 5)
+    assert index.facts["index"] == "numpy"
     assert (small[0].shape, large[0].shape) == ((20, 5), (60, 5))
+
+
+@pytest.mark.parametrize("shares", [(500,), (200, 300), (0, 499, 1)])
+def test_shared_rows_are_merged(shares: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each process in turn, with what the others would give it."""
+    keys, queries = rows(500, 0), rows(3, 1)
+    expected = (queries @ keys.T).topk(7)
+    parts = keys.split(shares)
+    for rank, part in enumerate(parts):
+        own = ExactIndex(16, CPU)
+        own.add(part)
+
+        def gather(value: Any, rank: int = rank) -> list[Any]:
+            if isinstance(value, int):
+                return list(shares)
+            starts = [sum(shares[:i]) for i in range(len(shares))]
+            given = [(queries @ p.T).topk(min(7, len(p))) for p in parts]
+            found: list[Any] = [(g.values, g.indices + start) for g, start in zip(given, starts, strict=True)]
+            torch.testing.assert_close(value[0], found[rank][0])
+            assert torch.equal(value[1], found[rank][1])
+            return found
+
+        monkeypatch.setattr(search.distributed, "gather", gather)
+        monkeypatch.setattr(search.distributed, "rank", lambda rank=rank: rank)
+        index = search.SharedIndex(own)
+        scores, ids = index.search(queries, 7)
+        torch.testing.assert_close(scores, expected.values)
+        assert torch.equal(ids, expected.indices)
+        with pytest.raises(UsageError, match="holds 500 patches"):
+            index.search(queries, 501)
 
 
 @pytest.mark.parametrize("capacity", [0, 3, 500])
