@@ -1,7 +1,7 @@
 """Several processes on one run, started by torchrun: `torchrun --nproc-per-node N -m neco_bench run ...`.
 
-Images are shared out for encoding and scoring; what is small (features of a memory bank, confusion counts) is gathered.
-Every process sees the same batches in the same order as a single one would, so the result is the same. Imports no torch
+Images are shared out for encoding and scoring, and a memory bank with those it was made of; what is small (nearest
+neighbours, confusion counts) is gathered. The result is the same as that of one process. Imports no torch
 until there are several processes.
 """
 

@@ -29,7 +29,7 @@ from neco_bench.features.patches import patch_view
 from neco_bench.features.transforms import HummingbirdTrain, Squash
 from neco_bench.protocol import Range, Share
 from neco_bench.protocol import Settings as BaseSettings
-from neco_bench.search import ExactIndex
+from neco_bench.search import ExactIndex, SharedIndex
 from neco_bench.search.approximate import ApproximateIndex
 
 
@@ -76,17 +76,21 @@ def choose_patches(labels: np.ndarray, noise: np.ndarray, count: int) -> np.ndar
     return order[np.isfinite(score[order])]
 
 
+Index = ExactIndex | ApproximateIndex | SharedIndex
+
+
 @dataclass
 class Memory:
     """Labelled patches: the index over their unit-length features, their class shares (M, C) float32, and where they
-    come from: (epoch, image, its patches) of each augmented training image, in the order of the rows."""
+    come from: (epoch, image, its patches) of each augmented training image, in the order of the rows. Of several
+    processes each has its own part of the index."""
 
-    index: ExactIndex | ApproximateIndex
+    index: Index
     labels: csr_matrix
     origins: list[tuple[int, int, np.ndarray]]
 
 
-def retrieve(index: ExactIndex | ApproximateIndex, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
+def retrieve(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines and row ids (Q, k) of the nearest memory rows, which have unit length; queries (Q, D) as they are.
 
     Queries are not normalised before the search, as in the reference: the order is the same, but where two rows tie the
@@ -137,12 +141,15 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     confusions = metrics.ImageConfusions(classes)
     scored: list[int] = []
     transform = Squash(size, "legacy" if settings.score_at == "input" else "native")
-    for batch in stream(encoder, val, transform, context, "query", own=True, mean=settings.mean, std=settings.std):
-        scored += batch.positions
+    batches = stream(encoder, val, transform, context, "query", mean=settings.mean, std=settings.std)
+    for turn, batch in enumerate(batches):
         count, _, rows, columns = batch.features.shape
         queries = batch.features.flatten(2).transpose(1, 2).flatten(0, 1)
         with context.phase("search"):
             scores, ids = retrieve(memory.index, queries, settings.neighbours)
+        if turn % distributed.world() != distributed.rank():  # another process reads these labels
+            continue
+        scored += batch.positions
         with context.phase("predict"):
             shares = read_labels(scores, ids, memory.labels, settings.temperature)
             shares = shares.view(count, rows, columns, classes).permute(0, 3, 1, 2)
@@ -193,7 +200,7 @@ def build_memory(
     items = [(epoch, i) for epoch in range(settings.passes) for i in range(len(train))]
     per_image = None if settings.memory_size is None else max(1, settings.memory_size // len(items))
     patches = (size // encoder.stride) ** 2
-    most = len(items) * min(patches, per_image or patches)
+    most = -(-len(items) // distributed.world()) * min(patches, per_image or patches)
     index: ExactIndex | ApproximateIndex
     if settings.search == "exact":
         index = ExactIndex(encoder.embed_dim, encoder.device, capacity=most)
@@ -201,7 +208,7 @@ def build_memory(
         index = ApproximateIndex(settings.search, encoder.embed_dim, encoder.device)
     labels, origins = [], []
     for batch in stream(
-        encoder, train, transform, context, "memory", items=items, mean=settings.mean, std=settings.std
+        encoder, train, transform, context, "memory", items=items, own=True, mean=settings.mean, std=settings.std
     ):
         with context.phase("memory"):
             features = F.normalize(batch.features.flatten(2).transpose(1, 2), dim=2)
@@ -216,7 +223,12 @@ def build_memory(
                 labels.append(csr_matrix(share / share.sum(1, keepdims=True)))
                 origins.append((epoch, image, chosen.astype(np.int32)))
                 index.add(tokens[torch.from_numpy(chosen).to(tokens.device)])
-    return Memory(index, vstack(labels, format="csr"), origins)
+    if distributed.world() == 1:
+        return Memory(index, vstack(labels, format="csr"), origins)
+    every = [row for part in distributed.gather(labels) for row in part]
+    return Memory(
+        SharedIndex(index), vstack(every, format="csr"), [row for part in distributed.gather(origins) for row in part]
+    )
 
 
 def _augmentation(settings: Settings, size: int) -> HummingbirdTrain:
