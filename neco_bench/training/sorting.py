@@ -302,6 +302,10 @@ class Relaxation:
         return self.begin[:, 0]
 
 
+# Relaxations of the last kind that was asked for: a training step asks for the same as the one before.
+_spare: dict[tuple[Any, ...], list[Relaxation]] = {}
+
+
 def in_chunks(
     network: str, distribution: str, like: Tensor, differentiable: bool, work: Callable[[Relaxation, slice], T]
 ) -> list[T]:
@@ -315,12 +319,22 @@ def in_chunks(
     size = math.ceil(rows / (count + count % 2 if count > 1 else 1))  # an even number of parts: as much for each thread
     parts = [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
+    kind = network, n, size, distribution, like.dtype, like.device, differentiable, inference
+    spare = _spare.get(kind, [])
+
     def share(first: int) -> list[T]:
         with torch.inference_mode(inference), torch.no_grad():  # each thread has its own modes
-            relaxation = Relaxation(network, n, size, shape, like, differentiable)
-            return [work(relaxation, part) for part in parts[first::threads]]
+            try:
+                relaxation = spare.pop()
+            except IndexError:
+                relaxation = Relaxation(network, n, size, shape, like, differentiable)
+            done = [work(relaxation, part) for part in parts[first::threads]]
+            spare.append(relaxation)
+            return done
 
     threads = min(len(parts), torch.get_num_threads(), MOST_THREADS) if on_cpu else 1
+    _spare.clear()
+    _spare[kind] = spare
     if threads == 1:
         return share(0)
     before = torch.get_num_threads()
