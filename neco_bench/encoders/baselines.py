@@ -42,6 +42,21 @@ def _colour(images: Tensor, reaches: tuple[int, ...]) -> list[Tensor]:
     return features
 
 
+def orientations(images: Tensor) -> Tensor:
+    """Gradient strength of images (B, 3, H, W) by orientation, (B, BINS, H, W): each pixel votes for its two nearest
+    orientations, in proportion to nearness."""
+    grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
+    across = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
+    down = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
+    strength = (across.square() + down.square() + 1e-12).sqrt()
+    position = torch.atan2(down, across).remainder(math.pi) * (BINS / math.pi)
+    low = position.floor()
+    share = position - low
+    votes = torch.zeros(len(images), BINS, *images.shape[-2:], device=images.device)
+    votes.scatter_add_(1, low.long() % BINS, strength * (1 - share))
+    return votes.scatter_add_(1, (low.long() + 1) % BINS, strength * share)
+
+
 class _Colour(Encoder):
     embed_dim, stride = 12, CELL
 
@@ -54,18 +69,7 @@ class _Gradients(Encoder):
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         images = images.float()
-        grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
-        across = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
-        down = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
-        strength = (across.square() + down.square() + 1e-12).sqrt()
-        # Each pixel votes for its two nearest orientations, in proportion to nearness.
-        position = torch.atan2(down, across).remainder(math.pi) * (BINS / math.pi)
-        low = position.floor()
-        share = position - low
-        votes = torch.zeros(len(images), BINS, *images.shape[-2:], device=images.device)
-        votes.scatter_add_(1, low.long() % BINS, strength * (1 - share))
-        votes.scatter_add_(1, (low.long() + 1) % BINS, strength * share)
-        cells = F.avg_pool2d(votes, CELL)
+        cells = F.avg_pool2d(orientations(images), CELL)
         near, wide = _around(cells, 1), _around(cells, 3)
         # Histograms relative to the strength of their block, so that contrast does not decide; it is kept beside them.
         block = near.norm(dim=1, keepdim=True) + 0.02

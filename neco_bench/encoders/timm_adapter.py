@@ -18,12 +18,14 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from neco_bench.encoders import fetch, weights
+from neco_bench.encoders import fetch, tiny, weights
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.positions import interpolate_positions
 from neco_bench.encoders.specs import layer_name, take_layers
 from neco_bench.encoders.zoo import POS_INTERP, Request, ZooEntry, weights_folder
 from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
+
+assert tiny  # importing it makes its model known to timm
 
 
 def build(request: Request, file: Path | None) -> Encoder:

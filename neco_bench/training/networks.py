@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from neco_bench.context import item_rng
 from neco_bench.encoders.base import Encoder
+from neco_bench.encoders.baselines import BINS
 from neco_bench.errors import BadInputError, UsageError
 from neco_bench.training.recipe import Recipe
 
@@ -70,8 +71,11 @@ class StochasticDepth(nn.Module):
 
 
 def projection_head(width: int, recipe: Recipe, stride: int) -> nn.Sequential:
-    """An MLP with GELU, `head_layers` linear layers, from the encoder's width to `head_dim`, or to a patch's pixels."""
-    last = recipe.head_dim if recipe.objective == "neco" else 3 * stride * stride
+    """An MLP with GELU, `head_layers` linear layers, from the width of the encoder to `head_dim`, or to what
+    `mim` predicts."""
+    last = recipe.head_dim
+    if recipe.objective == "mim":
+        last = 3 * stride * stride if recipe.hidden_target == "pixels" else 4 * (BINS + 3)
     widths = [width, *[recipe.head_hidden] * (recipe.head_layers - 1), last]
     layers: list[nn.Module] = []
     for before, after in itertools.pairwise(widths):

@@ -225,3 +225,37 @@ def test_masked_image_modelling_by_hand() -> None:
                 else:
                     assert torch.equal(seen[0][0][patch], images[patch])
     assert loss == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
+
+
+def test_gradients_and_colours_of_all_patches_by_hand() -> None:
+    settings = recipe(objective="mim", use_teacher=False, head_layers=1, hidden_target="gradients", predict_all=True)
+    student = Network(small_encoder(), settings, 0).eval()
+    seen: list[torch.Tensor] = []
+
+    def embed(groups: list[torch.Tensor], needed: list[torch.Tensor]) -> list[torch.Tensor]:
+        seen.append(groups[0])
+        assert needed[0].all()
+        return student(groups, needed)
+
+    made = batch(1)
+    loss = float(MaskedImages(settings, student)(made, embed, None, student, Place(0, 1)))
+    predicted = student.projection_head(
+        student.encoder._encode(seen[0], final_norm=True, attention=False).map.permute(0, 2, 3, 1)
+    )
+    errors = []
+    for image, patches in zip(by_view(made.global_views).numpy(), predicted.detach().numpy(), strict=True):
+        grey = np.pad(image.mean(0), 1, mode="edge")
+        across, down = grey[1:-1, 2:] - grey[1:-1, :-2], grey[2:, 1:-1] - grey[:-2, 1:-1]
+        strength = np.sqrt(across**2 + down**2 + 1e-12)
+        place = np.mod(np.arctan2(down, across), np.pi) / np.pi * 9
+        for row, column in np.ndindex(4, 4):
+            target = np.zeros((12, 2, 2))
+            for i, j in np.ndindex(2, 2):
+                cell = np.s_[row * 16 + i * 8 : row * 16 + i * 8 + 8, column * 16 + j * 8 : column * 16 + j * 8 + 8]
+                for weight, at in zip(strength[cell].ravel(), place[cell].ravel(), strict=True):
+                    target[int(at) % 9, i, j] += weight * (1 - at % 1) / 64
+                    target[(int(at) + 1) % 9, i, j] += weight * (at % 1) / 64
+                target[:9, i, j] /= max(np.linalg.norm(target[:9, i, j]), 0.01)
+                target[9:, i, j] = image[(slice(None), *cell)].mean((1, 2)) / 4
+            errors.append(np.square(patches[row, column] - target.ravel()).mean())
+    assert loss == pytest.approx(float(np.mean(errors)), rel=1e-4)

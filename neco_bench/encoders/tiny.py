@@ -1,0 +1,21 @@
+"""The architecture of the recipes `tiny_base` and `tiny_neco`, as a timm model: it trains in minutes on two cores."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from timm.models import build_model_with_cfg, generate_default_cfgs, register_model
+from timm.models.vision_transformer import VisionTransformer
+
+default_cfgs = generate_default_cfgs({"neco_tiny_patch8": {"input_size": (3, 112, 112), "num_classes": 0}})
+
+
+@register_model
+def neco_tiny_patch8(pretrained: bool = False, **options: Any) -> VisionTransformer:
+    """A ViT of 0.8 million parameters: patches of 8 pixels, width 128, 4 blocks of 4 heads, no class token."""
+    facts = {"img_size": 112, "patch_size": 8, "embed_dim": 128, "depth": 4, "num_heads": 4}
+    kind = {"class_token": False, "global_pool": ""}
+    model: VisionTransformer = build_model_with_cfg(
+        VisionTransformer, "neco_tiny_patch8", pretrained, **{**facts, **kind, **options}
+    )
+    return model
