@@ -27,10 +27,8 @@ PART = 2048  # queries that are proven at once
 TILE = 64  # columns of a bfloat16 product, in multiples of which it is fast
 BOUNDS = 4  # columns that make a product a bound
 ROUNDING = 2**-6  # what rounding loosens bounds by, as a share of the product of lengths
-LOOSE, UNPROVEN_LOOSE = (
-    0.004,
-    0.016,
-)  # of bounds, as a share of the mean square length; less is not worth its columns
+LOOSE = 0.004  # of bounds, as a share of the mean square length: less is not worth its columns
+UNPROVEN_LOOSE = 0.016  # the same where bounds are not used
 SAMPLE = 16_384  # keys that are turned at once, and about as many as axes are found on
 MAX_DOUBT = 0.5  # share of queries searched again above which half precision is given up
 MEASURED = (16_384, 512)  # keys and queries of a measurement
@@ -87,7 +85,7 @@ def blocked(keys: Tensor, queries: Tensor, k: int, multiply: Callable[..., objec
     # One piece of memory for all products: to ask the system for fresh pages takes as long as a product.
     memory = torch.empty(min(step, len(queries)) * width, dtype=keys.dtype, device=keys.device)
     parts = []
-    for some in queries.chunk(-(-len(queries) // step)):  # equal parts: a small one takes as long as a whole one
+    for some in queries.chunk(max(1, -(-len(queries) // step))):  # equal: a small part takes as long
         found: list[Found] = []
         for start in range(0, len(keys), width):
             block = keys[start : start + width]
@@ -208,7 +206,7 @@ class _Half:
 
     def search(self, queries: Tensor, k: int) -> Found:
         parts = []
-        for some in queries.chunk(-(-len(queries) // PART)):
+        for some in queries.chunk(max(1, -(-len(queries) // PART))):
             if self.searched >= PART and self.doubted > MAX_DOUBT * self.searched:  # not worth the trouble here
                 parts.append(self.again.search(some, k))
                 continue
@@ -252,7 +250,7 @@ class _Half:
         for some, chosen, out in zip(queries.split(128), ids.split(128), scores.split(128), strict=True):
             candidates = memory[: chosen.numel()]
             torch.index_select(self.keys, 0, chosen.flatten(), out=candidates)
-            torch.bmm(candidates.view(*chosen.shape, -1), some[..., None], out=out[..., None])
+            torch.bmm(candidates.view(*chosen.shape, self.keys.shape[1]), some[..., None], out=out[..., None])
         return scores
 
 

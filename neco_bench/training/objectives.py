@@ -258,8 +258,8 @@ class MaskedImages(nn.Module):
     around, by the head alone and without a decoder (SimMIM, Xie et al., CVPR 2022).
 
     What is predicted: the pixels, relative to the mean and deviation of their patch (He et al., "Masked autoencoders
-    are scalable vision learners", CVPR 2022), or the gradients' orientation histograms in four cells of the patch, each
-    of length 1 (MaskFeat: Wei et al., CVPR 2022; of grey values), on which colour and light leave no trace.
+    are scalable vision learners", CVPR 2022), or of four cells of the patch the orientation histograms of their
+    gradients, each of length 1 (after MaskFeat: Wei et al., CVPR 2022; of grey values), and their mean colours.
 
     Hidden patches are painted in the mean colour before the encoder sees them, so that any encoder can be trained.
     Global views only.

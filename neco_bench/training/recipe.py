@@ -40,8 +40,8 @@ class Recipe(BaseModel):
     `queue_per_image`; 0 takes references from the batch. loss_mask: "fg" and "bg" train on the cells that the
     teacher's class token attends to, or on the others. use_teacher: false lets the student set its own targets.
     shuffle_teacher: a control: targets of other patches, from which nothing can be learned.
-    hidden_share: share of patches that "mim" hides and predicts. hidden_target: their pixels, or the histograms of
-    their gradients. predict_all: predict the visible patches too.
+    hidden_share: share of patches that "mim" hides and predicts. hidden_target: their pixels, or histograms of their
+    gradients and mean colours. predict_all: predict the visible patches too.
     momentum, final_momentum: of the teacher, which is a moving average of the student.
     drop_path: rate of the student's last block, growing from 0 linearly. trainable_blocks: null trains everything, n
     the blocks from n on, a list those alone; with it all outside blocks is frozen.

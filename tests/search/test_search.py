@@ -180,6 +180,12 @@ def test_rows_come_in_parts(capacity: int) -> None:
     assert index.rows == 500
 
 
+@pytest.mark.parametrize("way", search._ways(CPU))
+def test_no_queries(way: str) -> None:
+    scores, ids = search._ways(CPU)[way](rows(50, 0)).search(rows(1, 1)[:0], 7)
+    assert scores.shape == ids.shape == (0, 7)
+
+
 def test_too_many_neighbours() -> None:
     index = ExactIndex(16, CPU)
     index.add(rows(5, 0))
