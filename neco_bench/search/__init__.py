@@ -32,6 +32,7 @@ UNPROVEN_LOOSE = 0.016  # the same where bounds are not used
 SAMPLE = 16_384  # keys that are turned at once, and about as many as axes are found on
 MAX_DOUBT = 0.5  # share of queries searched again above which half precision is given up
 MEASURED = (16_384, 512)  # keys and queries of a measurement
+WORTH_MEASURING = 2**26  # keys times queries of the first search, from which the ways are measured
 
 Found = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
 
@@ -307,7 +308,7 @@ class ExactIndex:
         """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows."""
         check_neighbours(k, self.rows)
         if self._way is None:
-            small = self.rows * len(queries) < MEASURED[0] * MEASURED[1]
+            small = self.rows * len(queries) < WORTH_MEASURING
             keys = self._keys[: self.rows]
             name = self.way or ("torch" if small else next(iter(fastest(keys, queries.to(keys), k))))
             self._way = _ways(self.device)[name](keys)

@@ -125,6 +125,7 @@ def test_half_precision_doubts_close_calls_and_gives_up(monkeypatch: pytest.Monk
 
 def test_the_fastest_way_is_measured_for_large_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "MEASURED", (300, 50))
+    monkeypatch.setattr(search, "WORTH_MEASURING", 20_000)
     keys, queries = rows(410, 0), rows(60, 1)
     index = ExactIndex(16, CPU)
     index.add(keys[:400])
