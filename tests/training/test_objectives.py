@@ -258,4 +258,4 @@ def test_gradients_and_colours_of_all_patches_by_hand() -> None:
                 target[:9, i, j] /= max(np.linalg.norm(target[:9, i, j]), 0.01)
                 target[9:, i, j] = image[(slice(None), *cell)].mean((1, 2)) / 4
             errors.append(np.square(patches[row, column] - target.ravel()).mean())
-    assert loss == pytest.approx(float(np.mean(errors)), rel=1e-4)
+    assert loss == pytest.approx(float(np.mean(errors)), rel=1e-6)
