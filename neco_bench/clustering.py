@@ -8,7 +8,10 @@ are.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future
+from threading import Lock, Thread
 from typing import BinaryIO
 
 import faiss
@@ -113,8 +116,11 @@ def reduce_dimensions(features: Rows, dimensions: int) -> Rows:
     return reduced
 
 
-def kmeans(features: Rows, clusters: int, *, seed: int, iterations: int, redos: int) -> faiss.Index:
-    """The index over the (K, d) centroids of FAISS k-means (L2) with `redos` restarts; `nearest` reads it.
+def kmeans(
+    features: Rows, clusters: int, *, seeds: Sequence[int], iterations: int, redos: int
+) -> Iterator[faiss.Index]:
+    """For each seed, in order, the index over the (K, d) centroids of FAISS k-means (L2) with `redos` restarts;
+    `nearest` reads it. Seeds are fitted side by side, each with its share of the cores.
 
     Raises UsageError where there are fewer points than clusters.
     """
@@ -123,11 +129,32 @@ def kmeans(features: Rows, clusters: int, *, seed: int, iterations: int, redos: 
             f"{clusters} clusters need at least as many patches, there are {len(features)}. "
             f"Lower --set clusters, or use more images."
         )
-    model = faiss.Kmeans(
-        features.dimension, clusters, niter=iterations, nredo=redos, seed=seed, min_points_per_centroid=1
-    )
-    model.train(features.drawn(KMEANS_POINTS * clusters, seed))
-    return model.index
+    cores = faiss.omp_get_max_threads()
+    threads = min(cores, len(seeds))
+    fitted: list[Future[faiss.Index]] = [Future() for _ in seeds]
+    waiting, reading = deque(zip(seeds, fitted, strict=True)), Lock()
+
+    def fit_waiting() -> None:
+        faiss.omp_set_num_threads(cores // threads)  # of this thread
+        while waiting:
+            try:
+                seed, result = waiting.popleft()
+            except IndexError:  # another thread was faster
+                return
+            try:
+                with reading:
+                    points = features.drawn(KMEANS_POINTS * clusters, seed)
+                model = faiss.Kmeans(
+                    features.dimension, clusters, niter=iterations, nredo=redos, seed=seed, min_points_per_centroid=1
+                )
+                model.train(points)
+                result.set_result(model.index)
+            except Exception as error:
+                result.set_exception(error)
+
+    for _ in range(threads):
+        Thread(target=fit_waiting, daemon=True).start()  # an interruption does not wait for it
+    return (result.result() for result in fitted)
 
 
 def nearest(centroids: faiss.Index, rows: np.ndarray) -> np.ndarray:

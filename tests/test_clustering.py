@@ -92,16 +92,27 @@ def test_pca_is_faiss_with_its_own_sub_sampling() -> None:
 
 
 def test_kmeans_is_faiss_with_its_own_sub_sampling() -> None:
+    """Also of several seeds at once, each as if alone."""
     x = features(8000, 8)
-    reference = faiss.Kmeans(8, 5, niter=20, nredo=2, seed=3)  # 8000 > 256 * 5 points: sub-sampled
-    reference.train(x)
-    expected = np.linalg.norm(x[:, None] - reference.centroids[None], axis=2).argmin(1)
-    np.testing.assert_array_equal(nearest(kmeans(stored(x), 5, seed=3, iterations=20, redos=2), x), expected)
+    models = list(kmeans(stored(x), 5, seeds=range(3, 8), iterations=20, redos=2))
+    assert len(models) == 5
+    for seed, model in enumerate(models, 3):
+        reference = faiss.Kmeans(8, 5, niter=20, nredo=2, seed=seed)  # 8000 > 256 * 5 points: sub-sampled
+        reference.train(x)
+        expected = np.linalg.norm(x[:, None] - reference.centroids[None], axis=2).argmin(1)
+        np.testing.assert_array_equal(nearest(model, x), expected)
+
+
+def test_an_error_while_fitting_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = stored(features(8000, 8))
+    monkeypatch.setattr(Rows, "drawn", lambda self, count, seed: 1 / (seed - 4))
+    with pytest.raises(ZeroDivisionError):
+        list(kmeans(rows, 5, seeds=[4], iterations=1, redos=1))
 
 
 def test_more_clusters_than_points() -> None:
     with pytest.raises(UsageError, match="there are 10"):
-        kmeans(stored(features(10, 4)), 11, seed=0, iterations=1, redos=1)
+        kmeans(stored(features(10, 4)), 11, seeds=[0], iterations=1, redos=1)
 
 
 @pytest.mark.parametrize("clusters", [4, 9])

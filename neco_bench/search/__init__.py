@@ -206,19 +206,17 @@ class _Half:
         return (between - rounded).norm(dim=1), rounded.norm(dim=1)
 
     def search(self, queries: Tensor, k: int) -> Found:
-        parts = []
-        for some in queries.chunk(max(1, -(-len(queries) // PART))):
-            if self.searched >= PART and self.doubted > MAX_DOUBT * self.searched:  # not worth the trouble here
-                parts.append(self.again.search(some, k))
-                continue
-            scores, ids, sure = self.candidates(some, k, min(SPARE * k + 4, len(self.keys)))
-            if self.proven:
-                doubtful = (~sure).nonzero()[:, 0]
-                self.searched, self.doubted = self.searched + len(some), self.doubted + len(doubtful)
-                if len(doubtful):
-                    scores[doubtful], ids[doubtful] = self.again.search(some[doubtful], k)
-            parts.append((scores, ids))
-        return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
+        if self.searched >= PART and self.doubted > MAX_DOUBT * self.searched:  # not worth the trouble here
+            return self.again.search(queries, k)
+        wanted = min(SPARE * k + 4, len(self.keys))
+        parts = [self.candidates(some, k, wanted) for some in queries.chunk(max(1, -(-len(queries) // PART)))]
+        scores, ids, sure = (torch.cat(part) for part in zip(*parts, strict=True))
+        if self.proven:
+            doubtful = (~sure).nonzero()[:, 0]
+            self.searched, self.doubted = self.searched + len(queries), self.doubted + len(doubtful)
+            if len(doubtful):  # of all parts at once: a small product takes as long as a larger one
+                scores[doubtful], ids[doubtful] = self.again.search(queries[doubtful], k)
+        return scores, ids
 
     def candidates(self, queries: Tensor, k: int, wanted: int) -> tuple[Tensor, Tensor, Tensor]:
         """Scores and ids (n, k) of the best of `wanted` candidates, and for which queries (n,) they are proven."""

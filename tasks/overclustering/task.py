@@ -97,10 +97,8 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         reduced = reduce_dimensions(features, settings.components)
     seeds = range(context.seed, context.seed + settings.seeds)
     with context.phase("kmeans"):
-        models = [
-            kmeans(reduced, clusters, seed=seed, iterations=settings.iterations, redos=settings.redos)
-            for seed in context.track(seeds, "k-means")
-        ]
+        fitted = kmeans(reduced, clusters, seeds=seeds, iterations=settings.iterations, redos=settings.redos)
+        models = list(context.track(fitted, "k-means", len(seeds)))
     counted = [metrics.ImageConfusions(classes, clusters) for _ in models]
     masks.seek(0)
     together = max(1, CHUNK // side**2)

@@ -118,9 +118,10 @@ def test_half_precision_doubts_close_calls_and_gives_up(monkeypatch: pytest.Monk
     keys = rows(30, 0, 64).repeat(100, 1)  # each key a hundred times: no ten can be proven the best
     queries = rows(100, 2, 64)
     index = search._Half(keys)
-    scores, _ = index.search(queries, 10)
-    assert (index.searched, index.doubted) == (20, 20)
-    torch.testing.assert_close(scores, (queries @ keys.T).topk(10).values, atol=1e-5, rtol=0)
+    for some in (queries[:60], queries[60:]):
+        scores, _ = index.search(some, 10)
+        assert (index.searched, index.doubted) == (60, 60)
+        torch.testing.assert_close(scores, (some @ keys.T).topk(10).values, atol=1e-5, rtol=0)
 
 
 def test_the_fastest_way_is_measured_for_large_searches(monkeypatch: pytest.MonkeyPatch) -> None:
