@@ -1,6 +1,7 @@
 """The NeCo training step against the bare backbone: which share of a step is spent outside its forward and backward.
 
     python tests/benchmarks/bench_train_step.py [--threads 2] [--repeats 5] [--size 224] [--batch 8]
+        [--precision fp32]
 
 ViT-S/16 with random weights on generated images, views and all. Whole steps of the trainer (loading, student, teacher,
 heads, alignment, sorting, loss, moving average, optimizer) and bare ones (student forward and backward on all views,
@@ -30,6 +31,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--queue", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
     recipe = Recipe(
@@ -39,6 +41,7 @@ def main() -> None:
         local_size=96,
         queue_length=chosen.queue,
         steps=chosen.repeats + 1,
+        precision=chosen.precision,
     )
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(recipe, Options(out=Path(folder), data="shapes:160"), 0, 1, torch.device("cpu"))
@@ -50,9 +53,11 @@ def main() -> None:
 
     def bare() -> float:
         start = time.perf_counter()
-        with torch.no_grad():
-            run.teacher._run(groups[0], False)
-        sum(run.student._run(images, False).map.mean() for images in groups).backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=chosen.precision == "bf16"):
+            with torch.no_grad():
+                run.teacher._run(groups[0], False)
+            means = [run.student._run(images, False).map.float().mean() for images in groups]
+        sum(means).backward()
         taken = time.perf_counter() - start
         run.optimizer.zero_grad(set_to_none=True)
         return taken
@@ -65,7 +70,7 @@ def main() -> None:
     times = [(whole(step), bare()) for step in range(chosen.repeats + 1)][1:]
     step, backbone = (statistics.median(column) for column in zip(*times, strict=True))
     print(
-        f"batch {chosen.batch}, {chosen.size} px, {chosen.threads} threads: "
+        f"batch {chosen.batch}, {chosen.size} px, {chosen.threads} threads, {chosen.precision}: "
         f"step {step:.2f} s, backbone {backbone:.2f} s"
     )
     print(f"outside the backbone's forward and backward: {1 - backbone / step:.1%}")
