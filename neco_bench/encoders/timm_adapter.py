@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,8 @@ def build(request: Request, file: Path | None) -> Encoder:
     report: WeightsReport
     if file is not None:
         model, report = _from_file(request, file)
+        if entry and entry.packaged and file == entry.weights_file:
+            report = replace(report, source=f"neco-bench: {entry.weights}")
     elif request.pretrained:
         model, report = _from_timm(request)
     else:

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from neco_bench.data import DATASETS
-from neco_bench.encoders import describe, describe_models, load_encoder, request_id
+from neco_bench.encoders import describe, describe_models, load_encoder, request_id, tiny
 from neco_bench.encoders.run_folder import architecture
 from neco_bench.encoders.zoo import aliases, contamination, models, parse_spec, zoo
 from neco_bench.errors import MissingError, UsageError
@@ -44,6 +44,7 @@ def test_facts(entry) -> None:  # type: ignore[no-untyped-def]
         assert (encoder.embed_dim, encoder.stride) == (entry.embed_dim, entry.stride)
         return
     name = parse_spec(entry.spec).target
+    assert tiny  # imported, so that timm knows its model
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=0)
     assert model.feature_info[-1]["num_chs"] == entry.embed_dim
