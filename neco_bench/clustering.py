@@ -71,6 +71,10 @@ class Rows:
             rows /= self._scale[1]
         return rows
 
+    def at(self, ids: np.ndarray) -> np.ndarray:
+        """Rows of any (...) ids as they were added, (..., D)."""
+        return np.memmap(self._file, np.float32, "r", shape=(self._count, self.dimension))[ids]
+
     def chunks(self) -> Iterator[np.ndarray]:
         """All rows in order, `CHUNK` at a time."""
         for start in range(0, self._count, CHUNK):

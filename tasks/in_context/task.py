@@ -51,7 +51,7 @@ class Settings(BaseSettings):
     matching: Literal["hungarian", "identity"]
     absent: metrics.Absent
     score_at: Literal["input", "native"]
-    search: Literal["exact", "bf16", "ivf"] = "exact"
+    search: Literal["exact", "bf16", "ivf", "ivfpq"] = "exact"
 
 
 def patch_labels(mask: np.ndarray, stride: int, classes: int) -> np.ndarray:

@@ -1,6 +1,7 @@
 """An inverted file over 1, 3 and 10 million generated keys: seconds to build, seconds per query, recall, peak memory.
 
     python tests/benchmarks/bench_large_bank.py [--millions 1 3 10] [--queries 20000]
+        [--kind ivf]
 
 Keys of 384 dimensions, unit length, in 2,000 clusters of unequal size, whose members differ in 32 directions, and a
 little in all; queries are drawn as they are. Each bank is a process of its own; peak memory is the highest resident set
@@ -20,7 +21,7 @@ import time
 WIDTH, CLUSTERS, DIRECTIONS, NEIGHBOURS = 384, 2_000, 32, 30
 
 
-def measure(keys: int, queries: int) -> dict[str, object]:
+def measure(kind: str, keys: int, queries: int) -> dict[str, object]:
     import torch
 
     from neco_bench.search.approximate import ApproximateIndex
@@ -36,7 +37,7 @@ def measure(keys: int, queries: int) -> dict[str, object]:
         noise = 0.1 * torch.randn(count, WIDTH, generator=generator)
         return torch.nn.functional.normalize(centres[picked] + inside + noise, dim=1)
 
-    index = ApproximateIndex("ivf", WIDTH, torch.device("cpu"))
+    index = ApproximateIndex(kind, WIDTH, torch.device("cpu"))
     for _ in range(keys // 100_000):
         index.add(draw(100_000))
     asked = draw(queries)
@@ -53,13 +54,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 3, 10])
     parser.add_argument("--queries", type=int, default=20_000)
+    parser.add_argument("--kind", choices=("ivf", "ivfpq"), default="ivf")
     parser.add_argument("--keys", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.keys:
-        print(json.dumps(measure(options.keys, options.queries)))
+        print(json.dumps(measure(options.kind, options.keys, options.queries)))
         return
     for millions in options.millions:
-        command = [sys.executable, __file__, "--keys", str(millions * 10**6), "--queries", str(options.queries)]
+        command = [sys.executable, __file__, "--kind", options.kind, "--keys", str(millions * 10**6)]
+        command += ["--queries", str(options.queries)]
         done = subprocess.run(command, capture_output=True, text=True, check=False)
         print(done.stdout.strip() if not done.returncode else done.stderr, flush=True)
 

@@ -26,7 +26,7 @@ def filled(kind: str, keys: torch.Tensor) -> ApproximateIndex:
     return index
 
 
-@pytest.mark.parametrize("kind", ["bf16", "ivf"])
+@pytest.mark.parametrize("kind", ["bf16", "ivf", "ivfpq"])
 def test_recall_is_measured_and_reached(kind: str) -> None:
     keys, queries = clustered(5000, 0), 3 * clustered(400, 1)
     index = filled(kind, keys)
@@ -46,6 +46,19 @@ def test_an_inverted_file_visits_few_lists() -> None:
     assert index.facts["lists"] == 282
     assert index.facts["lists_visited"] < 100
     assert index.facts["recall"] >= approximate.RECALL
+
+
+def test_quantised_keys_are_ranked_anew() -> None:
+    keys, queries = clustered(20_000, 0), clustered(100, 1)
+    index = filled("ivfpq", keys)
+    scores, ids = index.search(queries, 10)
+    torch.testing.assert_close(scores, (queries[:, None] * keys[ids]).sum(2))
+    assert index.facts["index"] == "ivf-282-pq4"
+    assert index.facts["lists_visited"] < 100
+    assert index.facts["recall"] >= approximate.RECALL
+    assert index.facts["bytes"] < 20_000 * 32
+    with pytest.raises(UsageError, match="at least 64"):
+        filled("ivfpq", clustered(60, 0)).search(queries, 10)
 
 
 def test_recall_counts_shared_ids() -> None:
