@@ -1,12 +1,22 @@
-"""The small ViT that the tiny recipes train."""
+"""The small ViT that the tiny recipes train, and the pair of encoders that came of them."""
 
 from __future__ import annotations
 
-import torch
+import re
+from pathlib import Path
 
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import neco_bench
+from neco_bench.cli import app
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.check import check_encoder
+from neco_bench.results.store import ResultStore
 from neco_bench.training.recipe import load_recipe
+
+PAIR = Path(__file__).parents[2] / "leaderboards" / "tiny"
 
 
 def test_it_is_an_encoder_like_others() -> None:
@@ -16,3 +26,30 @@ def test_it_is_an_encoder_like_others() -> None:
     assert sum(p.numel() for p in encoder.parameters()) == 843_136
     assert encoder.encode(torch.rand(1, 3, 32, 48)).map.shape == (1, 128, 4, 6)
     assert all(row.passed for row in check_encoder(encoder))
+
+
+@pytest.mark.parametrize("model", ["tiny_base", "tiny_neco"])
+def test_the_packaged_weights_score_as_stored(model: str, tmp_path: Path) -> None:
+    stored = next(r for r in ResultStore(PAIR / "results").load_all() if (r.model, r.task) == (model, "shapes_ic"))
+    result = neco_bench.run(model, "shapes_ic", out=tmp_path, workers=0)
+    assert result.metrics["mIoU"] == pytest.approx(stored.metrics["mIoU"], abs=1e-3)
+    low, high = stored.ci95["mIoU"]
+    assert low <= result.metrics["mIoU"] <= high
+    assert result.provenance["weights_id"] == stored.provenance["weights_id"]
+    assert result.provenance["encoder"]["weights_report"]["source"] == f"neco-bench: weights/{model}.safetensors"
+
+
+def test_the_comparisons_in_the_readme_are_those_of_the_results() -> None:
+    """NeCo gains with an interval above zero on at least four of six, and the control on none."""
+    text = (PAIR / "README.md").read_text()
+    printed = re.findall(r"neco-bench (compare tiny_base [^\n]*)\n\n```\n(.*?)```", text, flags=re.S)
+    assert len(printed) == 2
+    above = []
+    for command, table in printed:
+        done = CliRunner().invoke(app, command.replace("leaderboards/tiny", str(PAIR)).split())
+        assert done.exit_code == 0, done.output
+        assert [line.split() for line in table.splitlines()] == [line.split() for line in done.stdout.splitlines()]
+        above.append(sum("[+" in line for line in table.splitlines()))
+        assert len(table.splitlines()) == 2 + 6
+    assert above[0] >= 4
+    assert above[1] == 0
