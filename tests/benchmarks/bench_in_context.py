@@ -91,8 +91,8 @@ def measure(variant: str, root: str) -> dict[str, object]:
     import faiss  # noqa: F401
     from neco_bench.tasks.in_context import task
 
-    import neco_bench.features.transforms  # imports take as long for the baseline, and are not what is measured
     from neco_bench.encoders import load_encoder
+    from neco_bench.features import transforms  # imports take as long for the baseline, and are not what is measured
     from neco_bench.protocol import find_tasks
     from neco_bench.runner import Options, execute, plan
 
@@ -101,7 +101,8 @@ def measure(variant: str, root: str) -> dict[str, object]:
     spec = str(Path(os.environ["ENCODER_FILE"])) + ":cheap"
     job = plan(spec, chosen, Options(data_root=Path(root), workers=0))
     encoder, settings = load_encoder(spec, device="cpu"), chosen.settings()
-    assert task, neco_bench.features.transforms
+    assert task
+    assert transforms
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     start = time.perf_counter()
     report: dict[str, object] = {}

@@ -47,7 +47,7 @@ def test_they_score_as_stored(tmp_path: Path) -> None:
 
 def test_the_comparisons_in_the_readme_are_those_of_the_results() -> None:
     """NeCo gains with an interval above zero on at least four of six, and the control on none."""
-    text = (PAIR / "README.md").read_text()
+    text = (PAIR / "README.md").read_text(encoding="utf-8")
     printed = re.findall(r"neco-bench (compare tiny_base [^\n]*)\n\n```\n(.*?)```", text, flags=re.S)
     assert len(printed) == 2
     above = []
