@@ -508,10 +508,10 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
     from neco_bench.cache import cache_dir
     from neco_bench.data.integrity import describe_datasets
     from neco_bench.results.provenance import environment
-    from neco_bench.search import MEASURED, fastest
+    from neco_bench.search import fastest, sizes
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    keys, queries = (torch.randn(count, 384, device=device) for count in MEASURED)
+    keys, queries = (torch.randn(count, 384, device=device) for count in sizes(device).measured)
     facts: dict[str, Any] = {
         **environment(),
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",

@@ -7,12 +7,13 @@ are.
 
 from __future__ import annotations
 
+import functools
 import tempfile
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from threading import Lock, Thread
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import faiss
 import numpy as np
@@ -21,6 +22,7 @@ import torch
 from neco_bench.cache import cache_dir
 from neco_bench.errors import NecoBenchError, UsageError
 
+CPU = torch.device("cpu")
 CHUNK = 65536  # rows in memory at once
 PCA_POINTS = 1000  # per dimension, the default of faiss.PCAMatrix
 PCA_SEED = 1234  # of fvecs_maybe_subsample in FAISS
@@ -120,11 +122,28 @@ def reduce_dimensions(features: Rows, dimensions: int) -> Rows:
     return reduced
 
 
+def faiss_sees_gpu() -> bool:
+    """Whether FAISS is built for GPUs and finds one."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+@functools.cache
+def _resources() -> Any:
+    """FAISS's scratch memory on GPUs, 1.5 GiB on each that is used, for all indexes of this process."""
+    return faiss.StandardGpuResources()
+
+
+def to_gpu(index: faiss.Index, device: torch.device) -> Any:
+    """The index on that GPU."""
+    return faiss.index_cpu_to_gpu(_resources(), device.index or 0, index)
+
+
 def kmeans(
-    features: Rows, clusters: int, *, seeds: Sequence[int], iterations: int, redos: int
+    features: Rows, clusters: int, *, seeds: Sequence[int], iterations: int, redos: int, device: torch.device = CPU
 ) -> Iterator[faiss.Index]:
     """For each seed, in order, the index over the (K, d) centroids of FAISS k-means (L2) with `redos` restarts;
-    `nearest` reads it. Seeds are fitted side by side, each with its share of the cores.
+    `nearest` reads it. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each
+    with its share of the cores.
 
     Raises UsageError where there are fewer points than clusters.
     """
@@ -133,8 +152,8 @@ def kmeans(
             f"{clusters} clusters need at least as many patches, there are {len(features)}. "
             f"Lower --set clusters, or use more images."
         )
-    cores = faiss.omp_get_max_threads()
-    threads = min(cores, len(seeds))
+    cores, on_gpu = faiss.omp_get_max_threads(), device.type == "cuda" and faiss_sees_gpu()
+    threads = 1 if on_gpu else min(cores, len(seeds))
     fitted: list[Future[faiss.Index]] = [Future() for _ in seeds]
     waiting, reading = deque(zip(seeds, fitted, strict=True)), Lock()
 
@@ -151,6 +170,8 @@ def kmeans(
                 model = faiss.Kmeans(
                     features.dimension, clusters, niter=iterations, nredo=redos, seed=seed, min_points_per_centroid=1
                 )
+                if on_gpu:
+                    model.index = to_gpu(model.index, device)
                 model.train(points)
                 result.set_result(model.index)
             except Exception as error:

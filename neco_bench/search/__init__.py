@@ -6,19 +6,20 @@ measurement. All but FAISS's are blocked matrix products with a running top-k, s
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
+import faiss
 import numpy as np
 import torch
 from torch import Tensor
 
 from neco_bench import distributed
+from neco_bench.clustering import faiss_sees_gpu, to_gpu
 from neco_bench.errors import UsageError
 
-BLOCK_ROWS = 32_768  # keys in one product: more slow the product down, fewer the finding of the best
-BLOCK_BYTES = 32 * 2**20  # scores held at once
 HELD = 16  # blocks whose best are held until they are merged
 GROUP = 16  # keys that share a maximum in `top`
 SPARE = 2  # candidates of the half-precision product, as a multiple of k
@@ -31,10 +32,31 @@ LOOSE = 0.004  # of bounds, as a share of the mean square length: less is not wo
 UNPROVEN_LOOSE = 0.016  # the same where bounds are not used
 SAMPLE = 16_384  # keys that are turned at once, and about as many as axes are found on
 MAX_DOUBT = 0.5  # share of queries searched again above which half precision is given up
-MEASURED = (16_384, 512)  # keys and queries of a measurement
-WORTH_MEASURING = 2**26  # keys times queries of the first search, from which the ways are measured
+
+
+class Sizes(NamedTuple):
+    """How much is done at once.
+
+    keys: in one product; on CPUs more slow the product down, fewer the finding of the best. scores: bytes of those held
+    at once. measured: keys and queries of a measurement of the ways. worth_measuring: keys times queries of the first
+    search, from which they are measured.
+    """
+
+    keys: int
+    scores: int
+    measured: tuple[int, int]
+    worth_measuring: int
+
+
+ON_CPU = Sizes(32_768, 32 * 2**20, (16_384, 512), 2**26)
+ON_GPU = Sizes(131_072, 2**30, (131_072, 8_192), 2**36)
 
 Found = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
+
+
+def sizes(device: torch.device) -> Sizes:
+    """Those that were found best on that kind of device."""
+    return ON_CPU if device.type == "cpu" else ON_GPU
 
 
 def top(scores: Tensor, k: int) -> Found:
@@ -81,8 +103,9 @@ def merged(found: list[Found], k: int) -> Found:
 
 def blocked(keys: Tensor, queries: Tensor, k: int, multiply: Callable[..., object]) -> Found:
     """The k best of `keys` (M, D) for each query, by products that `multiply(queries, keys.T, out=scores)` computes."""
-    width = min(len(keys), BLOCK_ROWS)
-    step = max(1, BLOCK_BYTES // (keys.element_size() * width))
+    at_once = sizes(keys.device)
+    width = min(len(keys), at_once.keys)
+    step = max(1, at_once.scores // (keys.element_size() * width))
     # One piece of memory for all products: to ask the system for fresh pages takes as long as a product.
     memory = torch.empty(min(step, len(queries)) * width, dtype=keys.dtype, device=keys.device)
     parts = []
@@ -104,11 +127,7 @@ class _Faiss:
     """FAISS's flat index on a GPU. (On CPUs its wheel's BLAS is never faster than the better of the other two.)"""
 
     def __init__(self, keys: Tensor) -> None:
-        import faiss
-
-        self._resources = faiss.StandardGpuResources()
-        flat = faiss.IndexFlatIP(keys.shape[1])
-        self.index: Any = faiss.index_cpu_to_gpu(self._resources, keys.device.index or 0, flat)
+        self.index = to_gpu(faiss.IndexFlatIP(keys.shape[1]), keys.device)
         self.index.add(keys.cpu().numpy())
 
     def search(self, queries: Tensor, k: int) -> Found:
@@ -230,7 +249,8 @@ class _Half:
         sample = self.low[::GROUP]
         few = min(max(1, wanted // GROUP), len(sample))
         low[:, -1] = -(low @ sample.T).topk(few, sorted=False).values.amin(1)
-        rough, ids = blocked(self.low, low, wanted, torch.mm)
+        with _summed_in_single_precision():
+            rough, ids = blocked(self.low, low, wanted, torch.mm)
         scores = self._products(queries, ids)
         best, order = scores.topk(k)
         ids = ids.gather(1, order)
@@ -253,19 +273,32 @@ class _Half:
         return scores
 
 
+@contextlib.contextmanager
+def _summed_in_single_precision() -> Iterator[None]:
+    """GPUs may sum parts of a bfloat16 product in bfloat16, which proves nothing: not here."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.allow_bf16_reduced_precision_reduction
+    matmul.allow_bf16_reduced_precision_reduction = False
+    try:
+        yield
+    finally:
+        matmul.allow_bf16_reduced_precision_reduction = before
+
+
 def _ways(device: torch.device) -> dict[str, Callable[[Tensor], Any]]:
     """The exact ways on a device, by name."""
-    ways: dict[str, Callable[[Tensor], Any]] = {"torch": _Torch}
-    if device.type == "cpu":  # elsewhere products may be summed in bfloat16, and prove nothing
-        ways |= {"torch-bf16": _Half, "numpy": _Numpy}
-    elif device.type == "cuda" and _faiss_sees_gpu():
+    ways: dict[str, Callable[[Tensor], Any]] = {"torch": _Torch, "torch-bf16": _Half}
+    if device.type == "cpu":
+        ways["numpy"] = _Numpy
+    elif device.type == "cuda" and faiss_sees_gpu():
         ways["faiss-gpu"] = _Faiss
     return ways
 
 
 def fastest(keys: Tensor, queries: Tensor, k: int) -> dict[str, float]:
-    """Seconds that each exact way takes for MEASURED of these keys and queries, the fastest first."""
-    some, asked = (t[:: max(1, len(t) // most)][:most] for t, most in zip((keys, queries), MEASURED, strict=True))
+    """Seconds that each exact way takes for some of these keys and queries, the fastest first."""
+    counts = sizes(keys.device).measured
+    some, asked = (t[:: max(1, len(t) // most)][:most] for t, most in zip((keys, queries), counts, strict=True))
     seconds = {}
     for name, way in _ways(keys.device).items():
         index = way(some)
@@ -306,7 +339,7 @@ class ExactIndex:
         """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows."""
         check_neighbours(k, self.rows)
         if self._way is None:
-            small = self.rows * len(queries) < WORTH_MEASURING
+            small = self.rows * len(queries) < sizes(self.device).worth_measuring
             keys = self._keys[: self.rows]
             name = self.way or ("torch" if small else next(iter(fastest(keys, queries.to(keys), k))))
             self._way = _ways(self.device)[name](keys)
@@ -345,9 +378,3 @@ def check_neighbours(k: int, rows: int) -> None:
             f"{k} neighbours were asked for, but the memory bank holds {rows} patches. "
             f"Lower it with --set neighbours={rows}, or use more images."
         )
-
-
-def _faiss_sees_gpu() -> bool:
-    import faiss
-
-    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from neco_bench.clustering import Rows
 from neco_bench.errors import NumericalError, UsageError
-from neco_bench.search import BLOCK_ROWS, Found, _Half, _Torch, blocked, check_neighbours, merged
+from neco_bench.search import ON_CPU, Found, _Half, _Torch, blocked, check_neighbours, merged
 
 RECALL = 0.99  # that lists are visited for
 SAMPLE = 256  # queries whose recall is measured
@@ -75,7 +75,7 @@ class ApproximateIndex:
             queries = queries.to(self.device)
             exact = _Torch(self._index.keys).search(queries, k)[1]
             return {"recall": recall(self._index.search(queries, k)[1], exact)}
-        return self._index.tune(queries, k)
+        return self._index.tune(queries.cpu(), k)
 
 
 def recall(found: Tensor, exact: Tensor) -> float:
@@ -168,8 +168,8 @@ class _InvertedFile:
 
     def _stored(self) -> Iterator[tuple[int, Tensor]]:
         self.index.make_direct_map()
-        for start in range(0, self.count, BLOCK_ROWS):
-            yield start, torch.from_numpy(self.index.reconstruct_n(start, min(BLOCK_ROWS, self.count - start)))
+        for start in range(0, self.count, ON_CPU.keys):
+            yield start, torch.from_numpy(self.index.reconstruct_n(start, min(ON_CPU.keys, self.count - start)))
 
 
 class _Quantised(_InvertedFile):

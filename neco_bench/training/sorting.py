@@ -33,8 +33,9 @@ T = TypeVar("T")
 Comparators = tuple[tuple[int, int], ...]
 
 # What the buffers of one `Relaxation` may occupy. Larger ones leave the second-level cache of a CPU; with smaller ones,
-# two threads meet more often at Python's lock. Measured with tests/benchmarks/bench_neco_loss.py.
-CPU_BYTES, ACCELERATOR_BYTES = 16 << 20, 256 << 20
+# two threads meet more often at Python's lock. On GPUs smaller ones mean more, and too small, kernels. Measured with
+# tests/benchmarks/bench_neco_loss.py.
+CPU_BYTES, ACCELERATOR_BYTES = 16 << 20, 1 << 30
 # More threads than these would wait for the lock.
 MOST_THREADS = 4
 

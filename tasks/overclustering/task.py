@@ -97,7 +97,8 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         reduced = reduce_dimensions(features, settings.components)
     seeds = range(context.seed, context.seed + settings.seeds)
     with context.phase("kmeans"):
-        fitted = kmeans(reduced, clusters, seeds=seeds, iterations=settings.iterations, redos=settings.redos)
+        rounds = {"iterations": settings.iterations, "redos": settings.redos}
+        fitted = kmeans(reduced, clusters, seeds=seeds, device=encoder.device, **rounds)
         models = list(context.track(fitted, "k-means", len(seeds)))
     counted = [metrics.ImageConfusions(classes, clusters) for _ in models]
     masks.seek(0)

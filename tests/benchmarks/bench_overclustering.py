@@ -1,6 +1,6 @@
 """Overclustering of a VOC-sized set: what matching and the rest take beside k-means itself.
 
-    python tests/benchmarks/bench_overclustering.py [--images 1449]
+    python tests/benchmarks/bench_overclustering.py [--images 1449] [--device cpu]
 
 Generated images, 32 x 32 tokens of 384 dimensions, masks of 100 x 100, K = 500, five seeds. Seconds of each phase
 of one run, and the total without loading and encoding as a multiple of k-means.
@@ -37,12 +37,13 @@ class Cheap(Encoder):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--images", type=int, default=1449)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), options.images)
         task = find_tasks(["camvid_overcluster_50@neco-1"], {"input_size": 64, "clusters": 500})[0]
         job = plan("cheap", task, Options(data_root=Path(folder), workers=0), identity="cheap")
-        result, _ = execute(job, Cheap())
+        result, _ = execute(job, Cheap().to(options.device))
         if result.status != "ok":
             raise SystemExit(result.error)
     phases = dict(result.timing)

@@ -1,6 +1,6 @@
 """Whole tasks with ViT-S/16 at 224 px, against the bare encoder forward over the same images: ratios in one run.
 
-    python tests/benchmarks/bench_tasks.py [--data-root DIR] [--repeats 3]
+    python tests/benchmarks/bench_tasks.py [--data-root DIR] [--repeats 3] [--device cpu]
 
 CamVid's samples, batch size 16, default loading. The forward is timed on batches that are in memory; a task takes
 loading, encoding and all the rest. "again": another task on the features that the one before it kept. Medians.
@@ -37,10 +37,10 @@ AGAIN = {
 }
 
 
-def seconds(encoder: Encoder, name: str, changes: dict[str, Any], root: Path) -> tuple[float, int, dict[str, float]]:
+def seconds(device: str, name: str, changes: dict[str, Any], root: Path) -> tuple[float, int, dict[str, float]]:
     """Seconds of a task, the images it encodes, and its phases."""
     task = find_tasks([name.split()[0]], {"input_size": SIZE, **changes})[0]
-    job = plan(MODEL, task, Options(data_root=root, batch_size=BATCH, device="cpu"))
+    job = plan(MODEL, task, Options(data_root=root, batch_size=BATCH, device=device))
     images = sum(len(data) for data in job.data.values())
     start = time.perf_counter()
     result, _ = execute(job, None)
@@ -56,7 +56,7 @@ def bare(encoder: Encoder, images: int) -> float:
     batch = torch.rand(BATCH, 3, SIZE, SIZE)
     start = time.perf_counter()
     for first in range(0, images, BATCH):
-        encoder.encode(batch[: images - first])
+        encoder.encode(batch[: images - first]).map.cpu()
     return time.perf_counter() - start
 
 
@@ -64,8 +64,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--data-root", type=Path, default=os.environ.get("NECO_BENCH_DATA", "../shared/data"))
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--device", default="cpu")
     options = parser.parse_args()
-    encoder = load_encoder(MODEL, device="cpu")
+    encoder = load_encoder(MODEL, device=options.device)
     bare(encoder, BATCH)
     ratios: dict[str, list[float]] = {}
     for _ in range(options.repeats):
@@ -75,7 +76,7 @@ def main() -> None:
                 if name not in AGAIN:
                     for row in store.stored_streams():
                         store.remove_stream(Path(row["folder"]))
-                taken, images, phases = seconds(encoder, name, changes, options.data_root)
+                taken, images, phases = seconds(options.device, name, changes, options.data_root)
                 forward = bare(encoder, images)
                 ratios.setdefault(name, []).append(taken / forward)
                 print(f"{name}: {taken:.1f} s, forward {forward:.1f} s, {phases}", flush=True)

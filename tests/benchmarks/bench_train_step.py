@@ -1,7 +1,7 @@
 """The NeCo training step against the bare backbone: which share of a step is spent outside its forward and backward.
 
     python tests/benchmarks/bench_train_step.py [--threads 2] [--repeats 5] [--size 224] [--batch 8]
-        [--precision fp32]
+        [--precision fp32] [--device cpu]
 
 ViT-S/16 with random weights on generated images, views and all. Whole steps of the trainer (loading, student, teacher,
 heads, alignment, sorting, loss, moving average, optimizer) and bare ones (student forward and backward on all views,
@@ -32,8 +32,10 @@ def main() -> None:
     parser.add_argument("--queue", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32", help="of both")
+    parser.add_argument("--device", default="cpu")
     chosen = parser.parse_args()
     torch.set_num_threads(chosen.threads)
+    device = torch.device(chosen.device)
     recipe = Recipe(
         base="timm:vit_small_patch16_224?pretrained=false",
         batch_size=chosen.batch,
@@ -44,34 +46,39 @@ def main() -> None:
         precision=chosen.precision,
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = _Run(recipe, Options(out=Path(folder), data="shapes:160"), 0, 1, torch.device("cpu"))
+        run = _Run(recipe, Options(out=Path(folder), data="shapes:160"), 0, 1, device)
     order = Order(len(run.images), recipe, 0, recipe.steps or 0, 0, chosen.batch)
     facts = {"mean": run.student.encoder.mean, "std": run.student.encoder.std}
     batches = iter(loader(run.images, recipe, order, facts, chosen.workers, False))
-    views = torch.randn(chosen.batch, 2, 3, chosen.size, chosen.size), torch.randn(chosen.batch, 4, 3, 96, 96)
-    groups = [v.flatten(0, 1) for v in views]
+    sizes = (2, chosen.size), (4, 96)
+    groups = [torch.randn(count * chosen.batch, 3, size, size, device=device) for count, size in sizes]
+
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter()
 
     def bare() -> float:
-        start = time.perf_counter()
-        with torch.autocast("cpu", torch.bfloat16, enabled=chosen.precision == "bf16"):
+        start = now()
+        with torch.autocast(device.type, torch.bfloat16, enabled=chosen.precision == "bf16"):
             with torch.no_grad():
                 run.teacher._run(groups[0], False)
             means = [run.student._run(images, False).map.float().mean() for images in groups]
         sum(means).backward()
-        taken = time.perf_counter() - start
+        taken = now() - start
         run.optimizer.zero_grad(set_to_none=True)
         return taken
 
     def whole(step: int) -> float:
-        start = time.perf_counter()
+        start = now()
         run._step(step, batches, 0.9995)
-        return time.perf_counter() - start
+        return now() - start
 
     times = [(whole(step), bare()) for step in range(chosen.repeats + 1)][1:]
     step, backbone = (statistics.median(column) for column in zip(*times, strict=True))
     print(
-        f"batch {chosen.batch}, {chosen.size} px, {chosen.threads} threads, {chosen.precision}: "
-        f"step {step:.2f} s, backbone {backbone:.2f} s"
+        f"batch {chosen.batch}, {chosen.size} px, {chosen.threads} threads, {device.type}, {chosen.precision}: "
+        f"step {step:.3f} s, backbone {backbone:.3f} s"
     )
     print(f"outside the backbone's forward and backward: {1 - backbone / step:.1%}")
 

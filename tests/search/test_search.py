@@ -33,8 +33,8 @@ def clustered(count: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("way", search._ways(CPU))
 @pytest.mark.parametrize("make", [rows, clustered])
 def test_every_way_equals_sorting_all_products(way: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "BLOCK_ROWS", 700)  # several blocks, the last one not whole
-    monkeypatch.setattr(search, "BLOCK_BYTES", 700 * 4 * 5)
+    few = search.ON_CPU._replace(keys=700, scores=700 * 4 * 5)  # several blocks, the last one not whole
+    monkeypatch.setattr(search, "ON_CPU", few)
     keys, queries = make(2000, 0), make(37, 1)
     scores, ids = search._ways(CPU)[way](keys).search(queries, 7)
     products = queries.double() @ keys.double().T
@@ -125,8 +125,7 @@ def test_half_precision_doubts_close_calls_and_gives_up(monkeypatch: pytest.Monk
 
 
 def test_the_fastest_way_is_measured_for_large_searches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "MEASURED", (300, 50))
-    monkeypatch.setattr(search, "WORTH_MEASURING", 20_000)
+    monkeypatch.setattr(search, "ON_CPU", search.ON_CPU._replace(measured=(300, 50), worth_measuring=20_000))
     keys, queries = rows(410, 0), rows(60, 1)
     index = ExactIndex(16, CPU)
     index.add(keys[:400])
