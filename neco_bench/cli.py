@@ -283,7 +283,7 @@ def train(
     data_root: DataRoot = None,
     device: Device = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the recipe's.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Loading processes; default: cores - 1, at most 8.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Loading processes; default: cores - 1, at most 16.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     evaluate: Annotated[

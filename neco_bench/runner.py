@@ -58,8 +58,8 @@ class Options:
 
     @property
     def workers_used(self) -> int:
-        """`workers`, by default one core less than there are, at most 8, shared by the processes of torchrun."""
-        spare = max(0, min(8, (os.cpu_count() or 1) - 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        """`workers`, by default one core less than there are, at most 16, shared by the processes of torchrun."""
+        spare = max(0, min(16, (os.cpu_count() or 1) - 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return spare if self.workers is None else self.workers
 
     def __post_init__(self) -> None:

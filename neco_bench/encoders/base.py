@@ -8,6 +8,8 @@ declared (`attentions`, `has_final_norm`), never guessed from tensor shapes.
 from __future__ import annotations
 
 import abc
+import contextlib
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import final
 
@@ -19,6 +21,17 @@ from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, Usa
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+
+
+@contextlib.contextmanager
+def _convolutions_in_fp32() -> Iterator[None]:
+    """PyTorch lets GPUs round what convolutions multiply to TF32, or not, as the batch size will have it: not here."""
+    cudnn = torch.backends.cudnn
+    before, cudnn.allow_tf32 = cudnn.allow_tf32, False
+    try:
+        yield
+    finally:
+        cudnn.allow_tf32 = before
 
 
 @dataclass(frozen=True)
@@ -118,7 +131,7 @@ class Encoder(nn.Module, abc.ABC):
             raise UsageError(f"Encoder {self.name!r} does not give class-token attention.")
         if self.training:
             self.eval()
-        with torch.inference_mode():
+        with torch.inference_mode(), _convolutions_in_fp32():
             images = images.to(self.device, torch.float32, non_blocking=True)
             shift = torch.tensor(mean or self.mean, device=images.device).view(3, 1, 1)
             scale = torch.tensor(std or self.std, device=images.device).view(3, 1, 1)

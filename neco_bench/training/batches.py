@@ -97,12 +97,9 @@ def _leave_signals_to_the_parent(worker: int) -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def loader(
-    images: Images, recipe: Recipe, order: Order, statistics: dict[str, Any], workers: int, pin: bool
-) -> DataLoader[Any]:
-    """Batches in `order`. statistics: mean and std of RGB on [0, 1], which the views are normalised with."""
-    shared = ViewSettings.__dataclass_fields__.keys() & Recipe.model_fields.keys()
-    settings = ViewSettings(**{name: getattr(recipe, name) for name in shared}, **statistics)
+def loader(images: Images, recipe: Recipe, order: Order, workers: int, pin: bool) -> DataLoader[Any]:
+    """Batches in `order`."""
+    settings = ViewSettings(**{name: getattr(recipe, name) for name in ViewSettings.__dataclass_fields__})
     return DataLoader(
         ViewData(images, settings, recipe.seed),
         batch_sampler=order,

@@ -277,11 +277,9 @@ class _Run:
             dist.barrier()  # every process has seen the folder before the first writes to it
         recipe, options = self.recipe, self.options
         order = Order(len(self.images), recipe, first, self.steps, self.place.start, self.place.images)
-        encoder = self.student.encoder
         workers = RunOptions(workers=options.workers).workers_used
-        statistics = {"mean": encoder.mean, "std": encoder.std}
         with self._signals(), contextlib.ExitStack() as stack:
-            batches = iter(loader(self.images, recipe, order, statistics, workers, self.device.type == "cuda"))
+            batches = iter(loader(self.images, recipe, order, workers, self.device.type == "cuda"))
             records = stack.enter_context(contextlib.closing(_Records(options, first))) if self.rank == 0 else None
             if first == 0:
                 self._save(0)  # a folder that cannot be written is an error now, not after hours
@@ -336,7 +334,7 @@ class _Run:
             if isinstance(batch, BadInputError):
                 raise batch
             self._count_unusable(batch)
-            batch = batch.to(self.device)
+            batch = batch.normalised(self.student.encoder, self.device)
             self.place.turn = step * recipe.accumulate + part
             between = self.world > 1 and part + 1 < recipe.accumulate
             with self.embed.no_sync() if between else contextlib.nullcontext():

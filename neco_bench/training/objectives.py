@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neco_bench.context import item_rng
+from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.baselines import orientations
 from neco_bench.errors import UsageError
 from neco_bench.training.align import align
@@ -33,8 +34,9 @@ Embed = Callable[..., list[Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class Batch:
-    """Views of B images: global_views (B, 2, 3, g, g), local_views (B, V - 2, 3, l, l), boxes as in `views.Views`, with
-    a leading B. ids: of the images. unusable: images that could not be used, each with the reason."""
+    """Views of B images: global_views (B, 2, 3, g, g), local_views (B, V - 2, 3, l, l), uint8 RGB as they are loaded,
+    float32 once they are normalised; boxes as in `views.Views`, with a leading B. ids: of the images. unusable: images
+    that could not be used, each with the reason."""
 
     global_views: Tensor
     local_views: Tensor
@@ -43,9 +45,13 @@ class Batch:
     ids: list[str]
     unusable: list[tuple[str, str]]
 
-    def to(self, device: torch.device) -> Batch:
-        """The same batch on a device."""
-        moved = {name: value.to(device, non_blocking=True) for name, value in vars(self).items() if name in TENSORS}
+    def normalised(self, encoder: Encoder, device: torch.device) -> Batch:
+        """The batch on a device, its views normalised as the encoder takes them. (Bytes are a quarter of the floats to
+        hand from process to process, and to the device.)"""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        shift, scale = (torch.tensor(of, device=device).view(3, 1, 1) for of in (encoder.mean, encoder.std))
+        for name in ("global_views", "local_views"):
+            moved[name] = moved[name].float().div_(255).sub_(shift).div_(scale)
         return dataclasses.replace(self, **moved)
 
     def groups(self) -> list[Tensor]:

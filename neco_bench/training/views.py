@@ -42,8 +42,6 @@ class ViewSettings:
     gray_probability: float = 0.2
     blur_probability: float = 0.5
     blur_strength: float = 1.0
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
-    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -53,7 +51,7 @@ class ViewSettings:
 
 @dataclass(frozen=True)
 class Views:
-    """One image's views. global_views: (2, 3, g, g), local_views: (V - 2, 3, l, l), normalised float32.
+    """One image's views. global_views: (2, 3, g, g), local_views: (V - 2, 3, l, l), uint8 RGB.
 
     gc: (2, V, 4), [i, j] is what crops i and j share, in pixels of view i, a global one.
     all: (V, 2, 4), [j, i] is the same in pixels of view j.
@@ -147,8 +145,8 @@ def make_views(image: np.ndarray, settings: ViewSettings, rng: np.random.Generat
     views = []
     for (x1, y1, x2, y2), size in zip(crops.tolist(), settings.sizes, strict=True):
         crop = picture.crop((x1, y1, x2, y2)).resize((size, size), Image.Resampling.BILINEAR)
-        pixels = tf.to_tensor(vary_colours(crop, settings, rng))
-        views.append(tf.normalize(pixels, list(settings.mean), list(settings.std)))
+        views.append(tf.pil_to_tensor(vary_colours(crop, settings, rng)))
     gc, every = (torch.from_numpy(boxes).float() for boxes in shared_boxes(crops, settings.sizes))
-    local_views = torch.stack(views[GLOBALS:]) if settings.locals else torch.empty(0, 3, *(settings.local_size,) * 2)
+    none = torch.empty(0, 3, settings.local_size, settings.local_size, dtype=torch.uint8)
+    local_views = torch.stack(views[GLOBALS:]) if settings.locals else none
     return Views(torch.stack(views[:GLOBALS]), local_views, gc, every)

@@ -48,8 +48,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         run = _Run(recipe, Options(out=Path(folder), data="shapes:160"), 0, 1, device)
     order = Order(len(run.images), recipe, 0, recipe.steps or 0, 0, chosen.batch)
-    facts = {"mean": run.student.encoder.mean, "std": run.student.encoder.std}
-    batches = iter(loader(run.images, recipe, order, facts, chosen.workers, False))
+    batches = iter(loader(run.images, recipe, order, chosen.workers, device.type == "cuda"))
     sizes = (2, chosen.size), (4, 96)
     groups = [torch.randn(count * chosen.batch, 3, size, size, device=device) for count, size in sizes]
 

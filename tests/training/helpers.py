@@ -36,7 +36,7 @@ def recipe(**changes: Any) -> Recipe:
 
 
 def batch(images: int = 3, seed: int = 0, settings: Recipe | None = None) -> Batch:
-    """Views of noise images."""
+    """Views of noise images, normalised."""
     of = settings or recipe()
     views = ViewSettings(global_size=of.global_size, local_size=of.local_size, locals=of.locals)
     rng = np.random.default_rng(seed)
@@ -46,7 +46,7 @@ def batch(images: int = 3, seed: int = 0, settings: Recipe | None = None) -> Bat
     ]
     made = collate(items)
     assert isinstance(made, Batch)
-    return made
+    return made.normalised(small_encoder(), torch.device("cpu"))
 
 
 def flat(module: torch.nn.Module) -> torch.Tensor:

@@ -17,8 +17,6 @@ from neco_bench.training.networks import Place
 
 from .helpers import recipe
 
-STATISTICS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)}
-
 
 def order(images: int, first: int = 0, last: int = 20, place: Place | None = None, **changes: int) -> list[list]:
     settings = recipe(**changes)
@@ -55,7 +53,7 @@ def test_processes_and_parts_share_a_step() -> None:
 
 def test_workers_change_nothing() -> None:
     made = [
-        list(loader(open_images("shapes:12"), recipe(), Order(12, recipe(), 0, 3, 0, 4), STATISTICS, workers, False))
+        list(loader(open_images("shapes:12"), recipe(), Order(12, recipe(), 0, 3, 0, 4), workers, False))
         for workers in (0, 2)
     ]
     for one, two in zip(*made, strict=True):
@@ -73,7 +71,7 @@ def test_unusable_images_are_replaced_and_told(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((20, 90, 3), np.uint8)).save(tmp_path / "d.png")
     images = open_images(str(tmp_path))
     settings = recipe(batch_size=6)
-    (batch,) = loader(images, settings, Order(6, settings, 0, 1, 0, 6), STATISTICS, 0, False)
+    (batch,) = loader(images, settings, Order(6, settings, 0, 1, 0, 6), 0, False)
     assert sorted(batch.ids) == ["a.png", "c.png", "c.png", "e.png", "e.png", "f.png"]
     reasons = dict(batch.unusable)
     assert sorted(reasons) == ["b.png", "d.png"]
@@ -83,6 +81,6 @@ def test_unusable_images_are_replaced_and_told(tmp_path: Path) -> None:
 def test_no_usable_image_is_one_error(tmp_path: Path) -> None:
     for name in "abcd":
         (tmp_path / f"{name}.jpg").write_bytes(b"broken")
-    (answer,) = loader(open_images(str(tmp_path)), recipe(), Order(4, recipe(), 0, 1, 0, 4), STATISTICS, 1, False)
+    (answer,) = loader(open_images(str(tmp_path)), recipe(), Order(4, recipe(), 0, 1, 0, 4), 1, False)
     assert isinstance(answer, BadInputError)
     assert "4 training images in a row" in str(answer)

@@ -9,10 +9,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torchvision.transforms.functional import normalize
 
 from neco_bench.context import item_rng
+from neco_bench.encoders import load_encoder
 from neco_bench.errors import BadInputError, UsageError
 from neco_bench.training.align import align
+from neco_bench.training.batches import Item, collate
+from neco_bench.training.objectives import Batch
 from neco_bench.training.views import ViewSettings, make_views, random_crop, sample_crops, shared_boxes, vary_colours
 
 SMALL = ViewSettings(global_size=56, local_size=28)
@@ -107,7 +111,8 @@ def test_views_have_their_shapes_and_depend_on_the_item_alone() -> None:
     assert first.local_views.shape == (4, 3, 28, 28)
     assert first.gc.shape == (2, 6, 4)
     assert first.all.shape == (6, 2, 4)
-    assert {first.global_views.dtype, first.local_views.dtype, first.gc.dtype, first.all.dtype} == {torch.float32}
+    assert {first.global_views.dtype, first.local_views.dtype} == {torch.uint8}
+    assert {first.gc.dtype, first.all.dtype} == {torch.float32}
     assert torch.equal(first.global_views, again.global_views)
     assert torch.equal(first.local_views, again.local_views)
     assert torch.equal(first.gc, again.gc)
@@ -116,15 +121,22 @@ def test_views_have_their_shapes_and_depend_on_the_item_alone() -> None:
 
 def test_views_without_local_crops() -> None:
     views = make_views(picture(), ViewSettings(global_size=28, local_size=14, locals=0), np.random.default_rng(0))
-    assert views.local_views.shape == (0, 3, 14, 14)
+    assert (views.local_views.shape, views.local_views.dtype) == ((0, 3, 14, 14), torch.uint8)
     assert views.all.shape == (2, 2, 4)
 
 
-def test_colours_are_left_alone_without_the_pipeline_and_normalised() -> None:
-    gray = np.full((50, 60, 3), 128, dtype=np.uint8)
-    views = make_views(gray, PLAIN, np.random.default_rng(0))
-    expected = (128 / 255 - torch.tensor(PLAIN.mean)) / torch.tensor(PLAIN.std)
-    torch.testing.assert_close(views.local_views[2, :, 5, 5], expected)
+def test_colours_are_left_alone_without_the_pipeline_and_normalised_as_by_torchvision() -> None:
+    images = np.full((50, 60, 3), 128, dtype=np.uint8), picture()
+    made = collate([Item(make_views(image, PLAIN, np.random.default_rng(0)), "", []) for image in images])
+    assert isinstance(made, Batch)
+    assert (made.global_views[0] == 128).all()
+    encoder = load_encoder("baseline_rgb", device="cpu")
+    ready = made.normalised(encoder, torch.device("cpu"))
+    for name in ("global_views", "local_views"):
+        pixels = getattr(made, name)
+        assert pixels.is_contiguous()
+        expected = normalize(pixels.float().div(255), list(encoder.mean), list(encoder.std))
+        assert torch.equal(getattr(ready, name), expected)
 
 
 def test_colour_steps_happen_as_often_as_they_should() -> None:
