@@ -5,7 +5,6 @@ Points are (P, 2) float (x, y), x right, y down. Maps are (D, h, w).
 
 from __future__ import annotations
 
-import itertools
 import random
 from collections.abc import Sequence
 
@@ -64,55 +63,66 @@ def window_softargmax(similarity: Tensor, half_window: int, temperature: float) 
 
 
 def nearest_pixels(
-    source: Tensor, target: Tensor, points: Tensor, source_size: tuple[int, int], target_size: tuple[int, int]
+    source: Tensor,
+    target: Tensor,
+    points: Tensor,
+    source_size: tuple[int, int],
+    target_size: tuple[int, int],
+    norms: Tensor | None = None,
 ) -> Tensor:
     """(P, 2) int64 (x, y) of the target pixel most similar (cosine) to the source feature at each pixel of `points`.
 
     Sizes are (height, width) in pixels, to which the maps are upsampled bilinearly (corners not aligned); points:
-    (P, 2) int64 (x, y). The upsampled maps are never made: an inner product with a mixture of four cells is the mixture
-    of four inner products. In double precision on the CPU; of pixels equal to 1e-12 (those along the border often are)
-    the first in row-major order is taken, on every machine the same.
+    (P, 2) int64 (x, y); norms: `pixel_norms` of the target, where they are known. The upsampled maps are never made: an
+    inner product with a mixture of four cells is the mixture of four inner products. In double precision; of pixels
+    equal to 1e-12 (those along the border often are) the first in row-major order is taken, on every machine the same.
     """
-    source, target = source.cpu().double(), target.cpu().double()
-    x, y = points.T
-    vectors = torch.zeros(len(source), len(points), dtype=torch.float64)
-    for rows, columns, share in _mixture(source.shape[1:], source_size):
-        vectors += share[y, x] * source[:, rows[y], columns[x]]
-    vectors = F.normalize(vectors, dim=0)
-
-    mixture = _mixture(target.shape[1:], target_size)
-    height, width = target.shape[1:]
-    padded = F.pad(target, (0, 1, 0, 1))  # beyond the last cell, which has no share
-    corners = [padded[:, dy : dy + height, dx : dx + width] for dy in (0, 1) for dx in (0, 1)]
-    top, left, _ = mixture[0]
-    squared = torch.zeros(target_size, dtype=torch.float64)
-    for i, j in itertools.combinations_with_replacement(range(4), 2):
-        product = (corners[i] * corners[j]).sum(0)[top[:, None], left]
-        squared += (1 if i == j else 2) * mixture[i][2] * mixture[j][2] * product
-    norm = squared.clamp(min=1e-24).sqrt()
-
-    best = []
-    for product in (vectors.T @ target.flatten(1)).unflatten(1, (height, width)):
-        similarity = torch.zeros_like(norm)
-        for rows, columns, share in mixture:
-            similarity += share * product[rows[:, None], columns]
-        similarity /= norm
-        best.append((similarity >= similarity.max() - 1e-12).int().argmax())
-    index = torch.stack(best)
+    norms = pixel_norms(target, target_size) if norms is None else norms
+    source, target = _double(source), _double(target)
+    rows, columns = _mixture(source.shape[1:], source_size, source.device)
+    x, y = points.to(source.device).T
+    vectors = source.flatten(1) @ (rows[y, :, None] * columns[x, None]).flatten(1).T
+    cells = (F.normalize(vectors, dim=0).T @ target.flatten(1)).unflatten(1, target.shape[1:])
+    rows, columns = _mixture(target.shape[1:], target_size, target.device)
+    similarity = (rows @ cells @ columns.T).div_(norms).flatten(1)
+    index = (similarity >= similarity.amax(1, keepdim=True) - 1e-12).int().argmax(1)
     return torch.stack([index % target_size[1], index // target_size[1]], dim=1)
 
 
-def _mixture(cells: Sequence[int], size: tuple[int, int]) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """The four cells of a map of (h, w) `cells` that each pixel mixes when it is upsampled bilinearly to (H, W).
+def pixel_norms(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H, W) float64 lengths of the features (D, h, w) of each pixel, upsampled bilinearly to `size`, (H, W)."""
+    features = _double(features)
+    rows, columns = _mixture(features.shape[1:], size, features.device)
+    padded = F.pad(features, (1, 1, 0, 1))
+    squared = rows.new_zeros(size)
+    # A pixel mixes neighbours: the products of a cell with itself, and with its neighbours in four directions.
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1)):
+        height, width = features.shape[1:]
+        product = (features * padded[:, down : down + height, 1 + right : 1 + right + width]).sum(0)
+        by_rows = rows * _moved(rows, down)
+        by_columns = columns * _moved(columns, right)
+        squared += (2 if down or right else 1) * (by_rows @ product @ by_columns.T)
+    return squared.clamp_(min=1e-24).sqrt_()
 
-    For top left, top right, bottom left, bottom right: row (H,) and column (W,) of the cell, and its share (H, W).
-    """
+
+def _double(features: Tensor) -> Tensor:
+    """In double precision, on the CPU where the device has none."""
+    return (features.cpu() if features.device.type == "mps" else features).double()
+
+
+def _moved(shares: Tensor, by: int) -> Tensor:
+    """The share of the cell that lies `by` after each one (0 beyond the end), (n, cells)."""
+    return shares if by == 0 else F.pad(shares, (0, 1))[:, 1:] if by > 0 else F.pad(shares, (1, 0))[:, :-1]
+
+
+def _mixture(cells: Sequence[int], size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The shares (H, h) and (W, w) of rows and columns of cells that a pixel mixes when a map of (h, w) `cells` is
+    upsampled bilinearly to (H, W): of at most two each."""
     ends = []
     for count, pixels in zip(cells, size, strict=True):
         position = ((torch.arange(pixels, dtype=torch.float64) + 0.5) * (count / pixels) - 0.5).clamp(0, count - 1)
-        low = position.long()
-        ends.append(((low, 1 - (position - low)), ((low + 1).clamp(max=count - 1), position - low)))
-    return [(row, column, a[:, None] * b) for row, a in ends[0] for column, b in ends[1]]
+        ends.append((1 - (position[:, None] - torch.arange(count)).abs()).clamp_(min=0).to(device))
+    return ends[0], ends[1]
 
 
 def pck_hits(errors: np.ndarray, thresholds: Sequence[float], *, strict: bool) -> np.ndarray:

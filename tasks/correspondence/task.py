@@ -9,10 +9,12 @@ Diffusion* (Tang et al., NeurIPS 2023). README.md lists their constants and quir
 
 from __future__ import annotations
 
+import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Annotated, Literal
 
 import numpy as np
@@ -33,6 +35,7 @@ from neco_bench.correspondence import (
     pck_averages,
     pck_hits,
     peak_cells,
+    pixel_norms,
     window_softargmax,
 )
 from neco_bench.data.base import Pair, PairDataset
@@ -94,6 +97,11 @@ class View:
     @property
     def longest(self) -> int:
         return max(self.width, self.height)
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """(height, width) lengths of the features upsampled to the image, float64."""
+        return pixel_norms(self.map, (self.height, self.width))
 
 
 def cost(settings: Settings, data: dict[str, PairDataset], stride: int, dimension: int) -> Cost:
@@ -187,10 +195,12 @@ def _views(
     views: dict[str, View] = {}
     for start in range(0, len(ids), context.batch_size):
         chunk = ids[start : start + context.batch_size]
-        with context.phase("load"):
-            images = [dataset.read_image(i) for i in chunk]
+        with context.phase("load"), ThreadPoolExecutor(os.cpu_count()) as pool:
+            images = list(pool.map(dataset.read_image, chunk))
             batch = torch.stack(
-                [prepare(image, size, encoder.stride, settings.mean or encoder.mean) for image in images]
+                list(
+                    pool.map(lambda image: prepare(image, size, encoder.stride, settings.mean or encoder.mean), images)
+                )
             )
         with context.phase("encode"):
             features = encode_within_memory(
@@ -300,8 +310,9 @@ def match_squash(pair: Pair, source: View, target: View, size: int, stride: int)
     """Integer points, the nearest of all pixels of the target."""
     limits = (source.width - 1, source.height - 1)
     start = torch.from_numpy(pair.source_points.astype(np.int64).clip(0, limits))
-    found = nearest_pixels(source.map, target.map, start, (source.height, source.width), (target.height, target.width))
-    return found.numpy(), np.linalg.norm(found.numpy() - pair.target_points, axis=1)
+    sizes = (source.height, source.width), (target.height, target.width)
+    found = nearest_pixels(source.map, target.map, start, *sizes, target.norms).cpu().numpy()
+    return found, np.linalg.norm(found - pair.target_points, axis=1)
 
 
 _GEOMETRIES: dict[str, tuple[Callable, Callable]] = {
