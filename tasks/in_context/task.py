@@ -26,7 +26,7 @@ from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
 from neco_bench.features.patches import patch_view
-from neco_bench.features.transforms import HummingbirdTrain, Squash
+from neco_bench.features.transforms import HummingbirdTrain, Squash, largest_upsampled
 from neco_bench.protocol import Range, Share
 from neco_bench.protocol import Settings as BaseSettings
 from neco_bench.search import ExactIndex, SharedIndex
@@ -111,12 +111,6 @@ def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: fl
     return torch.from_numpy((mix @ labels).toarray())
 
 
-def predict_classes(shares: Tensor, height: int, width: int) -> Tensor:
-    """(height, width) class ids of patch predictions (C, h, w): bilinear upsampling, then argmax."""
-    # max() takes a thirtieth of the time of argmax() along the first axis, and like it gives the first of equal ones.
-    return F.interpolate(shares[None], (height, width), mode="bilinear", align_corners=False)[0].max(0).indices
-
-
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
     """What `run` will take: every query against every row of the memory, which lies beside its labels."""
     size, classes = settings.used_size(stride), len(data["val"].classes)
@@ -152,9 +146,9 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         scored += batch.positions
         with context.phase("predict"):
             shares = read_labels(scores, ids, memory.labels, settings.temperature)
-            shares = shares.view(count, rows, columns, classes).permute(0, 3, 1, 2)
+            shares = shares.view(count, rows, columns, classes).permute(0, 3, 1, 2).to(batch.features.device)
             for row, (share, mask) in enumerate(zip(shares, batch.masks, strict=True)):
-                truth, prediction = val.scored(mask), predict_classes(share, *mask.shape).numpy()
+                truth, prediction = val.scored(mask), largest_upsampled(share, *mask.shape).cpu().numpy()
                 confusions.add(truth, prediction)
                 name = val.ids[batch.positions[row]]
                 if name in context.watched:

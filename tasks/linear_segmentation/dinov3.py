@@ -26,7 +26,7 @@ from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import encode_within_memory, stream
 from neco_bench.features.segmentation_train import Distortion, ScaleCropDistort, resize_short_side
-from neco_bench.features.transforms import to_tensor
+from neco_bench.features.transforms import largest_upsampled, to_tensor
 from neco_bench.probe_bn import BnHead, BnProbeOptions, train_bn_probe
 from neco_bench.protocol import Range, Share
 from neco_bench.protocol import Settings as BaseSettings
@@ -101,7 +101,7 @@ def classify_windows(
 ) -> Tensor:
     """Class ids of an image of `shape` (H, W) from what `encode_windows` gives: mean logits, upsampled, argmax."""
     merged = merge_windows(head(features), corners, window)
-    return F.interpolate(merged[None], shape, mode="bilinear", align_corners=False)[0].argmax(0)
+    return largest_upsampled(merged, *shape)
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
@@ -17,6 +19,7 @@ from neco_bench.features.transforms import (
     HummingbirdTrain,
     Squash,
     crop_box,
+    largest_upsampled,
     nearest_centre,
     nearest_legacy,
     resize_image,
@@ -31,6 +34,41 @@ def test_legacy_nearest_equals_torch(height: int, width: int, rows: int, columns
     mask = np.random.default_rng(0).integers(0, 255, (height, width), dtype=np.uint8)
     torch_way = torch.nn.functional.interpolate(torch.from_numpy(mask)[None, None].float(), (rows, columns))[0, 0]
     np.testing.assert_array_equal(nearest_legacy(mask, rows, columns), torch_way.numpy())
+
+
+@given(
+    st.tuples(st.integers(1, 40), st.integers(1, 9), st.integers(1, 9)),
+    st.tuples(st.integers(1, 60), st.integers(1, 60)),
+    st.sampled_from(["noise", "shares", "few", "constant"]),
+    st.integers(0, 9),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_largest_map_is_that_of_all_upsampled(
+    shape: tuple[int, int, int], size: tuple[int, int], kind: str, seed: int
+) -> None:
+    maps = torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+    if kind == "shares":
+        maps = (3 * maps).softmax(0)
+    elif kind == "few":  # whole maps of zeros, and ties
+        maps = (maps > 1.5).float()
+    elif kind == "constant":
+        maps[:] = 0.25
+    whole = torch.nn.functional.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
+    assert torch.equal(largest_upsampled(maps, *size), whole.argmax(0))
+
+
+def test_maps_that_are_nowhere_the_largest_are_not_upsampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    maps = torch.rand(50, 6, 6) * 0.1
+    maps[[3, 40]] += torch.tensor([0.5, 1.0])[:, None, None]
+    asked, plain = [], torch.nn.functional.interpolate
+
+    def interpolate(values: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        asked.append(values.shape[1])
+        return plain(values, *rest, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "interpolate", interpolate)
+    assert (largest_upsampled(maps, 48, 48) == 40).all()
+    assert asked == [1]
 
 
 def test_the_two_nearest_rules_differ() -> None:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from neco_bench.tasks.in_context.task import choose_patches, patch_labels, predict_classes, read_labels, retrieve
+from neco_bench.tasks.in_context.task import choose_patches, patch_labels, read_labels, retrieve
 from scipy.sparse import csr_matrix
 
 from neco_bench import metrics
-from neco_bench.features.transforms import nearest_legacy, resize_image, to_tensor
+from neco_bench.features.transforms import largest_upsampled, nearest_legacy, resize_image, to_tensor
 from neco_bench.search import ExactIndex
 
 CASES = [("main", "cg"), ("main", "vit"), ("det", "cg"), ("det", "vit")]
@@ -91,7 +91,7 @@ def test_retrieval_to_miou(arrays: dict[str, np.ndarray], case: str, encoder: st
 def score(shares: torch.Tensor, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Maps (n, 224, 224), confusion matrix and Hungarian mIoU of patch shares (n, 196, 11)."""
     confusions = metrics.ImageConfusions(11)
-    maps = np.stack([predict_classes(s.T.reshape(11, 14, 14), 224, 224).numpy() for s in shares])
+    maps = np.stack([largest_upsampled(s.T.reshape(11, 14, 14), 224, 224).numpy() for s in shares])
     for mask, predicted in zip(masks, maps, strict=True):
         confusions.add(mask, predicted)
     total = confusions.total()
