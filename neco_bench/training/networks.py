@@ -67,7 +67,7 @@ class StochasticDepth(nn.Module):
         else:
             keep = (draws >= self.rate) / (1 - self.rate)
         mine = torch.from_numpy(keep[:, place.start : place.start + place.images].reshape(-1))
-        return x * mine.to(x).view(-1, *[1] * (x.dim() - 1))
+        return x * mine.to(x.device, x.dtype, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
 def projection_head(width: int, recipe: Recipe, stride: int) -> nn.Sequential:
