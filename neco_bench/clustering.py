@@ -152,10 +152,26 @@ def kmeans(
             f"{clusters} clusters need at least as many patches, there are {len(features)}. "
             f"Lower --set clusters, or use more images."
         )
-    cores, on_gpu = faiss.omp_get_max_threads(), device.type == "cuda" and faiss_sees_gpu()
-    threads = 1 if on_gpu else min(cores, len(seeds))
+    reading = Lock()
+
+    def fit(seed: int) -> faiss.Index:
+        with reading:
+            points = features.drawn(KMEANS_POINTS * clusters, seed)
+        model = faiss.Kmeans(
+            features.dimension, clusters, niter=iterations, nredo=redos, seed=seed, min_points_per_centroid=1
+        )
+        if on_gpu:
+            model.index = to_gpu(model.index, device)
+        model.train(points)
+        return model.index
+
+    on_gpu = device.type == "cuda" and faiss_sees_gpu()
+    if on_gpu:  # whose scratch memory serves one thread at a time
+        return map(fit, seeds)
+    cores = faiss.omp_get_max_threads()
+    threads = min(cores, len(seeds))
     fitted: list[Future[faiss.Index]] = [Future() for _ in seeds]
-    waiting, reading = deque(zip(seeds, fitted, strict=True)), Lock()
+    waiting = deque(zip(seeds, fitted, strict=True))
 
     def fit_waiting() -> None:
         faiss.omp_set_num_threads(cores // threads)  # of this thread
@@ -165,15 +181,7 @@ def kmeans(
             except IndexError:  # another thread was faster
                 return
             try:
-                with reading:
-                    points = features.drawn(KMEANS_POINTS * clusters, seed)
-                model = faiss.Kmeans(
-                    features.dimension, clusters, niter=iterations, nredo=redos, seed=seed, min_points_per_centroid=1
-                )
-                if on_gpu:
-                    model.index = to_gpu(model.index, device)
-                model.train(points)
-                result.set_result(model.index)
+                result.set_result(fit(seed))
             except Exception as error:
                 result.set_exception(error)
 
