@@ -84,12 +84,15 @@ class Rows:
 
     def standardise(self) -> None:
         """From now on rows are read with population mean 0 and deviation 1 in each dimension, constant ones as 0."""
-        mean, deviation = torch.zeros(2, self.dimension, dtype=torch.float64)
-        for part in self.chunks():
-            mean += torch.from_numpy(part).sum(0, dtype=torch.float64) / len(self)
-        for part in self.chunks():
-            deviation += (torch.from_numpy(part) - mean).square_().sum(0) / len(self)
-        deviation.sqrt_()
+        first = torch.from_numpy(self.read(0, 1)[0]).double()
+        total, squares = torch.zeros(2, self.dimension, dtype=torch.float64)
+        for part in self.chunks():  # in one pass over the file; relative to one row, so that little is cancelled
+            centred = torch.from_numpy(part) - first
+            total += centred.sum(0)
+            squares += centred.square_().sum(0)
+        mean = total / len(self)
+        deviation = (squares / len(self) - mean.square()).clamp_(min=0).sqrt_()
+        mean += first
         deviation[deviation == 0] = 1
         self._scale = mean.float().numpy(), deviation.float().numpy()
 
