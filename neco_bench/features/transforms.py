@@ -44,7 +44,7 @@ def nearest_centre(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 @torch.no_grad()
 def largest_upsampled(maps: Tensor, height: int, width: int) -> Tensor:
     """(height, width) int64: which of the maps (C, h, w) is the largest at each pixel, the first of equal ones, when
-    they are upsampled bilinearly (align_corners off).
+    they are upsampled bilinearly (align_corners off, and up to its rounding).
 
     Maps that are nowhere the largest are left out before, and of the others a few are upsampled at a time.
     """

@@ -54,7 +54,13 @@ def test_the_largest_map_is_that_of_all_upsampled(
     elif kind == "constant":
         maps[:] = 0.25
     whole = torch.nn.functional.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-    assert torch.equal(largest_upsampled(maps, *size), whole.argmax(0))
+    found = largest_upsampled(maps, *size)
+    values = whole.gather(0, found[None])[0]
+    # Where a value lies in memory decides how PyTorch rounds it, so that even equal maps may differ in the last digit.
+    rounding = 1e-6 * float(maps.abs().max())
+    assert (values >= whole.amax(0) - rounding).all()
+    alone = (whole >= whole.amax(0) - rounding).sum(0) == 1
+    assert torch.equal(found[alone], whole.argmax(0)[alone])
 
 
 def test_maps_that_are_nowhere_the_largest_are_not_upsampled(monkeypatch: pytest.MonkeyPatch) -> None:
