@@ -92,12 +92,12 @@ def nearest_pixels(
 def pixel_norms(features: Tensor, size: tuple[int, int]) -> Tensor:
     """(H, W) float64 lengths of the features (D, h, w) of each pixel, upsampled bilinearly to `size`, (H, W)."""
     features = _double(features)
+    height, width = features.shape[1:]
     rows, columns = _mixture(features.shape[1:], size, features.device)
     padded = F.pad(features, (1, 1, 0, 1))
     squared = rows.new_zeros(size)
     # A pixel mixes neighbours: the products of a cell with itself, and with its neighbours in four directions.
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1)):
-        height, width = features.shape[1:]
         product = (features * padded[:, down : down + height, 1 + right : 1 + right + width]).sum(0)
         by_rows = rows * _moved(rows, down)
         by_columns = columns * _moved(columns, right)

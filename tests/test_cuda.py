@@ -18,13 +18,14 @@ from neco_bench.encoders import load_encoder
 from neco_bench.features.extract import encode_within_memory
 from neco_bench.results.store import ResultStore
 from neco_bench.search.approximate import ApproximateIndex, recall
-from neco_bench.training.loop import Options, train
+from neco_bench.training import loop
+from neco_bench.training.loop import train
 from neco_bench.training.loss import neco_loss
 from neco_bench.training.sorting import soft_sort
 
 from .tasks.test_shapes import CARDS, CASES, SMALL
 from .training.helpers import recipe
-from .training.test_loop import losses
+from .training.test_loop import losses, options
 
 if not torch.cuda.is_available():
     pytest.skip("no GPU here", allow_module_level=True)
@@ -111,7 +112,7 @@ def test_a_task_gives_what_it_gives_on_the_cpu(case: str, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "resnet18"])
 def test_the_batch_size_moves_next_to_nothing(model: str, tmp_path: Path) -> None:
-    """On an H200, batches of 16, 5 and 1: no pixel of the ViT, 2 of 950,190 of the ResNet."""
+    """Measured on an H200: no pixel of the ViT, 2 of 950,190 of the ResNet."""
     counts = []
     for size in (16, 5, 1):
         store = ResultStore(tmp_path / str(size))
@@ -161,10 +162,6 @@ def test_sorting_and_loss(network: str, dtype: torch.dtype) -> None:
         torch.testing.assert_close(there, here, **close)
 
 
-def options(out: Path, **changes: Any) -> Options:
-    return Options(**{"out": out, "data": "shapes:24", "workers": 0, "progress": False, "save_every": 2, **changes})
-
-
 def test_a_training_run_loses_what_it_loses_on_the_cpu(tmp_path: Path) -> None:
     runs = [train(recipe(queue_length=60), options(tmp_path / name, device=name)) for name in ("cpu", "cuda")]
     assert losses(runs[1]) == pytest.approx(losses(runs[0]), abs=2e-3)
@@ -190,8 +187,6 @@ def test_ways_of_training(changes: dict[str, Any], how: dict[str, Any], close: f
 
 
 def test_a_resumed_run_goes_on_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from neco_bench.training import loop
-
     whole = train(recipe(queue_length=60), options(tmp_path / "whole", device="cuda"))
 
     class Stop(Exception):

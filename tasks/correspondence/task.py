@@ -197,11 +197,8 @@ def _views(
         chunk = ids[start : start + context.batch_size]
         with context.phase("load"), ThreadPoolExecutor(os.cpu_count()) as pool:
             images = list(pool.map(dataset.read_image, chunk))
-            batch = torch.stack(
-                list(
-                    pool.map(lambda image: prepare(image, size, encoder.stride, settings.mean or encoder.mean), images)
-                )
-            )
+            ready = partial(prepare, size=size, stride=encoder.stride, mean=settings.mean or encoder.mean)
+            batch = torch.stack(list(pool.map(ready, images)))
         with context.phase("encode"):
             features = encode_within_memory(
                 encoder, batch, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std
