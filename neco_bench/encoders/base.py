@@ -135,7 +135,7 @@ class Encoder(nn.Module, abc.ABC):
             images = images.to(self.device, torch.float32, non_blocking=True)
             shift = torch.tensor(mean or self.mean, device=images.device).view(3, 1, 1)
             scale = torch.tensor(std or self.std, device=images.device).view(3, 1, 1)
-            images = (images - shift) / scale
+            images = (images - shift).div_(scale)
             with torch.autocast(
                 images.device.type, getattr(torch, PRECISIONS[self.precision]), enabled=self.precision != "fp32"
             ):
@@ -176,7 +176,7 @@ class Encoder(nn.Module, abc.ABC):
             None if features.prefix is None else features.prefix.float(),
             None if features.attention is None else features.attention.float(),
         )
-        if not torch.isfinite(features.map).all():
+        if not features.map.sum().isfinite() and not features.map.isfinite().all():  # the sum is found sooner
             raise NumericalError(
                 f"Encoder {self.name!r} gave NaN or infinite features. Try --precision fp32; "
                 f"if it stays, the weights are broken."

@@ -124,6 +124,21 @@ def test_half_precision_doubts_close_calls_and_gives_up(monkeypatch: pytest.Monk
         torch.testing.assert_close(scores, (some @ keys.T).topk(10).values, atol=1e-5, rtol=0)
 
 
+def test_doubtful_queries_get_more_candidates_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hundred keys 10 times, 30 times, 100 times: the last have more equals than there will ever be candidates."""
+    once, queries = rows(300, 0, 64), rows(300, 0, 64)
+    keys = torch.cat([part.repeat(copies, 1) for part, copies in zip(once.split(100), (10, 30, 100), strict=True)])
+    index = search._Half(keys)
+    found = [int((~index.candidates(queries, 10, wanted)[2]).sum()) for wanted in (24, 40)]
+    again: list[int] = []
+    plain = index.again.search
+    monkeypatch.setattr(index.again, "search", lambda some, k: again.append(len(some)) or plain(some, k))
+    scores, _ = index.search(queries, 10)
+    assert (again, index.doubted) == ([found[1]], found[1])
+    assert found == [200, 100]
+    torch.testing.assert_close(scores, (queries @ keys.T).topk(10).values, atol=1e-5, rtol=0)
+
+
 def test_the_fastest_way_is_measured_for_large_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "ON_CPU", search.ON_CPU._replace(measured=(300, 50), worth_measuring=20_000))
     keys, queries = rows(410, 0), rows(60, 1)
