@@ -60,7 +60,7 @@ class Rows:
 
     def append(self, rows: np.ndarray) -> None:
         """Add (n, D) rows. Raises NecoBenchError where the disk is full."""
-        spool(self._file, np.ascontiguousarray(rows, np.float32).data.cast("B"))
+        spool(self._file, np.ascontiguousarray(rows, np.float32).ravel().view(np.uint8).data)
         self._count += len(rows)
 
     def read(self, start: int, stop: int) -> np.ndarray:
@@ -114,9 +114,17 @@ class Rows:
 
 
 def reduce_dimensions(features: Rows, dimensions: int) -> Rows:
-    """(N, d) principal components, centred, not whitened; the rows as given where D <= `dimensions`."""
+    """(N, d) principal components, centred, not whitened; the rows as given where D <= `dimensions`.
+
+    Raises UsageError where there are fewer rows than components.
+    """
     if features.dimension <= dimensions:
         return features
+    if len(features) < dimensions:
+        raise UsageError(
+            f"{dimensions} principal components need at least as many patches, there are {len(features)}. "
+            f"Lower --set components, or use more images."
+        )
     pca = faiss.PCAMatrix(features.dimension, dimensions)
     pca.train(features.drawn(PCA_POINTS * features.dimension, PCA_SEED))
     reduced = Rows(dimensions)

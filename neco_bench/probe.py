@@ -74,6 +74,8 @@ def train_probe(
             logits = logits_at(heads, features, *target.shape[-2:])
             losses = torch.stack([F.cross_entropy(own, target, ignore_index=ignore) for own in logits])
             if not torch.isfinite(losses).all():
+                if (target == ignore).all():  # nothing to learn from
+                    continue
                 rate = rates[int(torch.isfinite(losses).int().argmin())]
                 raise NumericalError(
                     f"The probe's loss is not finite at learning_rate={rate:g}. Lower it with --set learning_rate=0.001"

@@ -34,6 +34,9 @@ if TYPE_CHECKING:
     from neco_bench.encoders.base import Encoder
 
 
+MOST_SEED = 10**9  # FAISS counts seeds in 31 bits, and several follow the first
+
+
 @dataclass(frozen=True)
 class Options:
     """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers
@@ -75,6 +78,8 @@ class Options:
         ):
             if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}.")
+        if self.seed > MOST_SEED:
+            raise UsageError(f"--seed must be at most {MOST_SEED:,}, got {self.seed}.")
 
 
 @dataclass(frozen=True)

@@ -135,6 +135,8 @@ def test_the_sound_case(tmp_path: Path, root: Path, file: Path) -> None:
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
         (["--limit", "0"], "--limit must be at least 1, got 0"),
         (["--seed", "-1"], "--seed must be at least 0, got -1"),
+        (["--seed", "3000000000"], "--seed must be at most 1,000,000,000, got 3000000000"),
+        (["--set", "temperature=1e-40"], "temperature: Input should be greater than or equal to 0.000001"),
         (["--set", "input_size=225"], "input_size=225 is not a multiple of the stride 8"),
         (["--set", "input_size=-8"], "input_size: Input should be greater than 0"),
         (["--set", "neighbors=3"], "Did you mean 'neighbours'"),

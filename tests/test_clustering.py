@@ -110,6 +110,14 @@ def test_an_error_while_fitting_is_handed_over(monkeypatch: pytest.MonkeyPatch) 
         list(kmeans(rows, 5, seeds=[4], iterations=1, redos=1))
 
 
+def test_fewer_rows_than_components_or_none() -> None:
+    rows = stored(features(20))
+    rows.append(np.zeros((0, 24), np.float32))
+    assert len(rows) == 20
+    with pytest.raises(UsageError, match="22 principal components need at least as many patches, there are 20"):
+        reduce_dimensions(rows, 22)
+
+
 def test_more_clusters_than_points() -> None:
     with pytest.raises(UsageError, match="there are 10"):
         kmeans(stored(features(10, 4)), 11, seeds=[0], iterations=1, redos=1)

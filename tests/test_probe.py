@@ -71,6 +71,16 @@ def test_a_seed_gives_the_same_head_and_leaves_the_global_generator_alone() -> N
     assert torch.equal(torch.rand(1), expected)
 
 
+def test_a_batch_without_labels_teaches_nothing() -> None:
+    features, target = batches(1)[0]
+    steps = [(features, target), (features, torch.full_like(target, 255))]
+    first, second = (
+        train_probe([new_head(16, 5, 0, torch.device("cpu"))], [0.01], [part], OPTIONS)[0][0]
+        for part in (steps, steps[:1])
+    )
+    assert torch.equal(first.weight, second.weight)
+
+
 def test_a_loss_that_is_not_finite() -> None:
     features, target = batches(1)[0]
     with pytest.raises(NumericalError, match="learning_rate"):

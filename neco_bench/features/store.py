@@ -10,6 +10,7 @@ themselves. The least recently used streams go when the budget is spent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -34,6 +35,7 @@ log = logging.getLogger("neco_bench")
 DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
 _RECORD = np.dtype([("end", "<u8"), ("checksum", "<u4"), ("height", "<u4"), ("width", "<u4")])
 _ABOUT = "about.json"
+_FILES = "index.bin", "features.bin", "masks.bin"
 
 
 def store_folder() -> Path:
@@ -50,6 +52,14 @@ def budget() -> float:
         raise UsageError(f"NECO_BENCH_FEATURES_GB={text!r} is not a number of gigabytes.") from error
 
 
+def _size(path: Path) -> int:
+    """Bytes of a file, 0 where there is none."""
+    try:
+        return path.stat().st_size
+    except FileNotFoundError:
+        return 0
+
+
 class Stream:
     """Stored items of one stream: `done` of `count` are there, each features (D, h, w) and a mask (H, W) uint8."""
 
@@ -58,12 +68,12 @@ class Stream:
     ) -> None:
         self.folder, self.count, self.shape, self.dtype, self._lock = folder, count, shape, dtype, lock
         self._item = int(np.prod(shape)) * dtype.itemsize
-        index = folder / "index.bin"
-        size = index.stat().st_size if index.exists() else 0
-        self._records = np.fromfile(index, _RECORD, size // _RECORD.itemsize) if size else np.zeros(0, _RECORD)
-        sizes = [(folder / name).stat().st_size if self.done else 0 for name in ("features.bin", "masks.bin")]
-        whole = min(self.done, sizes[0] // self._item, int(np.searchsorted(self._records["end"], sizes[1], "right")))
-        self._records = self._records[:whole]
+        index, features, masks = (_size(folder / name) for name in _FILES)
+        count = min(index // _RECORD.itemsize, features // self._item)
+        self._records = np.fromfile(folder / _FILES[0], _RECORD, count) if count else np.zeros(0, _RECORD)
+        ends = self._records["end"]
+        broken = np.flatnonzero((ends > masks) | (np.insert(ends, 0, 0)[:-1] > ends))
+        self._records = self._records[: broken[0] if len(broken) else None]
         self._files: list[Any] = []
 
     @property
@@ -75,11 +85,11 @@ class Stream:
         """Features (n, D, h, w) float32 and masks of items start to stop; None where they are damaged or gone."""
         try:
             return self._read(start, stop)
-        except OSError:  # another process made room
+        except (OSError, ValueError):  # another process made room; a mask's size is wrong
             return None
 
     def _read(self, start: int, stop: int) -> tuple[Tensor, tuple[np.ndarray, ...]] | None:
-        with open(self.folder / "features.bin", "rb") as features, open(self.folder / "masks.bin", "rb") as masks:
+        with open(self.folder / _FILES[1], "rb") as features, open(self.folder / _FILES[2], "rb") as masks:
             features.seek(start * self._item)
             content = features.read((stop - start) * self._item)
             place = int(self._records["end"][start - 1]) if start else 0
@@ -114,9 +124,9 @@ class Stream:
                 end += len(packed)
                 record["end"], record["checksum"] = end, zlib.crc32(packed, zlib.crc32(item))
                 record["height"], record["width"] = mask.shape
-                self._files[0].write(item)
-                self._files[1].write(packed)
-            for file, content in zip(self._files, (b"", b"", records.tobytes()), strict=True):
+                self._files[1].write(item)
+                self._files[2].write(packed)
+            for file, content in zip(self._files[::-1], (b"", b"", records.tobytes()), strict=True):
                 file.write(content)
                 file.flush()
             self._records = np.concatenate([self._records, records])
@@ -126,8 +136,8 @@ class Stream:
 
     def _open(self) -> None:
         """Cut off what a killed process left half-written, and go on from there."""
-        ends = (self.done * self._item, int(self._records["end"][-1]) if self.done else 0, self.done * _RECORD.itemsize)
-        for name, end in zip(("features.bin", "masks.bin", "index.bin"), ends, strict=True):
+        ends = (self.done * _RECORD.itemsize, self.done * self._item, int(self._records["end"][-1]) if self.done else 0)
+        for name, end in zip(_FILES, ends, strict=True):
             with open(self.folder / name, "ab") as file:
                 file.truncate(end)
             self._files.append(open(self.folder / name, "ab"))  # noqa: SIM115
@@ -135,7 +145,8 @@ class Stream:
     def close(self) -> None:
         """Let other processes write this stream."""
         for file in self._files:
-            file.close()
+            with contextlib.suppress(OSError):  # what could not be written on a full disk is tried again
+                file.close()
         self._files = []
         if self._lock:
             self._lock.release()
@@ -211,8 +222,7 @@ def stored_streams() -> list[dict[str, Any]]:
     for about in sorted(store_folder().glob(f"*/{_ABOUT}")):
         try:
             row = json.loads(about.read_bytes())
-            index = about.with_name("index.bin")
-            done = index.stat().st_size // _RECORD.itemsize if index.exists() else 0
+            done = _size(about.with_name(_FILES[0])) // _RECORD.itemsize
             size = sum(file.stat().st_size for file in about.parent.iterdir())
             used = about.stat().st_mtime
         except (OSError, ValueError):  # deleted meanwhile

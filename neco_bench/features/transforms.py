@@ -95,9 +95,9 @@ def crop_box(
             return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
     aspect = width / height
     if aspect < ratio[0]:
-        w, h = width, round(width / ratio[0])
+        w, h = width, max(1, round(width / ratio[0]))
     elif aspect > ratio[1]:
-        w, h = round(height * ratio[1]), height
+        w, h = max(1, round(height * ratio[1])), height
     else:
         w, h = width, height
     return (height - h) // 2, (width - w) // 2, h, w

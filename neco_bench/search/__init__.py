@@ -32,6 +32,7 @@ LOOSE = 0.004  # of bounds, as a share of the mean square length: less is not wo
 UNPROVEN_LOOSE = 0.016  # the same where bounds are not used
 SAMPLE = 16_384  # about as many keys as axes are found on
 TURNED = 4096  # keys that are turned at once
+ORDINARY = 1e-15, 1e15  # lengths of rows, outside which squares or bfloat16 may leave the range of numbers
 MAX_DOUBT = 0.5  # share of queries searched again above which half precision is given up
 
 
@@ -156,6 +157,10 @@ class _Numpy(_Torch):
         return blocked(self.keys, queries, k, multiply)
 
 
+def _ordinary(length: Any) -> Any:
+    return (length > ORDINARY[0]) & (length < ORDINARY[1])
+
+
 class _Half:
     """Candidates by a bfloat16 product, ranked anew in single precision; what cannot be proven right is searched again.
 
@@ -261,14 +266,15 @@ class _Half:
         scores = self._products(queries, ids)
         best, order = scores.topk(k)
         ids = ids.gather(1, order)
+        ordinary = _ordinary(length) & _ordinary(self.longest) | (queries == 0).all(1)
         if wanted == len(self.keys):
-            return best, ids, torch.ones(len(queries), dtype=torch.bool, device=queries.device)
+            return best, ids, ordinary
         # Besides the bound: rounding of what the product gives, of doubled coordinates (3 * 2**-18), and of sums.
         units = 8 * queries.shape[1] ** 0.5 if queries.device.type == "cpu" else 2 * queries.shape[1]
         last, sums = rough[:, -1].float(), units * 2**-24
         slack = last.abs() * 2**-8 + length * (self.longest * 2**-16 + (self.longest + self.mean.norm()) * sums)
         sure = last - low[:, -1].float() + slack < best[:, -1] - queries @ self.mean
-        return best, ids, sure
+        return best, ids, sure & ordinary
 
     def _products(self, queries: Tensor, ids: Tensor) -> Tensor:
         """(n, c) inner products of queries (n, D) with the keys of their candidates (n, c), in single precision."""

@@ -44,6 +44,7 @@ from neco_bench.errors import BadInputError
 from neco_bench.features.extract import encode_within_memory
 from neco_bench.features.transforms import to_tensor
 from neco_bench.protocol import Settings as BaseSettings
+from neco_bench.protocol import Temperature
 
 Average = Literal["points", "pairs", "class_mean"]
 # Of a pair's P points: predictions (P, 2), (x, y) in pixels of the original target image, and their errors (P,) there.
@@ -65,7 +66,7 @@ class Settings(BaseSettings):
     geometry: Literal["probe3d", "centres", "padded_centre", "squash"]
     readout: Literal["nearest", "window_softargmax"] = "nearest"
     half_window: NonNegativeInt = 5
-    temperature: PositiveFloat = 0.02
+    temperature: Temperature = 0.02
     centre_shift: float = 0
     final_norm: bool
     alphas: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
@@ -80,6 +81,13 @@ class Settings(BaseSettings):
         if readout == "window_softargmax" and info.data.get("geometry") != "padded_centre":
             raise ValueError("'window_softargmax' needs geometry 'padded_centre'")
         return readout
+
+    @field_validator("alphas")
+    @classmethod
+    def _name_scores(cls, alphas: tuple[float, ...]) -> tuple[float, ...]:
+        if any(round(alpha, 2) != alpha for alpha in alphas) or len(set(alphas)) < len(alphas) or 0.1 not in alphas:
+            raise ValueError("PCK@0.10 is the score: hundredths, each once, and 0.1 among them")
+        return alphas
 
     @property
     def average_used(self) -> Average:

@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, PositiveFloat, PositiveInt
+from pydantic import Field, PositiveInt
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
 
@@ -27,7 +27,7 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
 from neco_bench.features.patches import patch_view
 from neco_bench.features.transforms import HummingbirdTrain, Squash, largest_upsampled
-from neco_bench.protocol import Range, Share
+from neco_bench.protocol import Range, Share, Temperature
 from neco_bench.protocol import Settings as BaseSettings
 from neco_bench.search import ExactIndex, SharedIndex
 from neco_bench.search.approximate import ApproximateIndex
@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     memory_size: PositiveInt | None = None
     passes: PositiveInt
     neighbours: PositiveInt
-    temperature: PositiveFloat
+    temperature: Temperature
     jitter: Annotated[float, Field(ge=0, le=0.5)]  # a hue turns by half a circle at most
     jitter_probability: Share
     crop_scale: Range

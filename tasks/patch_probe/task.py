@@ -139,14 +139,15 @@ def nearest_rows(keys: Tensor, queries: Tensor, k: int, distance: Distance, devi
             f"{k} neighbours were asked for, but there are {len(keys)} training patches. Use smaller numbers in "
             f"--set 'ks=[1, 3]', or more images."
         )
+    offset = keys.mean(0) if distance == "l2" else 0  # left in, it would cancel digits
     scores = torch.full((len(queries), k), -torch.inf)
     ids = torch.zeros(len(queries), k, dtype=torch.int64)
     for start in range(0, len(keys), CHUNK):
-        rows = search_keys(keys[start : start + CHUNK], distance)
+        rows = search_keys(keys[start : start + CHUNK] - offset, distance)
         index = ExactIndex(rows.shape[1], device)
         index.add(rows)
         for s, i, part in zip(scores.split(CHUNK), ids.split(CHUNK), queries.split(CHUNK), strict=True):
-            found, where = index.search(search_queries(part, distance), min(k, len(rows)))
+            found, where = index.search(search_queries(part - offset, distance), min(k, len(rows)))
             s[:], order = torch.cat([s, found], 1).topk(k)
             i[:] = torch.cat([i, where + start], 1).gather(1, order)
     return ids

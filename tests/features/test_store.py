@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,46 @@ def test_a_damaged_stream_is_computed_again(file: str, encoded: list[int], caplo
     encoded.clear()
     assert_same(plain, batches(with_store()))
     assert not encoded
+
+
+@pytest.mark.parametrize("damage", ["zeroed", "far", "flat", "no features", "no masks"])
+def test_a_damaged_index_is_computed_again(damage: str, encoded: list[int]) -> None:
+    plain = batches(with_store())
+    folder = Path(stored_streams()[0]["folder"])
+    index = folder / "index.bin"
+    content = bytearray(index.read_bytes())
+    record = len(content) // 20
+    if damage == "zeroed":
+        content[10 * record :] = bytes(10 * record)
+    elif damage == "far":
+        content[12 * record : 12 * record + 8] = (2**40).to_bytes(8, "little")
+    elif damage == "flat":
+        content[12 * record + 12 : 12 * record + 16] = (3).to_bytes(4, "little")
+    else:
+        (folder / {"no features": "features.bin", "no masks": "masks.bin"}[damage]).unlink()
+    index.write_bytes(content)
+    assert_same(plain, batches(with_store()))
+    batches(with_store())
+    encoded.clear()
+    assert_same(plain, batches(with_store()))
+    assert not encoded
+
+
+def test_a_disk_may_be_full_before_a_buffer_is_written(caplog: pytest.LogCaptureFixture) -> None:
+    resource = pytest.importorskip("resource")
+    plain = batches(Context(batch_size=8))
+    before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    for most in (300, 2000, 5000, 30000):
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
+        try:
+            found = batches(with_store())
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert_same(plain, found)
+        assert "no longer kept" in caplog.text
+        caplog.clear()
+    signal.signal(signal.SIGXFSZ, handler)
+    assert_same(plain, batches(with_store()))
 
 
 def test_a_second_process_computes_for_itself(encoded: list[int]) -> None:

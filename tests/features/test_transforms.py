@@ -90,10 +90,15 @@ def test_resize_equals_torchvision_on_pillow_images() -> None:
     assert torch.equal(resize_image(image, 32, 48), theirs)
 
 
-@given(st.integers(8, 300), st.integers(8, 300), st.integers(0, 1000))
+@given(
+    st.integers(8, 300),
+    st.integers(8, 300),
+    st.integers(0, 1000),
+    st.sampled_from([(3 / 4, 4 / 3), (1e9, 1e9), (1e-9, 1e-9)]),
+)
 @settings(max_examples=100, deadline=None)
-def test_crop_box_stays_inside(height: int, width: int, seed: int) -> None:
-    top, left, h, w = crop_box(np.random.default_rng(seed), (height, width), (0.5, 2.0), (3 / 4, 4 / 3))
+def test_crop_box_stays_inside(height: int, width: int, seed: int, ratio: tuple[float, float]) -> None:
+    top, left, h, w = crop_box(np.random.default_rng(seed), (height, width), (0.5, 2.0), ratio)
     assert top >= 0
     assert left >= 0
     assert 0 < h <= height - top

@@ -139,6 +139,20 @@ def test_doubtful_queries_get_more_candidates_first(monkeypatch: pytest.MonkeyPa
     torch.testing.assert_close(scores, (queries @ keys.T).topk(10).values, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("scales", [(1e18, 1.0), (1.0, 1e19), (1e-25, 1.0), (1.0, 1e-25)])
+@pytest.mark.parametrize("count", [37, 1000])
+def test_half_precision_leaves_extreme_lengths_to_others(count: int, scales: tuple[float, float]) -> None:
+    """Where squares or bfloat16 leave the range of numbers."""
+    keys, queries = rows(count, 0, 64), rows(20, 1, 64)
+    index = search._Half(keys * scales[0])
+    scores, ids = index.search(queries * scales[1], 10)
+    expected = (queries @ keys.T).topk(10)
+    assert torch.equal(ids, expected.indices)
+    torch.testing.assert_close(scores / scales[0] / scales[1], expected.values, atol=1e-5, rtol=0)
+    assert index.doubted == 20
+    assert torch.equal(index.search(0 * queries, 10)[0], torch.zeros(20, 10))
+
+
 def test_the_fastest_way_is_measured_for_large_searches(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(search, "ON_CPU", search.ON_CPU._replace(measured=(300, 50), worth_measuring=20_000))
     keys, queries = rows(410, 0), rows(60, 1)

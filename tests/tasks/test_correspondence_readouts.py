@@ -272,6 +272,12 @@ def test_no_common_point_at_all() -> None:
         measure("dift-1", make_pair([], []))
 
 
+@pytest.mark.parametrize("alphas", [[0.05], [0.1, 0.1], [0.1, 0.104]])
+def test_thresholds_name_their_scores(alphas: list[float]) -> None:
+    with pytest.raises(UsageError, match=r"PCK@0\.10 is the score"):
+        settings_of("probe3d-1", alphas=alphas)
+
+
 def test_a_readout_needs_its_geometry() -> None:
     with pytest.raises(UsageError, match="readout: 'window_softargmax' needs geometry 'padded_centre'"):
         settings_of("dift-1", readout="window_softargmax")

@@ -155,7 +155,9 @@ def test_neighbours_equal_brute_force(distance: probe.Distance, chunk: int, monk
     """Chunks smaller than k, chunks that do not divide, and one chunk. Lengths differ, so the two distances do too."""
     monkeypatch.setattr(probe, "CHUNK", chunk)
     rng = np.random.default_rng(1)
-    keys, queries = (rng.normal(1, 1, (n, 9)) * rng.uniform(0.5, 2, (n, 1)) for n in (300, 90))
+    offset = {"cosine": 1, "l2": 1000}[distance]  # which must not cost digits
+    keys, queries = (rng.normal(1, 1, (n, 9)) * rng.uniform(0.5, 2, (n, 1)) + offset - 1 for n in (300, 90))
+    keys, queries = (x.astype(np.float32).astype(np.float64) for x in (keys, queries))
     if distance == "l2":
         distances = np.square(queries[:, None] - keys).sum(2)
     else:
