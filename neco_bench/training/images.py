@@ -51,7 +51,7 @@ class Images:
                     size = os.stat(self.folder / name).st_size
                 except OSError:
                     size = -1
-            digest.update(f"{name} {size}\n".encode())
+            digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
 
@@ -106,7 +106,9 @@ def _named(name: str, rest: str, root: Path | None) -> Images:
 def _in_folder(folder: Path, description: str) -> Images:
     found = []
     for place, folders, files in os.walk(folder, followlinks=True):
-        folders[:] = [name for name in folders if not name.startswith(".")]
+        above = {os.path.realpath(place), *map(str, Path(os.path.realpath(place)).parents)}  # a link there has no end
+        inside = (name for name in folders if os.path.realpath(os.path.join(place, name)) not in above)
+        folders[:] = [name for name in inside if not name.startswith(".")]
         near = os.path.relpath(place, folder)
         found += [
             os.path.normpath(os.path.join(near, f)) for f in files if f.lower().endswith(SUFFIXES) and f[0] != "."

@@ -133,8 +133,11 @@ class _Run:
                 f"batch_size={recipe.batch_size} cannot be shared by {world} processes in {recipe.accumulate} parts. "
                 f"Use a multiple of {world * recipe.accumulate}."
             )
-        for task in options.evaluate:
-            find_tasks([task])  # a mistyped name is an error now
+        for task in options.evaluate:  # what cannot be scored is an error now
+            if len(find_tasks([task])) > 1:
+                raise UsageError(f"--eval {task!r} names several tasks. Give --eval once for each.")
+        if options.evaluate and "?" in str(options.out):
+            raise UsageError(f"--out {options.out}: a '?' begins the options of a model, so --eval cannot name it.")
         self.images: Images = open_images(options.data, options.data_root)
         self.steps = recipe.total_steps(len(self.images))
         encoder = load_encoder(recipe.base, weights=options.weights, device=str(device))
@@ -212,6 +215,7 @@ class _Run:
     def _save(self, step: int) -> None:
         if self.rank:
             return
+        self._check_features(step)
         state = {name: part.state_dict() for name, part in self._parts.items()}
         state |= {"step": step, "unusable": self.unusable}
         encoder = self.student.encoder
@@ -225,6 +229,18 @@ class _Run:
             "training_data": self._training_data(),
         }
         checkpoints.save(self.options.out, step, self._encoders, state, facts)
+
+    def _check_features(self, step: int) -> None:
+        """Raise NumericalError rather than save an encoder that the last update ruined."""
+        encoder, size = self.student.encoder, self.recipe.local_size
+        try:
+            encoder.encode(torch.zeros(1, 3, size, size))
+        except NumericalError as error:
+            raise NumericalError(
+                f"after step {step} the features are not finite, so that this state is not saved. Use a smaller "
+                f"--set lr_backbone; --resume goes on from the last checkpoint."
+            ) from error
+        set_training(self.student)
 
     def _training_data(self) -> str:
         start = "" if self.options.weights else describe(self.recipe.base).get("training_data", "")
@@ -243,9 +259,9 @@ class _Run:
             raise UsageError(f"--out {out} holds a run already. Give --resume to go on with it, or another folder.")
         try:
             stored = json.loads(record.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise BadInputError(f"{record} cannot be read ({error}), so the run cannot be resumed.") from error
-        then, now = ({**facts.pop("recipe"), **facts} for facts in (stored, json.loads(json.dumps(told))))
+            then, now = ({**facts.pop("recipe"), **facts} for facts in (stored, json.loads(json.dumps(told))))
+        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            raise BadInputError(f"{record} cannot be read ({error!r}), so the run cannot be resumed.") from error
         changed = [name for name in now if now[name] != then.get(name) and name != "max_unreadable"]
         if changed:
             raise UsageError(
@@ -281,9 +297,11 @@ class _Run:
         with self._signals(), contextlib.ExitStack() as stack:
             batches = iter(loader(self.images, recipe, order, workers, self.device.type == "cuda"))
             records = stack.enter_context(contextlib.closing(_Records(options, first))) if self.rank == 0 else None
-            if first == 0:
-                self._save(0)  # a folder that cannot be written is an error now, not after hours
-                self._evaluate(0)
+            # A folder that cannot be written is an error now, not after hours; and a run that was killed while it saved
+            # may have an encoder.json of an older checkpoint, or none.
+            self._save(first)
+            if first == self.steps or first % options.eval_every == 0:
+                self._evaluate(first)
             bar = tqdm(
                 total=self.steps,
                 initial=first,
@@ -417,7 +435,10 @@ class _Run:
         if self.rank == 0:
             import neco_bench
 
+            scores = self.options.out / "eval.csv"
             for task in self.options.evaluate:
+                if _has_scored(scores, step, task):  # before an interruption
+                    continue
                 result = neco_bench.run(
                     str(self.options.out),
                     task,
@@ -429,10 +450,20 @@ class _Run:
                 low, high = result.ci95.get(result.primary_metric, (math.nan, math.nan))
                 row = {"step": step, "task": f"{result.task}@{result.protocol}", "metric": result.primary_metric}
                 values = {"value": result.metrics[result.primary_metric], "low": low, "high": high}
-                _append(self.options.out / "eval.csv", row | values)
+                _append(scores, row | values)
                 log.warning("step %d: %s %s %.2f", step, result.task, result.primary_metric, 100 * values["value"])
         if self.world > 1:
             dist.barrier()
+
+
+def _has_scored(scores: Path, step: int, task: str) -> bool:
+    """Whether eval.csv has a row of this step and task."""
+    if not scores.is_file():
+        return False
+    (chosen,) = find_tasks([task])
+    with open(scores, newline="", encoding="utf-8") as file:
+        known = [(row["step"], row["task"]) for row in csv.DictReader(file)]
+    return (str(step), f"{chosen.card.name}@{chosen.label}") in known
 
 
 class _Records:
@@ -466,7 +497,7 @@ def _event_writer(out: Path, first: int) -> Any:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
         raise MissingError("--tensorboard needs a package: pip install 'neco-bench[tensorboard]'.") from error
-    return SummaryWriter(str(out / "tensorboard"), purge_step=first)
+    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
 
 
 def _append(path: Path, row: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from scipy import ndimage
 from torch import Tensor
 
 MASS, SMALLEST = 0.6, 3  # share of the attention kept; patches of the smallest region kept
+LEAST_SIDE = 4  # patches, that the blur's seven can be reflected
 
 
 def foreground(attention: Tensor) -> Tensor:

@@ -47,20 +47,24 @@ class Place:
 class StochasticDepth(nn.Module):
     """Drops a residual branch per image, and scales what it keeps (Huang et al., ECCV 2016).
 
-    exact: as in the last block of DINOv2, a fixed number of images, floor(n (1 - rate)), keeps its branch.
+    number: of the branch, or of the first of those that share this module. exact: as in the last block of DINOv2, a
+    fixed number of images, floor(n (1 - rate)), keeps its branch.
     """
 
     def __init__(self, rate: float, number: int, place: Place, exact: bool = False) -> None:
         super().__init__()
         self.rate, self.number, self.place, self.exact = rate, number, place, exact
+        self.calls = 0  # since its block began
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
+        number = self.number + self.calls
+        self.calls += 1
         place = self.place
         views = len(x) // place.images
         # Equal for every call with tensors of this shape of a batch: gradient checkpointing repeats the call.
-        draws = item_rng(place.seed, "drop_path", place.turn, self.number, *x.shape[1:]).random((views, place.total))
+        draws = item_rng(place.seed, "drop_path", place.turn, number, *x.shape[1:]).random((views, place.total))
         if self.exact:
             count = max(1, math.floor(draws.size * (1 - self.rate)))
             keep = (draws.ravel().argsort().argsort().reshape(draws.shape) < count) * (draws.size / count)
@@ -165,21 +169,39 @@ def _recomputed(forward: Any) -> Any:
 
 
 def _add_stochastic_depth(encoder: Encoder, rate: float, place: Place) -> None:
-    """Rates grow linearly with depth, from 0. The last block of a ViT with LayerScale (DINOv2) drops exact numbers."""
+    """Rates grow linearly with depth, from 0. The last block of a ViT with LayerScale (DINOv2) drops exact numbers.
+
+    Blocks have a module for each of two branches, or one for both.
+    """
     holders = [
         (module, [name for name in ("drop_path", "drop_path1", "drop_path2") if hasattr(module, name)])
         for module in encoder.modules()
     ]
     holders = [(module, names) for module, names in holders if names]
-    number = 0
     for depth, (module, names) in enumerate(holders):
         share = rate * depth / max(1, len(holders) - 1)
-        last_of_dinov2 = depth == len(holders) - 1 and "drop_path2" in names and hasattr(module.ls1, "gamma")
-        for name in names:
+        scaled = hasattr(getattr(module, "ls1", None), "gamma")
+        last_of_dinov2 = depth == len(holders) - 1 and "drop_path2" in names and scaled
+        for branch, name in enumerate(names):
             if getattr(module, name) is not None:
-                drop = StochasticDepth(share, number, place, last_of_dinov2) if share else nn.Identity()
+                drop = StochasticDepth(share, 2 * depth + branch, place, last_of_dinov2) if share else nn.Identity()
                 setattr(module, name, drop)
-            number += 1
+        if share:
+            module.forward = _recounting(module)
+        if hasattr(module, "sample_drop_ratio"):  # torch.hub's DINOv2 asks its branches only above 0, and up to 0.1
+            module.sample_drop_ratio = min(share, 0.1)  # type: ignore[assignment]
+
+
+def _recounting(block: nn.Module) -> Any:
+    """The block's forward, which counts the calls of its stochastic depth anew, also where checkpointing repeats it."""
+    forward, drops = block.forward, [part for part in block.children() if isinstance(part, StochasticDepth)]
+
+    def run(*inputs: Any, **options: Any) -> Any:
+        for drop in drops:
+            drop.calls = 0
+        return forward(*inputs, **options)
+
+    return run
 
 
 def _freeze_unused(encoder: Encoder, size: int) -> None:

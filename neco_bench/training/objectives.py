@@ -21,7 +21,7 @@ from neco_bench.encoders.baselines import orientations
 from neco_bench.errors import UsageError
 from neco_bench.training.align import align
 from neco_bench.training.loss import neco_loss
-from neco_bench.training.masks import foreground
+from neco_bench.training.masks import LEAST_SIDE, foreground
 from neco_bench.training.networks import Network, Place
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.views import GLOBALS
@@ -105,13 +105,18 @@ class NeCo(nn.Module):
     filled: Tensor
 
     def __init__(self, recipe: Recipe, student: Network) -> None:
-        """Raises UsageError for a masked loss on an encoder without class-token attention."""
+        """Raises UsageError for a masked loss on an encoder without class-token attention, or on too few patches."""
         super().__init__()
         encoder = student.encoder
         if recipe.loss_mask != "all" and not encoder.attentions:
             raise UsageError(
                 f"loss_mask={recipe.loss_mask} needs class-token attention, which --base {encoder.name!r} does not "
                 f"give. Use a plain ViT with a class token, or loss_mask=all."
+            )
+        if recipe.loss_mask != "all" and recipe.global_size < LEAST_SIDE * encoder.stride:
+            raise UsageError(
+                f"loss_mask={recipe.loss_mask} needs global views of at least {LEAST_SIDE} x {LEAST_SIDE} patches. Use "
+                f"--set global_size={LEAST_SIDE * encoder.stride} or more."
             )
         self.recipe, self.stride = recipe, encoder.stride
         self.register_buffer("queue", torch.zeros(GLOBALS, recipe.queue_length, recipe.head_dim))
@@ -212,7 +217,7 @@ class NeCo(nn.Module):
         """
         wanted = self.recipe.references
         pools = list(from_all(aligned.transpose(0, 1), place).transpose(0, 1).flatten(1, 2))
-        if self.recipe.queue_length:
+        if self.recipe.queue_length and self.filled[c]:  # with a mask, the first draw may have left it empty
             pools = [self.queue[c, : self.filled[c]]] * len(pools)
         elif self.recipe.loss_mask != "all":
             inside = from_all(mask.transpose(0, 1).float(), place).transpose(0, 1).flatten(1) > 0

@@ -53,7 +53,7 @@ class Recipe(BaseModel):
 
     objective: Literal["neco", "mim"] = "neco"
     base: str = "dinov2_vits14_reg?pos_interp=scale_offset"
-    seed: Count = 400
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 400
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
 
     epochs: Positive = 25

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import pickle
 from pathlib import Path
 
@@ -31,6 +32,16 @@ def test_a_folder_is_read_at_any_depth_in_a_fixed_order(tmp_path: Path) -> None:
     before = images.fingerprint()
     moved = tmp_path.rename(tmp_path.with_name("elsewhere"))
     assert open_images(str(moved)).fingerprint() == before
+
+
+def test_links_to_folders_above_and_names_of_other_encodings(tmp_path: Path) -> None:
+    put(tmp_path / "in" / "a.png")
+    (tmp_path / "in" / "again").symlink_to(tmp_path)
+    (tmp_path / "in" / "beside").symlink_to(put(tmp_path / "other" / "b.png").parent)
+    os.rename(tmp_path / "in" / "a.png", os.fsencode(tmp_path / "in") + b"/caf\xe9.png")
+    images = open_images(str(tmp_path / "in"))
+    assert images.ids == ("beside/b.png", "caf\udce9.png")
+    assert len(images.fingerprint()) == 64
 
 
 def test_fingerprint_changes_with_names_and_sizes(tmp_path: Path) -> None:

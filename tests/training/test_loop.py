@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import errno
 import json
 import math
@@ -213,6 +214,41 @@ def test_evaluation_while_training(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == ["0", "1", "2"]
     assert all(0 < float(row["low"]) <= float(row["value"]) <= float(row["high"]) < 1 for row in rows)
     assert len(list((run / "results").glob("**/*.json"))) == 3
+
+
+def test_what_an_interruption_left_out_is_made_up_for(tmp_path: Path) -> None:
+    told = options(tmp_path / "run", evaluate=("shapes_correspondence",), eval_every=2, save_every=2)
+    run = train(recipe(steps=2, global_size=32), told)
+    plain = (run / "eval.csv").read_text()
+    (run / "eval.csv").write_text("".join(plain.splitlines(keepends=True)[:2]))  # killed while step 2 was scored
+    encoder = (run / "encoder.json").read_text()
+    (run / "encoder.json").unlink()
+    train(recipe(steps=2, global_size=32), dataclasses.replace(told, resume=True))
+    assert (run / "eval.csv").read_text() == plain
+    assert (run / "encoder.json").read_text() == encoder
+    train(recipe(steps=2, global_size=32), dataclasses.replace(told, resume=True))
+    assert (run / "eval.csv").read_text() == plain
+
+
+def test_an_encoder_that_the_last_step_ruined_is_not_saved(tmp_path: Path) -> None:
+    with pytest.raises(NumericalError, match="after step 1 the features are not finite"):
+        train(recipe(steps=1, lr_backbone=1e30), options(tmp_path / "run"))
+    assert [path.name for path in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-0000000"]
+
+
+@pytest.mark.parametrize("content", ["{}", "[]", "{", '{"recipe": 3}'])
+def test_a_record_that_is_none(content: str, tmp_path: Path) -> None:
+    run = train(recipe(steps=1), options(tmp_path / "run"))
+    (run / "recipe.json").write_text(content)
+    with pytest.raises(BadInputError, match="so the run cannot be resumed"):
+        train(recipe(steps=1), options(run, resume=True))
+
+
+@pytest.mark.parametrize(("name", "task", "told"), [("a", "shapes_*", "several tasks"), ("a?b", "shapes_ic", "'\\?'")])
+def test_what_cannot_be_scored_is_told_at_once(name: str, task: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=told):
+        train(recipe(steps=1), options(tmp_path / name, evaluate=(task,)))
+    assert not (tmp_path / name).exists()
 
 
 def test_a_folder_with_a_run_is_not_overwritten(whole: Path) -> None:

@@ -15,6 +15,7 @@ from neco_bench.training.networks import (
     Network,
     Place,
     StochasticDepth,
+    _add_stochastic_depth,
     blocks_of,
     make_trainable,
     parameter_groups,
@@ -32,6 +33,7 @@ def test_stochastic_depth_keeps_or_drops_whole_images_and_the_mean(rate: float, 
     torch.testing.assert_close(out[out > 0], torch.full_like(out[out > 0], 1 / (1 - rate)))
     spread = (rate / (1 - rate) / (views * 500)) ** 0.5
     assert abs(float(out.mean()) - 1) < 5 * spread
+    drop.calls = 0
     assert torch.equal(drop(torch.ones(views * 500, 2, 5)).flatten(1), out)
     assert torch.equal(drop.eval()(torch.ones(4, 2)), torch.ones(4, 2))
 
@@ -62,6 +64,34 @@ def test_drop_path_grows_linearly_over_the_blocks_of_a_vit() -> None:
     assert [round(d.rate, 6) for d in drops] == [round(0.1 * i / 7, 6) for i in range(1, 8) for _ in range(2)]
     assert [d.exact for d in drops] == [False] * 12 + [True] * 2  # the last block of a ViT with LayerScale
     assert len({d.number for d in drops}) == len(drops)
+
+
+class OneForBoth(torch.nn.Module):
+    """As transformers and torch.hub have blocks: one module drops both branches, and torch.hub's only if it is told."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop_path, self.sample_drop_ratio = torch.nn.Identity(), 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.sample_drop_ratio:
+            return torch.cat([x, x], 1)
+        return torch.cat([self.drop_path(x), self.drop_path(x)], 1)
+
+
+def test_branches_that_share_a_module_are_dropped_apart() -> None:
+    model = torch.nn.Sequential(OneForBoth(), OneForBoth())
+    _add_stochastic_depth(model, 0.5, Place(0, 64))
+    kept = model[1](torch.ones(64, 1))
+    assert {tuple(row) for row in kept.tolist()} == {(0, 0), (0, 2), (2, 0), (2, 2)}
+    assert torch.equal(model[1](torch.ones(64, 1)), kept)
+    torch.testing.assert_close(model[0](torch.ones(64, 1)), torch.ones(64, 2))
+
+
+def test_blocks_without_layer_scale() -> None:
+    encoder = small_encoder("timm:vit_small_patch16_dinov3?pretrained=false")
+    make_trainable(encoder, recipe(drop_path=0.1), Place(0, 2), False)
+    assert any(isinstance(m, StochasticDepth) for m in encoder.modules())
 
 
 @pytest.mark.parametrize(

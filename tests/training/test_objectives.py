@@ -171,9 +171,22 @@ def test_masked_loss(mask: str) -> None:
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
 
 
-def test_masked_loss_needs_attention() -> None:
+def test_masked_loss_needs_attention_and_patches() -> None:
     with pytest.raises(UsageError, match="class-token attention"):
         NeCo(recipe(loss_mask="fg"), Network(small_encoder("timm:resnet18?pretrained=false"), recipe(), 0))
+    vit = Network(small_encoder("timm:vit_tiny_patch16_224?pretrained=false"), recipe(), 0)
+    with pytest.raises(UsageError, match="at least 4 x 4 patches. Use --set global_size=64"):
+        NeCo(recipe(loss_mask="fg", global_size=48), vit)
+
+
+def test_a_queue_that_a_mask_left_empty_is_not_read() -> None:
+    settings = recipe(loss_mask="fg", queue_length=8)
+    objective = NeCo(settings, Network(small_encoder("timm:vit_tiny_patch16_224?pretrained=false"), settings, 0))
+    aligned, mask = torch.randn(5, 2, 49, 4), torch.rand(5, 2, 49) > 0.5
+    references = objective._references(aligned, mask, 0, Place(0, 2))
+    for pair in range(5):
+        inside = {tuple(row) for row in aligned[pair][mask[pair]].tolist()}
+        assert {tuple(row) for row in references[pair].flatten(0, 1).tolist()} <= inside
 
 
 def test_foreground_keeps_sixty_percent_of_the_attention_and_no_specks() -> None:
