@@ -1,27 +1,29 @@
 """The command line: verbs only. Heavy imports happen inside the commands, so that help and listings are instant.
 
 stdout carries results, and exactly one JSON document with --json; progress, logs and errors go to stderr.
-Exit codes: 0 done, 2 wrong usage, 3 missing data or weights, 4 bad input file, 5 numerical failure, 1 other.
+Exit codes: 0 done, 2 wrong usage, 3 missing data or weights, 4 bad input file, 5 numerical failure, 130 interrupted, 1
+other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neco_bench.errors import NecoBenchError
-from neco_bench.tables import compared, phases, print_rows, summary
+from neco_bench.errors import MissingError, NecoBenchError, UsageError
+from neco_bench.tables import compared, numbers, phases, print_rows, summary
 
 if TYPE_CHECKING:
-    from neco_bench.results.schema import Result
+    from neco_bench.results.store import ResultStore
 
 app = typer.Typer(
     add_completion=False,
@@ -161,7 +163,8 @@ def run(
             note = f"error: {results[-1].error}" if results[-1].error else "done"
             print(f"{job.label} on {job.task.card.name}@{job.task.label}: {note}", file=sys.stderr)
     except KeyboardInterrupt:
-        print(f"interrupted; finished results are in {out}, the same command goes on from there.", file=sys.stderr)
+        kept = f"finished results are in {out}" if results else "nothing was finished yet"
+        print(f"interrupted; {kept}, the same command goes on from there.", file=sys.stderr)
         raise typer.Exit(130) from None
     if distributed.rank() == 0 and as_json:
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
@@ -256,7 +259,6 @@ def diagnose(
     from neco_bench.data import load_dataset
     from neco_bench.data.base import SegmentationDataset
     from neco_bench.encoders import load_encoder
-    from neco_bench.errors import UsageError
     from neco_bench.viz.diagnosis import diagnose as run_diagnosis
 
     data = load_dataset(dataset, split, root=data_root)
@@ -366,14 +368,11 @@ def leaderboard(
     """
     import neco_bench.leaderboards
     from neco_bench.results.leaderboard import write_leaderboard
-    from neco_bench.results.store import ResultStore
 
-    found: list[Result] = []
-    for folder in results or [Path("results")]:
-        store = ResultStore(folder)
-        found += store.load_all()
-        for problem in store.problems:
-            print(f"warning: {problem}", file=sys.stderr)
+    with _stores(results) as stores:
+        found = [result for store in stores for result in store.load_all()]
+    if not found:
+        raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
     shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
     paths = write_leaderboard(found, out, published or shipped, latex_intervals=latex_intervals)
     if as_json:
@@ -401,22 +400,25 @@ def compare(
     Example: neco-bench compare baseline_rgb baseline_hog --task 'shapes_*'
     """
     from neco_bench.results import compare as comparing
-    from neco_bench.results.store import ResultStore
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
-    stores = [ResultStore(folder) for folder in results or [Path("results")]]
-    pairs = comparing.find_pairs(stores, first, second, patterns)
-    tables: dict[str, list[dict[str, Any]]] = {"tasks": [compared(row) for row in comparing.compare_tasks(pairs)]}
+    _not_negative("--images", images)
+    told = numbers if as_json else compared
+    with _stores(results) as stores:
+        pairs = comparing.find_pairs(stores, first, second, patterns)
+    tables: dict[str, list[dict[str, Any]]] = {"tasks": [told(row) for row in comparing.compare_tasks(pairs)]}
     for pair in pairs:
         if per_class:
-            tables[f"{pair.name} by class"] = [compared(row) for row in comparing.compare_classes(pair)]
+            tables[f"{pair.name} by class"] = [told(row) for row in comparing.compare_classes(pair)]
         if per_size and "confusion" in pair.first_arrays:
-            tables[f"{pair.name} by size"] = [compared(row) for row in comparing.compare_sizes(pair)]
+            tables[f"{pair.name} by size"] = [told(row) for row in comparing.compare_sizes(pair)]
         if images > 0:
             rows = comparing.compare_images(pair)
             rows = rows if len(rows) <= 2 * images else [*rows[:images], *rows[-images:]]
             tables[f"{pair.name} by image"] = [
-                {
+                {"image": name, "first": a, "second": b, "difference": b - a}
+                if as_json
+                else {
                     "image": name,
                     "first": f"{100 * a:.1f}",
                     "second": f"{100 * b:.1f}",
@@ -455,12 +457,14 @@ def show(
     """
     from neco_bench.results.compare import results_of
     from neco_bench.results.files import slug
-    from neco_bench.results.store import ResultStore
     from neco_bench.runner import job_of
     from neco_bench.viz.show import show as draw
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
-    found = results_of([ResultStore(folder) for folder in results or [Path("results")]], model, patterns)
+    _not_negative("--worst", worst)
+    _not_negative("--best", best)
+    with _stores(results) as stores:
+        found = results_of(stores, model, patterns)
     rows = []
     for result, store in found.values():
         job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)
@@ -468,11 +472,11 @@ def show(
         shown = draw(result, store.statistics(result), job, folder, worst=worst, best=best, named=image or [])
         if shown.differing:
             print(
-                f"warning: {result.model} on {result.task}@{result.protocol}: {shown.differing} of {shown.items} items "
+                f"warning: {result.model} on {result.column}: {shown.differing} of {shown.items} items "
                 f"have other counts than those stored; versions, weights or data changed since.",
                 file=sys.stderr,
             )
-        rows.append({"task": f"{result.task}@{result.protocol}", "items": shown.items, "page": str(shown.page)})
+        rows.append({"task": result.column, "items": shown.items, "page": str(shown.page)})
     print_rows(rows, as_json)
 
 
@@ -491,7 +495,10 @@ def cache(
 
     rows = stored_streams()
     if clear:
-        rows = [row for row in rows if not remove_stream(Path(row["folder"]))]
+        left = [row for row in rows if not remove_stream(Path(row["folder"]))]
+        freed = sum(row["bytes"] for row in rows) - sum(row["bytes"] for row in left)
+        print(f"deleted {len(rows) - len(left)} of {len(rows)}, {freed / 1e6:.1f} MB", file=sys.stderr)
+        rows = left
     for row in rows:
         row["used"] = datetime.fromtimestamp(row["used"]).isoformat(" ", "minutes")
     print_rows(rows, as_json)
@@ -555,7 +562,10 @@ def data_check(
     from neco_bench.data.integrity import check_dataset
 
     findings = check_dataset(name, data_root, progress=lambda items, **kw: tqdm(items, disable=None, leave=False, **kw))
-    print_rows([vars(finding) for finding in findings], as_json)
+    rows = [vars(finding) for finding in findings]
+    if not as_json:  # what is long comes last, so that nothing is padded to its width
+        rows = [{"level": f.level, "split": f.split, "finding": f"{f.text} {f.mend}"} for f in findings]
+    print_rows(rows, as_json)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(4)
 
@@ -585,4 +595,25 @@ def data_prepare(
 def _models(values: Sequence[str]) -> list[str]:
     """Comma-separated specs; commas between numbers belong to a spec (timm:NAME?layers=2,5)."""
     parts = [part.strip() for value in values for part in re.split(r",(?!-?\d+(?:,|&|$))", value)]
+    if not any(parts):
+        raise UsageError("--model names nothing. Give a model spec; see `neco-bench models`.")
     return list(dict.fromkeys(part for part in parts if part))
+
+
+@contextlib.contextmanager
+def _stores(folders: Sequence[Path] | None) -> Iterator[list[ResultStore]]:
+    """The results folders, which warn of what they could not use."""
+    from neco_bench.results.store import ResultStore
+
+    stores = [ResultStore(folder) for folder in folders or [Path("results")]]
+    try:
+        yield stores
+    finally:
+        for problem in dict.fromkeys(problem for store in stores for problem in store.problems):
+            print(f"warning: {problem}", file=sys.stderr)
+
+
+def _not_negative(option: str, value: int) -> None:
+    """Raise UsageError for a negative number."""
+    if value < 0:
+        raise UsageError(f"{option} must be at least 0, got {value}.")

@@ -295,6 +295,8 @@ def find_tasks(requests: Iterable[str], changed: Mapping[str, Any] | None = None
             tasks.setdefault((match, chosen), task)
         if not names:
             raise UsageError(f"No task matches {request!r}. `neco-bench tasks` lists all.")
+    if not tasks:
+        raise UsageError("No task is named. `neco-bench tasks` lists all.")
     return list(tasks.values())
 
 

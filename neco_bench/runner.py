@@ -7,9 +7,11 @@ weights, so that a second run returns the stored result at once.
 from __future__ import annotations
 
 import importlib.metadata
+import inspect
 import math
 import os
 import time
+import uuid
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +22,7 @@ from neco_bench.context import Context, Outcome
 from neco_bench.data import DRAWS, load_dataset
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import PRECISIONS, contamination, describe, request_id
+from neco_bench.encoders.zoo import PRECISIONS, contamination, describe, parse_spec, request_id
 from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code
 from neco_bench.protocol import FAMILIES, Task, digest, find_tasks
 from neco_bench.registry import BUILTIN
@@ -34,6 +36,7 @@ if TYPE_CHECKING:
     from neco_bench.encoders.base import Encoder
 
 
+PACKAGES = ("neco_bench", "torch", "torchvision", "timm", "transformers")
 MOST_SEED = 10**9  # FAISS counts seeds in 31 bits, and several follow the first
 
 
@@ -121,6 +124,10 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
     """
     if identity is None:
         request_id(model, options.weights)  # an unknown model or a missing file is an error now, not hours later
+    if options.split_file is not None and "train" not in task.card.splits:
+        raise UsageError(
+            f"--split-file restricts the training split, which {task.card.name} does not have. Leave one of them out."
+        )
     data = {}
     for role, split in task.card.splits.items():
         file = options.split_file if role == "train" else None
@@ -240,10 +247,11 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> Encoder:
     if options.features == "fp16" or (options.features != "off" and encoder is None):
         from neco_bench.features.store import FeatureStore
 
-        identity = None
+        identity, anew = None, False
         if encoder is None:
             identity = digest([request_id(job.model, options.weights), job.facts["versions"]])
-        context.store = FeatureStore(options.features, identity)
+            anew = options.overwrite and parse_spec(job.model).kind == "file"  # which may import more
+        context.store = FeatureStore(options.features, identity, anew)
     return loaded
 
 
@@ -308,6 +316,8 @@ def run(
     store = ResultStore(out) if out else None
     if store is None or stored(job, store) is None:
         job.task.settings()  # a wrong setting is an error now, not after the encoder is loaded
+        if store:
+            store.check_writable()
     result = run_job(job, store, encoder)
     if result.status == "failed":
         raise error_of_code(result.error_code, result.error or "")
@@ -476,7 +486,7 @@ def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
 
 
 def _identity(encoder: Encoder, options: Options) -> str:
-    """What stands for an Encoder object in the content key: its weights, and how features are read from it."""
+    """What stands for an Encoder object in the content key: weights, code, and how features are read from it."""
     from neco_bench.encoders.base import Encoder as Contract
 
     if not isinstance(encoder, Contract):
@@ -491,7 +501,21 @@ def _identity(encoder: Encoder, options: Options) -> str:
     if ignored:
         raise UsageError(f"An Encoder is run as it is: give {', '.join(ignored)} to load_encoder() instead.")
     facts = ("weights_id", "embed_dim", "stride", "mean", "std", "layer", "final_norm", "pos_interp", "precision")
-    return digest({"device": encoder.device.type} | {fact: getattr(encoder, fact) for fact in facts})
+    known = {fact: getattr(encoder, fact) for fact in facts}
+    return digest({"device": encoder.device.type, "code": _code(encoder)} | known)
+
+
+def _code(encoder: Encoder) -> dict[str, str]:
+    """Source of each class of modules in it, but for packages, whose versions are known. Code that cannot be read (it
+    was typed in) is never the same."""
+    sources = {}
+    for kind in {type(module) for module in encoder.modules()}:
+        if kind.__module__.partition(".")[0] not in PACKAGES:
+            try:
+                sources[f"{kind.__module__}.{kind.__qualname__}"] = inspect.getsource(kind)
+            except (OSError, TypeError):
+                sources[kind.__qualname__] = uuid.uuid4().hex
+    return sources
 
 
 def _device_name(encoder: Encoder) -> str:
@@ -511,6 +535,7 @@ def plan_all(models: Iterable[str], tasks: Iterable[Task], options: Options, sto
     for job in jobs:
         if stored(job, store) is None:
             job.task.settings()
+            store.check_writable()
     return jobs
 
 

@@ -29,6 +29,22 @@ def summary(result: Result) -> dict[str, Any]:
     }
 
 
+def numbers(row: Row) -> dict[str, Any]:
+    """A row of a comparison as fractions, None where there is no number."""
+    low, value, high, p = row.difference.low, row.difference.value, row.difference.high, row.difference.p
+    known: dict[str, Any] = {
+        "first": row.first,
+        "second": row.second,
+        "difference": value,
+        "low": low,
+        "high": high,
+        "p": p,
+        "p_holm": row.p_holm,
+    }
+    known = {name: None if number is None or number != number else float(number) for name, number in known.items()}
+    return {"name": row.name, **known, "items": row.items}
+
+
 def compared(row: Row) -> dict[str, Any]:
     """A row of a comparison in percent points."""
 

@@ -35,6 +35,9 @@ def tokens():
 def nan():
     made = Cells(); made.forward = lambda x: made.project(x) * float("nan")
     return made
+def pair():
+    made = Cells(); made.forward = lambda x: (made.project(x), x)
+    return made
 def raises():
     made = Cells(); made.forward = lambda x: x[:, 5]
     return made
@@ -153,6 +156,27 @@ def test_wrong_usage(tmp_path: Path, arguments: list[str], told: str) -> None:
     assert_told(run(tmp_path, *rest, **given), 2, told)
 
 
+@pytest.mark.parametrize(("option", "told"), [("--model", "--model names nothing"), ("--task", "No task is named")])
+def test_a_name_that_is_empty(tmp_path: Path, option: str, told: str) -> None:
+    """As a variable of a shell is that nobody set."""
+    given = {option.strip("-"): ""}
+    assert_told(run(tmp_path, **given), 2, told)
+
+
+def test_a_list_for_a_split_that_is_not_there(tmp_path: Path) -> None:
+    (tmp_path / "ids.txt").write_text("bogus")
+    answer = run(tmp_path, "--split-file", tmp_path / "ids.txt", task="shapes_correspondence")
+    assert_told(answer, 2, "--split-file restricts the training split, which shapes_correspondence does not have")
+
+
+def test_a_leaderboard_of_nothing_leaves_the_tables_alone(tmp_path: Path) -> None:
+    (tmp_path / "in_context.csv").write_text("model\n")
+    (tmp_path / "empty").mkdir()
+    answer = neco("leaderboard", "--results", tmp_path / "empty", "--out", tmp_path)
+    assert_told(answer, 3, f"No results in {tmp_path / 'empty'}")
+    assert (tmp_path / "in_context.csv").read_text() == "model\n"
+
+
 def test_wrong_usage_of_other_commands(tmp_path: Path) -> None:
     assert_told(neco("check", "baseline_hgo"), 2, "Did you mean 'baseline_hog'")
     assert_told(neco("data", "check", "shapse"), 2, "Did you mean 'shapes'")
@@ -209,7 +233,8 @@ def test_masks_at_fault(tmp_path: Path, root: Path) -> None:
 @pytest.mark.parametrize(
     ("factory", "code", "told"),
     [
-        ("absent", 4, "has no 'absent'. It defines: Cells, sound, tokens, nan, raises, Own, own"),
+        ("absent", 4, "has no 'absent'. It defines: Cells, sound, tokens, nan, pair, raises, Own, own"),
+        ("pair", 4, "returned tuple; its forward() must return a tensor"),
         ("tokens", 4, "(4, 8, 784) where (4, 8, 28, 28)"),
         ("raises", 4, "IndexError"),
         ("own", 4, "ValueError: my own mistake"),
@@ -266,8 +291,9 @@ def test_weights_that_are_not_on_this_machine(tmp_path: Path) -> None:
 
 def test_a_results_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file")
-    answer = run(tmp_path, *("--set", "input_size=64"))
-    assert_told(answer, 1, tmp_path / "results", "--out")
+    for more in ([], ["--dry-run"]):  # before anything is computed
+        answer = run(tmp_path, *("--set", "input_size=64"), *more)
+        assert_told(answer, 1, tmp_path / "results", "is not a folder", "--out")
 
 
 def test_a_failure_stops_no_other_job(tmp_path: Path, root: Path, file: Path) -> None:

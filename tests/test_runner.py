@@ -91,8 +91,31 @@ def test_an_encoder_object_is_run_as_it_is(tmp_path: Path) -> None:
     assert (again.key, again.timing) == (first.key, first.timing)  # the stored one
     encoder.weights_id = "1" * 64
     assert neco_bench.run(encoder, "shapes_ic", out=tmp_path, **QUICK).key != first.key
+    Mean.__qualname__, before = "Typed", Mean.__qualname__
+    try:  # code that cannot be found: never the same
+        unread = [neco_bench.run(encoder, "shapes_ic", out=tmp_path, **QUICK).key for _ in range(2)]
+    finally:
+        Mean.__qualname__ = before
+    assert len({*unread, first.key}) == 3
     with pytest.raises(UsageError, match="give device to load_encoder"):
         neco_bench.run(encoder, "shapes_ic", device="cpu", **QUICK)
+
+
+def test_overwrite_runs_one_s_own_code_again(tmp_path: Path) -> None:
+    """What it imports from elsewhere may have changed, so kept features are not read."""
+    file = tmp_path / "enc.py"
+    file.write_text(
+        "import torch\n\n\ndef make():\n    module = torch.nn.AvgPool2d(8)\n"
+        "    module.embed_dim, module.stride = 3, 8\n    return module\n"
+    )
+
+    def reused(**options: Any) -> int:
+        result = neco_bench.run(f"{file}:make", "shapes_ic", **{**QUICK, **options})
+        return int(result.provenance["features_reused"])
+
+    first, second, overwritten = reused(), reused(), reused(overwrite=True)
+    assert (first, second > 0, overwritten) == (0, True, 0)
+    assert reused(overwrite=True) == second  # once for a process: its other tasks share them
 
 
 def test_layers_of_one_encoder_are_two_results(tmp_path: Path) -> None:

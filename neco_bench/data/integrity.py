@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -38,7 +39,7 @@ class Finding:
 class DatasetRow:
     """A line of the listing. fractions: patterns of the splits that are drawn. expected: items per split.
 
-    present: its folder is here. problem: why it cannot be used.
+    present: its folder is here, and not empty. problem: why it cannot be used.
     """
 
     name: str
@@ -62,7 +63,7 @@ def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[Datase
         except BadInputError as error:
             rows.append(DatasetRow(name, "", (), (), {}, False, entry.origin, "", str(error)))
             continue
-        present = not cls.needs_root or (base is not None and (base / (cls.folder_name or cls.name)).is_dir())
+        present = not cls.needs_root or (base is not None and _has_content(base / (cls.folder_name or cls.name)))
         problem = "" if present else f"not in {base}" if base else "no data root given (--data-root, NECO_BENCH_DATA)"
         drawn = fraction_names(cls)
         rows.append(
@@ -71,6 +72,13 @@ def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[Datase
             )
         )
     return rows
+
+
+def _has_content(folder: Path) -> bool:
+    try:
+        return any(folder.iterdir())
+    except OSError:
+        return False
 
 
 def check_dataset(

@@ -160,12 +160,16 @@ def _location(encoder: Encoder, size: int) -> list[tuple[str, bool, str]]:
     plain = _images(1, size, size)
     before = encoder.encode(plain).map[0]
     loud = (torch.rand(3, stride, stride, generator=torch.Generator().manual_seed(2)) > 0.5).float()
-    peaks = []
+    peaks, largest = [], 0.0
     for row, column in cells:
         changed = plain.clone()
         changed[0, :, row * stride : (row + 1) * stride, column * stride : (column + 1) * stride] = loud
         change = (encoder.encode(changed).map[0] - before).norm(dim=0)
         peaks.append(divmod(int(change.argmax()), side))
+        largest = max(largest, float(change.max()))
+    if not largest:
+        told = "features do not depend on the image"
+        return [(name, name != "locality", told) for name in ("prefix tokens", "grid orientation", "locality")]
 
     def explained(place: Callable[[int, int], tuple[int, int]], within: int = 1) -> int:
         expected = [place(*cell) for cell in cells]

@@ -104,4 +104,10 @@ class ModuleEncoder(Encoder):
         self.std = tuple(getattr(module, "std", self.std))
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        return DenseFeatures(self.module(images), self.stride, final_norm=False)
+        features = self.module(images)
+        if not isinstance(features, Tensor):
+            raise BadInputError(
+                f"The module of encoder {self.name!r} returned {type(features).__name__}; its forward() must return a "
+                f"tensor (B, embed_dim, H/stride, W/stride)."
+            )
+        return DenseFeatures(features, self.stride, final_norm=False)

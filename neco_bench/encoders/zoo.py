@@ -343,9 +343,9 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
     """The sha256 of what is asked for, without loading it: the resume key's share of the model.
 
     It covers the spec with its options, and as content: the zoo entry, the weights file (given, or the zoo's own once
-    it is in place), the Python file, the local folder, or the version of the package that defines the model; of a run
-    folder `encoder.json`, the weights of the branch, and the same of its architecture, but not its place. A zoo file
-    that is first fetched by `load_encoder` changes the id, so store the id taken after loading.
+    it is in place), the Python file with those beside it, the local folder, or the version of the package that defines
+    the model; of a run folder `encoder.json`, the weights of the branch, and the same of its architecture, but not its
+    place. A zoo file that is first fetched by `load_encoder` changes the id, so store the id taken after loading.
     Raises `UsageError` (unknown name or option) and `MissingError` (a file that is not there).
     """
     request = parse_spec(spec)
@@ -368,7 +368,7 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
     if request.kind == "file":
         facts |= {
             "target": request.target.rpartition(":")[2],
-            "code": file_sha256(Path(request.target.rpartition(":")[0])),
+            "code": _sources(Path(request.target.rpartition(":")[0])),
         }
     elif request.kind == "code":
         facts["code"] = _code_identity(request)
@@ -385,18 +385,24 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-def _code_identity(request: Request) -> dict[str, str]:
-    """Package and version of a plug-in, and the source file of its module (found without importing the module)."""
-    module = request.target.partition(":")[0]
-    top = importlib.util.find_spec(module.partition(".")[0])
-    files = []
-    for folder in (top.submodule_search_locations or []) if top else []:
-        stem = Path(folder).joinpath(*module.split(".")[1:])
-        files += [p for p in (stem.with_suffix(".py"), stem / "__init__.py") if p.is_file()]
-    if top and top.origin and not files:
-        files = [Path(top.origin)]
-    source = {"source": file_sha256(files[0])} if files else {}
-    return {"package": request.origin, "version": _version(request.origin), **source}
+def _code_identity(request: Request) -> dict[str, Any]:
+    """Package and version of a plug-in, and its source files (found without importing its module)."""
+    top = importlib.util.find_spec(request.target.partition(":")[0].partition(".")[0])
+    sources: dict[str, str] = {}
+    origin = Path(top.origin) if top and top.origin else None
+    if origin and origin.name != "__init__.py":
+        sources = {origin.name: file_sha256(origin)}
+    else:
+        for folder in [origin.parent] if origin else map(Path, (top and top.submodule_search_locations) or []):
+            sources |= {str(file.relative_to(folder)): file_sha256(file) for file in sorted(folder.rglob("*.py"))}
+    return {"package": request.origin, "version": _version(request.origin), "sources": sources}
+
+
+def _sources(file: Path) -> dict[str, str]:
+    """What a Python file and all that it may import from beside it hold: files, and packages with all below."""
+    packages = (package.parent.rglob("*.py") for package in file.parent.glob("*/__init__.py"))
+    files = {file, *file.parent.glob("*.py"), *(below for package in packages for below in package)}
+    return {str(found.relative_to(file.parent)): file_sha256(found) for found in sorted(files)}
 
 
 def _version(package: str) -> str:

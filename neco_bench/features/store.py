@@ -36,6 +36,7 @@ DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np
 _RECORD = np.dtype([("end", "<u8"), ("checksum", "<u4"), ("height", "<u4"), ("width", "<u4")])
 _ABOUT = "about.json"
 _FILES = "index.bin", "features.bin", "masks.bin"
+_RENEWED: set[Path] = set()  # by this process, once for all its tasks
 
 
 def store_folder() -> Path:
@@ -164,10 +165,11 @@ class Stream:
 class FeatureStore:
     """Opens streams. kept_as: "fp32", the very numbers of the encoder, or "fp16", each with a relative error of at most
     2**-11 in half the space. identity: of the encoder as it was asked for, with code and package versions, which its
-    weights do not tell; None keeps nothing."""
+    weights do not tell; None keeps nothing. anew: what was kept before is deleted."""
 
     kept_as: str = "fp32"
     identity: str | None = None
+    anew: bool = False
 
     def rounded(self, features: Tensor) -> Tensor:
         """Features as they come back from the store. Raises NumericalError where half precision cannot hold them."""
@@ -186,6 +188,9 @@ class FeatureStore:
         needed = count * int(np.prod(shape)) * dtype.itemsize
         folder = store_folder() / digest([self.identity, facts, self.kept_as, count, list(shape)])
         try:
+            if self.anew and folder not in _RENEWED:
+                remove_stream(folder)
+                _RENEWED.add(folder)
             if not folder.exists() and not self._make_room(needed):
                 return None
             about = {"encoder": facts["encoder"][0], "data": facts["data"], "items": count, "bytes": needed}

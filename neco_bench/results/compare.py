@@ -28,6 +28,9 @@ from neco_bench.statistics import (
 SIZES = {"small (below 1 %)": (0.0, 0.01), "medium (1 to 10 %)": (0.01, 0.1), "large (from 10 %)": (0.1, 1.1)}
 
 
+LISTED = 8  # results in a message
+
+
 @dataclass(frozen=True)
 class Row:
     """One comparison: of a task, or of a class of it. p_holm: p adjusted for the number of rows compared together."""
@@ -106,8 +109,8 @@ class Pair:
 
     @property
     def name(self) -> str:
-        """task@protocol"""
-        return f"{self.first.task}@{self.first.protocol}"
+        """What was measured, with the seed where it is not 0."""
+        return _measured(self.first)
 
 
 def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[Pair]:
@@ -120,7 +123,10 @@ def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: S
     left, right = (results_of(stores, model, tasks) for model in (first, second))
     shared = sorted(set(left) & set(right), key=str)
     if not shared:
-        raise MissingError(f"{first!r} and {second!r} have no task and protocol in common{_of(tasks)}.")
+        raise MissingError(
+            f"{first!r} and {second!r} have nothing in common{_of(tasks)}: task, protocol, settings, limit and seed "
+            f"must be the same. {first!r} has {_listed(left)}; {second!r} has {_listed(right)}."
+        )
     pairs = []
     for place in shared:
         (a, in_a), (b, in_b) = left[place], right[place]
@@ -132,6 +138,15 @@ def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: S
                 )
         pairs.append(Pair(a, b, in_a.statistics(a), in_b.statistics(b)))
     return pairs
+
+
+def _measured(result: Result) -> str:
+    return result.column + (f" seed {result.seed}" if result.seed else "")
+
+
+def _listed(chosen: dict[Place, tuple[Result, ResultStore]]) -> str:
+    names = sorted({_measured(result) for result, _ in chosen.values()})
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
 
 def _of(tasks: Sequence[str]) -> str:

@@ -297,18 +297,6 @@ def _kind(result: Result) -> str:
     return ".subset" if result.subset else ""
 
 
-def _column(result: Result) -> str:
-    notes = [f"{key}={value}" for key, value in sorted(result.changed.items())]
-    notes += [f"limit {result.limit}"] if result.limit is not None else []
-    notes += _subset_notes(result)
-    return f"{result.task}@{result.protocol}" + (f" [{', '.join(notes)}]" if notes else "")
-
-
-def _subset_notes(result: Result) -> list[str]:
-    subset = sorted((result.subset or {}).items())
-    return [f"{split} {counts.get('found', '?')}/{counts.get('expected', '?')}" for split, counts in subset]
-
-
 def _tell_apart(names: Sequence[str], ids: Sequence[str | None], word: str) -> list[str]:
     """`names`, with the start of its id added to each name that stands for several ids (None: not known)."""
     known = defaultdict(set)
@@ -375,7 +363,7 @@ def _grids_of(family: str, members: Sequence[Result], known: Names) -> list[Grid
         if not results:
             continue
         models = [known[_model(result)] for result in results]
-        names = _tell_apart([_column(r) for r in results], [r.provenance.get("protocol_hash") for r in results], "hash")
+        names = _tell_apart([r.column for r in results], [r.provenance.get("protocol_hash") for r in results], "hash")
         gathered = defaultdict(list)
         for result, model, column in zip(results, models, names, strict=True):
             gathered[model, column].append(result)
@@ -411,7 +399,7 @@ def _published_rows(
     """
     found = [result for result in results if result.status == "ok" and (result.model, result.task) in papers]
     models = [known[_model(result)] for result in found]
-    columns = _tell_apart([_column(r) for r in found], [r.provenance.get("protocol_hash") for r in found], "hash")
+    columns = _tell_apart([r.column for r in found], [r.provenance.get("protocol_hash") for r in found], "hash")
     cells = defaultdict(list)
     for result, model, column in zip(found, models, columns, strict=True):
         cells[model, column, result.primary_metric].append(result)
@@ -444,7 +432,7 @@ def _conditions(results: Iterable[Result]) -> tuple[tuple[str, ...], ...]:
         given = (features.get("input_size"), features.get("used_size"), features.get("tokens"))
         known = (training.get("contamination"), training.get("data"))
         if any((*given, *known)):
-            rows.add((result.model, _column(result), *("" if cell is None else str(cell) for cell in (*given, *known))))
+            rows.add((result.model, result.column, *("" if cell is None else str(cell) for cell in (*given, *known))))
     return tuple(sorted(rows))
 
 
@@ -568,7 +556,7 @@ def _full_table(name: str, results: Iterable[Result]) -> Table:
                 low,
                 high,
                 result.n_images,
-                "; ".join(_subset_notes(result)),
+                "; ".join(result.subset_notes),
                 result.limit,
                 json.dumps(result.changed, sort_keys=True) if result.changed else None,
                 result.provenance.get("weights_id"),

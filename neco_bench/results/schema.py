@@ -46,6 +46,20 @@ class Result(BaseModel):
         return self
 
     @property
+    def column(self) -> str:
+        """What was measured: task@protocol, with what was changed, the limit, and the counts of a part of the data."""
+        notes = [f"{key}={value}" for key, value in sorted(self.changed.items())]
+        notes += [f"limit {self.limit}"] if self.limit is not None else []
+        notes += self.subset_notes
+        return f"{self.task}@{self.protocol}" + (f" [{', '.join(notes)}]" if notes else "")
+
+    @property
+    def subset_notes(self) -> list[str]:
+        """split found/expected, of splits that are not whole"""
+        subset = sorted((self.subset or {}).items())
+        return [f"{split} {counts.get('found', '?')}/{counts.get('expected', '?')}" for split, counts in subset]
+
+    @property
     def rankable(self) -> bool:
         """May stand in a ranked table beside full-set results."""
         return self.status == "ok" and not (self.subset or self.is_changed)

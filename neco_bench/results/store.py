@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import zipfile
 import zlib
 from pathlib import Path
@@ -55,6 +56,13 @@ class ResultStore:
         if statistics is None:
             path.with_suffix(".npz").unlink(missing_ok=True)
         return path
+
+    def check_writable(self) -> None:
+        """Raise NecoBenchError where results could not be written, without writing any."""
+        place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
+        if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
+            fault = "is read-only" if place.is_dir() else "is not a folder"
+            raise NecoBenchError(f"{self.folder}: cannot be written to, as {place} {fault}. Choose another --out.")
 
     def find(self, key: str) -> Result | None:
         """The successful result with this content key, wherever it lies; None for none, or a failed one."""

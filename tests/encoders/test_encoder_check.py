@@ -92,6 +92,11 @@ class _Square(_Planted):
         return features.map.flatten(2)[..., : side * side].unflatten(2, (side, side))
 
 
+class _Constant(_Planted):
+    def spoil(self, features: DenseFeatures) -> Tensor:
+        return torch.zeros_like(features.map)
+
+
 class _StayingInTrainMode(nn.BatchNorm2d):
     def train(self, mode: bool = True) -> nn.BatchNorm2d:
         return super().train(True)
@@ -119,6 +124,7 @@ class _BatchNorm(_Planted):
         (_NaN, {"finite values"}, "NaN"),
         (_Square, {"non-square input"}, "expected"),
         (_BatchNorm, {"batch independence", "eval mode"}, "train mode"),
+        (_Constant, {"locality"}, "features do not depend on the image"),
     ],
 )
 def test_planted_defects_are_named(planted: type[Encoder], names: set[str], told: str) -> None:

@@ -161,7 +161,16 @@ def test_request_id_follows_content(tmp_path: Path) -> None:
     file.write_text("def make(): ...")
     first = request_id(f"{file}:make")
     file.write_text("def make(): return 1")
-    assert request_id(f"{file}:make") != first
+    second = request_id(f"{file}:make")
+    (tmp_path / "helper.py").write_text("SCALE = 1")  # which it may import
+    third = request_id(f"{file}:make")
+    package = tmp_path / "package" / "inner"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent):
+        (folder / "__init__.py").write_text("")
+    fourth = request_id(f"{file}:make")
+    (package / "layers.py").write_text("SCALE = 2")
+    assert len({first, second, third, fourth, request_id(f"{file}:make")}) == 5
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"1")
     ids = {request_id("neco_dinov2"), request_id("neco_dinov2", weights), request_id("neco_dinov2?layers=3")}

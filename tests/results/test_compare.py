@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +37,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ResultStore:
 
 def test_values_are_those_of_the_results(store: ResultStore) -> None:
     rows = compare_tasks(find_pairs([store], "baseline_rgb", "baseline_hog", []), draws=500)
-    stored = {(r.model, f"{r.task}@{r.protocol}"): r.metrics[r.primary_metric] for r in store.load_all()}
+    stored = {(r.model, f"{r.task}@{r.protocol} [limit 24]"): r.metrics[r.primary_metric] for r in store.load_all()}
     assert len(rows) == len(TASKS)
     for row in rows:
         first, second = stored["baseline_rgb", row.name], stored["baseline_hog", row.name]
@@ -125,8 +126,39 @@ def test_what_was_set_otherwise_is_not_compared(store: ResultStore, tmp_path: Pa
     for model, k in (("baseline_rgb", 3), ("baseline_hog", 5)):
         task = find_tasks(["shapes_ic"], {"neighbours": k})[0]
         assert run_job(plan(model, task, Options(workers=0, limit=6)), other).status == "ok"
-    with pytest.raises(MissingError, match="in common"):
+    told = r"'baseline_rgb' has shapes_ic@hbird-2\* \[neighbours=3, limit 6\]; 'baseline_hog' has .*neighbours=5"
+    with pytest.raises(MissingError, match=told):
         find_pairs([other], "baseline_rgb", "baseline_hog", [])
+
+
+def test_pairs_have_names_of_their_own(store: ResultStore, tmp_path: Path) -> None:
+    for model in ("baseline_rgb", "baseline_hog"):
+        for limit, seed in ((6, 0), (6, 1), (8, 0)):
+            job = plan(model, find_tasks(["shapes_ic"])[0], Options(workers=0, limit=limit, seed=seed))
+            assert run_job(job, ResultStore(tmp_path)).status == "ok"
+    folders = ("--results", str(store.folder), "--results", str(tmp_path))
+    code, out, _ = neco("compare", "baseline_rgb", "baseline_hog", "--task", "shapes_ic", "--per-class", *folders)
+    limits = ("6]", "6] seed 1", "8]", "24]")
+    assert code == 0
+    assert all(f"shapes_ic@hbird-2 [limit {end} by class" in out for end in limits)
+
+
+def test_what_cannot_be_read_is_told(store: ResultStore, tmp_path: Path) -> None:
+    folder = tmp_path / "results"
+    shutil.copytree(store.folder, folder)
+    for broken in folder.rglob("baseline_hog@*.json"):
+        broken.write_text(broken.read_text()[:50])
+    for command in (["compare", "baseline_rgb", "baseline_hog"], ["show", "baseline_hog"]):
+        code, _, err = neco(*command, "--results", str(folder))
+        assert code == 3
+        assert err.count("is not a whole JSON document") == len(TASKS)
+
+
+@pytest.mark.parametrize("command", [["compare", "a", "b", "--images", "-2"], ["show", "a", "--worst", "-1"]])
+def test_negative_numbers(command: list[str]) -> None:
+    code, _, err = neco(*command)
+    assert code == 2
+    assert f"{command[-2]} must be at least 0" in err
 
 
 def test_command(store: ResultStore) -> None:
@@ -135,11 +167,15 @@ def test_command(store: ResultStore) -> None:
     assert code == 0
     assert "baseline_rgb -> baseline_hog" in out
     assert "p (Holm)" in out
-    assert "shapes_ic@hbird-2 by class" in out
-    code, out, _ = neco(*arguments, "--json", "--images", "2")
+    assert "shapes_ic@hbird-2 [limit 24] by class" in out
+    code, out, _ = neco(*arguments, "--json", "--images", "2", "--per-class")
     tables = json.loads(out)
     assert len(tables["tasks"]) == len(TASKS)
-    assert len(tables["shapes_ic@hbird-2 by image"]) == 4
+    assert len(tables["shapes_ic@hbird-2 [limit 24] by image"]) == 4
+    assert len(tables["shapes_ic@hbird-2 [limit 24] by class"]) == 9
+    for row in tables["tasks"]:
+        assert row["difference"] == pytest.approx(row["second"] - row["first"], abs=1e-9)
+        assert row["low"] <= row["difference"] <= row["high"]
     code, _, err = neco("compare", "nothing", "baseline_hog", "--results", str(store.folder))
     assert code == 3
     assert "No result of 'nothing'" in err
