@@ -562,10 +562,8 @@ def data_check(
     from neco_bench.data.integrity import check_dataset
 
     findings = check_dataset(name, data_root, progress=lambda items, **kw: tqdm(items, disable=None, leave=False, **kw))
-    rows = [vars(finding) for finding in findings]
-    if not as_json:  # what is long comes last, so that nothing is padded to its width
-        rows = [{"level": f.level, "split": f.split, "finding": f"{f.text} {f.mend}"} for f in findings]
-    print_rows(rows, as_json)
+    short = [{"level": f.level, "split": f.split, "finding": f"{f.text} {f.mend}"} for f in findings]  # long text last
+    print_rows([vars(finding) for finding in findings] if as_json else short, as_json)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(4)
 

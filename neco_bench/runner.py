@@ -511,10 +511,11 @@ def _code(encoder: Encoder) -> dict[str, str]:
     sources = {}
     for kind in {type(module) for module in encoder.modules()}:
         if kind.__module__.partition(".")[0] not in PACKAGES:
+            name = f"{kind.__module__}.{kind.__qualname__}"
             try:
-                sources[f"{kind.__module__}.{kind.__qualname__}"] = inspect.getsource(kind)
+                sources[name] = inspect.getsource(kind)
             except (OSError, TypeError):
-                sources[kind.__qualname__] = uuid.uuid4().hex
+                sources[name] = uuid.uuid4().hex
     return sources
 
 

@@ -266,7 +266,7 @@ class _Half:
         scores = self._products(queries, ids)
         best, order = scores.topk(k)
         ids = ids.gather(1, order)
-        ordinary = _ordinary(length) & _ordinary(self.longest) | (queries == 0).all(1)
+        ordinary = _ordinary(length) & _ordinary(self.longest)
         if wanted == len(self.keys):
             return best, ids, ordinary
         # Besides the bound: rounding of what the product gives, of doubled coordinates (3 * 2**-18), and of sums.
