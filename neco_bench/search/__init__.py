@@ -22,7 +22,9 @@ from neco_bench.errors import UsageError
 
 HELD = 16  # blocks whose best are held until they are merged
 GROUP = 16  # keys that share a maximum in `top`
-SPARE = 2  # candidates of the half-precision product, as a multiple of k
+FIRST, SPARE = 1.5, 3  # candidates of the half-precision product that are ranked anew, as multiples of k
+ASKED = 2**16  # keys at most that a query's shift is estimated from
+MARGIN = 2**-7  # of the shift, for the rounding of what it is estimated from
 UPWARDS = 1 + 2**-7  # what is a bound stays one in bfloat16
 PART = 2048  # queries that are proven at once
 TILE = 64  # columns of a bfloat16 product, in multiples of which it is fast
@@ -50,7 +52,7 @@ class Sizes(NamedTuple):
     worth_measuring: int
 
 
-ON_CPU = Sizes(25_600, 16 * 2**20, (16_384, 512), 2**26)
+ON_CPU = Sizes(51_200, 16 * 2**20, (16_384, 512), 2**26)
 ON_GPU = Sizes(131_072, 2**30, (131_072, 8_192), 2**36)
 
 Found = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
@@ -64,14 +66,18 @@ def sizes(device: torch.device) -> Sizes:
 def top(scores: Tensor, k: int) -> Found:
     """The k largest of each row of scores (n, M), largest first.
 
-    The keys that hold the k largest lie in the k groups of largest maxima, so that only those are sorted.
+    The keys that hold the k largest lie in the k groups of largest maxima, so that only those are sorted. In bfloat16
+    on CPUs numbers are compared as integers, several times faster: those at or below zero come last, in any order.
     """
     groups = scores.shape[1] // GROUP
     if groups <= k:
         return _largest(scores, k)
     inside = groups * GROUP
     whole = scores[:, :inside].unflatten(1, (GROUP, groups))  # a group is a stride apart: maxima vectorise
-    chosen = _largest(whole.amax(1), k)[1]
+    if _as_integers(scores):
+        chosen = _largest(whole.view(torch.int16).amax(1).view(torch.bfloat16), k)[1]
+    else:
+        chosen = _largest(whole.amax(1), k)[1]
     members = whole.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
     if inside < scores.shape[1]:
         members = torch.cat([members, scores[:, inside:]], 1)
@@ -80,19 +86,22 @@ def top(scores: Tensor, k: int) -> Found:
     return values, torch.where(best < GROUP * k, ids, best - GROUP * k + inside)
 
 
+def _as_integers(scores: Tensor) -> bool:
+    return scores.dtype == torch.bfloat16 and scores.device.type == "cpu"
+
+
 def _largest(scores: Tensor, k: int) -> Found:
-    """The same by sorting. On CPUs, a bfloat16 number and its place make one float32, as numpy sorts those faster."""
+    """The same by sorting: on CPUs, a bfloat16 number and its place as one integer."""
     width = scores.shape[1]
-    if scores.dtype != torch.bfloat16 or scores.device.type != "cpu" or width > 2**16:
+    if not _as_integers(scores) or width > 2**16:
         return scores.topk(k)
-    pairs = torch.empty(*scores.shape, 2, dtype=torch.int16)
-    pairs[..., 0] = torch.arange(width, dtype=torch.int32).to(torch.int16)
-    pairs[..., 1] = scores.view(torch.int16)
-    packed = pairs.view(torch.float32)[..., 0].numpy()
+    pairs = scores.view(torch.int16).int()
+    pairs <<= 16
+    pairs |= torch.arange(width, dtype=torch.int32)
+    packed = pairs.numpy()
     if k < width:
         packed.partition(width - k)
-    best = np.sort(packed[:, width - k :])[:, ::-1].copy()
-    found = torch.from_numpy(best).view(torch.int32)
+    found = torch.from_numpy(np.sort(packed[:, width - k :])).flip(1)
     return (found >> 16).to(torch.int16).view(torch.bfloat16), (found & 0xFFFF).long()
 
 
@@ -169,9 +178,10 @@ class _Half:
     numbers, in three columns each (high high, low high, high low): rounding then costs little where the length is. The
     last ones, T, are left out where they hardly count. With k~ and q~ the rounded key and query, d their errors, R the
     coordinates in between: the product q k is at most q~ k~ + |q_R| |d_kR| + |d_qR| |k~_R| + |q_T| |k_T|
-    (Cauchy-Schwarz). Four more columns make the product this bound itself, less a shift that brings the k-th best of a
-    query near zero, where bfloat16 has its resolution. A key that is no candidate stays below the last candidate's
-    bound; where the k-th best candidate is above that, none is missed. Like every search in single precision it is
+    (Cauchy-Schwarz). Four more columns make the product this bound itself, less a shift that brings the best of a
+    query just above zero, where bfloat16 has its resolution. A key that is no candidate stays below the last
+    candidate's bound, or below zero; where the k-th best candidate is above that, none is missed. That is asked of the
+    first candidates, and where these do not suffice of all. Like every search in single precision it is
     exact up to the rounding of sums of D products, which is taken as 8 sqrt(D) units (Higham and Mary, 2019: more has a
     probability below 1e-13); of 2 D on GPUs, whose matrix units cut off what they add (Fasi et al., 2021).
     """
@@ -232,8 +242,10 @@ class _Half:
     def search(self, queries: Tensor, k: int) -> Found:
         if self.searched >= PART and self.doubted > MAX_DOUBT * self.searched:  # not worth the trouble here
             return self.again.search(queries, k)
+        if not self.proven:
+            return self._with_candidates(queries, k, int(FIRST * k))[:2]
         scores, ids, doubtful = self._with_candidates(queries, k, SPARE * k + 4)
-        if self.proven and len(doubtful):  # of all parts at once: a small product takes as long as a larger one
+        if len(doubtful):  # of all parts at once: a small product takes as long as a larger one
             some = queries[doubtful]
             scores[doubtful], ids[doubtful], still = self._with_candidates(some, k, 2 * SPARE * k)
             if len(still):
@@ -258,23 +270,41 @@ class _Half:
             between, left = turned[:, self.double : self.kept].norm(dim=1), turned[:, self.kept :].norm(dim=1)
             for column, bound in zip((-4, -3, -2), (between, error, left), strict=True):
                 low[:, column] = bound * UPWARDS
-        sample = self.low[::GROUP]
-        few = min(max(1, wanted // GROUP), len(sample))
-        low[:, -1] = -(low @ sample.T).topk(few, sorted=False).values.amin(1)
+        low[:, -1] = -self._reached_by_few(low, wanted)
         with _summed_in_single_precision():
             rough, ids = blocked(self.low, low, wanted, torch.mm)
-        scores = self._products(queries, ids)
-        best, order = scores.topk(k)
-        ids = ids.gather(1, order)
-        ordinary = _ordinary(length) & _ordinary(self.longest)
-        if wanted == len(self.keys):
-            return best, ids, ordinary
         # Besides the bound: rounding of what the product gives, of doubled coordinates (3 * 2**-18), and of sums.
         units = 8 * queries.shape[1] ** 0.5 if queries.device.type == "cpu" else 2 * queries.shape[1]
-        last, sums = rough[:, -1].float(), units * 2**-24
-        slack = last.abs() * 2**-8 + length * (self.longest * 2**-16 + (self.longest + self.mean.norm()) * sums)
-        sure = last - low[:, -1].float() + slack < best[:, -1] - queries @ self.mean
-        return best, ids, sure & ordinary
+        sums = (self.longest + self.mean.norm()) * units * 2**-24
+        rough = rough.float().clamp_min(0)  # what is no candidate has a bound of the last one's or zero at most
+        beaten = (
+            rough * (1 + 2**-8) + (queries @ self.mean - low[:, -1] + length * (self.longest * 2**-16 + sums))[:, None]
+        )
+        ordinary = _ordinary(length) & _ordinary(self.longest)
+        every = wanted == len(self.keys)
+
+        first = min(int(FIRST * k), wanted)
+        scores = self._products(queries, ids[:, :first])
+        best, order = scores.topk(k)
+        nearest = ids.gather(1, order)
+        sure = ordinary & ((beaten[:, first - 1] < best[:, -1]) | (every and first == wanted))
+        if first < wanted and self.proven:
+            rows = (~sure).nonzero()[:, 0]
+            scores = torch.cat([scores[rows], self._products(queries[rows], ids[rows, first:])], 1)
+            best[rows], order = scores.topk(k)
+            nearest[rows] = ids[rows].gather(1, order)
+            sure[rows] = ordinary[rows] & ((beaten[rows, -1] < best[rows, -1]) | every)
+        return best, nearest, sure
+
+    def _reached_by_few(self, low: Tensor, wanted: int) -> Tensor:
+        """(n,) what somewhat more bounds of the queries `low` reach than are wanted, and hardly ever fewer: estimated
+        from the largest in 64 parts of a sample of the keys."""
+        step = max(GROUP, len(self.low) // ASKED)
+        sample = low @ self.low[::step].T
+        parts = min(64, sample.shape[1])
+        maxima = sample[:, : sample.shape[1] // parts * parts].unflatten(1, (-1, parts)).amax(1).float()
+        reached = maxima.topk(min(4 + wanted // step, parts), sorted=False).values.amin(1)
+        return reached - MARGIN * reached.abs()
 
     def _products(self, queries: Tensor, ids: Tensor) -> Tensor:
         """(n, c) inner products of queries (n, D) with the keys of their candidates (n, c), in single precision."""

@@ -58,6 +58,20 @@ def test_top_is_the_largest(count: int, width: int, k: int, seed: int, steps: fl
     assert all(len(set(row)) == k for row in ids.tolist())
 
 
+@given(st.integers(1, 5), st.integers(1, 400), st.integers(1, 40), st.integers(0, 10), st.floats(-3, 3))
+@settings(deadline=None)
+def test_top_in_half_precision_is_the_largest_above_zero(
+    count: int, width: int, k: int, seed: int, shift: float
+) -> None:
+    k = min(k, width)
+    scores = (rows(count, seed, width) * width**0.5 - shift).bfloat16()
+    values, ids = search.top(scores, k)
+    expected = scores.sort(dim=1, descending=True).values[:, :k].clamp_min(0)
+    assert torch.equal(values.clamp_min(0), expected)
+    assert torch.equal(scores.gather(1, ids), values)
+    assert all(len(set(row)) == k for row in ids.tolist())
+
+
 def test_half_precision_proves_what_it_gives() -> None:
     keys, queries = rows(4000, 0, 64), rows(100, 1, 64)
     index = search._Half(keys)
@@ -83,6 +97,18 @@ def all_once(self: Any, energy: torch.Tensor) -> int:
     """Columns for every coordinate, each rounded once."""
     self.kept, self.double = len(energy), 0
     return 2 * search.TILE
+
+
+def test_nothing_is_proven_by_scores_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their order is not kept: a shift that leaves too few above zero must not cost neighbours."""
+    keys, queries = rows(4000, 0, 64), rows(100, 1, 64)
+    index, expected = search._Half(keys), (queries @ keys.T).topk(10)
+    reached = index._reached_by_few
+    monkeypatch.setattr(index, "_reached_by_few", lambda low, wanted: reached(low, wanted) + 0.3)
+    sure = index.candidates(queries, 10, 24)[2]
+    assert sure.sum() < 10
+    assert torch.equal(index.search(queries, 10)[1], expected.indices)
+    assert index.doubted > 90
 
 
 @given(st.integers(0, 20), st.floats(0, 4), st.sampled_from([16, 64, 100, 384]))
