@@ -362,7 +362,7 @@ def _glance(job: Job) -> None:
         if isinstance(dataset, SegmentationDataset):
             counts = np.zeros(256, np.int64)
             for index in np.unique(np.linspace(0, len(dataset) - 1, 16).astype(int)):
-                counts += np.bincount(dataset[index].mask.ravel(), minlength=256)[:256]
+                counts += np.bincount(dataset.mask(index).ravel(), minlength=256)[:256]
             if doubts := dataset.doubts(counts):
                 raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {doubts[0]}")
 

@@ -161,6 +161,10 @@ class SegmentationDataset(Dataset):
     def __getitem__(self, index: int) -> Sample:
         """Sample `index`. Raises MissingError (no such file) and BadInputError (truncated file, bad ids, sizes)."""
 
+    def mask(self, index: int) -> np.ndarray:
+        """The mask of sample `index` alone."""
+        return self[index].mask
+
     def scored(self, mask: np.ndarray) -> np.ndarray:
         """The mask as losses and scores see it: pixels of `void_class` are IGNORE too."""
         return mask if self.void_class is None else np.where(mask == self.void_class, np.uint8(IGNORE), mask)

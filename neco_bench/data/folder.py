@@ -14,7 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from neco_bench.data.base import IGNORE, Dataset, Pair, Sample, SegmentationDataset
-from neco_bench.data.io import id_table, read_image, read_mask
+from neco_bench.data.io import id_table, read_image, read_mask, read_size
 from neco_bench.errors import BadInputError, MissingError
 
 PAIR_ATTRIBUTES = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
@@ -146,6 +146,10 @@ class SegmentationFolder(SegmentationDataset):
         item = self.ids[index]
         image = read_image(self.files(item)[0], listed_in=self.list_file)
         return Sample(image, self.read_mask(item, image.shape[:2]), item)
+
+    def mask(self, index: int) -> np.ndarray:
+        item = self.ids[index]
+        return self.read_mask(item, read_size(self.files(item)[0], listed_in=self.list_file))
 
     def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
         """The mask of an item id, which must have the size (H, W) of its image."""

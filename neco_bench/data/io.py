@@ -27,7 +27,13 @@ def read_image(path: Path, *, listed_in: Path | None = None) -> np.ndarray:
         raise BadInputError(
             f"Image {path} has pixel format {image.mode}, not 8 bits per channel. Convert it to 8-bit RGB."
         )
-    return np.array(image.convert("RGB"))
+    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def read_size(path: Path, *, listed_in: Path | None = None) -> tuple[int, int]:
+    """(H, W) of an image file, of which nothing more is read. Raises like `read_image` where it is not an image."""
+    width, height = _open(path, "image", listed_in, whole=False).size
+    return height, width
 
 
 def id_table(classes: Mapping[int, int]) -> np.ndarray:
@@ -78,7 +84,7 @@ def map_ids(
             f"Mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels (width x height), its image {size[1]}x{size[0]}. "
             f"One of the two was resized or belongs to another item: restore both from the original archive."
         )
-    mapped = table[mask]
+    mapped = table.take(mask)
     if (mapped < 0).any():
         wrong = np.unique(mask[mapped < 0])
         shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
@@ -115,10 +121,11 @@ def read_mat(path: Path) -> dict[str, np.ndarray]:
         raise BadInputError(f"{path} is not a readable MATLAB file: {error}. Restore it.") from error
 
 
-def _open(path: Path, what: str, listed_in: Path | None) -> Image.Image:
+def _open(path: Path, what: str, listed_in: Path | None, *, whole: bool = True) -> Image.Image:
     try:
         with Image.open(path) as image:
-            image.load()
+            if whole:
+                image.load()
             return image
     except FileNotFoundError:
         named = f", which {listed_in} names" if listed_in else ""

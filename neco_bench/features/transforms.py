@@ -55,13 +55,14 @@ def largest_upsampled(maps: Tensor, height: int, width: int) -> Tensor:
     if maps.min() >= 0:
         least = torch.maximum(least, maps.amax(0).min() / 4)
     kept = (~(highest < least - ROUNDING * highest.abs().max())).nonzero()[:, 0]
-    best = torch.zeros(height, width, dtype=torch.int64, device=maps.device)
-    most = torch.full((height, width), -torch.inf, dtype=maps.dtype, device=maps.device)
-    for ids in kept.split(MAPS):
+    best = most = torch.empty(0)
+    for turn, ids in enumerate(kept.split(MAPS)):
         large = F.interpolate(maps[ids][None], (height, width), mode="bilinear", align_corners=False)[0]
         values, found = large.max(0)  # takes a thirtieth of the time of argmax() along the first axis
-        best = torch.where(values > most, ids[found], best)
-        most = torch.maximum(most, values)
+        if turn:
+            best, most = torch.where(values > most, ids[found], best), torch.maximum(most, values)
+        else:
+            best, most = ids[found], values
     return best
 
 
@@ -123,7 +124,7 @@ class HummingbirdTrain:
     """Memory-side augmentation of open-hummingbird-eval v2: four independent jitters, then a random resized crop.
 
     The crop acts on the float image (bilinear, antialias) after the jitter, as there; normalising before or after the
-    crop is the same up to rounding, since both are affine.
+    crop is the same up to rounding, since both are affine. Saturation and hue are changed in the crop alone.
     """
 
     size: int
@@ -133,19 +134,23 @@ class HummingbirdTrain:
     crop_ratio: tuple[float, float]
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        jitters = [
+            (adjust, rng.random() < self.jitter_probability, centre + rng.uniform(-self.jitter, self.jitter))
+            for adjust, centre in (
+                (tvf.adjust_brightness, 1.0),
+                (tvf.adjust_contrast, 1.0),
+                (tvf.adjust_saturation, 1.0),
+                (tvf.adjust_hue, 0.0),
+            )
+        ]
+        top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
         image = Image.fromarray(sample.image)
-        for adjust, centre in (
-            (tvf.adjust_brightness, 1.0),
-            (tvf.adjust_contrast, 1.0),
-            (tvf.adjust_saturation, 1.0),
-            (tvf.adjust_hue, 0.0),
-        ):
-            apply, factor = rng.random() < self.jitter_probability, centre + rng.uniform(-self.jitter, self.jitter)
+        for turn, (adjust, apply, factor) in enumerate(jitters):
+            if turn == 2:  # contrast looks at the mean of the whole image, what follows at each pixel by itself
+                image = image.crop((left, top, left + width, top + height))
             if apply:
                 image = adjust(image, factor)
-        tensor = to_tensor(np.asarray(image))
-        top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
-        tensor = tvf.resized_crop(tensor, top, left, height, width, [self.size, self.size], antialias=True)
+        tensor = tvf.resize(to_tensor(np.asarray(image)), [self.size, self.size], antialias=True)
         mask = sample.mask[top : top + height, left : left + width]
         return tensor, nearest_legacy(mask, self.size, self.size)
 

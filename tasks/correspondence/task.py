@@ -9,10 +9,8 @@ Diffusion* (Tang et al., NeurIPS 2023). README.md lists their constants and quir
 
 from __future__ import annotations
 
-import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Annotated, Literal
@@ -41,7 +39,7 @@ from neco_bench.correspondence import (
 from neco_bench.data.base import Pair, PairDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.errors import BadInputError
-from neco_bench.features.extract import encode_within_memory
+from neco_bench.features.extract import encode_within_memory, loading_threads
 from neco_bench.features.transforms import to_tensor
 from neco_bench.protocol import Settings as BaseSettings
 from neco_bench.protocol import Temperature
@@ -201,18 +199,19 @@ def _views(
     """{image id: view} of all images of the pairs."""
     ids = sorted({i for pair in pairs for i in (pair.source_id, pair.target_id)})
     views: dict[str, View] = {}
-    for start in range(0, len(ids), context.batch_size):
-        chunk = ids[start : start + context.batch_size]
-        with context.phase("load"), ThreadPoolExecutor(os.cpu_count()) as pool:
-            images = list(pool.map(dataset.read_image, chunk))
-            ready = partial(prepare, size=size, stride=encoder.stride, mean=settings.mean or encoder.mean)
-            batch = torch.stack(list(pool.map(ready, images)))
-        with context.phase("encode"):
-            features = encode_within_memory(
-                encoder, batch, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std
-            )
-        for name, image, feature in zip(chunk, images, features, strict=True):
-            views[name] = View(feature, image.shape[1], image.shape[0])
+    with loading_threads() as pool:
+        for start in range(0, len(ids), context.batch_size):
+            chunk = ids[start : start + context.batch_size]
+            with context.phase("load"):
+                images = list(pool.map(dataset.read_image, chunk))
+                ready = partial(prepare, size=size, stride=encoder.stride, mean=settings.mean or encoder.mean)
+                batch = torch.stack(list(pool.map(ready, images)))
+            with context.phase("encode"):
+                features = encode_within_memory(
+                    encoder, batch, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std
+                )
+            for name, image, feature in zip(chunk, images, features, strict=True):
+                views[name] = View(feature, image.shape[1], image.shape[0])
     return views
 
 

@@ -35,17 +35,27 @@ def baseline(encoder, train, val, settings) -> float:
     import faiss
     import torch
     import torch.nn.functional as F
+    import torchvision.transforms.v2.functional as tvf
     from neco_bench.tasks.in_context.task import choose_patches
+    from PIL import Image
 
     from neco_bench import metrics
     from neco_bench.context import item_rng
-    from neco_bench.features.transforms import HummingbirdTrain, Squash
+    from neco_bench.features.transforms import Squash, crop_box, nearest_legacy, to_tensor
 
     size, stride, classes = settings.used_size(encoder.stride), encoder.stride, len(train.classes)
-    augment = HummingbirdTrain(
-        size, settings.jitter, settings.jitter_probability, settings.crop_scale, settings.crop_ratio
-    )
+    jitters = ((tvf.adjust_brightness, 1), (tvf.adjust_contrast, 1), (tvf.adjust_saturation, 1), (tvf.adjust_hue, 0))
     per_image = max(1, settings.memory_size // len(train))
+
+    def augment(sample, rng):
+        image = Image.fromarray(sample.image)
+        for adjust, centre in jitters:
+            apply, change = rng.random() < settings.jitter_probability, rng.uniform(-settings.jitter, settings.jitter)
+            if apply:
+                image = adjust(image, centre + change)
+        top, left, height, width = crop_box(rng, sample.mask.shape, settings.crop_scale, settings.crop_ratio)
+        image = tvf.resized_crop(to_tensor(image), top, left, height, width, [size, size], antialias=True)
+        return image, nearest_legacy(sample.mask[top : top + height, left : left + width], size, size)
 
     def batches(dataset, transform):
         for start in range(0, len(dataset), 16):
