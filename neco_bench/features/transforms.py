@@ -33,7 +33,7 @@ def _legacy_index(source: int, target: int) -> np.ndarray:
 
 def nearest_legacy(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """(..., H, W) -> (..., height, width) by PyTorch's `nearest` rule."""
-    return mask[..., _legacy_index(mask.shape[-2], height)[:, None], _legacy_index(mask.shape[-1], width)]
+    return mask[..., _legacy_index(mask.shape[-2], height), :][..., _legacy_index(mask.shape[-1], width)]
 
 
 def nearest_centre(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -68,7 +68,7 @@ def largest_upsampled(maps: Tensor, height: int, width: int) -> Tensor:
 
 def to_tensor(image: np.ndarray) -> Tensor:
     """(H, W, 3) uint8 -> (3, H, W) float32 in [0, 1]."""
-    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float().div_(255)
+    return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")).float().div_(255)
 
 
 def resize_image(image: np.ndarray, height: int, width: int) -> Tensor:

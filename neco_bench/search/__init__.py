@@ -7,7 +7,6 @@ measurement. All but FAISS's are blocked matrix products with a running top-k, s
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -36,7 +35,7 @@ UNPROVEN_LOOSE = 0.016  # the same where bounds are not used
 SAMPLE = 16_384  # about as many keys as axes are found on
 TURNED = 4096  # keys that are turned at once
 ORDINARY = 1e-15, 1e15  # lengths of rows, outside which squares or bfloat16 may leave the range of numbers
-HOPELESS = 3  # times the fastest way's time, in which the first search of a faster one would be done
+WARM = 32  # queries that a way is used to before it is measured
 MAX_DOUBT = 0.5  # share of queries searched again above which half precision is given up
 
 
@@ -76,10 +75,8 @@ def top(scores: Tensor, k: int) -> Found:
         return _largest(scores, k)
     inside = groups * GROUP
     whole = scores[:, :inside].unflatten(1, (GROUP, groups))  # a group is a stride apart: maxima vectorise
-    if _as_integers(scores):
-        chosen = _largest(whole.view(torch.int16).amax(1).view(torch.bfloat16), k)[1]
-    else:
-        chosen = _largest(whole.amax(1), k)[1]
+    maxima = whole.view(torch.int16).amax(1).view(scores.dtype) if _as_integers(scores) else whole.amax(1)
+    chosen = _largest(maxima, k)[1]
     members = whole.gather(2, chosen[:, None].expand(-1, GROUP, -1)).flatten(1)
     if inside < scores.shape[1]:
         members = torch.cat([members, scores[:, inside:]], 1)
@@ -109,6 +106,8 @@ def _largest(scores: Tensor, k: int) -> Found:
 
 def merged(found: list[Found], k: int) -> Found:
     """The k best of findings among different keys, best first; fewer where there are fewer."""
+    if len(found) == 1:
+        return found[0][0][:, :k], found[0][1][:, :k]
     values, ids = torch.cat([f[0] for f in found], 1), torch.cat([f[1] for f in found], 1)
     values, order = _largest(values, min(k, values.shape[1]))
     return values, ids.gather(1, order)
@@ -302,9 +301,12 @@ class _Half:
         """(n,) what somewhat more bounds of the queries `low` reach than are wanted, and hardly ever fewer: estimated
         from the largest in 64 parts of a sample of the keys."""
         step = max(GROUP, len(self.low) // ASKED)
-        sample = low @ self.low[::step].T
-        parts = min(64, sample.shape[1])
-        maxima = sample[:, : sample.shape[1] // parts * parts].unflatten(1, (-1, parts)).amax(1).float()
+        sample = self.low[::step]
+        parts = min(64, len(sample))
+        sample = sample[: len(sample) // parts * parts].T
+        maxima = torch.cat(
+            [(some @ sample).unflatten(1, (-1, parts)).amax(1) for some in low.split(TURNED // 4)]
+        ).float()
         reached = maxima.topk(min(4 + wanted // step, parts), sorted=False).values.amin(1)
         return reached - MARGIN * reached.abs()
 
@@ -348,15 +350,13 @@ def fastest(keys: Tensor, queries: Tensor, k: int) -> dict[str, float]:
     """Seconds that each exact way takes for some of these keys and queries, the fastest first."""
     counts = sizes(keys.device).measured
     some, asked = (t[:: max(1, len(t) // most)][:most] for t, most in zip((keys, queries), counts, strict=True))
-    seconds: dict[str, float] = {}
+    seconds = {}
     for name, way in _ways(keys.device).items():
-        index, best = way(some), min(seconds.values(), default=math.inf)
-        for _ in range(2):  # the first is to warm up, and enough to tell that a way is out of the question
+        index = way(some)
+        for chosen in (asked[:WARM], asked):
             start = time.perf_counter()
-            index.search(asked, min(k, len(some)))[0].cpu()
+            index.search(chosen, min(k, len(some)))[0].cpu()
             seconds[name] = time.perf_counter() - start
-            if seconds[name] > HOPELESS * best:
-                break
     return dict(sorted(seconds.items(), key=lambda item: item[1]))
 
 
