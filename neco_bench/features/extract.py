@@ -284,6 +284,7 @@ def _computed(
         positions, images, masks = batch
         with context.phase("encode"):
             features = encode_within_memory(encoder, images, context, **options)
+            del batch, images  # not to be held while the next are loaded
             if context.store is not None:
                 features = context.store.rounded(features)
         yield Batch(tuple(start + position for position in positions), features, masks)

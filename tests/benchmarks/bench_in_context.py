@@ -38,10 +38,11 @@ def baseline(encoder, train, val, settings) -> float:
     import torchvision.transforms.v2.functional as tvf
     from neco_bench.tasks.in_context.task import choose_patches
     from PIL import Image
+    from torchvision.transforms.functional import to_tensor
 
     from neco_bench import metrics
     from neco_bench.context import item_rng
-    from neco_bench.features.transforms import Squash, crop_box, nearest_legacy, to_tensor
+    from neco_bench.features.transforms import Squash, crop_box, nearest_legacy
 
     size, stride, classes = settings.used_size(encoder.stride), encoder.stride, len(train.classes)
     jitters = ((tvf.adjust_brightness, 1), (tvf.adjust_contrast, 1), (tvf.adjust_saturation, 1), (tvf.adjust_hue, 0))
