@@ -16,29 +16,32 @@ from torch import Tensor
 from neco_bench.data.base import Pair
 
 
-def nearest_cells(
-    source: Tensor, target: Tensor, grid: Tensor, *, align_corners: bool, valid: Tensor | None = None
-) -> Tensor:
-    """(P, 2) int64 (column, row) of the target cell most similar (cosine) to the source feature at each point.
-
-    grid: (P, 2) points in [-1, 1] of the source map, sampled bilinearly with `align_corners`. valid: (h, w) bool, the
-    target cells that may be chosen. Ties go to the first cell in row-major order.
-    """
-    source, target = F.normalize(source, dim=0), F.normalize(target, dim=0)
-    points = F.grid_sample(
-        source[None], grid.to(source)[None, None], mode="bilinear", padding_mode="border", align_corners=align_corners
+def sampled(features: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
+    """(P, D) features at points of a map; grid: (P, 2) in [-1, 1], sampled bilinearly with `align_corners`."""
+    return F.grid_sample(
+        features[None],
+        grid.to(features)[None, None],
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=align_corners,
     )[0, :, 0].T
-    similarity = points @ target.flatten(1)
-    if valid is not None:
-        similarity = similarity.masked_fill(~valid.flatten().to(similarity.device), -torch.inf)
-    return peak_cells(similarity.unflatten(1, target.shape[1:]))
 
 
-def cell_similarity(source: Tensor, target: Tensor, cells: Tensor) -> Tensor:
-    """(P, h, w) cosine between the source features at `cells`, (P, 2) int64 (column, row), and every target cell."""
-    source, target = F.normalize(source, dim=0), F.normalize(target, dim=0)
-    points = source[:, cells[:, 1], cells[:, 0]].T
+def cell_similarity(points: Tensor, target: Tensor) -> Tensor:
+    """(P, h, w) inner products of features (P, D) with those of every cell of the target."""
     return (points @ target.flatten(1)).unflatten(1, target.shape[1:])
+
+
+def nearest_cells(points: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """(P, 2) int64 (column, row) of the cell of the target, whose features have unit length, that is most similar
+    (cosine) to each of the features (P, D).
+
+    valid: (h, w) bool, the cells that may be chosen. Ties go to the first cell in row-major order.
+    """
+    similarity = cell_similarity(points, target)
+    if valid is not None:
+        similarity = similarity.masked_fill(~valid.to(similarity.device), -torch.inf)
+    return peak_cells(similarity)
 
 
 def peak_cells(similarity: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from PIL import Image
 from scipy.io import savemat
 
 import neco_bench
-from neco_bench.correspondence import box_side, draw_pairs, nearest_cells, pck_hits
+from neco_bench.correspondence import box_side, draw_pairs, nearest_cells, pck_hits, sampled
 from neco_bench.data import load_dataset
 from neco_bench.data.base import Pair
 from neco_bench.encoders import DenseFeatures, Encoder
@@ -46,17 +46,18 @@ def make_pair(source: list[list[float]], target: list[list[float]], **fields: ob
 
 
 def distinct_map(side: int, seed: int = 0) -> torch.Tensor:
-    return torch.randn(512, side, side, generator=torch.Generator().manual_seed(seed))
+    return F.normalize(torch.randn(512, side, side, generator=torch.Generator().manual_seed(seed)), dim=0)
 
 
 def test_nearest_cell_finds_a_moved_feature() -> None:
     source, target = distinct_map(4), distinct_map(4, 1)
-    target[:, 1, 3] = 5 * source[:, 2, 0]
+    target[:, 1, 3] = source[:, 2, 0]
     centre = torch.tensor([[(0 + 0.5) / 4 * 2 - 1, (2 + 0.5) / 4 * 2 - 1]])
-    assert nearest_cells(source, target, centre, align_corners=False).tolist() == [[3, 1]]
+    points = sampled(5 * source, centre, align_corners=False)
+    assert nearest_cells(points, target).tolist() == [[3, 1]]
     valid = torch.ones(4, 4, dtype=torch.bool)
     valid[1, 3] = False
-    assert nearest_cells(source, target, centre, align_corners=False, valid=valid).tolist() != [[3, 1]]
+    assert nearest_cells(points, target, valid).tolist() != [[3, 1]]
 
 
 def test_pck_counts_strictly_or_not() -> None:
@@ -78,7 +79,7 @@ def test_probe3d_identical_images(size: int, stride: int) -> None:
     halfway = (unit * (side - 1)) % 1
     clear = ((halfway - 0.5).abs() > 0.15).all(1).numpy()  # elsewhere the sampled feature is a mixture of two cells
     assert clear.sum() > 20
-    np.testing.assert_allclose(match_probe3d(pair, view, view, size, stride)[1][clear], expected[clear], atol=1e-3)
+    np.testing.assert_allclose(match_probe3d([pair], [view], view, size, stride)[1][clear], expected[clear], atol=1e-3)
 
 
 def test_probe3d_truncates_integer_keypoints() -> None:
@@ -86,7 +87,7 @@ def test_probe3d_truncates_integer_keypoints() -> None:
     size, stride = 224, 16
     target = torch.zeros(1, 14, 14)
     view = View(target + 1, 333, 500)
-    _, errors = match_probe3d(make_pair([[62, 462]], [[62, 462]]), view, view, size, stride)
+    _, errors = match_probe3d([make_pair([[62, 462]], [[62, 462]])], [view], view, size, stride)
     # All cells tie, so the first one (0, 0) is chosen; the error is the length of the truncated point.
     assert errors[0] == pytest.approx(np.hypot(27, 206) / 224 * 500, abs=1e-3)
 
@@ -108,14 +109,14 @@ def test_centres_geometry_is_exact_on_identical_images() -> None:
     stride, size = 16, 64
     view = View(distinct_map(4), 128, 64)  # scale 1/2: cells of 32 original pixels
     points = [[32 * c + 15.5, 32 * r + 15.5] for c in range(4) for r in range(2)]
-    np.testing.assert_allclose(match_centres(make_pair(points, points), view, view, size, stride)[1], 0, atol=1e-6)
+    np.testing.assert_allclose(match_centres([make_pair(points, points)], [view], view, size, stride)[1], 0, atol=1e-6)
 
 
 def test_centres_never_choose_padding() -> None:
     source, target = distinct_map(4), distinct_map(4, 1)
     target[:, 3, 1] = source[:, 0, 0]  # the best match lies in the padded lower half
     _, errors = match_centres(
-        make_pair([[15.5, 15.5]], [[47.5, 111.5]]), View(source, 128, 64), View(target, 128, 64), 64, 16
+        [make_pair([[15.5, 15.5]], [[47.5, 111.5]])], [View(source, 128, 64)], View(target, 128, 64), 64, 16
     )
     assert errors[0] > 30
     image = prepare_centres(np.full((64, 128, 3), 255, np.uint8), 64, 16, MEAN)
@@ -164,7 +165,7 @@ def test_probe3d_ceilings(
         ):
             answer = torch.from_numpy(cells.astype(np.int64))
             monkeypatch.setattr("neco_bench.tasks.correspondence.task.nearest_cells", lambda *_, a=answer, **__: a)
-            errors = match_probe3d(pair, view, view, size, stride)[1] / box_side(pair.target_box)
+            errors = match_probe3d([pair], [view], view, size, stride)[1] / box_side(pair.target_box)
             by_hand = np.linalg.norm(cells / side - truth, axis=1) * 500 / box_side(pair.target_box)
             np.testing.assert_allclose(errors, by_hand, atol=1e-4)
             found[kind].setdefault(pair.category, []).append(errors)

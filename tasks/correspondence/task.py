@@ -34,6 +34,7 @@ from neco_bench.correspondence import (
     pck_hits,
     peak_cells,
     pixel_norms,
+    sampled,
     window_softargmax,
 )
 from neco_bench.data.base import Pair, PairDataset
@@ -45,7 +46,7 @@ from neco_bench.protocol import Settings as BaseSettings
 from neco_bench.protocol import Temperature
 
 Average = Literal["points", "pairs", "class_mean"]
-# Of a pair's P points: predictions (P, 2), (x, y) in pixels of the original target image, and their errors (P,) there.
+# Of P points: predictions (P, 2), (x, y) in pixels of the original target image, and their errors (P,) there.
 Match = tuple[np.ndarray, np.ndarray]
 
 
@@ -94,7 +95,7 @@ class Settings(BaseSettings):
 
 @dataclass(frozen=True)
 class View:
-    """Features (D, h, w) of one image, and its width and height in original pixels."""
+    """Features (D, h, w) of one image, of unit length but for "squash", and its width and height in original pixels."""
 
     map: Tensor
     width: int
@@ -157,13 +158,18 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
         needed = {pair.id: pair for members in chosen.values() for pair in members}
         views = _views(encoder, dataset, needed.values(), used, prepare, settings, context)
         with context.phase("match"):
+            by_target: dict[str, list[Pair]] = defaultdict(list)
             for pair in needed.values():
-                found, errors = match(pair, views[pair.source_id], views[pair.target_id], used, encoder.stride)
-                limits = [alpha * box_side(pair.target_box) for alpha in settings.alphas]
-                hits[pair.id] = pck_hits(errors, limits, strict=settings.strict)
-                totals[pair.id] = len(errors)
-                if pair.id in context.watched:
-                    context.seen[pair.id] = {"points": found, "errors": errors, "side": box_side(pair.target_box)}
+                by_target[pair.target_id].append(pair)
+            for target, group in by_target.items():
+                matches = match(group, [views[p.source_id] for p in group], views[target], used, encoder.stride)
+                ends = np.cumsum([len(pair.source_points) for pair in group])[:-1]
+                for pair, found, errors in zip(group, *(np.split(part, ends) for part in matches), strict=True):
+                    limits = [alpha * box_side(pair.target_box) for alpha in settings.alphas]
+                    hits[pair.id] = pck_hits(errors, limits, strict=settings.strict)
+                    totals[pair.id] = len(errors)
+                    if pair.id in context.watched:
+                        context.seen[pair.id] = {"points": found, "errors": errors, "side": box_side(pair.target_box)}
     for of_process in distributed.gather((hits, totals)):
         hits |= of_process[0]
         totals |= of_process[1]
@@ -211,6 +217,8 @@ def _views(
                     encoder, batch, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std
                 )
             for name, image, feature in zip(chunk, images, features, strict=True):
+                if settings.geometry != "squash":
+                    feature = F.normalize(feature, dim=0)
                 views[name] = View(feature, image.shape[1], image.shape[0])
     return views
 
@@ -229,17 +237,26 @@ def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
     return F.pad(tensor - colour, (extra // 2, extra - extra // 2) * 2) + colour
 
 
-def match_probe3d(pair: Pair, source: View, target: View, size: int, stride: int) -> Match:
+def match_probe3d(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
     """By probe3d's integer points and corner read-out."""
-    start, end = (
-        # Integer tensors there: scaled, then truncated toward zero, then divided by the side.
-        (torch.from_numpy(points).long() * (size / view.longest)).long().float() / size
-        for points, view in ((pair.source_points, source), (pair.target_points, target))
-    )
-    cells = nearest_cells(source.map, target.map, 2 * start - 1, align_corners=True)
+
+    def scaled(points: np.ndarray, view: View) -> Tensor:
+        """Integer tensors there: scaled, then truncated toward zero, then divided by the side."""
+        return (torch.from_numpy(points).long() * (size / view.longest)).long().float() / size
+
+    starts = [2 * scaled(pair.source_points, view) - 1 for pair, view in zip(pairs, sources, strict=True)]
+    cells = nearest_cells(_at(sources, starts, align_corners=True), target.map)
     predicted = cells.cpu().float() / target.map.shape[-1]
-    errors = (predicted - end).norm(dim=1).double().numpy() * target.longest
+    ends = torch.cat([scaled(pair.target_points, target) for pair in pairs])
+    errors = (predicted - ends).norm(dim=1).double().numpy() * target.longest
     return predicted.double().numpy() * target.longest, errors
+
+
+def _at(views: Sequence[View], grids: Sequence[Tensor], *, align_corners: bool) -> Tensor:
+    """(P, D) features of views at points of each, see `sampled`."""
+    return torch.cat(
+        [sampled(view.map, grid, align_corners=align_corners) for view, grid in zip(views, grids, strict=True)]
+    )
 
 
 def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
@@ -253,15 +270,22 @@ def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
     return canvas
 
 
-def match_centres(pair: Pair, source: View, target: View, size: int, stride: int) -> Match:
+def match_centres(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
     """Pixel i spans [i, i + 1), a cell predicts its centre."""
-    grid = torch.from_numpy((pair.source_points + 0.5) / source.longest * 2 - 1).float()
+    grids = [
+        torch.from_numpy((pair.source_points + 0.5) / view.longest * 2 - 1).float()
+        for pair, view in zip(pairs, sources, strict=True)
+    ]
     scale = size / target.longest
     centres = (torch.arange(target.map.shape[-1]) + 0.5) * stride / scale
     valid = (centres < target.height)[:, None] & (centres < target.width)
-    cells = nearest_cells(source.map, target.map, grid, align_corners=False, valid=valid)
+    cells = nearest_cells(_at(sources, grids, align_corners=False), target.map, valid)
     predicted = (cells.cpu().double().numpy() + 0.5) * stride / scale - 0.5
-    return predicted, np.linalg.norm(predicted - pair.target_points, axis=1)
+    return predicted, np.linalg.norm(predicted - _ends(pairs), axis=1)
+
+
+def _ends(pairs: Sequence[Pair]) -> np.ndarray:
+    return np.concatenate([pair.target_points for pair in pairs])
 
 
 def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
@@ -276,28 +300,32 @@ def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Seque
     return to_tensor(canvas)
 
 
-def match_padded_centre(pair: Pair, source: View, target: View, size: int, stride: int, settings: Settings) -> Match:
+def match_padded_centre(
+    pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int, settings: Settings
+) -> Match:
     """Points in single precision, as sd-dino has them."""
-    borders = [
-        np.array([(size - _resized(side, view.longest, size)) // 2 for side in (view.width, view.height)], np.float32)
-        for view in (source, target)
-    ]
-    start, end = (
-        points.astype(np.float32) * np.float32(size / view.longest) + border
-        for points, view, border in zip(
-            (pair.source_points, pair.target_points), (source, target), borders, strict=True
+
+    def border(view: View) -> np.ndarray:
+        return np.array(
+            [(size - _resized(side, view.longest, size)) // 2 for side in (view.width, view.height)], np.float32
         )
-    )
-    side = source.map.shape[-1]
-    cells = (np.float32(side / size) * start).astype(np.int64).clip(0, side - 1)
-    similarity = cell_similarity(source.map, target.map, torch.from_numpy(cells))
+
+    def placed(points: np.ndarray, view: View) -> np.ndarray:
+        return points.astype(np.float32) * np.float32(size / view.longest) + border(view)
+
+    side, points = target.map.shape[-1], []
+    for pair, view in zip(pairs, sources, strict=True):
+        start = placed(pair.source_points, view)
+        x, y = torch.from_numpy((np.float32(side / size) * start).astype(np.int64).clip(0, side - 1)).T
+        points.append(view.map[:, y, x].T)
+    similarity = cell_similarity(torch.cat(points), target.map)
     if settings.readout == "nearest":
         found = peak_cells(similarity)
     else:
         found = window_softargmax(similarity, settings.half_window, settings.temperature)
     predicted = (found.cpu().double().numpy() + 0.5) * stride + settings.centre_shift
-    scale = target.longest / size
-    return (predicted - borders[1]) * scale, np.linalg.norm(predicted - end, axis=1) * scale
+    scale, end = target.longest / size, placed(_ends(pairs), target)
+    return (predicted - border(target)) * scale, np.linalg.norm(predicted - end, axis=1) * scale
 
 
 def _resized(side: int, longest: int, size: int) -> int:
@@ -310,13 +338,16 @@ def prepare_squash(image: np.ndarray, size: int, stride: int, mean: Sequence[flo
     return to_tensor(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
 
 
-def match_squash(pair: Pair, source: View, target: View, size: int, stride: int) -> Match:
-    """Integer points, the nearest of all pixels of the target."""
-    limits = (source.width - 1, source.height - 1)
-    start = torch.from_numpy(pair.source_points.astype(np.int64).clip(0, limits))
-    sizes = (source.height, source.width), (target.height, target.width)
-    found = nearest_pixels(source.map, target.map, start, *sizes, target.norms).cpu().numpy()
-    return found, np.linalg.norm(found - pair.target_points, axis=1)
+def match_squash(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
+    """Integer points, the nearest of all pixels of the target; pair by pair, as all pixels take much memory."""
+    found = []
+    for pair, source in zip(pairs, sources, strict=True):
+        limits = (source.width - 1, source.height - 1)
+        start = torch.from_numpy(pair.source_points.astype(np.int64).clip(0, limits))
+        sizes = (source.height, source.width), (target.height, target.width)
+        found.append(nearest_pixels(source.map, target.map, start, *sizes, target.norms).cpu().numpy())
+    predicted = np.concatenate(found)
+    return predicted, np.linalg.norm(predicted - _ends(pairs), axis=1)
 
 
 _GEOMETRIES: dict[str, tuple[Callable, Callable]] = {

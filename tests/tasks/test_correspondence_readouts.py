@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -76,7 +77,7 @@ def test_padded_centre_by_hand(protocol: str, shift: float, point: tuple, cell: 
     source, target = F.normalize(noise(512, 4, 4), dim=0), F.normalize(noise(512, 4, 4, seed=1), dim=0)
     target[:, 2, 3] = source[:, cell[1], cell[0]]
     _, errors = task.match_padded_centre(
-        make_pair([point], [(20, 90)]), View(source, 100, 40), View(target, 60, 150), 56, 14, settings_of(protocol)
+        [make_pair([point], [(20, 90)])], [View(source, 100, 40)], View(target, 60, 150), 56, 14, settings_of(protocol)
     )
     predicted = np.array([3 * 14 + 7 + shift, 2 * 14 + 7 + shift])
     expected = np.linalg.norm(predicted - (20 * 56 / 150 + 17, 90 * 56 / 150)) * 150 / 56
@@ -87,7 +88,7 @@ def test_dift_points_are_whole_pixels_inside_the_image() -> None:
     """One column of cells upsampled to 1 x 8 pixels: each pixel of a border block ties, and the first is chosen."""
     view = View(torch.eye(2).view(2, 1, 2), 8, 1)  # pixels 0..1 mix nothing, 2..5 both cells, 6..7 nothing
     pair = make_pair([(0.9, 0), (1, 0), (3.9, 0), (6, 0), (8, 1)], [(0, 0), (0, 0), (3, 0), (6, 0), (6, 0)])
-    np.testing.assert_array_equal(task.match_squash(pair, view, view, 32, 16)[1], 0)
+    np.testing.assert_array_equal(task.match_squash([pair], [view], view, 32, 16)[1], 0)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -97,11 +98,32 @@ def test_identical_images(protocol: str) -> None:
     points = [(x, y) for x in range(8, 56, 3) for y in range(8, 56, 5)]
     pair = make_pair(points, points)
     if protocol == "dift-1":
-        np.testing.assert_array_equal(task.match_squash(pair, view, view, 64, 16)[1], 0)
+        np.testing.assert_array_equal(task.match_squash([pair], [view], view, 64, 16)[1], 0)
         return
-    _, errors = task.match_padded_centre(pair, view, view, 64, 16, settings)
+    _, errors = task.match_padded_centre([pair], [view], view, 64, 16, settings)
     middle = np.array(points) // 16 * 16 + 8 + settings.centre_shift
     np.testing.assert_allclose(errors, np.linalg.norm(middle - points, axis=1), atol=1e-3)
+
+
+@pytest.mark.parametrize("geometry", ["probe3d", "centres", "padded_centre", "window_softargmax", "squash"])
+def test_pairs_of_one_target_are_matched_as_each_alone(geometry: str) -> None:
+    views = [
+        View(F.normalize(noise(32, 6, 6, seed=seed), dim=0), *size) for seed, size in enumerate([(96, 60), (50, 96)])
+    ]
+    target = View(F.normalize(noise(32, 6, 6, seed=9), dim=0), 80, 96)
+    rng = np.random.default_rng(0)
+    pairs = [make_pair(*(rng.uniform(0, 50, (2, count, 2)))) for count in (3, 1)]
+    if geometry in ("padded_centre", "window_softargmax"):
+        match = partial(
+            task.match_padded_centre,
+            settings=settings_of("sd-dino-1" if geometry == "padded_centre" else "geoaware-1"),
+        )
+    else:
+        match = task._GEOMETRIES[geometry][1]
+    together = match(pairs, views, target, 96, 16)
+    alone = [match([pair], [view], target, 96, 16) for pair, view in zip(pairs, views, strict=True)]
+    for whole, *parts in zip(together, *alone, strict=True):
+        np.testing.assert_allclose(whole, np.concatenate(parts), rtol=0, atol=1e-4)
 
 
 # Read-outs
