@@ -72,6 +72,7 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
+Rounds = Annotated[int, Field(gt=0, lt=2**31)]  # what FAISS can count
 Share = Annotated[float, Field(ge=0, le=1)]
 Temperature = Annotated[float, Field(ge=1e-6)]  # of a softmax: what is divided by less overflows
 Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]

@@ -116,6 +116,7 @@ def test_the_card_wins_over_the_protocol_and_set_over_both() -> None:
         ("shapes_linear", "epochs=0", "epochs: .*greater than 0"),
         ("shapes_linear", "shuffle=7", "shuffle: .*boolean"),
         ("shapes_overcluster_50", "clusters=-1", "clusters: .*greater than 0"),
+        ("shapes_overcluster_50", "iterations=1e11", "iterations: .*less than 2147483648"),
         ("shapes_overcluster_50", "components=0", "components: .*greater than 0"),
         ("shapes_correspondence", "alphas=[]", "alphas: .*at least 1"),
         ("spair", "pairs_per_bin=0", "pairs_per_bin: .*greater than 0"),

@@ -24,6 +24,7 @@ from neco_bench import metrics, statistics
 from neco_bench.context import Context, Cost, Outcome, item_rng
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
+from neco_bench.errors import UsageError
 from neco_bench.features.extract import encode_within_memory, stream
 from neco_bench.features.segmentation_train import Distortion, ScaleCropDistort, resize_short_side
 from neco_bench.features.transforms import largest_upsampled, to_tensor
@@ -123,6 +124,10 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     train, val = data["train"], data["val"]
     classes = len(train.classes)
     window = settings.used_size(encoder.stride)
+    if settings.batch_size == 1 and window == encoder.stride:
+        raise UsageError(
+            "BatchNorm needs more than one patch in a batch: use --set batch_size=2, or a larger input_size."
+        )
     head = BnHead(encoder.embed_dim, classes, context.seed).to(encoder.device)
     options = BnProbeOptions(**settings.model_dump(include=set(BnProbeOptions.__dataclass_fields__)))
     batches = _batches(encoder, train, window, settings, context)

@@ -30,6 +30,7 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.errors import UsageError
 from neco_bench.features.extract import stream
 from neco_bench.features.transforms import Squash, nearest_legacy
+from neco_bench.protocol import Rounds
 from neco_bench.protocol import Settings as BaseSettings
 
 
@@ -43,8 +44,8 @@ class Settings(BaseSettings):
     mask_size: PositiveInt | None = None
     clusters: PositiveInt | None = None
     components: PositiveInt
-    iterations: PositiveInt
-    redos: PositiveInt
+    iterations: Rounds
+    redos: Rounds
     seeds: PositiveInt
     drop_last: NonNegativeInt = 0
     absent: metrics.Absent

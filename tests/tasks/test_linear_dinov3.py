@@ -21,7 +21,7 @@ from neco_bench.context import Context, Outcome, item_rng
 from neco_bench.data.base import IGNORE, Sample
 from neco_bench.data.shapes import Shapes
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.errors import NumericalError
+from neco_bench.errors import NumericalError, UsageError
 from neco_bench.probe_bn import BnHead, BnProbeOptions, add_gradient, drop_channels, learning_rate, train_bn_probe
 from neco_bench.protocol import protocol
 from neco_bench.statistics import bootstrap_miou
@@ -351,6 +351,12 @@ def test_a_whole_run_beats_chance() -> None:
     assert low <= outcome.metrics["mIoU"] <= high
     truth = [np.bincount(s.mask[s.mask != IGNORE], minlength=9) for s in (data["val"][i] for i in range(16))]
     np.testing.assert_array_equal(confusion.sum(2), truth)  # every image, at its own resolution
+
+
+def test_one_patch_a_batch_is_refused() -> None:
+    data = {split: load_dataset("shapes", split, limit=2) for split in ("train", "val")}
+    with pytest.raises(UsageError, match="more than one patch in a batch: use --set batch_size=2"):
+        run(data, Colours(), input_size=Colours.stride, batch_size=1)
 
 
 def test_workers_and_batches_move_nothing() -> None:
