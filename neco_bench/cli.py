@@ -141,6 +141,8 @@ def run(
         print_rows([{name: row[name] for name in row if as_json or name != "exit_code"} for row in rows], as_json)
         raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
     results = []
+    if launcher is None and launcher_set:
+        raise UsageError("--launcher-set needs --launcher.")
     if launcher is not None:
         from neco_bench.launch import Grid
 
@@ -163,6 +165,8 @@ def run(
             note = f"error: {results[-1].error}" if results[-1].error else "done"
             print(f"{job.label} on {job.task.card.name}@{job.task.label}: {note}", file=sys.stderr)
     except KeyboardInterrupt:
+        if launcher is not None:
+            grid.cancel()
         kept = f"finished results are in {out}" if results else "nothing was finished yet"
         print(f"interrupted; {kept}, the same command goes on from there.", file=sys.stderr)
         raise typer.Exit(130) from None

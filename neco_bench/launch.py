@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neco_bench.errors import BadInputError, NecoBenchError, UsageError
+from neco_bench.errors import NecoBenchError, UsageError
 from neco_bench.protocol import find_tasks
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
@@ -36,7 +36,12 @@ class Grid:
             import submitit
         except ImportError as error:
             raise UsageError("--launcher needs submitit: pip install 'neco-bench[launcher]'.") from error
-        executor = submitit.AutoExecutor(folder=store.folder / "jobs" / "%j", cluster=launcher)
+        try:
+            executor = submitit.AutoExecutor(folder=store.folder / "jobs" / "%j", cluster=launcher)
+        except RuntimeError as error:
+            raise UsageError(
+                f"--launcher {launcher}: {error}. Use --launcher local, or submit from the cluster."
+            ) from error
         try:
             executor.update_parameters(name="neco-bench", **{"timeout_min": 24 * 60, **parameters})
         except (NameError, TypeError, ValueError) as error:
@@ -49,8 +54,14 @@ class Grid:
                 found = executor.submit(work, job.model, task, dict(job.task.changed), job.options, store.folder)
             self._waiting.append((job, found))
 
+    def cancel(self) -> None:
+        """End the jobs that are not done."""
+        for _, found in self._waiting:
+            if not isinstance(found, Result) and not found.done():
+                found.cancel(check=False)
+
     def result(self, number: int) -> Result:
-        """Wait for one of them. Raises the job's own NecoBenchError, BadInputError with the log where it died."""
+        """Wait for one of them. Raises the job's own NecoBenchError, one with the log where it died."""
         job, found = self._waiting[number]
         if isinstance(found, Result):
             return found
@@ -61,7 +72,7 @@ class Grid:
             raise
         except Exception as error:  # submitit's own, whose names and kinds are its affair
             text = str(error).strip().splitlines()
-            raise BadInputError(
+            raise NecoBenchError(
                 f"{job.label} on {job.task.card.name}: job {found.job_id} ended without a result "
                 f"({text[-1] if text else type(error).__name__}). Its log: {found.paths.stderr}"
             ) from error

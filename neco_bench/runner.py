@@ -329,10 +329,11 @@ def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None)
     if store and (found := stored(job, store)):
         return found
     result, statistics = execute(job, encoder)
-    if (
-        store and distributed.rank() == 0 and result.error_code != UsageError.exit_code
-    ):  # a mistyped option is no gap in a table
-        store.save(result, statistics)
+    if store and distributed.rank() == 0:
+        mistyped = result.error_code == UsageError.exit_code  # is no gap in a table
+        lost = result.status == "failed" and store.find(job.key) is not None  # an older result would be, to --overwrite
+        if not mistyped and not lost:
+            store.save(result, statistics)
     return result
 
 

@@ -174,7 +174,8 @@ def paired_difference(
 
     One per metric of the statistic. p is the smallest level at which the percentile interval leaves out zero (Efron and
     Tibshirani, *An Introduction to the Bootstrap*, 1993, section 15.4), at least 1 / (draws + 1). NaN where a metric is
-    undefined for all items. Raises NumericalError where the items differ in number.
+    undefined for all items; no interval and no p where a difference rests on one item, as drawing anew tells nothing.
+    Raises NumericalError where the items differ in number.
     """
     if len(first.columns) != len(second.columns):
         raise NumericalError(f"{len(first.columns)} items cannot be paired with {len(second.columns)}.")
@@ -188,6 +189,9 @@ def paired_difference(
         known = column[~np.isnan(column)]
         if np.isnan(value) or not len(known):
             found.append(Difference(float("nan"), float("nan"), float("nan"), float("nan")))
+            continue
+        if value and np.ptp(known) <= 1e-12:
+            found.append(Difference(float(value), float("nan"), float("nan"), float("nan")))
             continue
         low, high = np.quantile(known, [(1 - level) / 2, (1 + level) / 2])
         tail = min((known <= 0).sum(), (known >= 0).sum())

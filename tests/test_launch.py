@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -39,7 +40,7 @@ def test_a_job_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
     model = f"{encoder}:dies"
     options = ["--limit", "6", "--workers", "0", "--out", tmp_path / "r", "--launcher", "local", "--json"]
     code, out, err = neco("run", "--model", f"{model},baseline_rgb", "--task", "shapes_ic", *options)
-    assert code == 4
+    assert code == 1
     assert [row["model"] for row in json.loads(out)] == ["baseline_rgb"]  # the other job is not lost
     assert "ended without a result" in err
     assert "_log.err" in err
@@ -52,3 +53,8 @@ def test_wrong_launchers(tmp_path: Path) -> None:
     code, _, err = neco(*run, "local", "--launcher-set", "colour=red")
     assert code == 2, err
     assert "colour" in err
+    code, _, err = neco("run", *GRID, "--out", tmp_path, "--launcher-set", "timeout_min=5")
+    assert (code, "--launcher-set needs --launcher" in err) == (2, True)
+    if shutil.which("srun") is None:
+        code, _, err = neco(*run, "slurm")
+        assert (code, "Use --launcher local" in err) == (2, True), err

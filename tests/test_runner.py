@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from contextlib import nullcontext
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from neco_bench import runner
 from neco_bench.encoders import DenseFeatures, Encoder, load_encoder
 from neco_bench.errors import BadInputError, MissingError, NumericalError, UsageError
 from neco_bench.protocol import find_tasks
+from neco_bench.results.store import ResultStore
 
 HEX64 = re.compile("[0-9a-f]{64}")
 QUICK: dict[str, Any] = {"limit": 4, "workers": 0, "changes": {"input_size": 56}}
@@ -116,6 +118,22 @@ def test_overwrite_runs_one_s_own_code_again(tmp_path: Path) -> None:
     first, second, overwritten = reused(), reused(), reused(overwrite=True)
     assert (first, second > 0, overwritten) == (0, True, 0)
     assert reused(overwrite=True) == second  # once for a process: its other tasks share them
+
+
+def test_a_failed_overwrite_keeps_the_result(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = partial(neco_bench.run, "baseline_rgb", "shapes_ic", out=tmp_path, **QUICK)
+    good = run()
+
+    def fails(*_: Any) -> None:
+        raise NumericalError("not a number")
+
+    monkeypatch.setattr("neco_bench.runner._outcome", fails)
+    with pytest.raises(NumericalError):
+        run(overwrite=True)
+    store = ResultStore(tmp_path)
+    (kept,) = store.load_all()
+    assert (kept.status, kept.metrics) == ("ok", good.metrics)
+    assert store.statistics(kept)["confusion"].shape[0] == good.n_images
 
 
 def test_layers_of_one_encoder_are_two_results(tmp_path: Path) -> None:

@@ -208,6 +208,16 @@ def test_paired_difference_by_hand():
         paired_difference(ratio_sums(hits, totals), ratio_sums(more[:3], totals[:3]))
 
 
+def test_one_item_tells_nothing_about_a_difference():
+    hits, totals = np.array([3.0]), np.array([7.0])
+    (alone,) = paired_difference(ratio_sums(hits, totals), ratio_sums(hits + 2, totals))
+    assert alone.value == pytest.approx(2 / 7)
+    assert np.isnan([alone.low, alone.high, alone.p]).all()
+    hits, totals = np.array([0.0, 4.0]), np.array([0.0, 9.0])  # the first item has nothing to count
+    (one_of_two,) = paired_difference(ratio_sums(hits, totals), ratio_sums(hits + np.array([0, 2]), totals))
+    assert np.isnan(one_of_two.p)
+
+
 def test_classes_are_compared_each_on_its_own():
     other = HAND.copy()
     other[0, 0] = [4, 0, 0]

@@ -51,10 +51,10 @@ def build(request: Request, file: Path | None) -> Encoder:
     if file is not None:
         if not encoder.state_dict():
             raise UsageError(f"Model {request.name!r} has no weights to load; leave out --weights.")
-        encoder.weights_report = weights.load_file_into(weights.inner_module(encoder), file, request.branch)
+        encoder.weights_report = weights.load_file_into(weights.inner_module(encoder), file, request.branch, whole=True)
     elif encoder.weights_report is None:
         encoder.weights_report = WeightsReport(source=request.target)
-    encoder.weights_id = weights.state_sha256(encoder) if encoder.state_dict() else file_sha256(source)
+    encoder.weights_id = weights.state_sha256(encoder, whole=True) if encoder.state_dict() else file_sha256(source)
     return encoder
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,13 +24,18 @@ from neco_bench.errors import BadInputError, MissingError, NecoBenchError, Usage
 
 
 class Type(NamedTuple):
-    """One model type: its class, tokens before registers and patches, and the names its final norm may have."""
+    """One model type: its class, tokens before registers and patches, names its final norm may have, mean and std."""
 
     model: str
     tokens: int
     norms: tuple[str, ...] = ("layernorm",)
+    statistics: tuple[Any, Any] = (Encoder.mean, Encoder.std)  # where a model comes without a processor's configuration
 
 
+OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+# Of the text side and heads, which checkpoints of whole models have beside the vision model.
+_ELSEWHERE = re.compile(r"(text_model|text_projection|visual_projection|logit_scale|logit_bias|decoder)(\.|$)")
 _POST = ("post_layernorm", "vision_model.post_layernorm")
 TYPES = {
     "dinov2": Type("Dinov2Model", 1),
@@ -38,10 +44,10 @@ TYPES = {
     "vit": Type("ViTModel", 1),
     "deit": Type("DeiTModel", 2),
     "ijepa": Type("IJepaModel", 0),
-    "clip": Type("CLIPVisionModel", 1, _POST),
-    "clip_vision_model": Type("CLIPVisionModel", 1, _POST),
-    "siglip": Type("SiglipVisionModel", 0, _POST),
-    "siglip_vision_model": Type("SiglipVisionModel", 0, _POST),
+    "clip": Type("CLIPVisionModel", 1, _POST, OPENAI),
+    "clip_vision_model": Type("CLIPVisionModel", 1, _POST, OPENAI),
+    "siglip": Type("SiglipVisionModel", 0, _POST, HALF),
+    "siglip_vision_model": Type("SiglipVisionModel", 0, _POST, HALF),
 }
 
 
@@ -73,21 +79,24 @@ def build(request: Request, file: Path | None) -> Encoder:
         else:
             config = getattr(config, "vision_config", config)
             given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights.read_tensors(file)}
-        model, notes = cls.from_pretrained(**given, output_loading_info=True)
-        absent = sorted(key for key in notes["missing_keys"] if not weights.UNUSED.match(key))
-        if absent:
-            raise BadInputError(
-                f"Weights {file or source} do not fit {kind.model}: {len(absent)} missing: {', '.join(absent[:8])}."
-            )
+        precision = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
+        model, notes = cls.from_pretrained(**given, **{precision: torch.float32}, output_loading_info=True)
+        unused = {"missing": weights.UNUSED, "unexpected": re.compile(f"{weights.UNUSED.pattern}|{_ELSEWHERE.pattern}")}
+        faults = {why: sorted(k for k in notes[f"{why}_keys"] if not known.match(k)) for why, known in unused.items()}
+        if any(faults.values()):
+            told = "; ".join(f"{len(keys)} {why}: {', '.join(keys[:8])}" for why, keys in faults.items() if keys)
+            raise BadInputError(f"Weights {file or source} do not fit {kind.model}: {told}.")
         report = WeightsReport(source=str(file or source), dropped=tuple(sorted(notes["unexpected_keys"])))
         if report.dropped:
             weights.log.warning("%s: not used, dropped: %s", report.source, ", ".join(report.dropped[:8]))
     except NecoBenchError:
         raise
     except OSError as error:
+        if local:
+            raise BadInputError(f"Model folder {source} lacks a file, or has a damaged one: {error}") from error
         raise MissingError(
-            f"transformers model {request.target!r} is not on this machine and could not be fetched, or its folder "
-            f"lacks a file. Download https://huggingface.co/{request.target} and give hf:FOLDER. "
+            f"transformers model {request.target!r} is not on this machine and could not be fetched. "
+            f"Download https://huggingface.co/{request.target} and give hf:FOLDER. "
             f"({str(error).splitlines()[0]})"
         ) from error
     except ValueError as error:  # an id or a type that transformers does not know, or code of the repository's own
@@ -95,30 +104,41 @@ def build(request: Request, file: Path | None) -> Encoder:
     except Exception as error:  # shapes that differ, a truncated file: whichever it is, these weights are at fault
         raise BadInputError(f"Weights {file or source} do not fit: {type(error).__name__}: {error}") from error
     encoder = HFEncoder(model, kind, request)
-    encoder.mean, encoder.std = _statistics(source, where, encoder)
+    encoder.mean, encoder.std = _statistics(source, where, kind)
     encoder.weights_report = report
     encoder.weights_id = weights.state_sha256(model)
     return encoder
 
 
-def _statistics(source: str, where: dict[str, Any], encoder: Encoder) -> tuple[Any, Any]:
-    """Mean and std from preprocessor_config.json; ImageNet's where the model has none."""
+def _statistics(source: str, where: dict[str, Any], kind: Type) -> tuple[Any, Any]:
+    """Mean and std from the configuration of the model's processor; those of its type where it has none."""
     from transformers.utils import cached_file
 
-    found = cached_file(
-        source,
-        "preprocessor_config.json",
-        local_files_only=where["local_files_only"],
-        _raise_exceptions_for_missing_entries=False,
-        _raise_exceptions_for_connection_errors=False,
-    )
-    if found is None:
-        return encoder.mean, encoder.std
-    try:
-        facts = json.loads(Path(found).read_text(encoding="utf-8"))
-        return tuple(facts.get("image_mean", encoder.mean)), tuple(facts.get("image_std", encoder.std))
-    except (ValueError, AttributeError, TypeError) as error:
-        raise BadInputError(f"{found} is not a preprocessor configuration: {error}.") from error
+    for name in ("preprocessor_config.json", "processor_config.json"):  # the second as of transformers 5
+        found = cached_file(
+            source,
+            name,
+            local_files_only=where["local_files_only"],
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        if found is None:
+            continue
+        try:
+            facts = json.loads(Path(found).read_text(encoding="utf-8"))
+            facts = facts.get("image_processor") or facts
+            given = [facts.get(key) for key in ("image_mean", "image_std")]
+            mean, std = (
+                tuple(map(float, values)) if values is not None else usual
+                for values, usual in zip(given, kind.statistics, strict=True)
+            )
+            if not len(mean) == len(std) == 3:
+                raise ValueError("image_mean and image_std need three numbers each")
+        except (ValueError, AttributeError, TypeError) as error:
+            raise BadInputError(f"{found} is not a preprocessor configuration: {error}.") from error
+        if any(values is not None for values in given):
+            return mean, std
+    return kind.statistics
 
 
 class HFEncoder(Encoder):

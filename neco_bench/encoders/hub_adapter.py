@@ -1,6 +1,7 @@
 """Encoders from torch.hub entries in the style of DINOv2 or DINO, or from a local folder with a `hubconf.py`.
 
-As with torch.hub itself, this runs the repository's code. The model has `embed_dim`, `patch_size`, and either DINOv2's
+As with torch.hub itself, this runs the repository's code. The model has `embed_dim`, `patch_size` (or
+`patch_embed.patch_size`), `blocks`, and either DINOv2's
 `get_intermediate_layers(x, n, reshape, return_class_token, norm)`, DINO's `get_intermediate_layers(x, n)` (the last n
 blocks after the norm, class token first), or `forward_features(x)` with a dictionary holding `x_norm_patchtokens`.
 """
@@ -27,7 +28,8 @@ from neco_bench.errors import BadInputError, MissingError, NecoBenchError, Usage
 def build(request: Request, file: Path | None) -> Encoder:
     """The encoder of a hub entry. Raises `MissingError` (nothing to be had), `UsageError` and `BadInputError`."""
     repository, _, entry = request.target.rpartition(":")
-    local = Path(repository).is_dir()
+    local = Path(repository).expanduser().is_dir()
+    repository = str(Path(repository).expanduser()) if local else repository
     options = {} if request.pretrained and file is None else {"pretrained": False}
     cached = Path(torch.hub.get_dir()) / "_".join(repository.partition(":")[0].split("/"))
     if not local and not list(cached.parent.glob(f"{cached.name}_*")) and not fetch.reachable("https://github.com"):
@@ -70,7 +72,8 @@ def _timeout() -> Iterator[None]:
 
 
 def _wrap(model: Any, request: Request) -> Encoder:
-    absent = [name for name in ("embed_dim", "patch_size", "blocks") if not hasattr(model, name)]
+    absent = [name for name in ("embed_dim", "blocks") if not hasattr(model, name)]
+    absent += [] if _patch_size(model) else ["patch_size"]
     inner = getattr(model, "get_intermediate_layers", None)
     if absent or not (inner or hasattr(model, "forward_features")):
         raise BadInputError(
@@ -85,6 +88,11 @@ def _wrap(model: Any, request: Request) -> Encoder:
     return HubDictionary(model, request)
 
 
+def _patch_size(model: Any) -> Any:
+    """DINOv2's models have it; DINO's only in what embeds the patches."""
+    return getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", None)
+
+
 class _Hub(Encoder):
     _inner = "model"
 
@@ -96,7 +104,7 @@ class _Hub(Encoder):
         self.taken = take_layers(request.layers, count, request.name)
         self.layer = layer_name(self.taken, count)
         self.embed_dim = model.embed_dim * len(self.taken)
-        patch = model.patch_size
+        patch = _patch_size(model)
         self.stride = patch if isinstance(patch, int) else patch[0]
         self.pos_interp = "native"
 

@@ -145,10 +145,12 @@ def load_strictly(
     *,
     renamed: Mapping[str, str] | None = None,
     dropped: Collection[str] = (),
+    whole: bool = False,
 ) -> WeightsReport:
-    """Copy `tensors` into `model`, every name and shape fitting; parts in `UNUSED` may be absent on either side.
+    """Copy `tensors` into `model`, every name, shape and kind of number fitting; parts in `UNUSED` may be absent on
+    either side, but for `whole`.
 
-    Raises `BadInputError` listing what is missing, left over or of another shape. Reports and logs what was dropped.
+    Raises `BadInputError` listing what does not fit. Reports and logs what was dropped.
     """
     own = model.state_dict()
     extra = [key for key in tensors if key not in own]
@@ -158,9 +160,12 @@ def load_strictly(
         if key in tensors and tensors[key].shape != own[key].shape
     ]
     faults = {
-        "missing": [key for key in own if key not in tensors and not UNUSED.match(key)],
-        "left over": [key for key in extra if not UNUSED.match(key)],
+        "missing": [key for key in own if key not in tensors and (whole or not UNUSED.match(key))],
+        "left over": [key for key in extra if whole or not UNUSED.match(key)],
         "of another shape": wrong,
+        "quantised, complex or not dense": [
+            f"{key} ({value.dtype})" for key, value in tensors.items() if key in own and not _converts(value, own[key])
+        ],
     }
     if any(faults.values()):
         told = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
@@ -172,10 +177,16 @@ def load_strictly(
     return WeightsReport(source=str(path), renamed=dict(renamed or {}), dropped=tuple(dropped))
 
 
-def load_file_into(model: nn.Module, path: Path, branch: str | None = None) -> WeightsReport:
+def _converts(value: Tensor, own: Tensor) -> bool:
+    """Whether copying means the same numbers: floating point into floating point, whole numbers into whole ones."""
+    plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
+    return plain and (value.is_floating_point(), value.is_complex()) == (own.is_floating_point(), own.is_complex())
+
+
+def load_file_into(model: nn.Module, path: Path, branch: str | None = None, *, whole: bool = False) -> WeightsReport:
     """Load a file whose names are those of `model`, but for a prefix. Raises as the steps it is made of."""
     tensors, outside = select(read_tensors(path), model.state_dict().keys(), path, branch)
-    return load_strictly(model, tensors, path, dropped=outside)
+    return load_strictly(model, tensors, path, dropped=outside, whole=whole)
 
 
 def without_chunks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -223,11 +234,14 @@ def inner_module(encoder: Encoder) -> nn.Module:
     return inner
 
 
-def state_sha256(model: nn.Module) -> str:
-    """The sha256 of the weights that dense features use: names, types, shapes and bytes, in the order of names."""
+def state_sha256(model: nn.Module, *, whole: bool = False) -> str:
+    """The sha256 of the weights that dense features use: names, types, shapes and bytes, in the order of names.
+
+    whole: of all weights, where it is not known what `UNUSED` names stand for.
+    """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):
-        if not UNUSED.match(name):
+        if whole or not UNUSED.match(name):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
     return digest.hexdigest()

@@ -214,7 +214,7 @@ def parse_spec(spec: str) -> Request:
         origin=origin,
         options=options,
         pretrained=options.get("pretrained") != "false",
-        seed=_integer(options.get("seed", "0"), "seed", spec),
+        seed=_seed(options.get("seed", "0"), spec),
         branch=options.get("branch"),
         layers=parse_layers(options.get("layers")) or (base.layers if base else None),
         final_norm=base.final_norm if base and "final_norm" not in options else options.get("final_norm") != "false",
@@ -245,11 +245,14 @@ def _parse_query(query: str, takes: tuple[str, ...], spec: str) -> dict[str, str
     return options
 
 
-def _integer(text: str, option: str, spec: str) -> int:
+def _seed(text: str, spec: str) -> int:
     try:
-        return int(text)
+        number = int(text)
     except ValueError:
-        raise UsageError(f"Model spec {spec!r}: {option}={text!r} must be a whole number.") from None
+        number = -1
+    if not 0 <= number < 2**63:
+        raise UsageError(f"Model spec {spec!r}: seed={text!r} must be a whole number from 0 to 2^63 - 1.")
+    return number
 
 
 def parse_layers(layers: Layers) -> tuple[int, ...] | None:
@@ -363,8 +366,12 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
         facts |= {"target": "", "run": file_sha256(folder / RUN_FILE), "base": request_id(request.base.name, used)}
     elif weights is not None:
         facts["weights"] = file_sha256(Path(weights))
-    elif request.entry and request.pretrained and (file := request.entry.weights_file) and file.is_file():
-        facts["weights"] = file_sha256(file)
+    elif request.entry and request.pretrained and (file := request.entry.weights_file):
+        if file.is_file():
+            facts["weights"] = file_sha256(file)
+    elif request.kind == "timm" and request.pretrained:  # timm's own, in a folder of the name with its tag
+        places = [weights_folder(request.target), *weights_folder(request.target).parent.glob(f"{request.target}.*")]
+        facts["weights"] = [file_sha256(file) for place in places for file in sorted(place.glob("*")) if file.is_file()]
     if request.kind == "file":
         facts |= {
             "target": request.target.rpartition(":")[2],
@@ -373,16 +380,32 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
     elif request.kind == "code":
         facts["code"] = _code_identity(request)
     elif request.kind != "run":
-        folder = Path(request.target.rpartition(":")[0] if request.kind == "hub" else request.target)
+        folder = Path(request.target.rpartition(":")[0] if request.kind == "hub" else request.target).expanduser()
         package = {"timm": "timm", "hub": "torch", "hf": "transformers"}[request.kind]
         if request.kind != "timm" and folder.is_dir():
             facts["folder"] = {
                 str(file.relative_to(folder)): file_sha256(file)
                 for file in sorted(folder.rglob("*"))
-                if file.suffix in (".py", ".json", ".safetensors", ".bin", ".pth", ".pt")
+                if file.suffix in _MODEL_FILES
             }
         facts["version"] = _version(package)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+
+_MODEL_FILES = {
+    ".py",
+    ".json",
+    ".yaml",
+    ".yml",
+    ".toml",
+    ".safetensors",
+    ".bin",
+    ".pth",
+    ".pt",
+    ".ckpt",
+    ".npz",
+    ".npy",
+}
 
 
 def _code_identity(request: Request) -> dict[str, Any]:

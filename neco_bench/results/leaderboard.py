@@ -213,7 +213,7 @@ def read_published(path: Path | str) -> list[Published]:
     """The rows of a published.csv. Raises MissingError where there is none, BadInputError for a bad row."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
-            reader = csv.DictReader(file)
+            reader = csv.DictReader(file, restkey="cells beyond the columns")
             try:
                 return [Published.model_validate(row) for row in reader]
             except ValidationError as error:
@@ -222,6 +222,8 @@ def read_published(path: Path | str) -> list[Published]:
                 raise BadInputError(f"{where}. See leaderboards/README.md for the columns.") from error
     except FileNotFoundError as error:
         raise MissingError(f"{path}: there is no such file of published numbers.") from error
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise BadInputError(f"{path}: is not a readable CSV file in UTF-8 ({error}).") from error
 
 
 def build_tables(results: Iterable[Result], published: Iterable[Published] = ()) -> list[Table]:
@@ -240,7 +242,7 @@ def build_tables(results: Iterable[Result], published: Iterable[Published] = ())
             tables.append(_wide_table(grid))
             if not grid.kind and len(grid.models) > 1:
                 tables.append(_ranking(grid))
-        conditions = _conditions(members)
+        conditions = _conditions(members, names)
         if conditions:
             title = f"{family.replace('_', ' ')}: conditions"
             tables.append(Table(f"{slug(family)}.conditions", title, CONDITIONS_HEADER, conditions, conditions))
@@ -424,15 +426,21 @@ def _published_rows(
     return tuple(sorted(rows))
 
 
-def _conditions(results: Iterable[Result]) -> tuple[tuple[str, ...], ...]:
+def _conditions(results: Iterable[Result], names: Names) -> tuple[tuple[str, ...], ...]:
     """Rows under CONDITIONS_HEADER: what each model was given in each column, and what it has seen before."""
     rows = set()
-    for result in _usable(results):
+    for result in usable(results):
         features, training = (result.provenance.get(name) or {} for name in ("features", "training"))
         given = (features.get("input_size"), features.get("used_size"), features.get("tokens"))
         known = (training.get("contamination"), training.get("data"))
         if any((*given, *known)):
-            rows.add((result.model, result.column, *("" if cell is None else str(cell) for cell in (*given, *known))))
+            rows.add(
+                (
+                    names[_model(result)],
+                    result.column,
+                    *("" if cell is None else str(cell) for cell in (*given, *known)),
+                )
+            )
     return tuple(sorted(rows))
 
 
@@ -489,12 +497,14 @@ def _ranking(grid: Grid) -> Table:
 
 
 def _bounds(cell: Cell, mean: float) -> tuple[float, float]:
-    """The interval of a cell of one result; of several seeds, and where there is none, their mean twice."""
-    usable = _usable(cell.results)
-    return usable[0].ci95.get(usable[0].primary_metric, (mean, mean)) if len(usable) == 1 else (mean, mean)
+    """The interval of a cell, of several seeds the mean of theirs; where one has none, their mean twice."""
+    ends = [result.ci95.get(result.primary_metric) for result in usable(cell.results)]
+    low, high = (statistics.fmean(end) for end in zip(*(end or (mean, mean) for end in ends), strict=True))
+    return low, high
 
 
-def _usable(results: Iterable[Result]) -> list[Result]:
+def usable(results: Iterable[Result]) -> list[Result]:
+    """Those that did not fail, by seed."""
     return sorted((result for result in results if result.status == "ok"), key=lambda result: result.seed)
 
 
@@ -505,35 +515,36 @@ def _ambiguous(results: Sequence[Result]) -> bool:
 
 def _mean(results: Iterable[Result]) -> float | None:
     """Mean of the primary metric over seeds; None where the cell has no one number."""
-    usable = _usable(results)
-    if not usable or _ambiguous(usable):
+    found = usable(results)
+    if not found or _ambiguous(found):
         return None
-    return statistics.fmean(result.metrics[result.primary_metric] for result in usable)
+    return statistics.fmean(result.metrics[result.primary_metric] for result in found)
 
 
 def _cell(results: Sequence[Result], with_interval: bool) -> str:
     if not results:
         return ""
-    usable = _usable(results)
+    found = usable(results)
     mean = _mean(results)
     if mean is None:
-        return "ambiguous" if usable else "failed"
-    if len(usable) > 1:
-        deviation = statistics.stdev(result.metrics[result.primary_metric] for result in usable)
-        seeds = f" ({len(usable)} seeds)" if with_interval else ""
-        return f"{_percent(mean)} ± {_percent(deviation)}{seeds}"
-    metric = usable[0].primary_metric
-    draws = sum(role.startswith("train/") for role in usable[0].provenance.get("dataset", {}))
+        return "ambiguous" if found else "failed"
+    if len(found) > 1:
+        deviation = statistics.stdev(result.metrics[result.primary_metric] for result in found)
+        seeds = f" ({len(found)} seeds)" if with_interval else ""
+        return f"{percent(mean)} ± {percent(deviation)}{seeds}"
+    metric = found[0].primary_metric
+    draws = sum(role.startswith("train/") for role in found[0].provenance.get("dataset", {}))
     if draws:
         count = f" ({draws} draws)" if with_interval else ""
-        return f"{_percent(mean)} ± {_percent(usable[0].metrics[f'{metric}_std'])}{count}"
-    interval = usable[0].ci95.get(metric)
+        return f"{percent(mean)} ± {percent(found[0].metrics[f'{metric}_std'])}{count}"
+    interval = found[0].ci95.get(metric)
     if with_interval and interval:
-        return f"{_percent(mean)} [{_percent(interval[0])}, {_percent(interval[1])}]"
-    return _percent(mean)
+        return f"{percent(mean)} [{percent(interval[0])}, {percent(interval[1])}]"
+    return percent(mean)
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
+    """As all tables print it."""
     return f"{100 * fraction:.1f}"
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import importlib.resources
 import json
+import statistics
 from collections.abc import Iterable
 from typing import Any
 
-from neco_bench.results.leaderboard import KINDS, Cell, Grid, grids
+from neco_bench.results.leaderboard import KINDS, Cell, Grid, grids, percent, usable
 from neco_bench.results.schema import Result
 
 _SHARED = ("environment", "packages", "python", "platform", "cpu", "git_commit", "git_dirty", "device", "precision")
@@ -56,8 +57,7 @@ def _column(grid: Grid, name: str, cells: list[Cell]) -> dict[str, Any]:
     result = cells[0].results[0]
     classes: dict[str, None] = {}
     for cell in cells:
-        for row in _classes(cell.results[0]).values():
-            classes |= dict.fromkeys(row)
+        classes |= dict.fromkeys(_classes(usable(cell.results)))
     return {
         "name": name,
         "family": grid.family,
@@ -69,18 +69,25 @@ def _column(grid: Grid, name: str, cells: list[Cell]) -> dict[str, Any]:
     }
 
 
-def _classes(result: Result) -> dict[str, dict[str, float | None]]:
-    return dict(sorted(result.per_class.items())[:1])
+def _classes(results: list[Result]) -> dict[str, float | None]:
+    """What the primary metric is per class (of mIoU: IoU), the mean over seeds."""
+    rows = [r.per_class.get(r.primary_metric) or next(iter(r.per_class.values()), {}) for r in results]
+    found: dict[str, float | None] = {}
+    for name in dict.fromkeys(name for row in rows for name in row):
+        known = [value for row in rows if (value := row.get(name)) is not None]
+        found[name] = statistics.fmean(known) if known else None
+    return found
 
 
 def _tenths(value: float | None) -> int | None:
-    return None if value is None else round(1000 * value)
+    return None if value is None else round(10 * float(percent(value)))
 
 
 def _row(model: str, column: int, cell: Cell, about: dict[str, Any], shared: dict[str, int]) -> dict[str, Any]:
-    result = cell.results[0]
-    low, high = result.ci95.get(result.primary_metric, (None, None)) if len(cell.results) == 1 else (None, None)
-    per_class = next(iter(_classes(result).values()), {})
+    found = usable(cell.results)
+    result = (found or cell.results)[0]
+    low, high = result.ci95.get(result.primary_metric, (None, None)) if len(found) == 1 else (None, None)
+    per_class = {} if cell.mean is None else _classes(found)
     common = json.dumps({k: v for k, v in result.provenance.items() if k in _SHARED}, sort_keys=True, default=str)
     keep = ("weights_id", "protocol_hash", "features", "training", "dataset")
     return {
@@ -94,6 +101,6 @@ def _row(model: str, column: int, cell: Cell, about: dict[str, Any], shared: dic
         "params": result.provenance.get("encoder", {}).get("parameters", 0) / 1e6 or None,
         "classes": [_tenths(per_class.get(name)) for name in about["classes"]] if per_class else None,
         "provenance": shared.setdefault(common, len(shared)),
-        "own": {"key": result.key, "seeds": [r.seed for r in cell.results]}
+        "own": {"key": result.key, "seeds": [r.seed for r in found]}
         | {name: result.provenance[name] for name in keep if name in result.provenance},
     }

@@ -145,8 +145,8 @@ class ResultStore:
 def _parse(path: Path, content: bytes) -> Result:
     """The result of a document. Raises BadInputError with the file and the mend."""
     try:
-        document = json.loads(content)
-    except ValueError as error:
+        document = json.loads(content, parse_constant=_refuse)
+    except (ValueError, RecursionError) as error:
         raise BadInputError(
             f"{path}: is not a whole JSON document ({error}). Delete it and run its task again."
         ) from error
@@ -165,6 +165,10 @@ def _parse(path: Path, content: bytes) -> Result:
         raise BadInputError(
             f"{path}: is not a valid result ({where}: {item['msg']}). Delete it and run its task again."
         ) from error
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"it holds {constant}")
 
 
 def _plain(value: Any) -> Any:

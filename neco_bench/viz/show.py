@@ -214,7 +214,7 @@ def _strip(
     label = int(most_frequent(cut(small, PARTS)[patch][None], len(classes), "never votes")[0])
     neighbours: list[Neighbour] = seen["neighbours"](patch)[:NEIGHBOURS]
     views = [(around, classes[label], (90, 90, 90))]
-    views += [(n.view, f"{n.cosine:.2f} {classes[n.label]}", RIGHT if n.label == label else WRONG) for n in neighbours]
+    views += [(n.view, f"{n.cosine:.2f}: {classes[n.label]}", RIGHT if n.label == label else WRONG) for n in neighbours]
     step = VIEW + 18
     strip = Image.new("RGB", (len(views) * step, VIEW + 24), VOID)
     draw = ImageDraw.Draw(strip)
@@ -350,7 +350,7 @@ def _write(
     metric = result.primary_metric
     low, high = result.ci95.get(metric, (float("nan"), float("nan")))
     title = f"{result.model} on {result.task}@{result.protocol}"
-    value = f"{metric} {100 * result.metrics[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    value = f"{metric}: {100 * result.metrics[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     for old in (out / "pictures").glob("[0-9][0-9][0-9]-*"):  # of an earlier call
         old.unlink()
     sections = []

@@ -30,6 +30,15 @@ class Patches(nn.Module):
 
 def module(): return Patches()
 
+class Headed(Encoder):
+    embed_dim, stride = 2, 16
+    def __init__(self):
+        super().__init__()
+        self.backbone, self.head = Patches(), nn.Conv2d(8, 2, 1)
+    def _encode(self, images, *, final_norm, attention):
+        return DenseFeatures(self.head(self.backbone(images)), 16)
+def headed(): return Headed()
+
 class Own(Encoder):
     embed_dim, stride = 3, 8
     def _encode(self, images, *, final_norm, attention):
@@ -92,10 +101,23 @@ def test_weights_for_a_module(file: Path, tmp_path: Path) -> None:
         load_encoder(f"{file}:own", weights=tmp_path / "w.safetensors")
 
 
+def test_no_layer_of_one_s_own_is_taken_for_a_head_without_use(file: Path, tmp_path: Path) -> None:
+    """Weights that differ there have another id, and a file must hold it."""
+    state = {name: value.clone() for name, value in load_encoder(f"{file}:headed").state_dict().items()}
+    ids = set()
+    for scale in (1, 2):
+        save_file(state | {"head.weight": state["head.weight"] * scale}, tmp_path / "w.safetensors")
+        ids.add(load_encoder(f"{file}:headed", weights=tmp_path / "w.safetensors").weights_id)
+    assert len(ids) == 2
+    save_file({k: v for k, v in state.items() if "head" not in k}, tmp_path / "w.safetensors")
+    with pytest.raises(BadInputError, match=r"2 missing: head\.bias, head\.weight"):
+        load_encoder(f"{file}:headed", weights=tmp_path / "w.safetensors")
+
+
 @pytest.mark.parametrize(
     ("name", "told"),
     [
-        ("absent", "module, Own, own"),
+        ("absent", "module, Headed, headed, Own, own"),
         ("fails", "RuntimeError: no such luck"),
         ("number", "returned int"),
         ("featureless", "embed_dim and stride"),

@@ -39,6 +39,14 @@ class V1(Tiny):
     def get_intermediate_layers(self, x, n=1):
         return [torch.cat([prefix, patches], 1) for patches, prefix in outputs(self, x, n, True)]
 
+class Original(V1):
+    """DINO's own class does not say its patch size itself."""
+    @property
+    def patch_size(self): raise AttributeError("patch_size")
+    def __init__(self):
+        super().__init__()
+        self.patch_embed = self.vit.patch_embed
+
 class Features(Tiny):
     def forward_features(self, x):
         (patches, prefix), = outputs(self, x, 1, True)
@@ -54,6 +62,7 @@ def v2(pretrained=True):
 
 def v2_free(pretrained=True): return V2()
 def v1(pretrained=True): return V1()
+def original(pretrained=True): return Original()
 def features(pretrained=True): return Features()
 def spare(pretrained=True): return Spare()
 def broken(pretrained=True): raise ValueError("out of order")
@@ -71,6 +80,7 @@ def repository(tmp_path: Path) -> Path:
 def test_hub_interfaces_agree(repository: Path) -> None:
     images = torch.rand(2, 3, 64, 96)
     encoders = {name: load_encoder(f"hub:{repository}:{name}") for name in ("v2_free", "v1", "features")}
+    assert load_encoder(f"hub:{repository}:original").stride == 16
     maps = [encoder.encode(images).map for encoder in encoders.values()]
     torch.testing.assert_close(maps[0], maps[1])
     torch.testing.assert_close(maps[0], maps[2])
@@ -174,6 +184,50 @@ def test_transformers_faults(tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:500])
     with pytest.raises(BadInputError, match="do not fit"):
         load_encoder(spec)
+
+
+def test_transformers_models_without_a_processor_file_of_the_old_kind(tmp_path: Path) -> None:
+    """transformers 5 writes processor_config.json; without any, a type's own mean and deviation are taken."""
+    transformers = pytest.importorskip("transformers")
+    made = transformers.CLIPVisionModel(transformers.CLIPVisionConfig(**SMALL, intermediate_size=64))
+    made.save_pretrained(tmp_path / "m")
+    spec = f"hf:{tmp_path}/m"
+    assert load_encoder(spec).mean == pytest.approx((0.481, 0.458, 0.408), abs=1e-3)
+    facts: dict[str, Any] = {"image_processor": {"image_mean": [0.1, 0.2, 0.3], "image_std": [0.4, 0.5, 0.6]}}
+    (tmp_path / "m" / "processor_config.json").write_text(json.dumps(facts))
+    encoder = load_encoder(spec)
+    assert (encoder.mean, encoder.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    facts["image_processor"]["image_mean"] = [0.5]
+    (tmp_path / "m" / "processor_config.json").write_text(json.dumps(facts))
+    with pytest.raises(BadInputError, match="need three numbers"):
+        load_encoder(spec)
+
+
+@pytest.mark.parametrize("half", [torch.float16, torch.bfloat16])
+def test_transformers_models_saved_in_half_precision_run_in_single(tmp_path: Path, half: torch.dtype) -> None:
+    transformers = pytest.importorskip("transformers")
+    made = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL)).to(half)
+    made.save_pretrained(tmp_path / "m")
+    encoder = load_encoder(f"hf:{tmp_path}/m")
+    assert {p.dtype for p in encoder.parameters()} == {torch.float32}
+    assert torch.equal(encoder.model.state_dict()["layernorm.weight"], made.layernorm.weight.float())  # type: ignore[union-attr]
+    load_encoder(f"hf:{tmp_path}/m", precision="bf16").encode(torch.rand(1, 3, 32, 32))
+
+
+def test_transformers_files_of_another_architecture_are_refused(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    for layers in (3, 5):
+        config = transformers.Dinov2Config(**{**SMALL, "num_hidden_layers": layers})
+        transformers.Dinov2Model(config).save_pretrained(tmp_path / str(layers))
+    with pytest.raises(BadInputError, match=r"unexpected: encoder\.layer\.3\."):
+        load_encoder(f"hf:{tmp_path}/3", weights=tmp_path / "5" / "model.safetensors")
+    state = load_file(tmp_path / "3" / "model.safetensors")
+    save_file(state | {"embeddings.register_tokens": torch.ones(1, 4, 32)}, tmp_path / "w.safetensors")
+    with pytest.raises(BadInputError, match=r"1 unexpected: embeddings\.register_tokens"):
+        load_encoder(f"hf:{tmp_path}/3", weights=tmp_path / "w.safetensors")
+    (tmp_path / "3" / "config.json").write_text("{")
+    with pytest.raises(BadInputError, match=r"Model folder .*/3 lacks a file, or has a damaged one"):
+        load_encoder(f"hf:{tmp_path}/3")
 
 
 def test_fetching_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

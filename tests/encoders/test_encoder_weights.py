@@ -150,6 +150,8 @@ def test_the_grid_is_that_of_the_file(states: States, images: Tensor, tmp_path: 
         (lambda s: s.pop("blocks.3.attn.qkv.weight"), "1 missing: blocks.3.attn.qkv.weight"),
         (lambda s: s.update({"blocks.12.norm1.weight": torch.ones(3)}), "1 left over: blocks.12.norm1.weight"),
         (lambda s: s.update({"norm.weight": torch.ones(3)}), r"1 of another shape: norm.weight \(3,\) for \(384,\)"),
+        (lambda s: s.update({"norm.weight": s["norm.weight"].char()}), r"1 quantised.*: norm.weight \(torch.int8\)"),
+        (lambda s: s.update({"norm.bias": s["norm.bias"] + 1j}), r"1 quantised.*: norm.bias \(torch.complex64\)"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -161,6 +163,14 @@ def test_what_does_not_fit_is_named(
     with pytest.raises(BadInputError, match=told) as caught:
         load_encoder(f"timm:{DINO}", weights=tmp_path / "w.safetensors")
     assert "w.safetensors" in str(caught.value)
+
+
+def test_a_sparse_tensor_is_named(states: States, tmp_path: Path) -> None:
+    state = dict(states(DINO))
+    state["norm.weight"] = state["norm.weight"].to_sparse()
+    torch.save(state, tmp_path / "w.pth")
+    with pytest.raises(BadInputError, match=r"not dense: norm\.weight"):
+        load_encoder(f"timm:{DINO}", weights=tmp_path / "w.pth")
 
 
 def test_another_architecture(states: States, tmp_path: Path) -> None:

@@ -130,6 +130,7 @@ def test_specs() -> None:
         ("timm:x?pretrained=no", "true, false"),
         ("timm:x?seed=1", "pretrained=false"),
         ("timm:x?pretrained=false&seed=a", "whole number"),
+        ("timm:x?pretrained=false&seed=9223372036854775808", "whole number"),
         ("timm:x?pos_interp=bilinear", "scale_offset"),
         ("timm:", "incomplete"),
         ("hub:owner/repo", "incomplete"),
@@ -180,6 +181,10 @@ def test_request_id_follows_content(tmp_path: Path) -> None:
     (place / "neco_on_dinov2_vit14_model.ckpt").write_bytes(b"2")
     ids.add(request_id("neco_dinov2"))
     assert len(ids) == 7
+    own = [request_id(f"timm:{name}") for name in ("vit_x", "vit_x.tag")]
+    (tmp_path / "cache" / "weights" / "vit_x.tag").mkdir()
+    (tmp_path / "cache" / "weights" / "vit_x.tag" / "model.safetensors").write_bytes(b"3")
+    assert not {request_id(f"timm:{name}") for name in ("vit_x", "vit_x.tag")} & set(own)
     assert request_id("timm:x?seed=1&pretrained=false") == request_id("timm:x?pretrained=false&seed=1")
     with pytest.raises(MissingError):
         request_id("neco_dinov2", tmp_path / "absent.pth")

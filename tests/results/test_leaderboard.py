@@ -220,6 +220,14 @@ def test_unusable_published_files(tmp_path):
         (tmp_path / "bad.csv").write_text(bad)
         with pytest.raises(BadInputError, match=r"bad\.csv, line \d+: \w+"):
             read_published(tmp_path / "bad.csv")
+    head, row = text.splitlines()[:2]
+    (tmp_path / "bad.csv").write_text(f"{head}\n{row},one,two\n")
+    with pytest.raises(BadInputError, match="line 2: cells beyond the columns"):
+        read_published(tmp_path / "bad.csv")
+    (tmp_path / "bad.csv").write_bytes(b"model,\xe9")
+    for unreadable in (tmp_path, tmp_path / "bad.csv"):
+        with pytest.raises(BadInputError, match="is not a readable CSV file in UTF-8"):
+            read_published(unreadable)
 
 
 def test_a_folder_that_cannot_be_written(results, tmp_path):
@@ -275,11 +283,28 @@ def test_equal_values_share_the_borda_point(make_result):
     assert ranking(results) == {"a": ("1", "1.50", "0.5", "", "1..2"), "b": ("1", "1.50", "0.5", "", "1..2")}
 
 
+def test_seeds_do_not_make_a_point_of_the_interval(make_result):
+    """Two models of three seeds each that lie within their intervals share a group."""
+    results = [
+        make_result(value + 0.001 * seed, key=f"{name}{seed}", model=name, seed=seed, ci95={"miou": (0.2, 0.7)})
+        for name, value in (("a", 0.5), ("b", 0.4))
+        for seed in range(3)
+    ]
+    assert {model: (row[0], row[-1]) for model, row in ranking(results).items()} == {
+        "a": ("1", "1..2"),
+        "b": ("1", "1..2"),
+    }
+
+
 def test_one_model_has_one_name_in_all_tables(make_result):
     results = [
         make_result(0.4, provenance={"weights_id": "1" * 64}),
         make_result(0.6, provenance={"weights_id": "2" * 64}),
         make_result(0.6, provenance={"weights_id": "2" * 64}, family="correspondence", task="spair"),
     ]
-    names = {row[0] for table in build_tables(results) if not table.name.endswith(".full") for row in table.rows}
+    for result in results:
+        result.provenance["features"] = {"tokens": 784}
+    tables = [table for table in build_tables(results) if not table.name.endswith(".full")]
+    assert any(table.name.endswith(".conditions") for table in tables)
+    names = {row[0] for table in tables for row in table.rows}
     assert {"dino_vits16 (weights 11111111)", "dino_vits16 (weights 22222222)"} == names

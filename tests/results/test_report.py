@@ -53,6 +53,29 @@ def board(make_result: Callable[..., Result], models: int = 3, tasks: int = 2, c
     return made
 
 
+def content(results: list[Result]) -> dict:
+    found = re.search(r'<script type="application/json" id="data">(.*?)</script>', report_page(results), re.S)
+    assert found
+    return json.loads(found[1])
+
+
+def test_classes_are_those_of_the_metric_that_is_shown_and_of_all_seeds(make_result: Callable[..., Result]) -> None:
+    """Thresholds of correspondence sort before the primary one; a failed seed is no seed."""
+    scores = [(0, 0.1235, 0.2), (1, 0.1245, 0.4)]
+    per_class = [{"PCK@0.01": {"cat": 0.0, "dog": 0.0}, "PCK@0.10": {"cat": cat, "dog": None}} for _, _, cat in scores]
+    common = {"primary_metric": "PCK@0.10", "ci95": {"PCK@0.10": (0.1, 0.2)}}
+    results = [
+        make_result(key=str(seed), seed=seed, metrics={"PCK@0.10": value}, per_class=classes, **common)
+        for (seed, value, _), classes in zip(scores, per_class, strict=True)
+    ]
+    (both,) = content(results)["results"]
+    assert (both["value"], both["low"], both["classes"], both["own"]["seeds"]) == (124, None, [300, None], [0, 1])
+    failed = make_result(key="f", seed=2, status="failed", primary_metric="PCK@0.10")
+    (one,) = content([failed, results[0]])["results"]
+    assert (one["value"], one["low"], one["high"]) == (123, 100, 200)  # 12.3 %, as the tables print 0.1235
+    assert (one["classes"], one["own"]["seeds"]) == ([200, None], [0])
+
+
 def drive(page: str, script: str, folder: Path, width: int = 1200) -> dict:
     """What `script` returns in the page, and `wrong`: errors on its console."""
     end = f"""
