@@ -88,7 +88,7 @@ class Registry(Generic[T]):
             value = importlib.import_module(module)
             for part in filter(None, attribute.split(".")):
                 value = getattr(value, part)
-        except Exception as error:  # a plug-in may fail in any way; it must be named, not crash the rest
+        except (Exception, SystemExit) as error:  # a plug-in may fail in any way; it must be named, not crash the rest
             raise BadInputError(
                 f"{self.kind} {name!r} of {entry.origin} ({entry.value}) could not be loaded: "
                 f"{type(error).__name__}: {error}"

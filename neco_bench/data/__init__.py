@@ -12,7 +12,7 @@ from pathlib import Path
 
 from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, PairSample, Sample, SegmentationDataset
 from neco_bench.data.folder import missing, read_list
-from neco_bench.errors import UsageError
+from neco_bench.errors import BadInputError, UsageError
 from neco_bench.registry import Registry
 
 DATASETS: Registry[type[Dataset]] = Registry(
@@ -84,13 +84,12 @@ def load_dataset(
     UsageError (unknown name or split, limit < 1), MissingError (no root, files not there), BadInputError (lists or
     annotations wrong).
     """
-    cls = DATASETS.load(name)
+    cls = dataset_class(name)
     drawn = re.fullmatch(r"(.+)_1of(\d+)_(\d+)", split)
     if drawn and int(drawn[2]) in cls.fractions.get(drawn[1], {}) and int(drawn[3]) < DRAWS:
-        whole: Dataset = cls(dataset_folder(cls, root), drawn[1])  # type: ignore[call-arg]
-        dataset = whole.fraction(int(drawn[2]), int(drawn[3]))
+        dataset = _opened(cls, root, drawn[1]).fraction(int(drawn[2]), int(drawn[3]))
     elif split in cls.splits:
-        dataset = cls(dataset_folder(cls, root), split)  # type: ignore[call-arg]
+        dataset = _opened(cls, root, split)
     else:
         raise UsageError(
             f"Data set {name!r} has no split {split!r}; it has {', '.join((*cls.splits, *fraction_names(cls)))}."
@@ -98,6 +97,25 @@ def load_dataset(
     if split_file is not None:
         dataset = dataset.chosen(read_list(cls, Path(split_file)))
     return dataset if limit is None else dataset.limited(limit)
+
+
+def _opened(cls: type[Dataset], root: str | os.PathLike[str] | None, split: str) -> Dataset:
+    folder = dataset_folder(cls, root)
+    try:
+        return cls(folder, split)  # type: ignore[call-arg]
+    except OSError as error:
+        raise BadInputError(f"Data set {cls.name!r} in {folder} cannot be read: {error}. Make it readable.") from error
+
+
+def dataset_class(name: str) -> type[Dataset]:
+    """The class of a data set. Raises UsageError (unknown) and BadInputError (a plug-in's that is none)."""
+    cls = DATASETS.load(name)
+    if not (isinstance(cls, type) and issubclass(cls, Dataset) and hasattr(cls, "name") and hasattr(cls, "splits")):
+        entry = DATASETS.entry(name)
+        raise BadInputError(
+            f"Data set {name!r} of {entry.origin} ({entry.value}) is not a Dataset class with a name and splits."
+        )
+    return cls
 
 
 def fraction_names(cls: type[Dataset]) -> tuple[str, ...]:

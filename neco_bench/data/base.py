@@ -138,7 +138,9 @@ class Dataset(abc.ABC):
                 f"{len(unknown)} ids are not in split {self.split!r} of {self.name!r}: {shown}. "
                 f"Its ids look like {self.ids[0]!r}."
             )
-        return self._part(sorted({known[name] for name in names.values()}))
+        part = self._part(sorted({known[name] for name in names.values()}))
+        part._full = self._full or self.expected.get(self.split) or len(self)
+        return part
 
     def _part(self, indices: Sequence[int]) -> Self:
         part = copy.copy(self)

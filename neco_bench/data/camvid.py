@@ -43,7 +43,7 @@ class CamVid(SegmentationFolder):
         self.folder = folder
         self.split = split
         self.list_file = folder / f"{split}.txt"
-        self.ids = tuple(Path(word).stem for word in read_list(type(self), self.list_file))
+        self.ids = read_list(type(self), self.list_file, stems=True)
 
     def files(self, item: str) -> tuple[Path, Path]:
         return self.folder / self.split / f"{item}.png", self.folder / f"{self.split}annot" / f"{item}.png"

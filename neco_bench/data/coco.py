@@ -22,7 +22,7 @@ import numpy as np
 from neco_bench.data.base import IGNORE
 from neco_bench.data.folder import AbsentSplitError, Files, PairedFolders, file_ids, missing
 from neco_bench.data.io import id_table, map_ids, read_image
-from neco_bench.errors import BadInputError
+from neco_bench.errors import BadInputError, NecoBenchError
 
 _THINGS = """
 accessory: 27 backpack, 28 umbrella, 31 handbag, 32 tie, 33 suitcase
@@ -198,7 +198,8 @@ class _Coco(PairedFolders):
             raise missing(type(self), f"split {split!r} has no annotation; {', '.join(self.sources)} would do.")
         self.source, place = next(iter(places.items()))
         self._segments: dict[str, list[Any]] = {}
-        if self.source in ("panoptic", "instances"):
+        self._by_segment = self.source in ("panoptic", "instances")
+        if self._by_segment:
             self.shared_files = (place if place.suffix == ".json" else place.with_name(f"{place.name}.json"),)
             self._segments = read_segments(self.shared_files[0])
         if self.source != "instances":
@@ -206,7 +207,7 @@ class _Coco(PairedFolders):
         else:
             self.folder, self.split, self._images, self._masks = folder, split, images, Files(place, "")
             self.ids = tuple(sorted(file_ids(images.folder, "", ".jpg")))
-        if self._segments:
+        if self._by_segment:
             self.check_pairing(set(self.ids), set(self._segments))
 
     def files(self, item: str) -> tuple[Path, Path]:
@@ -220,16 +221,16 @@ class _Coco(PairedFolders):
         return id_table({value: self.rows.get(id_ + shift if id_ else 0, IGNORE) for value, id_ in values})
 
     def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        if not self._segments:
+        if not self._by_segment:
             return super().read_mask(item, size)
         path = self.files(item)[1]
         try:
             segments = self._segments[item]
             panoptic = self.source == "panoptic"
             categories = panoptic_categories(path, segments) if panoptic else instance_categories(segments, size)
-        except (KeyError, TypeError, ValueError, IndexError) as error:
-            if isinstance(error, BadInputError):
-                raise
+        except NecoBenchError:
+            raise
+        except Exception as error:  # pycocotools raises anything on bad content
             raise BadInputError(
                 f"The annotation of image {item} in {self.shared_files[0]} is wrong: {error}. Restore the file."
             ) from error

@@ -32,8 +32,9 @@ def missing(dataset: type[Dataset], what: str, error: type[MissingError] = Missi
     )
 
 
-def read_list(dataset: type[Dataset], path: Path) -> tuple[str, ...]:
-    """The first word of each line of a split list. Raises AbsentSplitError, and BadInputError (empty, repeated)."""
+def read_list(dataset: type[Dataset], path: Path, *, stems: bool = False) -> tuple[str, ...]:
+    """The first word of each line of a split list, or of the file it names the stem. Raises AbsentSplitError, and
+    BadInputError (empty, repeated)."""
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except FileNotFoundError:
@@ -41,6 +42,8 @@ def read_list(dataset: type[Dataset], path: Path) -> tuple[str, ...]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInputError(f"Split list {path} is not a readable text file: {error}. Restore it.") from error
     words = tuple(line.split()[0] for line in lines if line.strip())
+    if stems:
+        words = tuple(Path(word).stem for word in words)
     if not words:
         raise BadInputError(f"Split list {path} is empty. Restore it from the original archive.")
     if len(set(words)) < len(words):
@@ -50,10 +53,11 @@ def read_list(dataset: type[Dataset], path: Path) -> tuple[str, ...]:
 
 
 def file_digest(facts: Iterable[str], base: Path, files: Iterable[Path]) -> str:
-    """Sha256 over `facts` and over names (relative to `base`) and sizes of files. Raises MissingError naming a file."""
+    """Sha256 over `facts` and over names (relative to `base`) and sizes of files. Raises MissingError and BadInputError
+    naming a file."""
     digest = hashlib.sha256()
     for fact in facts:
-        digest.update(f"{fact}\n".encode())
+        digest.update(f"{fact}\n".encode("utf-8", "surrogateescape"))
     for path in files:
         try:
             size = path.stat().st_size
@@ -61,7 +65,9 @@ def file_digest(facts: Iterable[str], base: Path, files: Iterable[Path]) -> str:
             raise MissingError(
                 f"No file {path}, though the split lists it. Restore it from the original archive."
             ) from None
-        digest.update(f"{path.relative_to(base).as_posix()} {size}\n".encode())
+        except OSError as error:
+            raise BadInputError(f"{path} cannot be read: {error.strerror or error}. Make it readable.") from error
+        digest.update(f"{path.relative_to(base).as_posix()} {size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -100,7 +106,12 @@ def parse_pair(name: str, raw: dict[str, Any]) -> Pair:
 def file_ids(folder: Path, before: str, after: str) -> set[str]:
     """Ids of all files BEFORE + NAME + AFTER below a folder: the path from it without the two, as in "aachen/0001"."""
     found: set[str] = set()
-    for place, _, names in os.walk(folder):
+
+    def fail(error: OSError) -> None:
+        if not isinstance(error, FileNotFoundError):
+            raise error
+
+    for place, _, names in os.walk(folder, onerror=fail):
         inner = Path(place).relative_to(folder).as_posix()
         start = "" if inner == "." else f"{inner}/"
         found.update(

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neco_bench.data import DATASETS, data_root, dataset_folder, fraction_names
+from neco_bench.data import DATASETS, data_root, dataset_class, dataset_folder, fraction_names
 from neco_bench.data.base import IGNORE, Dataset, PairDataset, SegmentationDataset
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.errors import BadInputError, NecoBenchError
@@ -59,7 +59,7 @@ def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[Datase
     rows = []
     for name, entry in DATASETS.entries().items():
         try:
-            cls = DATASETS.load(name)
+            cls = dataset_class(name)
         except BadInputError as error:
             rows.append(DatasetRow(name, "", (), (), {}, False, entry.origin, "", str(error)))
             continue
@@ -89,7 +89,7 @@ def check_dataset(
     progress: called as `progress(iterable, desc=text)` around each loop; `tqdm.tqdm` fits. Raises UsageError (unknown
     name) and MissingError (no root, no folder); everything else is a finding.
     """
-    cls = DATASETS.load(name)
+    cls = dataset_class(name)
     folder = dataset_folder(cls, root)
     wrap: Progress = progress or (lambda items, desc: items)
     findings: list[Finding] = []
@@ -143,7 +143,14 @@ def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Fi
     damage: list[str] = []
     for index in wrap(range(len(dataset)), desc=f"{dataset.name} {dataset.split}"):
         try:
-            counts += np.bincount(dataset[index].mask.ravel(), minlength=256)
+            mask = dataset[index].mask
+            ids = np.unique(mask)
+            if wrong := [int(i) for i in ids if not (0 <= i < len(dataset.classes) or i == IGNORE)]:
+                last = len(dataset.classes) - 1
+                raise BadInputError(
+                    f"The mask of {dataset.ids[index]!r} holds {wrong[0]}: ids are 0..{last}, and {IGNORE} for void."
+                )
+            counts += np.bincount(mask.ravel(), minlength=256)
         except NecoBenchError as error:
             damage.append(str(error))
     findings = _damaged(dataset, damage, len(dataset), "image and mask pairs")
@@ -175,11 +182,15 @@ def _check_pairs(dataset: PairDataset, wrap: Progress) -> list[Finding]:
         pair.id
         for pair in dataset.pairs
         for image_id, points in ((pair.source_id, pair.source_points), (pair.target_id, pair.target_points))
-        if image_id in sizes and ((points < 0) | (points > sizes[image_id])).any()
+        if image_id in sizes and not ((points >= 0) & (points <= sizes[image_id])).all()
     ]
     if outside:
         text = f"{len(outside)} pairs have keypoints outside their images, the first is {outside[0]}."
         findings.append(Finding("error", dataset.split, text, "Restore the annotations and images of one version."))
+    flat = [pair.id for pair in dataset.pairs for x1, y1, x2, y2 in [pair.target_box] if not (x1 < x2 and y1 < y2)]
+    if flat:
+        text = f"{len(flat)} pairs have a target box without an area, the first is {flat[0]}."
+        findings.append(Finding("error", dataset.split, text, "Restore the official annotations."))
     empty = [pair.id for pair in dataset.pairs if not len(pair.point_ids)]
     if empty:
         text = f"{len(empty)} pairs have no common keypoint, the first is {empty[0]}."

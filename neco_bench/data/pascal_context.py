@@ -50,7 +50,7 @@ class PascalContext(SegmentationFolder):
         self.folder = next((path for path in candidates if (path / "ImageSets").is_dir()), candidates[0])
         self.split = split
         self.list_file = self.folder / "ImageSets" / "SegmentationContext" / f"{split}.txt"
-        self.ids = tuple(Path(word).stem for word in read_list(type(self), self.list_file))
+        self.ids = read_list(type(self), self.list_file, stems=True)
 
     def files(self, item: str) -> tuple[Path, Path]:
         return self.folder / "JPEGImages" / f"{item}.jpg", self.folder / "SegmentationClassContext" / f"{item}.png"

@@ -25,7 +25,7 @@ from PIL import Image
 from neco_bench.data import DATASETS, data_root
 from neco_bench.data.coco import find_annotation, panoptic_categories, read_segments
 from neco_bench.data.folder import missing, voc_colours
-from neco_bench.data.io import read_mat
+from neco_bench.data.io import id_table, read_mask, read_mat
 from neco_bench.data.voc2012 import VOC2012
 from neco_bench.errors import BadInputError, MissingError, UsageError
 
@@ -83,7 +83,9 @@ def _prepare(name: str, base: Path, source: Path | None, into: str, wrap: Progre
     if source is None or not source.is_file():
         raise UsageError(f"Preparing {name!r} means unpacking an archive: give it as --source FILE.zip or FILE.tar.gz.")
     folder = base / (cls.folder_name or cls.name)
-    return [unpack(source, folder / _safe(into, source) if into else folder, wrap)]
+    if Path(into).is_absolute() or ".." in Path(into).parts:
+        raise UsageError(f"--into {into!r} must be a folder inside that of the data set, such as stuffthingmaps.")
+    return [unpack(source, folder / into, wrap)]
 
 
 def unpack(archive: Path, folder: Path, wrap: Progress = lambda items, desc: items) -> Prepared:
@@ -92,8 +94,8 @@ def unpack(archive: Path, folder: Path, wrap: Progress = lambda items, desc: ite
     Only regular files are taken, under relative paths without "..": anything else, links included, is refused before
     it is written. Raises BadInputError (damaged, unsafe) and UsageError (another file of that name is there).
     """
-    staging = folder / f".{archive.name}.partial"
-    moves: list[tuple[Path, Path]] = []
+    staging = _staging(archive, folder)
+    moves: dict[Path, Path] = {}
     try:
         for name, size, read in wrap(_members(archive), desc=archive.name):
             goal, path = folder / name, staging / name
@@ -101,22 +103,44 @@ def unpack(archive: Path, folder: Path, wrap: Progress = lambda items, desc: ite
                 if goal.stat().st_size != size:
                     raise UsageError(f"{goal} is there already and differs from the one in {archive}. Move it away.")
                 continue
-            if not path.exists() or path.stat().st_size != size:
+            if goal in moves or not path.exists() or path.stat().st_size != size:  # of equal names the last counts
                 path.parent.mkdir(parents=True, exist_ok=True)
                 with read() as content, path.open("wb") as file:
                     shutil.copyfileobj(content, file)
                 if path.stat().st_size != size:
                     raise EOFError(f"{name} ends early")
-            moves.append((path, goal))
-    except _DAMAGE as error:
+            moves[goal] = path
+    except (*_DAMAGE, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 raise it without a number
+            raise
         raise BadInputError(
             f"Archive {archive} is damaged or was downloaded in part: {error}. Download it again."
         ) from error
-    for path, goal in moves:
+    except (NotImplementedError, RuntimeError) as error:
+        raise BadInputError(f"Archive {archive} cannot be unpacked here: {error}. Unpack it yourself.") from error
+    for goal, path in moves.items():
         goal.parent.mkdir(parents=True, exist_ok=True)
         path.replace(goal)
     shutil.rmtree(staging, ignore_errors=True)
     return Prepared(str(folder), len(moves))
+
+
+def _staging(archive: Path, folder: Path) -> Path:
+    """Where an archive is unpacked to, until all of it is there."""
+    return folder / f".{archive.name}.partial"
+
+
+class _Strict(tarfile.TarInfo):
+    """tarfile takes a header that it cannot read, or a file that ends early, for the end of the archive."""
+
+    @classmethod
+    def fromtarfile(cls, tar: tarfile.TarFile) -> _Strict:
+        try:
+            return super().fromtarfile(tar)
+        except tarfile.HeaderError as error:
+            if "end of file header" in str(error):  # the zeros that an archive ends with
+                raise
+            raise tarfile.ReadError(f"{error} at byte {tar.offset}") from error
 
 
 def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, Callable[[], IO[bytes]]]]:
@@ -131,13 +155,15 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, Callable[[], I
                     raise _unsafe(archive, info.filename)
                 yield _safe(info.filename, archive), info.file_size, partial(file.open, info)
     else:
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, tarinfo=_Strict) as tar:
             for member in tar:
                 if member.isdir() or _junk(member.name):
                     continue
                 if not member.isreg():
                     raise _unsafe(archive, member.name)
                 yield _safe(member.name, archive), member.size, partial(_open_member, tar, member)
+            while tar.fileobj is not None and tar.fileobj.read(1 << 20):
+                pass  # a compressed stream is checked where it ends
 
 
 def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -147,7 +173,8 @@ def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
 
 
 def _junk(name: str) -> bool:
-    return name.startswith("__MACOSX/") or PurePosixPath(name).name in (".DS_Store", "Thumbs.db")
+    last = PurePosixPath(name).name
+    return name.startswith("__MACOSX/") or last.startswith("._") or last in (".DS_Store", "Thumbs.db")
 
 
 def _safe(name: str, archive: Path) -> PurePosixPath:
@@ -198,9 +225,9 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
     folder = next((place for place in places if next(place.glob("*.mat"), None)), None)
     if folder is None:
         raise MissingError(f"No SBD below {source}: benchmark_RELEASE/dataset/cls/NAME.mat is expected.")
-    annotated = {path.stem for path in folder.glob("*.mat")}
+    annotated = {path.stem for path in folder.glob("*.mat") if not path.name.startswith("._")}
     for file in (folder.parent / "train.txt", folder.parent / "val.txt"):
-        listed = set(file.read_text(encoding="utf-8").split()) if file.is_file() else set()
+        listed = set(file.read_text(encoding="utf-8", errors="replace").split()) if file.is_file() else set()
         if absent := sorted(listed - annotated):
             raise MissingError(
                 f"{folder} lacks {len(absent)} of the {len(listed)} files that {file} names, the first is "
@@ -215,11 +242,12 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
     def make(name: str) -> Image.Image:
         path = train.files(name)[1] if name in official else folder / f"{name}.mat"
         if name in official:
-            with Image.open(path) as image:
-                mask = np.array(image)
+            mask = read_mask(path, table=id_table({value: value for value in range(256)}), listed_in=train.list_file)
         else:
             try:
                 mask = read_mat(path)["GTcls"]["Segmentation"][0, 0].astype(np.uint8)
+                if mask.ndim != 2:
+                    raise ValueError(f"an array of shape {mask.shape}")
             except (KeyError, ValueError, IndexError) as error:
                 raise BadInputError(f"{path} is not a class file of SBD (GTcls.Segmentation): {error!r}.") from error
         made = Image.fromarray(mask)
@@ -249,7 +277,8 @@ def _coco_panoptic(coco: Path, wrap: Progress) -> list[Prepared]:
     done = []
     for split in ("train", "val"):
         for archive in sorted((coco / "annotations").glob(f"panoptic_{split}2017.zip")):
-            if find_annotation(coco, "panoptic", split) is None:
+            begun = _staging(archive, coco / "annotations").exists()
+            if begun or find_annotation(coco, "panoptic", split) is None:
                 done.append(unpack(archive, coco / "annotations", wrap))
         place = find_annotation(coco, "panoptic", split)
         if place is None:

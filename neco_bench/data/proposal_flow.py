@@ -62,8 +62,8 @@ class PFWillow(_ProposalFlow):
         self.folder, self.split = nested if nested.is_dir() else folder, split
         pairs = []
         for place in sorted(path for path in self.folder.iterdir() if path.is_dir()):
-            points = {file.stem: self._read(file) for file in sorted(place.glob("*.mat"))}
-            alone = points.keys() ^ {file.stem for file in place.glob("*.png")}
+            points = {file.stem: self._read(file) for file in sorted(place.glob("[!.]*.mat"))}
+            alone = points.keys() ^ {file.stem for file in place.glob("[!.]*.png")}
             if alone:
                 raise missing(
                     type(self),
@@ -89,7 +89,7 @@ class PFWillow(_ProposalFlow):
 
     def _read(self, path: Path) -> np.ndarray:
         points = read_mat(path).get("pts_coord", np.zeros(0))
-        if points.shape != (2, 10) or not np.isfinite(points).all():
+        if points.shape != (2, 10) or points.dtype.kind not in "fiu" or not np.isfinite(points).all():
             raise BadInputError(f"{path} lacks pts_coord, 2 x 10 finite numbers. Restore it from the original archive.")
         return points.T.astype(np.float64) - 1
 
@@ -135,7 +135,7 @@ class PFPascal(_ProposalFlow):
                     (Path(r["source_image"]).stem, Path(r["target_image"]).stem, VOC2012.classes[int(r["class"])])
                     for r in csv.DictReader(file, skipinitialspace=True)
                 ]
-        except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
+        except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
             raise BadInputError(
                 f"Pair list {lists[0]} needs the columns source_image, target_image and class 1..20: "
                 f"{type(error).__name__}: {error}. Restore the official list."

@@ -59,7 +59,7 @@ class VOC2012(SegmentationFolder):
                 f"make both from SBD with `neco-bench data prepare voc_sbd --source SBD --data-root DIR`.",
                 MissingError if self.list_file.is_file() or self._masks.is_dir() else AbsentSplitError,
             )
-        self.ids = tuple(Path(word).stem for word in read_list(type(self), self.list_file))
+        self.ids = read_list(type(self), self.list_file, stems=True)
         if not self._masks.is_dir():
             raise missing(type(self), f"the mask folder {self._masks} of split {split!r} is not there.")
 

@@ -37,8 +37,9 @@ def nearest_legacy(mask: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def nearest_centre(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) uint8 -> (height, width) by Pillow's nearest rule, which samples cell centres."""
-    return np.asarray(Image.fromarray(mask).resize((width, height), Image.Resampling.NEAREST))
+    """(H, W) of ids up to 255 -> (height, width) uint8 by Pillow's nearest rule, which samples cell centres."""
+    image = Image.fromarray(mask.astype(np.uint8, copy=False))
+    return np.asarray(image.resize((width, height), Image.Resampling.NEAREST))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Cityscapes, Pascal Context, NYUv2, Proposal Flow, the NeCo layout of VOC, fractions and split files."""
 
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -8,7 +9,7 @@ from data_helpers import image_of, save
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from neco_bench.data import load_dataset
+from neco_bench.data import DATASETS, load_dataset
 from neco_bench.data.cityscapes import LABEL_IDS
 from neco_bench.data.integrity import check_dataset, describe_datasets
 from neco_bench.data.voc2012 import VOC2012
@@ -262,6 +263,42 @@ def test_split_files_of_pairs(spair, tmp_path):
     part = load_dataset("spair71k", "val", root=spair, split_file=path)
     assert part.ids == ("000003-a-b:cat",)
     assert part.pairs[0].id == part.ids[0]
+
+
+def test_part_of_a_set_without_a_known_size_is_marked():
+    whole = load_dataset("shapes", "val")
+    whole.expected, count = {}, len(whole)
+    assert whole.subset is None
+    assert whole.chosen(whole.ids[:3]).subset == {"found": 3, "expected": count}
+
+
+def test_keypoints_that_are_no_numbers_and_boxes_without_area_are_found(spair):
+    path = next((spair / "spair71k").rglob("PairAnnotation/val/*.json"))
+    raw = json.loads(path.read_text())
+    raw["src_kps"][0] = [float("nan"), 1]
+    raw["trg_bndbox"] = [5, 5, 5, 9]
+    path.write_text(json.dumps(raw))
+    texts = " ".join(f.text for f in check_dataset("spair71k", root=spair) if f.level == "error")
+    assert "keypoints outside their images" in texts
+    assert "target box without an area" in texts
+
+
+@pytest.mark.parametrize("value", [print, dict])
+def test_a_plugin_that_is_no_data_set_hides_no_other(value, monkeypatch):
+    load = DATASETS.load
+    monkeypatch.setattr(DATASETS, "load", lambda name: value if name == "camvid" else load(name))
+    rows = {row.name: row.problem for row in describe_datasets()}
+    assert "is not a Dataset class" in rows["camvid"]
+    assert "is not a Dataset class" not in rows["voc2012"]
+    with pytest.raises(BadInputError, match="is not a Dataset class"):
+        load_dataset("camvid", "val")
+
+
+def test_a_frame_listed_twice_under_two_paths(tmp_path):
+    (tmp_path / "camvid").mkdir()
+    (tmp_path / "camvid" / "val.txt").write_text("a/x0.png b\nc/x0.png d\n")
+    with pytest.raises(BadInputError, match="names 'x0' more than once"):
+        load_dataset("camvid", "val", root=tmp_path)
 
 
 def test_small_layout_of_spair(samples):

@@ -199,6 +199,57 @@ def test_links_and_damage_are_refused(tmp_path):
         assert not (tmp_path / "folder" / "a").exists()
 
 
+@pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
+def test_no_part_of_a_tar_is_taken_for_the_whole(tmp_path, mode):
+    """Cut anywhere, with a damaged header, or with a byte changed in what is compressed."""
+    path, folder = tmp_path / "set.tar", tmp_path / "folder"
+    content = np.random.default_rng(0).bytes(3000)
+    with tarfile.open(path, mode, format=tarfile.USTAR_FORMAT) as tar:
+        for i in range(6):
+            info = tarfile.TarInfo(f"{i}")
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    whole = path.read_bytes()
+    length = 6 * (512 + 3072) if mode == "w" else len(whole)
+    cuts = [length * i // 40 for i in range(1, 40)] + ([512, 3584] if mode == "w" else [])
+    changes = [3584 * 2 + 150] if mode == "w" else [len(whole) // 2, len(whole) - 6]
+    damaged = [whole[:cut] for cut in cuts] + [whole[:i] + bytes([whole[i] ^ 255]) + whole[i + 1 :] for i in changes]
+    for data in damaged:
+        path.write_bytes(data)
+        with pytest.raises(BadInputError, match="damaged or was downloaded in part"):
+            unpack(path, folder)
+        assert not any((folder / f"{i}").exists() for i in range(6))
+    path.write_bytes(whole)
+    assert unpack(path, folder).written == 6
+
+
+def test_of_equal_names_in_a_tar_the_last_counts(tmp_path):
+    with tarfile.open(tmp_path / "set.tar", "w") as tar:
+        for content in (b"old", b"new"):
+            info = tarfile.TarInfo("a")
+            info.size = 3
+            tar.addfile(info, io.BytesIO(content))
+    unpack(tmp_path / "set.tar", tmp_path / "folder")
+    assert (tmp_path / "folder" / "a").read_bytes() == b"new"
+
+
+def test_the_option_is_named_where_into_leaves_the_folder(tmp_path):
+    for into in ("../x", "/abs"):
+        with pytest.raises(UsageError, match="--into"):
+            prepare("coco_stuff", tmp_path, source=packed_one(tmp_path), into=into)
+
+
+def test_a_bad_mask_of_voc_is_named_as_such(voc_and_sbd):
+    root, base, source = voc_and_sbd
+    mask = base / "SegmentationClass" / "2008_000009.png"
+    save(mask, image_of(9))
+    with pytest.raises(BadInputError, match=r"2008_000009\.png is a colour mask"):
+        prepare("voc_sbd", root, source=source)
+    mask.unlink()
+    with pytest.raises(MissingError, match=r"no mask .*2008_000009\.png"):
+        prepare("voc_sbd", root, source=source)
+
+
 def test_the_command(voc_and_sbd, capsys, monkeypatch):
     root, _, source = voc_and_sbd
     arguments = ["data", "prepare", "voc_sbd", "--source", str(source), "--data-root", str(root), "--json"]
