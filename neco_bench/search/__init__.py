@@ -44,9 +44,9 @@ MAX_DOUBT = 0.5  # share of queries searched again above which half precision is
 class Sizes(NamedTuple):
     """How much is done at once.
 
-    keys: in one product; on CPUs more slow the product down, fewer the finding of the best. scores: bytes of those held
-    at once. measured: keys and queries of a measurement of the ways. worth_measuring: keys times queries of the first
-    search, from which they are measured.
+    keys: in one product, or up to twice as many where these are all; on CPUs more slow the product down, fewer the
+    finding of the best. scores: bytes of those held at once. measured: keys and queries of a measurement of the ways.
+    worth_measuring: keys times queries of the first search, from which they are measured.
     """
 
     keys: int
@@ -55,7 +55,7 @@ class Sizes(NamedTuple):
     worth_measuring: int
 
 
-ON_CPU = Sizes(51_200, 16 * 2**20, (16_384, 512), 2**26)
+ON_CPU = Sizes(25_600, 16 * 2**20, (16_384, 512), 2**26)
 ON_GPU = Sizes(131_072, 2**30, (131_072, 8_192), 2**36)
 
 Found = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
@@ -118,7 +118,7 @@ def merged(found: list[Found], k: int) -> Found:
 def blocked(keys: Tensor, queries: Tensor, k: int, multiply: Callable[..., object]) -> Found:
     """The k best of `keys` (M, D) for each query, by products that `multiply(queries, keys.T, out=scores)` computes."""
     at_once = sizes(keys.device)
-    width = min(len(keys), at_once.keys)
+    width = at_once.keys if len(keys) > 2 * at_once.keys else len(keys)
     step = max(1, at_once.scores // (keys.element_size() * width))
     # One piece of memory for all products: to ask the system for fresh pages takes as long as a product.
     memory = torch.empty(min(step, len(queries)) * width, dtype=keys.dtype, device=keys.device)
