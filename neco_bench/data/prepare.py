@@ -116,7 +116,7 @@ def unpack(archive: Path, folder: Path, wrap: Progress = lambda items, desc: ite
         raise BadInputError(
             f"Archive {archive} is damaged or was downloaded in part: {error}. Download it again."
         ) from error
-    except (NotImplementedError, RuntimeError) as error:
+    except RuntimeError as error:  # encrypted, or compressed in a way that Python does not know
         raise BadInputError(f"Archive {archive} cannot be unpacked here: {error}. Unpack it yourself.") from error
     for goal, path in moves.items():
         goal.parent.mkdir(parents=True, exist_ok=True)

@@ -23,6 +23,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
@@ -386,26 +387,13 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
             facts["folder"] = {
                 str(file.relative_to(folder)): file_sha256(file)
                 for file in sorted(folder.rglob("*"))
-                if file.suffix in _MODEL_FILES
+                if _MODEL_FILES.fullmatch(file.name)
             }
         facts["version"] = _version(package)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
-_MODEL_FILES = {
-    ".py",
-    ".json",
-    ".yaml",
-    ".yml",
-    ".toml",
-    ".safetensors",
-    ".bin",
-    ".pth",
-    ".pt",
-    ".ckpt",
-    ".npz",
-    ".npy",
-}
+_MODEL_FILES = re.compile(r".+\.(py|json|ya?ml|toml|safetensors|bin|pth|pt|ckpt|npz|npy)")
 
 
 def _code_identity(request: Request) -> dict[str, Any]:
