@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from neco_bench.cli import main
 from neco_bench.results.store import ResultStore
 from tests.command import neco
 
@@ -44,6 +45,30 @@ def test_a_job_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
     assert [row["model"] for row in json.loads(out)] == ["baseline_rgb"]  # the other job is not lost
     assert "ended without a result" in err
     assert "_log.err" in err
+
+
+def test_an_interruption_ends_the_jobs_that_are_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled: list[int] = []
+
+    class Submitted:
+        def __init__(self, number: int) -> None:
+            self.number = number
+
+        def done(self) -> bool:
+            return self.number == 0
+
+        def cancel(self, check: bool) -> None:
+            cancelled.append(self.number)
+
+        def result(self) -> None:
+            raise KeyboardInterrupt
+
+    numbers = iter(range(2))
+    monkeypatch.setattr("submitit.AutoExecutor.submit", lambda *_: Submitted(next(numbers)))
+    with pytest.raises(SystemExit) as exit_:
+        main(["run", *GRID, "--out", str(tmp_path), "--launcher", "local"])
+    assert exit_.value.code == 130
+    assert cancelled == [1]
 
 
 def test_wrong_launchers(tmp_path: Path) -> None:
