@@ -15,18 +15,43 @@ else:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The document in `path`. Raises MissingError or BadInputError, naming the file."""
+    """Read the document in `path`, with or without a byte order mark.
+
+    Raises MissingError (no such file) and BadInputError (not UTF-8, not TOML, nested too deeply, integers of more than
+    64 bits, not a readable file), naming the file.
+    """
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8"))
+        document = tomllib.loads(path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
+        _check_integers(document)
     except FileNotFoundError as error:
         raise MissingError(f"{path} does not exist.") from error
-    except tomllib.TOMLDecodeError as error:
+    except OSError as error:
+        raise BadInputError(f"{path} could not be read ({error.strerror or error}). Give a TOML file.") from error
+    except UnicodeDecodeError as error:
+        raise BadInputError(
+            f"{path} is not UTF-8 text ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from None
+    except RecursionError:
+        raise BadInputError(f"{path} is nested too deeply. Write fewer brackets or shorter dotted keys.") from None
+    except ValueError as error:  # TOMLDecodeError, and what Python says of numbers and dates
         raise BadInputError(f"{path} is not valid TOML: {error}.") from error
+    return document
 
 
 def parse_value(text: str) -> Any:
-    """A single TOML value, or the text itself where it is none."""
+    """Read a single TOML value; give the text itself where it is none."""
     try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
+        document = tomllib.loads(f"value = {text}")
+        _check_integers(document)
+    except (ValueError, RecursionError):
         return text
+    return document["value"] if len(document) == 1 else text
+
+
+def _check_integers(value: Any) -> None:
+    """Raise ValueError for an integer of more than 64 bits, which TOML does not have."""
+    if isinstance(value, dict | list):
+        for part in value.values() if isinstance(value, dict) else value:
+            _check_integers(part)
+    elif isinstance(value, int) and not -(2**63) <= value < 2**63:
+        raise ValueError("an integer has more than 64 bits")
