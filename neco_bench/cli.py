@@ -290,7 +290,13 @@ def train(
     device: Device = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the recipe's.")] = None,
     workers: Annotated[int | None, typer.Option(help="Loading processes; default: cores - 1, at most 16.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="Go on from the last checkpoint in --out; learning rates, precision, steps and the like may change.",
+        ),
+    ] = False,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
     evaluate: Annotated[
         list[str] | None, typer.Option("--eval", metavar="TASK", help="Score on this task while training; repeatable.")
@@ -321,6 +327,7 @@ def train(
         device=device,
         workers=workers,
         resume=resume,
+        stated=tuple(settings),
         save_every=save_every,
         evaluate=tuple(evaluate or ()),
         eval_every=eval_every,
@@ -328,7 +335,11 @@ def train(
         checkpointing=checkpointing,
         tensorboard=tensorboard,
     )
-    run_folder = loop.train(load_recipe(recipe, settings), options)
+    try:
+        run_folder = loop.train(load_recipe(recipe, settings), options)
+    except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
+        print(f"interrupted; --resume goes on from the last checkpoint in {out}, if there is one.", file=sys.stderr)
+        raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
         print(run_folder)
         print(f"done; evaluate it with: neco-bench run --model {out} --task TASK", file=sys.stderr)

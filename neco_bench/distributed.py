@@ -7,13 +7,20 @@ until there are several processes.
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# For groups in which one process may work for hours while the others wait. One that dies is noticed by torchrun.
+NO_LIMIT = timedelta(days=365)
+
 _place = (0, 1)
+_group: Any = None  # of these processes; None is the default group
 
 
 def started_by_torchrun() -> bool:
@@ -28,8 +35,22 @@ def join() -> None:
 
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
-    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    torch.distributed.init_process_group("nccl" if torch.cuda.is_available() else "gloo", timeout=NO_LIMIT)
     _place = torch.distributed.get_rank(), torch.distributed.get_world_size()
+
+
+@contextlib.contextmanager
+def sharing(group: Any) -> Iterator[None]:
+    """Share runs out over the processes of a torch.distributed group that this one belongs to."""
+    global _place, _group
+    import torch.distributed as dist
+
+    before = _place, _group
+    _place, _group = (dist.get_rank(group), dist.get_world_size(group)), group
+    try:
+        yield
+    finally:
+        _place, _group = before
 
 
 def rank() -> int:
@@ -49,7 +70,7 @@ def gather(value: Any) -> list[Any]:
     import torch.distributed as dist
 
     found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value)
+    dist.all_gather_object(found, value, group=_group)
     return found
 
 
@@ -61,5 +82,5 @@ def gather_rows(rows: Tensor, most: int) -> list[Tensor]:
     padded = rows.new_zeros(most, *rows.shape[1:])
     padded[: len(rows)] = rows
     parts = [torch.empty_like(padded) for _ in counts]
-    torch.distributed.all_gather(parts, padded)
+    torch.distributed.all_gather(parts, padded, group=_group)
     return [part[:count] for part, count in zip(parts, counts, strict=True)]

@@ -3,42 +3,105 @@
     student.safetensors, teacher.safetensors    the encoder's weights, in the names of the model it started from
     training.pt                                 heads, optimizer, queue, counters: what going on needs besides
 
-`encoder.json` beside them says how to load the newest as a model: `neco-bench run --model RUN`.
+`encoder.json` beside them says how to load the newest as a model: `neco-bench run --model RUN`. A folder gets its name
+when all its files are written and loses it before the first is deleted, so that a kill at any moment leaves no half of
+one; what it leaves under other names is deleted by `clear`.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
+import logging
 import os
 import re
 import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.weights import inner_module
-from neco_bench.errors import BadInputError, NecoBenchError
+from neco_bench.errors import BadInputError, NecoBenchError, UsageError
 from neco_bench.results.files import write_whole
 
+log = logging.getLogger("neco_bench")
+
 KEPT = 2
+LOCK_SECONDS = 6.0  # loading processes of a killed run, which end within five, may have inherited its lock
+_NAME, _TEMPORARY, _DELETED = re.compile(r"checkpoint-(\d{7,})"), ".checkpoint.tmp", ".{}.old"
 
 
 def checkpoints(run: Path) -> list[Path]:
     """Checkpoint folders of a run, the oldest first."""
-    return sorted(path for path in run.glob("checkpoint-*") if re.fullmatch(r"checkpoint-\d{7}", path.name))
+    return sorted((path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of)
+
+
+def step_of(folder: Path) -> int:
+    """The step of a checkpoint folder."""
+    return int(folder.name.rpartition("-")[2])
+
+
+@contextlib.contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run folder, which is created; the lock of a process ends with it, however it ends.
+
+    Raises UsageError where another process holds it, NecoBenchError where the folder cannot be written.
+    """
+    lock = FileLock(run / "lock")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        raise UsageError(
+            f"--out {run}: another process trains here. Wait until it has ended, or give another --out."
+        ) from None
+    except (OSError, NotImplementedError) as error:
+        raise NecoBenchError(
+            f"{run}: the folder could not be locked ({getattr(error, 'strerror', None) or error}). Make it writable, "
+            f"or choose another one with --out."
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def clear(run: Path) -> None:
+    """Delete what killed processes left in a run folder; only while it is `locked`."""
+    for left in (run / _TEMPORARY, *run.glob(_DELETED.format("checkpoint-*"))):
+        shutil.rmtree(left, ignore_errors=True)
+    for file in run.glob(".*.tmp"):  # of `write_whole`
+        with contextlib.suppress(OSError):
+            file.unlink()
 
 
 def save(run: Path, step: int, networks: dict[str, Encoder], state: dict[str, Any], facts: dict[str, Any]) -> None:
     """Write a checkpoint, then `encoder.json` with `facts`, then delete what is older than the last two.
 
-    networks: encoders by role, "student" and perhaps "teacher". Raises NecoBenchError where it cannot be written;
-    earlier checkpoints are then as they were.
+    A checkpoint of that step that is there is whole, and is not written again. networks: encoders by role, "student"
+    and perhaps "teacher". Raises NecoBenchError where it cannot be written; earlier checkpoints are then as they were.
     """
-    final, temporary = run / f"checkpoint-{step:07d}", run / ".checkpoint.tmp"
+    final = run / f"checkpoint-{step:07d}"
+    if not final.exists():
+        _write(final, networks, state)
+    files = {role: f"{final.name}/{role}.safetensors" if role in networks else None for role in ("student", "teacher")}
+    write_whole(run / "encoder.json", json.dumps({"format": 1, **facts, **files, "step": step}, indent=2).encode())
+    for old in checkpoints(run)[:-KEPT]:
+        deleted = run / _DELETED.format(old.name)
+        with contextlib.suppress(OSError):  # the next checkpoint tries again
+            os.replace(old, deleted)
+            shutil.rmtree(deleted)
+
+
+def _write(final: Path, networks: dict[str, Encoder], state: dict[str, Any]) -> None:
+    """Write the files of a checkpoint under a temporary name, and rename them."""
+    run, temporary = final.parent, final.parent / _TEMPORARY
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
@@ -50,8 +113,6 @@ def save(run: Path, step: int, networks: dict[str, Encoder], state: dict[str, An
         for file in temporary.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
-        if final.exists():
-            shutil.rmtree(final)
         os.replace(temporary, final)
     except (OSError, RuntimeError, SafetensorError) as error:  # each reports a full disk in a way of its own
         shutil.rmtree(temporary, ignore_errors=True)
@@ -61,20 +122,51 @@ def save(run: Path, step: int, networks: dict[str, Encoder], state: dict[str, An
             f"{final}: the checkpoint could not be written ({getattr(error, 'strerror', None) or error}). Free disk "
             f"space or make the folder writable. {kept}give --resume to go on."
         ) from error
-    files = {role: f"{final.name}/{role}.safetensors" if role in networks else None for role in ("student", "teacher")}
-    write_whole(run / "encoder.json", json.dumps({"format": 1, **facts, **files, "step": step}, indent=2).encode())
-    for old in checkpoints(run)[:-KEPT]:
-        shutil.rmtree(old)
 
 
-def restore(folder: Path, networks: dict[str, Encoder]) -> dict[str, Any]:
-    """Load a checkpoint's weights into the encoders and give back its state. Raises BadInputError naming the mend."""
+def restore(folder: Path, networks: dict[str, Encoder], parts: Mapping[str, Any]) -> dict[str, Any]:
+    """Load a checkpoint into the encoders and into `parts`, which have a `load_state_dict`; give back its state.
+
+    A part whose stored state is empty (loss scaling of another precision) stays as it is. Raises BadInputError.
+    """
     try:
         for role, encoder in networks.items():
             inner_module(encoder).load_state_dict(load_file(folder / f"{role}.safetensors"))
-        return torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(folder / "training.pt", map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            if state[name]:
+                part.load_state_dict(state[name])
+        return {**state, "step": int(state["step"]), "unusable": dict(state["unusable"])}
+    except MemoryError:
+        raise
     except Exception as error:  # readers raise many types; whichever it is, this checkpoint is at fault
-        raise BadInputError(
-            f"Checkpoint {folder} cannot be read ({type(error).__name__}: {str(error).splitlines()[0]}). Delete it to "
-            f"go on from the one before, or from the start."
-        ) from error
+        reason = str(error).splitlines()[0] if str(error) else ""
+        raise BadInputError(f"Checkpoint {folder} cannot be read ({type(error).__name__}: {reason}).") from error
+
+
+def restore_newest(
+    run: Path, networks: dict[str, Encoder], parts: Mapping[str, Any]
+) -> tuple[Path, dict[str, Any], list[Path]]:
+    """`restore` the newest checkpoint that can be read. Returns it, its state, and those that cannot be read.
+
+    Raises BadInputError where none can be read.
+    """
+    unreadable: list[Path] = []
+    for folder in reversed(checkpoints(run)):
+        try:
+            state = restore(folder, networks, parts)
+        except BadInputError as error:
+            log.warning("%s The one before is tried.", error)
+            unreadable.append(folder)
+            last = error
+        else:
+            return folder, state, unreadable
+    raise BadInputError(f"{last} Nor can any before it: give another --out, or delete {run} to begin again.") from last
+
+
+def set_aside(folder: Path) -> None:
+    """Rename a checkpoint that cannot be read, so that the run can write that step again."""
+    aside = folder.with_name(f"unreadable-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    os.replace(folder, aside)
+    log.warning("%s is now called %s; delete it when you have no use for it.", folder, aside.name)

@@ -17,6 +17,7 @@ from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_m
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 # Data sets by name: the folder of each below the data root, and where its training images are in that.
+MOST_SHAPES = 10_000_000  # names of images that are generated: a gigabyte
 FOLDERS = {"coco": ("coco", "train2017"), "imagenet": ("imagenet", "train"), "voc": ("voc2012", "")}
 
 
@@ -49,7 +50,7 @@ class Images:
             if self.folder is not None:
                 try:
                     size = os.stat(self.folder / name).st_size
-                except OSError:
+                except (OSError, ValueError):  # absent, or a name that no file can have
                     size = -1
             digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
@@ -64,17 +65,19 @@ def open_images(spec: str, root: Path | None = None) -> Images:
     Raises UsageError (unknown name), MissingError (nothing there) and BadInputError (an empty list).
     """
     name, _, rest = spec.partition(":")
-    if name == "shapes" and not Path(spec).exists():
-        if rest and not (rest.isdecimal() and int(rest)):
-            raise UsageError(f"--data {spec!r}: write shapes:N with the number of images to generate.")
-        count = int(rest or TRAIN)
+    if name == "shapes" and not os.path.exists(spec):
+        count = int(rest) if rest.isdecimal() and len(rest) < 10 else 0 if rest else TRAIN
+        if not 0 < count <= MOST_SHAPES:
+            raise UsageError(
+                f"--data {spec!r}: write shapes:N with the number of images to generate, at most {MOST_SHAPES:,}."
+            )
         return Images(tuple(f"train/{i}" for i in range(count)), f"shapes ({count} generated images)")
-    if name in FOLDERS and not Path(spec).exists():
+    if name in FOLDERS and not os.path.exists(spec):
         return _named(name, rest, root)
-    path = Path(spec).expanduser()
-    if path.is_dir():
+    path = Path(os.path.expanduser(spec))
+    if os.path.isdir(path):
         return _in_folder(path, path.resolve().name)
-    if path.is_file():
+    if os.path.isfile(path):
         return _in_list(path)
     known = [*FOLDERS, "shapes"]
     raise MissingError(
@@ -88,7 +91,7 @@ def _named(name: str, rest: str, root: Path | None) -> Images:
     base = data_root(root)
     if not rest and base is None:
         raise MissingError(f"--data {name}: no data root is given. Use --data-root DIR, or --data {name}:FOLDER.")
-    folder = Path(rest).expanduser() if rest else Path(base or "") / below
+    folder = Path(os.path.expanduser(rest)) if rest else Path(base or "") / below
     if name != "voc":
         if not (folder / inside).is_dir():
             raise MissingError(f"--data {name}: its images should be in {folder / inside}, which is not there.")
@@ -120,12 +123,12 @@ def _in_folder(folder: Path, description: str) -> Images:
 
 def _in_list(path: Path) -> Images:
     try:
-        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
     except (UnicodeDecodeError, OSError) as error:
         raise BadInputError(f"{path} is not a list of image files, one a line ({error}).") from error
     names = [line for line in lines if line]
     if not names:
         raise BadInputError(f"{path} names no images; write one path a line.")
-    if not any((path.parent / name).is_file() for name in names):
+    if not any(os.path.isfile(path.parent / name) for name in names):
         raise MissingError(f"{path}: none of its {len(names)} files is there, the first is {path.parent / names[0]}.")
     return Images(tuple(dict.fromkeys(names)), path.name, path.parent)

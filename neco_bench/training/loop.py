@@ -2,29 +2,30 @@
 
 A run folder holds
 
-    recipe.json                the recipe with every value, the base, the data, and versions
+    recipe.json                the recipe with every value, what was changed on resuming, the base, the data, versions
     checkpoint-<step>/         see `checkpoints`; encoder.json says which is the newest
     log.csv                    one line per step
     eval.csv, results/         scores on task cards, where they were asked for
+    lock                       held by the process that trains here
 
 On one process a resumed run gives the same weights, bit for bit, as one that was never interrupted. Started by torchrun
 (`torchrun --nproc-per-node 2 -m neco_bench train ...`) a step's batch is shared by the processes, and gradients are
-averaged (DistributedDataParallel).
+averaged (DistributedDataParallel); evaluation is shared too.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import csv
 import io
 import json
 import logging
 import math
 import os
+import re
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,21 +37,23 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
+from neco_bench import distributed
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.run_folder import architecture
 from neco_bench.encoders.specs import load_encoder, resolve_device
 from neco_bench.encoders.zoo import PRECISIONS, describe
-from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
+from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError
 from neco_bench.protocol import find_tasks
 from neco_bench.results.files import write_whole
 from neco_bench.results.provenance import environment, peak_memory_mb
 from neco_bench.runner import Options as RunOptions
-from neco_bench.training import checkpoints
+from neco_bench.training import checkpoints, limits
 from neco_bench.training.batches import Order, loader
 from neco_bench.training.images import Images, open_images
+from neco_bench.training.log import StepLog, Table
 from neco_bench.training.networks import Network, Place, StochasticDepth, make_trainable, parameter_groups, set_training
 from neco_bench.training.objectives import OBJECTIVES, Batch, mean_over_processes
-from neco_bench.training.recipe import Recipe
+from neco_bench.training.recipe import CHANGEABLE, Recipe
 
 log = logging.getLogger("neco_bench")
 
@@ -58,7 +61,9 @@ log = logging.getLogger("neco_bench")
 @dataclass(frozen=True)
 class Options:
     """How to train, none of which the result hangs on but for rounding. evaluate: tasks scored every `eval_every`
-    steps and at the end. save_every: steps between checkpoints. None: the best device, cores - 1 workers."""
+    steps and at the end. save_every: steps between checkpoints. stated: names of the recipe's values that this command
+    gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device, cores - 1
+    workers."""
 
     out: Path
     data: str
@@ -67,6 +72,7 @@ class Options:
     device: str | None = None
     workers: int | None = None
     resume: bool = False
+    stated: tuple[str, ...] = ()
     save_every: int = 500
     evaluate: tuple[str, ...] = ()
     eval_every: int = 1000
@@ -99,9 +105,10 @@ def cosine(first: float, last: float, step: int, steps: int) -> float:
 def train(recipe: Recipe, options: Options) -> Path:
     """Train by a recipe and return the run folder.
 
-    Raises UsageError (settings that do not fit each other, a folder that holds another run), MissingError (images,
-    weights), BadInputError (too many unusable images, a broken checkpoint), NumericalError (a loss that is not finite;
-    its batch is saved), Interrupted (SIGINT or SIGTERM, state saved), NecoBenchError (a full disk).
+    Raises UsageError (settings that do not fit each other or what there is, a folder that holds another run or in which
+    another process trains), MissingError (images, weights), BadInputError (too many unusable images, no checkpoint that
+    can be read), NumericalError (a loss that is not finite; its batch is saved), Interrupted (SIGINT or SIGTERM, state
+    saved), NecoBenchError (a full disk, no more memory).
     """
     with _processes(options) as (rank, world, device):
         return _Run(recipe, options, rank, world, device).run()
@@ -145,6 +152,8 @@ class _Run:
         self._check_sizes(encoder)
         count = recipe.batch_size // world // recipe.accumulate
         self.place = Place(recipe.seed, count, rank * count, world * count)
+        self.workers = RunOptions(workers=options.workers).workers_used
+        limits.check(recipe, encoder, self.place, self.steps, self.workers)
         teacher = copy.deepcopy(encoder)
         make_trainable(encoder, recipe, self.place, options.checkpointing)
         if options.compiled and any(isinstance(module, StochasticDepth) for module in encoder.modules()):
@@ -167,8 +176,11 @@ class _Run:
         if world > 1:
             on = [device] if device.type == "cuda" else None
             self.embed = DistributedDataParallel(self.student, device_ids=on)
+            self.patient: Any = dist.new_group(timeout=distributed.NO_LIMIT)  # to wait for what one process does alone
         self.unusable: dict[str, str] = {}
+        self.changes: list[dict[str, Any]] = []  # of settings, on the way: {"step", "from", "to"}
         self.stop: int | None = None
+        self.evaluating = False
 
     def _check_sizes(self, encoder: Encoder) -> None:
         for name in ("global_size", "local_size"):
@@ -212,9 +224,18 @@ class _Run:
             heads["teacher_head"] = self.teacher.projection_head
         return {**heads, "objective": self.objective, "optimizer": self.optimizer, "scaler": self.scaler}
 
+    def _wait(self) -> None:
+        """Wait for the other processes, for as long as it takes."""
+        if self.world > 1:
+            dist.barrier(self.patient)
+
     def _save(self, step: int) -> None:
-        if self.rank:
-            return
+        """Save a checkpoint; the other processes wait for the first."""
+        if self.rank == 0:
+            self._save_alone(step)
+        self._wait()
+
+    def _save_alone(self, step: int) -> None:
         self._check_features(step)
         state = {name: part.state_dict() for name, part in self._parts.items()}
         state |= {"step": step, "unusable": self.unusable}
@@ -226,7 +247,7 @@ class _Run:
             "layers": None,
             "embed_dim": encoder.embed_dim,
             "stride": encoder.stride,
-            "training_data": self._training_data(),
+            "training_data": self._training_data(step),
         }
         checkpoints.save(self.options.out, step, self._encoders, state, facts)
 
@@ -237,43 +258,97 @@ class _Run:
             encoder.encode(torch.zeros(1, 3, size, size))
         except NumericalError as error:
             raise NumericalError(
-                f"after step {step} the features are not finite, so that this state is not saved. Use a smaller "
-                f"--set lr_backbone; --resume goes on from the last checkpoint."
+                f"after step {step} the features are not finite, so that this state is not saved. Go on from the last "
+                f"checkpoint with --resume and a smaller --set lr_backbone."
             ) from error
         set_training(self.student)
 
-    def _training_data(self) -> str:
+    def _training_data(self, step: int) -> str:
+        """What the weights of a step have seen, for people."""
         start = "" if self.options.weights else describe(self.recipe.base).get("training_data", "")
         before = f"{start} (the start's); " if start else ""
-        return f"{before}{self.images.description} ({self.recipe.objective}, {self.steps} steps)"
+        changes = "".join(
+            f", from step {change['step']} on {name}={value}"
+            for change in self.changes
+            if change["step"] < step
+            for name, value in change["to"].items()
+        )
+        return f"{before}{self.images.description} ({self.recipe.objective}, {self.steps} steps{changes})"
 
-    def _begin(self) -> int:
-        """The step to begin with: 0, or that of the last checkpoint. Checks that the folder holds this very run."""
-        out, told = self.options.out, self._told()
-        folders, record = checkpoints.checkpoints(out), out / "recipe.json"
-        if not folders:
+    def _begin(self) -> tuple[int, list[Path]]:
+        """The step to begin with: 0, or that of the last checkpoint that can be read, and those that cannot.
+
+        Checks that the folder holds this very run, but for changes that are stated.
+        """
+        out = self.options.out
+        if self.rank == 0:
+            checkpoints.clear(out)
+        if not checkpoints.checkpoints(out):
             if self.rank == 0:
-                write_whole(record, json.dumps({**told, "environment": environment()}, indent=2, default=str).encode())
-            return 0
+                self._record()
+            return 0, []
         if not self.options.resume:
             raise UsageError(f"--out {out} holds a run already. Give --resume to go on with it, or another folder.")
+        stored, before = self._stored()
+        changed = self._changed(before)
+        if self.rank == 0:
+            folder, state, unreadable = checkpoints.restore_newest(out, self._encoders, self._parts)
+        if self.world > 1:  # all go on from the one that the first can read
+            with distributed.sharing(self.patient):
+                folder, unreadable = distributed.gather((folder, unreadable) if self.rank == 0 else None)[0]
+            if self.rank:
+                state = checkpoints.restore(folder, self._encoders, self._parts)
+        self.unusable, step = state["unusable"], state["step"]
+        if step > self.steps:
+            raise UsageError(
+                f"--resume: {out} has done {step} steps already, more than the {self.steps} of these settings. Use "
+                f"--set steps={step} or more."
+            )
+        # What was changed after this checkpoint was written holds from it on.
+        self.changes = [{**change, "step": min(change["step"], step)} for change in stored]
+        if changed:
+            kinds = {kind: {name: pair[i] for name, pair in changed.items()} for i, kind in enumerate(("from", "to"))}
+            self.changes.append({"step": step, **kinds})
+            if self.rank == 0:
+                log.warning("from step %d on: %s", step, _pairs(changed, "{0} instead of {1!r}"))
+        if self.rank == 0 and self.changes != stored:
+            self._record()
+        return step, unreadable
+
+    def _record(self) -> None:
+        """Write recipe.json."""
+        content = {**self._told(), "changes": self.changes, "environment": environment()}
+        write_whole(self.options.out / "recipe.json", json.dumps(content, indent=2, default=str).encode())
+
+    def _stored(self) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """The changes so far and the settings of the run in the folder. Raises BadInputError where there are none."""
+        record = self.options.out / "recipe.json"
         try:
             stored = json.loads(record.read_text(encoding="utf-8"))
-            then, now = ({**facts.pop("recipe"), **facts} for facts in (stored, json.loads(json.dumps(told))))
-        except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+            changes = [{name: dict(c[name]) if name != "step" else int(c[name]) for name in ("step", "from", "to")}
+                       for c in stored.pop("changes", [])]  # fmt: skip
+            return changes, {**stored.pop("recipe"), **stored}
+        except (OSError, ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise BadInputError(f"{record} cannot be read ({error!r}), so the run cannot be resumed.") from error
-        changed = [name for name in now if now[name] != then.get(name) and name != "max_unreadable"]
-        if changed:
+
+    def _changed(self, before: dict[str, Any]) -> dict[str, tuple[Any, Any]]:
+        """{name: (before, now)} of settings that differ. Raises UsageError for those that may not or are not stated."""
+        told = json.loads(json.dumps(self._told()))
+        now = {**told.pop("recipe"), **told}
+        changed = {name: (before.get(name), now[name]) for name in now if now[name] != before.get(name)}
+        changed.pop("max_unreadable", None)
+        stated = {*self.options.stated} & {*CHANGEABLE}
+        if stated & {"epochs", "steps"}:
+            stated |= {"epochs", "steps"}
+        refused = {name: pair for name, pair in changed.items() if name not in stated}
+        if refused:
+            free = [name for name in refused if name in CHANGEABLE]
+            hint = f" To change {', '.join(free)} from here on, say so with --set." if free else ""
             raise UsageError(
-                f"--resume: {out} was begun with "
-                + ", ".join(f"{name}={then.get(name)!r} (now {now[name]!r})" for name in changed)
-                + ". Use the same settings, or another --out."
+                f"--resume: {self.options.out} was begun with {_pairs(refused, '{1!r} (now {0!r})')}. Use the same "
+                f"settings, or another --out.{hint}"
             )
-        state = checkpoints.restore(folders[-1], self._encoders)
-        for name, part in self._parts.items():
-            part.load_state_dict(state[name])
-        self.unusable = dict(state["unusable"])
-        return int(state["step"])
+        return changed
 
     def _told(self) -> dict[str, Any]:
         return {
@@ -288,18 +363,28 @@ class _Run:
     # Steps ----------------------------------------------------------------------------------------------------------
 
     def run(self) -> Path:
-        first = self._begin()
-        if self.world > 1:
-            dist.barrier()  # every process has seen the folder before the first writes to it
+        with checkpoints.locked(self.options.out) if self.rank == 0 else contextlib.nullcontext():
+            return self._run()
+
+    def _run(self) -> Path:
+        self._wait()  # for the lock
+        first, unreadable = self._begin()
+        self._wait()  # every process has seen the folder before the first writes to it
         recipe, options = self.recipe, self.options
         order = Order(len(self.images), recipe, first, self.steps, self.place.start, self.place.images)
-        workers = RunOptions(workers=options.workers).workers_used
         with self._signals(), contextlib.ExitStack() as stack:
-            batches = iter(loader(self.images, recipe, order, workers, self.device.type == "cuda"))
-            records = stack.enter_context(contextlib.closing(_Records(options, first))) if self.rank == 0 else None
+            batches = iter(loader(self.images, recipe, order, self.workers, self.device.type == "cuda"))
+            records = None
+            if self.rank == 0:
+                records = stack.enter_context(contextlib.closing(StepLog(options.out, first, options.tensorboard)))
+                Table(options.out / "eval.csv").begin(first)
             # A folder that cannot be written is an error now, not after hours; and a run that was killed while it saved
             # may have an encoder.json of an older checkpoint, or none.
             self._save(first)
+            for folder in unreadable if self.rank == 0 else ():
+                checkpoints.set_aside(folder)
+            if self._stopped():
+                raise self._interrupted(first)
             if first == self.steps or first % options.eval_every == 0:
                 self._evaluate(first)
             bar = tqdm(
@@ -313,7 +398,8 @@ class _Run:
             for step in range(first, self.steps):
                 start = time.perf_counter()
                 settings = self._schedule(step)
-                loss = self._step(step, batches, settings["momentum"])
+                with _memory_errors(step + 1):
+                    loss = self._step(step, batches, settings["momentum"])
                 seconds = time.perf_counter() - start
                 row = {
                     "step": step + 1,
@@ -338,10 +424,7 @@ class _Run:
                 if scored and not stopped:
                     self._evaluate(done)
                 if stopped:
-                    raise Interrupted(
-                        f"interrupted after step {done} of {self.steps}; the state is in {options.out}. The same "
-                        f"command with --resume goes on from there."
-                    )
+                    raise self._interrupted(done)
         return options.out
 
     def _step(self, step: int, batches: Iterator[Any], momentum: float) -> float:
@@ -395,19 +478,28 @@ class _Run:
         torch.save({**vars(batch), "step": step + 1, "loss": value}, content)
         write_whole(path, content.getvalue())
         raise NumericalError(
-            f"the loss of step {step + 1} is {value}. Its images are in {path}; the last checkpoint is untouched. Use "
-            f"--set precision=fp32 or a smaller --set lr_backbone."
+            f"the loss of step {step + 1} is {value}. Its images are in {path}; the last checkpoint is untouched. Go "
+            f"on from it with --resume and --set precision=fp32 or a smaller --set lr_backbone."
         )
 
     # Besides --------------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def _signals(self) -> Iterator[None]:
-        """SIGINT and SIGTERM end the run after its present step; a second one ends it at once."""
+        """SIGINT and SIGTERM end the run after its present step, or at once what scores a state that is saved.
+
+        A second Ctrl-C ends it at once, anywhere. torchrun passes each signal on to workers that the terminal or the
+        cluster has signalled already: there a Ctrl-C counts when it comes twice.
+        """
+        most = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
+        interrupts = 0
 
         def note(number: int, frame: Any) -> None:
-            self.stop = int(number)
-            signal.signal(number, before[signal.Signals(number)])
+            nonlocal interrupts
+            interrupts += number == signal.SIGINT
+            again, self.stop = self.stop is not None, int(number)
+            if interrupts > most or (self.evaluating and not again):
+                raise KeyboardInterrupt
 
         before: dict[signal.Signals, Any] = {}
         with contextlib.suppress(ValueError):  # only the main thread may
@@ -419,6 +511,12 @@ class _Run:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
+    def _interrupted(self, step: int) -> Interrupted:
+        return Interrupted(
+            f"interrupted after step {step} of {self.steps}; the state is in {self.options.out}. The same command with "
+            f"--resume goes on from there."
+        )
+
     def _stopped(self) -> bool:
         """Was any process told to stop?"""
         return self._mean(float(self.stop is not None)) > 0
@@ -429,94 +527,69 @@ class _Run:
         return peak_memory_mb()
 
     def _evaluate(self, step: int) -> None:
-        """Score the checkpoint just saved on each task, as anyone would who names the run folder as a model."""
+        """Score the checkpoint just saved on each task, as anyone would who names the run folder as a model.
+
+        The processes share each task out. A signal ends it at once: --resume scores again what is not in eval.csv.
+        """
         if not self.options.evaluate:
             return
-        if self.rank == 0:
-            import neco_bench
+        self.evaluating = True
+        try:
+            if self.stop is not None:
+                raise KeyboardInterrupt
+            with distributed.sharing(self.patient) if self.world > 1 else contextlib.nullcontext():
+                self._score(step)
+        except (Exception, KeyboardInterrupt):  # another process that was interrupted first breaks the exchange
+            if self.stop is None:
+                raise
+            raise self._interrupted(step) from None
+        finally:
+            self.evaluating = False
 
-            scores = self.options.out / "eval.csv"
-            for task in self.options.evaluate:
-                if _has_scored(scores, step, task):  # before an interruption
-                    continue
-                result = neco_bench.run(
-                    str(self.options.out),
-                    task,
-                    data_root=self.options.data_root,
-                    out=self.options.out / "results",
-                    device=str(self.device),
-                    workers=self.options.workers,
-                )
+    def _score(self, step: int) -> None:
+        import neco_bench
+
+        scores = Table(self.options.out / "eval.csv")
+        open_tasks = _not_scored(scores, step, self.options.evaluate) if self.rank == 0 else None
+        for task in distributed.gather(open_tasks)[0]:
+            result = neco_bench.run(
+                str(self.options.out),
+                task,
+                data_root=self.options.data_root,
+                out=self.options.out / "results",
+                device=str(self.device),
+                workers=self.options.workers,
+                overwrite=self.world > 1,  # what one process had and another not would not be computed together
+            )
+            if self.rank == 0:
                 low, high = result.ci95.get(result.primary_metric, (math.nan, math.nan))
                 row = {"step": step, "task": f"{result.task}@{result.protocol}", "metric": result.primary_metric}
                 values = {"value": result.metrics[result.primary_metric], "low": low, "high": high}
-                _append(scores, row | values)
+                scores.append(row | values)
                 log.warning("step %d: %s %s %.2f", step, result.task, result.primary_metric, 100 * values["value"])
-        if self.world > 1:
-            dist.barrier()
 
 
-def _has_scored(scores: Path, step: int, task: str) -> bool:
-    """Whether eval.csv has a row of this step and task."""
-    if not scores.is_file():
-        return False
-    (chosen,) = find_tasks([task])
-    with open(scores, newline="", encoding="utf-8") as file:
-        known = [(row["step"], row["task"]) for row in csv.DictReader(file)]
-    return (str(step), f"{chosen.card.name}@{chosen.label}") in known
+def _not_scored(scores: Table, step: int, tasks: tuple[str, ...]) -> list[str]:
+    """The tasks of which eval.csv has no row of this step: all but those scored before an interruption."""
+    known = {row["task"] for row in scores.rows() if int(row["step"]) == step}
+    cards = {task: find_tasks([task])[0] for task in tasks}
+    return [task for task, chosen in cards.items() if f"{chosen.card.name}@{chosen.label}" not in known]
 
 
-class _Records:
-    """log.csv, and TensorBoard's events where they were asked for."""
-
-    def __init__(self, options: Options, first: int) -> None:
-        self.path = options.out / "log.csv"
-        rows = []
-        if first and self.path.is_file():  # steps after the checkpoint will be done again
-            with open(self.path, newline="", encoding="utf-8") as file:
-                rows = [row for row in csv.DictReader(file) if int(row["step"]) <= first]
-        if rows:
-            write_whole(self.path, _lines(rows, header=True).encode())
-        else:
-            self.path.unlink(missing_ok=True)
-        self.events = _event_writer(options.out, first) if options.tensorboard else None
-
-    def write(self, row: dict[str, float]) -> None:
-        _append(self.path, row)
-        if self.events:
-            for name, value in row.items():
-                self.events.add_scalar(name, value, row["step"])
-
-    def close(self) -> None:
-        if self.events:
-            self.events.close()
-
-
-def _event_writer(out: Path, first: int) -> Any:
+@contextlib.contextmanager
+def _memory_errors(step: int) -> Iterator[None]:
+    """Raise NecoBenchError where a step has not enough memory."""
     try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError as error:
-        raise MissingError("--tensorboard needs a package: pip install 'neco-bench[tensorboard]'.") from error
-    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
-
-
-def _append(path: Path, row: dict[str, Any]) -> None:
-    """Add a line to a CSV file, with a header to an empty one. Raises NecoBenchError where it cannot be written."""
-    try:
-        with open(path, "a", newline="", encoding="utf-8") as file:
-            file.write(_lines([row], header=file.tell() == 0))
-    except OSError as error:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|enough memory", str(error)):
+            raise
         raise NecoBenchError(
-            f"{path}: could not be written ({error.strerror or error}). Free disk space or make the folder writable; "
-            f"--resume goes on from the last checkpoint."
+            f"step {step} needs more memory than there is ({str(error).splitlines()[0] if str(error) else 'host'}). Go "
+            f"on with --resume and --checkpointing, --precision bf16 or a larger --set accumulate (parts of a batch)."
         ) from error
 
 
-def _lines(rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
-    """Rows as lines of a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
+def _pairs(changed: dict[str, tuple[Any, Any]], form: str) -> str:
+    """Settings with their values now, {0}, and before, {1}."""
+    return ", ".join(f"{name}={form.format(now, before)}" for name, (before, now) in changed.items())

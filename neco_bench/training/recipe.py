@@ -18,8 +18,17 @@ from neco_bench.training.views import ViewSettings
 
 FOLDER = Path(__file__).with_name("recipes")
 
-Count = Annotated[int, Field(ge=0)]
-Positive = Annotated[int, Field(ge=1)]
+# What --resume may change where the command line says so: nothing that weights, optimizer state, queue or the order of
+# the images hang on.
+CHANGEABLE = (
+    "precision", "epochs", "steps", "accumulate", "student_steepness", "teacher_steepness", "momentum",
+    "final_momentum", "drop_path", "lr_backbone", "lr_head", "final_lr", "warmup_steps", "weight_decay",
+    "final_weight_decay", "clip_norm", "max_unreadable",
+)  # fmt: skip
+MOST = 2**31 - 1  # of anything counted
+
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Positive = Annotated[int, Field(ge=1, le=MOST)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
@@ -80,7 +89,7 @@ class Recipe(BaseModel):
     same_heads: bool = False
 
     cells: Positive = 7
-    references: Annotated[int, Field(ge=2)] = 49
+    references: Annotated[int, Field(ge=2, le=MOST)] = 49
     similarity: Literal["cosine", "euclidean"] = "cosine"
     network: Literal["bitonic", "odd_even"] = "bitonic"
     student_steepness: Rate = 100.0
@@ -176,8 +185,13 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     if name in seen:
         raise BadInputError(f"{path}: recipes extend each other in a circle ({' -> '.join((*seen, name))}).")
     own = read_toml(path)
-    parent = own.pop("extends", None)
-    values = {**(_read(str(parent), (*seen, name)) if parent else {}), **own}
+    parent = own.pop("extends", "")
+    if not isinstance(parent, str):
+        raise BadInputError(f"{path}: extends must be a text, the name of a recipe or of a .toml file, got {parent!r}.")
+    try:
+        values = {**(_read(parent, (*seen, name)) if parent else {}), **own}
+    except (UsageError, MissingError) as error:
+        raise BadInputError(f"{path}: extends = {parent!r}: {error}") from error
     for key in own:
         if key not in Recipe.model_fields:
             raise BadInputError(f"{path}: unknown key {key!r}.{did_you_mean(key, Recipe.model_fields)}")

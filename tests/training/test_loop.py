@@ -14,11 +14,14 @@ import shutil
 import signal
 import socket
 import time
+from collections.abc import Iterator
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -26,7 +29,7 @@ from safetensors.torch import load_file
 import neco_bench
 from neco_bench.encoders import load_encoder
 from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
-from neco_bench.training import checkpoints, loop
+from neco_bench.training import checkpoints, log, loop
 from neco_bench.training.loop import Interrupted, Options, cosine, train
 from neco_bench.training.recipe import Recipe
 
@@ -131,57 +134,99 @@ def test_a_signal_saves_the_state_and_resume_gives_the_same_weights(
 
 def _train_in_child(out: Path, resume: bool) -> None:
     torch.set_num_threads(1)
-    train(recipe(queue_length=60, steps=80), options(out, resume=resume, save_every=3))
+    train(recipe(queue_length=60, steps=24), options(out, resume=resume, save_every=3))
 
 
-def test_killed_at_ten_random_moments_a_run_ends_in_the_same_weights(tmp_path: Path) -> None:
+def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    start = time.perf_counter()
     try:
-        train(recipe(queue_length=60, steps=80), options(tmp_path / "whole", save_every=3))
+        train(recipe(queue_length=60, steps=24), options(tmp_path / "whole", save_every=3))
     finally:
         torch.set_num_threads(threads)
-    a_step = (time.perf_counter() - start) / 80
-    out, moments, reached = tmp_path / "killed", random.Random(0), []
-    log = out / "log.csv"
-    for kill in range(10):
-        before, done = (log.stat().st_mtime_ns, int(checkpoints.checkpoints(out)[-1].name[-7:])) if kill else (0, 0)
+    out, moments = tmp_path / "killed", random.Random(0)
+    log_file = out / "log.csv"
+    for kill in range(3):
         child = CHILD.Process(target=_train_in_child, args=(out, kill > 0))
         child.start()
-        while not log.is_file() or log.stat().st_mtime_ns == before or len(log.read_text().splitlines()) < done + 2:
+        until = 4 + 6 * kill + moments.randrange(3)  # lines, of which the first is the header
+        while not log_file.is_file() or len(log_file.read_text().splitlines()) < until:
             assert child.is_alive()
-            time.sleep(0.005)  # until it has done a step, then for a moment of its own
-        time.sleep(moments.uniform(0, 7 * a_step))
+            time.sleep(0.005)
+        time.sleep(moments.uniform(0, 0.05))
         child.kill()
         child.join()
         assert child.exitcode == -signal.SIGKILL
-        reached.append(checkpoints.checkpoints(out)[-1].name)
-    assert len(set(reached)) > 3  # the kills fell on different states, and the run was not over
-    assert reached[-1] < "checkpoint-0000080"
-    child = CHILD.Process(target=_train_in_child, args=(out, True))
-    child.start()
-    child.join()
-    assert child.exitcode == 0
+        done = until - 2  # steps before that of the last line, which may not be saved yet
+        assert checkpoints.step_of(checkpoints.checkpoints(out)[-1]) >= done - done % 3
+    train_again = CHILD.Process(target=_train_in_child, args=(out, True))
+    train_again.start()
+    train_again.join()
+    assert train_again.exitcode == 0
     assert losses(out) == losses(tmp_path / "whole")
     for role in ("student", "teacher"):
         assert same(weights(out, role), weights(tmp_path / "whole", role))
 
 
+class Killed(BaseException):
+    """The process ends here."""
+
+
+@pytest.mark.parametrize("last", range(1, 12, 2))
+def test_a_run_that_ends_at_any_renaming_is_resumed(last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plain, renamed = os.replace, []
+
+    def replace(source: Any, target: Any) -> None:
+        renamed.append(target)
+        if len(renamed) == last:
+            raise Killed
+        plain(source, target)
+
+    settings, told = recipe(steps=3), options(tmp_path / "run", save_every=1)
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(Killed):
+        train(settings, told)
+    monkeypatch.undo()
+    with open(tmp_path / "run/log.csv", "a", encoding="utf-8") as file:
+        file.write("1,0.5")  # half a line
+    run = train(settings, dataclasses.replace(told, resume=True))
+    assert len(losses(run)) == 3
+    assert {path.name for path in run.iterdir()} == {
+        "checkpoint-0000002", "checkpoint-0000003", "encoder.json", "log.csv", "recipe.json", "lock",
+    }  # fmt: skip
+    assert json.loads((run / "encoder.json").read_text())["step"] == 3
+    assert load_encoder(str(run)).embed_dim == 64
+
+
+EVALUATED = {"evaluate": ("shapes_correspondence",), "save_every": 100}
+
+
 def _one_of_two(rank: int, port: int, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK="0")
-    train(recipe(queue_length=60, steps=20), options(out, save_every=100))
+    join, run, save = dist.init_process_group, neco_bench.run, loop._Run._save_alone
+    dist.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=8))
+
+    def late(work: Any) -> Any:
+        def wait(*args: Any, **settings: Any) -> Any:
+            time.sleep(10 * (rank == 0))
+            return work(*args, **settings)
+
+        return wait
+
+    neco_bench.run, loop._Run._save_alone = late(run), late(save)
+    train(recipe(queue_length=60, steps=20), options(out, **EVALUATED))
 
 
-def test_two_processes_train_as_one(tmp_path: Path) -> None:
+def test_two_processes_train_as_one_and_wait_for_what_one_does(tmp_path: Path) -> None:
+    """Saving and scoring take longer than the time-out of the group. What is scored by two is what one finds."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     children = [CHILD.Process(target=_one_of_two, args=(rank, port, tmp_path / "two")) for rank in (0, 1)]
     for child in children:
         child.start()
-    train(recipe(queue_length=60, steps=20), options(tmp_path / "one", save_every=100))
+    train(recipe(queue_length=60, steps=20), options(tmp_path / "one", **EVALUATED))
     for child in children:
         child.join()
     assert [child.exitcode for child in children] == [0, 0]
@@ -192,6 +237,11 @@ def test_two_processes_train_as_one(tmp_path: Path) -> None:
     moved = torch.cat([(one[name] - start[name]).flatten() for name in one])
     apart = torch.cat([(one[name] - two[name]).flatten() for name in one])
     assert apart.norm() < 2e-4 * moved.norm()
+    scored = [(tmp_path / name / "eval.csv").read_text().splitlines() for name in ("one", "two")]
+    assert scored[0][:2] == scored[1][:2]  # of the same weights, at step 0
+    assert [row.partition(",")[0] for row in scored[1]] == ["step", "0", "20"]
+    stored = [json.loads(path.read_text()) for path in (tmp_path / "two/results").glob("**/*.json")]
+    assert [result["provenance"]["processes"] for result in stored] == [2, 2]
 
 
 def test_accumulation_and_other_switches_train(tmp_path: Path) -> None:
@@ -262,26 +312,40 @@ def test_a_folder_with_a_run_is_not_overwritten(whole: Path) -> None:
     before = weights(whole)
     with pytest.raises(UsageError, match="holds a run already"):
         train(recipe(queue_length=60), options(whole))
-    with pytest.raises(UsageError, match=r"lr_backbone=0.001 \(now 0.1\)"):
+    with pytest.raises(UsageError, match=r"lr_backbone=0.001 \(now 0.1\).*To change lr_backbone .* say so with --set"):
         train(recipe(queue_length=60, lr_backbone=0.1), options(whole, resume=True))
+    with pytest.raises(UsageError, match=r"queue_length=60 \(now 64\)\. Use the same settings, or another --out\.$"):
+        train(recipe(queue_length=64), options(whole, resume=True, stated=("queue_length",)))
+    with pytest.raises(UsageError, match=r"done 6 steps already, more than the 5 .* Use --set steps=6 or more"):
+        train(recipe(queue_length=60, steps=5), options(whole, resume=True, stated=("steps",)))
     assert same(weights(whole), before)
 
 
-@pytest.mark.parametrize("broken", ["training.pt", "student.safetensors"])
-def test_a_corrupt_checkpoint_is_named_and_the_one_before_serves(broken: str, whole: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("broken", ["training.pt", "student.safetensors", "all of it"])
+def test_the_checkpoint_before_serves_where_the_last_is_corrupt(
+    broken: str, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     run = tmp_path / "run"
-    train(recipe(queue_length=60), options(run))
-    file = run / "checkpoint-0000006" / broken
-    file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(BadInputError, match=r"checkpoint-0000006 cannot be read .* Delete it") as told:
-        train(recipe(queue_length=60), options(run, resume=True))
-    assert "one before" in str(told.value)
-    for left in (run / "checkpoint-0000006").iterdir():
-        left.unlink()
-    (run / "checkpoint-0000006").rmdir()
+    shutil.copytree(whole, run)
+    last = run / "checkpoint-0000006"
+    for file in last.iterdir() if broken == "all of it" else [last / broken]:
+        file.write_bytes(file.read_bytes()[:-100]) if broken != "all of it" else file.unlink()
     train(recipe(queue_length=60), options(run, resume=True))
+    assert "checkpoint-0000006 cannot be read" in caplog.text
+    assert "now called unreadable-checkpoint-0000006" in caplog.text
     assert same(weights(run), weights(whole))
     assert losses(run) == losses(whole)
+
+
+def test_where_no_checkpoint_can_be_read_nothing_is_lost(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    for folder in checkpoints.checkpoints(run):
+        (folder / "teacher.safetensors").write_bytes(b"")
+    before = sorted(run.rglob("*"))
+    with pytest.raises(BadInputError, match=r"checkpoint-0000004 cannot be read.*another --out, or delete .*run"):
+        train(recipe(queue_length=60), options(run, resume=True))
+    assert sorted(run.rglob("*")) == before
 
 
 @pytest.mark.parametrize(
@@ -317,7 +381,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
 def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(recipe(), options(tmp_path / "run", save_every=2))
     shutil.rmtree(run / "checkpoint-0000006")
-    monkeypatch.setattr(loop, "write_whole", lambda path, content: path.unlink() or path.mkdir())
+    monkeypatch.setattr(log, "write_whole", lambda path, content: path.unlink() or path.mkdir())
     with pytest.raises(NecoBenchError, match=r"log\.csv: could not be written.*--resume goes on"):
         train(recipe(), options(run, save_every=2, resume=True))
 
@@ -339,6 +403,143 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_images(
     assert kept["global_views"].shape == (4, 2, 3, 64, 64)
     assert len(kept["ids"]) == 4
     assert len(losses(tmp_path / "run")) == 3
+
+
+def test_what_a_loss_that_is_not_finite_advises_goes_on_from_the_last_checkpoint(
+    whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plain = loop.OBJECTIVES["neco"].forward
+
+    def forward(self: Any, batch: Any, student: Any, teacher: Any, attend: Any, place: Any) -> torch.Tensor:
+        value = plain(self, batch, student, teacher, attend, place)
+        return value * math.nan if place.turn == 4 and self.recipe.lr_backbone == 1e-3 else value
+
+    monkeypatch.setattr(loop.OBJECTIVES["neco"], "forward", forward)
+    settings = recipe(queue_length=60, precision="fp16")
+    with pytest.raises(NumericalError, match=r"with --resume and --set precision=fp32 or a smaller --set lr_backbone"):
+        train(settings, options(tmp_path / "run"))
+    smaller = {"lr_backbone": 1e-4, "precision": "fp32", "steps": 8}
+    run = train(
+        settings.model_copy(update=smaller), options(tmp_path / "run", resume=True, stated=("batch_size", *smaller))
+    )
+    assert "from step 4 on: precision=fp32 instead of 'fp16', steps=8 instead of 6, lr_backbone=0.0001" in caplog.text
+    with open(run / "log.csv", encoding="utf-8") as file:
+        rates = [float(row["lr_backbone"]) for row in csv.DictReader(file)]
+    assert rates[:4] == [cosine(1e-3, 0, k, 6) for k in range(4)]
+    assert rates[4:] == [cosine(1e-4, 0, k, 8) for k in range(4, 8)]
+    record = json.loads((run / "recipe.json").read_text())
+    assert record["recipe"] == {**settings.model_dump(mode="json"), **smaller}
+    before = {"lr_backbone": 1e-3, "precision": "fp16", "steps": 6}
+    assert record["changes"] == [{"step": 4, "from": before, "to": smaller}]
+    told = neco_bench.run(str(run), "shapes_ic", limit=2, workers=0).provenance["training"]["data"]
+    assert "8 steps, from step 4 on precision=fp32, from step 4 on steps=8, from step 4 on lr_backbone=0.0001" in told
+    train(settings.model_copy(update=smaller), options(run, resume=True))  # with the settings of now, without a word
+    assert json.loads((run / "recipe.json").read_text()) == record
+
+
+def test_a_longer_run_keeps_its_heads_and_its_place(tmp_path: Path) -> None:
+    """Where no schedule depends on the length, it is the run that was longer from the beginning."""
+    flat = {"final_lr": 1e-3, "final_momentum": 0.9995, "final_weight_decay": 0.04, "queue_length": 60}
+    train(recipe(**flat, steps=4), options(tmp_path / "run"))
+    train(recipe(**flat, steps=None, epochs=1), options(tmp_path / "run", resume=True, stated=("steps", "epochs")))
+    train(recipe(**flat, steps=6), options(tmp_path / "whole"))
+    assert losses(tmp_path / "run") == losses(tmp_path / "whole")
+    assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
+
+
+def test_changed_settings_hold_from_the_checkpoint_that_serves(whole: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(whole, run)
+    slower = recipe(queue_length=60, lr_head=1e-4)
+    train(slower, options(run, resume=True, stated=("lr_head",)))
+    (run / "checkpoint-0000006/training.pt").unlink()
+    train(slower, options(run, resume=True))
+    (change,) = json.loads((run / "recipe.json").read_text())["changes"]
+    assert change == {"step": 4, "from": {"lr_head": 1e-3}, "to": {"lr_head": 1e-4}}
+    with open(run / "log.csv", encoding="utf-8") as file:
+        assert [float(row["lr_head"]) for row in csv.DictReader(file)][4:] == [cosine(1e-4, 0, k, 6) for k in (4, 5)]
+
+
+def test_memory_that_runs_out_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(*args: Any) -> float:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    with pytest.raises(NecoBenchError, match=r"step 1 needs more memory .*--set accumulate"):
+        train(recipe(), options(tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("torchrun", "kinds"),
+    [
+        (False, [signal.SIGTERM, signal.SIGTERM]),
+        (False, [signal.SIGINT, signal.SIGTERM]),
+        (True, [signal.SIGINT, signal.SIGINT]),
+    ],
+)
+@pytest.mark.usefixtures("_handlers")
+def test_the_same_signal_twice_saves_too(
+    torchrun: bool, kinds: list[signal.Signals], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As torchrun sends it: it passes on what its workers got already."""
+    _signal_in_step(monkeypatch, kinds, torchrun)
+    with pytest.raises(Interrupted, match="after step 2 of 6"):
+        train(recipe(), options(tmp_path / "run", save_every=100))
+    assert checkpoints.checkpoints(tmp_path / "run")[-1].name == "checkpoint-0000002"
+
+
+@pytest.mark.parametrize(("torchrun", "count"), [(False, 2), (True, 3)])
+@pytest.mark.usefixtures("_handlers")
+def test_a_second_ctrl_c_ends_at_once(
+    torchrun: bool, count: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _signal_in_step(monkeypatch, [signal.SIGINT] * count, torchrun)
+    with pytest.raises(KeyboardInterrupt):
+        train(recipe(), options(tmp_path / "run", save_every=100))
+    assert checkpoints.checkpoints(tmp_path / "run")[-1].name == "checkpoint-0000000"
+
+
+@pytest.fixture
+def _handlers() -> Iterator[None]:
+    before = {kind: signal.getsignal(kind) for kind in (signal.SIGTERM, signal.SIGINT)}
+    yield
+    for kind, handler in before.items():
+        signal.signal(kind, handler)
+
+
+def _signal_in_step(monkeypatch: pytest.MonkeyPatch, kinds: list[signal.Signals], torchrun: bool) -> None:
+    """Signals in the second step; what they do where the run does not see to them is an AssertionError."""
+    plain = loop._Run._step
+
+    def step(self: Any, number: int, *rest: Any) -> float:
+        for kind in kinds if number == 1 else ():
+            os.kill(os.getpid(), kind)
+        return plain(self, number, *rest)
+
+    def unseen(number: int, frame: Any) -> None:
+        raise AssertionError(f"signal {number} ended the run")
+
+    monkeypatch.setattr(loop._Run, "_step", step)
+    for kind in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(kind, unseen)
+    if torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    else:
+        monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+
+
+def test_a_signal_ends_an_evaluation_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(*args: Any, **settings: Any) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(60)
+
+    told = options(tmp_path / "run", evaluate=("shapes_correspondence",))
+    monkeypatch.setattr(neco_bench, "run", run)
+    start = time.monotonic()
+    with pytest.raises(Interrupted, match="after step 0 of 6"):
+        train(recipe(), told)
+    assert time.monotonic() - start < 50
+    assert not (tmp_path / "run/eval.csv").exists()
 
 
 def test_too_many_unusable_images_end_the_run(tmp_path: Path) -> None:

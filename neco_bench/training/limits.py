@@ -1,0 +1,151 @@
+"""Settings that are known before a run to exceed what there is: patches, or memory.
+
+Every number of bytes is one that the run needs at least, of the parts whose size the settings give; activations of the
+encoder are not among them. So what is refused here could not have been run.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from neco_bench.encoders.base import Encoder
+from neco_bench.errors import UsageError
+from neco_bench.training.networks import Place
+from neco_bench.training.recipe import Recipe
+from neco_bench.training.sorting import MOST_THREADS
+from neco_bench.training.views import GLOBALS
+
+log = logging.getLogger("neco_bench")
+
+FLOAT = 4  # bytes
+PREFETCHED = 2  # batches that a loading process prepares, DataLoader's default
+WORKERS_PER_CORE = 32
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that some settings ask for; on_host: in the machine's memory whatever the device."""
+
+    what: str
+    settings: str
+    bytes: int
+    on_host: bool = False
+
+
+def check(recipe: Recipe, encoder: Encoder, place: Place, steps: int, workers: int) -> None:
+    """Raise UsageError for settings that exceed the patches of a batch, the cores or the memory.
+
+    steps: of the whole run. workers: loading processes. Warns of settings that have less effect than they say.
+    """
+    most = WORKERS_PER_CORE * (os.cpu_count() or 1)
+    if workers > most:
+        raise UsageError(
+            f"--workers={workers}: each is a process, and this machine has {os.cpu_count()} cores. Use at most {most}."
+        )
+    if recipe.warmup_steps > steps:
+        log.warning(
+            "warmup_steps=%d is more than the %d steps of the run, which never reaches its learning rate.",
+            recipe.warmup_steps,
+            steps,
+        )
+    if recipe.objective == "neco":
+        vectors = recipe.queue_length or place.total * recipe.cells**2
+        if recipe.references > vectors:
+            source = "queue_length" if recipe.queue_length else "images of a batch part x cells²"
+            raise UsageError(
+                f"references={recipe.references} is more than the {vectors} vectors there are to choose from "
+                f"({source}). Use --set references={vectors} or fewer."
+            )
+        patches = (recipe.global_size // encoder.stride) ** 2
+        if recipe.queue_length and recipe.queue_per_image > patches:
+            log.warning("queue_per_image=%d: a global view has %d patches only.", recipe.queue_per_image, patches)
+    _check_memory(needs(recipe, encoder, place, min(PREFETCHED * workers, steps * recipe.accumulate)), encoder.device)
+
+
+def needs(recipe: Recipe, encoder: Encoder, place: Place, prefetched: int) -> list[Need]:
+    """Say what each process of a run needs at least, part by part. prefetched: batches that wait to be used."""
+    images, width, out = place.images, encoder.embed_dim, recipe.head_dim
+    pixels = 3 * images * (GLOBALS * recipe.global_size**2 + recipe.locals * recipe.local_size**2)
+    sizes = "batch_size, global_size, local_size, locals"
+    pairs = GLOBALS * (GLOBALS - 1 + recipe.locals)
+    cells, references = recipe.cells**2, recipe.references
+    if recipe.objective == "mim":
+        out = 3 * encoder.stride**2 if recipe.hidden_target == "pixels" else 1
+    layers = [width, *[recipe.head_hidden] * min(recipe.head_layers - 1, 3), out]
+    head = sum(before * after for before, after in itertools.pairwise(layers))
+    head += max(0, recipe.head_layers - 4) * recipe.head_hidden**2
+    copies = 4 + recipe.use_teacher  # weights, gradient, two moments of AdamW
+    found = [
+        Need("views", sizes, pixels * FLOAT),
+        Need("loaded views", f"{sizes}, or --workers", pixels * (1 + prefetched), on_host=True),
+        Need("projection heads", "head_hidden, head_layers, head_dim", head * copies * FLOAT),
+    ]
+    if recipe.objective == "neco":
+        threads = min(MOST_THREADS, torch.get_num_threads()) if encoder.device.type == "cpu" else 1
+        rows = pairs * images * cells
+        found += [
+            Need("the queue", "queue_length, head_dim", (GLOBALS + 1) * recipe.queue_length * out * FLOAT),
+            Need("aligned vectors", f"cells, head_dim, {sizes}", 2 * pairs * images * cells * out * FLOAT),
+            Need("references", "references, head_dim, batch_size, locals", pairs * images * references * out * FLOAT),
+            Need("similarities", "references, cells, batch_size, locals", 3 * rows * references * FLOAT),
+            Need("sorting", "references", min(threads, rows) * sorting_bytes(recipe.network, references)),
+        ]
+    return found
+
+
+def sorting_bytes(network: str, n: int) -> int:
+    """Bytes that `sorting.Relaxation` needs at least to sort one row of n float32 with gradient.
+
+    Its two buffers of columns, and what it keeps of every comparator for the gradient; exactly those for "bitonic".
+    """
+    if network == "odd_even":  # n layers of about n / 2 comparators, whose columns grow by two inputs each
+        half = n // 2
+        tape = (n - 1) // 2 * (half * (half + 1) + (n - half) * n + n)
+        largest = (n - 1) // 2 * (n + 1)
+    else:
+        tape, largest = 0, 0
+        blocks = (n - 1).bit_length()
+        pad = 2**blocks - n
+        for block in range(blocks):
+            for stride in (2**i for i in range(block + 1)):
+                padded = pad // (2 * stride) * stride + min(pad % (2 * stride), stride)
+                layer = (2 ** (blocks - 1) - padded) * (min(n, 2 ** (block + 1)) + 1)
+                tape, largest = tape + layer, max(largest, layer)
+    return FLOAT * (2 * n * (n + 1) + tape + largest)
+
+
+def _check_memory(found: list[Need], device: torch.device) -> None:
+    """Raise UsageError where the device or the machine has less memory than `found` needs at least."""
+    apart = device.type == "cuda"
+    for on_host in (False, True) if apart else (True,):
+        parts = [need for need in found if need.on_host == on_host or not apart]
+        there = host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
+        needed = sum(need.bytes for need in parts)
+        if there is not None and needed > there:
+            most = max(parts, key=lambda need: need.bytes)
+            raise UsageError(
+                f"these settings need at least {needed / 2**30:,.1f} GiB of memory in each process, of which "
+                f"{most.bytes / 2**30:,.1f} for {most.what}; there are {there / 2**30:,.1f}. Use smaller "
+                f"{most.settings}."
+            )
+
+
+def host_memory() -> int | None:
+    """Bytes of memory that each process of this machine can have; None where the system does not say."""
+    limits = []
+    try:
+        limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
+    for name in ("memory.max", "memory/memory.limit_in_bytes"):  # of a container, by cgroups 2 and 1
+        try:
+            limits.append(int(Path("/sys/fs/cgroup", name).read_text()))
+        except (OSError, ValueError):  # absent, or "max"
+            continue
+    return min(limits) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

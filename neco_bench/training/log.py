@@ -1,0 +1,92 @@
+"""What a run writes line by line: `log.csv` (one row per step), `eval.csv` (one per score), TensorBoard's events."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError
+from neco_bench.results.files import write_whole
+
+
+class Table:
+    """A CSV file of rows that have a step, which grows line by line."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def rows(self) -> list[dict[str, str]]:
+        """Read the rows, without a last line that was cut off. Raises BadInputError where the file is no such table."""
+        try:
+            text = self.path.read_text(encoding="utf-8")
+            rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
+            for row in rows:
+                int(row["step"])
+        except FileNotFoundError:
+            return []
+        except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+            raise BadInputError(
+                f"{self.path} is damaged ({type(error).__name__}: {error}). Move it away to go on without its rows."
+            ) from error
+        return rows
+
+    def begin(self, step: int) -> None:
+        """Drop the rows after `step`, which will be written again, and a line that was cut off."""
+        rows = [row for row in self.rows() if int(row["step"]) <= step]
+        if rows:
+            write_whole(self.path, _lines(rows, header=True).encode())
+        else:
+            self.path.unlink(missing_ok=True)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Add a row, after a header in an empty file. Raises NecoBenchError where it cannot be written."""
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                file.write(_lines([row], header=file.tell() == 0))
+        except OSError as error:
+            raise NecoBenchError(
+                f"{self.path}: could not be written ({error.strerror or error}). Free disk space or make the folder "
+                f"writable; --resume goes on from the last checkpoint."
+            ) from error
+
+
+class StepLog:
+    """log.csv from step `first` on, and TensorBoard's events where they are requested."""
+
+    def __init__(self, out: Path, first: int, tensorboard: bool) -> None:
+        self.table = Table(out / "log.csv")
+        self.table.begin(first)
+        self.events = _event_writer(out, first) if tensorboard else None
+
+    def write(self, row: Mapping[str, float]) -> None:
+        """Add the row of a step."""
+        self.table.append(row)
+        if self.events:
+            for name, value in row.items():
+                self.events.add_scalar(name, value, row["step"])
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self.events:
+            self.events.close()
+
+
+def _event_writer(out: Path, first: int) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        raise MissingError("--tensorboard needs a package: pip install 'neco-bench[tensorboard]'.") from error
+    return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
+
+
+def _lines(rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
+    """Rows as lines of a CSV file."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+    if header:
+        writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue()

@@ -1,0 +1,114 @@
+"""Settings that exceed what there is are refused before anything is allocated, and what is needed is counted right."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from neco_bench.errors import UsageError
+from neco_bench.training import limits
+from neco_bench.training.images import MOST_SHAPES, open_images
+from neco_bench.training.limits import check, host_memory, needs, sorting_bytes
+from neco_bench.training.networks import Network, Place
+from neco_bench.training.objectives import NeCo
+from neco_bench.training.sorting import DISTRIBUTIONS, Relaxation
+from neco_bench.training.views import GLOBALS
+
+from ..command import neco
+from . import helpers
+from .helpers import batch, recipe, small_encoder
+
+
+@pytest.mark.parametrize("n", [2, 3, 5, 8, 13, 31, 49, 64])
+def test_memory_of_sorting_is_that_of_its_buffers(n: int) -> None:
+    rows = 3
+    for network in ("bitonic", "odd_even"):
+        made = Relaxation(network, n, rows, DISTRIBUTIONS["cauchy"], torch.zeros(rows, n), True)
+        tensors = [step.difference for step in made.steps]
+        columns = 2 * n * (n + 1) * rows
+        bytes_ = 4 * (columns + sum(t.numel() for t in tensors) + max(step.change.numel() for step in made.steps))
+        counted = rows * sorting_bytes(network, n)
+        assert counted == bytes_ if network == "bitonic" else 0.6 * bytes_ < counted <= bytes_
+
+
+def test_memory_of_each_part_is_that_of_what_is_made() -> None:
+    settings, encoder = recipe(queue_length=60, head_layers=6), small_encoder()
+    network = Network(encoder, settings, 0)
+    objective = NeCo(settings, network)
+    found = {need.what: need.bytes for need in needs(settings, encoder, Place(0, 4), prefetched=2)}
+    views = batch(4, settings=settings)
+    assert found["views"] == 4 * (views.global_views.numel() + views.local_views.numel())
+    assert found["loaded views"] == 3 * found["views"] // 4
+    assert found["the queue"] == 4 * objective.queue.numel() * (GLOBALS + 1) // GLOBALS
+    matrices = sum(p.numel() for p in network.projection_head.parameters() if p.dim() > 1)
+    assert found["projection heads"] == 4 * 5 * matrices
+    embedded = torch.zeros(2 * 5, 4, 7 * 7, 16)  # pairs of views, images, cells, width
+    assert found["aligned vectors"] == 2 * 4 * embedded.numel()
+    assert found["references"] == 4 * 2 * 5 * 4 * 49 * 16
+    assert found["similarities"] == 3 * 4 * 2 * 5 * 4 * 49 * 49
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"references": 100_000}, "references=100000 is more than the 196 vectors .* Use --set references=196 or"),
+        ({"references": 100, "queue_length": 60}, r"more than the 60 vectors .*\(queue_length\)"),
+        ({"references": 100_000, "queue_length": 100_000}, r"at least [\d,.]+ GiB .* for sorting; .* references"),
+        ({"references": 10_000, "queue_length": 10_000, "network": "odd_even"}, "for sorting"),
+        ({"cells": 100_000}, "for similarities; .* Use smaller references, cells"),
+        ({"global_size": 1_600_000}, "for views; .* Use smaller batch_size, global_size"),
+        ({"locals": 2**31 - 1}, "Use smaller"),
+        ({"head_hidden": 2**31 - 1}, "for projection heads; .* Use smaller head_hidden"),
+        ({"head_layers": 2**31 - 1, "head_hidden": 2048}, "for projection heads"),
+        ({"queue_length": 2**31 - 1}, "for the queue; .* Use smaller queue_length"),
+    ],
+)  # fmt: skip
+def test_settings_beyond_what_there_is(changes: dict[str, Any], told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        check(recipe(**changes), small_encoder(), Place(0, 4), 6, 0)
+
+
+def test_settings_that_fit_are_not_refused(caplog: pytest.LogCaptureFixture) -> None:
+    for changes in ({}, {"references": 196}, {"queue_length": 60}, {"warmup_steps": 6}, {"cells": 40, "head_dim": 64}):
+        check(recipe(**changes), small_encoder(), Place(0, 4), 6, 2)
+    check(recipe(objective="mim", use_teacher=False, references=10**6), small_encoder(), Place(0, 4), 6, 2)
+    assert not caplog.text
+    with caplog.at_level(logging.WARNING):
+        check(recipe(queue_length=60, queue_per_image=17, warmup_steps=7), small_encoder(), Place(0, 4), 6, 2)
+    assert "warmup_steps=7 is more than the 6 steps of the run" in caplog.text
+    assert "a global view has 16 patches only" in caplog.text
+
+
+def test_what_is_counted_is_measured_against_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    total = sum(need.bytes for need in needs(recipe(), small_encoder(), Place(0, 4), prefetched=0))
+    monkeypatch.setattr(limits, "host_memory", lambda: total)
+    check(recipe(), small_encoder(), Place(0, 4), 6, 0)
+    monkeypatch.setattr(limits, "host_memory", lambda: total - 1)
+    with pytest.raises(UsageError, match="GiB"):
+        check(recipe(), small_encoder(), Place(0, 4), 6, 0)
+    monkeypatch.undo()
+    whole = host_memory()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    assert whole is None or host_memory() == whole // 4
+
+
+def test_processes_and_generated_images_have_a_bound(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"--workers=100000: each is a process.* Use at most \d+"):
+        check(recipe(), small_encoder(), Place(0, 4), 6, 100_000)
+    for count in (MOST_SHAPES + 1, 10**15, "9" * 5000):
+        with pytest.raises(UsageError, match="shapes:N with the number of images to generate, at most 10,000,000"):
+            open_images(f"shapes:{count}")
+    assert len(open_images("shapes:64")) == 64
+
+
+def test_the_command_says_it_at_once(tmp_path: Path) -> None:
+    answer = neco("train", "--data", "shapes:64", "--recipe", "tiny_neco", "--base", helpers.SMALL, "--out",
+                  tmp_path / "run", "--set", "references=100000", "--set", "local_size=32", "--set",
+                  "global_size=64")  # fmt: skip
+    assert answer.code == 2
+    assert "references=100000 is more than the" in answer.err
+    assert not (tmp_path / "run").exists()
