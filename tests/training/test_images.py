@@ -127,3 +127,25 @@ def test_nothing_there(tmp_path: Path) -> None:
         open_images(str(tmp_path))
     with pytest.raises(MissingError, match="Did you mean 'imagenet'"):
         open_images("imagnet")
+
+
+def test_lists_with_names_that_no_file_can_have(tmp_path: Path) -> None:
+    Image.new("RGB", (80, 80)).save(tmp_path / "a.png")
+    names = ["a.png", "b\0.png", "c" * 5000, "d.png"]
+    (tmp_path / "list.txt").write_text("\ufeff" + "\n".join(names), encoding="utf-8")
+    images = open_images(str(tmp_path / "list.txt"))
+    assert images.ids == tuple(names)
+    assert images.read(0).shape == (80, 80, 3)
+    for index in (1, 2, 3):
+        with pytest.raises(BadInputError):
+            images.read(index)
+    assert len(images.fingerprint()) == 64
+    (tmp_path / "list.txt").write_text("\n".join(names[1:]))
+    with pytest.raises(MissingError, match="none of its 3 files is there"):
+        open_images(str(tmp_path / "list.txt"))
+
+
+@pytest.mark.parametrize("name", ["~no_such_user/images", "a" * 5000, "coco:~no_such_user"])
+def test_names_that_no_folder_can_have(name: str) -> None:
+    with pytest.raises(MissingError):
+        open_images(name)

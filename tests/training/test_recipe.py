@@ -123,6 +123,10 @@ def test_wrong_changes(changes: list[str], told: str) -> None:
         ("batch_size = 'many'", "batch_size: .*integer"),
         ("batch_size =", "not valid TOML"),
         ('extends = "SELF"', "circle"),
+        ("extends = 3", "extends must be a text.*got 3"),
+        ('extends = "neco_vits14_51"', "extends = 'neco_vits14_51': unknown recipe.*Did you mean 'neco_vits14_518'"),
+        ('extends = "nowhere.toml"', "Recipe file nowhere.toml does not exist"),
+        (f"epochs = {2**31}", "epochs: .*less than or equal to 2147483647"),
     ],
 )
 def test_wrong_files(text: str, told: str, tmp_path: Path) -> None:

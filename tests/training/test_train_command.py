@@ -59,6 +59,28 @@ def test_a_signal_to_all_processes_ends_the_run_in_order(kind: signal.Signals, t
     assert len(list(out.glob("checkpoint-*"))) == 2
 
 
+@pytest.mark.slow
+def test_sigterm_to_torchrun_and_its_workers_saves_the_state(tmp_path: Path) -> None:
+    """As a cluster sends it to all processes of a job: a worker gets it from torchrun too."""
+    out = tmp_path / "run"
+    words = ["train", "--data", "shapes:12", "--out", out, *SMALL, "--set", "steps=5000", "--save-every", 10000]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launcher, "-m", "neco_bench", *map(str, words)]
+    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    deadline = time.monotonic() + 120
+    while not (out / "log.csv").is_file() and child.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.05)
+    workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
+    for number in (*map(int, workers), child.pid):
+        os.kill(number, signal.SIGTERM)
+    _, told = child.communicate(timeout=120)
+    assert len(workers) == 2
+    assert "--resume goes on from there" in told, told
+    saved = sorted(path.name for path in out.glob("checkpoint-*"))
+    assert len(saved) == 2
+    assert saved[1] > "checkpoint-0000000"
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "told"),
     [
