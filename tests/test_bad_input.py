@@ -61,8 +61,8 @@ def root(tmp_path: Path) -> Path:
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (voc / folder).mkdir(parents=True)
     for i in range(4):
-        image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
-        ids = rng.integers(0, 11, (40, 60), dtype=np.uint8)
+        image = Image.fromarray(rng.integers(0, 256, (360, 480, 3), dtype=np.uint8))
+        ids = rng.integers(0, 11, (360, 480), dtype=np.uint8)
         mask = Image.fromarray(ids)
         image.save(camvid / "val" / f"f{i}.png")
         mask.save(camvid / "valannot" / f"f{i}.png")

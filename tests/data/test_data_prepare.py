@@ -101,7 +101,7 @@ def test_voc_sbd_defects(voc_and_sbd, tmp_path):
     with pytest.raises(MissingError, match=r"2010_000001\.mat: SBD was unpacked in part"):
         prepare("voc_sbd", root, source=source)
     savemat(source / "dataset" / "cls" / "2010_000001.mat", {"GTinst": 1})
-    with pytest.raises(BadInputError, match=r"2010_000001\.mat is not a class file of SBD"):
+    with pytest.raises(BadInputError, match=r"2010_000001\.mat is no readable class file of SBD"):
         prepare("voc_sbd", root, source=source)
 
 
