@@ -87,9 +87,11 @@ def _present(cls: type[Dataset], base: Path | None) -> tuple[tuple[str, ...], st
         try:
             if cls.has_images(folder, split):
                 found.append(split)
+            else:
+                reasons.insert(0, f"no images of split {split!r} in {folder}")
         except Exception as error:  # of a plug-in, too: a listing names what is wrong
             reasons.append(str(error).partition("\n")[0])
-    return tuple(found), "" if found else next(iter(reasons), f"no images of any split in {folder}")
+    return tuple(found), "" if found else reasons[0]
 
 
 def check_dataset(
@@ -123,6 +125,8 @@ def check_dataset(
 
 def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
     findings = [_check_count(dataset)]
+    if folder := getattr(dataset, "folder", None):
+        findings.append(Finding("ok", dataset.split, f"read from {folder}"))
     if isinstance(dataset, SegmentationDataset):
         findings += _check_segmentation(dataset, wrap)
     elif isinstance(dataset, PairDataset):
