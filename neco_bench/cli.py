@@ -194,10 +194,11 @@ def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
 
     Example: neco-bench tasks --data-root /data
     """
+    from neco_bench.data import base_split
     from neco_bench.data.integrity import describe_datasets
     from neco_bench.protocol import all_cards
 
-    present = {row.name: row.present for row in describe_datasets(data_root)}
+    present = {row.name: set(row.present) for row in describe_datasets(data_root)}
     cards, broken = all_cards()
     rows = [
         {
@@ -206,7 +207,7 @@ def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
             "dataset": card.dataset,
             "protocols": list(card.protocols),
             "metric": card.metric,
-            "data": bool(present.get(card.dataset)),
+            "data": {base_split(split) for split in card.splits.values()} <= present.get(card.dataset, set()),
             "citation": card.citation,
         }
         for card in cards.values()
@@ -539,7 +540,7 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
         "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
         "search_seconds": fastest(keys, queries, 30),
         "cache": str(cache_dir()),
-        "data": {row.name: row.present for row in describe_datasets(data_root)},
+        "data": {row.name: bool(row.present) for row in describe_datasets(data_root)},
     }
     if as_json:
         print(json.dumps(facts, indent=2, default=str))
@@ -587,7 +588,9 @@ def data_check(
 def data_prepare(
     name: Annotated[str, typer.Argument(help="voc_sbd, coco_panoptic, or a data set whose archive is unpacked.")],
     data_root: DataRoot = None,
-    source: Annotated[Path | None, typer.Option(help="Archive (zip, tar), or the folder of SBD.")] = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Archive (zip, tar), the folder of SBD, or nyu_depth_v2_labeled.mat.")
+    ] = None,
     into: Annotated[str, typer.Option(help="Sub-folder for an archive, such as stuffthingmaps.")] = "",
     as_json: Json = False,
 ) -> None:

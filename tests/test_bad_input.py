@@ -61,8 +61,8 @@ def root(tmp_path: Path) -> Path:
     for folder in ("JPEGImages", "SegmentationClass", "ImageSets/Segmentation"):
         (voc / folder).mkdir(parents=True)
     for i in range(4):
-        image = Image.fromarray(rng.integers(0, 256, (40, 60, 3), dtype=np.uint8))
-        ids = rng.integers(0, 11, (40, 60), dtype=np.uint8)
+        image = Image.fromarray(rng.integers(0, 256, (360, 480, 3), dtype=np.uint8))
+        ids = rng.integers(0, 11, (360, 480), dtype=np.uint8)
         mask = Image.fromarray(ids)
         image.save(camvid / "val" / f"f{i}.png")
         mask.save(camvid / "valannot" / f"f{i}.png")
@@ -218,9 +218,9 @@ def test_a_truncated_image(tmp_path: Path, root: Path, workers: int) -> None:
 def test_masks_at_fault(tmp_path: Path, root: Path) -> None:
     path = root / "camvid" / "valannot" / "f2.png"
     for array, told in (
-        (np.full((40, 60), 12, np.uint8), "holds the values 12 in 2400 pixels"),
+        (np.full((360, 480), 12, np.uint8), "holds the values 12 in 172800 pixels"),
         (np.zeros((40, 61), np.uint8), "61x40 pixels"),
-        (np.zeros((40, 60, 3), np.uint8), "colour mask"),
+        (np.zeros((360, 480, 3), np.uint8), "colour mask"),
     ):
         Image.fromarray(array).save(path)
         answer = run(tmp_path, "--data-root", root, *QUICK, task="camvid_cluster_gt")

@@ -11,8 +11,9 @@ import re
 from pathlib import Path
 
 from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, PairSample, Sample, SegmentationDataset
-from neco_bench.data.folder import missing, read_list
-from neco_bench.errors import BadInputError, UsageError
+from neco_bench.data.folder import contents, missing, read_lines
+from neco_bench.data.io import decoding
+from neco_bench.errors import BadInputError, UsageError, did_you_mean
 from neco_bench.registry import Registry
 
 DATASETS: Registry[type[Dataset]] = Registry(
@@ -51,11 +52,13 @@ __all__ = [
     "PairSample",
     "Sample",
     "SegmentationDataset",
+    "base_split",
     "data_root",
     "dataset_folder",
     "fraction_names",
     "list_datasets",
     "load_dataset",
+    "open_split",
 ]
 
 
@@ -87,24 +90,27 @@ def load_dataset(
     cls = dataset_class(name)
     drawn = re.fullmatch(r"(.+)_1of(\d+)_(\d+)", split)
     if drawn and int(drawn[2]) in cls.fractions.get(drawn[1], {}) and int(drawn[3]) < DRAWS:
-        dataset = _opened(cls, root, drawn[1]).fraction(int(drawn[2]), int(drawn[3]))
+        dataset = open_split(cls, dataset_folder(cls, root), drawn[1]).fraction(int(drawn[2]), int(drawn[3]))
     elif split in cls.splits:
-        dataset = _opened(cls, root, split)
+        dataset = open_split(cls, dataset_folder(cls, root), split)
     else:
         raise UsageError(
             f"Data set {name!r} has no split {split!r}; it has {', '.join((*cls.splits, *fraction_names(cls)))}."
         )
     if split_file is not None:
-        dataset = dataset.chosen(read_list(cls, Path(split_file)))
+        dataset = dataset.chosen(read_lines(cls, Path(split_file)))
     return dataset if limit is None else dataset.limited(limit)
 
 
-def _opened(cls: type[Dataset], root: str | os.PathLike[str] | None, split: str) -> Dataset:
-    folder = dataset_folder(cls, root)
-    try:
+def open_split(cls: type[Dataset], folder: Path | None, split: str) -> Dataset:
+    """A split of a data set. Whatever its reader raises for wrong files is a BadInputError."""
+    with decoding(f"Data set {cls.name!r} in {folder} cannot be read", "Restore its files."):
         return cls(folder, split)  # type: ignore[call-arg]
-    except OSError as error:
-        raise BadInputError(f"Data set {cls.name!r} in {folder} cannot be read: {error}. Make it readable.") from error
+
+
+def base_split(split: str) -> str:
+    """The split that a fraction, or all draws of one ("trainaug_1of8_*"), is drawn from; others as they are."""
+    return re.sub(r"_1of\d+_(\d+|\*)$", "", split)
 
 
 def dataset_class(name: str) -> type[Dataset]:
@@ -140,5 +146,6 @@ def dataset_folder(cls: type[Dataset], root: str | os.PathLike[str] | None = Non
         raise missing(cls, "no data root is given. Use --data-root DIR or set NECO_BENCH_DATA.")
     folder = base / (cls.folder_name or cls.name)
     if not folder.is_dir():
-        raise missing(cls, f"there is no folder {folder}.")
+        names = [path.name for path in base.iterdir()] if base.is_dir() else []
+        raise missing(cls, f"there is no folder {folder}.{did_you_mean(folder.name, names)} {contents(base)}")
     return folder

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from neco_bench.data.base import IGNORE
-from neco_bench.data.folder import Files, PairedFolders, missing
+from neco_bench.data.folder import Files, PairedFolders, Tree, locate, missing
 from neco_bench.data.io import id_table
 
 # The first synonym of each line of objectInfo150.txt.
@@ -49,19 +49,22 @@ class ADE20K(PairedFolders):
     annotations/{training,validation}/NAME.png   8-bit ids, 0 = other, 1..150"""
     classes = tuple(" ".join(name.split()) for name in _NAMES.split(","))
     causes = {IGNORE: _SHIFTED}  # noqa: RUF012 (a ClassVar of the base class)
+    rare_class = 149  # "flag", in 2 % of the images
+    sizes_differ = True
 
-    def __init__(self, folder: Path, split: str) -> None:
-        base = next((p for p in (folder / "ADEChallengeData2016", folder) if (p / "images").is_dir()), folder)
+    @classmethod
+    def tree(cls, folder: Path, split: str) -> Tree:
+        base = locate(folder, "images/training", "images/validation", "images/ADE", name="ADEChallengeData2016")
         full = [path for path in folder.glob("ADE20K_20*") if path.is_dir()]
         full += [path for name in ("index_ade20k.*", "images/ADE", "images/*/a") for path in base.glob(name)]
         if full:
             raise missing(
-                type(self),
+                cls,
                 f"{full[0]} belongs to the full ADE20K (thousands of labels, colour-coded masks), not to the scene "
                 f"parsing challenge with its 150 classes. Get ADEChallengeData2016.zip instead.",
             )
         part = {"train": "training", "val": "validation"}[split]
-        self.pair(base, split, Files(base / "images" / part, ".jpg"), Files(base / "annotations" / part, ".png"))
+        return Tree(base, Files(base / "images" / part, ".jpg"), Files(base / "annotations" / part, ".png"))
 
     @property
     def table(self) -> np.ndarray:
@@ -74,6 +77,7 @@ class ADE20K151(ADE20K):
     name = "ade20k_151"
     classes = ("other", *ADE20K.classes)
     void_class = 0
+    rare_class = 150
 
     @property
     def table(self) -> np.ndarray:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import abc
 import copy
 import hashlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
+from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 IGNORE = 255
+FEW, MANY = 4, 16  # masks from which on their statistics, and their sizes, mean something
 
 
 @dataclass(frozen=True)
@@ -98,6 +99,11 @@ class Dataset(abc.ABC):
         found = self._before_limit or len(self)
         return None if full is None or found == full else {"found": found, "expected": full}
 
+    @classmethod
+    def has_images(cls, folder: Path | None, split: str) -> bool:
+        """Whether a folder has images of a split, found without reading them. May raise what the constructor raises."""
+        return folder is None or any(folder.iterdir())
+
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Hex digest that changes with the list of items and with the files behind them (names and sizes)."""
@@ -130,15 +136,15 @@ class Dataset(abc.ABC):
         Raises BadInputError naming ids that this split does not have.
         """
         known = {name: i for i, item in enumerate(self.ids) for name in (item.rpartition("/")[2], item)}
-        names = {item: item if item in known else PurePosixPath(item).stem for item in ids}
-        unknown = [item for item, name in names.items() if name not in known]
+        names = {item: next(filter(known.__contains__, _readings(item)), None) for item in ids}
+        unknown = [item for item, name in names.items() if name is None]
         if unknown:
             shown = ", ".join(map(repr, unknown[:5])) + (", ..." if len(unknown) > 5 else "")
             raise BadInputError(
                 f"{len(unknown)} ids are not in split {self.split!r} of {self.name!r}: {shown}. "
                 f"Its ids look like {self.ids[0]!r}."
             )
-        part = self._part(sorted({known[name] for name in names.values()}))
+        part = self._part(sorted({known[name] for name in names.values() if name is not None}))
         part._full = self._full or self.expected.get(self.split) or len(self)
         return part
 
@@ -148,16 +154,59 @@ class Dataset(abc.ABC):
         return part
 
 
+class MaskSummary:
+    """What masks of a split hold, in their order.
+
+    counts: pixels (256,) by class id. sizes: (H, W). corners: the class id of the top left pixel.
+    """
+
+    def __init__(self, masks: Iterable[np.ndarray] = ()) -> None:
+        self.counts: list[np.ndarray] = []
+        self.sizes: list[tuple[int, ...]] = []
+        self.corners: list[int] = []
+        for mask in masks:
+            self.add(mask)
+
+    def add(self, mask: np.ndarray) -> None:
+        """Add the mask (H, W) of the next image."""
+        self.counts.append(np.bincount(mask.ravel(), minlength=256)[:256])
+        self.sizes.append(mask.shape)
+        self.corners.append(int(mask[0, 0]))
+
+    def __len__(self) -> int:
+        return len(self.counts)
+
+    @property
+    def total(self) -> np.ndarray:
+        """(256,) pixels of all masks by class id."""
+        return np.array(self.counts, np.int64).reshape(-1, 256).sum(axis=0)
+
+    def presence(self, class_id: int) -> float:
+        """The fraction of masks that hold a class."""
+        return float(np.mean([counts[class_id] > 0 for counts in self.counts]))
+
+
+def _readings(entry: str) -> Iterator[str]:
+    """The ids that a line of a list may mean: all of it, its file's stem, or those of its first word."""
+    for text in (entry, entry.split()[0]):
+        yield from (text, PurePosixPath(text).stem)
+
+
 class SegmentationDataset(Dataset):
     """A split of images with masks. classes: names of ids 0..C-1. palette: (C, 3) uint8 colours for pictures.
 
     void_class: id of a class that is one of the C rows (of a memory, a head, an average) though pixels of it in the
     ground truth are not scored, such as "other" in the 151-class form of ADE20K; None where there is none.
+    Facts of the official files that wrong copies are recognised by: rare_class, the id of a class that few images have;
+    larger, two ids of which the first covers more pixels than the second; sizes_differ, that images have many sizes.
     """
 
     kind = "segmentation"
     classes: ClassVar[tuple[str, ...]]
     void_class: ClassVar[int | None] = None
+    rare_class: ClassVar[int | None] = None
+    larger: ClassVar[tuple[int, int] | None] = None
+    sizes_differ: ClassVar[bool] = False
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Sample:
@@ -171,17 +220,43 @@ class SegmentationDataset(Dataset):
         """The mask as losses and scores see it: pixels of `void_class` are IGNORE too."""
         return mask if self.void_class is None else np.where(mask == self.void_class, np.uint8(IGNORE), mask)
 
-    def doubts(self, counts: np.ndarray) -> list[str]:
-        """What pixel counts (256,) of a split, or of 16 masks across it, by class id, say against its masks.
+    def doubts(self, masks: MaskSummary) -> list[str]:
+        """What the masks of a split, or 16 across it, say against its files.
 
         `data check` reports it for whole splits; `run` looks at 16 masks before it starts, and stops.
         """
+        counts, found = masks.total, []
         if len(self.classes) > 2 and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
-            return [
+            found.append(
                 f"The masks hold {self.classes[0]!r} and void only: they are black-and-white pictures (0 and 255), "
                 f"not class ids. Restore the original masks."
-            ]
-        return []
+            )
+        if len(masks) < FEW:
+            return found
+        rare = self.rare_class
+        if rare is not None and masks.presence(rare) > 0.5 and counts[rare] > 0.02 * counts.sum():
+            found.append(
+                f"{100 * masks.presence(rare):.0f} % of the masks hold {self.classes[rare]!r}, which is rare: ids are "
+                f"shifted by one, with void as the last id. Restore the original masks."
+            )
+        if self.larger and counts[self.larger[1]] > 2 * counts[self.larger[0]]:
+            first, second = (self.classes[i] for i in self.larger)
+            found.append(
+                f"The masks hold more {second!r} than {first!r}: ids are shifted or of another mapping. Restore the "
+                f"original masks."
+            )
+        if self.sizes_differ and len(masks) >= MANY and len(set(masks.sizes)) == 1:
+            height, width = masks.sizes[0]
+            found.append(
+                f"All images are {width}x{height} pixels, those of {self.name} differ in size: they were resized. "
+                f"Scores of resized copies cannot be compared: restore the original files."
+            )
+        return found
+
+    def sample_doubts(self) -> list[str]:
+        """`doubts` of 16 masks across the split."""
+        indices = np.unique(np.linspace(0, len(self) - 1, MANY).astype(int))
+        return self.doubts(MaskSummary(self.mask(index) for index in indices))
 
     @property
     @abc.abstractmethod

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from neco_bench.data.folder import SegmentationFolder, read_list
+from neco_bench.data.folder import SegmentationFolder, locate, read_list
 
 # Colours of the SegNet tutorial.
 _COLOURS = (
@@ -37,12 +37,14 @@ class CamVid(SegmentationFolder):
         "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
     )  # fmt: skip
     void = 11
+    image_size = (360, 480)
+    larger = (3, 4)  # road, pavement
     causes = {255: "that void was rewritten from 11 to 255"}  # noqa: RUF012 (a ClassVar of the base class)
 
     def __init__(self, folder: Path, split: str) -> None:
-        self.folder = folder
+        self.folder = locate(folder, "trainannot", "valannot", "testannot")
         self.split = split
-        self.list_file = folder / f"{split}.txt"
+        self.list_file = self.folder / f"{split}.txt"
         self.ids = read_list(type(self), self.list_file, stems=True)
 
     def files(self, item: str) -> tuple[Path, Path]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 
-from neco_bench.data.base import IGNORE
-from neco_bench.data.folder import Files, PairedFolders
+from neco_bench.data.base import FEW, IGNORE, MaskSummary
+from neco_bench.data.folder import Files, PairedFolders, Tree, locate
 from neco_bench.data.io import id_table
 
 # The file values 0..33 of labelIds that are scored, in the order of the train ids 0..18. Others are void.
@@ -34,13 +35,36 @@ class Cityscapes(PairedFolders):
         "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
         "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
     )  # fmt: skip
+    image_size = (1024, 2048)
+    larger = (0, 1)  # road, sidewalk
     causes = {IGNORE: "that train ids (255 = void) lie in a file of label ids (0..33)"}  # noqa: RUF012 (ClassVar)
 
-    def __init__(self, folder: Path, split: str) -> None:
-        masks = folder / "gtFine" / split
-        self.source = "labelIds" if next(masks.glob("*/*_gtFine_labelIds.png"), None) else "labelTrainIds"
-        images = Files(folder / "leftImg8bit" / split, "_leftImg8bit.png")
-        self.pair(folder, split, images, Files(masks, f"_gtFine_{self.source}.png"))
+    @classmethod
+    def tree(cls, folder: Path, split: str) -> Tree:
+        """The two archives may have been unpacked into one folder or into one each."""
+        images, masks = (locate(folder, f"{kind}/train", f"{kind}/val") / kind for kind in ("leftImg8bit", "gtFine"))
+        source = "labelIds" if next((masks / split).glob("*/*_gtFine_labelIds.png"), None) else "labelTrainIds"
+        files = (Files(images / split, "_leftImg8bit.png"), Files(masks / split, f"_gtFine_{source}.png"))
+        return Tree(images.parent, *files, source)
+
+    @property
+    def _bases(self) -> Sequence[Path]:
+        return self.folder, self._masks.folder.parents[1]
+
+    def doubts(self, masks: MaskSummary) -> list[str]:
+        """Every official mask has void, such as the own car; train ids in files of label ids are 0..18."""
+        counts, found = masks.total, super().doubts(masks)
+        if not counts[IGNORE]:
+            found.append(
+                "No mask has void pixels, all official ones do (the own car, the border): void was given the id of a "
+                "class. Restore the original gtFine."
+            )
+        if len(masks) >= FEW and self.source == "labelIds" and not counts[6 : len(self.classes)].any():
+            found.append(
+                "No label id of the masks is above 18: train ids (0..18) lie in files of label ids (0..33). Name them "
+                "*_gtFine_labelTrainIds.png, or restore the original gtFine."
+            )
+        return found
 
     @property
     def table(self) -> np.ndarray:

@@ -12,7 +12,6 @@ masks from the former once.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
@@ -20,9 +19,9 @@ from typing import Any, ClassVar
 import numpy as np
 
 from neco_bench.data.base import IGNORE
-from neco_bench.data.folder import AbsentSplitError, Files, PairedFolders, file_ids, missing
-from neco_bench.data.io import id_table, map_ids, read_image
-from neco_bench.errors import BadInputError, NecoBenchError
+from neco_bench.data.folder import AbsentSplitError, Files, PairedFolders, Tree, contents, locate, missing
+from neco_bench.data.io import decoding, id_table, map_ids, read_image, read_json, valid_name
+from neco_bench.errors import BadInputError
 
 _THINGS = """
 accessory: 27 backpack, 28 umbrella, 31 handbag, 32 tie, 33 suitcase
@@ -113,19 +112,17 @@ def find_annotation(folder: Path, source: str, split: str) -> Path | None:
 
 def read_segments(path: Path) -> dict[str, list[Any]]:
     """Per image stem of a panoptic or instances JSON, its list of annotated segments. Raises BadInputError."""
-    try:
-        raw = json.loads(path.read_bytes())
+
+    def parse(raw: Any) -> dict[str, list[Any]]:
         if raw["images"] and "segments_info" in raw["annotations"][0]:
-            return {Path(item["file_name"]).stem: item["segments_info"] for item in raw["annotations"]}
-        stems = {item["id"]: Path(item["file_name"]).stem for item in raw["images"]}
+            return {Path(valid_name(item["file_name"])).stem: item["segments_info"] for item in raw["annotations"]}
+        stems = {item["id"]: Path(valid_name(item["file_name"])).stem for item in raw["images"]}
         found: dict[str, list[Any]] = {stem: [] for stem in stems.values()}
         for item in raw["annotations"]:
             found[stems[item["image_id"]]].append(item)
         return found
-    except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        raise BadInputError(
-            f"{path} is not a COCO annotation file: {type(error).__name__}: {error}. Restore it from the archive."
-        ) from error
+
+    return read_json(path, parse, "COCO annotation file")
 
 
 def panoptic_categories(path: Path, segments: list[Any]) -> np.ndarray:
@@ -173,6 +170,8 @@ class _Coco(PairedFolders):
     splits = ("train", "val")
     expected = {"train": 118287, "val": 5000}  # noqa: RUF012 (a ClassVar of the base class)
     fractions = {"train": {10: 11828}}  # noqa: RUF012 (a ClassVar of the base class)
+    longest_side = 640
+    sizes_differ = True
     citation = "Lin et al., Microsoft COCO, ECCV 2014; Caesar et al., COCO-Stuff, CVPR 2018; Kirillov et al., CVPR 2019"
     layout = """\
   <data root>/coco/
@@ -188,27 +187,36 @@ class _Coco(PairedFolders):
     causes = _CAUSES
     shift: ClassVar[int] = 0
 
-    def __init__(self, folder: Path, split: str) -> None:
+    @classmethod
+    def tree(cls, folder: Path, split: str) -> Tree:
+        folder = locate(folder, "annotations", "images", "stuffthingmaps*", "train2017", "val2017")
         folders = (folder / "images" / f"{split}2017", folder / f"{split}2017")
         images = Files(next((path for path in folders if path.is_dir()), folders[0]), ".jpg")
-        places = {source: place for source in self.sources if (place := find_annotation(folder, source, split))}
+        places = {source: place for source in cls.sources if (place := find_annotation(folder, source, split))}
         if not places and not images.folder.is_dir():
-            raise missing(type(self), f"split {split!r} has no images in {images.folder}.", AbsentSplitError)
+            text = f"split {split!r} has no images in {images.folder}. {contents(images.folder)}"
+            raise missing(cls, text, AbsentSplitError)
         if not places:
-            raise missing(type(self), f"split {split!r} has no annotation; {', '.join(self.sources)} would do.")
-        self.source, place = next(iter(places.items()))
-        self._segments: dict[str, list[Any]] = {}
-        self._by_segment = self.source in ("panoptic", "instances")
-        if self._by_segment:
-            self.shared_files = (place if place.suffix == ".json" else place.with_name(f"{place.name}.json"),)
-            self._segments = read_segments(self.shared_files[0])
+            raise missing(cls, f"split {split!r} has no annotation; {', '.join(cls.sources)} would do.")
+        source, place = next(iter(places.items()))
+        shared = {"panoptic": (place.with_name(f"{place.name}.json"),), "instances": (place,)}.get(source, ())
+        return Tree(folder, images, Files(place, "" if source == "instances" else ".png"), source, shared)
+
+    @classmethod
+    def has_images(cls, folder: Path | None, split: str) -> bool:
+        assert folder is not None
+        tree = cls.tree(folder, split)
+        return tree.images.any() and (tree.source == "instances" or tree.masks.any())
+
+    def __init__(self, folder: Path, split: str) -> None:
+        self._set_tree(self.tree(folder, split), split)
+        self._segments = read_segments(self.shared_files[0]) if self.shared_files else {}
+        image_ids = self._images.ids()
         if self.source != "instances":
-            self.pair(folder, split, images, Files(place, ".png"))
-        else:
-            self.folder, self.split, self._images, self._masks = folder, split, images, Files(place, "")
-            self.ids = tuple(sorted(file_ids(images.folder, "", ".jpg")))
-        if self._by_segment:
-            self.check_pairing(set(self.ids), set(self._segments))
+            self.check_pairing(image_ids, self._masks.ids())
+        if self.shared_files:
+            self.check_pairing(image_ids, set(self._segments))
+        self.ids = tuple(sorted(image_ids))
 
     def files(self, item: str) -> tuple[Path, Path]:
         image, mask = super().files(item)
@@ -221,19 +229,13 @@ class _Coco(PairedFolders):
         return id_table({value: self.rows.get(id_ + shift if id_ else 0, IGNORE) for value, id_ in values})
 
     def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        if not self._by_segment:
+        if not self.shared_files:
             return super().read_mask(item, size)
         path = self.files(item)[1]
-        try:
+        with decoding(f"The annotation of image {item} in {self.shared_files[0]} is wrong"):
             segments = self._segments[item]
             panoptic = self.source == "panoptic"
             categories = panoptic_categories(path, segments) if panoptic else instance_categories(segments, size)
-        except NecoBenchError:
-            raise
-        except Exception as error:  # pycocotools raises anything on bad content
-            raise BadInputError(
-                f"The annotation of image {item} in {self.shared_files[0]} is wrong: {error}. Restore the file."
-            ) from error
         return map_ids(categories, path, table=self.table, size=size)
 
 

@@ -6,18 +6,21 @@ from __future__ import annotations
 import abc
 import hashlib
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
 
 from neco_bench.data.base import IGNORE, Dataset, Pair, Sample, SegmentationDataset
-from neco_bench.data.io import id_table, read_image, read_mask, read_size
+from neco_bench.data.io import id_table, near_files, no_file, read_image, read_mask, read_size, read_text, valid_name
+from neco_bench.data.io import voc_colours as voc_colours
 from neco_bench.errors import BadInputError, MissingError
 
 PAIR_ATTRIBUTES = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
+_DEPTH = 4  # of folders in which the files of a data set are looked for
 
 
 class AbsentSplitError(MissingError):
@@ -32,42 +35,96 @@ def missing(dataset: type[Dataset], what: str, error: type[MissingError] = Missi
     )
 
 
-def read_list(dataset: type[Dataset], path: Path, *, stems: bool = False) -> tuple[str, ...]:
-    """The first word of each line of a split list, or of the file it names the stem. Raises AbsentSplitError, and
-    BadInputError (empty, repeated)."""
+def contents(path: Path) -> str:
+    """The nearest folder at or above `path` that is there, and some of what is in it, as a sentence."""
+    folder = next((place for place in (path, *path.parents) if place.is_dir()), path)
     try:
-        lines = path.read_text(encoding="utf-8-sig").splitlines()
+        names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
+    except OSError:
+        return ""
+    shown = ", ".join(map(repr, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
+    return f"{folder} holds {shown or 'nothing'}."
+
+
+def locate(folder: Path, *markers: str, name: str = "") -> Path:
+    """The folder that holds one of the `markers` (glob patterns): `folder`, or the nearest one below; else `folder`.
+
+    name: part of the name of the right one where several are equally near. Raises BadInputError where that does not
+    decide.
+    """
+    level = [folder]
+    for _ in range(_DEPTH + 1):
+        found = [place for place in level if any(next(place.glob(marker), None) for marker in markers)]
+        if len(found) > 1 and name:
+            found = [place for place in found if name in place.name] or found
+        if len(found) > 1:
+            raise BadInputError(
+                f"{folder} holds several copies: {', '.join(map(str, found[:5]))}. Move all but one of them away."
+            )
+        if found:
+            return found[0]
+        level = [inner for place in level if place.is_dir() for inner in sorted(place.iterdir()) if _searched(inner)]
+    return folder
+
+
+def _searched(path: Path) -> bool:
+    return path.is_dir() and not path.name.startswith((".", "__MACOSX"))
+
+
+def read_lines(dataset: type[Dataset], path: Path) -> list[str]:
+    """The lines of a list that are not blank, without space around them; folders are separated by "/".
+
+    Raises AbsentSplitError and BadInputError (no text, empty).
+    """
+    try:
+        text = read_text(path, "Split list")
     except FileNotFoundError:
-        raise missing(dataset, f"the split list {path} is not there.", AbsentSplitError) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise BadInputError(f"Split list {path} is not a readable text file: {error}. Restore it.") from error
-    words = tuple(line.split()[0] for line in lines if line.strip())
-    if stems:
-        words = tuple(Path(word).stem for word in words)
-    if not words:
+        hint = near_files(path) or contents(path.parent)
+        raise missing(dataset, f"the split list {path} is not there. {hint}", AbsentSplitError) from None
+    lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
+    if not lines:
         raise BadInputError(f"Split list {path} is empty. Restore it from the original archive.")
+    return lines
+
+
+def read_list(dataset: type[Dataset], path: Path, *, stems: bool = False) -> tuple[str, ...]:
+    """The first file or word of each line of a split list, of a file its stem where `stems`.
+
+    Raises AbsentSplitError, and BadInputError (empty, repeated).
+    """
+    words = tuple(map(first_entry, read_lines(dataset, path)))
+    if stems:
+        words = tuple(PurePosixPath(word).stem for word in words)
     if len(set(words)) < len(words):
         twice = next(word for i, word in enumerate(words) if word in words[:i])
         raise BadInputError(f"Split list {path} names {twice!r} more than once. Restore it from the original archive.")
     return words
 
 
-def file_digest(facts: Iterable[str], base: Path, files: Iterable[Path]) -> str:
-    """Sha256 over `facts` and over names (relative to `base`) and sizes of files. Raises MissingError and BadInputError
-    naming a file."""
+def first_entry(line: str) -> str:
+    """The first file that a line names, which may have spaces if it has the suffix of an image; else the first word."""
+    file = re.match(r".*?\.(?:png|jpe?g|bmp|ppm|tiff?|webp)(?=\s|$)", line, re.IGNORECASE)
+    return file[0] if file else line.split()[0]
+
+
+def file_digest(facts: Iterable[str], bases: Path | Sequence[Path], files: Iterable[Path]) -> str:
+    """Sha256 over `facts` and over names (relative to the first of `bases` that holds them) and sizes of files.
+
+    Raises MissingError and BadInputError naming a file.
+    """
     digest = hashlib.sha256()
+    bases = [bases] if isinstance(bases, Path) else bases
     for fact in facts:
         digest.update(f"{fact}\n".encode("utf-8", "surrogateescape"))
     for path in files:
         try:
             size = path.stat().st_size
         except FileNotFoundError:
-            raise MissingError(
-                f"No file {path}, though the split lists it. Restore it from the original archive."
-            ) from None
+            raise no_file("file", path) from None
         except OSError as error:
             raise BadInputError(f"{path} cannot be read: {error.strerror or error}. Make it readable.") from error
-        digest.update(f"{path.relative_to(base).as_posix()} {size}\n".encode("utf-8", "surrogateescape"))
+        name = next(path.relative_to(base) for base in bases if path.is_relative_to(base))
+        digest.update(f"{name.as_posix()} {size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 
@@ -82,25 +139,37 @@ def pair_text(pair: Pair) -> str:
 
 def parse_pair(name: str, raw: dict[str, Any]) -> Pair:
     """A pair from the JSON object of a SPair-71k pair file. Raises KeyError, TypeError, ValueError on wrong content."""
-    category = raw["category"]
+    category = valid_name(raw["category"])
     source, target = (np.array(raw[key], np.float64).reshape(-1, 2) for key in ("src_kps", "trg_kps"))
     if not len(source) == len(target) == len(raw["kps_ids"]):
         raise ValueError(f"{len(source)} source points, {len(target)} target points, {len(raw['kps_ids'])} point names")
-    source_box, target_box = (tuple(map(float, raw[key])) for key in ("src_bndbox", "trg_bndbox"))
-    if not len(source_box) == len(target_box) == 4:
-        raise ValueError("a box needs four numbers")
+    if not (np.isfinite(source).all() and np.isfinite(target).all()):
+        raise ValueError("a keypoint is not a finite number")
+    attributes = {key: int(raw[key]) for key in PAIR_ATTRIBUTES}
+    if not all(0 <= level <= 3 for level in attributes.values()):
+        raise ValueError(f"levels of attributes are 0..3, got {attributes}")
     return Pair(
         id=name,
-        source_id=f"{category}/{Path(raw['src_imname']).stem}",
-        target_id=f"{category}/{Path(raw['trg_imname']).stem}",
+        source_id=f"{category}/{Path(valid_name(raw['src_imname'])).stem}",
+        target_id=f"{category}/{Path(valid_name(raw['trg_imname'])).stem}",
         source_points=source,
         target_points=target,
         point_ids=tuple(map(str, raw["kps_ids"])),
-        source_box=source_box,
-        target_box=target_box,
+        source_box=checked_box(raw["src_bndbox"]),
+        target_box=checked_box(raw["trg_bndbox"]),
         category=category,
-        attributes={key: int(raw[key]) for key in PAIR_ATTRIBUTES},
+        attributes=attributes,
     )
+
+
+def checked_box(values: Iterable[Any]) -> tuple[float, float, float, float]:
+    """(x1, y1, x2, y2) as they are. Raises ValueError where they are not four finite numbers, or enclose no area."""
+    box = tuple(map(float, values))
+    if len(box) != 4 or not np.isfinite(box).all():
+        raise ValueError(f"a box needs four finite numbers, got {box}")
+    if not (box[0] < box[2] and box[1] < box[3]):
+        raise ValueError(f"the box {box} has no area")
+    return box
 
 
 def file_ids(folder: Path, before: str, after: str) -> set[str]:
@@ -122,23 +191,19 @@ def file_ids(folder: Path, before: str, after: str) -> set[str]:
     return found
 
 
-def voc_colours(count: int) -> np.ndarray:
-    """(count, 3) uint8, VOC's palette: the three bits of an id's octal digit b set bit 7-b of red, green and blue."""
-    ids = np.arange(count)[:, None]
-    bits = [((ids >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3)]
-    return np.sum(bits, axis=0).astype(np.uint8)
-
-
 class SegmentationFolder(SegmentationDataset):
     """Segmentation read from files. A subclass sets `folder`, `split`, `ids`, and says where files lie.
 
     void: the mask value in files that means void. causes: what a file is that holds a certain wrong value, for
-    messages. list_file: the list that names the items, if any. source: which of several kinds of annotation is read.
+    messages. image_size: (H, W) of every image of the set, None where they differ. longest_side: what no image exceeds.
+    list_file: the list that names the items, if any. source: which of several kinds of annotation is read.
     shared_files: files besides images and masks that the masks depend on.
     """
 
     void: ClassVar[int] = IGNORE
     causes: ClassVar[dict[int, str]] = {}
+    image_size: ClassVar[tuple[int, int] | None] = None
+    longest_side: ClassVar[int | None] = None
     folder: Path
     list_file: Path | None = None
     source: str = ""
@@ -153,25 +218,58 @@ class SegmentationFolder(SegmentationDataset):
         """Class id of each file value, see `id_table`: as in the file, and IGNORE for `void`, unless a set differs."""
         return id_table({**{i: i for i in range(len(self.classes))}, self.void: IGNORE})
 
+    @classmethod
+    def has_images(cls, folder: Path | None, split: str) -> bool:
+        if not cls.needs_root:
+            return True
+        data = cls(folder, split)  # type: ignore[call-arg]
+        return all(path.is_file() for path in data.files(data.ids[0]))
+
     def __getitem__(self, index: int) -> Sample:
         item = self.ids[index]
-        image = read_image(self.files(item)[0], listed_in=self.list_file)
+        path = self.files(item)[0]
+        image = read_image(path, listed_in=self.list_file)
+        self._check_size(path, image.shape[:2])
         return Sample(image, self.read_mask(item, image.shape[:2]), item)
 
     def mask(self, index: int) -> np.ndarray:
         item = self.ids[index]
-        return self.read_mask(item, read_size(self.files(item)[0], listed_in=self.list_file))
+        path = self.files(item)[0]
+        size = read_size(path, listed_in=self.list_file)
+        self._check_size(path, size)
+        return self.read_mask(item, size)
+
+    def _check_size(self, path: Path, size: tuple[int, ...]) -> None:
+        """Raise BadInputError where an image cannot have its original size."""
+        if self.image_size is not None and size != self.image_size:
+            fact = f"all images of {self.name} are {self.image_size[1]}x{self.image_size[0]}"
+        elif self.longest_side is not None and max(size) > self.longest_side:
+            fact = f"no image of {self.name} has a side longer than {self.longest_side}"
+        else:
+            return
+        raise BadInputError(
+            f"Image {path} is {size[1]}x{size[0]} pixels (width x height), {fact}: it was resized or belongs to "
+            f"another data set. Scores of resized copies cannot be compared: restore the original files."
+        )
 
     def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
         """The mask of an item id, which must have the size (H, W) of its image."""
-        path = self.files(item)[1]
-        return read_mask(path, table=self.table, causes=self.causes, size=size, listed_in=self.list_file)
+        table, path = self.table, self.files(item)[1]
+        of_ids = np.zeros((256, 3), np.uint8)
+        of_ids[: len(self.classes)] = self.palette
+        colours = of_ids[table[:256]]
+        return read_mask(path, table=table, colours=colours, causes=self.causes, size=size, listed_in=self.list_file)
 
     def fingerprint(self) -> str:
         """Sha256 over name, reader version, split, source, ids, and names and sizes of the image and mask files."""
         facts = (self.name, self.version, self.split, *filter(None, [self.source]), *self.ids)
         paths = dict.fromkeys(path for item in self.ids for path in self.files(item))
-        return file_digest(facts, self.folder, {**paths, **dict.fromkeys(self.shared_files)})
+        return file_digest(facts, self._bases, {**paths, **dict.fromkeys(self.shared_files)})
+
+    @property
+    def _bases(self) -> Sequence[Path]:
+        """Folders from which files are named in the fingerprint, so that their places do not matter."""
+        return (self.folder,)
 
     @property
     def palette(self) -> np.ndarray:
@@ -191,32 +289,134 @@ class Files:
         start, slash, name = item.rpartition("/")
         return self.folder / f"{start}{slash}{self.before}{name}{self.after}"
 
+    def ids(self) -> set[str]:
+        """Ids of all files that are there: paths from the folder without the two, as in "aachen/0001"."""
+        return file_ids(self.folder, self.before, self.after)
+
+    def any(self) -> bool:
+        """Whether there is such a file."""
+        return _any_file(self.folder, self.before, self.after)
+
+
+@dataclass(frozen=True)
+class Tree:
+    """Where a split without a list lies. folder: what holds both, or the images where masks lie elsewhere.
+
+    source, shared_files: as in SegmentationFolder.
+    """
+
+    folder: Path
+    images: Files
+    masks: Files
+    source: str = ""
+    shared_files: tuple[Path, ...] = ()
+
 
 class PairedFolders(SegmentationFolder):
     """Segmentation without split lists: a split is what lies in two folders, each image with a mask of its name.
 
-    A subclass calls `pair`, which sets everything that reading needs.
+    A subclass says where they are (`tree`).
     """
 
-    def pair(self, folder: Path, split: str, images: Files, masks: Files) -> None:
+    def __init__(self, folder: Path, split: str) -> None:
         """Raises AbsentSplitError (no images), MissingError (images without masks, or masks without images)."""
-        self.folder, self.split, self._images, self._masks = folder, split, images, masks
-        image_ids = file_ids(images.folder, images.before, images.after)
-        self.check_pairing(image_ids, file_ids(masks.folder, masks.before, masks.after))
+        self._set_tree(self.tree(folder, split), split)
+        image_ids = self._images.ids()
+        self.check_pairing(image_ids, self._masks.ids())
         self.ids = tuple(sorted(image_ids))
+
+    @classmethod
+    @abc.abstractmethod
+    def tree(cls, folder: Path, split: str) -> Tree:
+        """Where the files of a split should be."""
+
+    @classmethod
+    def has_images(cls, folder: Path | None, split: str) -> bool:
+        assert folder is not None
+        tree = cls.tree(folder, split)
+        return tree.images.any() and tree.masks.any()
+
+    def _set_tree(self, tree: Tree, split: str) -> None:
+        self.split, self.folder, self._images, self._masks = split, tree.folder, tree.images, tree.masks
+        self.source, self.shared_files = tree.source, tree.shared_files
 
     def check_pairing(self, image_ids: set[str], mask_ids: set[str]) -> None:
         """Raises AbsentSplitError (no images) and MissingError (ids that only one of the two has)."""
         cls, images, masks = type(self), self._images, self._masks
         if not image_ids:
-            raise missing(cls, f"split {self.split!r} has no images in {images.folder}.", AbsentSplitError)
-        for have, lack, one, other in ((image_ids, mask_ids, images, masks), (mask_ids, image_ids, masks, images)):
+            text = f"split {self.split!r} has no images in {images.folder}."
+            other = other_files(images)
+            raise missing(cls, f"{text} {other}", MissingError) if other else missing(cls, text, AbsentSplitError)
+        if not mask_ids and (other := other_files(masks)):
+            raise missing(cls, f"split {self.split!r} has no masks in {masks.folder}. {other}")
+        by_products = {f"{name}{_BY_PRODUCT}" for name in mask_ids} - image_ids
+        mask_ids = mask_ids - by_products
+        for have, lack, one, other_ in ((image_ids, mask_ids, images, masks), (mask_ids, image_ids, masks, images)):
             if alone := sorted(have - lack):
+                shown = ", ".join(one.path(name).name for name in alone[:3]) + (", ..." if len(alone) > 3 else "")
+                example = other_.path(min(lack) if lack else "NAME").name
                 raise missing(
                     cls,
-                    f"{len(alone)} of {len(have)} files in {one.folder} have no partner in {other.folder}, the first "
-                    f"is {one.path(alone[0]).name}. An archive was unpacked in part: unpack both again, wholly.",
+                    f"{len(alone)} of {len(have)} files in {one.folder} have no partner in {other_.folder}, whose "
+                    f"names look like {example!r}: {shown}. {why_alone(alone, have, lack, one, other_)}",
                 )
 
     def files(self, item: str) -> tuple[Path, Path]:
         return self._images.path(item), self._masks.path(item)
+
+
+# Converters of other code bases write NAME_labelTrainIds.png beside NAME.png.
+_BY_PRODUCT = "_labelTrainIds"
+
+
+def _any_file(folder: Path, before: str, after: str) -> bool:
+    inner = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if entry.is_dir():
+                    inner.append(Path(entry.path))
+                elif entry.name.startswith(before) and entry.name.endswith(after) and not entry.name.startswith("."):
+                    return True
+    except OSError:
+        return False
+    return any(_any_file(place, before, after) for place in inner)
+
+
+def other_files(files: Files) -> str:
+    """What lies where none of `files` does, as a sentence; empty where there is nothing."""
+    if found := sorted(file_ids(files.folder, "", "")):
+        wanted = files.path("NAME").name
+        return f"It holds {len(found)} files such as {Path(found[0]).name!r}; {wanted} is expected: rename them."
+    return ""
+
+
+def why_alone(alone: list[str], have: set[str], lack: set[str], one: Files, other: Files) -> str:
+    """The likely reason why files have no partner, and what to do. alone: ids of `one` in `have` but not in `lack`."""
+    if copies := [name for name in alone if re.search(r" ?\(\d+\)$| - [Cc]opy$", name)]:
+        return f"{one.path(copies[0]).name!r} looks like a second download of a file: delete such copies."
+    if {name.rpartition("/")[2] for name in have} == {name.rpartition("/")[2] for name in lack}:
+        return (
+            f"The same names lie at different depths, {one.path(alone[0])} and {other.path(min(lack))}: move the files "
+            f"to where they are expected."
+        )
+    if _shifted(have, lack):
+        return "The numbers of the two differ by one: one counts from 0, the other from 1. Restore the original names."
+    if near := near_files(other.path(alone[0])):
+        return f"In {other.folder}, {near}"
+    expected = other.path(alone[0])
+    stem = alone[0].rpartition("/")[2]
+    names = os.listdir(expected.parent) if expected.parent.is_dir() else []
+    if variants := sorted(name for name in names if name.startswith(stem) and not name[len(stem)].isalnum()):
+        return f"{variants[0]!r} is there instead of {expected.name!r}: all must be of one kind."
+    return "An archive was unpacked in part: unpack both again, wholly."
+
+
+def _shifted(first: set[str], second: set[str]) -> bool:
+    """Whether names end in numbers, and those of one set are one more than those of the other."""
+    found = [[re.fullmatch(r"(.*?)(\d+)", name) for name in names] for names in (first, second)]
+    numbers, others = ({(match[1], int(match[2])) for match in matches if match} for matches in found)
+    return len(numbers) == len(first) > 1 and others in (
+        {(start, number + 1) for start, number in numbers},
+        {(start, number - 1) for start, number in numbers},
+    )

@@ -13,8 +13,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neco_bench.data import DATASETS, data_root, dataset_class, dataset_folder, fraction_names
-from neco_bench.data.base import IGNORE, Dataset, PairDataset, SegmentationDataset
+from neco_bench.data import DATASETS, data_root, dataset_class, dataset_folder, fraction_names, open_split
+from neco_bench.data.base import IGNORE, Dataset, MaskSummary, PairDataset, SegmentationDataset
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.errors import BadInputError, NecoBenchError
 
@@ -39,7 +39,7 @@ class Finding:
 class DatasetRow:
     """A line of the listing. fractions: patterns of the splits that are drawn. expected: items per split.
 
-    present: its folder is here, and not empty. problem: why it cannot be used.
+    present: the splits that have images here. problem: why none has.
     """
 
     name: str
@@ -47,24 +47,23 @@ class DatasetRow:
     splits: tuple[str, ...]
     fractions: tuple[str, ...]
     expected: dict[str, int]
-    present: bool
+    present: tuple[str, ...]
     origin: str
     citation: str
     problem: str = ""
 
 
 def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[DatasetRow]:
-    """All registered data sets, broken plug-ins included. Looks only for folders under the root."""
+    """All registered data sets, broken plug-ins included. Looks for an image of each split, and reads none."""
     base = data_root(root)
     rows = []
     for name, entry in DATASETS.entries().items():
         try:
             cls = dataset_class(name)
         except BadInputError as error:
-            rows.append(DatasetRow(name, "", (), (), {}, False, entry.origin, "", str(error)))
+            rows.append(DatasetRow(name, "", (), (), {}, (), entry.origin, "", str(error)))
             continue
-        present = not cls.needs_root or (base is not None and _has_content(base / (cls.folder_name or cls.name)))
-        problem = "" if present else f"not in {base}" if base else "no data root given (--data-root, NECO_BENCH_DATA)"
+        present, problem = _present(cls, base)
         drawn = fraction_names(cls)
         rows.append(
             DatasetRow(
@@ -74,11 +73,25 @@ def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[Datase
     return rows
 
 
-def _has_content(folder: Path) -> bool:
-    try:
-        return any(folder.iterdir())
-    except OSError:
-        return False
+def _present(cls: type[Dataset], base: Path | None) -> tuple[tuple[str, ...], str]:
+    """The splits that have images, and why none has."""
+    if not cls.needs_root:
+        return cls.splits, ""
+    if base is None:
+        return (), "no data root given (--data-root, NECO_BENCH_DATA)"
+    folder = base / (cls.folder_name or cls.name)
+    if not folder.is_dir():
+        return (), f"not in {base}"
+    found, reasons = [], []
+    for split in cls.splits:
+        try:
+            if cls.has_images(folder, split):
+                found.append(split)
+            else:
+                reasons.insert(0, f"no images of split {split!r} in {folder}")
+        except Exception as error:  # of a plug-in, too: a listing names what is wrong
+            reasons.append(str(error).partition("\n")[0])
+    return tuple(found), "" if found else reasons[0]
 
 
 def check_dataset(
@@ -96,7 +109,7 @@ def check_dataset(
     absent: list[AbsentSplitError] = []
     for split in cls.splits:
         try:
-            dataset = cls(folder, split)  # type: ignore[call-arg]
+            dataset = open_split(cls, folder, split)
         except AbsentSplitError as error:
             absent.append(error)
             text = str(error).partition("\n")[0]
@@ -112,6 +125,8 @@ def check_dataset(
 
 def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
     findings = [_check_count(dataset)]
+    if folder := getattr(dataset, "folder", None):
+        findings.append(Finding("ok", dataset.split, f"read from {folder}"))
     if isinstance(dataset, SegmentationDataset):
         findings += _check_segmentation(dataset, wrap)
     elif isinstance(dataset, PairDataset):
@@ -139,7 +154,7 @@ def _check_count(dataset: Dataset) -> Finding:
 
 
 def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Finding]:
-    counts = np.zeros(256, np.int64)
+    masks = MaskSummary()
     damage: list[str] = []
     for index in wrap(range(len(dataset)), desc=f"{dataset.name} {dataset.split}"):
         try:
@@ -150,12 +165,13 @@ def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Fi
                 raise BadInputError(
                     f"The mask of {dataset.ids[index]!r} holds {wrong[0]}: ids are 0..{last}, and {IGNORE} for void."
                 )
-            counts += np.bincount(mask.ravel(), minlength=256)
+            masks.add(mask)
         except NecoBenchError as error:
             damage.append(str(error))
     findings = _damaged(dataset, damage, len(dataset), "image and mask pairs")
     if not damage:
-        findings += [Finding("error", dataset.split, text) for text in dataset.doubts(counts)]
+        findings += [Finding("error", dataset.split, text) for text in dataset.doubts(masks)]
+    counts = masks.total
     if counts.sum():
         names = {name: i for i, name in enumerate(dataset.classes)} | {"void": IGNORE}
         fractions = {name: float(counts[i] / counts.sum()) for name, i in names.items()}

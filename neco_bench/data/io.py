@@ -1,18 +1,55 @@
-"""The one reader of images, masks and MATLAB files. Every error names the file and, where known, the list naming it."""
+"""The one reader of images, masks, lists, JSON and MATLAB files.
+
+Every error names the file and, where known, the list naming it. `decoding` is the boundary: whatever wrong content
+raises becomes a BadInputError there.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import codecs
+import contextlib
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 from PIL import Image
 
 from neco_bench.data.base import IGNORE
-from neco_bench.errors import BadInputError, MissingError
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError
 
+T = TypeVar("T")
+RESTORE = "Restore it from the original archive."
 # PIL modes with 8 bits per channel, which convert to RGB without a choice of range.
 _IMAGE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
+# PIL knows more, some of which run other programs or fetch other files.
+_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
+
+
+@contextlib.contextmanager
+def decoding(wrong: str, mend: str = RESTORE) -> Iterator[None]:
+    """Turn anything that wrong content raises inside into BadInputError("<wrong>: <error>. <mend>").
+
+    Errors of ours and FileNotFoundError pass.
+    """
+    try:
+        yield
+    except (NecoBenchError, FileNotFoundError):
+        raise
+    except Exception as error:  # decoders raise anything on bad bytes
+        text = str(error)
+        if isinstance(error, OSError) and error.errno is not None:  # of the system: decoders give no number
+            text, mend = error.strerror or text, "Make it readable."
+        raise BadInputError(f"{wrong}: {type(error).__name__}: {_shown(text)}. {mend}") from error
+
+
+def _shown(text: str) -> str:
+    """One line of at most 300 characters, whatever a file holds."""
+    line = " ".join(text.encode("utf-8", "backslashreplace").decode().split()).rstrip(".")
+    return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def read_image(path: Path, *, listed_in: Path | None = None) -> np.ndarray:
@@ -27,7 +64,8 @@ def read_image(path: Path, *, listed_in: Path | None = None) -> np.ndarray:
         raise BadInputError(
             f"Image {path} has pixel format {image.mode}, not 8 bits per channel. Convert it to 8-bit RGB."
         )
-    return np.array(image if image.mode == "RGB" else image.convert("RGB"))
+    with decoding(f"Cannot decode image {path}"):
+        return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
 def read_size(path: Path, *, listed_in: Path | None = None) -> tuple[int, int]:
@@ -50,6 +88,7 @@ def read_mask(
     path: Path,
     *,
     table: np.ndarray,
+    colours: np.ndarray | None = None,
     causes: Mapping[int, str] | None = None,
     size: tuple[int, int] | None = None,
     listed_in: Path | None = None,
@@ -57,7 +96,8 @@ def read_mask(
     """A mask file as (H, W) uint8 class ids, `table[file value]` (see `id_table`).
 
     Only single-channel files of 8 bits, or of 16 bits where the table has 65,536 entries: grey levels or palette
-    indices are the values; colours are never interpreted. causes: {wrong value: what the file then is}, for messages.
+    indices are the values. colours: (256, 3) uint8 that the data set has for file values, against which the palette of a
+    file is checked; see `check_palette`. causes: {wrong value: what the file then is}, for messages.
     size: (H, W) that the mask must have. Raises MissingError and BadInputError.
     """
     image = _open(path, "mask", listed_in)
@@ -67,7 +107,46 @@ def read_mask(
             f"Mask {path} is {kind}, but class ids are needed: 8-bit grey levels or palette indices. Use the original "
             f"annotation file, not one that was converted or drawn in colours."
         )
-    return map_ids(np.array(image), path, table=table, causes=causes, size=size)
+    with decoding(f"Cannot decode mask {path}"):
+        mask = np.array(image)
+    mapped = map_ids(mask, path, table=table, causes=causes, size=size)
+    if image.mode == "P":
+        check_palette(image, np.flatnonzero(image.histogram()), path, colours)
+    return mapped
+
+
+def voc_colours(count: int) -> np.ndarray:
+    """(count, 3) uint8, VOC's palette: the three bits of an id's octal digit b set bit 7-b of red, green and blue."""
+    ids = np.arange(count)[:, None]
+    bits = [((ids >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3)]
+    return np.sum(bits, axis=0).astype(np.uint8)
+
+
+_VOC_COLOURS = voc_colours(256)
+_GREY_LEVELS = np.repeat(np.arange(256)[:, None], 3, axis=1)
+
+
+def check_palette(image: Image.Image, used: np.ndarray, path: Path, colours: np.ndarray | None = None) -> None:
+    """Raise BadInputError where an index in use has neither VOC's colour, nor its grey level, nor its of `colours`.
+
+    A program that saves a mask again may drop unused colours and number the others from 0: then colours are right and
+    indices are not.
+    """
+    with decoding(f"Cannot decode mask {path}"):
+        palette = np.full((256, 3), -1, np.int16)
+        stored = np.array(image.getpalette("RGB") or [], np.int16).reshape(-1, 3)
+        palette[: len(stored)] = stored
+    known = [_VOC_COLOURS, _GREY_LEVELS, *(() if colours is None else (colours,))]
+    right = np.any([(palette[used] == table[used]).all(axis=1) for table in known], axis=0)
+    if not right.all():
+        index = used[~right][0]
+        colour = tuple(palette[index].tolist()) if index < len(stored) else "none"
+        expected = " or ".join(dict.fromkeys(str(tuple(table[index].tolist())) for table in known))
+        raise BadInputError(
+            f"Mask {path} is a palette image whose colours are not those of the data set: index {index} has the colour "
+            f"{colour}, expected {expected}. It was likely saved again with another palette, so that its indices are no "
+            f"class ids. Use the original annotation file."
+        )
 
 
 def map_ids(
@@ -84,7 +163,10 @@ def map_ids(
             f"Mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels (width x height), its image {size[1]}x{size[0]}. "
             f"One of the two was resized or belongs to another item: restore both from the original archive."
         )
-    mapped = table.take(mask)
+    if mask.dtype == np.uint8:
+        mapped = table.take(mask)
+    else:
+        mapped = np.where((mask < 0) | (mask >= len(table)), -1, table.take(mask, mode="clip"))
     if (mapped < 0).any():
         wrong = np.unique(mask[mapped < 0])
         shown = ", ".join(map(str, wrong[:8])) + (", ..." if len(wrong) > 8 else "")
@@ -109,28 +191,81 @@ def _ranges(values: np.ndarray) -> str:
     return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
-def read_mat(path: Path) -> dict[str, np.ndarray]:
-    """The variables of a MATLAB file. Raises MissingError and BadInputError."""
+def read_mat(path: Path, parse: Callable[[dict[str, Any]], T], what: str = "MATLAB file") -> T:
+    """What `parse` makes of the variables of a MATLAB file; whatever it raises means that the file is not a `what`.
+
+    Raises MissingError and BadInputError.
+    """
     from scipy.io import loadmat
 
     try:
-        return loadmat(str(path), appendmat=False)
+        with decoding(f"{path} is no readable {what}"):
+            return parse(loadmat(str(path), appendmat=False))
     except FileNotFoundError:
-        raise MissingError(f"There is no file {path}. Restore it from the original archive.") from None
-    except Exception as error:  # scipy raises anything on bad bytes
-        raise BadInputError(f"{path} is not a readable MATLAB file: {error}. Restore it.") from error
+        raise no_file("file", path) from None
+
+
+def read_json(path: Path, parse: Callable[[Any], T], what: str) -> T:
+    """What `parse` makes of a JSON document; whatever it raises means that the file is not a `what`.
+
+    Raises FileNotFoundError and BadInputError.
+    """
+    with decoding(f"{path} is not a {what}"):
+        return parse(json.loads(path.read_bytes()))
+
+
+def read_text(path: Path, what: str) -> str:
+    """A text file in UTF-8, or in UTF-16 as Windows writes it. Raises FileNotFoundError and BadInputError."""
+    with decoding(f"{what} {path} is not a readable text file"):
+        content = path.read_bytes()
+        if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+            text = content.decode("utf-16")
+        elif content[1::2].count(0) > len(content) // 4:  # UTF-16 without a mark: every second byte of ASCII is 0
+            text = content.decode("utf-16-le")
+        else:
+            text = content.decode("utf-8-sig")
+        if "\0" in text:
+            raise ValueError("it holds a NUL character")
+        return text
+
+
+def valid_name(name: Any) -> str:
+    """A name of a file that an annotation gives. Raises ValueError where no file can have it."""
+    if not isinstance(name, str) or not name or "\0" in name:
+        raise ValueError(f"{name!r} is not a file name")
+    name.encode()  # not possible for half a surrogate pair
+    return name
+
+
+def no_file(what: str, path: Path, listed_in: Path | None = None) -> MissingError:
+    """The error for a file that is not there: what there is instead, as far as that can be seen."""
+    named = f", which {listed_in} names" if listed_in else ""
+    return MissingError(f"There is no {what} {path}{named}. {near_files(path) or RESTORE}")
+
+
+def near_files(path: Path) -> str:
+    """What lies where `path` should, as a sentence: the same name with another suffix or case, or as a second copy."""
+    try:
+        names = sorted(os.listdir(path.parent))
+    except (OSError, ValueError):
+        return ""
+    stem = path.stem.lower()
+    for name in names:
+        other, ending = os.path.splitext(name)
+        if other.lower() == stem and name != path.name:
+            count = sum(name.endswith(ending) for name in names)
+            return f"{name!r} is there instead: name it {path.name!r} ({count} files there end in {ending!r})."
+        if re.fullmatch(re.escape(stem) + r"( ?\(\d+\)| - copy)", other.lower()):
+            return f"{name!r} is there, which looks like a second download: name it {path.name!r}."
+    return ""
 
 
 def _open(path: Path, what: str, listed_in: Path | None, *, whole: bool = True) -> Image.Image:
     try:
-        with Image.open(path) as image:
+        wrong = decoding(f"Cannot decode {what} {path}", "The file is truncated or not an image: restore it.")
+        with wrong, Image.open(path, formats=_FORMATS) as image:
             if whole:
                 image.load()
             return image
     except FileNotFoundError:
-        named = f", which {listed_in} names" if listed_in else ""
-        raise MissingError(f"There is no {what} {path}{named}. Restore it from the original archive.") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:  # what PIL raises on bad bytes
-        raise BadInputError(
-            f"Cannot decode {what} {path}: {error}. The file is truncated or not an image: restore it."
-        ) from error
+        raise no_file(what, path, listed_in) from None

@@ -13,7 +13,7 @@ from typing import ClassVar
 import numpy as np
 
 from neco_bench.data.base import IGNORE
-from neco_bench.data.folder import SegmentationFolder, read_list
+from neco_bench.data.folder import SegmentationFolder, locate, read_list
 from neco_bench.data.io import id_table
 
 
@@ -41,13 +41,15 @@ class PascalContext(SegmentationFolder):
         "rock", "shelves", "sidewalk", "sky", "snow", "bedclothes", "track", "tree", "truck", "wall", "water",
         "window", "wood",
     )  # fmt: skip
+    longest_side = 500
+    rare_class = 58  # "wood"
+    sizes_differ = True
     causes = {  # noqa: RUF012 (a ClassVar of the base class)
         IGNORE: "that ids were already shifted to 0..58 with 255 for background, while 0 = background is needed"
     }
 
     def __init__(self, folder: Path, split: str) -> None:
-        candidates = (folder / "VOCdevkit" / "VOC2010", folder / "VOC2010", folder)
-        self.folder = next((path for path in candidates if (path / "ImageSets").is_dir()), candidates[0])
+        self.folder = locate(folder, "ImageSets/SegmentationContext", name="2010")
         self.split = split
         self.list_file = self.folder / "ImageSets" / "SegmentationContext" / f"{split}.txt"
         self.ids = read_list(type(self), self.list_file, stems=True)
@@ -65,6 +67,7 @@ class PascalContext60(PascalContext):
 
     name = "pascal_context60"
     classes = ("background", *PascalContext.classes)
+    rare_class = 59
 
     @property
     def table(self) -> np.ndarray:

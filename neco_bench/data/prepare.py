@@ -1,36 +1,41 @@
-"""Turn what one downloads into what the readers need: unpack archives, convert SBD and COCO's panoptic annotation.
+"""Turn what one downloads into what the readers need: unpack archives, convert SBD, COCO's panoptic annotation, NYUv2.
 
 Originals are never changed or overwritten. New files are written beside the goal (`*.partial`) and renamed when they
 are whole, so an interrupted command leaves nothing that a reader takes for data, and the same command goes on from
-there.
+there. One process at a time writes there.
 """
 
 from __future__ import annotations
 
-import lzma
+import contextlib
+import errno
+import itertools
 import os
 import shutil
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 
 import numpy as np
+from filelock import FileLock, Timeout
 from PIL import Image
 
-from neco_bench.data import DATASETS, data_root
+from neco_bench.data import data_root, dataset_class
 from neco_bench.data.coco import find_annotation, panoptic_categories, read_segments
-from neco_bench.data.folder import missing, voc_colours
-from neco_bench.data.io import id_table, read_mask, read_mat
+from neco_bench.data.folder import locate, missing
+from neco_bench.data.io import decoding, id_table, read_mask, read_mat, read_text, voc_colours
+from neco_bench.data.nyuv2 import FRAMES, LABELS, NYUv2, frames
 from neco_bench.data.voc2012 import VOC2012
-from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError, UsageError
 
-_DAMAGE = (zipfile.BadZipFile, tarfile.TarError, EOFError, zlib.error, lzma.LZMAError)
 _SBD_IMAGES = 10582
+_LOCK = ".neco-bench.lock"
+# What a system says of names in an archive that cannot be written; anything else is the fault of the disk.
+_BAD_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ELOOP}
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -52,7 +57,8 @@ def prepare(
     into: str = "",
     progress: Progress | None = None,
 ) -> list[Prepared]:
-    """`voc_sbd` (source: SBD, folder or archive), `coco_panoptic`, or a data set whose `source` archive is unpacked.
+    """`voc_sbd` (source: SBD, folder or archive), `coco_panoptic`, `nyuv2` (source: nyu_depth_v2_labeled.mat), or any
+    data set, whose `source` archive is unpacked.
 
     into: sub-folder of the data set's folder for the archive, such as "stuffthingmaps". progress: as in
     `check_dataset`. Raises UsageError (also where nothing can be written), MissingError (no source, no originals) and
@@ -79,10 +85,12 @@ def _prepare(name: str, base: Path, source: Path | None, into: str, wrap: Progre
         if source is None:
             raise UsageError("voc_sbd needs --source: the SBD archive (benchmark.tgz) or the folder it unpacks to.")
         return _voc_sbd(base, source, wrap)
-    cls = DATASETS.load(name)
+    cls = dataset_class(name)
     if source is None or not source.is_file():
         raise UsageError(f"Preparing {name!r} means unpacking an archive: give it as --source FILE.zip or FILE.tar.gz.")
     folder = base / (cls.folder_name or cls.name)
+    if issubclass(cls, NYUv2) and source.suffix.lower() == ".mat":
+        return _nyuv2(folder, source, wrap)
     if Path(into).is_absolute() or ".." in Path(into).parts:
         raise UsageError(f"--into {into!r} must be a folder inside that of the data set, such as stuffthingmaps.")
     return [unpack(source, folder / into, wrap)]
@@ -92,42 +100,72 @@ def unpack(archive: Path, folder: Path, wrap: Progress = lambda items, desc: ite
     """Unpack a zip or tar archive into a folder; files already there with the same size are kept.
 
     Only regular files are taken, under relative paths without "..": anything else, links included, is refused before
-    it is written. Raises BadInputError (damaged, unsafe) and UsageError (another file of that name is there).
+    it is written. Raises BadInputError (damaged, unsafe) and UsageError (another file of that name is there, or another
+    process unpacks it).
     """
     staging = _staging(archive, folder)
     moves: dict[Path, Path] = {}
-    try:
-        for name, size, read in wrap(_members(archive), desc=archive.name):
-            goal, path = folder / name, staging / name
-            if goal.exists():
-                if goal.stat().st_size != size:
-                    raise UsageError(f"{goal} is there already and differs from the one in {archive}. Move it away.")
-                continue
-            if goal in moves or not path.exists() or path.stat().st_size != size:  # of equal names the last counts
-                path.parent.mkdir(parents=True, exist_ok=True)
-                with read() as content, path.open("wb") as file:
-                    shutil.copyfileobj(content, file)
-                if path.stat().st_size != size:
-                    raise EOFError(f"{name} ends early")
-            moves[goal] = path
-    except (*_DAMAGE, OSError) as error:
-        if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 raise it without a number
-            raise
-        raise BadInputError(
-            f"Archive {archive} is damaged or was downloaded in part: {error}. Download it again."
-        ) from error
-    except RuntimeError as error:  # encrypted, or compressed in a way that Python does not know
-        raise BadInputError(f"Archive {archive} cannot be unpacked here: {error}. Unpack it yourself.") from error
-    for goal, path in moves.items():
-        goal.parent.mkdir(parents=True, exist_ok=True)
-        path.replace(goal)
-    shutil.rmtree(staging, ignore_errors=True)
+    with _alone(staging):
+        try:
+            for name, size, read in wrap(_members(archive), desc=archive.name):
+                goal, path = folder / name, staging / name
+                if goal.exists():
+                    if goal.stat().st_size != size:
+                        raise UsageError(f"{goal} is there already and differs from that in {archive}. Move it away.")
+                    continue
+                if goal in moves or not path.exists() or path.stat().st_size != size:  # of equal names the last counts
+                    path.parent.mkdir(parents=True, exist_ok=True)
+                    with read() as content, path.open("wb") as file:
+                        shutil.copyfileobj(content, file)
+                    if path.stat().st_size != size:
+                        raise EOFError(f"{name} ends early")
+                moves[goal] = path
+        except Exception as error:  # of damaged archives anything
+            meant = _archive_error(archive, error)
+            if isinstance(meant, BadInputError):  # what it held is not to be trusted
+                shutil.rmtree(staging, ignore_errors=True)
+            raise meant from error
+        for goal, path in moves.items():
+            goal.parent.mkdir(parents=True, exist_ok=True)
+            path.replace(goal)
+        shutil.rmtree(staging, ignore_errors=True)
     return Prepared(str(folder), len(moves))
+
+
+def _archive_error(archive: Path, error: Exception) -> Exception:
+    """What an error while an archive is unpacked means: `error` itself where the archive is not at fault."""
+    if isinstance(error, NecoBenchError):
+        return error
+    if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 raise it without a number
+        if error.errno not in _BAD_NAME:
+            return error
+        return BadInputError(f"Archive {archive} cannot be unpacked here: {error}. Unpack it yourself.")
+    if isinstance(error, RuntimeError):  # encrypted, or compressed in a way that Python does not know
+        return BadInputError(f"Archive {archive} cannot be unpacked here: {error}. Unpack it yourself.")
+    text = str(error).partition("\n")[0].rstrip(":")
+    return BadInputError(
+        f"Archive {archive} is damaged or was downloaded in part, or is no zip or tar: {text}. Download it again."
+    )
 
 
 def _staging(archive: Path, folder: Path) -> Path:
     """Where an archive is unpacked to, until all of it is there."""
     return folder / f".{archive.name}.partial"
+
+
+@contextlib.contextmanager
+def _alone(staging: Path) -> Iterator[None]:
+    """Make a folder that only this process writes to meanwhile. Raises UsageError where another one does."""
+    staging.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(staging / _LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise UsageError(f"Another process is writing to {staging}. Wait until it is done.") from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 class _Strict(tarfile.TarInfo):
@@ -181,6 +219,8 @@ def _safe(name: str, archive: Path) -> PurePosixPath:
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or name[1:3] == ":/":
         raise _unsafe(archive, name)
+    if not path.parts or "\0" in name:
+        raise BadInputError(f"Archive {archive} holds a file with the name {name!r}. Download it again.")
     return path
 
 
@@ -202,16 +242,18 @@ def _convert(goal: Path, names: list[str], make: Callable[[str], Image.Image], w
             )
         return Prepared(str(goal), 0, "is there already")
     staging = goal.with_name(f"{goal.name}.partial")
-    staging.mkdir(parents=True, exist_ok=True)
     written = 0
-    temporary = staging / f".{os.getpid()}.tmp"
-    for name in wrap(names, desc=goal.name):
-        path = staging / f"{name}.png"
-        if not path.exists():
-            make(name).save(temporary, "png")
-            temporary.replace(path)
-            written += 1
-    staging.replace(goal)
+    temporary = staging / ".tmp"
+    with _alone(staging):
+        for name in wrap(names, desc=goal.name):
+            path = staging / f"{name}.png"
+            if not path.exists():
+                make(name).save(temporary, "png")
+                temporary.replace(path)
+                written += 1
+        for rest in [path for path in staging.iterdir() if path.name.startswith(".")]:
+            rest.unlink()
+        staging.replace(goal)
     return Prepared(str(goal), written)
 
 
@@ -221,13 +263,12 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
     if source.is_file():
         done.append(unpack(source, base / "sbd", wrap))
         source = base / "sbd"
-    places = (source, source / "cls", source / "dataset" / "cls", source / "benchmark_RELEASE" / "dataset" / "cls")
-    folder = next((place for place in places if next(place.glob("*.mat"), None)), None)
-    if folder is None:
+    folder = source if next(source.glob("*.mat"), None) else locate(source, "cls/*.mat") / "cls"
+    if not folder.is_dir():
         raise MissingError(f"No SBD below {source}: benchmark_RELEASE/dataset/cls/NAME.mat is expected.")
     annotated = {path.stem for path in folder.glob("*.mat") if not path.name.startswith("._")}
     for file in (folder.parent / "train.txt", folder.parent / "val.txt"):
-        listed = set(file.read_text(encoding="utf-8", errors="replace").split()) if file.is_file() else set()
+        listed = set(read_text(file, "List").split()) if file.is_file() else set()
         if absent := sorted(listed - annotated):
             raise MissingError(
                 f"{folder} lacks {len(absent)} of the {len(listed)} files that {file} names, the first is "
@@ -239,17 +280,18 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
     official = set(train.ids)
     names = sorted((annotated | official) - set(val.ids))
 
+    def parse(variables: dict[str, Any]) -> np.ndarray:
+        mask = variables["GTcls"]["Segmentation"][0, 0]
+        if mask.ndim != 2 or mask.size == 0 or mask.dtype != np.uint8:
+            raise ValueError(f"GTcls.Segmentation has shape {mask.shape} and type {mask.dtype}")
+        return mask
+
     def make(name: str) -> Image.Image:
-        path = train.files(name)[1] if name in official else folder / f"{name}.mat"
         if name in official:
+            path = train.files(name)[1]
             mask = read_mask(path, table=id_table({value: value for value in range(256)}), listed_in=train.list_file)
         else:
-            try:
-                mask = read_mat(path)["GTcls"]["Segmentation"][0, 0].astype(np.uint8)
-                if mask.ndim != 2:
-                    raise ValueError(f"an array of shape {mask.shape}")
-            except (KeyError, ValueError, IndexError) as error:
-                raise BadInputError(f"{path} is not a class file of SBD (GTcls.Segmentation): {error!r}.") from error
+            mask = read_mat(folder / f"{name}.mat", parse, "class file of SBD")
         made = Image.fromarray(mask)
         made.putpalette(voc_colours(256).tobytes())
         return made
@@ -266,9 +308,48 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
         temporary.replace(path)
         done.append(Prepared(str(path), 1))
     else:
-        same = set(path.read_text(encoding="utf-8").split()) == set(names)
+        same = set(read_text(path, "List").split()) == set(names)
         note = "is there already" if same else "is there already with other images and was left as it is"
         done.append(Prepared(str(path), 0, note))
+    return done
+
+
+def _nyuv2(folder: Path, source: Path, wrap: Progress) -> list[Prepared]:
+    """Images and labels of nyu_depth_v2_labeled.mat in the official split. It is HDF5 with transposed arrays."""
+    try:
+        import h5py
+    except ImportError as error:
+        raise UsageError(f"Reading {source.name} needs h5py: pip install 'neco-bench[nyuv2]'.") from error
+    wrong, mend = f"{source} is not nyu_depth_v2_labeled.mat", "Download it again."
+    height, width = NYUv2.image_size
+    with contextlib.ExitStack() as stack:
+        with decoding(wrong, mend):
+            file = stack.enter_context(h5py.File(source, "r"))
+            images, labels = file["images"], file["labels"]  # (N, 3, W, H) and (N, W, H)
+            count = len(images)
+            right = images.shape[1:] == (3, width, height) and labels.shape == (count, width, height)
+            if not (right and images.dtype == np.uint8 and labels.dtype == np.uint16 and count <= FRAMES):
+                raise ValueError(
+                    f"it holds images {images.shape} {images.dtype} and labels {labels.shape} {labels.dtype}"
+                )
+
+        def image(name: str) -> Image.Image:
+            with decoding(wrong, mend):
+                return Image.fromarray(np.ascontiguousarray(images[int(name) - 1].T))
+
+        def mask(name: str) -> Image.Image:
+            with decoding(wrong, mend):
+                found = np.ascontiguousarray(labels[int(name) - 1].T)
+                if found.max() > LABELS:
+                    raise ValueError(f"frame {name} holds label {found.max()}, the highest is {LABELS}")
+                return Image.fromarray(found)
+
+        done = []
+        for split, (kind, make) in itertools.product(NYUv2.splits, (("rgb", image), ("labels_894", mask))):
+            if names := [f"{number:04d}" for number in frames(split) if number <= count]:
+                done.append(_convert(folder / f"{split}_{kind}", names, make, wrap))
+    if count < FRAMES:
+        done = [replace(row, note=f"{row.note or f'{count} frames'}, the whole set has {FRAMES}") for row in done]
     return done
 
 

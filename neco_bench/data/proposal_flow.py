@@ -6,15 +6,17 @@ MATLAB counts pixels from 1; points and boxes are given here with the centre of 
 from __future__ import annotations
 
 import csv
+import io
 import itertools
 from abc import abstractmethod
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
+from typing import Any
 
 import numpy as np
 
 from neco_bench.data.base import Pair, PairDataset
-from neco_bench.data.folder import AbsentSplitError, file_digest, missing, pair_text
-from neco_bench.data.io import read_image, read_mat
+from neco_bench.data.folder import AbsentSplitError, checked_box, contents, file_digest, locate, missing, pair_text
+from neco_bench.data.io import decoding, read_image, read_mat, read_text, valid_name
 from neco_bench.data.voc2012 import VOC2012
 from neco_bench.errors import BadInputError
 
@@ -58,8 +60,7 @@ class PFWillow(_ProposalFlow):
     SUBCLASS/NAME.png  SUBCLASS/NAME.mat      pts_coord: 2 x 10, x above y, 1-based; SUBCLASS as in car(G)"""
 
     def __init__(self, folder: Path, split: str) -> None:
-        nested = folder / "PF-dataset-WILLOW"
-        self.folder, self.split = nested if nested.is_dir() else folder, split
+        self.folder, self.split = locate(folder, "*(*)/*.mat", "*(*)/*.png", name="WILLOW"), split
         pairs = []
         for place in sorted(path for path in self.folder.iterdir() if path.is_dir()):
             points = {file.stem: self._read(file) for file in sorted(place.glob("[!.]*.mat"))}
@@ -84,17 +85,38 @@ class PFWillow(_ProposalFlow):
                     )
                 )
         if not pairs:
-            raise missing(type(self), f"{self.folder} holds no sub-class folders with .mat files.", AbsentSplitError)
+            text = f"{self.folder} holds no sub-class folders with .mat files. {contents(self.folder)}"
+            raise missing(type(self), text, AbsentSplitError)
         self._set_pairs(pairs)
 
+    @classmethod
+    def has_images(cls, folder: Path | None, split: str) -> bool:
+        assert folder is not None
+        return next(locate(folder, "*(*)/*.mat", name="WILLOW").glob("*(*)/*.png"), None) is not None
+
     def _read(self, path: Path) -> np.ndarray:
-        points = read_mat(path).get("pts_coord", np.zeros(0))
-        if points.shape != (2, 10) or points.dtype.kind not in "fiu" or not np.isfinite(points).all():
-            raise BadInputError(f"{path} lacks pts_coord, 2 x 10 finite numbers. Restore it from the original archive.")
-        return points.T.astype(np.float64) - 1
+        def parse(variables: dict[str, Any]) -> np.ndarray:
+            points = variables["pts_coord"]
+            if points.shape != (2, 10) or points.dtype.kind not in "fiu" or not np.isfinite(points).all():
+                raise ValueError("it lacks pts_coord, 2 x 10 finite numbers")
+            checked_box(_tight(points.T))
+            return points.T.astype(np.float64) - 1
+
+        return read_mat(path, parse, "annotation of PF-WILLOW")
 
     def _image_file(self, image_id: str) -> Path:
         return self.folder / f"{image_id}.png"
+
+
+def _stem(file: str) -> str:
+    return PureWindowsPath(valid_name(file)).stem
+
+
+def _in_voc(number: str) -> int:
+    """A class 1..20 of VOC."""
+    if not 1 <= int(number) <= 20:
+        raise ValueError(f"class {number}")
+    return int(number)
 
 
 def _tight(points: np.ndarray) -> Box:
@@ -123,26 +145,37 @@ class PFPascal(_ProposalFlow):
     Annotations/CLASS/NAME.mat                kps: N x 2, 1-based, NaN = not visible; bbox: x1 y1 x2 y2"""
 
     def __init__(self, folder: Path, split: str) -> None:
-        nested = folder / "PF-dataset-PASCAL"
-        self.folder, self.split = nested if nested.is_dir() else folder, split
-        names = (f"{split}_pairs.csv", f"{split}_pairs_pf_pascal.csv")
-        lists = [path for name in names if (path := self.folder / name).is_file()]
-        if not lists:
-            raise missing(type(self), f"the pair list {self.folder / names[0]} is not there.", AbsentSplitError)
-        try:
-            with lists[0].open(encoding="utf-8-sig", newline="") as file:
-                rows = [
-                    (Path(r["source_image"]).stem, Path(r["target_image"]).stem, VOC2012.classes[int(r["class"])])
-                    for r in csv.DictReader(file, skipinitialspace=True)
-                ]
-        except (OSError, ValueError, KeyError, TypeError, IndexError, csv.Error) as error:
-            raise BadInputError(
-                f"Pair list {lists[0]} needs the columns source_image, target_image and class 1..20: "
-                f"{type(error).__name__}: {error}. Restore the official list."
-            ) from error
-        if not rows:
-            raise BadInputError(f"Pair list {lists[0]} is empty. Restore the official list.")
+        self.split = split
+        rows = self._read_list(folder)
         self._set_pairs([self._pair(f"{i:03d}-{a}-{b}:{name}", a, b, name) for i, (a, b, name) in enumerate(rows)])
+
+    @classmethod
+    def has_images(cls, folder: Path | None, split: str) -> bool:
+        assert folder is not None
+        data = cls.__new__(cls)
+        data.split = split
+        return data._image_file(data._read_list(folder)[0][0]).is_file()
+
+    def _read_list(self, folder: Path) -> list[tuple[str, str, str]]:
+        """Source, target and class of each pair; the lists may lie beside the archive's folder, or as in ncnet."""
+        self.folder = locate(folder, "Annotations/*/*.mat", name="PASCAL")
+        names = (f"{self.split}_pairs.csv", f"{self.split}_pairs_pf_pascal.csv")
+        places = (self.folder, folder, folder / "image_pairs")
+        path = next((path for place in places for name in names if (path := place / name).is_file()), None)
+        if path is None:
+            text = f"the pair list {self.folder / names[0]} is not there. {contents(self.folder)}"
+            raise missing(type(self), text, AbsentSplitError)
+        with decoding(
+            f"Pair list {path} needs the columns source_image, target_image and class 1..20",
+            "Restore the official list.",
+        ):
+            rows = [
+                (_stem(row["source_image"]), _stem(row["target_image"]), VOC2012.classes[_in_voc(row["class"])])
+                for row in csv.DictReader(io.StringIO(read_text(path, "Pair list")), skipinitialspace=True)
+            ]
+        if not rows:
+            raise BadInputError(f"Pair list {path} is empty. Restore the official list.")
+        return rows
 
     def _pair(self, name: str, source: str, target: str, category: str) -> Pair:
         first, first_box = self._read(category, source)
@@ -164,12 +197,14 @@ class PFPascal(_ProposalFlow):
 
     def _read(self, category: str, name: str) -> tuple[np.ndarray, Box]:
         path = self.folder / "Annotations" / category / f"{name}.mat"
-        variables = read_mat(path)
-        points, box = variables.get("kps", np.zeros(0)), variables.get("bbox", np.zeros(0)).ravel()
-        if points.ndim != 2 or points.shape[1] != 2 or len(box) != 4:
-            raise BadInputError(f"{path} lacks kps (N x 2) or bbox (4 numbers). Restore it from the original archive.")
-        x1, y1, x2, y2 = (box.astype(np.float64) - 1).tolist()
-        return points.astype(np.float64) - 1, (x1, y1, x2, y2)
+
+        def parse(variables: dict[str, Any]) -> tuple[np.ndarray, Box]:
+            points, box = variables["kps"].astype(np.float64), variables["bbox"].astype(np.float64).ravel()
+            if points.ndim != 2 or points.shape[1] != 2 or np.isinf(points).any():
+                raise ValueError("kps are not N x 2 numbers, NaN where not visible")
+            return points - 1, checked_box((box - 1).tolist())
+
+        return read_mat(path, parse, "annotation of PF-PASCAL")
 
     def _image_file(self, image_id: str) -> Path:
         return self.folder / "JPEGImages" / f"{image_id}.jpg"

@@ -17,7 +17,6 @@ import itertools
 import json
 import logging
 import shutil
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -384,11 +383,12 @@ def shapes_folder() -> Path:
                 if folder.exists():
                     _logger.warning("%s is incomplete or damaged and is made anew.", folder)
                     shutil.rmtree(folder)
-                with tempfile.TemporaryDirectory(prefix=f"{folder.name}.", dir=folder.parent) as work:
-                    made = Path(work) / folder.name
-                    made.mkdir()
-                    generate(made)
-                    made.replace(folder)
+                for rest in [path for path in folder.parent.glob(f"{folder.name}.*") if path.is_dir()]:
+                    shutil.rmtree(rest)  # of a killed process, as this one has the lock
+                made = folder.with_name(f"{folder.name}.partial")
+                made.mkdir()
+                generate(made)
+                made.replace(folder)
     except OSError as error:
         raise UsageError(
             f"Cannot write the embedded data set to {folder}: {error}. Set NECO_BENCH_CACHE to a folder with 60 MB of "

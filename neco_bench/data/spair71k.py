@@ -8,14 +8,14 @@ origin the authors do not state, x up to and including the image width. Image id
 from __future__ import annotations
 
 import glob
-import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from neco_bench.data.base import Pair, PairDataset
-from neco_bench.data.folder import file_digest, missing, pair_text, parse_pair, read_list
-from neco_bench.data.io import read_image
+from neco_bench.data.folder import file_digest, locate, missing, pair_text, parse_pair, read_list
+from neco_bench.data.io import read_image, read_json
 from neco_bench.errors import BadInputError, MissingError
 
 
@@ -49,24 +49,38 @@ class SPair71k(PairDataset):
     JPEGImages/CATEGORY/NAME.jpg"""
 
     def __init__(self, folder: Path, split: str) -> None:
-        nested = folder / "SPair-71k"
-        self.folder = nested if nested.is_dir() else folder
         self.split = split
-        part, _, small = split.partition("_")
+        self._set_places(folder)
+        self.ids = tuple(sorted(read_list(type(self), self.list_file)))
+        self.pairs = tuple(self._read_pair(name) for name in self.ids)
+
+    def _set_places(self, folder: Path) -> None:
+        self.folder = locate(folder, "PairAnnotation", "Layout")
+        part, _, small = self.split.partition("_")
         self.list_file = self.folder / "Layout" / (small or "large") / f"{part}.txt"
         self._annotations = self.folder / "PairAnnotation" / part
-        self.ids = tuple(sorted(read_list(type(self), self.list_file)))
         self._sizes: dict[str, tuple[int, int]] = {}
-        self.pairs = tuple(self._read_pair(name) for name in self.ids)
+
+    @classmethod
+    def has_images(cls, folder: Path | None, split: str) -> bool:
+        assert folder is not None
+        data = cls.__new__(cls)
+        data.split = split
+        data._set_places(folder)
+        pair = data._read_pair(read_list(cls, data.list_file)[0])
+        return data._image_file(pair.source_id).is_file()
 
     def _read_pair(self, name: str) -> Pair:
         path = self._annotations / f"{name}.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
+
+        def parse(raw: Any) -> Pair:
             pair = parse_pair(name, raw)
             for image_id, key in ((pair.source_id, "src_imsize"), (pair.target_id, "trg_imsize")):
                 self._sizes[image_id] = (int(raw[key][1]), int(raw[key][0]))
             return pair
+
+        try:
+            return read_json(path, parse, "pair annotation of SPair-71k")
         except FileNotFoundError:
             near = sorted(path.parent.glob(glob.escape(name.partition(":")[0]) + "*"))
             renamed = [found for found in near if ":" not in found.name]
@@ -77,11 +91,6 @@ class SPair71k(PairDataset):
                     f"on a file system that allows colons."
                 ) from None
             raise missing(type(self), f"no pair annotation {path}, though {self.list_file} names it.") from None
-        except (OSError, ValueError, KeyError, TypeError, IndexError, OverflowError) as error:
-            raise BadInputError(
-                f"Pair annotation {path} is not what SPair-71k holds: {type(error).__name__}: {error}. "
-                f"Restore it from the original archive."
-            ) from error
 
     def read_image(self, image_id: str) -> np.ndarray:
         """(H, W, 3) uint8 RGB. Raises MissingError and BadInputError; the size must be that of the annotation."""

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
-from neco_bench.data.base import IGNORE
-from neco_bench.data.folder import AbsentSplitError, SegmentationFolder, missing, read_list
+from neco_bench.data.base import FEW, IGNORE, MaskSummary
+from neco_bench.data.folder import AbsentSplitError, SegmentationFolder, locate, missing, read_list
 from neco_bench.errors import MissingError
 
 
@@ -37,15 +35,17 @@ class VOC2012(SegmentationFolder):
         "diningtable", "dog", "horse", "motorbike", "person", "pottedplant", "sheep", "sofa", "train", "tvmonitor",
     )  # fmt: skip
 
+    longest_side = 500
+    sizes_differ = True
     fractions = {"trainaug": {128: 80, 64: 160, 8: 1320}}  # noqa: RUF012 (a ClassVar of the base class)
 
     def __init__(self, folder: Path, split: str) -> None:
         neco = folder / "VOCSegmentation"
-        candidates = (folder / "VOCdevkit" / "VOC2012", folder / "VOC2012", folder)
         if (neco / "sets").is_dir():
             self.folder, self._images, lists = neco, neco / "images", neco / "sets"
         else:
-            self.folder = next((path for path in candidates if (path / "ImageSets").is_dir()), candidates[0])
+            places = ("ImageSets/Segmentation/train*.txt", "ImageSets/Segmentation/val.txt")
+            self.folder = locate(folder, *places, name="2012")  # the archive of the test images has test.txt alone
             self._images, lists = self.folder / "JPEGImages", self.folder / "ImageSets" / "Segmentation"
         self.split = split
         self.list_file = lists / f"{split}.txt"
@@ -66,11 +66,16 @@ class VOC2012(SegmentationFolder):
     def files(self, item: str) -> tuple[Path, Path]:
         return self._images / f"{item}.jpg", self._masks / f"{item}.png"
 
-    def doubts(self, counts: np.ndarray) -> list[str]:
-        """Every official mask has a border of void; where no mask has one, 255 was turned into 0."""
-        if self.split.startswith("trainaug") or counts[IGNORE]:
-            return super().doubts(counts)
-        return [
-            "No mask has a void border (255), all official ones do: 255 was turned into background (0). "
-            "Use the original SegmentationClass."
-        ]
+    def doubts(self, masks: MaskSummary) -> list[str]:
+        """Every official mask has a border of void, nearly every one background."""
+        counts, found = masks.total, super().doubts(masks)
+        if not self.split.startswith("trainaug") and not counts[IGNORE]:
+            found.append(
+                "No mask has a void border (255), all official ones do: 255 was turned into background (0). "
+                "Use the original SegmentationClass."
+            )
+        if len(masks) >= FEW and not counts[0]:
+            found.append(
+                "No mask has background (0): ids are shifted, or background was made void. Restore the original masks."
+            )
+        return found

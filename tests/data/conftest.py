@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import PAIRS, image_of, save, save_indices
+from data_helpers import CAMVID_SIZE, PAIRS, image_of, save, save_indices
 
 SAMPLES = Path(__file__).parents[2].parent / "shared" / "data"
 
@@ -46,8 +46,8 @@ def voc(tmp_path):
 def camvid(tmp_path):
     base = tmp_path / "camvid"
     for i in range(2):
-        save(base / "train" / f"a{i}.png", image_of(i))
-        save(base / "trainannot" / f"a{i}.png", np.full((20, 30), 10 + i, np.uint8))
+        save(base / "train" / f"a{i}.png", image_of(i, CAMVID_SIZE))
+        save(base / "trainannot" / f"a{i}.png", np.full(CAMVID_SIZE, 10 + i, np.uint8))
     (base / "train.txt").write_text(
         "".join(f"/SegNet/train/a{i}.png /SegNet/trainannot/a{i}.png\r\n" for i in range(2))
     )

@@ -3,6 +3,9 @@
 import numpy as np
 from PIL import Image
 
+from neco_bench.data.io import voc_colours
+
+CAMVID_SIZE = (360, 480)
 PAIRS = ("000003-a-b:cat", "000001-b-a:cat")
 
 
@@ -18,6 +21,6 @@ def save(path, array, **options):
 def save_indices(path, array):
     """A palette PNG, as VOC has them."""
     image = Image.fromarray(array)
-    image.putpalette(bytes(range(256)) * 3)
+    image.putpalette(voc_colours(256).tobytes())
     path.parent.mkdir(parents=True, exist_ok=True)
     image.save(path)

@@ -24,8 +24,10 @@ def test_cityscapes(tmp_path, kind):
     values = ROW if kind == "labelIds" else np.where(np.isin(ROW, LABEL_IDS), np.searchsorted(LABEL_IDS, ROW), 255)
     for city in ("bonn", "aachen"):
         name = f"{city}/{city}_000000_000019"
-        save(base / "leftImg8bit" / "train" / f"{name}_leftImg8bit.png", image_of(1, (4, 34)))
-        save(base / "gtFine" / "train" / f"{name}_gtFine_{kind}.png", np.tile(values.astype(np.uint8), (4, 1)))
+        save(base / "leftImg8bit" / "train" / f"{name}_leftImg8bit.png", np.zeros((1024, 2048, 3), np.uint8))
+        mask = np.zeros((1024, 2048), np.uint8)
+        mask[:, :34] = values
+        save(base / "gtFine" / "train" / f"{name}_gtFine_{kind}.png", mask)
         save(base / "gtFine" / "train" / f"{name}_gtFine_color.png", image_of(1, (4, 34)))
     dataset = load_dataset("cityscapes", "train", root=tmp_path)
     assert dataset.ids == ("aachen/aachen_000000_000019", "bonn/bonn_000000_000019")
@@ -33,12 +35,12 @@ def test_cityscapes(tmp_path, kind):
     # neco.md 3.3
     expected = {7: 0, 8: 1, 11: 2, 12: 3, 13: 4, 17: 5, 19: 6, 20: 7, 21: 8, 22: 9, 23: 10, 24: 11, 25: 12, 26: 13}
     expected |= {27: 14, 28: 15, 31: 16, 32: 17, 33: 18}
-    assert dataset[0].mask[0].tolist() == [expected.get(value, 255) for value in ROW.tolist()]
+    assert dataset[0].mask[0, :34].tolist() == [expected.get(value, 255) for value in ROW.tolist()]
     (base / "lists.txt").write_text("bonn_000000_000019\n")
     assert load_dataset("cityscapes", "train", root=tmp_path, split_file=base / "lists.txt").ids == dataset.ids[1:]
     assert not [f for f in check_dataset("cityscapes", tmp_path) if f.level == "error"]
     if kind == "labelIds":
-        save(base / "gtFine" / "train" / f"{dataset.ids[0]}_gtFine_labelIds.png", np.full((4, 34), 255, np.uint8))
+        save(base / "gtFine" / "train" / f"{dataset.ids[0]}_gtFine_labelIds.png", mask + np.uint8(222))
         with pytest.raises(BadInputError, match="train ids"):
             dataset[0]
 
@@ -86,18 +88,20 @@ def test_nyuv2_sample_with_13_classes(samples):
         load_dataset("nyuv2", "test", root=samples)
 
 
-def test_nyuv2_with_40_classes_from_either_kind_of_mask(samples, tmp_path):
+def test_nyuv2_with_40_and_13_classes_from_either_kind_of_mask(samples, tmp_path):
     mapping = loadmat(samples / "nyuv2/classMapping40.mat")
     base = tmp_path / "nyuv2"
-    raw = np.tile(np.arange(895, dtype=np.uint16), (4, 1))
+    raw = np.zeros((480, 640), np.uint16)
+    raw[:2] = np.resize(np.arange(895, dtype=np.uint16), (2, 640))
     save(base / "train_rgb" / "0003.png", image_of(0, raw.shape))
     save(base / "train_labels_894" / "0003.png", raw)
-    with pytest.raises(MissingError, match=r"classMapping40\.mat"):
-        load_dataset("nyuv2", "train", root=tmp_path)
-    savemat(base / "classMapping40.mat", {"mapClass": mapping["mapClass"]})
     dataset = load_dataset("nyuv2", "train", root=tmp_path)
-    assert dataset[0].mask[0].tolist() == [255, *(mapping["mapClass"].ravel().astype(int) - 1)]
+    of_40 = mapping["mapClass"].ravel().astype(int)
+    assert dataset[0].mask.ravel()[:895].tolist() == [255, *(of_40 - 1)]
     assert tuple(str(name[0]) for name in mapping["className"].ravel()) == dataset.classes
+    of_13 = loadmat(samples / "nyuv2/class13Mapping.mat")["classMapping13"][0, 0]["labels13"].ravel().astype(int)
+    small = load_dataset("nyuv2_13", "train", root=tmp_path)
+    assert small[0].mask.ravel()[:895].tolist() == [255, *(of_13[of_40 - 1] - 1)]
     save(base / "train_labels_40" / "new_nyu_class40_0003.png", np.full(raw.shape, 40, np.uint8))
     again = load_dataset("nyuv2", "train", root=tmp_path)
     assert set(again[0].mask.ravel()) == {39}
@@ -119,15 +123,18 @@ def test_pf_willow(samples):
 
 def test_pf_willow_defects(tmp_path):
     base = tmp_path / "pf_willow" / "car(G)"
+    points = np.arange(20.0).reshape(2, 10)
     for name in "ab":
         save(base / f"{name}.png", image_of(0))
-        savemat(base / f"{name}.mat", {"pts_coord": np.full((2, 10), 3.0)})
+        savemat(base / f"{name}.mat", {"pts_coord": points})
     assert load_dataset("pf_willow", "test", root=tmp_path).ids == ("a-b:car(G)", "b-a:car(G)")
-    savemat(base / "b.mat", {"pts_coord": np.full((2, 9), 3.0)})
-    with pytest.raises(BadInputError, match=r"b\.mat lacks pts_coord"):
-        load_dataset("pf_willow", "test", root=tmp_path)
+    points[0, 3] = np.nan
+    for wrong in ({"pts_coord": np.full((2, 9), 3.0)}, {"pts_coord": np.full((2, 10), 3.0)}, {"pts_coord": points}, {}):
+        savemat(base / "b.mat", wrong)
+        with pytest.raises(BadInputError, match=r"b\.mat is no readable annotation of PF-WILLOW: \w+: .*(pts|area)"):
+            load_dataset("pf_willow", "test", root=tmp_path)
     (base / "b.mat").write_text("no MATLAB file")
-    with pytest.raises(BadInputError, match=r"b\.mat is not a readable MATLAB file"):
+    with pytest.raises(BadInputError, match=r"b\.mat is no readable annotation"):
         load_dataset("pf_willow", "test", root=tmp_path)
     (base / "b.mat").unlink()
     with pytest.raises(MissingError, match=r"car\(G\)/b has a \.png or a \.mat"):
@@ -272,15 +279,29 @@ def test_part_of_a_set_without_a_known_size_is_marked(voc, monkeypatch):
     assert whole.chosen(whole.ids[:2]).subset == {"found": 2, "expected": 3}
 
 
-def test_keypoints_that_are_no_numbers_and_boxes_without_area_are_found(spair):
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"src_kps": [[float("nan"), 1], [5, 6]]},
+        {"trg_kps": [[7, 8], [9, float("inf")]]},
+        {"trg_kps": [[7, 8], [9, 10**400]]},
+        {"trg_bndbox": [5, 5, 5, 9]},
+        {"trg_bndbox": [1, 2, float("nan"), 9]},
+        {"src_bndbox": [9, 9, 5, 5]},
+        {"src_bndbox": [1, 2, 3]},
+        {"category": "\ud800"},
+        {"src_imname": "a\0.jpg"},
+        {"scale_variation": 10**30},
+        {"trg_imsize": [float("inf"), 40, 3]},
+    ],
+)
+def test_pairs_with_values_that_no_score_can_use(spair, wrong):
+    """NaN, infinite points, boxes without area, ...: refused with the file's name where they would be scored."""
     path = next((spair / "spair71k").rglob("PairAnnotation/val/*.json"))
-    raw = json.loads(path.read_text())
-    raw["src_kps"][0] = [float("nan"), 1]
-    raw["trg_bndbox"] = [5, 5, 5, 9]
-    path.write_text(json.dumps(raw))
-    texts = " ".join(f.text for f in check_dataset("spair71k", root=spair) if f.level == "error")
-    assert "keypoints outside their images" in texts
-    assert "target box without an area" in texts
+    path.write_text(json.dumps(json.loads(path.read_text()) | wrong))
+    with pytest.raises(BadInputError, match=rf"{path.name} is not a pair annotation of SPair-71k"):
+        load_dataset("spair71k", "val", root=spair)
+    assert any(path.name in f.text for f in check_dataset("spair71k", root=spair) if f.level == "error")
 
 
 @pytest.mark.parametrize("value", [print, dict])

@@ -1,5 +1,6 @@
 """`data prepare`: archives, SBD, panoptic maps. Originals stay, interruptions do no harm, bad archives are refused."""
 
+import contextlib
 import hashlib
 import io
 import json
@@ -12,11 +13,13 @@ import zipfile
 import numpy as np
 import pytest
 from data_helpers import image_of, save
+from filelock import FileLock
 from PIL import Image
-from scipy.io import savemat
+from scipy.io import loadmat, savemat
 
 from neco_bench.cli import main
 from neco_bench.data import load_dataset
+from neco_bench.data.nyuv2 import frames
 from neco_bench.data.prepare import prepare, unpack
 from neco_bench.errors import BadInputError, MissingError, UsageError
 
@@ -101,7 +104,7 @@ def test_voc_sbd_defects(voc_and_sbd, tmp_path):
     with pytest.raises(MissingError, match=r"2010_000001\.mat: SBD was unpacked in part"):
         prepare("voc_sbd", root, source=source)
     savemat(source / "dataset" / "cls" / "2010_000001.mat", {"GTinst": 1})
-    with pytest.raises(BadInputError, match=r"2010_000001\.mat is not a class file of SBD"):
+    with pytest.raises(BadInputError, match=r"2010_000001\.mat is no readable class file of SBD"):
         prepare("voc_sbd", root, source=source)
 
 
@@ -261,3 +264,124 @@ def test_the_command(voc_and_sbd, capsys, monkeypatch):
     with pytest.raises(SystemExit) as exit_:
         main(["data", "prepare", "ade20k", "--data-root", str(root)])
     assert exit_.value.code == 2
+
+
+@pytest.fixture
+def nyu_mat(tmp_path):
+    """The first 12 frames of a nyu_depth_v2_labeled.mat: HDF5, arrays transposed, as MATLAB writes them."""
+    h5py = pytest.importorskip("h5py")
+    rng = np.random.default_rng(0)
+    path = tmp_path / "nyu_depth_v2_labeled.mat"
+    with h5py.File(path, "w", userblock_size=512) as file:
+        images = file.create_dataset("images", (12, 3, 640, 480), np.uint8, chunks=(1, 3, 640, 480), compression=1)
+        labels = file.create_dataset("labels", (12, 640, 480), np.uint16, chunks=(1, 640, 480), compression=1)
+        for i in range(12):
+            images[i, :, i, 2 * i] = rng.integers(1, 256, 3)
+            labels[i, i, 2 * i] = 21 + i  # at x = i, y = 2 i
+        file["depths"] = np.zeros((12, 2, 2), np.float32)
+        names = file.create_dataset("names", (1, 894), h5py.ref_dtype)
+        for i, name in enumerate(("book", "bottle")):
+            file[f"#refs#/{i}"] = np.array([[ord(letter)] for letter in name], np.uint16)
+            names[0, i] = file[f"#refs#/{i}"].ref
+    with path.open("r+b") as file:
+        file.write(b"MATLAB 7.3 MAT-file, Platform: GLNXA64, Created on: Thu Aug 16 2012 HDF5 schema 1.00 .")
+    return path
+
+
+def test_nyuv2_from_its_official_file(nyu_mat, tmp_path, samples):
+    root = tmp_path / "root"
+    before = digests(tmp_path)
+    done = prepare("nyuv2", root, source=nyu_mat)
+    assert [(row.path.rpartition("/")[2], row.written) for row in done] == [
+        ("train_rgb", 9), ("train_labels_894", 9), ("test_rgb", 3), ("test_labels_894", 3)
+    ]  # fmt: skip
+    assert all(row.note == "12 frames, the whole set has 1449" for row in done)
+    test, train = (load_dataset("nyuv2", split, root=root) for split in ("test", "train"))
+    assert test.ids == ("0001", "0002", "0009")
+    assert train.ids[:3] == ("0003", "0004", "0005")
+    splits = loadmat(samples / "nyuv2" / "splits.mat")
+    for split, key in (("train", "trainNdxs"), ("test", "testNdxs")):
+        assert frames(split) == splits[key].ravel().tolist()
+    mapping = loadmat(samples / "nyuv2" / "classMapping40.mat")["mapClass"].ravel()
+    sample = test[2]  # frame 9
+    assert sample.image.shape == (480, 640, 3)
+    assert np.argwhere(sample.image.any(axis=2)).tolist() == [[16, 8]]
+    assert np.argwhere(sample.mask != 255).tolist() == [[16, 8]]
+    assert sample.mask[16, 8] == mapping[29 - 1] - 1
+    assert len(load_dataset("nyuv2_13", "train", root=root)) == 9
+    again = prepare("nyuv2_13", root, source=nyu_mat)
+    assert [row.written for row in again] == [0] * 4
+    assert before.items() <= digests(tmp_path).items()
+
+
+def test_other_files_than_that_of_nyuv2(nyu_mat, tmp_path, monkeypatch):
+    import h5py
+
+    with h5py.File(nyu_mat, "r+") as file:
+        file["labels"][3, 5, 5] = 895
+    with pytest.raises(BadInputError, match=r"labeled\.mat is not .*frame 0004 holds label 895"):
+        prepare("nyuv2", tmp_path / "root", source=nyu_mat)
+    with h5py.File(nyu_mat, "r+") as file:
+        del file["labels"]
+        file["labels"] = np.zeros((12, 640, 480), np.int32)
+    with pytest.raises(BadInputError, match=r"holds images .* and labels \(12, 640, 480\) int32"):
+        prepare("nyuv2", tmp_path / "root", source=nyu_mat)
+    for content in (b"", b"<html>", nyu_mat.read_bytes()[:3000]):
+        nyu_mat.write_bytes(content)
+        with pytest.raises(BadInputError, match=r"labeled\.mat is not nyu_depth_v2_labeled\.mat: .* Download it again"):
+            prepare("nyuv2", tmp_path / "root", source=nyu_mat)
+    monkeypatch.setitem(sys.modules, "h5py", None)
+    with pytest.raises(UsageError, match=r"pip install 'neco-bench\[nyuv2\]'"):
+        prepare("nyuv2", tmp_path / "root", source=nyu_mat)
+
+
+@pytest.mark.parametrize("name", ["a\0b", "", "x" * 300])
+@pytest.mark.parametrize("kind", ["zip", "tar"])
+def test_names_that_no_file_can_have(tmp_path, name, kind):
+    archive = tmp_path / f"set.{kind}"
+    if kind == "zip":
+        with zipfile.ZipFile(archive, "w") as file:
+            file.writestr("fine", "1")
+            info = zipfile.ZipInfo("other")
+            info.filename = name
+            file.writestr(info, "2")
+    else:
+        with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
+            for entry in ("fine", name):
+                info = tarfile.TarInfo("x")
+                info.size, info.pax_headers = 1, {"path": entry}
+                tar.addfile(info, io.BytesIO(b"1"))
+    folder = tmp_path / "folder"
+    with contextlib.suppress(BadInputError):  # some of these are read as other names
+        unpack(archive, folder)
+        assert {path.name for path in folder.rglob("*") if path.is_file()} <= {"fine", "x", "a"}
+    assert not list(folder.glob(".*"))
+
+
+def test_a_file_where_a_folder_should_be(tmp_path):
+    pack(tmp_path / "set.zip", {"a": b"1", "a/b": b"2"})
+    with pytest.raises(BadInputError, match=r"set\.zip cannot be unpacked here"):
+        unpack(tmp_path / "set.zip", tmp_path / "folder")
+    assert not list((tmp_path / "folder").iterdir())
+
+
+def test_two_processes_do_not_write_into_each_others_files(tmp_path):
+    folder = tmp_path / "root" / "ade20k"
+    archive = packed_one(tmp_path)
+    staging = folder / ".one.zip.partial"
+    staging.mkdir(parents=True)
+    with FileLock(staging / ".neco-bench.lock"), pytest.raises(UsageError, match="Another process is writing"):
+        prepare("ade20k", tmp_path / "root", source=archive)
+    assert prepare("ade20k", tmp_path / "root", source=archive)[0].written == 1
+    assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_a_killed_conversion_leaves_nothing_in_the_masks(voc_and_sbd):
+    root, base, source = voc_and_sbd
+    staging = base / "SegmentationClassAug.partial"
+    staging.mkdir()
+    for name in (".tmp", ".123.tmp", ".neco-bench.lock"):
+        (staging / name).write_bytes(b"half")
+    prepare("voc_sbd", root, source=source)
+    assert not staging.exists()
+    assert {path.suffix for path in (base / "SegmentationClassAug").iterdir()} == {".png"}

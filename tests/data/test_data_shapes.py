@@ -28,6 +28,8 @@ def test_making_it_again_gives_the_same_files(shapes_cache, tmp_path):
 def test_two_processes_and_a_half_written_cache(tmp_path, monkeypatch):
     (tmp_path / "shapes-1").mkdir()
     (tmp_path / "shapes-1" / "train.txt").write_text("000\n")
+    for leftover in ("shapes-1.partial", "shapes-1.x1y2z3"):  # of killed processes
+        (tmp_path / leftover / "train").mkdir(parents=True)
     monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path))
     code = "from neco_bench.data import load_dataset as d; print(d('shapes', 'val').fingerprint())"
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
