@@ -7,6 +7,7 @@ else is spelled out too: attention, alignment, sorting by single comparators, Ad
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from neco_bench.context import item_rng
 from neco_bench.encoders import load_encoder, timm_adapter
+from neco_bench.errors import BadInputError
 from neco_bench.training import loop
 from neco_bench.training.loop import Options
 from neco_bench.training.networks import folded_class_token
@@ -295,6 +297,30 @@ def test_the_class_token_with_its_position_moves_twice_as_far(tmp_path: Path) ->
     assert float(moved["cls_token"]) == pytest.approx(2e-3, rel=1e-2)
     assert float(moved["reg_token"]) == pytest.approx(1e-3, rel=1e-2)
     assert float(moved["pos_embed"]) == pytest.approx(1e-3, rel=1e-2)
+
+
+def test_a_run_begun_with_one_group_less_is_told_and_not_resumed(tmp_path: Path) -> None:
+    """As versions before the class token's own group left it."""
+    settings, options = (
+        recipe(**SIZES, **SETTINGS["registers"]),
+        Options(tmp_path, "shapes:8", workers=0, progress=False),
+    )
+    loop.train(settings, options)
+    file = tmp_path / "checkpoint-0000003/training.pt"
+    state = torch.load(file, weights_only=True)
+    state["optimizer"]["param_groups"].pop()
+    torch.save(state, file)
+    with pytest.raises(BadInputError, match="its optimizer does not fit this version of neco-bench"):
+        loop.train(settings, dataclasses.replace(options, resume=True))
+
+
+def test_that_parts_are_no_larger_batch_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for accumulate in (1, 2):
+        caplog.clear()
+        settings = recipe(**SIZES, **SETTINGS["registers"], accumulate=accumulate)
+        with caplog.at_level(logging.WARNING, "neco_bench"):
+            loop._Run(settings, Options(tmp_path, "shapes:8", progress=False), 0, 1, torch.device("cpu"))
+        assert ("each part of 2 images is a batch of its own" in caplog.text) is (accumulate == 2)
 
 
 @pytest.mark.parametrize(
