@@ -358,14 +358,21 @@ def export(
 ) -> None:
     """Write an encoder's weights so that timm or torch.hub's DINOv2 load them.
 
+    Of a run folder the student's; RUN?branch=teacher writes the teacher's. Position embeddings are resized by the rule
+    of the code that reads the file; where that differs from the encoder's, a message says at which size features are
+    the same.
+
     Example: neco-bench export runs/neco --layout dinov2 --out neco_vits14.pth
     """
-    from neco_bench.encoders import load_encoder
+    from neco_bench.encoders import load_encoder, run_folder
     from neco_bench.encoders.export import check_target
     from neco_bench.encoders.export import export as write
 
     check_target(layout, out, overwrite)
     print(write(load_encoder(model, weights=weights, device="cpu"), layout, out, overwrite=overwrite))
+    if weights is None and (branch := run_folder.branch_of(model)):
+        other = "student" if branch == "teacher" else "teacher"
+        print(f"the {branch}'s weights; ?branch={other} exports the {other}'s", file=sys.stderr)
 
 
 @app.command()

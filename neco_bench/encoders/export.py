@@ -5,11 +5,16 @@ also those of NeCo's and DINO's ViTs (without LayerScale and registers there).
 
 timm's models with registers keep no position of the class token: it is part of the class token. The official layout has
 one, so a zero is written; features are the same, but the tensors may differ from those of the file once read.
+
+A file holds no rule for resizing position embeddings: whoever reads it applies its own. timm takes `size_antialias`,
+torch.hub's DINOv2 that too for models with registers, and `scale_offset` for those without (see `positions`). Where the
+encoder has another, features are equal at the size of its own grid alone, and a warning says so.
 """
 
 from __future__ import annotations
 
 import io
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +30,10 @@ from neco_bench.encoders.weights import UNUSED, inner_module
 from neco_bench.errors import UsageError, did_you_mean
 from neco_bench.results.files import write_whole
 
-LAYOUTS = ("dinov2", "timm")
+log = logging.getLogger("neco_bench")
+
+READERS = {"dinov2": "torch.hub's model", "timm": "timm"}  # who reads the files of a layout
+LAYOUTS = tuple(READERS)
 SUFFIXES = (".safetensors", ".pth")
 
 
@@ -44,10 +52,25 @@ def check_target(layout: str, path: Path, overwrite: bool = False) -> None:
 def export(encoder: Encoder, layout: str, path: Path, overwrite: bool = False) -> Path:
     """Write the encoder's weights (float32, on the CPU) to `path` in a layout, whole or not at all, and return `path`.
 
+    Logs a warning where the code that the layout belongs to resizes positions by another rule than the encoder.
     Raises `UsageError` (as `check_target`, and an encoder that has no such layout) and `NecoBenchError` (a full disk).
     """
     check_target(layout, path, overwrite)
     tensors = _as_dinov2(encoder) if layout == "dinov2" else _as_timm(encoder)
+    theirs = "scale_offset" if layout == "dinov2" and "register_tokens" not in tensors else "size_antialias"
+    own = "size_antialias" if encoder.pos_interp == "timm" else encoder.pos_interp
+    if isinstance(encoder, TimmViT) and own != theirs:
+        model: Any = inner_module(encoder)
+        rows, columns = (side * encoder.stride for side in model.patch_embed.grid_size)
+        log.warning(
+            "%s: %s resizes position embeddings by %s, this encoder by %s: the same features at %d x %d pixels alone.",
+            path,
+            READERS[layout],
+            theirs,
+            own,
+            columns,
+            rows,
+        )
     tensors = {name: value.detach().to("cpu", copy=True).contiguous() for name, value in tensors.items()}
     if path.suffix == ".safetensors":
         content = save(tensors, {"format": "pt"})

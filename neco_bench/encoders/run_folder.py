@@ -89,6 +89,17 @@ def weights_file(folder: Path, branch: str | None) -> Path:
     return path
 
 
+def branch_of(spec: str) -> str | None:
+    """Which of a run's two encoders a spec means, "student" or "teacher"; None for other models, or a single encoder.
+
+    Raises as `parse_spec`.
+    """
+    request = parse_spec(spec)
+    if request.kind != "run" or read(Path(request.target)).teacher is None:
+        return None
+    return request.branch or "student"
+
+
 def base_of(folder: Path) -> Request:
     """The architecture of a run folder, with the layers that the run read.
 

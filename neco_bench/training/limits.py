@@ -48,12 +48,6 @@ def check(recipe: Recipe, encoder: Encoder, place: Place, steps: int, workers: i
         raise UsageError(
             f"--workers={workers}: each is a process, and this machine has {os.cpu_count()} cores. Use at most {most}."
         )
-    if recipe.warmup_steps > steps:
-        log.warning(
-            "warmup_steps=%d is more than the %d steps of the run, which never reaches its learning rate.",
-            recipe.warmup_steps,
-            steps,
-        )
     if recipe.objective == "neco":
         vectors = recipe.queue_length or place.total * recipe.cells**2
         if recipe.references > vectors:

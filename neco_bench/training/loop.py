@@ -51,7 +51,15 @@ from neco_bench.training import checkpoints, limits
 from neco_bench.training.batches import Order, loader
 from neco_bench.training.images import Images, open_images
 from neco_bench.training.log import StepLog, Table
-from neco_bench.training.networks import Network, Place, StochasticDepth, make_trainable, parameter_groups, set_training
+from neco_bench.training.networks import (
+    Network,
+    Place,
+    StochasticDepth,
+    make_trainable,
+    parameter_groups,
+    seeded,
+    set_training,
+)
 from neco_bench.training.objectives import OBJECTIVES, Batch, mean_over_processes
 from neco_bench.training.recipe import CHANGEABLE, Recipe
 
@@ -147,6 +155,14 @@ class _Run:
             raise UsageError(f"--out {options.out}: a '?' begins the options of a model, so --eval cannot name it.")
         self.images: Images = open_images(options.data, options.data_root)
         self.steps = recipe.total_steps(len(self.images))
+        if recipe.accumulate > 1 and recipe.objective == "neco" and rank == 0:
+            log.warning(
+                "accumulate=%d: each part of %d images is a batch of its own, from which NeCo takes its references; "
+                "this is not training on %d images at once.",
+                recipe.accumulate,
+                recipe.batch_size // recipe.accumulate,
+                recipe.batch_size,
+            )
         encoder = load_encoder(recipe.base, weights=options.weights, device=str(device))
         self.architecture = architecture(recipe.base)
         self._check_sizes(encoder)
@@ -205,8 +221,9 @@ class _Run:
             "momentum": cosine(recipe.momentum, recipe.final_momentum, step, self.steps),
         }
         for group in self.optimizer.param_groups:
-            group["lr"] = values[f"lr_{group['part']}"]
-            group["weight_decay"] = values["weight_decay"] * group["decays"]
+            summands = group.get("summands", 1)  # older checkpoints lack it
+            group["lr"] = values[f"lr_{group['part']}"] * summands
+            group["weight_decay"] = values["weight_decay"] * group["decays"] / summands
         return values
 
     # State --------------------------------------------------------------------------------------------------------
@@ -439,7 +456,8 @@ class _Run:
             self.place.turn = step * recipe.accumulate + part
             between = self.world > 1 and part + 1 < recipe.accumulate
             with self.embed.no_sync() if between else contextlib.nullcontext():
-                with torch.autocast(self.device.type, self.dtype, enabled=recipe.precision != "fp32"):
+                autocast = torch.autocast(self.device.type, self.dtype, enabled=recipe.precision != "fp32")
+                with autocast, seeded(self.place, self.device):
                     loss = self.objective(batch, self.embed, self.teacher, self.teacher or self.student, self.place)
                 value = float(loss.detach())
                 if not math.isfinite(value):

@@ -2,14 +2,29 @@
 
 Deviations from the official code: stochastic depth and all other randomness depend on (seed, step, place in the batch)
 alone, so that a run can be resumed exactly and does not hang on the number of processes; batch normalisation, in
-encoders that have it, keeps the statistics it came with; embeddings that no loss term reads are not computed.
+encoders that have it, keeps the statistics it came with; embeddings that no loss term reads are not computed. Where an
+encoder draws numbers of its own (dropout), torch's generators are seeded by (seed, step, process): such a run can be
+resumed exactly, but does hang on the number of processes.
+
+DINOv2 with registers: the official model trains a class token and a position of it, which are one parameter, their sum,
+in timm's. Both have the same gradient, so the sum learns at twice the rate and decays at the single one, which its own
+parameter group does here: after each step the features are those of the official model. The two parameters themselves
+are lost: exported files hold their sum, and `clip_norm` counts its gradient once. Through `hub:` both are trained.
+
+How near this is to the protocol of the official code, at equal draws (tests/training/test_reference.py): in float64 the
+weights of three steps agree to 1e-7 of how far they moved. In float32 losses agree to 1e-6 and weights to 1e-3: AdamW's
+first steps are as long as the learning rate whatever the gradient, so that entries with no gradient but rounding (the
+biases of the keys, which a softmax ignores) go either way, as they do from one machine to another.
 """
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import itertools
 import logging
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +36,7 @@ from torch.utils.checkpoint import checkpoint
 from neco_bench.context import item_rng
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.baselines import BINS
+from neco_bench.encoders.weights import inner_module
 from neco_bench.errors import BadInputError, UsageError
 from neco_bench.training.recipe import Recipe
 
@@ -74,6 +90,14 @@ class StochasticDepth(nn.Module):
         return x * mine.to(x.device, x.dtype, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
+@contextlib.contextmanager
+def seeded(place: Place, device: torch.device) -> Iterator[None]:
+    """Let what an encoder draws by itself depend on (seed, step, process) alone; put torch's generators back after."""
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(int(item_rng(place.seed, "own", place.turn, place.start).integers(2**63)))
+        yield
+
+
 def projection_head(width: int, recipe: Recipe, stride: int) -> nn.Sequential:
     """An MLP with GELU, `head_layers` linear layers, from the width of the encoder to `head_dim`, or to what
     `mim` predicts."""
@@ -113,14 +137,15 @@ class Network(nn.Module):
         return self._encode(images, True).attention
 
     def forward(self, groups: list[Tensor], needed: list[Tensor]) -> list[Tensor]:
-        """Embeddings (B, E, h, w) of each group (B, 3, H, W) of images, float32.
+        """Embeddings (B, E, h, w) of each group (B, 3, H, W) of images, float32 (float64 of a float64 network).
 
         needed: for each group (B, h, w) bool, the patches that will be read; the embeddings of others are 0.
         """
         outputs = []
         for images, mask in zip(groups, needed, strict=True):
             features = self._run(images, False).map
-            embedded = self.projection_head(features.permute(0, 2, 3, 1)[mask]).float()
+            embedded = self.projection_head(features.permute(0, 2, 3, 1)[mask])
+            embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
             embedded = F.normalize(embedded, dim=-1) if self.unit else embedded
             canvas = embedded.new_zeros(*mask.shape, embedded.shape[-1])
             outputs.append(canvas.masked_scatter(mask[..., None], embedded).permute(0, 3, 1, 2))
@@ -140,7 +165,8 @@ def blocks_of(encoder: Encoder) -> list[nn.Module]:
 def make_trainable(encoder: Encoder, recipe: Recipe, place: Place, checkpointing: bool) -> None:
     """Prepare the student in place: frozen parts, stochastic depth, gradient checkpointing.
 
-    Raises UsageError where the encoder has nothing to train, or no blocks to choose from.
+    Raises UsageError where the encoder has nothing to train, no blocks to choose from, or random numbers that cannot be
+    seeded.
     """
     if not any(True for _ in encoder.parameters()):
         raise UsageError(f"--base {encoder.name!r} has no weights to train. Use an encoder with weights.")
@@ -159,11 +185,12 @@ def make_trainable(encoder: Encoder, recipe: Recipe, place: Place, checkpointing
     for block in blocks if checkpointing else ():
         block.forward = _recomputed(block.forward)
     _freeze_unused(encoder, recipe.local_size)
+    _check_own_draws(encoder, recipe.local_size, place)
 
 
 def _recomputed(forward: Any) -> Any:
     def run(*inputs: Any, **options: Any) -> Any:
-        return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **options)
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
     return run
 
@@ -221,7 +248,35 @@ def _freeze_unused(encoder: Encoder, size: int) -> None:
         log.warning("not trained, as dense features do not pass through them: %s", ", ".join(unused[:8]))
 
 
-def set_training(network: Network) -> None:
+def _check_own_draws(encoder: Encoder, size: int, place: Place) -> None:
+    """Say so where an encoder draws numbers of its own in training; refuse one whose draws no seed repeats."""
+    image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(encoder.device)
+    set_training(encoder)
+    for module in encoder.modules():
+        if isinstance(module, StochasticDepth):
+            module.eval()
+
+    def features(turn: int) -> Tensor:
+        with torch.no_grad(), seeded(dataclasses.replace(place, turn=turn), encoder.device):
+            norm = encoder.has_final_norm and encoder.final_norm
+            return encoder._run(image, final_norm=norm, attention=False).map.float()
+
+    first, again, other = features(0), features(0), features(1)
+    encoder.eval()
+    if not torch.allclose(first, again, rtol=1e-3, atol=1e-5, equal_nan=True):
+        raise UsageError(
+            f"--base {encoder.name!r} draws random numbers in training that no seed of torch's repeats, so that a run "
+            f"could not be resumed. Draw them from torch's default generator, as torch.nn.Dropout does, or none."
+        )
+    if not torch.allclose(first, other, rtol=1e-3, atol=1e-5, equal_nan=True):
+        log.warning(
+            "%s draws random numbers of its own in training (dropout). They follow from seed, step and process: a run "
+            "can be resumed exactly, but one on another number of processes differs.",
+            encoder.name,
+        )
+
+
+def set_training(network: nn.Module) -> None:
     """Training mode, but for batch normalisation."""
     network.train()
     for module in network.modules():
@@ -229,14 +284,28 @@ def set_training(network: Network) -> None:
             module.eval()
 
 
+def folded_class_token(encoder: Encoder) -> nn.Parameter | None:
+    """The class token of timm's DINOv2 with registers, which is the sum of two parameters of the official model; None
+    for other encoders. (RADIO, which timm builds alike, has no position of its class tokens.)"""
+    model: Any = inner_module(encoder)
+    if "dinov2" not in str((getattr(model, "pretrained_cfg", None) or {}).get("architecture")):
+        return None
+    folded = getattr(model, "no_embed_class", False) and getattr(model, "reg_token", None) is not None
+    return model.cls_token if folded else None
+
+
 def parameter_groups(network: Network) -> list[dict[str, Any]]:
     """Trainable parameters in four groups: encoder and head, each with weight decay (two dimensions or more) and
-    without (biases, norms). `part` says which."""
+    without (biases, norms), and a fifth for a class token that is a sum of two. `part` says which, `summands` of how
+    many parameters of the official model each is the sum."""
     groups = []
+    folded = folded_class_token(network.encoder)
     for part, wanted in (("backbone", True), ("head", False)):
         named = [p for name, p in network.named_parameters() if name.startswith("encoder.") == wanted]
         for decays in (True, False):
-            chosen = [p for p in named if p.requires_grad and (p.dim() > 1) == decays]
+            chosen = [p for p in named if p.requires_grad and (p.dim() > 1) == decays and p is not folded]
             if chosen:
-                groups.append({"params": chosen, "part": part, "decays": decays})
+                groups.append({"params": chosen, "part": part, "decays": decays, "summands": 1})
+    if folded is not None and folded.requires_grad:
+        groups.append({"params": [folded], "part": "backbone", "decays": True, "summands": 2})
     return groups

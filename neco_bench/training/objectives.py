@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from neco_bench.context import item_rng
 from neco_bench.encoders.base import Encoder
@@ -64,13 +66,28 @@ def by_view(values: Tensor) -> Tensor:
     return values.transpose(0, 1).flatten(0, 1)
 
 
+class _SumOverProcesses(torch.autograd.Function):
+    """`all_reduce` with a gradient, the sum of the gradients of all processes, as what one of them gives is in the loss
+    of each. (`torch.distributed.nn.functional.all_reduce` is the same, and deprecated.)"""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.forward(ctx, gradient)
+
+
 def from_all(part: Tensor, place: Place) -> Tensor:
-    """The rows (total, ...) of all processes, of which this one has `part` (images, ...)."""
+    """The rows (total, ...) of all processes, of which this one has `part` (images, ...), with gradient to all."""
     if not dist.is_initialized():
         return part
-    whole = part.new_zeros(place.total, *part.shape[1:])
-    whole[place.start : place.start + place.images] = part
-    dist.all_reduce(whole)
+    before, after = place.start, place.total - place.start - place.images
+    whole: Tensor = _SumOverProcesses.apply(F.pad(part, (0, 0) * (part.dim() - 1) + (before, after)))
     return whole
 
 
@@ -97,8 +114,10 @@ class NeCo(nn.Module):
     """Patch neighbour consistency (Pariza et al., ICLR 2025), with the choices of the official code.
 
     Deviations: a queue gives references from its first entries on (there, zero vectors stand in until it is full, and
-    a batch of 168 or more fails); processes share references; a masked loss takes references from the cells of its own
-    pair of views, and its queue grows by the kept ones among the tokens drawn; the teacher runs without gradient.
+    a batch of 168 or more fails); processes share references, but the parts of a step that `accumulate` makes do not;
+    Euclidean distances are taken by differences (there, by a matrix product: 1e-6 of the loss); a masked loss takes
+    references from the cells of its own pair of views, and its queue grows by the kept ones among the tokens drawn; the
+    teacher runs without gradient.
     """
 
     queue: Tensor
@@ -183,9 +202,10 @@ class NeCo(nn.Module):
         """Mean over pairs of views of the mean over cells in the mask; similarities (pairs, B, cells², references)."""
         recipe = self.recipe
         if recipe.shuffle_teacher:
-            rows = by_teacher.flatten(0, -2)
-            order = item_rng(place.seed, "shuffle", place.turn, place.start).permutation(len(rows))
-            by_teacher = rows[torch.from_numpy(order).to(rows.device)].view_as(by_teacher)
+            whole = from_all(by_teacher.detach().transpose(0, 1), place).transpose(0, 1)
+            order = torch.from_numpy(item_rng(place.seed, "shuffle", place.turn, 0).permutation(whole[..., 0].numel()))
+            mine = order.view(whole.shape[:-1])[:, place.start : place.start + place.images]
+            by_teacher = whole.flatten(0, -2)[mine.to(whole.device)]
 
         def loss(students: Tensor, teachers: Tensor) -> Tensor:
             return neco_loss(
@@ -216,12 +236,13 @@ class NeCo(nn.Module):
         each used as often as any other.
         """
         wanted = self.recipe.references
-        pools = list(from_all(aligned.transpose(0, 1), place).transpose(0, 1).flatten(1, 2))
         if self.recipe.queue_length and self.filled[c]:  # with a mask, the first draw may have left it empty
-            pools = [self.queue[c, : self.filled[c]]] * len(pools)
-        elif self.recipe.loss_mask != "all":
-            inside = from_all(mask.transpose(0, 1).float(), place).transpose(0, 1).flatten(1) > 0
-            pools = [pool[m] if m.any() else pool for pool, m in zip(pools, inside, strict=True)]
+            pools = [self.queue[c, : self.filled[c]]] * len(aligned)
+        else:
+            pools = list(from_all(aligned.transpose(0, 1), place).transpose(0, 1).flatten(1, 2))
+            if self.recipe.loss_mask != "all":
+                inside = from_all(mask.transpose(0, 1).float(), place).transpose(0, 1).flatten(1) > 0
+                pools = [pool[m] if m.any() else pool for pool, m in zip(pools, inside, strict=True)]
         chosen = []
         for pair, pool in enumerate(pools):
             rng = item_rng(place.seed, "references", place.turn, c, pair)
@@ -252,10 +273,10 @@ class NeCo(nn.Module):
     ) -> None:
         """Put the drawn tokens of teacher maps (2, B, E, h, w) at the head of the queues, those inside the mask."""
         for c, (places, tokens) in enumerate(drawn):
-            new = torch.zeros(self._growth(place), targets.shape[2] + 1, device=targets.device)
+            new = targets.new_zeros(self._growth(place), targets.shape[2] + 1)
             new[places, 0] = 1.0
             if inside is not None:
-                new[places, 0] = inside.view(GLOBALS, -1)[c][tokens].float()
+                new[places, 0] = inside.view(GLOBALS, -1)[c][tokens].to(new.dtype)
             new[places, 1:] = targets[c].permute(0, 2, 3, 1).flatten(0, 2)[tokens]
             if dist.is_initialized():
                 dist.all_reduce(new)

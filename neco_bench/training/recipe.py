@@ -41,7 +41,9 @@ class Recipe(BaseModel):
     objective: "neco", or "mim" (masked image modelling) to begin from random weights, without a teacher.
     base: the model spec to start from.
     epochs, steps: how long; `steps` wins where it is given. batch_size: images per optimizer step, over all processes
-    and over `accumulate` parts of it.
+    and over `accumulate` parts of it. Gradients of the parts are averaged, but each part is a batch of its own: NeCo
+    draws references from the part (a queue holds the parts before it too), and a masked loss is the mean of the parts'
+    means. So it is not training with the whole batch at once; the number of processes makes no such difference.
     head_*: the projection head, an MLP of `head_layers` linear layers. same_heads: the teacher's begins as a copy of
     the student's; the official code draws two, which a long run gets over and a short one does not.
     cells: a shared region is aligned to cells x cells vectors. references: vectors each of them is compared with.
@@ -133,13 +135,22 @@ class Recipe(BaseModel):
         return self
 
     def total_steps(self, images: int) -> int:
-        """Optimizer steps of the run, the last partial batch of an epoch dropped. Raises UsageError for none."""
+        """Optimizer steps of the run, the last partial batch of an epoch dropped.
+
+        Raises UsageError for none, and for fewer than there are steps of warm-up.
+        """
         per_epoch = images // self.batch_size
         if not per_epoch:
             raise UsageError(
                 f"batch_size={self.batch_size} is more than the {images} images there are. Use a smaller one."
             )
-        return self.steps or self.epochs * per_epoch
+        steps = self.steps or self.epochs * per_epoch
+        if self.warmup_steps > steps:
+            raise UsageError(
+                f"warmup_steps={self.warmup_steps} is more than the {steps} steps of the run, so that lr_backbone and "
+                f"lr_head would never be reached. Use --set warmup_steps={steps // 10}, or train longer."
+            )
+        return steps
 
 
 def shipped() -> list[str]:

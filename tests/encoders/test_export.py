@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,9 +21,10 @@ from neco_bench.errors import NecoBenchError, UsageError
 from tests.command import neco
 
 from .test_encoder_weights import DINO, PLAIN, REG, official_registers
+from .test_run_folder import leave_run
 
 States = Callable[[str], dict[str, Tensor]]
-TINY = "timm:vit_tiny_patch16_224?pretrained=false"
+TINY, SMALL = "timm:vit_tiny_patch16_224?pretrained=false", "timm:test_vit?pretrained=false"
 
 
 def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
@@ -128,6 +130,63 @@ def test_only_whole_files_are_written(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == [path]
     export(encoder, "dinov2", path, overwrite=True)
     assert "cls_token" in torch.load(path, weights_only=True)
+
+
+@pytest.mark.parametrize(
+    ("spec", "layout", "reader"),
+    [
+        ("dinov2_vits14_reg?pos_interp=scale_offset", "dinov2", "dinov2_vits14_reg"),
+        ("dinov2_vits14?pos_interp=size_antialias", "dinov2", "dinov2_vits14"),
+        ("dinov2_vits14?pos_interp=timm", "dinov2", "dinov2_vits14"),
+        ("dinov2_vits14", "timm", "timm:vit_small_patch14_dinov2"),
+        ("dinov2_vits14", "dinov2", None),
+        ("dinov2_vits14_reg", "dinov2", None),
+        ("dinov2_vits14_reg", "timm", None),
+        ("timm:vit_small_patch14_dinov2", "timm", None),
+    ],
+)
+def test_another_rule_for_positions_is_told(
+    spec: str,
+    layout: str,
+    reader: str | None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """`reader` has the rule of the code that the layout belongs to: the same features at 98 pixels and not at 56."""
+    create, small = timm_adapter._create, {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 98}
+    monkeypatch.setattr(
+        timm_adapter, "_create", lambda name, seed, **options: create(name, seed, **{**options, **small})
+    )
+    encoder = load_encoder(f"{spec}{'&' if '?' in spec else '?'}pretrained=false", device="cpu")
+    inner_module(encoder).pos_embed.data.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[operator, union-attr]
+    with caplog.at_level(logging.WARNING, "neco_bench"):
+        path = export(encoder, layout, tmp_path / "out.safetensors")
+    assert ("resizes position embeddings" in caplog.text) is (reader is not None)
+    if reader is None:
+        return
+    assert "the same features at 98 x 98 pixels alone" in caplog.text
+    theirs = load_encoder(reader, weights=path, device="cpu")
+    for size, equal in ((98, True), (56, False)):
+        image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1))
+        features = (model.encode(image, mean=encoder.mean, std=encoder.std).map.double() for model in (encoder, theirs))
+        assert torch.allclose(*features, rtol=1e-4, atol=1e-4) is equal
+
+
+def test_which_of_a_run_is_exported_is_told(tmp_path: Path) -> None:
+    for name, facts in (("both", {}), ("one", {"teacher": None})):
+        leave_run(tmp_path / name, load_encoder(SMALL, device="cpu"), SMALL, **facts)
+    for spec, role, told in (
+        ("both", "student", "the student's weights; ?branch=teacher exports the teacher's"),
+        ("both?branch=teacher", "teacher", "the teacher's weights; ?branch=student exports the student's"),
+        ("one", "student", ""),
+    ):
+        answer = neco("export", f"{tmp_path}/{spec}", "--out", tmp_path / "out.pth", "--overwrite")
+        assert (answer.code, answer.out.strip()) == (0, str(tmp_path / "out.pth")), answer.err
+        assert told in answer.err
+        assert ("branch" in answer.err) is bool(told)
+        stored = load_file(tmp_path / spec.partition("?")[0] / f"checkpoint-0000500/{role}.safetensors")
+        assert same(torch.load(tmp_path / "out.pth", weights_only=True), stored)
 
 
 def test_command(tmp_path: Path) -> None:

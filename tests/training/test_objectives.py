@@ -116,6 +116,16 @@ def test_in_batch_references_use_every_teacher_vector_once() -> None:
     assert not torch.equal(objective._references(aligned, torch.ones(5, 4, 49), 0, place), references)
 
 
+def test_references_of_an_accumulated_part_are_its_own() -> None:
+    """What recipes say of `accumulate`: two parts of two images are not a batch of four."""
+    objective = NeCo(recipe(), Network(small_encoder(), recipe(), 0))
+    whole = torch.arange(5 * 4 * 49.0).view(5, 4, 49, 1)
+    for images in (slice(0, 2), slice(2, 4)):
+        part = whole[:, images]
+        references = objective._references(part, torch.ones(5, 2, 49), 0, Place(0, 2))
+        assert set(references.flatten().tolist()) == set(part.flatten().tolist())
+
+
 def test_queue_is_first_in_first_out_and_gives_no_empty_entries() -> None:
     settings = recipe(queue_length=25, head_dim=4)
     objective = NeCo(settings, Network(small_encoder(), settings, 0))

@@ -142,3 +142,13 @@ def test_unknown_recipes() -> None:
         load_recipe("neco_vits14_517")
     with pytest.raises(MissingError, match=r"nowhere\.toml does not exist"):
         load_recipe("nowhere.toml")
+
+
+@pytest.mark.parametrize(("steps", "fits"), [({"steps": 10}, True), ({"steps": 9}, False), ({"epochs": 2}, False)])
+def test_a_warm_up_longer_than_the_run_is_refused(steps: dict[str, int], fits: bool) -> None:
+    recipe = Recipe(warmup_steps=10, batch_size=4, **steps)
+    if fits:
+        assert recipe.total_steps(16) == 10
+    else:
+        with pytest.raises(UsageError, match=r"warmup_steps=10 is more than the (9|8) steps of the run"):
+            recipe.total_steps(16)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from PIL import Image, ImageFilter
 from torchvision.transforms.functional import normalize
 
 from neco_bench.context import item_rng
 from neco_bench.encoders import load_encoder
 from neco_bench.errors import BadInputError, UsageError
+from neco_bench.training import views
 from neco_bench.training.align import align
 from neco_bench.training.batches import Item, collate
 from neco_bench.training.objectives import Batch
@@ -140,8 +143,6 @@ def test_colours_are_left_alone_without_the_pipeline_and_normalised_as_by_torchv
 
 
 def test_colour_steps_happen_as_often_as_they_should() -> None:
-    from PIL import Image
-
     image = Image.fromarray(picture(24, 24))
     rng = np.random.default_rng(0)
     results = [np.asarray(vary_colours(image, SMALL, rng)).astype(int) for _ in range(600)]
@@ -149,6 +150,49 @@ def test_colour_steps_happen_as_often_as_they_should() -> None:
     gray = np.mean([(r[..., 0] == r[..., 1]).all() and (r[..., 0] == r[..., 2]).all() for r in results])
     assert untouched == pytest.approx(0.2 * 0.8 * 0.5, abs=0.04)
     assert gray == pytest.approx(0.2, abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("strength", "spread", "hue"), [(1.0, (0.2, 1.8), 0.2), (0.5, (0.6, 1.4), 0.1), (4.0, (0.0, 4.2), 0.5)]
+)
+def test_colours_vary_within_the_bounds_of_the_protocol(
+    strength: float, spread: tuple[float, float], hue: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """protocols/neco.md 1.2: factors U(1 - 0.8 s, 1 + 0.8 s), hue U(-0.2 s, 0.2 s), blur of U(0.1, 2.0) pixels."""
+    drawn: dict[str, list[float]] = {}
+    bounds = dict.fromkeys(("brightness", "contrast", "saturation"), spread) | {"hue": (-hue, hue)}
+
+    def noting(name: str) -> Callable[..., Image.Image]:
+        return lambda image, factor: drawn.setdefault(name, []).append(factor) or image
+
+    for name in bounds:
+        monkeypatch.setattr(views.tf, f"adjust_{name}", noting(name))
+    image = Image.fromarray(picture(4, 4))
+    of = ViewSettings(jitter_probability=1, jitter_strength=strength, gray_probability=0, blur_probability=0)
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        vary_colours(image, of, rng)
+    for name, (low, high) in bounds.items():
+        assert low <= min(drawn[name]) < low + 0.01 * (high - low)
+        assert high - 0.01 * (high - low) < max(drawn[name]) <= high
+        assert np.mean(drawn[name]) == pytest.approx((low + high) / 2, abs=0.03 * (high - low))
+
+
+@pytest.mark.parametrize("strength", [1.0, 2.0])
+def test_blur_radius_follows_its_distribution(strength: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    radii: list[float] = []
+
+    def blur(radius: float) -> ImageFilter.Filter:
+        radii.append(radius)
+        return ImageFilter.BoxBlur(0)
+
+    monkeypatch.setattr(views.ImageFilter, "GaussianBlur", blur)
+    of = ViewSettings(jitter_probability=0, gray_probability=0, blur_probability=1, blur_strength=strength)
+    rng = np.random.default_rng(0)
+    for _ in range(2000):
+        vary_colours(Image.fromarray(picture(4, 4)), of, rng)
+    assert min(radii) == pytest.approx(0.1 * strength, abs=0.01 * strength)
+    assert max(radii) == pytest.approx(2 * strength, rel=0.01)
 
 
 def test_align_by_hand() -> None:
