@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import _compat_pickle
 import builtins
+import contextlib
 import io
 import itertools
 import json
@@ -236,11 +237,9 @@ def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int)
     kinds: dict[str, type] = dict.fromkeys(names, _StandIn)
     for _ in range(len(names) + 1):
         stand_ins: list[Any] = [_named(name, kind) for name, kind in kinds.items()]
-        if isinstance(source, io.BytesIO):
-            source.seek(0)
         try:
-            with torch.serialization.safe_globals(stand_ins):
-                return torch.load(source, map_location="cpu", weights_only=True)
+            with _opened(source) as stream, torch.serialization.safe_globals(stand_ins):
+                return torch.load(stream, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             filled = re.search(r"Can only (append|extend|SETITEM)\w* .*got <class '(.+?)'>", str(error))
             if filled and kinds.get(filled[2]) is _StandIn:
@@ -254,6 +253,14 @@ def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int)
                 reason = next((line for line in str(error).splitlines() if line.startswith(_REFUSALS)), str(error))
                 raise BadInputError(f"Weights file {path} was not opened: {reason.strip()}") from error
     raise AssertionError("each round settles one kind, or ends")
+
+
+def _opened(source: Path | io.BytesIO) -> Any:
+    """A context with a stream at its start. Of a path, torch would ask the suffix."""
+    if isinstance(source, Path):
+        return source.open("rb")
+    source.seek(0)
+    return contextlib.nullcontext(source)
 
 
 def _named(name: str, kind: type) -> type:
