@@ -63,6 +63,7 @@ def build(request: Request, file: Path | None) -> Encoder:
     local = Path(source).expanduser().is_dir()
     where: dict[str, Any] = {"local_files_only": local or not fetch.hub_reachable(), "trust_remote_code": False}
     source = str(Path(source).expanduser()) if local else source
+    outside: tuple[str, ...] = ()
     try:
         config = transformers.AutoConfig.from_pretrained(source, **where)
         kind = TYPES.get(config.model_type)
@@ -78,7 +79,8 @@ def build(request: Request, file: Path | None) -> Encoder:
             given: dict[str, Any] = {"pretrained_model_name_or_path": source, **where}
         else:
             config = getattr(config, "vision_config", config)
-            given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": weights.read_tensors(file)}
+            tensors, outside = _of_file(cls, config, file, request.branch)
+            given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
         precision = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
         model, notes = cls.from_pretrained(**given, **{precision: torch.float32}, output_loading_info=True)
         unused = {"missing": weights.UNUSED, "unexpected": re.compile(f"{weights.UNUSED.pattern}|{_ELSEWHERE.pattern}")}
@@ -86,7 +88,7 @@ def build(request: Request, file: Path | None) -> Encoder:
         if any(faults.values()):
             told = "; ".join(f"{len(keys)} {why}: {', '.join(keys[:8])}" for why, keys in faults.items() if keys)
             raise BadInputError(f"Weights {file or source} do not fit {kind.model}: {told}.")
-        report = WeightsReport(source=str(file or source), dropped=tuple(sorted(notes["unexpected_keys"])))
+        report = WeightsReport(source=str(file or source), dropped=(*sorted(notes["unexpected_keys"]), *outside))
         if report.dropped:
             weights.log.warning("%s: not used, dropped: %s", report.source, ", ".join(report.dropped[:8]))
     except NecoBenchError:
@@ -108,6 +110,27 @@ def build(request: Request, file: Path | None) -> Encoder:
     encoder.weights_report = report
     encoder.weights_id = weights.state_sha256(model)
     return encoder
+
+
+def _of_file(cls: Any, config: Any, file: Path, branch: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
+    """The tensors of a file for a class of transformers, without what stands before their names, and what is outside.
+
+    Raises `BadInputError` for a file in names of another kind.
+    """
+    with torch.device("meta"):
+        names = cls(config).state_dict().keys()
+    read = weights.without_wrappers(weights.read_tensors(file), names)
+    if any(re.search(r"(^|\.)blocks\.\d+\.(\d+\.)?attn\.|(^|\.)resblocks\.", key) for key in read):
+        raise BadInputError(
+            f"Weights file {file} has the names of timm or of the authors' own code, not of transformers: give it to "
+            f"timm:NAME, hub:OWNER/REPO:ENTRY or a name of the zoo."
+        )
+    try:
+        return weights.select(read, names, file, branch)
+    except BadInputError:
+        if branch:
+            raise
+        return read, ()  # names of an older version, which transformers converts itself
 
 
 def _statistics(source: str, where: dict[str, Any], kind: Type) -> tuple[Any, Any]:

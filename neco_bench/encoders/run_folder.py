@@ -51,7 +51,9 @@ class TrainedEncoder(BaseModel):
     training_data: str
 
     def file_of(self, folder: Path, branch: str | None) -> Path:
-        """The weights file of a branch, the student's for None. Raises `UsageError` where there is no teacher."""
+        """The weights file of a branch, the student's for None. Raises `UsageError` where there is no such branch."""
+        if branch not in (None, "student", "teacher"):
+            raise UsageError(f"Run folder {folder}: branch={branch!r} must be student or teacher.")
         name = self.teacher if branch == "teacher" else self.student
         if name is None:
             raise UsageError(f"Run folder {folder} has no teacher's weights; leave out branch=teacher.")

@@ -7,8 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from neco_bench.encoders.weight_files import files_of
 from neco_bench.encoders.zoo import PRECISIONS, Layers, Request, parse_layers, parse_spec
-from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.errors import BadInputError, UsageError
 
 if TYPE_CHECKING:
     import torch
@@ -79,7 +80,8 @@ def load_encoder(
 ) -> Encoder:
     """The encoder that a spec names, frozen, in eval mode and on its device.
 
-    weights: a file that replaces the spec's weights, in any layout that `encoders.weights` knows. device: None or
+    weights: what replaces the spec's weights, in any layout that `encoders.weights` knows: a file, an index of shards,
+    or a folder with one of them. device: None or
     "auto" takes the best one here. precision: fp32 (default), bf16 or fp16, as autocast. layers: block indices of a ViT
     (several are concatenated along D), or the feature level of a hierarchical network; None reads the last.
 
@@ -94,9 +96,7 @@ def load_encoder(
 
     if precision not in (None, *PRECISIONS):
         raise UsageError(f"Unknown precision {precision!r}: use {', '.join(PRECISIONS)}.")
-    file = None if weights is None else Path(weights)
-    if file is not None and not file.is_file():
-        raise MissingError(f"Weights file {file} does not exist.")
+    file = None if weights is None else files_of(Path(weights))[0]
     place = resolve_device(device)
 
     encoder = build(request, file)

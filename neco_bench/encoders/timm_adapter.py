@@ -8,8 +8,8 @@ others through timm's `forward_intermediates`. Inner blocks pass the final norm 
 from __future__ import annotations
 
 import inspect
-import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
 
-from neco_bench.encoders import fetch, tiny, weights
+from neco_bench.encoders import fetch, timm_layouts, tiny, weights
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.positions import interpolate_positions
 from neco_bench.encoders.specs import layer_name, take_layers
@@ -116,22 +116,9 @@ def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
 
 def _from_file(request: Request, path: Path) -> tuple[Any, WeightsReport]:
     """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
-    model = _create(request.target, 0, num_classes=0)
-    read = weights.read_tensors(path)
-    if isinstance(model, VisionTransformer):  # other models have names of their own that look like chunks
-        read = weights.without_chunks(read)
-    tensors, outside = weights.select(read, model.state_dict().keys(), path, request.branch)
     drop_registers = request.entry is not None and request.entry.drop_registers
-    tensors, renamed, dropped = weights.to_timm(tensors, model, path, drop_registers=drop_registers)
-    if isinstance(model, VisionTransformer) and model.pos_embed is not None and "pos_embed" in tensors:
-        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
-        cells = tensors["pos_embed"].shape[1] - prefix
-        side = math.isqrt(max(cells, 0))
-        if cells != math.prod(model.patch_embed.grid_size) and side * side == cells > 0:
-            size = tuple(side * patch for patch in model.patch_embed.patch_size)
-            model = _create(request.target, 0, num_classes=0, img_size=size)
-    report = weights.load_strictly(model, tensors, path, renamed=renamed, dropped=(*outside, *dropped))
-    return model, report
+    make = partial(_create, request.target, 0, num_classes=0)
+    return timm_layouts.load(make, path, request.branch, drop_registers=drop_registers)
 
 
 def _wrap(model: Any, request: Request) -> Encoder:

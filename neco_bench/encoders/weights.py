@@ -1,9 +1,9 @@
-"""Reading weights safely and loading them strictly.
+"""Fitting the tensors of a file to a model, strictly. `weight_files` reads files, `timm_layouts` converts layouts.
 
-Files: .safetensors, and torch files read with `weights_only=True`, so that no file can run code. Layouts: timm; DINO
-(`teacher` / `student` with `module.backbone.`); DINOv2 (plain, or under `teacher.backbone.`); NeCo (plain, with
-`projection_head.*`); Lightning (`state_dict` with `model.*` for the student and `teacher.*`); Leopart (one leading
-component). They differ in what stands before the names and in a few names, so one search for the prefix serves all.
+Layouts: timm; DINO (`teacher` / `student` with `module.backbone.`); DINOv2 (plain, or under `teacher.backbone.`); NeCo
+(plain, with `projection_head.*`); Lightning (`state_dict` with `model.*` for the student and `teacher.*`); Leopart (one
+leading component). They differ in what stands before the names and in a few names, so one search for the prefix serves
+all. Where a file holds several copies of a model, `PREFERRED` says which is used, unless `?branch=` does.
 
 Nothing is skipped in silence: keys that are missing, left over or of another shape are an error, and the few that dense
 features do not need (heads, mask token) are named in the report and in the log.
@@ -11,21 +11,19 @@ features do not need (heads, mask token) are named in the report and in the log.
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 import logging
-import pickle
 import re
-from collections.abc import Collection, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any
+from typing import NoReturn
 
 import torch
 from torch import Tensor, nn
 
 from neco_bench.encoders.base import Encoder, WeightsReport
-from neco_bench.errors import BadInputError, MissingError
+from neco_bench.encoders.weight_files import read_tensors
+from neco_bench.errors import BadInputError
 
 log = logging.getLogger("neco_bench")
 
@@ -35,95 +33,153 @@ UNUSED = re.compile(
 )
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors in a file on the CPU, nested dictionaries flattened to dotted names.
+# In files alone: decoders and heads of pretraining, tokens for masked patches, counters, the logit scale of CLIP.
+_LEFT_OVER = re.compile(
+    r"decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)|masked_embed$|(dino|ibot|rasa|lm)_head\.|pre_logits\.|local_cls_norm\."
+    r"|n_averaged$|logit_(scale|bias)$"
+)
+# What training wraps modules in, and what pickled modules keep their parts in.
+_WRAPPERS = (
+    "_orig_mod",
+    "_fsdp_wrapped_module",
+    "_checkpoint_wrapped_module",
+    "_forward_module",
+    "module",
+    "_modules",
+    "_parameters",
+    "_buffers",
+)
+# Of two copies in one file, the first is used: what timm, or the authors' own evaluation, takes.
+PREFERRED = (
+    ("teacher", "student"),
+    ("teacher", "model"),
+    ("state_dict_ema", "state_dict"),
+    ("model_ema", "model"),
+    ("ema_model", "online_model"),
+    ("ema_model", "model"),
+    ("base_encoder", "momentum_encoder"),
+    ("encoder", "momentum_encoder"),
+    ("encoder", "target_encoder"),
+    ("encoder", "decoder"),
+    ("backbone", "momentum_backbone"),
+)
+_LIGHTNING = (("student", "teacher"), ("model", "teacher"))
+# Layouts that are for another kind of model spec, or for other architectures of timm, by a name in them.
+_BELONGS = (
+    (
+        r"(^|\.)embeddings\.(patch_embeddings?|cls_token|class_embedding)",
+        "It has the names of transformers: load it as hf:FOLDER, or hf:ID with --weights.",
+    ),
+    (
+        r"residual1\.fn\.q_proj\.",
+        "It has the names of CAPI: load torch.hub's facebookresearch/capi in a function of your own "
+        "(path/to/file.py:FACTORY).",
+    ),
+    (
+        r"\.mlp\.w12\.",
+        "It has SwiGLU blocks, as timm:vit_giant_patch14_dinov2 has, or, for Franca, hub:valeoai/Franca:franca_vitb14.",
+    ),
+    (r"(^|\.)storage_tokens$", "It is a DINOv3 of Meta: use timm:vit_*_dinov3 or timm:vit_*_dinov3_qkvb."),
+    (r"(^|\.)patch_generator\.", "It is a RADIO: use timm:vit_*_radio_*."),
+    (r"(^|\.)visual\.class_embedding$", "It is a CLIP: use timm:vit_*_clip_*."),
+)
 
-    Raises `MissingError` (no such file) and `BadInputError` (truncated, not weights, or wanting to run code).
-    """
-    if not path.is_file():
-        raise MissingError(f"Weights file {path} does not exist.")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            content: Any = load_file(path)
-        else:
-            with _plain_namespaces():
-                content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # readers raise many types; whichever it is, this file is at fault
-        if isinstance(error, pickle.UnpicklingError) and "Unsupported" in str(error):
-            raise BadInputError(
-                f"Weights file {path} wants to run code when it is read, and was not opened. If you trust where it "
-                f"comes from, convert it to .safetensors, or save its state dict alone."
-            ) from error
-        raise BadInputError(
-            f"Weights file {path} could not be read ({type(error).__name__}); it may be truncated. Get it again."
-        ) from error
-    tensors = dict(_flat(content, ""))
-    if not tensors:
-        raise BadInputError(f"Weights file {path} holds no named tensors.")
-    return tensors
+Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
-def _plain_namespaces() -> AbstractContextManager[Any]:
-    """Let DINO's full checkpoints keep their `args`, a plain argparse.Namespace (torch 2.5 and newer)."""
-    allow = getattr(torch.serialization, "safe_globals", None)
-    return allow([argparse.Namespace]) if allow else nullcontext()
-
-
-def _flat(content: Any, prefix: str) -> list[tuple[str, Tensor]]:
-    if not isinstance(content, Mapping):
-        return []
-    found: list[tuple[str, Tensor]] = []
-    for key, value in content.items():
-        if isinstance(value, Tensor):
-            found.append((f"{prefix}{key}", value.detach()))
-        elif isinstance(key, str):
-            found += _flat(value, f"{prefix}{key}.")
-    return found
+def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """The tensors without `_WRAPPERS` anywhere in their names, but for those that are parts of the model's `names`."""
+    own = {part for name in names for part in name.split(".")}
+    result = dict(tensors)
+    for wrapper in _WRAPPERS:
+        if wrapper not in own:
+            shorter = [".".join(part for part in key.split(".") if part != wrapper) for key in result]
+            if len(set(shorter)) == len(result):
+                result = dict(zip(shorter, result.values(), strict=True))
+    return result
 
 
 def select(
-    tensors: Mapping[str, Tensor], names: Collection[str], path: Path, branch: str | None = None
+    tensors: Mapping[str, Tensor],
+    names: Collection[str],
+    path: Path,
+    branch: str | None = None,
+    convert: Convert | None = None,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors under the prefix that covers most of `names`, without it, and what was left outside, for people.
 
-    Where a file holds a student and a teacher, `branch` says which; by default the student of a Lightning checkpoint
-    and the teacher of others (DINO, DINOv2). Raises `BadInputError` where nothing fits, or more than one thing does.
+    Where a file holds several copies of a model, `branch` names one (a part of its prefix; "." is the top level), and
+    `PREFERRED` does where it is None. convert: gives tensors in a layout of its own the names of the model.
+
+    Raises `BadInputError` where nothing fits, or more than one thing does.
     """
     anchors = [name for name in names if not UNUSED.match(name)][:8]
     found = {key.removesuffix(anchor) for key in tensors for anchor in anchors if key.endswith(anchor)}
     cover = {p: sum(p + name in tensors for name in names) for p in found if not p or p.endswith(".")}
+    if convert and max(cover.values(), default=0) < len(names):
+        cover = _converted_cover(tensors, names, convert, cover)
     best = max(cover.values(), default=0)
     if best < len(names) / 4:
         raise BadInputError(
             f"Weights file {path} does not fit this architecture: it has {_some(tensors)} "
-            f"where {_some(names)} were expected. Check that the model and the file belong together."
+            f"where {_some(names)} were expected. {belongs(tensors) or 'Check that model and file belong together.'}"
         )
-    prefixes = sorted(p for p, n in cover.items() if n >= 0.9 * best)
-    if branch or len(prefixes) > 1:
-        lightning = any(p.startswith("state_dict.") for p in prefixes)
-        wanted = branch or ("student" if lightning else "teacher")
-        chosen = [p for p in prefixes if _branch(p) == wanted]
-        if len(chosen) != 1:
-            raise BadInputError(
-                f"Weights file {path} has no single {wanted} branch; it has weights under "
-                f"{', '.join(repr(p) for p in prefixes)}. Set ?branch=student or ?branch=teacher, or leave it out."
-            )
-        prefixes = chosen
-    prefix = prefixes[0]
+    prefix = _choose([p for p, n in cover.items() if n >= (0.25 * len(names) if branch else 0.9 * best)], path, branch)
     inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    outside: dict[str, int] = {}
-    for key in tensors:
-        if not key.startswith(prefix):
-            group = _group(key, prefix)
-            outside[group] = outside.get(group, 0) + 1
-    return inside, tuple(f"{group} ({count} tensors)" for group, count in outside.items())
+    return inside, grouped([key for key in tensors if not key.startswith(prefix)], prefix)
 
 
-def _branch(prefix: str) -> str | None:
-    parts = prefix.split(".")
-    return "teacher" if "teacher" in parts else "student" if {"student", "model"} & set(parts) else None
+def _converted_cover(
+    tensors: Mapping[str, Tensor], names: Collection[str], convert: Convert, cover: Mapping[str, int]
+) -> dict[str, int]:
+    """How many of `names` each prefix covers at best, as it is (`cover`) or converted; of nested prefixes that cover
+    the same by conversion, the longest alone."""
+    empty = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
+    heads = (re.match(r"([^.]*[^.\d][^.]*\.)*", key) for key in tensors)  # up to the first number
+    parts = {head[0] for head in heads if head}
+    prefixes = {"", *cover, *(p[: i + 1] for p in parts for i, letter in enumerate(p) if letter == ".")}
+    result = dict(cover)
+    for prefix in sorted(prefixes, key=len, reverse=True):
+        made = convert({key.removeprefix(prefix): value for key, value in empty.items() if key.startswith(prefix)})
+        count = sum(name in made for name in names)
+        longer = max((n for p, n in result.items() if p.startswith(prefix) and p != prefix), default=0)
+        if count > max(longer, result.get(prefix, 0)):
+            result[prefix] = count
+    return result
+
+
+def _choose(prefixes: list[str], path: Path, branch: str | None) -> str:
+    """The prefix of the copy that `branch` names, or that is usual. Raises `BadInputError` listing those there are."""
+    parts = {prefix: prefix.split(".") for prefix in prefixes}
+    labels = ", ".join(sorted(prefix[:-1] or "." for prefix in prefixes))
+    left = prefixes
+    if branch:
+        name = "model" if branch == "student" and not any("student" in p for p in parts.values()) else branch
+        left = [p for p in prefixes if f".{name}." in f".{p}" or (not p and name == ".")]
+    lightning = any(prefix.startswith("state_dict.") for prefix in prefixes)
+    for first, second in (*(_LIGHTNING if lightning else ()), *PREFERRED):
+        others = [p for p in left if second in parts[p] and first not in parts[p]]
+        if len(others) < len(left) and any(first in parts[p] for p in left):
+            left = [p for p in left if p not in others]
+    if len(left) != 1:
+        what = f"no {branch} branch" if branch and not left else "several copies of the model"
+        raise BadInputError(f"Weights file {path} has {what}. Set ?branch= to one of: {labels}.")
+    if len(prefixes) > 1 and not branch:
+        log.warning("%s has several copies of the model, %s: %s is used (?branch=).", path, labels, left[0][:-1] or ".")
+    return left[0]
+
+
+def belongs(tensors: Collection[str]) -> str:
+    """A sentence that says what the layout of these names is for, or an empty string."""
+    return next((told for pattern, told in _BELONGS if any(re.search(pattern, key) for key in tensors)), "")
+
+
+def grouped(keys: Collection[str], prefix: str = "") -> tuple[str, ...]:
+    """Names, in groups of all that leave `prefix` at the same place."""
+    groups: dict[str, list[str]] = {}
+    for key in keys:
+        groups.setdefault(_group(key, prefix), []).append(key)
+    return tuple(f"{group} ({len(held)} tensors)" if len(held) > 1 else held[0] for group, held in groups.items())
 
 
 def _group(key: str, prefix: str) -> str:
@@ -138,6 +194,26 @@ def _some(names: Collection[str]) -> str:
     return f"{listed} and {len(names) - 8} more" if len(names) > 8 else listed
 
 
+def faults(model: nn.Module, tensors: Mapping[str, Tensor], whole: bool = False) -> dict[str, list[str]]:
+    """What keeps `tensors` from being the weights of `model`, by kind; empty where they fit."""
+    own = model.state_dict()
+    found = {
+        "missing": [key for key in own if key not in tensors and (whole or not UNUSED.match(key))],
+        "left over": [
+            key for key in tensors if key not in own and (whole or not (UNUSED.match(key) or _LEFT_OVER.match(key)))
+        ],
+        "of another shape": [
+            f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}"
+            for key in own
+            if key in tensors and tensors[key].shape != own[key].shape
+        ],
+        "quantised, complex or not dense": [
+            f"{key} ({value.dtype})" for key, value in tensors.items() if key in own and not _converts(value, own[key])
+        ],
+    }
+    return {kind: keys for kind, keys in found.items() if keys}
+
+
 def load_strictly(
     model: nn.Module,
     tensors: Mapping[str, Tensor],
@@ -145,36 +221,31 @@ def load_strictly(
     *,
     renamed: Mapping[str, str] | None = None,
     dropped: Collection[str] = (),
+    resized: Collection[str] = (),
     whole: bool = False,
+    hint: str = "",
 ) -> WeightsReport:
     """Copy `tensors` into `model`, every name, shape and kind of number fitting; parts in `UNUSED` may be absent on
-    either side, but for `whole`.
+    either side, and parts in `_LEFT_OVER` from the model, but for `whole`.
 
-    Raises `BadInputError` listing what does not fit. Reports and logs what was dropped.
+    Raises `BadInputError` listing what does not fit. Reports and logs what was dropped and resized.
     """
+    if found := faults(model, tensors, whole):
+        refuse(found, path, hint or belongs(tensors))
     own = model.state_dict()
-    extra = [key for key in tensors if key not in own]
-    wrong = [
-        f"{key} {tuple(tensors[key].shape)} for {tuple(own[key].shape)}"
-        for key in own
-        if key in tensors and tensors[key].shape != own[key].shape
-    ]
-    faults = {
-        "missing": [key for key in own if key not in tensors and (whole or not UNUSED.match(key))],
-        "left over": [key for key in extra if whole or not UNUSED.match(key)],
-        "of another shape": wrong,
-        "quantised, complex or not dense": [
-            f"{key} ({value.dtype})" for key, value in tensors.items() if key in own and not _converts(value, own[key])
-        ],
-    }
-    if any(faults.values()):
-        told = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
-        raise BadInputError(f"Weights file {path} does not fit this architecture: {told}.")
-    dropped = (*dropped, *(key for key in extra))
+    dropped = (*dropped, *(key for key in tensors if key not in own))
     model.load_state_dict({**own, **{key: value for key, value in tensors.items() if key in own}})
     if dropped:
         log.warning("%s: not used for dense features, dropped: %s", path, _some(dropped))
-    return WeightsReport(source=str(path), renamed=dict(renamed or {}), dropped=tuple(dropped))
+    if resized:
+        log.warning("%s: resized as its own code does: %s", path, _some(resized))
+    return WeightsReport(str(path), dict(renamed or {}), tuple(dropped), tuple(resized))
+
+
+def refuse(found: Mapping[str, list[str]], path: Path | str, hint: str = "") -> NoReturn:
+    """Raise the `BadInputError` for faults by kind."""
+    told = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in found.items())
+    raise BadInputError(f"Weights file {path} does not fit this architecture: {told}. {hint}".rstrip())
 
 
 def _converts(value: Tensor, own: Tensor) -> bool:
@@ -185,13 +256,19 @@ def _converts(value: Tensor, own: Tensor) -> bool:
 
 def load_file_into(model: nn.Module, path: Path, branch: str | None = None, *, whole: bool = False) -> WeightsReport:
     """Load a file whose names are those of `model`, but for a prefix. Raises as the steps it is made of."""
-    tensors, outside = select(read_tensors(path), model.state_dict().keys(), path, branch)
+    names = model.state_dict().keys()
+    read = without_chunks(without_wrappers(read_tensors(path), names), names)
+    tensors, outside = select(read, names, path, branch)
     return load_strictly(model, tensors, path, dropped=outside, whole=whole)
 
 
-def without_chunks(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Block names of DINOv2's training checkpoints, `blocks.CHUNK.5.`, as `blocks.5.`."""
-    return {re.sub(r"\bblocks\.\d+\.(\d+)\.", r"blocks.\1.", key): value for key, value in tensors.items()}
+def without_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Block names of DINOv2's training checkpoints, `blocks.CHUNK.5.`, as `blocks.5.`, but where the model's `names`
+    are of that kind themselves."""
+    chunk = re.compile(r"\bblocks\.\d+\.(\d+)\.")
+    if any(chunk.search(name) for name in names):
+        return dict(tensors)
+    return {chunk.sub(r"blocks.\1.", key): value for key, value in tensors.items()}
 
 
 def to_timm(

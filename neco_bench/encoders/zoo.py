@@ -11,7 +11,7 @@ Importing this module imports no torch. `zoo.toml` beside it holds the facts.
 
 Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
 
-    pretrained=true|false    seed=N (for pretrained=false)    branch=student|teacher (where there are both)
+    pretrained=true|false    seed=N (for pretrained=false)    branch=NAME (of one copy in a file with several)
     layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
 """
 
@@ -42,7 +42,7 @@ POS_INTERP = ("timm", "scale_offset", "size_antialias")
 SPEC_OPTIONS = {
     "timm": ("pretrained", "seed", "branch", "layers", "final_norm", "pos_interp"),
     "hub": ("pretrained", "branch", "layers", "final_norm"),
-    "hf": ("layers", "final_norm"),
+    "hf": ("branch", "layers", "final_norm"),
     "file": ("branch",),
     "code": ("branch",),
     "run": ("branch", "layers", "final_norm"),  # the last two where the architecture takes them
@@ -229,7 +229,6 @@ def _parse_query(query: str, takes: tuple[str, ...], spec: str) -> dict[str, str
     allowed = {
         "pretrained": ("true", "false"),
         "final_norm": ("true", "false"),
-        "branch": ("student", "teacher"),
         "pos_interp": POS_INTERP,
     }
     options: dict[str, str] = {}

@@ -225,9 +225,32 @@ def test_transformers_files_of_another_architecture_are_refused(tmp_path: Path) 
     save_file(state | {"embeddings.register_tokens": torch.ones(1, 4, 32)}, tmp_path / "w.safetensors")
     with pytest.raises(BadInputError, match=r"1 unexpected: embeddings\.register_tokens"):
         load_encoder(f"hf:{tmp_path}/3", weights=tmp_path / "w.safetensors")
+    save_file({"blocks.0.attn.qkv.weight": torch.ones(96, 32)}, tmp_path / "w.safetensors")
+    with pytest.raises(BadInputError, match=r"names of timm .* give it to timm:NAME"):
+        load_encoder(f"hf:{tmp_path}/3", weights=tmp_path / "w.safetensors")
     (tmp_path / "3" / "config.json").write_text("{")
     with pytest.raises(BadInputError, match=r"Model folder .*/3 lacks a file, or has a damaged one"):
         load_encoder(f"hf:{tmp_path}/3")
+
+
+def test_transformers_files_with_wrappers_copies_and_shards(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    made = transformers.Dinov2Model(transformers.Dinov2Config(**SMALL))
+    made.save_pretrained(tmp_path / "m")
+    spec, state = f"hf:{tmp_path}/m", made.state_dict()
+    other = {key: value + 1 for key, value in state.items()}
+    content = {f"model.module.dinov2.{key}": value for key, value in state.items()} | {
+        "model.module.head.bias": torch.ones(2)
+    }
+    torch.save(content | {f"model_ema.module.dinov2.{key}": value for key, value in other.items()}, tmp_path / "w.pth")
+    expected = load_encoder(spec).weights_id
+    encoder = load_encoder(f"{spec}?branch=model", weights=tmp_path / "w.pth")
+    assert encoder.weights_id == expected
+    assert encoder.weights_report.dropped == ("model.head.bias", f"model_ema.* ({len(state)} tensors)")  # type: ignore[union-attr]
+    assert load_encoder(spec, weights=tmp_path / "w.pth").weights_id != expected  # the moving average, as timm takes
+    made.save_pretrained(tmp_path / "shards", max_shard_size="20KB")
+    assert (tmp_path / "shards" / "model.safetensors.index.json").is_file()
+    assert load_encoder(spec, weights=tmp_path / "shards").weights_id == expected
 
 
 def test_fetching_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neco_bench.encoders import load_encoder
-from neco_bench.encoders.weights import read_tensors, select
+from neco_bench.encoders.weight_files import read_tensors
+from neco_bench.encoders.weights import select
 from neco_bench.errors import BadInputError, MissingError
 
 from .conftest import IMAGENET, reference_map
@@ -187,7 +188,7 @@ def test_branch_that_is_not_there(states: States, tmp_path: Path) -> None:
 
 def test_two_prefixes_without_a_branch() -> None:
     tensors = {f"{p}.{k}": torch.ones(1) for p in ("a", "b") for k in ("x", "y")}
-    with pytest.raises(BadInputError, match=r"'a\.', 'b\.'"):
+    with pytest.raises(BadInputError, match="one of: a, b"):
         select(tensors, ["x", "y"], Path("f"))
 
 

@@ -1,0 +1,300 @@
+"""Reading weights files, whatever their names, without running code of theirs.
+
+A file is what its first bytes say: safetensors, a checkpoint of PyTorch (zip or the older kind), a TorchScript archive,
+of which only the tensors are read, or an index of shards. Checkpoints are read with `weights_only=True`. Objects in
+them that are not tensors (arguments, configurations, whole modules) are replaced by stand-ins that do nothing.
+Importing this module imports no torch.
+"""
+
+from __future__ import annotations
+
+import _compat_pickle
+import builtins
+import contextlib
+import io
+import itertools
+import json
+import pickle
+import pickletools
+import re
+import sys
+import zipfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+_USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+_UNPACK = "Unpack it and pass the weights file in it."
+_OTHER_FILES = (
+    (b"version https://git-lfs", "a pointer of git-lfs in place of the file. Fetch the file: git lfs pull."),
+    (b"\x1f\x8b", f"compressed with gzip. {_UNPACK}"),
+    (b"BZh", f"compressed with bzip2. {_UNPACK}"),
+    (b"\xfd7zXZ", f"compressed with xz. {_UNPACK}"),
+    (b"(\xb5/\xfd", f"compressed with zstd. {_UNPACK}"),
+    (b"7z\xbc\xaf", f"a 7z archive. {_UNPACK}"),
+    (b"Rar!", f"a RAR archive. {_UNPACK}"),
+    (b"\x93NUMPY", "a NumPy array (.npy). Pass weights of PyTorch."),
+    (b"\x89HDF", "an HDF5 file, as Keras writes. Pass weights of PyTorch."),
+    (b"GGUF", "a GGUF file. Pass weights of PyTorch."),
+)
+# Parts of Python itself whose names stand in checkpoints as data. No other part of it belongs there.
+_HARMLESS = {"argparse", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"}
+_HARMLESS |= {"functools", "numbers", "pathlib", "random", "types", "typing", "uuid"}
+_REFUSALS = ("Unsupported", "Can only", "Trying to", "Only persistent", "unsupported")  # of torch's reader
+
+
+def files_of(path: Path) -> list[Path]:
+    """The files that the weights at `path` are in: one, or an index of shards followed by its shards.
+
+    path: a file, an index, or a folder with one of them.
+
+    Raises `MissingError` (a file that is not there) and `BadInputError` (a broken index, a folder without one choice).
+    """
+    if path.is_dir():
+        path = _in_folder(path)
+    if not path.is_file():
+        raise MissingError(f"Weights file {path} does not exist.")
+    if path.suffix.lower() != ".json":
+        return [path]
+    try:
+        names = sorted(set(json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = [path.parent / name for name in names]
+        if not names or any(Path(name).name != name for name in names):
+            raise ValueError("names of shards")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise BadInputError(
+            f"{path} is not an index of shards (JSON with a weight_map). Pass the weights file."
+        ) from error
+    if absent := [shard.name for shard in shards if not shard.is_file()]:
+        raise MissingError(f"Shards that {path} names are not beside it: {_some(absent)}.")
+    return [path, *shards]
+
+
+def _in_folder(folder: Path) -> Path:
+    """The weights file, or index, of a folder in which there is one choice."""
+    if (folder / "encoder.json").is_file():
+        raise BadInputError(f"{folder} is the folder of a training run: name it as the model, without --weights.")
+    for name in _USUAL:
+        if (folder / name).is_file():
+            return folder / name
+    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if len(found) != 1:
+        held = f"several weights files ({_some(file.name for file in found)})" if found else "no weights file"
+        raise BadInputError(f"Folder {folder} holds {held}. Name the weights file.")
+    return found[0]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, an index of shards or a folder, on the CPU, nested dictionaries flattened to dotted names.
+
+    Raises `MissingError` (no such file) and `BadInputError` (truncated, something else than weights, or a file that
+    wants to run code), naming the file.
+    """
+    first, *shards = files_of(path)
+    tensors: dict[str, Tensor] = {}
+    for file in shards or [first]:
+        tensors |= _read(file)
+    if shards:
+        names = json.loads(first.read_text(encoding="utf-8"))["weight_map"]
+        if absent := [name for name in names if name not in tensors]:
+            raise BadInputError(f"The shards of {first} lack {_some(absent)}. Get them again.")
+    if not tensors:
+        raise BadInputError(f"Weights file {path} holds no named tensors.")
+    return tensors
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    try:
+        with path.open("rb") as file:
+            start = file.read(512)
+        if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 27:
+            from safetensors.torch import load_file
+
+            return load_file(path)
+        if start.startswith(b"PK\x03\x04"):
+            content = _read_zip(path)
+        elif start.startswith(b"\x80"):
+            with path.open("rb") as file:
+                names = set().union(*(_globals(file) for _ in range(5)))  # of the older kind: five pickles, then data
+            content = _load(path, path, names, start[1])
+        else:
+            raise BadInputError(f"Weights file {path} is {_what(start)}")
+    except NecoBenchError:
+        raise
+    except Exception as error:  # readers raise many types; whichever it is, this file is at fault
+        reason = str(error).strip().partition("\n")[0][:200]
+        raise BadInputError(
+            f"Weights file {path} could not be read; it may be truncated. Get it again. "
+            f"({type(error).__name__}: {reason})"
+        ) from error
+    return dict(_flat(content, "", ()))
+
+
+def _what(start: bytes) -> str:
+    """What a file is that is not one of weights, and what to do, from its first bytes."""
+    if not start:
+        return "empty. Get it again."
+    for magic, what in _OTHER_FILES:
+        if start.startswith(magic):
+            return what
+    if start[257:262] == b"ustar":
+        return f"a tar archive. {_UNPACK}"
+    if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
+        return "a web page, as servers send where a file is gone or wants a login. Download it again."
+    if start.lstrip()[:1] in (b"{", b"["):
+        return "a JSON document. Pass the weights file; an index of shards must end in .json."
+    return f"neither safetensors nor a checkpoint of PyTorch: it begins with {start[:8]!r}. It may be truncated."
+
+
+def _read_zip(path: Path) -> Any:
+    """The content of a checkpoint in zip form; of a TorchScript archive, stand-ins that hold its tensors."""
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        main = next((name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None)
+        if main is None:
+            if all(name.endswith(".npy") for name in names):
+                what = "a NumPy archive (.npz), as JAX models have. Pass weights of PyTorch."
+            else:
+                what = f"a zip archive of {_some(names)}. {_UNPACK}"
+            raise BadInputError(f"Weights file {path} is {what}")
+        pickled = archive.read(main)
+        root = main.removesuffix("data.pkl")
+        source: Path | io.BytesIO = path
+        if f"{root}constants.pkl" in names:  # TorchScript: the same without its code
+            source = io.BytesIO()
+            with zipfile.ZipFile(source, "w") as plain:
+                for name in names:
+                    if re.match(r"(data\.pkl|data/[^/]+|version|byteorder)$", name.removeprefix(root)):
+                        plain.writestr(name, archive.read(name))
+    return _load(path, source, _globals(io.BytesIO(pickled)), pickled[1] if len(pickled) > 1 else 2)
+
+
+def _globals(stream: Any) -> set[str]:
+    """The functions and classes that the next pickle in a stream names, by today's names. Runs nothing."""
+    found = set()
+    try:
+        for operation, argument, _ in pickletools.genops(stream):
+            if operation.name == "GLOBAL":
+                module, _, name = str(argument).partition(" ")
+                module, name = _compat_pickle.NAME_MAPPING.get(
+                    (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
+                )
+                found.add(f"{module}.{name}")
+    except ValueError:  # the end of the file, or damage, which torch's own reader reports
+        pass
+    return found
+
+
+class _StandIn:
+    """An object that is not read: it takes any arguments and any state, and does nothing."""
+
+    def __new__(cls, *_args: Any) -> Any:
+        return object.__new__(cls)
+
+    def __init__(self, *_args: Any) -> None:
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        if isinstance(state, dict):
+            self.__dict__.update({key: value for key, value in state.items() if isinstance(key, str)})
+
+
+class _StandInList(_StandIn):
+    def __new__(cls, *_args: Any) -> Any:
+        return []
+
+
+class _StandInDict(_StandIn):
+    def __new__(cls, *_args: Any) -> Any:
+        from collections import OrderedDict
+
+        return OrderedDict()  # torch's reader also gives these a state
+
+
+def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int) -> Any:
+    """`torch.load` with stand-ins for all that `names` has and torch does not know.
+
+    Whether a stand-in is filled as an object, a list or a dictionary is known once it is filled: then it starts again.
+    """
+    import torch
+
+    for name in sorted(names):
+        if name.startswith("torch.distributed."):
+            raise BadInputError(
+                f"Weights file {path} holds tensors that are split over processes ({name}). Gather them and save again."
+            )
+        if not _may_stand_in(name):
+            raise BadInputError(
+                f"Weights file {path} wants to run code when it is read ({name}), and was not opened. If you trust "
+                f"where it comes from, convert it to .safetensors, or save its state dict alone."
+            )
+    kinds: dict[str, type] = dict.fromkeys(names, _StandIn)
+    for _ in range(len(names) + 1):
+        stand_ins: list[Any] = [_named(name, kind) for name, kind in kinds.items()]
+        try:
+            with _opened(source) as stream, torch.serialization.safe_globals(stand_ins):
+                return torch.load(stream, map_location="cpu", weights_only=True)
+        except pickle.UnpicklingError as error:
+            filled = re.search(r"Can only (append|extend|SETITEM)\w* .*got <class '(.+?)'>", str(error))
+            if filled and kinds.get(filled[2]) is _StandIn:
+                kinds[filled[2]] = _StandInDict if filled[1] == "SETITEM" else _StandInList
+            elif protocol > 2:
+                raise BadInputError(
+                    f"Weights file {path} is a pickle of protocol {protocol}, which is not read safely. Save its state "
+                    f"dict again with torch.save."
+                ) from error
+            else:
+                reason = next((line for line in str(error).splitlines() if line.startswith(_REFUSALS)), str(error))
+                raise BadInputError(f"Weights file {path} was not opened: {reason.strip()}") from error
+    raise AssertionError("each round settles one kind, or ends")
+
+
+def _opened(source: Path | io.BytesIO) -> Any:
+    """A context with a stream at its start. Of a path, torch would ask the suffix."""
+    if isinstance(source, Path):
+        return source.open("rb")
+    source.seek(0)
+    return contextlib.nullcontext(source)
+
+
+def _named(name: str, kind: type) -> type:
+    module, _, short = name.rpartition(".")
+    return type(short, (kind,), {"__module__": module, "__qualname__": short})
+
+
+def _may_stand_in(name: str) -> bool:
+    """May an inert object take the place of this class or function, or is the file one that means to run code?"""
+    module, _, short = name.rpartition(".")
+    root = module.partition(".")[0]
+    if root == "builtins":
+        return isinstance(getattr(builtins, short, None), type)
+    if name == "_codecs.encode":  # how bytes are stored; torch reads it itself
+        return True
+    return root in _HARMLESS or root not in sys.stdlib_module_names
+
+
+def _flat(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Dotted names and tensors of dictionaries and stand-ins, however nested; `above` stops at loops."""
+    from torch import Tensor
+
+    if id(content) in above:
+        return
+    items: Iterable[Any] = content.items() if isinstance(content, Mapping) else ()
+    if isinstance(content, _StandIn | Mapping) and hasattr(content, "__dict__"):
+        items = itertools.chain(items, vars(content).items())
+    for key, value in items:
+        if isinstance(value, Tensor):
+            yield f"{prefix}{key}", value.detach()
+        elif isinstance(key, str):
+            yield from _flat(value, f"{prefix}{key}.", (*above, id(content)))
+
+
+def _some(names: Iterable[str]) -> str:
+    listed = list(names)
+    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
