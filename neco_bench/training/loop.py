@@ -39,7 +39,7 @@ from tqdm import tqdm
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.run_folder import architecture
 from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import PRECISIONS, describe
+from neco_bench.encoders.zoo import PRECISIONS
 from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
 from neco_bench.protocol import find_tasks
 from neco_bench.results.files import write_whole
@@ -139,6 +139,7 @@ class _Run:
         if options.evaluate and "?" in str(options.out):
             raise UsageError(f"--out {options.out}: a '?' begins the options of a model, so --eval cannot name it.")
         self.images: Images = open_images(options.data, options.data_root)
+        self.overlap = self.images.overlap(options.data_root)
         self.steps = recipe.total_steps(len(self.images))
         encoder = load_encoder(recipe.base, weights=options.weights, device=str(device))
         self.architecture = architecture(recipe.base)
@@ -227,6 +228,7 @@ class _Run:
             "embed_dim": encoder.embed_dim,
             "stride": encoder.stride,
             "training_data": self._training_data(),
+            "overlap": {**(encoder.overlap or {}), **self.overlap},
         }
         checkpoints.save(self.options.out, step, self._encoders, state, facts)
 
@@ -243,8 +245,8 @@ class _Run:
         set_training(self.student)
 
     def _training_data(self) -> str:
-        start = "" if self.options.weights else describe(self.recipe.base).get("training_data", "")
-        before = f"{start} (the start's); " if start else ""
+        start = self.student.encoder.training_data
+        before = f"{start} (the start's); " if start not in ("", "none") else ""
         return f"{before}{self.images.description} ({self.recipe.objective}, {self.steps} steps)"
 
     def _begin(self) -> int:
