@@ -10,7 +10,7 @@ from neco_bench.errors import NecoBenchError, UsageError
 from neco_bench.protocol import find_tasks
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
-from neco_bench.runner import Job, Options, plan, run_job, stored
+from neco_bench.runner import Job, Options, identify, plan, run_job, stored
 
 LAUNCHERS = ("slurm", "local")
 
@@ -18,7 +18,8 @@ LAUNCHERS = ("slurm", "local")
 def work(model: str, task: str, changes: Mapping[str, Any], options: Options, out: Path) -> Result:
     """What a submitted job does: one result, stored in `out`."""
     (chosen,) = find_tasks([task], changes)
-    return run_job(plan(model, chosen, options), ResultStore(out))
+    store = ResultStore(out)
+    return run_job(plan(model, chosen, options, identity=identify(model, options, store)), store)
 
 
 class Grid:

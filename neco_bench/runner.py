@@ -1,19 +1,18 @@
 """`run`: one encoder on one task, from names to a stored Result. What the command line calls, and the Python API.
 
-The content key of a result covers everything the number depends on, and is computed without loading torch or the
-weights, so that a second run returns the stored result at once.
+The content key of a result covers everything the number depends on. It is computed without loading torch or the
+weights, so that a second run returns the stored result at once; only code that may read any file is loaded for it.
 """
 
 from __future__ import annotations
 
-import importlib.metadata
-import inspect
+import functools
+import logging
 import math
 import os
 import time
-import uuid
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,8 +20,18 @@ from neco_bench import distributed
 from neco_bench.context import Context, Outcome
 from neco_bench.data import DRAWS, load_dataset
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
+from neco_bench.encoders.identity import loaded_id, object_id
 from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import PRECISIONS, contamination, describe, parse_spec, request_id
+from neco_bench.encoders.zoo import (
+    PRECISIONS,
+    contamination,
+    declared_overlap,
+    needs_loading,
+    parse_spec,
+    request_id,
+    version_of,
+    zoo,
+)
 from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code
 from neco_bench.protocol import FAMILIES, Task, digest, find_tasks
 from neco_bench.registry import BUILTIN
@@ -36,7 +45,10 @@ if TYPE_CHECKING:
     from neco_bench.encoders.base import Encoder
 
 
-PACKAGES = ("neco_bench", "torch", "torchvision", "timm", "transformers")
+log = logging.getLogger("neco_bench")
+
+# Distributions that a stored result and stored features depend on; what one kind of encoder needs is in its identity.
+VERSIONS = ("neco-bench", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "faiss-gpu", "faiss-cpu")
 MOST_SEED = 10**9  # FAISS counts seeds in 31 bits, and several follow the first
 
 
@@ -89,7 +101,8 @@ class Options:
 class Job:
     """One model on one task with its data opened: what `--dry-run` shows and `execute` runs.
 
-    data: by role; the draws of a fraction have the roles "train/0", "train/1", ...
+    data: by role; the draws of a fraction have the roles "train/0", "train/1", ... identity: of the encoder's content,
+    as far as it was known when the job was planned.
     """
 
     model: str
@@ -97,12 +110,12 @@ class Job:
     data: Mapping[str, Dataset]
     options: Options
     facts: Mapping[str, Any]
-    identity: str | None = None
+    identity: str
 
     @property
     def key(self) -> str:
-        """The content key, from the files as they are now: a zoo checkpoint that a run fetches becomes part of it."""
-        return digest([dict(self.facts), self.identity or request_id(self.model, self.options.weights)])
+        """The content key."""
+        return digest([dict(self.facts), self.identity])
 
     @property
     def draws(self) -> list[dict[str, Dataset]]:
@@ -122,8 +135,8 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
 
     identity: what stands for the encoder's content; None asks the model spec.
     """
-    if identity is None:
-        request_id(model, options.weights)  # an unknown model or a missing file is an error now, not hours later
+    if identity is None:  # an unknown model or a missing file is an error now, not hours later
+        identity = request_id(model, options.weights)
     if options.split_file is not None and "train" not in task.card.splits:
         raise UsageError(
             f"--split-file restricts the training split, which {task.card.name} does not have. Leave one of them out."
@@ -141,7 +154,7 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
         "data": {role: dataset.fingerprint() for role, dataset in data.items()},
         "seed": options.seed,
         "limit": options.limit,
-        "versions": {name: importlib.metadata.version(name) for name in ("neco-bench", "torch", "torchvision", "timm")},
+        "versions": {name: version_of(name) for name in VERSIONS},
     }
     if options.features == "fp16":  # the other two give the same numbers
         facts["features"] = options.features
@@ -163,7 +176,6 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         "settings": task.constants,
         "citation": task.citation,
         "dataset": {role: {"name": d.name, "split": d.split, "items": len(d)} for role, d in job.data.items()},
-        "training": _training(job),
         "dataset_fingerprint": {role: d.fingerprint() for role, d in job.data.items()},
     }
     subset = {role.partition("/")[0]: d.subset for role, d in job.data.items() if d.subset is not None}
@@ -180,8 +192,10 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     }
     start = time.perf_counter()
     try:
-        loaded = _ready(job, encoder, context)
-        provenance |= _encoder_facts(loaded)
+        job, loaded = _ready(job, encoder, context)
+        provenance |= _encoder_facts(loaded) | {"training": _training(job, loaded)}
+        if provenance["official"] is False:
+            _say_once(_unofficial(loaded.name))
         check_size(task, loaded)
         _glance(job)
         outcome = _outcome(job, loaded, context)
@@ -237,11 +251,13 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     return result, outcome.statistics | _image_ids(job, outcome)
 
 
-def _ready(job: Job, encoder: Encoder | None, context: Context) -> Encoder:
-    """The encoder of a job, loaded unless it is given, and the context set for it."""
+def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, Encoder]:
+    """A job with its encoder, loaded unless it is given, by whose content it is then known; the context set for it."""
     options = job.options
     with context.phase("load_encoder"):
         loaded = encoder or load_job_encoder(job)
+    if encoder is None:
+        job = replace(job, identity=loaded_id(job.model, options.weights, loaded))
     if options.workers is None and loaded.device.type == "cpu":
         context.workers = 0  # threads load: processes would disturb an encoder on the same cores
     if options.features == "fp16" or (options.features != "off" and encoder is None):
@@ -249,10 +265,10 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> Encoder:
 
         identity, anew = None, False
         if encoder is None:
-            identity = digest([request_id(job.model, options.weights), job.facts["versions"]])
+            identity = digest([job.identity, job.facts["versions"]])
             anew = options.overwrite and parse_spec(job.model).kind == "file"  # which may import more
         context.store = FeatureStore(options.features, identity, anew)
-    return loaded
+    return job, loaded
 
 
 def job_of(result: Result, **given: Any) -> Job:
@@ -277,15 +293,15 @@ def watch(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """
     options = job.options
     context = Context(options.seed, options.batch_size, options.workers_used, options.progress, watched=frozenset(ids))
-    encoder = _ready(job, None, context)
+    job, encoder = _ready(job, None, context)
     data = {role: d.chosen(context.watched) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
     job.task.module.run(encoder, data, job.task.settings(), context)
     return context.seen
 
 
 def run(
-    model: str | Encoder,
-    task: str,
+    model: str | os.PathLike[str] | Encoder,
+    task: str | Sequence[str],
     *,
     data_root: str | Path | None = None,
     out: str | Path | None = None,
@@ -294,6 +310,7 @@ def run(
 ) -> Result:
     """Run one task ("camvid_ic", "ade20k_linear@clean-1") for one model spec or Encoder, and return its Result.
 
+    task: its name, also as a list of one.
     out: results folder; with it, a stored result of the same content is returned instead of running again.
     changes: what `--set` gives on the command line. options: fields of `Options` (device, precision, batch_size,
     workers, seed, limit, split_file, weights, layers, features, overwrite, progress).
@@ -303,14 +320,19 @@ def run(
     unknown = set(options) - set(Options.__dataclass_fields__)
     if unknown:
         raise UsageError(f"Unknown option {sorted(unknown)}. There are: {', '.join(Options.__dataclass_fields__)}.")
-    tasks = find_tasks([task], changes)
+    names = [task] if isinstance(task, str) else task
+    if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+        raise UsageError(f"run() takes the name of a task such as 'shapes_ic', not {type(task).__name__}.")
+    tasks = find_tasks(list(names), changes) if names else []
     if len(tasks) != 1:
-        raise UsageError(f"run() takes one task, {task!r} names {len(tasks)}.")
+        raise UsageError(f"run() takes one task, {task!r} names {len(tasks)}. Call it once for each.")
     chosen = Options(data_root=Path(data_root) if data_root else None, **options)
-    if isinstance(model, str):
-        job, encoder = plan(model, tasks[0], chosen), None
+    if isinstance(model, str | os.PathLike):
+        name = os.fspath(model)
+        identity = identify(name, chosen, ResultStore(out)) if out else None
+        job, encoder = plan(name, tasks[0], chosen, identity=identity), None
     else:
-        identity = _identity(model, chosen)
+        identity = _object_id(model, chosen)
         name = model.name + ("" if model.layer == "last" else f"[{model.layer}]")
         job, encoder = plan(name, tasks[0], chosen, identity=identity), model
     store = ResultStore(out) if out else None
@@ -437,15 +459,27 @@ def _image_ids(job: Job, outcome: Outcome) -> dict[str, np.ndarray]:
     return {"image_id": np.array(val.ids[: outcome.n_images])}
 
 
-def _training(job: Job) -> dict[str, str]:
+def _training(job: Job, encoder: Encoder) -> dict[str, str]:
     """What the encoder was trained on, and whether that touches the images of the data set."""
-    known = {} if job.options.weights or job.identity else describe(job.model)
+    overlap = declared_overlap(encoder.training_data) if encoder.overlap is None else encoder.overlap
     source = next(iter(job.data.values()))
-    images_from = source.images_from or source.folder_name or source.name
-    return {
-        "data": known.get("training_data", ""),
-        "contamination": contamination(job.model, job.options.weights or job.identity, images_from),
-    }
+    names = filter(None, (source.images_from, source.folder_name, source.name))
+    return {"data": encoder.training_data, "contamination": contamination(overlap, names)}
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning(text)
+
+
+def _unofficial(name: str) -> str:
+    """Why the results of a name of the zoo do not stand beside published numbers."""
+    entry = zoo().get(name.partition("?")[0])
+    if entry and entry.has_official_weights and entry.sha256 is None:
+        why = f"The sha256 of the official weights of {name!r} is not known yet, so these cannot be told from others."
+    else:
+        why = f"These weights are not the official ones of {name!r}."
+    return f"{why} Leaderboards add their id to the name, and put no published numbers beside them."
 
 
 def _timing(context: Context, start: float) -> dict[str, float]:
@@ -465,8 +499,11 @@ def check_size(task: Task, encoder: Encoder) -> None:
 
 def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
     report = encoder.weights_report
+    entry = zoo().get(encoder.name)
+    taken = encoder.official is None and entry is not None and entry.has_official_weights  # by something else's name
     return {
         "weights_id": encoder.weights_id,
+        "official": False if taken else encoder.official,
         "precision": encoder.precision,
         "encoder": {
             "name": encoder.name,
@@ -480,8 +517,8 @@ def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _identity(encoder: Encoder, options: Options) -> str:
-    """What stands for an Encoder object in the content key: weights, code, and how features are read from it."""
+def _object_id(encoder: Encoder, options: Options) -> str:
+    """What stands for an Encoder object in the content key. Raises `UsageError` and `BadInputError` for another."""
     from neco_bench.encoders.base import Encoder as Contract
 
     if not isinstance(encoder, Contract):
@@ -495,23 +532,23 @@ def _identity(encoder: Encoder, options: Options) -> str:
     ignored = [name for name in ("device", "precision", "layers", "weights") if getattr(options, name) is not None]
     if ignored:
         raise UsageError(f"An Encoder is run as it is: give {', '.join(ignored)} to load_encoder() instead.")
-    facts = ("weights_id", "embed_dim", "stride", "mean", "std", "layer", "final_norm", "pos_interp", "precision")
-    known = {fact: getattr(encoder, fact) for fact in facts}
-    return digest({"device": encoder.device.type, "code": _code(encoder)} | known)
+    return object_id(encoder)
 
 
-def _code(encoder: Encoder) -> dict[str, str]:
-    """Source of each class of modules in it, but for packages, whose versions are known. Code that cannot be read (it
-    was typed in) is never the same."""
-    sources = {}
-    for kind in {type(module) for module in encoder.modules()}:
-        if kind.__module__.partition(".")[0] not in PACKAGES:
-            name = f"{kind.__module__}.{kind.__qualname__}"
-            try:
-                sources[name] = inspect.getsource(kind)
-            except (OSError, TypeError):
-                sources[name] = uuid.uuid4().hex
-    return sources
+def identify(model: str, options: Options, store: ResultStore) -> str:
+    """What stands for the encoder of a spec in content keys.
+
+    It is loaded, on the CPU, where nothing else shows what its weights are and the store has results that might be its.
+    One that cannot be loaded is left to its job. Raises as `request_id`.
+    """
+    identity = request_id(model, options.weights)
+    if options.overwrite or store.is_empty or not needs_loading(parse_spec(model)):
+        return identity
+    try:
+        encoder = load_encoder(model, weights=options.weights, device="cpu", layers=options.layers)
+    except NecoBenchError:
+        return identity
+    return loaded_id(model, options.weights, encoder)
 
 
 def _device_name(encoder: Encoder) -> str:
@@ -527,7 +564,10 @@ def plan_all(models: Iterable[str], tasks: Iterable[Task], options: Options, sto
     Settings of stored results were checked when they were made: torch is imported only where something will run.
     """
     tasks = list(tasks)
-    jobs = [plan(model, task, options) for model in models for task in tasks]
+    jobs = []
+    for model in models:
+        identity = identify(model, options, store)
+        jobs += [plan(model, task, options, identity=identity) for task in tasks]
     for job in jobs:
         if stored(job, store) is None:
             job.task.settings()

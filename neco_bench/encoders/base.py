@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import abc
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import final
 
@@ -66,7 +66,10 @@ class Encoder(nn.Module, abc.ABC):
 
     Static facts: name; embed_dim D; stride in pixels; mean and std of RGB on [0, 1]; weights_id, the sha256 of the
     weights in use (of the source file for code without weights); layer; pos_interp, the position-interpolation rule
-    ("none" where there are no positions); weights_report. `attentions`: can give class-token attention.
+    ("none" where there are no positions); weights_report. Facts that may be declared: training_data, the data sets
+    behind the weights ("imagenet, coco"; "none"), for contamination notes. Facts that `load_encoder` finds: overlap
+    with data sets as in `zoo.toml` (None: read off training_data); official, whether the weights are those that the
+    name of the zoo stands for (None where it stands for none). `attentions`: can give class-token attention.
     `has_final_norm`: can give features both before and after a final norm; `final_norm`: its default is after.
     """
 
@@ -79,6 +82,9 @@ class Encoder(nn.Module, abc.ABC):
     layer: str = "last"
     pos_interp: str = "none"
     weights_report: WeightsReport | None = None
+    training_data: str = ""
+    overlap: Mapping[str, str] | None = None
+    official: bool | None = None
     attentions: bool = False
     has_final_norm: bool = False
     final_norm: bool = True

@@ -2,7 +2,8 @@
 
 The function takes no arguments and returns an Encoder, or a module that maps normalised images (B, 3, H, W) to features
 (B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride` (`mean` and `std` too, where they are not
-ImageNet's). A file is run as any Python file is: use only those you trust.
+ImageNet's; `training_data`, such as "imagenet, coco", for contamination notes). A file is run as any Python file is:
+use only those you trust.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
 
 from neco_bench.encoders import weights
@@ -41,21 +44,69 @@ def build(request: Request, file: Path | None) -> Encoder:
         made = factory()
     except NecoBenchError:
         raise
-    except Exception as error:  # someone else's code may fail in any way
+    except (Exception, SystemExit) as error:  # someone else's code may fail in any way
         raise BadInputError(f"{request.target} failed: {type(error).__name__}: {error}") from error
     encoder = made if isinstance(made, Encoder) else ModuleEncoder(_checked_module(made, request.target))
     encoder.name = request.name
     for fact in ("embed_dim", "stride"):
         if not isinstance(getattr(encoder, fact, None), int):
             raise BadInputError(f"{request.target} made an encoder whose {fact} is not a whole number.")
+    if not isinstance(encoder.training_data, str):
+        raise BadInputError(
+            f"{request.target} made an encoder whose training_data is {type(encoder.training_data).__name__}; write "
+            f'the names of data sets as one text, such as "imagenet, coco".'
+        )
+    check_has_values(encoder, request.target)
     if file is not None:
         if not encoder.state_dict():
             raise UsageError(f"Model {request.name!r} has no weights to load; leave out --weights.")
         encoder.weights_report = weights.load_file_into(weights.inner_module(encoder), file, request.branch, whole=True)
     elif encoder.weights_report is None:
         encoder.weights_report = WeightsReport(source=request.target)
-    encoder.weights_id = weights.state_sha256(encoder, whole=True) if encoder.state_dict() else file_sha256(source)
+    encoder.weights_id = whole_sha256(encoder) or file_sha256(source)
     return encoder
+
+
+def whole_sha256(encoder: nn.Module) -> str:
+    """The sha256 of all weights and of the tensors and arrays that modules keep besides them; "" where there are none.
+
+    Those of non-persistent buffers and plain attributes are in no state dict, and move the features as weights do.
+    """
+    known = {id(value) for value in encoder.state_dict(keep_vars=True).values()}
+    others: dict[str, Any] = {}
+    for place, module in encoder.named_modules():
+        kept = {**module._buffers, **vars(module)}
+        found = {name: value for name, value in kept.items() if _has_bytes(value)}
+        others |= {f"{place}.{name}": value for name, value in sorted(found.items()) if id(value) not in known}
+    if not (known or others):
+        return ""
+    state = weights.state_sha256(encoder, whole=True)
+    if not others:
+        return state
+    digest = hashlib.sha256(state.encode())
+    for name, value in others.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+    return isinstance(value, np.ndarray) and not value.dtype.hasobject
+
+
+def check_has_values(encoder: nn.Module, name: str) -> None:
+    """Raise `BadInputError` where weights lie on the meta device, which holds shapes alone."""
+    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
+    empty = [key for key, value in tensors if value.is_meta]
+    if empty:
+        raise BadInputError(
+            f"{name}: {len(empty)} of {len(tensors)} weights are on the meta device, which holds no values (the first "
+            f"is {empty[0]}). Make the module on the CPU, or load its weights before it is returned."
+        )
 
 
 def _factory_in(path: Path, attribute: str) -> Any:
@@ -70,7 +121,7 @@ def _factory_in(path: Path, attribute: str) -> Any:
     sys.modules[name] = module  # dataclasses and pickling look a class's module up here
     try:
         spec.loader.exec_module(module)
-    except Exception as error:  # someone else's code may fail in any way
+    except (Exception, SystemExit) as error:  # someone else's code may fail in any way
         raise BadInputError(f"Encoder file {path} could not be run: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         raise BadInputError(f"Encoder file {path} has no {attribute!r}.{functions_in(path)}")
@@ -102,6 +153,7 @@ class ModuleEncoder(Encoder):
         self.embed_dim, self.stride = module.embed_dim, module.stride
         self.mean = tuple(getattr(module, "mean", self.mean))
         self.std = tuple(getattr(module, "std", self.std))
+        self.training_data = getattr(module, "training_data", "")
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         features = self.module(images)

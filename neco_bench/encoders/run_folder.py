@@ -33,7 +33,7 @@ class TrainedEncoder(BaseModel):
     base: spec of the architecture, as `architecture` gives it. student, teacher: weights files, relative to the folder;
     null for no teacher. mean, std: of RGB on [0, 1]. layers: what is read where the spec says nothing; null leaves it
     to `base`. embed_dim: D of the features. stride: pixels. step: optimizer steps behind the weights. training_data:
-    what they have seen, for people.
+    what they have seen, for people. overlap: the same for contamination notes, as in `zoo.toml`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -49,6 +49,7 @@ class TrainedEncoder(BaseModel):
     stride: PositiveInt
     step: NonNegativeInt
     training_data: str
+    overlap: dict[_Name, Literal["seen", "near", "possible", "unknown"]] = {"*": "unknown"}
 
     def file_of(self, folder: Path, branch: str | None) -> Path:
         """The weights file of a branch, the student's for None. Raises `UsageError` where there is no such branch."""

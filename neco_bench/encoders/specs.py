@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import importlib
+import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neco_bench.encoders.weight_files import files_of
-from neco_bench.encoders.zoo import PRECISIONS, Layers, Request, parse_layers, parse_spec
+from neco_bench.encoders.zoo import (
+    PRECISIONS,
+    Layers,
+    Request,
+    declared_overlap,
+    is_official,
+    parse_layers,
+    parse_spec,
+    training_of,
+)
 from neco_bench.errors import BadInputError, UsageError
 
 if TYPE_CHECKING:
@@ -71,7 +81,7 @@ def build(request: Request, file: Path | None) -> Encoder:
 
 
 def load_encoder(
-    spec: str,
+    spec: str | os.PathLike[str],
     *,
     weights: str | Path | None = None,
     device: str | None = None,
@@ -100,6 +110,12 @@ def load_encoder(
     place = resolve_device(device)
 
     encoder = build(request, file)
+    report = encoder.weights_report
+    encoder.official = is_official(request, file, report.source if report else "")
+    declared = encoder.training_data if file is None and request.kind in ("file", "code") else ""
+    encoder.training_data, encoder.overlap = training_of(request, file)
+    if declared:
+        encoder.training_data, encoder.overlap = declared, declared_overlap(declared)
     encoder.name = request.name
     encoder.precision = precision or "fp32"
     encoder.final_norm = request.final_norm

@@ -24,7 +24,7 @@ import importlib.util
 import json
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cache
 from pathlib import Path
@@ -32,7 +32,7 @@ from typing import Any
 
 from neco_bench.cache import cache_dir
 from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
-from neco_bench.registry import Registry
+from neco_bench.registry import BUILTIN, Registry
 from neco_bench.toml import read_toml
 
 Layers = int | str | Sequence[int] | None
@@ -70,6 +70,7 @@ class ZooEntry:
     params_m: float
     pos_interp: str
     weights: str | None = None
+    sha256: str | None = None
     drop_registers: bool = False
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
@@ -90,6 +91,11 @@ class ZooEntry:
         """Is the weights file part of this package, beside `zoo.toml`?"""
         return self.weights is not None and "://" not in self.weights
 
+    @property
+    def has_official_weights(self) -> bool:
+        """Are there published weights that the name stands for? False for code and for random weights."""
+        return self.spec.startswith("timm:") and "pretrained=false" not in self.spec
+
 
 def weights_folder(model: str) -> Path:
     """The folder for weights files of one model: `<cache>/weights/<model>`."""
@@ -100,13 +106,13 @@ def weights_folder(model: str) -> Path:
 def zoo() -> dict[str, ZooEntry]:
     """All entries by id. Raises `BadInputError` where `zoo.toml` has an unknown or missing field."""
     document = read_toml(_FILE)
-    known = {f.name for f in fields(ZooEntry)} | {"teacher"}
+    known = {f.name for f in fields(ZooEntry)} | {"teacher", "teacher_sha256"}
     entries: dict[str, ZooEntry] = {}
     for name, own in document["model"].items():
         facts: dict[str, Any] = {**document["family"].get(own.get("family"), {}), **own}
         if unknown := facts.keys() - known:
             raise BadInputError(f"{_FILE}: model {name!r} has unknown fields {sorted(unknown)}.")
-        teacher = facts.pop("teacher", None)
+        teacher, teacher_sha256 = facts.pop("teacher", None), facts.pop("teacher_sha256", None)
         facts.update({key: tuple(facts[key]) for key in ("mean", "std", "aliases") if key in facts})
         try:
             entries[name] = ZooEntry(id=name, **facts)
@@ -114,7 +120,12 @@ def zoo() -> dict[str, ZooEntry]:
             raise BadInputError(f"{_FILE}: model {name!r}: {error}.") from error
         if teacher:
             entries[f"{name}_teacher"] = replace(
-                entries[name], id=f"{name}_teacher", weights=teacher, aliases=(), notes="The teacher (moving average)."
+                entries[name],
+                id=f"{name}_teacher",
+                weights=teacher,
+                sha256=teacher_sha256,
+                aliases=(),
+                notes="The teacher (moving average).",
             )
     return entries
 
@@ -162,12 +173,18 @@ def is_run_folder(body: str) -> bool:
     return bool(body) and os.path.isfile(os.path.join(body, RUN_FILE))
 
 
-def parse_spec(spec: str) -> Request:
-    """Read a spec. Raises `UsageError` for an unknown name or option, with the nearest known ones.
+def parse_spec(spec: str | os.PathLike[str]) -> Request:
+    """Read a spec. Raises `UsageError` for what is none, an unknown name or option, with the nearest known ones.
 
     Of run folders it reads `encoder.json`: `MissingError` for a folder without, `BadInputError` for a broken one.
     """
-    body, _, query = str(spec).strip().partition("?")
+    if not isinstance(spec, str | os.PathLike):
+        raise UsageError(
+            f"A model is named by a spec, not given as {type(spec).__name__}. Write {_FORMS}. Of a module, name a "
+            f"function that returns it."
+        )
+    spec = os.fspath(spec).strip()
+    body, _, query = spec.partition("?")
     scheme, _, rest = body.partition(":")
     entry, origin, base = None, "", None
     if is_run_folder(body):
@@ -295,12 +312,62 @@ def describe_models() -> list[dict[str, Any]]:
     return rows
 
 
-def contamination(spec: str, weights: object, images_from: str) -> str:
-    """What is known of an encoder's training images against a source of evaluation images: "none known", "seen",
-    "near", "possible", or "unknown" for anything that is not an encoder of the zoo with its own weights."""
-    own = weights or is_run_folder(spec.partition("?")[0])
-    entry = None if own else zoo().get(aliases().get(spec, spec))
-    return "unknown" if entry is None else entry.overlap.get(images_from, entry.overlap.get("*", "none known"))
+UNKNOWN: Mapping[str, str] = {"*": "unknown"}  # the overlap of weights whose training images are not known
+
+
+def training_of(request: Request, weights: Path | None) -> tuple[str, Mapping[str, str]]:
+    """What the weights of a spec were trained on, for people, and its overlap with data sets as in `ZooEntry.overlap`.
+
+    weights: the file given in their place, which is known where it is the official file of an entry of the zoo. Not
+    known is what one's own code loads, unless its encoder declares `training_data`. Raises `MissingError`.
+    """
+    if weights is None and request.kind == "run":
+        from neco_bench.encoders.run_folder import read
+
+        run = read(Path(request.target))
+        return run.training_data, run.overlap
+    if weights is None and request.kind == "timm" and not request.pretrained:
+        return "none", {}
+    if weights is None and request.entry and request.entry.sha256:
+        place = request.entry.weights_file
+        weights = place if place and place.is_file() else None
+    if weights is not None:
+        known = file_sha256(weights) if weights.is_file() else ""
+        found = next((entry for entry in zoo().values() if entry.sha256 == known), None)
+        return (found.training_data, found.overlap) if found else ("", UNKNOWN)
+    return (request.entry.training_data, request.entry.overlap) if request.entry else ("", UNKNOWN)
+
+
+def declared_overlap(training_data: str) -> Mapping[str, str]:
+    """The overlap of an encoder that declares its training data: names of data sets, such as "imagenet, coco"."""
+    names = [part.strip().lower() for part in training_data.split(",") if part.strip()]
+    return dict.fromkeys(names, "seen") if names else UNKNOWN
+
+
+def contamination(overlap: Mapping[str, str], names: Iterable[str]) -> str:
+    """What is known of an encoder's training images against a data set of these names: "none known", "seen", "near",
+    "possible" or "unknown"."""
+    return next((overlap[name] for name in names if name in overlap), overlap.get("*", "none known"))
+
+
+def is_official(request: Request, weights: Path | None, source: str) -> bool | None:
+    """Are the weights those of the official file of the zoo's entry? False too where its sha256 is not known yet.
+
+    weights: the file given in their place. source: the file that was loaded, where no entry says which. None where the
+    name stands for no official weights.
+    """
+    entry = request.entry
+    if entry is None or (weights is None and not (request.pretrained and entry.has_official_weights)):
+        return None
+    file = weights or entry.weights_file or Path(source)
+    return entry.sha256 is not None and file.is_file() and file_sha256(file) == entry.sha256
+
+
+def needs_loading(request: Request) -> bool:
+    """Can only loading show what the weights are? So it is where code runs that may read any file."""
+    if request.base is not None:
+        return needs_loading(request.base)
+    return request.kind in ("file", "hub") or (request.kind == "code" and request.origin != BUILTIN)
 
 
 def functions_in(path: Path) -> str:
@@ -345,10 +412,12 @@ def describe(spec: str) -> dict[str, Any]:
 def request_id(spec: str, weights: str | Path | None = None) -> str:
     """The sha256 of what is asked for, without loading it: the resume key's share of the model.
 
-    It covers the spec with its options, and as content: the zoo entry, the weights file (given, or the zoo's own once
-    it is in place), the Python file with those beside it, the local folder, or the version of the package that defines
-    the model; of a run folder `encoder.json`, the weights of the branch, and the same of its architecture, but not its
-    place. A zoo file that is first fetched by `load_encoder` changes the id, so store the id taken after loading.
+    It covers the spec with its options, and as content: what the zoo says of the model, the weights file (given, or the
+    zoo's own once it is in place), the Python file by its name and with those beside it, the local folder, the commit
+    of a Hugging Face repository in the cache, or the version of the package that defines the model; of a run folder
+    `encoder.json`, the weights of the branch, and the same of its architecture, but not its place. What is first
+    fetched by `load_encoder` changes the id, so store the id taken after loading. Where `needs_loading` holds it stands
+    for the code, which may load other weights: `identity.loaded_id` tells those apart.
     Raises `UsageError` (unknown name or option) and `MissingError` (a file that is not there).
     """
     request = parse_spec(spec)
@@ -356,7 +425,7 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
         "kind": request.kind,
         "target": request.target,
         "options": sorted(request.options.items()),
-        "entry": asdict(request.entry) if request.entry else None,
+        "entry": [getattr(request.entry, fact) for fact in _MOVING] if request.entry else None,
     }
     if request.base is not None:
         from neco_bench.encoders.run_folder import weights_file
@@ -365,34 +434,45 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
         used = weights_file(folder, request.branch) if weights is None else Path(weights)
         facts |= {"target": "", "run": file_sha256(folder / RUN_FILE), "base": request_id(request.base.name, used)}
     elif weights is not None:
-        facts["weights"] = file_sha256(Path(weights))
+        facts["weights"] = content_sha256(Path(weights))
     elif request.entry and request.pretrained and (file := request.entry.weights_file):
         if file.is_file():
             facts["weights"] = file_sha256(file)
     elif request.kind == "timm" and request.pretrained:  # timm's own, in a folder of the name with its tag
         places = [weights_folder(request.target), *weights_folder(request.target).parent.glob(f"{request.target}.*")]
         facts["weights"] = [file_sha256(file) for place in places for file in sorted(place.glob("*")) if file.is_file()]
+        facts["commits"] = _cached_commits(f"timm--{request.target}", f"timm--{request.target}.*")
     if request.kind == "file":
-        facts |= {
-            "target": request.target.rpartition(":")[2],
-            "code": _sources(Path(request.target.rpartition(":")[0])),
-        }
+        path, _, attribute = request.target.rpartition(":")
+        facts |= {"target": f"{Path(path).name}:{attribute}", "code": _sources(Path(path))}
     elif request.kind == "code":
         facts["code"] = _code_identity(request)
     elif request.kind != "run":
         folder = Path(request.target.rpartition(":")[0] if request.kind == "hub" else request.target).expanduser()
         package = {"timm": "timm", "hub": "torch", "hf": "transformers"}[request.kind]
-        if request.kind != "timm" and folder.is_dir():
+        if request.kind == "hf" and not folder.is_dir():
+            facts["commits"] = _cached_commits(request.target.replace("/", "--"))
+        elif request.kind != "timm" and folder.is_dir():
             facts["folder"] = {
                 str(file.relative_to(folder)): file_sha256(file)
                 for file in sorted(folder.rglob("*"))
                 if _MODEL_FILES.fullmatch(file.name)
             }
-        facts["version"] = _version(package)
+        facts["version"] = version_of(package)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
+# What the zoo says of an entry that moves a number; its notes, licence and the like do not.
+_MOVING = ("spec", "weights", "pos_interp", "drop_registers", "mean", "std")
 _MODEL_FILES = re.compile(r".+\.(py|json|ya?ml|toml|safetensors|bin|pth|pt|ckpt|npz|npy)")
+
+
+def _cached_commits(*patterns: str) -> list[str]:
+    """The commits of the Hugging Face repositories OWNER--NAME that its cache has as their main branch."""
+    from huggingface_hub.constants import HF_HUB_CACHE  # no torch, but slow to import
+
+    found = {file for pattern in patterns for file in Path(HF_HUB_CACHE).glob(f"models--{pattern}/refs/main")}
+    return [f"{file.parents[1].name} {file.read_text(encoding='utf-8').strip()}" for file in sorted(found)]
 
 
 def _code_identity(request: Request) -> dict[str, Any]:
@@ -405,7 +485,7 @@ def _code_identity(request: Request) -> dict[str, Any]:
     else:
         for folder in [origin.parent] if origin else map(Path, (top and top.submodule_search_locations) or []):
             sources |= {str(file.relative_to(folder)): file_sha256(file) for file in sorted(folder.rglob("*.py"))}
-    return {"package": request.origin, "version": _version(request.origin), "sources": sources}
+    return {"package": request.origin, "version": version_of(request.origin), "sources": sources}
 
 
 def _sources(file: Path) -> dict[str, str]:
@@ -415,20 +495,43 @@ def _sources(file: Path) -> dict[str, str]:
     return {str(found.relative_to(file.parent)): file_sha256(found) for found in sorted(files)}
 
 
-def _version(package: str) -> str:
+def version_of(package: str) -> str:
+    """The version of an installed distribution, or "not installed"."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return "not installed"
 
 
+def content_sha256(path: Path) -> str:
+    """The sha256 of a weights file, with the parts that an index names, or of a folder. Raises `MissingError`."""
+    if not (path.is_dir() or path.name.endswith(".index.json")):
+        return file_sha256(path)
+    folder = path if path.is_dir() else path.parent
+    files = [file for file in sorted(folder.rglob("*")) if _MODEL_FILES.fullmatch(file.name)]
+    contents = [f"{file.relative_to(folder).as_posix()} {file_sha256(file)}" for file in files]
+    return hashlib.sha256("\n".join(contents).encode("utf-8", "surrogateescape")).hexdigest()
+
+
 def file_sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal. Raises `MissingError`."""
     try:
-        with path.open("rb") as file:
-            digest = hashlib.sha256()
-            while block := file.read(1 << 20):
-                digest.update(block)
+        facts = path.stat()
+        if facts.st_size < 1 << 24:  # may be written again within the resolution of its time
+            return _digest(path)
+        return _known_digest(path.absolute(), facts.st_size, facts.st_mtime_ns, facts.st_ino)
     except OSError as error:
         raise MissingError(f"{path} could not be read: {error.strerror or error}.") from error
+
+
+def _digest(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
     return digest.hexdigest()
+
+
+@cache
+def _known_digest(path: Path, size: int, modified: int, inode: int) -> str:
+    return _digest(path)

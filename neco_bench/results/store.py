@@ -57,6 +57,11 @@ class ResultStore:
             path.with_suffix(".npz").unlink(missing_ok=True)
         return path
 
+    @property
+    def is_empty(self) -> bool:
+        """Are there no documents, readable or not?"""
+        return next(self.folder.rglob("*.json"), None) is None
+
     def check_writable(self) -> None:
         """Raise NecoBenchError where results could not be written, without writing any."""
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())

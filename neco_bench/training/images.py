@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from neco_bench.data import data_root
+from neco_bench.data import DATASETS, data_root
 from neco_bench.data.io import read_image
 from neco_bench.data.shapes import TRAIN, VERSION, segmentation_scene
 from neco_bench.data.voc2012 import VOC2012
-from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError, UsageError, did_you_mean
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 # Data sets by name: the folder of each below the data root, and where its training images are in that.
@@ -24,11 +24,13 @@ FOLDERS = {"coco": ("coco", "train2017"), "imagenet": ("imagenet", "train"), "vo
 @dataclass(frozen=True)
 class Images:
     """Images by number. ids: their names, in a fixed order that does not hang on where they lie. folder: of files whose
-    names are the ids; None for generated ones. description: for people."""
+    names are the ids; None for generated ones. description: for people. source: the collection they are known to be
+    from, as `Dataset.images_from` names it."""
 
     ids: tuple[str, ...]
     description: str
     folder: Path | None = None
+    source: str = ""
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -54,6 +56,32 @@ class Images:
                     size = -1
             digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
+
+    def overlap(self, root: Path | None = None) -> dict[str, str]:
+        """Collections that they are from, as `Dataset.images_from` names them: {name: "seen"}.
+
+        It is the one that was asked for, else told by the folders they lie in, which have the names of data sets or are
+        below the data root. "*" is "unknown" where some lie elsewhere.
+        """
+        if self.folder is None or self.source:
+            return {self.source or "shapes": "seen"}
+        known = {below: name for name, (below, _) in FOLDERS.items()}
+        for name in DATASETS:
+            try:
+                cls = DATASETS.load(name)
+                known[cls.folder_name or cls.name] = cls.images_from or cls.folder_name or cls.name
+            except (NecoBenchError, AttributeError):  # a broken plug-in
+                continue
+        base = data_root(root)
+        files = (os.path.join(self.folder, name) for name in self.ids)
+        found: dict[str, str] = {}
+        for place in {os.path.dirname(os.path.realpath(f) if os.path.islink(f) else f) for f in files}:
+            paths = Path(place).absolute(), Path(place).resolve()
+            sources = {known[part.lower()] for path in paths for part in path.parts if part.lower() in known}
+            if not sources and base and paths[1].is_relative_to(base.resolve()):
+                sources = set(paths[1].relative_to(base.resolve()).parts[:1])
+            found |= dict.fromkeys(sources, "seen") or {"*": "unknown"}
+        return found
 
 
 def open_images(spec: str, root: Path | None = None) -> Images:
@@ -95,7 +123,7 @@ def _named(name: str, rest: str, root: Path | None) -> Images:
     if name != "voc":
         if not (folder / inside).is_dir():
             raise MissingError(f"--data {name}: its images should be in {folder / inside}, which is not there.")
-        return _in_folder(folder / inside, f"{name} {inside}")
+        return replace(_in_folder(folder / inside, f"{name} {inside}"), source=name)
     if not folder.is_dir():
         raise MissingError(f"--data voc: there is no folder {folder}. It should hold\n{VOC2012.layout}")
     try:
@@ -103,7 +131,7 @@ def _named(name: str, rest: str, root: Path | None) -> Images:
     except MissingError:
         dataset = VOC2012(folder, "train")
     names = (os.path.relpath(dataset.files(item)[0], folder) for item in dataset.ids)
-    return Images(tuple(sorted(names)), f"voc {dataset.split}", folder)
+    return Images(tuple(sorted(names)), f"voc {dataset.split}", folder, source=name)
 
 
 def _in_folder(folder: Path, description: str) -> Images:

@@ -41,7 +41,7 @@ from neco_bench import distributed
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.run_folder import architecture
 from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import PRECISIONS, describe
+from neco_bench.encoders.zoo import PRECISIONS
 from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError
 from neco_bench.protocol import find_tasks
 from neco_bench.results.files import write_whole
@@ -154,6 +154,7 @@ class _Run:
         if options.evaluate and "?" in str(options.out):
             raise UsageError(f"--out {options.out}: a '?' begins the options of a model, so --eval cannot name it.")
         self.images: Images = open_images(options.data, options.data_root)
+        self.overlap = self.images.overlap(options.data_root)
         self.steps = recipe.total_steps(len(self.images))
         if recipe.accumulate > 1 and recipe.objective == "neco" and rank == 0:
             log.warning(
@@ -265,6 +266,7 @@ class _Run:
             "embed_dim": encoder.embed_dim,
             "stride": encoder.stride,
             "training_data": self._training_data(step),
+            "overlap": {**(encoder.overlap or {}), **self.overlap},
         }
         checkpoints.save(self.options.out, step, self._encoders, state, facts)
 
@@ -282,8 +284,8 @@ class _Run:
 
     def _training_data(self, step: int) -> str:
         """What the weights of a step have seen, for people."""
-        start = "" if self.options.weights else describe(self.recipe.base).get("training_data", "")
-        before = f"{start} (the start's); " if start else ""
+        start = self.student.encoder.training_data
+        before = f"{start} (the start's); " if start not in ("", "none") else ""
         changes = "".join(
             f", from step {change['step']} on {name}={value}"
             for change in self.changes

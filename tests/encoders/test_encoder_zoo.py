@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from neco_bench.data import DATASETS
 from neco_bench.encoders import describe, describe_models, load_encoder, request_id, tiny
 from neco_bench.encoders.run_folder import architecture
-from neco_bench.encoders.zoo import aliases, contamination, models, parse_spec, zoo
+from neco_bench.encoders.zoo import aliases, contamination, models, parse_spec, training_of, zoo
 from neco_bench.errors import MissingError, UsageError
 
 
@@ -221,12 +221,18 @@ def test_listing() -> None:
         ("dinov2_vits14", None, "camvid", "possible"),
         ("clip_vitb16", None, "ade20k", "possible"),
         ("baseline_hog", None, "coco", "none known"),
+        ("dinov2_vits14?layers=3", None, "ade20k", "near"),
+        ("dinov2_vits14?pretrained=false", None, "ade20k", "none known"),
         ("dinov2_vits14", "mine.pth", "coco", "unknown"),
         ("timm:resnet18", None, "coco", "unknown"),
+        ("timm:resnet18?pretrained=false", None, "coco", "none known"),
+        ("hub:owner/repo:v2", None, "coco", "unknown"),
+        ("mine.py:make", None, "coco", "unknown"),
     ],
 )
 def test_contamination(spec, weights, images_from, known):
-    assert contamination(spec, weights, images_from) == known
+    _, overlap = training_of(parse_spec(spec), weights and Path(weights))
+    assert contamination(overlap, [images_from]) == known
 
 
 def test_overlaps_are_of_the_known_kinds():

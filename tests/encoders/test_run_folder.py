@@ -19,7 +19,7 @@ from torch import Tensor
 from neco_bench.encoders import Encoder, describe, load_encoder, request_id
 from neco_bench.encoders.run_folder import TrainedEncoder, architecture
 from neco_bench.encoders.weights import inner_module
-from neco_bench.encoders.zoo import contamination, parse_spec
+from neco_bench.encoders.zoo import contamination, parse_spec, training_of
 from neco_bench.errors import BadInputError, MissingError, UsageError
 
 from .test_encoder_hubs import HUBCONF, SMALL
@@ -77,6 +77,7 @@ def leave_run(folder: Path, encoder: Encoder, base: str, **facts: Any) -> Path:
         "stride": encoder.stride,
         "step": 500,
         "training_data": "shapes",
+        "overlap": {"shapes": "seen", "voc": "near"},
     }
     (folder / "encoder.json").write_text(json.dumps(content | facts))
     return folder
@@ -227,7 +228,9 @@ def test_identity_and_facts(run: Path, tmp_path: Path) -> None:
     students.write_bytes(b"2")
     ids.add(request_id(spec))
     assert len(ids) == 6
-    assert contamination(spec, None, "coco") == "unknown"
+    seen = training_of(parse_spec(spec), None)[1]
+    assert [contamination(seen, [name]) for name in ("shapes", "voc", "coco")] == ["seen", "near", "none known"]
+    assert load_encoder(TINY, weights=students.with_name("teacher.safetensors")).overlap == {"*": "unknown"}
     facts = describe(f"{spec}?branch=teacher")
     assert (facts["name"], facts["kind"], facts["step"]) == (f"{spec}?branch=teacher", "run", 1000)
     assert (facts["base"], facts["training_data"]) == (TINY, "shapes")
@@ -255,7 +258,7 @@ def test_a_run_comes_before_a_zoo_name_and_a_folder_after(
     assert parse_spec("dinov2_vits14").kind == "timm"
     shutil.copy(run / "encoder.json", "dinov2_vits14")
     assert (parse_spec("dinov2_vits14").kind, parse_spec("dinov2_vits14").name) == ("run", "dinov2_vits14")
-    assert contamination("dinov2_vits14", None, "voc") == "unknown"
+    assert training_of(parse_spec("dinov2_vits14"), None)[1] == {"shapes": "seen", "voc": "near"}
     monkeypatch.chdir(run)
     assert load_encoder(".").name == "."
 

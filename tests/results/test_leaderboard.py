@@ -308,3 +308,19 @@ def test_one_model_has_one_name_in_all_tables(make_result):
     assert any(table.name.endswith(".conditions") for table in tables)
     names = {row[0] for table in tables for row in table.rows}
     assert {"dino_vits16 (weights 11111111)", "dino_vits16 (weights 22222222)"} == names
+
+
+def test_only_official_weights_join_published_numbers(make_result):
+    """Others, and those that cannot be verified, are labelled and stand beside no paper's number."""
+
+    def measured(official, value=0.4, **changes):
+        provenance = {"weights_id": "992b337f" * 8, "protocol_hash": "b" * 64, **official}
+        return make_result(value, ci95={}, provenance=provenance, **changes)
+
+    assert beside([measured({"official": True})]) == [("hbird-2", "40.0", "41.3", "+1.3")]
+    for other in ({"official": False}, {"arguments": {"weights": "other.pth"}}):  # the second of an earlier version
+        assert beside([measured(other)]) == []
+        names = {row[0] for table in build_tables([measured(other)]) if table.markdown for row in table.rows}
+        assert names == {"dino_vits16 (weights 992b337f)"}
+    both = [measured({"official": False}, key="1", task="voc_ic"), measured({"official": True})]  # verified since then
+    assert {row[0] for table in build_tables(both) if table.markdown for row in table.rows} == {"dino_vits16"}

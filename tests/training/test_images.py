@@ -149,3 +149,26 @@ def test_lists_with_names_that_no_file_can_have(tmp_path: Path) -> None:
 def test_names_that_no_folder_can_have(name: str) -> None:
     with pytest.raises(MissingError):
         open_images(name)
+
+
+def test_collections_are_told_by_their_folders(tmp_path: Path) -> None:
+    root = tmp_path / "data"
+    coco, camvid = put(root / "coco" / "train2017" / "1.png"), put(root / "camvid" / "train" / "1.png")
+    mine, voc = put(root / "mine" / "images" / "1.png"), put(tmp_path / "disk" / "VOC2012" / "JPEGImages" / "1.png")
+    other = put(tmp_path / "disk" / "other" / "1.png")
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "1.png").symlink_to(camvid)
+    (tmp_path / "list.txt").write_text(f"{coco}\n{voc}\n")
+    (tmp_path / "mixed.txt").write_text(f"{camvid}\n{other}\n")
+    for spec, known in {
+        "shapes:4": {"shapes": "seen"},
+        "coco": {"coco": "seen"},
+        f"imagenet:{put(tmp_path / 'disk' / 'in1k' / 'train' / '1.png').parents[1]}": {"imagenet": "seen"},
+        str(camvid.parent): {"camvid": "seen"},
+        str(tmp_path / "links"): {"camvid": "seen"},
+        str(mine.parent): {"mine": "seen"},
+        str(tmp_path / "list.txt"): {"coco": "seen", "voc": "seen"},
+        str(tmp_path / "mixed.txt"): {"camvid": "seen", "*": "unknown"},
+        str(other.parent): {"*": "unknown"},
+    }.items():
+        assert open_images(spec, root).overlap(root) == known, spec

@@ -91,6 +91,7 @@ def test_a_run_leaves_a_model_that_can_be_evaluated(whole: Path) -> None:
     assert neco_bench.run(str(whole), "shapes_ic", limit=4, workers=0).status == "ok"
     facts = json.loads((whole / "encoder.json").read_text())
     assert facts["step"] == 6
+    assert (facts["overlap"], encoder.overlap) == ({"shapes": "seen"}, {"shapes": "seen"})  # from random weights
     assert [path.name for path in checkpoints.checkpoints(whole)] == ["checkpoint-0000004", "checkpoint-0000006"]
 
 
