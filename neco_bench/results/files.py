@@ -5,33 +5,88 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import time
 import uuid
 from pathlib import Path
+from typing import BinaryIO
 
 from neco_bench.errors import NecoBenchError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+_TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
+_DAY = 24 * 3600
+_cleared: set[Path] = set()  # folders, by this process
 
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file so that readers see the old content or the new, never half of it. Creates the folder.
 
+    The first call for a folder clears what killed processes left there (`clear_leftovers`).
     Raises NecoBenchError where the folder cannot be written or the disk is full; nothing is left behind then.
     """
-    temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
+        if path.parent not in _cleared:
+            clear_leftovers(path.parent)
+            _cleared.add(path.parent)
+        temporary, file = _open_temporary(path.parent)
+        with file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            if fcntl is None:  # there an open file cannot be renamed
+                file.close()
+            os.replace(temporary, path)
     except OSError as error:
         raise NecoBenchError(
             f"{path}: could not be written ({error.strerror or error}). Free disk space, make the folder writable, "
             f"or choose another one with --out."
         ) from error
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                temporary.unlink()
+
+
+def clear_leftovers(folder: Path) -> None:
+    """Delete the temporary files that killed processes left in a folder; those of running processes stay.
+
+    A process holds a lock on its temporary file. Where the file system has no locks, files of the last day stay.
+    """
+    with contextlib.suppress(OSError):
+        for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
+            with contextlib.suppress(OSError), path.open("r+b") as file:
+                locked = _lock(file)
+                if locked or (locked is None and time.time() - path.stat().st_mtime > _DAY):
+                    path.unlink()
+
+
+def _open_temporary(folder: Path) -> tuple[Path, BinaryIO]:
+    """A new file, locked until it is closed."""
+    while True:
+        path = folder / f".{uuid.uuid4().hex}.tmp"
+        file = path.open("xb")
+        if _lock(file) is not False and path.exists():  # else another process has just taken it for a leftover
+            return path, file
+        file.close()
+
+
+def _lock(file: BinaryIO) -> bool | None:
+    """Lock an open file: whether that worked, or None where there are no locks."""
+    if fcntl is None:
+        return None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
 def slug(text: str) -> str:
