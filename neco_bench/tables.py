@@ -42,7 +42,7 @@ def summary(result: Result) -> dict[str, Any]:
     """A result in one row: value and interval in percent, and what part of the data it is of."""
     value = result.metrics.get(result.primary_metric)
     low, high = result.ci95.get(result.primary_metric, (None, None))
-    notes = [f"{role} {n['found']}/{n['expected']}" for role, n in (result.subset or {}).items()]
+    notes = result.subset_notes
     notes += [f"limit {result.limit}"] if result.limit else []
     return {
         "model": result.model,
