@@ -536,10 +536,11 @@ def cache(
     """
     from datetime import datetime
 
-    from neco_bench.features.store import remove_stream, stored_streams
+    from neco_bench.features.store import remove_leftovers, remove_stream, stored_streams
 
     rows = stored_streams()
     if clear:
+        remove_leftovers()
         left = [row for row in rows if not remove_stream(Path(row["folder"]))]
         freed = sum(row["bytes"] for row in rows) - sum(row["bytes"] for row in left)
         print(f"deleted {len(rows) - len(left)} of {len(rows)}, {freed / 1e6:.1f} MB", file=sys.stderr)

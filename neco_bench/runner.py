@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neco_bench import distributed
-from neco_bench.context import Context, Outcome
+from neco_bench.context import Context, Outcome, check_fits
 from neco_bench.data import DRAWS, load_dataset
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.specs import load_encoder, resolve_device
@@ -84,6 +84,8 @@ class Options:
         ):
             if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}.")
+        if (self.workers or 0) > (most := max(64, 4 * (os.cpu_count() or 1))):
+            raise UsageError(f"--workers must be at most {most} here, got {self.workers}: each is a process.")
         if self.seed > MOST_SEED:
             raise UsageError(f"--seed must be at most {MOST_SEED:,}, got {self.seed}.")
 
@@ -238,6 +240,7 @@ def _executed(
     loaded = _ready(job, encoder, context)
     provenance |= _encoder_facts(loaded)
     check_size(job.task, loaded)
+    check_fits(job.task, job.draws, loaded, context)
     for role, dataset in job.data.items():
         if dataset.fingerprint() != job.facts["data"][role]:
             raise BadInputError(f"Files of {dataset.name!r}, split {dataset.split!r}, changed since the run began.")

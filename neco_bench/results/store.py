@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import ValidationError
 
 from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError
-from neco_bench.results.files import slug, write_whole
+from neco_bench.results.files import clear_leftovers, slug, write_whole
 from neco_bench.results.schema import SCHEMA_VERSION, Result
 
 if TYPE_CHECKING:
@@ -60,11 +60,16 @@ class ResultStore:
         return path
 
     def check_writable(self) -> None:
-        """Raise NecoBenchError where results could not be written, without writing any."""
+        """Raise NecoBenchError where results could not be written, without writing any.
+
+        Clears what killed processes left, as a run may not write to the folders they wrote to.
+        """
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             fault = "is read-only" if place.is_dir() else "is not a folder"
             raise NecoBenchError(f"{self.folder}: cannot be written to, as {place} {fault}. Choose another --out.")
+        for folder in {path.parent for path in self.folder.rglob(".*.tmp")}:
+            clear_leftovers(folder)
 
     def find(self, key: str) -> Result | None:
         """The successful result with this content key, wherever it lies; None for none, or a failed one."""

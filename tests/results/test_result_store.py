@@ -203,3 +203,15 @@ def test_result_is_frozen(make_result):
     result: Result = make_result()
     with pytest.raises(ValidationError):
         result.seed = 1
+
+
+def test_a_run_clears_what_killed_processes_left(tmp_path, make_result):
+    """Also in folders that it does not write to itself."""
+    left = tmp_path / "linear" / "old_task" / f".{'a' * 32}.tmp"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    store = ResultStore(tmp_path)
+    store.save(make_result())
+    assert left.exists()
+    store.check_writable()
+    assert not left.exists()
