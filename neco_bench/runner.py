@@ -265,7 +265,7 @@ def _executed(
         "processes": distributed.world(),
         "run": context.notes,
     }
-    result = Result(
+    result = Result.of_run(
         key=job.key,
         **_common(job),
         metrics=outcome.metrics,

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +163,23 @@ def test_data_that_disappear_after_planning(tmp_path: Path, encoders: Path, monk
     }
     assert answer.code in (1, 3, 4)
     assert "Traceback" not in answer.err
+
+
+def test_metrics_that_are_no_fractions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a plug-in's family, say: percents, or an interval of NaN."""
+    made = runner._outcome
+
+    def wrong(*arguments: Any) -> Any:
+        outcome = made(*arguments)
+        if arguments[0].model == "baseline_rgb":
+            return replace(outcome, metrics={"mIoU": 37.5})
+        return replace(outcome, ci95={"mIoU": (float("nan"), 1.0)})
+
+    monkeypatch.setattr(runner, "_outcome", wrong)
+    answer, rows = run(tmp_path, "baseline_rgb,baseline_hog")
+    assert answer.code == 5
+    assert "metrics.mIoU = 37.5" in rows["baseline_rgb"]["error"]
+    assert "ci95.mIoU.0 = nan" in rows["baseline_hog"]["error"]
 
 
 def test_a_result_that_cannot_be_stored_is_still_shown(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

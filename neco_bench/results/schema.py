@@ -7,7 +7,9 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from neco_bench.errors import NumericalError
 
 SCHEMA_VERSION = 1
 ROUNDING = 1e-6  # by which a mean of fractions may leave [0, 1]
@@ -75,6 +77,18 @@ class Result(BaseModel):
         if self.status == "ok" and self.primary_metric not in self.metrics:
             raise ValueError(f"status is ok, but metrics lack the primary metric {self.primary_metric!r}")
         return self
+
+    @classmethod
+    def of_run(cls, **fields: Any) -> Result:
+        """What a run gave. Raises NumericalError for metrics that are no fractions, NaN among them."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            item = error.errors()[0]
+            raise NumericalError(
+                f"The task gave a result that cannot be stored: {'.'.join(map(str, item['loc']))} = {item['input']!r} "
+                f"({item['msg']})."
+            ) from error
 
     @property
     def column(self) -> str:

@@ -180,7 +180,7 @@ def test_missing_folder(tmp_path):
 
 def test_nan_is_never_stored(tmp_path, make_result):
     with pytest.raises(NumericalError, match="dino_vits16 on camvid_ic@hbird-2"):
-        ResultStore(tmp_path).save(make_result(float("nan")), ARRAYS)
+        ResultStore(tmp_path).save(make_result(provenance={"run": {"loss": float("nan")}}), ARRAYS)
     assert files(tmp_path) == []
 
 
