@@ -1,8 +1,8 @@
 """The command line: verbs only. Heavy imports happen inside the commands, so that help and listings are instant.
 
 stdout carries results, and exactly one JSON document with --json; progress, logs and errors go to stderr.
-Exit codes: 0 done, 2 wrong usage, 3 missing data or weights, 4 bad input file, 5 numerical failure, 130 interrupted, 1
-other.
+Exit codes: 0 done, 2 wrong usage, 3 missing data or weights, 4 bad input file, 5 numerical failure, 130 interrupted (by
+Ctrl-C or SIGTERM), 1 other.
 """
 
 from __future__ import annotations
@@ -12,15 +12,18 @@ import json
 import logging
 import os
 import re
+import signal
 import sys
+import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neco_bench.errors import MissingError, NecoBenchError, UsageError
-from neco_bench.tables import compared, numbers, phases, print_rows, summary
+from neco_bench.errors import MissingError, UsageError, user_error
+from neco_bench.tables import compared, foreign_code, images_compared, numbers, phases, print_rows, summary
 
 if TYPE_CHECKING:
     from neco_bench.results.store import ResultStore
@@ -57,10 +60,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `neco-bench`; exits with the documented code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     try:
-        app(args=arguments, prog_name="neco-bench")
-    except NecoBenchError as error:
+        with _sigterm_as_interruption():
+            app(args=arguments, prog_name="neco-bench")
+    except Exception as caught:
+        error = user_error(caught)
+        if error is None or isinstance(caught, BrokenPipeError):
+            raise
         print(f"error: {error}", file=sys.stderr)
         sys.exit(error.exit_code)
+
+
+@contextlib.contextmanager
+def _sigterm_as_interruption() -> Iterator[None]:
+    """Let SIGTERM end a command as Ctrl-C does: what is finished stays, temporary files and processes go."""
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @app.command()
@@ -90,6 +114,9 @@ def run(
         str, typer.Option(help="Keep features for other tasks: fp32, fp16 (half the space, rounded) or off.")
     ] = "fp32",
     overwrite: Annotated[bool, typer.Option(help="Run again where a result is stored.")] = False,
+    job_timeout: Annotated[
+        float | None, typer.Option(help="Run each job in a process of its own, and end it after so many seconds.")
+    ] = None,
     launcher: Annotated[
         str | None, typer.Option(help="Submit one job per result through submitit: slurm, or local processes.")
     ] = None,
@@ -132,32 +159,40 @@ def run(
         overwrite=overwrite,
         progress=distributed.rank() == 0,
     )
+    if job_timeout is not None and (job_timeout <= 0 or launcher is not None or distributed.world() > 1):
+        raise UsageError(
+            f"--job-timeout takes seconds above 0, got {job_timeout:g}."
+            if job_timeout <= 0
+            else "--job-timeout is for one process. With --launcher, use --launcher-set timeout_min=MINUTES."
+        )
+    if launcher is None and launcher_set:
+        raise UsageError("--launcher-set needs --launcher.")
     store = ResultStore(out)
-    jobs = runner.plan_all(_models(model), tasks, options, store)
+    with foreign_code():
+        jobs = runner.plan_all(_models(model), tasks, options, store)
     if dry_run:
         from neco_bench.estimate import forecast
 
-        rows = forecast(jobs, store)
+        with foreign_code():
+            rows = forecast(jobs, store)
         print_rows([{name: row[name] for name in row if as_json or name != "exit_code"} for row in rows], as_json)
         raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
     results = []
-    if launcher is None and launcher_set:
-        raise UsageError("--launcher-set needs --launcher.")
     if launcher is not None:
         from neco_bench.launch import Grid
 
         grid = Grid(jobs, store, launcher, parse_changes(launcher_set or []))
-    died = 0
     try:
         for number, job in enumerate(jobs):
-            try:
-                results.append(grid.result(number) if launcher is not None else runner.run_job(job, store))
-            except NecoBenchError as error:
-                if launcher is None:
-                    raise
-                print(f"error: {error}", file=sys.stderr)
-                died = died or error.exit_code
-                continue
+            with foreign_code():
+                if launcher is not None:
+                    results.append(grid.result(number))
+                elif job_timeout is not None:
+                    from neco_bench.launch import run_apart
+
+                    results.append(run_apart(job, store, job_timeout))
+                else:
+                    results.append(runner.run_job(job, store))
             if distributed.rank():
                 continue
             if profile:
@@ -174,7 +209,7 @@ def run(
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
     elif distributed.rank() == 0:
         print_rows([summary(result) for result in results], False)
-    raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), died))
+    raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), 0))
 
 
 @app.command()
@@ -185,7 +220,9 @@ def models(as_json: Json = False) -> None:
     """
     from neco_bench.encoders.zoo import describe_models
 
-    print_rows(describe_models(), as_json)
+    with foreign_code():
+        rows = describe_models()
+    print_rows(rows, as_json)
 
 
 @app.command()
@@ -198,8 +235,9 @@ def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
     from neco_bench.data.integrity import describe_datasets
     from neco_bench.protocol import all_cards
 
-    present = {row.name: set(row.present) for row in describe_datasets(data_root)}
-    cards, broken = all_cards()
+    with foreign_code():
+        present = {row.name: set(row.present) for row in describe_datasets(data_root)}
+        cards, broken = all_cards()
     rows = [
         {
             "task": card.name,
@@ -232,11 +270,10 @@ def check(
     """
     from neco_bench.encoders import check_encoder, load_encoder
 
-    encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
-    rows = [
-        {"check": row.name, "passed": "pass" if row.passed else "FAIL", "detail": row.detail}
-        for row in check_encoder(encoder)
-    ]
+    with foreign_code():
+        encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
+        found = check_encoder(encoder)
+    rows = [{"check": row.name, "passed": "pass" if row.passed else "FAIL", "detail": row.detail} for row in found]
     print_rows(rows, as_json)
     if any(row["passed"] == "FAIL" for row in rows):
         raise typer.Exit(4)
@@ -266,11 +303,13 @@ def diagnose(
     from neco_bench.encoders import load_encoder
     from neco_bench.viz.diagnosis import diagnose as run_diagnosis
 
-    data = load_dataset(dataset, split, root=data_root)
-    if not isinstance(data, SegmentationDataset):
-        raise UsageError(f"{dataset!r} has no masks. Name a data set for segmentation with --dataset.")
-    encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
-    print_rows(run_diagnosis(encoder, data, size, images, picture), as_json)
+    with foreign_code():
+        data = load_dataset(dataset, split, root=data_root)
+        if not isinstance(data, SegmentationDataset):
+            raise UsageError(f"{dataset!r} has no masks. Name a data set for segmentation with --dataset.")
+        encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
+        rows = run_diagnosis(encoder, data, size, images, picture)
+    print_rows(rows, as_json)
 
 
 @app.command()
@@ -337,7 +376,8 @@ def train(
         tensorboard=tensorboard,
     )
     try:
-        run_folder = loop.train(load_recipe(recipe, settings), options)
+        with foreign_code():
+            run_folder = loop.train(load_recipe(recipe, settings), options)
     except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
         print(f"interrupted; --resume goes on from the last checkpoint in {out}, if there is one.", file=sys.stderr)
         raise typer.Exit(130) from None
@@ -369,7 +409,9 @@ def export(
     from neco_bench.encoders.export import export as write
 
     check_target(layout, out, overwrite)
-    print(write(load_encoder(model, weights=weights, device="cpu"), layout, out, overwrite=overwrite))
+    with foreign_code():
+        written = write(load_encoder(model, weights=weights, device="cpu"), layout, out, overwrite=overwrite)
+    print(written)
     if weights is None and (branch := run_folder.branch_of(model)):
         other = "student" if branch == "teacher" else "teacher"
         print(f"the {branch}'s weights; ?branch={other} exports the {other}'s", file=sys.stderr)
@@ -436,19 +478,7 @@ def compare(
         if per_size and "confusion" in pair.first_arrays:
             tables[f"{pair.name} by size"] = [told(row) for row in comparing.compare_sizes(pair)]
         if images > 0:
-            rows = comparing.compare_images(pair)
-            rows = rows if len(rows) <= 2 * images else [*rows[:images], *rows[-images:]]
-            tables[f"{pair.name} by image"] = [
-                {"image": name, "first": a, "second": b, "difference": b - a}
-                if as_json
-                else {
-                    "image": name,
-                    "first": f"{100 * a:.1f}",
-                    "second": f"{100 * b:.1f}",
-                    "difference": f"{100 * (b - a):+.1f}",
-                }
-                for name, a, b in rows
-            ]
+            tables[f"{pair.name} by image"] = images_compared(comparing.compare_images(pair), images, as_json)
     if as_json:
         print(json.dumps(tables, indent=2))
         return
@@ -486,13 +516,23 @@ def show(
     patterns = [part for value in task or [] for part in value.split(",") if part]
     _not_negative("--worst", worst)
     _not_negative("--best", best)
+    rows: list[dict[str, Any]] = []
+    failure = 0
     with _stores(results) as stores:
         found = results_of(stores, model, patterns)
-    rows = []
     for result, store in found.values():
-        job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)
         folder = out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
-        shown = draw(result, store.statistics(result), job, folder, worst=worst, best=best, named=image or [])
+        try:
+            with foreign_code():
+                job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)
+                shown = draw(result, store.statistics(result), job, folder, worst=worst, best=best, named=image or [])
+        except Exception as caught:
+            error = user_error(caught)
+            if error is None or len(found) == 1:
+                raise
+            print(f"error: {result.model} on {result.column}: {error}", file=sys.stderr)
+            failure = failure or error.exit_code
+            continue
         if shown.differing:
             print(
                 f"warning: {result.model} on {result.column}: {shown.differing} of {shown.items} items "
@@ -501,6 +541,7 @@ def show(
             )
         rows.append({"task": result.column, "items": shown.items, "page": str(shown.page)})
     print_rows(rows, as_json)
+    raise typer.Exit(failure)
 
 
 @app.command()
@@ -514,10 +555,11 @@ def cache(
     """
     from datetime import datetime
 
-    from neco_bench.features.store import remove_stream, stored_streams
+    from neco_bench.features.store import remove_leftovers, remove_stream, stored_streams
 
     rows = stored_streams()
     if clear:
+        remove_leftovers()
         left = [row for row in rows if not remove_stream(Path(row["folder"]))]
         freed = sum(row["bytes"] for row in rows) - sum(row["bytes"] for row in left)
         print(f"deleted {len(rows) - len(left)} of {len(rows)}, {freed / 1e6:.1f} MB", file=sys.stderr)
@@ -563,7 +605,8 @@ def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
     """
     from neco_bench.data.integrity import describe_datasets
 
-    rows = [vars(row) for row in describe_datasets(data_root)]
+    with foreign_code():
+        rows = [vars(row) for row in describe_datasets(data_root)]
     if not as_json:
         for row in rows:
             del row["citation"]
@@ -584,7 +627,8 @@ def data_check(
 
     from neco_bench.data.integrity import check_dataset
 
-    findings = check_dataset(name, data_root, progress=lambda items, **kw: tqdm(items, disable=None, leave=False, **kw))
+    with foreign_code():
+        findings = check_dataset(name, data_root, progress=partial(tqdm, disable=None, leave=False))
     short = [{"level": f.level, "split": f.split, "finding": f"{f.text} {f.mend}"} for f in findings]  # long text last
     print_rows([vars(finding) for finding in findings] if as_json else short, as_json)
     if any(finding.level == "error" for finding in findings):
@@ -609,9 +653,7 @@ def data_prepare(
 
     from neco_bench.data.prepare import prepare
 
-    def progress(items: Any, **kw: Any) -> Any:
-        return tqdm(items, disable=None, leave=False, **kw)
-
+    progress = partial(tqdm, disable=None, leave=False)
     print_rows([vars(row) for row in prepare(name, data_root, source=source, into=into, progress=progress)], as_json)
 
 

@@ -113,6 +113,16 @@ class Rows:
         return rows
 
 
+def check_enough(patches: int, setting: str, count: int) -> None:
+    """Raise UsageError where there are fewer patches than clusters, or than principal components."""
+    if patches < count:
+        what = "principal components" if setting == "components" else setting
+        raise UsageError(
+            f"{count} {what} need at least as many patches, there are {patches}. "
+            f"Lower --set {setting}, or use more images."
+        )
+
+
 def reduce_dimensions(features: Rows, dimensions: int) -> Rows:
     """(N, d) principal components, centred, not whitened; the rows as given where D <= `dimensions`.
 
@@ -120,11 +130,7 @@ def reduce_dimensions(features: Rows, dimensions: int) -> Rows:
     """
     if features.dimension <= dimensions:
         return features
-    if len(features) < dimensions:
-        raise UsageError(
-            f"{dimensions} principal components need at least as many patches, there are {len(features)}. "
-            f"Lower --set components, or use more images."
-        )
+    check_enough(len(features), "components", dimensions)
     pca = faiss.PCAMatrix(features.dimension, dimensions)
     pca.train(features.drawn(PCA_POINTS * features.dimension, PCA_SEED))
     reduced = Rows(dimensions)
@@ -158,11 +164,7 @@ def kmeans(
 
     Raises UsageError where there are fewer points than clusters.
     """
-    if len(features) < clusters:
-        raise UsageError(
-            f"{clusters} clusters need at least as many patches, there are {len(features)}. "
-            f"Lower --set clusters, or use more images."
-        )
+    check_enough(len(features), "clusters", clusters)
     reading = Lock()
 
     def fit(seed: int) -> faiss.Index:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from neco_bench.context import Context, check_fits
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.errors import NecoBenchError
@@ -80,6 +81,7 @@ def estimate(job: Job, encoder: Encoder) -> Estimate | None:
         return None
     settings = job.task.settings()
     check_size(job.task, encoder)
+    check_fits(job.task, job.draws, encoder, Context(batch_size=job.options.batch_size))
     costs = [cost_of(settings, data, encoder.stride, encoder.embed_dim) for data in job.draws]
     size = costs[0].size + -costs[0].size % encoder.stride
     loading = _seconds_to_load(next(iter(job.data.values())), size)

@@ -19,7 +19,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, PositiveFloat, PositiveInt, ValidationError
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
 
 from neco_bench.errors import BadInputError, NecoBenchError, UsageError, did_you_mean
 from neco_bench.registry import Registry
@@ -43,6 +52,9 @@ def digest(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
 
 
+MOST = 10**12  # of any whole number in settings: products of two stay within what arrays hold
+
+
 class Settings(BaseModel):
     """Base of each family's settings: every constant of the protocol and the card, validated, frozen.
 
@@ -57,6 +69,14 @@ class Settings(BaseModel):
     tokens_per_side: PositiveInt | None = None
     mean: tuple[float, float, float] | None = None
     std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _within_64_bits(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, int) and abs(number) > MOST for number in numbers):
+            raise ValueError(f"must be at most {MOST:,}")
+        return value
 
     def used_size(self, stride: int) -> int:
         """Side of the input in pixels: the multiple of `stride` nearest to `input_size`, or `tokens_per_side` strides.

@@ -11,13 +11,14 @@ import logging
 import math
 import os
 import time
+import traceback
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neco_bench import distributed
-from neco_bench.context import Context, Outcome
+from neco_bench.context import Context, Outcome, check_fits
 from neco_bench.data import DRAWS, load_dataset
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.identity import loaded_id, object_id
@@ -32,7 +33,7 @@ from neco_bench.encoders.zoo import (
     version_of,
     zoo,
 )
-from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code
+from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError, error_of_code, user_error
 from neco_bench.protocol import FAMILIES, Task, digest, find_tasks
 from neco_bench.registry import BUILTIN
 from neco_bench.results.provenance import environment, peak_memory_mb
@@ -93,6 +94,8 @@ class Options:
         ):
             if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}.")
+        if (self.workers or 0) > (most := max(64, 4 * (os.cpu_count() or 1))):
+            raise UsageError(f"--workers must be at most {most} here, got {self.workers}: each is a process.")
         if self.seed > MOST_SEED:
             raise UsageError(f"--seed must be at most {MOST_SEED:,}, got {self.seed}.")
 
@@ -164,62 +167,100 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
 def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.ndarray] | None]:
     """Run a job: its Result and per-image statistics.
 
-    Errors of the user's making become a Result with status "failed"; other exceptions pass through.
+    Whatever goes wrong becomes a Result with status "failed"; only interruptions pass through, and, where several
+    processes run, every error, which ends them all.
     """
-    options, task = job.options, job.task
+    options = job.options
     context = Context(options.seed, options.batch_size, options.workers_used, options.progress)
-    provenance: dict[str, Any] = {
+    provenance = _planned_facts(job)
+    start = time.perf_counter()
+    try:
+        return _executed(job, encoder, context, provenance, start)
+    except (Exception, SystemExit) as caught:
+        if distributed.world() > 1:  # the other processes wait for this one: end them all
+            raise
+        error = user_error(caught)
+        if error is None:
+            log.error("%s on %s: this is a bug.", job.label, job.task.card.name, exc_info=caught)
+            provenance["traceback"] = traceback.format_exception(caught)
+            error = NecoBenchError(f"{type(caught).__name__}: {caught}. This is a bug: report it with its traceback.")
+        failed = failed_result(job, error, provenance)
+        return failed.model_copy(update={"timing": _timing(context, start)}), None
+
+
+def _planned_facts(job: Job) -> dict[str, Any]:
+    """What is known of a job before it runs."""
+    task = job.task
+    return {
         **environment(),
-        "arguments": {name: str(value) for name, value in vars(options).items() if value is not None},
+        "arguments": {name: str(value) for name, value in vars(job.options).items() if value is not None},
         "card_hash": task.card.hash(task.protocol.id),
         "protocol_hash": task.hash,
         "settings": task.constants,
         "citation": task.citation,
         "dataset": {role: {"name": d.name, "split": d.split, "items": len(d)} for role, d in job.data.items()},
-        "dataset_fingerprint": {role: d.fingerprint() for role, d in job.data.items()},
+        "dataset_fingerprint": dict(job.facts["data"]),
     }
+
+
+def _common(job: Job) -> dict[str, Any]:
+    """The fields of a Result that do not depend on how the run went."""
+    task = job.task
     subset = {role.partition("/")[0]: d.subset for role, d in job.data.items() if d.subset is not None}
-    common: dict[str, Any] = {
+    return {
         "model": job.label,
         "task": task.card.name,
         "family": task.card.family,
         "protocol": task.label,
         "primary_metric": task.card.metric,
-        "seed": options.seed,
+        "seed": job.options.seed,
         "subset": subset or None,
-        "limit": options.limit,
+        "limit": job.options.limit,
         "changed": dict(task.changed),
     }
-    start = time.perf_counter()
+
+
+def failed_result(job: Job, error: NecoBenchError, provenance: dict[str, Any] | None = None) -> Result:
+    """The Result of a job that ended in an error. provenance: None takes what is known before a run."""
     try:
-        job, loaded = _ready(job, encoder, context)
-        provenance |= _encoder_facts(loaded) | {"training": _training(job, loaded)}
-        if provenance["official"] is False:
-            _say_once(_unofficial(loaded.name))
-        check_size(task, loaded)
-        _glance(job)
-        outcome = _outcome(job, loaded, context)
-        undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
-        if undefined:
-            raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
-    except NecoBenchError as error:
-        if distributed.world() > 1:  # the other processes wait for this one: end them all
-            raise
-        failed = Result(
-            key=job.key,
-            **common,
-            metrics={},
-            per_class={},
-            ci95={},
-            n_images=0,
-            status="failed",
-            error=str(error),
-            error_code=error.exit_code,
-            provenance=provenance,
-            timing=_timing(context, start),
-            peak_memory_mb=peak_memory_mb(),
-        )
-        return failed, None
+        key = job.key
+    except NecoBenchError:  # files of the model are gone
+        key = digest([dict(job.facts), job.model])
+    return Result(
+        key=key,
+        **_common(job),
+        metrics={},
+        per_class={},
+        ci95={},
+        n_images=0,
+        status="failed",
+        error=str(error),
+        error_code=error.exit_code,
+        provenance=_planned_facts(job) if provenance is None else provenance,
+        timing={},
+        peak_memory_mb=peak_memory_mb(),
+    )
+
+
+def _executed(
+    job: Job, encoder: Encoder | None, context: Context, provenance: dict[str, Any], start: float
+) -> tuple[Result, dict[str, np.ndarray] | None]:
+    """What `execute` returns where all goes well; `provenance` is filled on the way."""
+    options = job.options
+    job, loaded = _ready(job, encoder, context)
+    provenance |= _encoder_facts(loaded) | {"training": _training(job, loaded)}
+    if provenance["official"] is False:
+        _say_once(_unofficial(loaded.name))
+    check_size(job.task, loaded)
+    check_fits(job.task, job.draws, loaded, context)
+    for role, dataset in job.data.items():
+        if dataset.fingerprint() != job.facts["data"][role]:
+            raise BadInputError(f"Files of {dataset.name!r}, split {dataset.split!r}, changed since the run began.")
+    _glance(job)
+    outcome = _outcome(job, loaded, context)
+    undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
+    if undefined:
+        raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
     used = outcome.features.get("used_size")
     provenance["features"] = {
         **outcome.features,
@@ -236,9 +277,9 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         "processes": distributed.world(),
         "run": context.notes,
     }
-    result = Result(
+    result = Result.of_run(
         key=job.key,
-        **common,
+        **_common(job),
         metrics=outcome.metrics,
         per_class=outcome.per_class,
         ci95=outcome.ci95,
@@ -348,14 +389,28 @@ def run(
 
 def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None) -> Result:
     """The stored result of a job, or a new one, stored at once. encoder: None loads what the job names."""
-    if store and (found := stored(job, store)):
-        return found
+    try:
+        if store and (found := stored(job, store)):
+            return found
+    except NecoBenchError as error:  # a file of the model is gone
+        return failed_result(job, error)
     result, statistics = execute(job, encoder)
-    if store and distributed.rank() == 0:
-        mistyped = result.error_code == UsageError.exit_code  # is no gap in a table
-        lost = result.status == "failed" and store.find(job.key) is not None  # an older result would be, to --overwrite
-        if not mistyped and not lost:
+    return result if store is None else keep(job, store, result, statistics)
+
+
+def keep(job: Job, store: ResultStore, result: Result, statistics: dict[str, np.ndarray] | None = None) -> Result:
+    """Store what a job gave; where that fails, the same result as a failed one, its numbers still in it."""
+    mistyped = result.error_code == UsageError.exit_code  # is no gap in a table
+    try:
+        # An older result would be lost to a failed one, where it is run again by --overwrite.
+        lost = result.status == "failed" and store.find(result.key) is not None
+        if not (mistyped or lost or distributed.rank()):
             store.save(result, statistics)
+    except Exception as caught:
+        error = user_error(caught)
+        if error is None:
+            raise
+        return result.model_copy(update={"status": "failed", "error": str(error), "error_code": error.exit_code})
     return result
 
 

@@ -2,20 +2,47 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TextIO
+
+from neco_bench.errors import user_error
 
 if TYPE_CHECKING:
     from neco_bench.results.compare import Row
     from neco_bench.results.schema import Result
 
 
+@contextlib.contextmanager
+def foreign_code() -> Iterator[None]:
+    """While code of others may run: what it prints on stdout, from Python or C, goes to stderr, and its `sys.exit()`
+    is a BadInputError. stdout is for results alone.
+    """
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    except SystemExit as error:
+        raise user_error(error) or error from error
+    finally:
+        with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
+            (sys.__stdout__ or sys.stdout).flush()  # some code prints there
+            ctypes.CDLL(None).fflush(None)  # what C code printed lies in a buffer of its own
+        os.dup2(stdout, 1)
+        os.close(stdout)
+
+
 def summary(result: Result) -> dict[str, Any]:
     """A result in one row: value and interval in percent, and what part of the data it is of."""
     value = result.metrics.get(result.primary_metric)
     low, high = result.ci95.get(result.primary_metric, (None, None))
-    notes = [f"{role} {n['found']}/{n['expected']}" for role, n in (result.subset or {}).items()]
+    notes = result.subset_notes
     notes += [f"limit {result.limit}"] if result.limit else []
     return {
         "model": result.model,
@@ -63,6 +90,17 @@ def compared(row: Row) -> dict[str, Any]:
         "p (Holm)": f"{row.p_holm:.4f}" if known else "",
         "items": row.items,
     }
+
+
+def images_compared(rows: list[tuple[str, float, float]], most: int, as_json: bool) -> list[dict[str, Any]]:
+    """The first and the last `most` of (id, first, second), as fractions, or in percent for people."""
+    rows = rows if len(rows) <= 2 * most else [*rows[:most], *rows[-most:]]
+    if as_json:
+        return [{"image": name, "first": a, "second": b, "difference": b - a} for name, a, b in rows]
+    return [
+        {"image": name, "first": f"{100 * a:.1f}", "second": f"{100 * b:.1f}", "difference": f"{100 * (b - a):+.1f}"}
+        for name, a, b in rows
+    ]
 
 
 def phases(result: Result) -> list[dict[str, Any]]:

@@ -42,7 +42,8 @@ def test_a_job_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
     options = ["--limit", "6", "--workers", "0", "--out", tmp_path / "r", "--launcher", "local", "--json"]
     code, out, err = neco("run", "--model", f"{model},baseline_rgb", "--task", "shapes_ic", *options)
     assert code == 1
-    assert [row["model"] for row in json.loads(out)] == ["baseline_rgb"]  # the other job is not lost
+    found = [(row["model"], row["status"]) for row in json.loads(out)]
+    assert found == [(model, "failed"), ("baseline_rgb", "ok")]  # the other job is not lost
     assert "ended without a result" in err
     assert "_log.err" in err
 

@@ -25,7 +25,7 @@ from neco_bench import distributed
 from neco_bench.context import Context, item_rng
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.errors import NecoBenchError
+from neco_bench.errors import BadInputError, NecoBenchError, is_out_of_memory, user_error
 from neco_bench.features.store import FeatureStore, Stream
 from neco_bench.features.transforms import Transform
 
@@ -54,8 +54,11 @@ class _Items(TorchDataset):
         epoch, index = self.items[position]
         try:
             sample = self.dataset[index]
-        except NecoBenchError as error:  # handed over as a value: a worker's exception arrives wrapped in its traceback
-            return error
+        except Exception as error:  # handed over as a value: a worker's exception arrives wrapped in its traceback
+            return user_error(error) or BadInputError(
+                f"Item {self.dataset.ids[index]!r} of data set {self.dataset.name!r} could not be read: "
+                f"{type(error).__name__}: {error}"
+            )
         return position, *self.transform(sample, item_rng(self.seed, "augment", epoch, sample.id))
 
 
@@ -126,11 +129,11 @@ def encode_within_memory(encoder: Encoder, images: Tensor, context: Context, **o
         try:
             parts = [encoder.encode(part, **options).map for part in images.split(context.batch_size)]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
-        except torch.OutOfMemoryError:
-            if context.batch_size == 1:
+        except (RuntimeError, MemoryError, NecoBenchError) as error:
+            if context.batch_size == 1 or not is_out_of_memory(error):
                 raise
-            context.batch_size = min(context.batch_size, len(images)) // 2
-            torch.cuda.empty_cache()
+        context.batch_size = min(context.batch_size, len(images)) // 2 or 1
+        torch.cuda.empty_cache()
 
 
 def stream(

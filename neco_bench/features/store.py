@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import time
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np
 _RECORD = np.dtype([("end", "<u8"), ("checksum", "<u4"), ("height", "<u4"), ("width", "<u4")])
 _ABOUT = "about.json"
 _FILES = "index.bin", "features.bin", "masks.bin"
+STARTING = 60  # seconds within which a new stream has its description
 _RENEWED: set[Path] = set()  # by this process, once for all its tasks
 
 
@@ -211,6 +213,7 @@ class FeatureStore:
         """Delete the least recently used streams that no process writes, until `needed` bytes fit."""
         limit = budget()
         store_folder().mkdir(parents=True, exist_ok=True)
+        remove_leftovers()
         if needed > limit or needed > shutil.disk_usage(store_folder()).free * 0.9:
             return False
         entries = sorted(stored_streams(), key=lambda row: row["used"])
@@ -234,6 +237,14 @@ def stored_streams() -> list[dict[str, Any]]:
             continue
         rows.append({**row, "done": done, "bytes": size, "used": used, "folder": str(about.parent)})
     return rows
+
+
+def remove_leftovers() -> None:
+    """Delete streams that no list names: a process was killed while it made or deleted them."""
+    for folder in store_folder().glob("*/"):
+        with contextlib.suppress(OSError):
+            if not (folder / _ABOUT).exists() and time.time() - folder.stat().st_mtime > STARTING:
+                remove_stream(folder)
 
 
 def remove_stream(folder: Path) -> bool:

@@ -6,11 +6,12 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 import numpy as np
 
 from neco_bench import metrics
-from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.statistics import (
@@ -88,14 +89,33 @@ def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, floa
         images = counts.reshape(-1, *counts.shape[-3:]).swapaxes(0, 1)
         scores = [float(np.mean([metrics.mean_iou(c, absent="exclude") for c in image])) for image in images]
     else:
+        if "hits" not in arrays:
+            raise BadInputError(f"The statistics of {result.model} on {result.column} hold no counts of items.")
         scores = (arrays["hits"][:, hits_column(result)] / arrays["totals"]).tolist()
     return {str(name): score for name, score in zip(ids, scores, strict=True) if not np.isnan(score)}
 
 
 def hits_column(result: Result) -> int:
     """The column of hits that the primary metric, PCK@alpha, reads."""
-    alphas = [f"PCK@{alpha:.2f}" for alpha in result.provenance["settings"]["alphas"]]
-    return alphas.index(result.primary_metric)
+    try:
+        alphas = [f"PCK@{alpha:.2f}" for alpha in _setting(result, "alphas")]
+        return alphas.index(result.primary_metric)
+    except (TypeError, ValueError) as error:
+        raise BadInputError(
+            f"The result of {result.model} on {result.column} is not whole: its settings do not name "
+            f"{result.primary_metric}. Run it again with --overwrite."
+        ) from error
+
+
+def _setting(result: Result, name: str) -> Any:
+    """A constant that a result was measured with. Raises BadInputError where it is not recorded."""
+    try:
+        return result.provenance["settings"][name]
+    except KeyError as error:
+        raise BadInputError(
+            f"The result of {result.model} on {result.column} is not whole: it does not record {name}. Run it again "
+            f"with --overwrite."
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -127,17 +147,34 @@ def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: S
             f"{first!r} and {second!r} have nothing in common{_of(tasks)}: task, protocol, settings, limit and seed "
             f"must be the same. {first!r} has {_listed(left)}; {second!r} has {_listed(right)}."
         )
-    pairs = []
+    pairs, failure = [], None
     for place in shared:
         (a, in_a), (b, in_b) = left[place], right[place]
-        for fact in ("dataset_fingerprint", "card_hash", "protocol_hash"):  # input sizes may differ, as strides do
-            if a.provenance.get(fact) != b.provenance.get(fact):
-                raise BadInputError(
-                    f"{a.task}@{a.protocol}: the two results differ in {fact}, so their images or settings are not the "
-                    f"same. Run one of them again with --overwrite."
-                )
-        pairs.append(Pair(a, b, in_a.statistics(a), in_b.statistics(b)))
+        try:
+            pairs.append(_pair(a, b, in_a.statistics(a), in_b.statistics(b)))
+        except NecoBenchError as error:  # hides no other pair
+            failure = error
+            in_a.problems.append(str(error))
+    if failure and not pairs:
+        raise failure
     return pairs
+
+
+def _pair(first: Result, second: Result, *arrays: dict[str, np.ndarray]) -> Pair:
+    """Two results of the same images and settings, else BadInputError."""
+    for fact in ("dataset_fingerprint", "card_hash", "protocol_hash"):  # input sizes may differ, as strides do
+        if first.provenance.get(fact) != second.provenance.get(fact):
+            raise BadInputError(
+                f"{first.task}@{first.protocol}: the two results differ in {fact}, so their images or settings are not "
+                f"the same. Run one of them again with --overwrite."
+            )
+    shapes = [{name: own[name].shape for name in ("confusion", "hits", "totals") if name in own} for own in arrays]
+    if shapes[0] != shapes[1]:
+        raise BadInputError(
+            f"{first.task}@{first.protocol}: the statistics of the two results have other shapes, {shapes[0]} and "
+            f"{shapes[1]}. Run both again with --overwrite."
+        )
+    return Pair(first, second, *arrays)
 
 
 def _measured(result: Result) -> str:
@@ -168,12 +205,16 @@ def compare_classes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
     """One row per class of pixels or category of pairs, the largest gain first; p adjusted over them."""
     if "confusion" in pair.first_arrays:
         first, second = (class_iou_sums(arrays["confusion"]) for arrays in (pair.first_arrays, pair.second_arrays))
-        names = list(next(iter(pair.first.per_class.values())))
+        names = list(next(iter(pair.first.per_class.values()), ()))
+        if len(names) != pair.first_arrays["confusion"].shape[-1]:
+            raise BadInputError(f"{pair.name}: the result of {pair.first.model} does not name its classes.")
         items = np.full(len(names), pair.first.n_images)
     else:
         first, second = _point_sums(pair, apart=True)
-        categories = list(pair.first.per_class[pair.first.primary_metric])
+        categories = list(pair.first.per_class.get(pair.first.primary_metric, ()))
         present, items = np.unique(pair.first_arrays["category"], return_counts=True)
+        if present.max(initial=0) >= len(categories):
+            raise BadInputError(f"{pair.name}: the result of {pair.first.model} does not name its categories.")
         names = [categories[number] for number in present]
     differences = paired_difference(first, second, draws=draws, seed=pair.first.seed)
     rows = [
@@ -215,10 +256,9 @@ def compare_images(pair: Pair) -> list[tuple[str, float, float]]:
 
 def _sums(pair: Pair) -> tuple[Sums, Sums]:
     """The primary metric of the two, over the same items. Raises BadInputError for statistics of another kind."""
-    settings = pair.first.provenance.get("settings", {})
     both = (pair.first_arrays, pair.second_arrays)
     if all("confusion" in arrays for arrays in both):
-        first, second = (miou_sums(arrays["confusion"], settings["absent"]) for arrays in both)
+        first, second = (miou_sums(arrays["confusion"], _setting(pair.first, "absent")) for arrays in both)
         return first, second
     if all("hits" in arrays for arrays in both):
         first, second = _point_sums(pair)
@@ -228,7 +268,7 @@ def _sums(pair: Pair) -> tuple[Sums, Sums]:
 
 def _point_sums(pair: Pair, *, apart: bool = False) -> list[Sums]:
     """PCK of the two by the average of the primary metric, or with `apart` that of each category."""
-    settings, column = pair.first.provenance["settings"], hits_column(pair.first)
+    settings, column = pair.first.provenance.get("settings", {}), hits_column(pair.first)
     average = settings.get("average") or ("class_mean" if settings.get("pairs_per_bin") is not None else "points")
     sides = []
     for arrays in (pair.first_arrays, pair.second_arrays):

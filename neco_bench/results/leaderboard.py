@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import statistics
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -134,9 +135,10 @@ class Table:
     ranked: bool = False
 
     def to_csv(self) -> str:
-        """The table as CSV text with "\\n" line ends."""
+        """The table as CSV text with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
         buffer = io.StringIO()
-        csv.writer(buffer, lineterminator="\n").writerows([self.header, *self.rows])
+        rows = ([_as_text(cell) for cell in row] for row in (self.header, *self.rows))
+        csv.writer(buffer, lineterminator="\n").writerows(rows)
         return buffer.getvalue()
 
     def to_markdown(self) -> str:
@@ -146,7 +148,7 @@ class Table:
             return f"| {' | '.join(cells)} |"
 
         def code(text: str) -> str:
-            return "`" + text.replace("|", "\\|").replace("`", "'") + "`"
+            return "`" + " ".join(text.split()).replace("|", "\\|").replace("`", "'") + "`"
 
         head = [line(["model", *map(code, self.header[1:])]), line(["---"] + ["---:"] * (len(self.header) - 1))]
         body = [line([code(row[0]), *(cell.replace("|", "\\|") for cell in row[1:])]) for row in self.markdown]
@@ -187,6 +189,12 @@ class Table:
                 "",
             ]
         )
+
+
+def _as_text(cell: str) -> str:
+    """A cell that is no number and begins like a formula, escaped for spreadsheets (OWASP, CSV injection)."""
+    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell)
+    return cell if is_number or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else f"'{cell}"
 
 
 _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
@@ -548,7 +556,7 @@ def _cell(results: Sequence[Result], with_interval: bool) -> str:
         return f"{percent(mean)} ± {percent(deviation)}{seeds}"
     metric = found[0].primary_metric
     draws = sum(role.startswith("train/") for role in found[0].provenance.get("dataset", {}))
-    if draws:
+    if draws and f"{metric}_std" in found[0].metrics:
         count = f" ({draws} draws)" if with_interval else ""
         return f"{percent(mean)} ± {percent(found[0].metrics[f'{metric}_std'])}{count}"
     interval = found[0].ci95.get(metric)

@@ -5,11 +5,38 @@ Metrics are fractions in [0, 1] here, percent in tables.
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from neco_bench.errors import NumericalError
 
 SCHEMA_VERSION = 1
+ROUNDING = 1e-6  # by which a mean of fractions may leave [0, 1]
+Fraction = Annotated[float, Field(ge=-ROUNDING, le=1 + ROUNDING, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=10**15)]
+Measured = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]  # seconds, or MiB
+
+
+class _Named(BaseModel):
+    name: str
+
+
+class _Facts(BaseModel):
+    parameters: Count = 0
+
+
+class _Read(BaseModel):
+    """What tables and comparisons read of `provenance`; anything else in it is free."""
+
+    weights_id: str | None = None
+    protocol_hash: str | None = None
+    encoder: _Facts = _Facts()
+    dataset: dict[str, _Named] = {}
+    features: dict[str, Any] | None = None
+    training: dict[str, Any] | None = None
+    settings: dict[str, Any] = {}
+    arguments: dict[str, Any] = {}
 
 
 class Result(BaseModel):
@@ -24,26 +51,44 @@ class Result(BaseModel):
     family: str  # task family, e.g. "in_context"; one leaderboard table each
     protocol: str  # protocol id, with "*" appended where --set changed a constant
     primary_metric: str  # the key of `metrics` that stands in the leaderboard; higher is better
-    metrics: dict[str, float]  # fractions
-    per_class: dict[str, dict[str, float | None]]  # metric -> class name -> fraction; None: undefined (absent class)
-    ci95: dict[str, tuple[float, float]]  # metric -> 95 % percentile-bootstrap interval over images or pairs
-    n_images: int  # evaluated items: images, or pairs
-    seed: int
+    metrics: dict[str, Fraction]
+    per_class: dict[str, dict[str, Fraction | None]]  # metric -> class name -> fraction; None: undefined (absent class)
+    ci95: dict[str, tuple[Fraction, Fraction]]  # metric -> 95 % percentile-bootstrap interval over images or pairs
+    n_images: Count  # evaluated items: images, or pairs
+    seed: Count
     status: Literal["ok", "failed"]
     error: str | None = None  # the message, where status is "failed"
     error_code: int | None = None  # the exit code of that error
-    subset: dict[str, dict[str, int]] | None = None  # split -> {"found", "expected"} where a split is not whole
-    limit: int | None = None  # --limit; such a result is never ranked
+    subset: dict[str, dict[str, Count]] | None = None  # split -> {"found", "expected"} where a split is not whole
+    limit: Count | None = None  # --limit; such a result is never ranked
     changed: dict[str, Any] = {}  # what --set changed, key -> value
     provenance: dict[str, Any]  # leaderboards read "weights_id", "protocol_hash" and SETTINGS of leaderboard.py
-    timing: dict[str, float]  # seconds per phase, and "total"
-    peak_memory_mb: float  # 0.0: not measured on this platform
+    timing: dict[str, Measured]  # seconds per phase, and "total"
+    peak_memory_mb: Measured  # 0.0: not measured on this platform
+
+    @field_validator("provenance")
+    @classmethod
+    def _can_be_read(cls, provenance: dict[str, Any]) -> dict[str, Any]:
+        _Read.model_validate(provenance)
+        return provenance
 
     @model_validator(mode="after")
     def _primary_metric_is_there(self) -> Result:
         if self.status == "ok" and self.primary_metric not in self.metrics:
             raise ValueError(f"status is ok, but metrics lack the primary metric {self.primary_metric!r}")
         return self
+
+    @classmethod
+    def of_run(cls, **fields: Any) -> Result:
+        """What a run gave. Raises NumericalError for metrics that are no fractions, NaN among them."""
+        try:
+            return cls(**fields)
+        except ValidationError as error:
+            item = error.errors()[0]
+            raise NumericalError(
+                f"The task gave a result that cannot be stored: {'.'.join(map(str, item['loc']))} = {item['input']!r} "
+                f"({item['msg']})."
+            ) from error
 
     @property
     def column(self) -> str:

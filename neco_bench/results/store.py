@@ -9,19 +9,21 @@ from __future__ import annotations
 import io
 import json
 import os
-import zipfile
-import zlib
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
 from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError
-from neco_bench.results.files import slug, write_whole
+from neco_bench.results.files import clear_leftovers, slug, write_whole
 from neco_bench.results.schema import SCHEMA_VERSION, Result
 
 if TYPE_CHECKING:
     import numpy as np
+
+
+DEPTH = 32  # of nesting in a document: ours have 7
 
 
 class ResultStore:
@@ -63,11 +65,16 @@ class ResultStore:
         return next(self.folder.rglob("*.json"), None) is None
 
     def check_writable(self) -> None:
-        """Raise NecoBenchError where results could not be written, without writing any."""
+        """Raise NecoBenchError where results could not be written, without writing any.
+
+        Clears what killed processes left, as a run may not write to the folders they wrote to.
+        """
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             fault = "is read-only" if place.is_dir() else "is not a folder"
             raise NecoBenchError(f"{self.folder}: cannot be written to, as {place} {fault}. Choose another --out.")
+        for folder in {path.parent for path in self.folder.rglob(".*.tmp")}:
+            clear_leftovers(folder)
 
     def find(self, key: str) -> Result | None:
         """The successful result with this content key, wherever it lies; None for none, or a failed one."""
@@ -113,15 +120,18 @@ class ResultStore:
         path = (stored[0][0] if stored else self._default_path(result)).with_suffix(".npz")
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                return {name: arrays[name] for name in arrays.files}
+                found = {name: arrays[name] for name in arrays.files}
+                _check_statistics(result, found)
+                return found
         except FileNotFoundError as error:
             raise MissingError(
                 f"{path}: no statistics are stored for {result.model} on {result.task}@{result.protocol}. "
                 f"Run the task again with --overwrite."
             ) from error
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+        except Exception as error:  # numpy and zipfile raise anything on bad bytes
             raise BadInputError(
-                f"{path}: the stored statistics cannot be read ({error}). Run the task again with --overwrite."
+                f"{path}: the stored statistics cannot be read ({type(error).__name__}: {error}). Run the task again "
+                f"with --overwrite."
             ) from error
 
     def _default_path(self, result: Result) -> Path:
@@ -129,7 +139,7 @@ class ResultStore:
         return self.folder / slug(result.family) / slug(result.task) / name
 
     def _documents(self) -> list[Path]:
-        return sorted(self.folder.rglob("*.json"))
+        return sorted(path for path in self.folder.rglob("*.json") if not _blocks(path))
 
     def _of_key(self, key: str) -> list[tuple[Path, Result]]:
         """Documents with this key, successful ones first, then by path. Unreadable ones are passed over."""
@@ -145,6 +155,39 @@ class ResultStore:
             if result.key == key:
                 found.append((path, result))
         return sorted(found, key=lambda item: (item[1].status != "ok", item[0]))
+
+
+def _blocks(path: Path) -> bool:
+    """Whether reading might never end: a pipe or a device."""
+    try:
+        mode = path.stat().st_mode
+    except OSError:
+        return False  # the reader says what is wrong
+    return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
+
+
+def _check_statistics(result: Result, arrays: dict[str, np.ndarray]) -> None:
+    """Raise ValueError for statistics that are not those of this result: shapes, counts, numbers that are none."""
+    import numpy as np
+
+    for name, array in arrays.items():
+        if array.dtype.kind == "f" and not np.isfinite(array).all():
+            raise ValueError(f"{name} holds NaN or infinite values")
+        if name in ("confusion", "hits", "totals") and (array.dtype.kind not in "iuf" or (array < 0).any()):
+            raise ValueError(f"{name} does not hold counts")
+        if name in ("image_id", "pair_id", "category", "totals", "hits", "images") and (
+            array.ndim == 0 or len(array) != result.n_images
+        ):
+            raise ValueError(f"{name} has the shape {array.shape} for {result.n_images} items")
+    if "confusion" in arrays:
+        shape = arrays["confusion"].shape
+        names = len(next(iter(result.per_class.values()), ())) or shape[-1]
+        if len(shape) < 3 or shape[-3] != result.n_images or not shape[-2] == shape[-1] == names:
+            raise ValueError(f"confusion has the shape {shape} for {result.n_images} items and {names} classes")
+    if "hits" in arrays:
+        hits, totals = arrays["hits"], arrays["totals"]
+        if hits.ndim != 2 or totals.ndim != 1 or (totals == 0).any() or (hits > totals[:, None]).any():
+            raise ValueError("hits and totals are not those of points")
 
 
 def _parse(path: Path, content: bytes) -> Result:
@@ -163,13 +206,25 @@ def _parse(path: Path, content: bytes) -> Result:
             f"{path}: has schema_version {version}; this neco-bench reads up to {SCHEMA_VERSION}. Upgrade neco-bench."
         )
     try:
-        return Result.model_validate(document)
+        result = Result.model_validate(document)
+        # Whatever makes tables of it writes it as text: no infinite numbers, no deep nesting, no half characters.
+        if _depth(document) > DEPTH:
+            raise ValueError(f"it is nested more than {DEPTH} deep")
+        json.dumps(result.model_dump(), ensure_ascii=False, allow_nan=False).encode()
     except ValidationError as error:
         item = error.errors()[0]
         where = ".".join(map(str, item["loc"])) or "document"
         raise BadInputError(
             f"{path}: is not a valid result ({where}: {item['msg']}). Delete it and run its task again."
         ) from error
+    except (ValueError, RecursionError) as error:
+        raise BadInputError(f"{path}: is not a valid result ({error}). Delete it and run its task again.") from error
+    return result
+
+
+def _depth(value: Any) -> int:
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return 1 + max(map(_depth, inner), default=0)
 
 
 def _refuse(constant: str) -> None:

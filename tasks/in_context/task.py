@@ -29,7 +29,7 @@ from neco_bench.features.patches import patch_view
 from neco_bench.features.transforms import HummingbirdTrain, Squash, largest_upsampled
 from neco_bench.protocol import Range, Share, Temperature
 from neco_bench.protocol import Settings as BaseSettings
-from neco_bench.search import ExactIndex, SharedIndex
+from neco_bench.search import ExactIndex, SharedIndex, check_neighbours
 from neco_bench.search.approximate import ApproximateIndex
 
 
@@ -111,17 +111,24 @@ def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: fl
     return torch.from_numpy((mix @ labels).toarray())
 
 
+BYTES = {"exact": 6.0, "bf16": 6.0, "ivf": 4.0, "ivfpq": 0.5}  # of memory, per row and dimension
+
+
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
-    """What `run` will take: every query against every row of the memory, which lies beside its labels."""
+    """What `run` will take: every query against every row of the memory, which lies beside its labels.
+
+    Raises UsageError for more neighbours than there can be rows.
+    """
     size, classes = settings.used_size(stride), len(data["val"].classes)
     views, patches = settings.passes * len(data["train"]), (size // stride) ** 2
     rows = min(views * patches, settings.memory_size or views * patches)
+    check_neighbours(settings.neighbours, rows)
     return Cost(
         images=views + len(data["val"]),
         size=size,
         width=dimension,
         operations=2.0 * rows * dimension * patches * len(data["val"]),
-        memory=rows * (6.0 * dimension + 32) + 4.0 * len(data["val"]) * classes**2,
+        memory=rows * (BYTES[settings.search] * dimension + 32) + 4.0 * len(data["val"]) * classes**2,
     )
 
 

@@ -45,7 +45,7 @@ class Settings(BaseSettings):
 
     scale: Range
     max_class_share: Share
-    crop_tries: NonNegativeInt
+    crop_tries: Annotated[int, Field(ge=0, le=10_000)]
     flip_probability: Share
     distortion_probability: Share
     brightness: NonNegativeFloat
@@ -115,7 +115,8 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         width=dimension,
         operations=crops * classes * (6.0 * dimension * (window // stride) ** 2 + 24.0 * window**2),
         memory=4.0 * (settings.batch_size * dimension * (window // stride) ** 2 + 4 * classes * window**2)
-        + 4.0 * len(data["val"]) * classes**2,
+        + 4.0 * len(data["val"]) * classes**2
+        + 8.0 * (window * settings.scale[1]) ** 2,  # an image before it is cropped, a square one
     )
 
 

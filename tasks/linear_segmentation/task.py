@@ -69,13 +69,15 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
     grid = len(settings.rates) * settings.probe_seeds
     per_view = 6.0 * grid * classes * (dimension * (size // stride) ** 2 + 8 * side**2)
     heads = grid * (settings.epochs if settings.select == "best" else 1)
-    activations = settings.batch_size * (dimension * (size // stride) ** 2 + 4 * grid * classes * side**2)
+    batch = min(settings.batch_size, len(data["train"]))
+    activations = batch * (dimension * (size // stride) ** 2 + 4 * grid * classes * side**2)
+    scored = 2 * classes * (settings.score_size or 0) ** 2
     return Cost(
         images=views + len(data["val"]),
         size=size,
         width=dimension,
         operations=views * per_view,
-        memory=4.0 * activations + 4.0 * len(data["val"]) * classes**2 + 4.0 * heads * classes * dimension,
+        memory=4.0 * (activations + scored) + 4.0 * len(data["val"]) * classes**2 + 4.0 * heads * classes * dimension,
     )
 
 

@@ -18,6 +18,7 @@ from neco_bench.clustering import (
     KMEANS_POINTS,
     PCA_POINTS,
     Rows,
+    check_enough,
     kmeans,
     nearest,
     open_spool,
@@ -52,11 +53,16 @@ class Settings(BaseSettings):
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
-    """What `run` will take: k-means on FAISS's sub-sample, and a file of all features and masks."""
+    """What `run` will take: k-means on FAISS's sub-sample, and a file of all features and masks.
+
+    Raises UsageError for more clusters or components than patches.
+    """
     size, classes = settings.used_size(stride), len(data["val"].classes)
     clusters, reduced = settings.clusters or classes, min(dimension, settings.components)
     rows = len(data["val"]) * (size // stride) ** 2
     drawn = min(rows, KMEANS_POINTS * clusters)
+    check_enough(rows, "clusters", clusters)
+    check_enough(rows, "components", reduced)
     passes = settings.seeds * (drawn * settings.redos * settings.iterations + rows)
     return Cost(
         images=len(data["val"]),
@@ -64,7 +70,8 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         width=reduced,
         operations=2.0 * passes * clusters * reduced + 4.0 * rows * dimension * reduced,
         memory=8.0 * max(drawn * reduced, min(rows, PCA_POINTS * dimension) * dimension)
-        + 4.0 * settings.seeds * len(data["val"]) * classes**2,
+        + 4.0 * settings.seeds * len(data["val"]) * classes**2
+        + 9.0 * (settings.mask_size or 0) ** 2,  # a mask, and the cells of its pixels
         disk=4.0 * rows * (2 * dimension + reduced) + len(data["val"]) * (settings.mask_size or size) ** 2,
     )
 

@@ -129,16 +129,21 @@ def search_queries(features: Tensor, distance: Distance) -> Tensor:
     return F.pad(features, (0, 1), value=1.0) if distance == "l2" else features
 
 
+def check_ks(k: int, patches: int) -> None:
+    """Raise UsageError where k exceeds the number of training patches."""
+    if k > patches:
+        raise UsageError(
+            f"{k} neighbours were asked for, but there are {patches} training patches. Use smaller numbers in "
+            f"--set 'ks=[1, 3]', or more images."
+        )
+
+
 def nearest_rows(keys: Tensor, queries: Tensor, k: int, distance: Distance, device: torch.device) -> Tensor:
     """(Q, k) int64 ids of the rows of `keys` (N, D) nearest to each query (Q, D), nearest first; exact.
 
     Both stay where they are, CHUNK rows of each go to the device. Raises UsageError where k exceeds N.
     """
-    if k > len(keys):
-        raise UsageError(
-            f"{k} neighbours were asked for, but there are {len(keys)} training patches. Use smaller numbers in "
-            f"--set 'ks=[1, 3]', or more images."
-        )
+    check_ks(k, len(keys))
     offset = keys.mean(0) if distance == "l2" else 0  # left in, it would cancel digits
     scores = torch.full((len(queries), k), -torch.inf)
     ids = torch.zeros(len(queries), k, dtype=torch.int64)
@@ -235,7 +240,11 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
     patches, images = (size // stride) ** 2, len(data["train"])
     rows = min(images * patches, settings.max_patches or images * patches)
     held, val = settings.holdout * images * patches, len(data["val"]) * patches
+    found = 0.0
     if settings.method == "knn":
+        fitted = len(hold_out(images, settings.holdout, settings.holdout_seed)[0]) * patches
+        check_ks(max(settings.ks), fitted)
+        found = 36.0 * max(settings.ks) * max(held, val)  # scores and ids, of two blocks at a time
         operations = 2.0 * rows * dimension * (len(settings.distances) * held + val)
     else:
         fits = len(settings.regularisations) + 1
@@ -245,7 +254,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         size=size,
         width=dimension,
         operations=operations,
-        memory=(rows + held + val) * (4.0 * dimension + 2.0 * stride**2) + 4.0 * len(data["val"]) * classes**2,
+        memory=found + (rows + held + val) * (4.0 * dimension + 2.0 * stride**2) + 4.0 * len(data["val"]) * classes**2,
     )
 
 

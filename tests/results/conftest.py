@@ -22,7 +22,7 @@ def make_result() -> Callable[..., Result]:
             "primary_metric": "miou",
             "metrics": {"miou": value},
             "per_class": {},
-            "ci95": {"miou": (value - 0.01, value + 0.02)},
+            "ci95": {"miou": (max(value - 0.01, 0.0), min(value + 0.02, 1.0))},
             "n_images": 233,
             "seed": 0,
             "status": "ok",

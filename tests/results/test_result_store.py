@@ -180,7 +180,7 @@ def test_missing_folder(tmp_path):
 
 def test_nan_is_never_stored(tmp_path, make_result):
     with pytest.raises(NumericalError, match="dino_vits16 on camvid_ic@hbird-2"):
-        ResultStore(tmp_path).save(make_result(float("nan")), ARRAYS)
+        ResultStore(tmp_path).save(make_result(provenance={"run": {"loss": float("nan")}}), ARRAYS)
     assert files(tmp_path) == []
 
 
@@ -203,3 +203,15 @@ def test_result_is_frozen(make_result):
     result: Result = make_result()
     with pytest.raises(ValidationError):
         result.seed = 1
+
+
+def test_a_run_clears_what_killed_processes_left(tmp_path, make_result):
+    """Also in folders that it does not write to itself."""
+    left = tmp_path / "linear" / "old_task" / f".{'a' * 32}.tmp"
+    left.parent.mkdir(parents=True)
+    left.touch()
+    store = ResultStore(tmp_path)
+    store.save(make_result())
+    assert left.exists()
+    store.check_writable()
+    assert not left.exists()

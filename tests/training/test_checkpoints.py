@@ -143,7 +143,8 @@ def test_of_two_that_train_in_one_folder_the_second_is_refused(tmp_path: Path, m
     other = subprocess.Popen([sys.executable, "-c", hold, str(out / "lock")], stdout=subprocess.PIPE)
     assert other.stdout is not None
     assert other.stdout.readline()
-    words = ("--base", "timm:test_vit?pretrained=false", "--recipe", "tiny_base", "--workers", 0, "--set", "steps=1", "--set", "warmup_steps=0",
+    words = ("--base", "timm:test_vit?pretrained=false", "--recipe", "tiny_base", "--workers", 0, "--set", "steps=1",
+             "--set", "warmup_steps=0",
              "--set", "batch_size=4", "--set", "global_size=64", "--set", "local_size=32")  # fmt: skip
     refused = neco("train", "--data", "shapes:4", "--out", out, *words)
     other.kill()
