@@ -245,7 +245,8 @@ class SegmentationDataset(Dataset):
                 f"The masks hold more {second!r} than {first!r}: ids are shifted or of another mapping. Restore the "
                 f"original masks."
             )
-        if self.sizes_differ and len(masks) >= MANY and len(set(masks.sizes)) == 1:
+        whole = self.subset is None  # a part is marked as such anyway
+        if self.sizes_differ and whole and len(masks) >= MANY and len(set(masks.sizes)) == 1:
             height, width = masks.sizes[0]
             found.append(
                 f"All images are {width}x{height} pixels, those of {self.name} differ in size: they were resized. "

@@ -145,19 +145,46 @@ def panoptic_categories(path: Path, segments: list[Any]) -> np.ndarray:
 
 def instance_categories(segments: list[Any], size: tuple[int, int]) -> np.ndarray:
     """(H, W) uint8 category ids, 0 = none, from polygons and run lengths; crowds lie lowest, small objects on top."""
-    from pycocotools import mask as rle
-
     categories = np.zeros(size, np.uint8)
     for item in sorted(segments, key=lambda item: (-item.get("iscrowd", 0), -item["area"], item["id"])):
         shape = item["segmentation"]
-        if isinstance(shape, list):
-            shape = rle.merge(rle.frPyObjects(shape, *size))
-        elif isinstance(shape["counts"], list):
-            shape = rle.frPyObjects(shape, *size)
-        if tuple(shape["size"]) != size:
-            raise ValueError(f"segment {item['id']} is for {shape['size']} pixels, its image has {size}")
-        categories[rle.decode(shape) > 0] = item["category_id"]
+        inside = _inside_polygons(shape, size) if isinstance(shape, list) else _inside_runs(shape, size)
+        categories[inside] = item["category_id"]
     return categories
+
+
+def _inside_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool. Raises ValueError for what would end the process in pycocotools."""
+    from pycocotools import mask as rle
+
+    for polygon in polygons:
+        points = np.array(polygon, np.float64)
+        if points.ndim != 1 or len(points) < 6 or len(points) % 2 or not (np.abs(points) < 10_000).all():
+            raise ValueError(f"a polygon needs three or more points inside its image, got {str(polygon)[:60]}")
+    return rle.decode(rle.merge(rle.frPyObjects(polygons, *size))) > 0
+
+
+def _inside_runs(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
+    """(H, W) bool from the lengths of runs of 0 and 1 by turns, column by column. Raises ValueError."""
+    counts = _run_lengths(shape["counts"]) if isinstance(shape["counts"], str) else list(map(int, shape["counts"]))
+    if tuple(shape["size"]) != size or min(counts) < 0 or sum(counts) != size[0] * size[1]:
+        raise ValueError(f"runs of {sum(counts)} pixels for {shape['size']}, its image has {size}")
+    return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T
+
+
+def _run_lengths(text: str) -> list[int]:
+    """COCO's compressed run lengths: 5 bits a character, lowest first; from the fourth on less the one before last."""
+    counts: list[int] = []
+    value = shift = 0
+    for code in text.encode():
+        value |= (code - 48 & 31) << shift
+        shift += 5
+        if not code - 48 & 32:
+            if code - 48 & 16:
+                value -= 1 << shift
+            counts.append(value + (counts[-2] if len(counts) > 2 else 0))
+            value = shift = 0
+    return counts
 
 
 class _Coco(PairedFolders):

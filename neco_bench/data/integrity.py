@@ -82,7 +82,8 @@ def _present(cls: type[Dataset], base: Path | None) -> tuple[tuple[str, ...], st
     folder = base / (cls.folder_name or cls.name)
     if not folder.is_dir():
         return (), f"not in {base}"
-    found, reasons = [], []
+    found: list[str] = []
+    reasons: list[str] = []
     for split in cls.splits:
         try:
             if cls.has_images(folder, split):

@@ -19,6 +19,7 @@ import numpy as np
 from PIL import Image
 
 from neco_bench.data.base import IGNORE
+from neco_bench.data.matlab import parse_matlab
 from neco_bench.errors import BadInputError, MissingError, NecoBenchError
 
 T = TypeVar("T")
@@ -96,8 +97,8 @@ def read_mask(
     """A mask file as (H, W) uint8 class ids, `table[file value]` (see `id_table`).
 
     Only single-channel files of 8 bits, or of 16 bits where the table has 65,536 entries: grey levels or palette
-    indices are the values. colours: (256, 3) uint8 that the data set has for file values, against which the palette of a
-    file is checked; see `check_palette`. causes: {wrong value: what the file then is}, for messages.
+    indices are the values. colours: (256, 3) uint8, the data set's by file value, against which a palette is checked
+    (`check_palette`). causes: {wrong value: what the file then is}, for messages.
     size: (H, W) that the mask must have. Raises MissingError and BadInputError.
     """
     image = _open(path, "mask", listed_in)
@@ -127,7 +128,7 @@ _GREY_LEVELS = np.repeat(np.arange(256)[:, None], 3, axis=1)
 
 
 def check_palette(image: Image.Image, used: np.ndarray, path: Path, colours: np.ndarray | None = None) -> None:
-    """Raise BadInputError where an index in use has neither VOC's colour, nor its grey level, nor its of `colours`.
+    """Raise BadInputError where an index in use has none of: VOC's colour, its grey level, that in `colours`.
 
     A program that saves a mask again may drop unused colours and number the others from 0: then colours are right and
     indices are not.
@@ -144,8 +145,8 @@ def check_palette(image: Image.Image, used: np.ndarray, path: Path, colours: np.
         expected = " or ".join(dict.fromkeys(str(tuple(table[index].tolist())) for table in known))
         raise BadInputError(
             f"Mask {path} is a palette image whose colours are not those of the data set: index {index} has the colour "
-            f"{colour}, expected {expected}. It was likely saved again with another palette, so that its indices are no "
-            f"class ids. Use the original annotation file."
+            f"{colour}, expected {expected}. It was likely saved again with another palette, so that its indices are "
+            f"no class ids. Use the original annotation file."
         )
 
 
@@ -192,15 +193,13 @@ def _ranges(values: np.ndarray) -> str:
 
 
 def read_mat(path: Path, parse: Callable[[dict[str, Any]], T], what: str = "MATLAB file") -> T:
-    """What `parse` makes of the variables of a MATLAB file; whatever it raises means that the file is not a `what`.
+    """What `parse` makes of the variables (`parse_matlab`) of a file; whatever it raises means that it is not a `what`.
 
     Raises MissingError and BadInputError.
     """
-    from scipy.io import loadmat
-
     try:
         with decoding(f"{path} is no readable {what}"):
-            return parse(loadmat(str(path), appendmat=False))
+            return parse(parse_matlab(path.read_bytes()))
     except FileNotFoundError:
         raise no_file("file", path) from None
 

@@ -281,7 +281,7 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
     names = sorted((annotated | official) - set(val.ids))
 
     def parse(variables: dict[str, Any]) -> np.ndarray:
-        mask = variables["GTcls"]["Segmentation"][0, 0]
+        mask = variables["GTcls"]["Segmentation"]
         if mask.ndim != 2 or mask.size == 0 or mask.dtype != np.uint8:
             raise ValueError(f"GTcls.Segmentation has shape {mask.shape} and type {mask.dtype}")
         return mask

@@ -8,6 +8,7 @@ from data_helpers import CAMVID_SIZE, image_of, save, save_indices
 from PIL import Image
 
 from neco_bench.data import load_dataset
+from neco_bench.data.ade20k import ADE20K
 from neco_bench.data.cityscapes import LABEL_IDS, Cityscapes
 from neco_bench.data.integrity import check_dataset
 from neco_bench.data.io import id_table, read_mask, voc_colours
@@ -117,13 +118,15 @@ def test_enlarged_copies(voc, tmp_path):
         load_dataset("coco_stuff27", "val", root=tmp_path)[0]
 
 
-def test_copies_resized_to_one_size(tmp_path):
-    """From 16 images on, equal sizes in a set whose sizes differ are no chance."""
+def test_copies_resized_to_one_size(tmp_path, monkeypatch):
+    """From 16 images on, equal sizes in a whole set whose sizes differ are no chance."""
     base = tmp_path / "ade20k"
     for i in range(16):
         save(base / "images" / "validation" / f"{i}.jpg", image_of(i))
         save(base / "annotations" / "validation" / f"{i}.png", image_of(i)[..., 0] % 150)
     dataset = load_dataset("ade20k", "val", root=tmp_path)
+    assert not dataset.sample_doubts()
+    monkeypatch.setattr(ADE20K, "expected", {"val": 16})
     assert any("All images are 30x20 pixels" in text for text in dataset.sample_doubts())
     assert not dataset.limited(15).sample_doubts()
     for folder, ending in (("images", "jpg"), ("annotations", "png")):
