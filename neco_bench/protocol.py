@@ -52,7 +52,7 @@ def digest(document: Any) -> str:
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()
 
 
-MOST = 10**12  # of any whole number in settings: products of two stay within what arrays hold
+MOST = 10**12  # of any number in settings: arrays hold the product of two as integers, and as single precision
 
 
 class Settings(BaseModel):
@@ -72,9 +72,9 @@ class Settings(BaseModel):
 
     @field_validator("*")
     @classmethod
-    def _within_64_bits(cls, value: Any) -> Any:
+    def _within_range(cls, value: Any) -> Any:
         numbers = value if isinstance(value, tuple) else (value,)
-        if any(isinstance(number, int) and abs(number) > MOST for number in numbers):
+        if any(isinstance(number, (int, float)) and abs(number) > MOST for number in numbers):
             raise ValueError(f"must be at most {MOST:,}")
         return value
 

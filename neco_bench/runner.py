@@ -393,6 +393,8 @@ def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None)
         if store and (found := stored(job, store)):
             return found
     except NecoBenchError as error:  # a file of the model is gone
+        if distributed.world() > 1:
+            raise
         return failed_result(job, error)
     result, statistics = execute(job, encoder)
     return result if store is None else keep(job, store, result, statistics)

@@ -36,6 +36,8 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
         ("shapes_linear", {"epochs": HUGE}, "GiB of memory"),
         ("shapes_linear", {"train_mask_size": 200_000}, "GiB of memory"),
         ("shapes_linear", {"score_size": 200_000}, "GiB of memory"),
+        ("shapes_linear", {"learning_rate": 1e300}, "learning_rate: must be at most"),
+        ("shapes_linear", {"learning_rates": [0.1, 1e300]}, "learning_rates: must be at most"),
         ("shapes_linear", {"probe_seeds": HUGE}, "GiB of memory"),
         ("shapes_linear@dinov3-1", {"iterations": HUGE}, "GiB of memory"),
         ("shapes_linear@dinov3-1", {"batch_size": HUGE}, "GiB of memory"),
