@@ -21,7 +21,7 @@ from neco_bench.errors import NecoBenchError
 from neco_bench.features.transforms import resize_image
 from neco_bench.results.provenance import peak_memory_mb
 from neco_bench.results.store import ResultStore
-from neco_bench.runner import Job, check_size, load_job_encoder, stored
+from neco_bench.runner import Job, check_size, load_job_encoder, settings_for, stored
 from neco_bench.search import ExactIndex
 
 MEASURED = 8  # images
@@ -79,11 +79,12 @@ def estimate(job: Job, encoder: Encoder) -> Estimate | None:
     cost_of = getattr(job.task.module, "cost", None)
     if cost_of is None:
         return None
-    settings = job.task.settings()
     check_size(job.task, encoder)
     check_fits(job.task, job.draws, encoder, Context(batch_size=job.options.batch_size))
+    settings = settings_for(job.task, encoder)
     costs = [cost_of(settings, data, encoder.stride, encoder.embed_dim) for data in job.draws]
     size = costs[0].size + -costs[0].size % encoder.stride
+    size = encoder.nearest_size(size)
     loading = _seconds_to_load(next(iter(job.data.values())), size)
     workers = job.options.workers_used
     images = torch.zeros(min(MEASURED, job.options.batch_size), 3, size, size)

@@ -10,6 +10,7 @@ import functools
 import logging
 import math
 import os
+import re
 import time
 import traceback
 from collections.abc import Iterable, Mapping, Sequence
@@ -262,8 +263,14 @@ def _executed(
     if undefined:
         raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
     used = outcome.features.get("used_size")
+    if loaded.only_size and used == loaded.only_size != task.settings().used_size(loaded.stride):
+        common["model"] += f"[input={loaded.only_size}]"  # is another condition than the card's, and never the same row
+    asked = {"input_size": task.settings().input_size} if "input_size" in outcome.features else {}
     provenance["features"] = {
         **outcome.features,
+        **asked,
+        "only_size": loaded.only_size,
+        "size_multiple": loaded.size_multiple or loaded.stride,
         "tokens": None if used is None else (used // loaded.stride) ** 2,
         "layer": loaded.layer,
         "pos_interp": loaded.pos_interp,
@@ -322,7 +329,7 @@ def job_of(result: Result, **given: Any) -> Job:
     names = ("device", "precision", "layers", "features", *kinds)
     options = {name: kinds.get(name, str)(recorded[name]) for name in names if name in recorded}
     options |= {name: value for name, value in given.items() if value is not None}
-    model = result.model.removesuffix(f"[layers={options.get('layers')}]")
+    model = re.sub(r"\[input=\d+\]$", "", result.model).removesuffix(f"[layers={options.get('layers')}]")
     (task,) = find_tasks([f"{result.task}@{result.protocol.removesuffix('*')}"], result.changed)
     return plan(model, task, Options(seed=result.seed, **options))
 
@@ -336,7 +343,7 @@ def watch(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     context = Context(options.seed, options.batch_size, options.workers_used, options.progress, watched=frozenset(ids))
     job, encoder = _ready(job, None, context)
     data = {role: d.chosen(context.watched) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
-    job.task.module.run(encoder, data, job.task.settings(), context)
+    job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
     return context.seen
 
 
@@ -453,7 +460,7 @@ def _splits(role: str, split: str, listed: bool) -> dict[str, str]:
 def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
     """What the family returns. Any error of a plug-in's family is that plug-in's, and loses no other job."""
     task = job.task
-    settings = task.settings()
+    settings = settings_for(task, encoder)
     outcomes, notes = [], []
     try:
         for data in job.draws:
@@ -545,13 +552,36 @@ def _timing(context: Context, start: float) -> dict[str, float]:
 
 def check_size(task: Task, encoder: Encoder) -> None:
     """A card's size is rounded to the stride; one that the user sets must fit, else UsageError."""
-    size = task.changed.get("input_size")
-    if size is not None and size % encoder.stride:
-        low = size // encoder.stride * encoder.stride
+    size, multiple = task.changed.get("input_size"), encoder.size_multiple or encoder.stride
+    if encoder.only_size and size not in (None, encoder.only_size):
         raise UsageError(
-            f"--set input_size={size} is not a multiple of the stride {encoder.stride} of "
-            f"{encoder.name!r}. Use {low or encoder.stride} or {low + encoder.stride}."
+            f"--set input_size={size}: {encoder.name!r} takes inputs of {encoder.only_size}x{encoder.only_size} only."
         )
+    if size is not None and size % multiple:
+        low = size // multiple * multiple
+        needed = "of the stride" if multiple == encoder.stride else "that inputs need,"
+        raise UsageError(
+            f"--set input_size={size} is not a multiple {needed} {multiple} of "
+            f"{encoder.name!r}. Use {low or multiple} or {low + multiple}."
+        )
+
+
+def settings_for(task: Task, encoder: Encoder) -> Any:
+    """The settings of a task, with the nearest input size that the encoder takes where it does not take the task's.
+
+    Raises UsageError where equal tokens are asked for and the encoder cannot have as many.
+    """
+    settings = task.settings()
+    used = settings.used_size(encoder.stride)
+    size = encoder.nearest_size(used)
+    if size == used:
+        return settings
+    if settings.tokens_per_side is not None:
+        raise UsageError(
+            f"tokens_per_side={settings.tokens_per_side} means inputs of {used}x{used}, which {encoder.name!r} does "
+            f"not take; the nearest are {size}x{size}."
+        )
+    return settings.model_copy(update={"input_size": encoder.nearest_size(settings.input_size)})
 
 
 def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
@@ -568,6 +598,7 @@ def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
             "stride": encoder.stride,
             "mean": encoder.mean,
             "std": encoder.std,
+            "statistics": encoder.statistics,
             "parameters": sum(p.numel() for p in encoder.parameters()),
             "weights_report": None if report is None else vars(report),
         },

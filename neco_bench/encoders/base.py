@@ -71,6 +71,9 @@ class Encoder(nn.Module, abc.ABC):
     with data sets as in `zoo.toml` (None: read off training_data); official, whether the weights are those that the
     name of the zoo stands for (None where it stands for none). `attentions`: can give class-token attention.
     `has_final_norm`: can give features both before and after a final norm; `final_norm`: its default is after.
+    size_multiple: sides of inputs must be multiples of this, itself one of the stride; None: of the stride.
+    only_size: the side of the one input that it takes, square; None: it takes any. statistics: where mean and std are
+    from, for people.
     """
 
     name: str
@@ -85,6 +88,9 @@ class Encoder(nn.Module, abc.ABC):
     training_data: str = ""
     overlap: Mapping[str, str] | None = None
     official: bool | None = None
+    statistics: str = "the encoder's own"
+    size_multiple: int | None = None
+    only_size: int | None = None
     attentions: bool = False
     has_final_norm: bool = False
     final_norm: bool = True
@@ -127,11 +133,16 @@ class Encoder(nn.Module, abc.ABC):
                 f"got {tuple(images.shape)} {images.dtype}."
             )
         height, width = images.shape[-2:]
-        if height % self.stride or width % self.stride or not height or not width:
-            down, up = (max(1, height // self.stride + i) * self.stride for i in (0, 1))
+        multiple = self.size_multiple or self.stride
+        if self.only_size and (height, width) != (self.only_size, self.only_size):
             raise UsageError(
-                f"Input size {height}x{width} is not a multiple of the stride {self.stride} of {self.name!r}. "
-                f"Use a size such as {down} or {up}."
+                f"Model {self.name!r} takes inputs of {self.only_size}x{self.only_size} only, got {height}x{width}."
+            )
+        if height % multiple or width % multiple or not height or not width:
+            down, up = (max(1, height // multiple + i) * multiple for i in (0, 1))
+            raise UsageError(
+                f"Input size {height}x{width} is not a multiple of {multiple}, which {self.name!r} needs "
+                f"(its stride is {self.stride}). Use a size such as {down} or {up}."
             )
         if attention and not self.attentions:
             raise UsageError(f"Encoder {self.name!r} does not give class-token attention.")
@@ -148,6 +159,11 @@ class Encoder(nn.Module, abc.ABC):
                 wanted = self.has_final_norm and (self.final_norm if final_norm is None else final_norm)
                 features = self._run(images, final_norm=wanted, attention=attention)
             return self._checked(features, len(images), height // self.stride, width // self.stride)
+
+    def nearest_size(self, size: int) -> int:
+        """The side in pixels nearest to `size` that this encoder takes; of two the larger."""
+        multiple = self.size_multiple or self.stride
+        return self.only_size or multiple * max(1, (2 * size + multiple) // (2 * multiple))
 
     def _run(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         """`_encode`, which may be someone else's code: its errors name the encoder, but for a device that is full."""

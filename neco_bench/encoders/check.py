@@ -36,7 +36,7 @@ class CheckResult:
 def check_encoder(encoder: Encoder) -> list[CheckResult]:
     """Check an encoder on synthetic images of 8x8 cells (or the one size that it takes).
 
-    Lines: shape and stride, finite values, non-square input, deterministic, eval mode, batch independence, prefix
+    Lines: input (what the encoder is fed, for people), shape and stride, finite values, non-square input, deterministic, eval mode, batch independence, prefix
     tokens, grid orientation, locality. Outputs may differ by 1e-4 of their largest value in float32 on the CPU,
     1e-3 on other devices, 5e-2 in half precision. An error in the encoder is a failed line.
     """
@@ -45,6 +45,7 @@ def check_encoder(encoder: Encoder) -> list[CheckResult]:
         size = _size(encoder)
         where: list[tuple[str, bool, str]] = []
         checks: dict[str, Callable[[], tuple[bool, str]]] = {
+            "input": lambda: (True, _input(encoder)),
             "shape and stride": lambda: _shape(encoder, size),
             "finite values": lambda: _finite(encoder, size),
             "non-square input": lambda: _non_square(encoder, size),
@@ -83,6 +84,8 @@ def _images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 def _size(encoder: Encoder) -> int:
     """The side in pixels of the images to use: 8 cells, or the first usual size that a fixed-size encoder accepts."""
+    if encoder.only_size or (encoder.size_multiple or encoder.stride) > encoder.stride:
+        return encoder.nearest_size(_CELLS * encoder.stride)
     for size in (_CELLS * encoder.stride, 224, 256, 384, 448, 518):
         if size % encoder.stride == 0:
             try:
@@ -93,6 +96,17 @@ def _size(encoder: Encoder) -> int:
             except Exception:  # reported by the checks themselves
                 return size
     return _CELLS * encoder.stride
+
+
+def _input(encoder: Encoder) -> str:
+    """What the encoder is fed: size, statistics, and the range of values that these make of black and white."""
+    sides = f"multiples of {encoder.size_multiple or encoder.stride} pixels"
+    if encoder.only_size:
+        sides = f"{encoder.only_size}x{encoder.only_size} pixels only"
+    mean, std = (",".join(f"{value:.4g}" for value in values) for values in (encoder.mean, encoder.std))
+    low = min(-m / s for m, s in zip(encoder.mean, encoder.std, strict=True))
+    high = max((1 - m) / s for m, s in zip(encoder.mean, encoder.std, strict=True))
+    return f"{sides}; mean={mean} std={std} ({encoder.statistics}); values from {low:.2f} to {high:.2f}"
 
 
 def _tolerance(encoder: Encoder) -> float:
@@ -119,7 +133,9 @@ def _finite(encoder: Encoder, size: int) -> tuple[bool, str]:
 
 
 def _non_square(encoder: Encoder, size: int) -> tuple[bool, str]:
-    wide = size + 2 * encoder.stride
+    if encoder.only_size:
+        return True, f"not tried: takes {size}x{size} only"
+    wide = size + 2 * (encoder.size_multiple or encoder.stride)
     for height, width in ((size, wide), (wide, size)):
         encoder.encode(_images(1, height, width))
     return True, f"{size}x{wide} and {wide}x{size}"

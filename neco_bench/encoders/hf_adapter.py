@@ -107,6 +107,7 @@ def build(request: Request, file: Path | None) -> Encoder:
         raise BadInputError(f"Weights {file or source} do not fit: {type(error).__name__}: {error}") from error
     encoder = HFEncoder(model, kind, request)
     encoder.mean, encoder.std = _statistics(source, where, kind)
+    encoder.statistics = f"those of {request.target}"
     encoder.weights_report = report
     encoder.weights_id = weights.state_sha256(model)
     return encoder

@@ -8,6 +8,7 @@ blocks after the norm, class token first), or `forward_features(x)` with a dicti
 
 from __future__ import annotations
 
+import copy
 import inspect
 import socket
 from collections.abc import Iterator
@@ -28,6 +29,11 @@ from neco_bench.errors import BadInputError, MissingError, NecoBenchError, Usage
 def build(request: Request, file: Path | None) -> Encoder:
     """The encoder of a hub entry. Raises `MissingError` (nothing to be had), `UsageError` and `BadInputError`."""
     repository, _, entry = request.target.rpartition(":")
+    if not request.trust:
+        raise UsageError(
+            f"hub:{request.target} runs the code of {repository!r}, as torch.hub does. If you trust it, add ?trust=true "
+            f"to the model's spec."
+        )
     local = Path(repository).expanduser().is_dir()
     repository = str(Path(repository).expanduser()) if local else repository
     options = {} if request.pretrained and file is None else {"pretrained": False}
@@ -72,6 +78,16 @@ def _timeout() -> Iterator[None]:
 
 
 def _wrap(model: Any, request: Request) -> Encoder:
+    if (
+        isinstance(model, torch.nn.Module)
+        and hasattr(model, "forward_intermediates")
+        and hasattr(model, "feature_info")
+    ):
+        from neco_bench.encoders import timm_adapter
+
+        encoder = timm_adapter.wrap(model, request, twin=copy.deepcopy(model).to("meta"))
+        encoder.mean, encoder.std, encoder.statistics = timm_adapter.statistics_of(model)
+        return encoder
     absent = [name for name in ("embed_dim", "blocks") if not hasattr(model, name)]
     absent += [] if _patch_size(model) else ["patch_size"]
     inner = getattr(model, "get_intermediate_layers", None)
@@ -99,6 +115,7 @@ class _Hub(Encoder):
     def __init__(self, model: Any, request: Request) -> None:
         super().__init__()
         self.name, self.model = request.name, model
+        self.statistics = "ImageNet's, as of DINO and DINOv2"
         count = model.n_blocks if hasattr(model, "n_blocks") else len(model.blocks)
         self.count = count
         self.taken = take_layers(request.layers, count, request.name)

@@ -154,11 +154,16 @@ def build(request: Request, file: Path | None) -> Encoder:
 
     assert request.base is not None
     folder = Path(request.target)
-    options: dict[str, Any] = {"layers": request.layers, "final_norm": request.final_norm}
+    options: dict[str, Any] = {
+        "layers": request.layers,
+        "final_norm": request.final_norm,
+        "trust": request.trust,
+    }
     if file is None:
         file = weights_file(folder, request.branch)
     else:
         options["branch"] = request.branch
     run, encoder = read(folder), specs.build(replace(request.base, **options), file)
     encoder.mean, encoder.std = run.mean, run.std
+    encoder.statistics = "the run folder's"
     return encoder

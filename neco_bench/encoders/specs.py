@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,10 @@ if TYPE_CHECKING:
 
     from neco_bench.encoders.base import Encoder
 
+log = logging.getLogger("neco_bench")
+
+# DINOv3's weights of satellite images, by the name of their official files: its repository normalises by these.
+_SATELLITE = "sat493m", (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
 _ADAPTERS = {
     "timm": "timm_adapter",
     "hub": "hub_adapter",
@@ -80,6 +85,23 @@ def build(request: Request, file: Path | None) -> Encoder:
     return encoder
 
 
+def _set_statistics(encoder: Encoder, request: Request, file: Path | None) -> None:
+    """Mean and std of the spec, or those that belong to the file; says on stderr what a file from elsewhere is fed."""
+    tag, mean, std = _SATELLITE
+    if request.mean is None and request.std is None and file and tag in file.name.lower():
+        encoder.mean, encoder.std, encoder.statistics = mean, std, "DINOv3's of SAT-493M, by the file's name"
+    if request.mean or request.std:
+        missing = "" if request.mean and request.std else f"; {'std' if request.mean else 'mean'}: {encoder.statistics}"
+        encoder.statistics = f"given in the spec{missing}"
+        encoder.mean, encoder.std = request.mean or encoder.mean, request.std or encoder.std
+    if file is not None and not (request.mean and request.std):
+        given = " ".join(f"{k}={','.join(f'{v:.4g}' for v in getattr(encoder, k))}" for k in ("mean", "std"))
+        option = (
+            " If these weights were trained with others, add ?mean=R,G,B&std=R,G,B." if "mean" in request.takes else ""
+        )
+        log.warning("%s: images are normalised by %s (%s).%s", file, given, encoder.statistics, option)
+
+
 def load_encoder(
     spec: str | os.PathLike[str],
     *,
@@ -118,6 +140,7 @@ def load_encoder(
         encoder.training_data, encoder.overlap = declared, declared_overlap(declared)
     encoder.name = request.name
     encoder.precision = precision or "fp32"
+    _set_statistics(encoder, request, file)
     encoder.final_norm = request.final_norm
     if not request.final_norm and not encoder.has_final_norm:
         raise UsageError(f"Model {spec!r} has no final norm to leave out; remove final_norm=false.")

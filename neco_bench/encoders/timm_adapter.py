@@ -15,6 +15,7 @@ from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.layers import PatchEmbed
 from timm.models.vision_transformer import Attention, Block, VisionTransformer
 from torch import Tensor, nn
@@ -23,6 +24,7 @@ from neco_bench.encoders import fetch, timm_layouts, tiny, weights
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.positions import interpolate_positions
 from neco_bench.encoders.specs import layer_name, take_layers
+from neco_bench.encoders.timm_sizes import build_for, create, measure
 from neco_bench.encoders.zoo import POS_INTERP, Request, ZooEntry, weights_folder
 from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
 
@@ -50,16 +52,24 @@ def build(request: Request, file: Path | None) -> Encoder:
     elif request.pretrained:
         model, report = _from_timm(request)
     else:
-        model = _create(name, request.seed, num_classes=0)
+        model = create(name, request.seed, num_classes=0)
         report = WeightsReport(source=f"random, seed {request.seed}")
-    encoder = _wrap(model, request)
+    encoder = wrap(model, request)
     if entry is None:
-        encoder.mean, encoder.std = tuple(model.pretrained_cfg["mean"]), tuple(model.pretrained_cfg["std"])
+        encoder.mean, encoder.std, encoder.statistics = statistics_of(model)
     else:  # the zoo's weights are not always those that timm's statistics belong to
         encoder.mean, encoder.std = entry.mean or IMAGENET_MEAN, entry.std or IMAGENET_STD
+        encoder.statistics = f"the zoo's for {entry.id}"
     encoder.weights_report = report
     encoder.weights_id = weights.state_sha256(model)
     return encoder
+
+
+def statistics_of(model: Any) -> tuple[Any, Any, str]:
+    """Mean and std of a timm model's own weights, and where they are from, for people."""
+    facts = model.pretrained_cfg
+    tag = ".".join(filter(None, (facts.get("architecture"), facts.get("tag"))))
+    return tuple(facts["mean"]), tuple(facts["std"]), f"timm's for {tag}"
 
 
 def _zoo_file(entry: ZooEntry) -> Path | None:
@@ -72,20 +82,6 @@ def _zoo_file(entry: ZooEntry) -> Path | None:
     if not path.is_file():
         raise MissingError(f"{path}, the weights of {entry.id!r}, is not there. Install neco-bench again.")
     return path
-
-
-def _create(name: str, seed: int, **options: Any) -> Any:
-    """The model, able to take any input size where timm offers that; the same weights for the same seed."""
-    attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
-    for sizes in attempts:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            try:
-                return timm.create_model(name, **options, **sizes)
-            except TypeError as error:
-                if not sizes or "unexpected keyword argument" not in str(error):
-                    raise
-    raise AssertionError("the last attempt returns or raises")
 
 
 def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
@@ -107,7 +103,7 @@ def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
     else:
         overlay = {"state_dict": weights.read_tensors(path)}
     try:
-        model = _create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
+        model = create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         raise BadInputError(f"Weights file {path} does not fit timm's {name!r}: {error}") from error
     model.reset_classifier(0)
@@ -117,27 +113,31 @@ def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
 def _from_file(request: Request, path: Path) -> tuple[Any, WeightsReport]:
     """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
     drop_registers = request.entry is not None and request.entry.drop_registers
-    make = partial(_create, request.target, 0, num_classes=0)
+    make = partial(create, request.target, 0, num_classes=0)
     return timm_layouts.load(make, path, request.branch, drop_registers=drop_registers)
 
 
-def _wrap(model: Any, request: Request) -> Encoder:
+def wrap(model: Any, request: Request, *, twin: Any = None) -> Encoder:
+    """The encoder that reads a timm model. twin: a copy on the meta device, which is made where it is not given."""
     if not hasattr(model, "forward_intermediates"):
         raise UsageError(f"timm's {request.target!r} gives no dense features (it has no forward_intermediates).")
-    tokens = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
     plain = type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.pos_embed is not None
-    if plain:
+    if plain and model.dynamic_img_size:
         return TimmViT(model, request)
     if request.pos_interp not in (None, "timm", "none"):
         raise UsageError(
             f"pos_interp={request.pos_interp} is for plain ViTs with learned positions; "
             f"{request.target!r} takes timm only."
         )
-    return TimmTokens(model, request) if tokens else TimmStages(model, request)
+    if twin is None:
+        with torch.device("meta"):
+            twin = create(request.target, 0, num_classes=0)
+    tokens = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+    return TimmTokens(model, request, twin) if tokens else TimmStages(model, request, twin)
 
 
 class _Timm(Encoder):
-    """What the three kinds share: the model, the layers read, and a plain message for sizes a model does not take."""
+    """What the three kinds share: the model and the layers read."""
 
     _inner = "model"
 
@@ -148,39 +148,56 @@ class _Timm(Encoder):
         self.taken = take_layers(request.layers, count, request.name, f"{what}s")
         self.layer = layer_name(self.taken, count, what)
 
-    def _intermediates(self, images: Tensor, **options: Any) -> Any:
-        """timm's `forward_intermediates`. Some models take one input size only and fail in ways of their own."""
+
+class _Measured(_Timm):
+    """A timm model read through `forward_intermediates`, at the sizes that `timm_sizes` finds it to take."""
+
+    def __init__(self, model: Any, request: Request, twin: Any, what: str) -> None:
+        super().__init__(model, request, len(model.feature_info), what)
+        self.level = measure(twin, self.taken[-1], request.name)
+        self.embed_dim = self.level.embed_dim * len(self.taken)
+        self.stride, self.size_multiple = self.level.stride, self.level.multiple
+        self.only_size, self.has_final_norm = self.level.size, self.level.final_norm
+        self._rebuilt: tuple[tuple[int, int], list[Any]] | None = None  # in a list: no part of this module
+
+    def _intermediates(self, images: Tensor, **options: Any) -> tuple[Any, Any]:
+        """timm's `forward_intermediates`, and the model for inputs of this size, which may have been built for it."""
+        size = (images.shape[-2], images.shape[-1])
+        model: Any = self.model
+        if self.level.rebuilt and size != tuple(self.model.pretrained_cfg["input_size"][1:]):
+            if torch.is_grad_enabled():
+                raise UsageError(
+                    f"Model {self.name!r} takes inputs of one size and is built again for each other one, so it "
+                    f"cannot be trained at {size[0]}x{size[1]}."
+                )
+            if self._rebuilt is None or self._rebuilt[0] != size:
+                self._rebuilt = (size, [self._build_for(size)])
+            model = self._rebuilt[1][0].to(images.device)
+        if padding := self.level.padding:
+            before, after = padding // 2, padding - padding // 2
+            images = F.pad(images, (before, after, before, after))
+        return model, model.forward_intermediates(images, indices=list(self.taken), intermediates_only=True, **options)
+
+    def _build_for(self, size: tuple[int, int]) -> Any:
         try:
-            return self.model.forward_intermediates(
-                images, indices=list(self.taken), intermediates_only=True, **options
-            )
-        except (AssertionError, RuntimeError) as error:
-            own, asked = tuple(self.model.pretrained_cfg["input_size"][1:]), tuple(images.shape[-2:])
-            if asked == own or "memory" in str(error):
-                raise
+            return build_for(self.model, size)
+        except Exception as error:  # timm's models fail in ways of their own
             raise UsageError(
-                f"Model {self.name!r} cannot take inputs of {asked[0]}x{asked[1]} ({error}). "
-                f"Its own size is {own[0]}x{own[1]}."
+                f"timm cannot build {self.name!r} for inputs of {size[0]}x{size[1]} "
+                f"({type(error).__name__}: {str(error)[:200]}). Use a square input."
             ) from error
 
 
-def _is_norm(norm: Any) -> bool:
-    return isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity | nn.ModuleList)
-
-
-class TimmTokens(_Timm):
+class TimmTokens(_Measured):
     """A timm model of equal token grids in all blocks, through `forward_intermediates`."""
 
-    def __init__(self, model: Any, request: Request) -> None:
-        super().__init__(model, request, len(model.feature_info), "block")
-        self.embed_dim = model.num_features * len(self.taken)
-        self.stride = int(model.feature_info[-1]["reduction"])
-        self.has_final_norm = _is_norm(model.norm)
+    def __init__(self, model: Any, request: Request, twin: Any) -> None:
+        super().__init__(model, request, twin, "block")
         self.pos_interp = "timm"
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         with_prefix = self.model.num_prefix_tokens > 0
-        levels = self._intermediates(images, return_prefix_tokens=with_prefix, norm=final_norm)
+        _, levels = self._intermediates(images, return_prefix_tokens=with_prefix, norm=final_norm)
         maps, prefix = levels, None
         if with_prefix:
             maps = [level[0] for level in levels]
@@ -188,21 +205,21 @@ class TimmTokens(_Timm):
         return DenseFeatures(torch.cat(maps, dim=1), self.stride, self.layer, final_norm, prefix)
 
 
-class TimmStages(_Timm):
+class TimmStages(_Measured):
     """A hierarchical network or CNN of timm, read at one feature level; the stride follows from the level."""
 
-    def __init__(self, model: Any, request: Request) -> None:
-        super().__init__(model, request, len(model.feature_info), "stage")
+    def __init__(self, model: Any, request: Request, twin: Any) -> None:
+        super().__init__(model, request, twin, "stage")
         if len(self.taken) > 1:
             raise UsageError(
                 f"Model {request.name!r} is hierarchical: its stages differ in size, so read one at a time."
             )
-        facts = model.feature_info[self.taken[0]]
-        self.embed_dim, self.stride = int(facts["num_chs"]), int(facts["reduction"])
-        self.has_final_norm = self.layer == "last" and _is_norm(getattr(model, "norm", None))
+        self.pos_interp = "timm" if self.level.rebuilt else "none"
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        (level,) = self._intermediates(images, norm=final_norm)
+        model, (level,) = self._intermediates(images, norm=final_norm)
+        if self.level.final_conv:
+            level = model.final_conv(level)
         return DenseFeatures(level, self.stride, self.layer, final_norm)
 
 
@@ -213,7 +230,7 @@ class TimmViT(_Timm):
         super().__init__(model, request, len(model.blocks), "block")
         self.embed_dim = model.embed_dim * len(self.taken)
         self.stride = model.patch_embed.patch_size[0]
-        self.has_final_norm = _is_norm(model.norm)
+        self.has_final_norm = isinstance(model.norm, nn.Module) and not isinstance(model.norm, nn.Identity)
         self.pos_interp = request.pos_interp or "timm"
         if self.pos_interp not in POS_INTERP:
             raise UsageError(f"Model {request.name!r}: pos_interp must be one of {', '.join(POS_INTERP)}.")

@@ -13,6 +13,7 @@ Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
 
     pretrained=true|false    seed=N (for pretrained=false)    branch=NAME (of one copy in a file with several)
     layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
+    mean=R,G,B  std=R,G,B    statistics on [0, 1] of the weights in use       trust=true (hub: runs the repository's code)
 """
 
 from __future__ import annotations
@@ -40,12 +41,12 @@ Layers = int | str | Sequence[int] | None
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # option: torch's name
 POS_INTERP = ("timm", "scale_offset", "size_antialias")
 SPEC_OPTIONS = {
-    "timm": ("pretrained", "seed", "branch", "layers", "final_norm", "pos_interp"),
-    "hub": ("pretrained", "branch", "layers", "final_norm"),
-    "hf": ("branch", "layers", "final_norm"),
+    "timm": ("pretrained", "seed", "branch", "layers", "final_norm", "pos_interp", "mean", "std"),
+    "hub": ("trust", "pretrained", "branch", "layers", "final_norm", "mean", "std"),
+    "hf": ("branch", "layers", "final_norm", "mean", "std"),
     "file": ("branch",),
     "code": ("branch",),
-    "run": ("branch", "layers", "final_norm"),  # the last two where the architecture takes them
+    "run": ("branch", "layers", "final_norm", "trust"),  # but for the first, where the architecture takes them
 }
 RUN_FILE = "encoder.json"  # in the folder of a training run; `encoders.run_folder` reads it
 _FORMS = (
@@ -164,6 +165,9 @@ class Request:
     layers: tuple[int, ...] | None = None
     final_norm: bool = True
     pos_interp: str | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
+    trust: bool = False
     base: Request | None = None
     takes: tuple[str, ...] = ()
 
@@ -237,6 +241,9 @@ def parse_spec(spec: str | os.PathLike[str]) -> Request:
         layers=parse_layers(options.get("layers")) or (base.layers if base else None),
         final_norm=base.final_norm if base and "final_norm" not in options else options.get("final_norm") != "false",
         pos_interp=options.get("pos_interp") or (defaults.pos_interp if defaults else None),
+        mean=_statistic("mean", options.get("mean"), spec),
+        std=_statistic("std", options.get("std"), spec),
+        trust=options.get("trust") == "true",
         base=base,
         takes=takes,
     )
@@ -246,6 +253,7 @@ def _parse_query(query: str, takes: tuple[str, ...], spec: str) -> dict[str, str
     allowed = {
         "pretrained": ("true", "false"),
         "final_norm": ("true", "false"),
+        "trust": ("true", "false"),
         "pos_interp": POS_INTERP,
     }
     options: dict[str, str] = {}
@@ -260,6 +268,22 @@ def _parse_query(query: str, takes: tuple[str, ...], spec: str) -> dict[str, str
             raise UsageError(f"Model spec {spec!r}: {key}={value!r} must be one of {', '.join(allowed[key])}.")
         options[key] = value
     return options
+
+
+def _statistic(key: str, text: str | None, spec: str) -> tuple[float, float, float] | None:
+    """Three numbers for RGB on [0, 1]; those of `std` above 0."""
+    if text is None:
+        return None
+    try:
+        red, green, blue = map(float, text.split(","))
+    except ValueError:
+        red = green = blue = -1.0
+    if not all((0 <= value <= 1) and (value or key == "mean") for value in (red, green, blue)):
+        raise UsageError(
+            f"Model spec {spec!r}: {key}={text!r} must be three numbers for red, green and blue on the scale of 0 to 1, "
+            f"such as {'0.485,0.456,0.406' if key == 'mean' else '0.229,0.224,0.225'}."
+        )
+    return red, green, blue
 
 
 def _seed(text: str, spec: str) -> int:

@@ -29,7 +29,7 @@ def diagnose(
     picture: PNG with a row per image: the image, principal components as colours, norms. Raises UsageError for fewer
     than two images or a size below four patches.
     """
-    size -= size % encoder.stride
+    size = encoder.only_size or size - size % (encoder.size_multiple or encoder.stride)
     chosen = np.unique(np.linspace(0, len(data) - 1, max(count, 0)).astype(int))
     if len(chosen) < 2 or size < 4 * encoder.stride:
         raise UsageError(

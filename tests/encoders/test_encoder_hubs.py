@@ -79,15 +79,18 @@ def repository(tmp_path: Path) -> Path:
 
 def test_hub_interfaces_agree(repository: Path) -> None:
     images = torch.rand(2, 3, 64, 96)
-    encoders = {name: load_encoder(f"hub:{repository}:{name}") for name in ("v2_free", "v1", "features")}
-    assert load_encoder(f"hub:{repository}:original").stride == 16
+    encoders = {name: load_encoder(f"hub:{repository}:{name}?trust=true") for name in ("v2_free", "v1", "features")}
+    assert load_encoder(f"hub:{repository}:original?trust=true").stride == 16
     maps = [encoder.encode(images).map for encoder in encoders.values()]
     torch.testing.assert_close(maps[0], maps[1])
     torch.testing.assert_close(maps[0], maps[2])
     assert len({encoder.weights_id for encoder in encoders.values()}) == 1
     assert encoders["v2_free"].encode(images).prefix.shape == (2, 1, 192)  # type: ignore[union-attr]
     assert all(line.passed for line in check_encoder(encoders["v2_free"]))
-    two = [load_encoder(f"hub:{repository}:{name}", layers=[3, 11]).encode(images).map for name in ("v2_free", "v1")]
+    two = [
+        load_encoder(f"hub:{repository}:{name}?trust=true", layers=[3, 11]).encode(images).map
+        for name in ("v2_free", "v1")
+    ]
     torch.testing.assert_close(*two)
     raw = encoders["v2_free"].encode(images, final_norm=False)
     assert not raw.final_norm
@@ -96,28 +99,28 @@ def test_hub_interfaces_agree(repository: Path) -> None:
 
 def test_hub_faults(repository: Path, tmp_path: Path) -> None:
     for spec, kind, told in (
-        (f"hub:{repository}:absent", UsageError, "no entry 'absent'"),
-        (f"hub:{repository}:v2", MissingError, "no file"),
-        (f"hub:{repository}:broken", BadInputError, "out of order"),
-        (f"hub:{repository}:spare", BadInputError, "style of DINO"),
-        ("hub:nobody/nothing_at_all:x", MissingError, "neither a local folder"),
-        (f"hub:{tmp_path}:x", MissingError, "hubconf"),
+        (f"hub:{repository}:absent?trust=true", UsageError, "no entry 'absent'"),
+        (f"hub:{repository}:v2?trust=true", MissingError, "no file"),
+        (f"hub:{repository}:broken?trust=true", BadInputError, "out of order"),
+        (f"hub:{repository}:spare?trust=true", BadInputError, "style of DINO"),
+        ("hub:nobody/nothing_at_all:x?trust=true", MissingError, "neither a local folder"),
+        (f"hub:{tmp_path}:x?trust=true", MissingError, "hubconf"),
     ):
         with pytest.raises(kind, match=told):
             load_encoder(spec)
     with pytest.raises(UsageError, match="last block only"):
-        load_encoder(f"hub:{repository}:features", layers=3)
+        load_encoder(f"hub:{repository}:features?trust=true", layers=3)
 
 
 def test_hub_with_weights(repository: Path, tmp_path: Path) -> None:
-    model = load_encoder(f"hub:{repository}:v2?pretrained=false").model
+    model = load_encoder(f"hub:{repository}:v2?trust=true&pretrained=false").model
     state = {k: v.clone() * 0.5 for k, v in model.state_dict().items()}  # type: ignore[union-attr]
     save_file(state, tmp_path / "w.safetensors")
-    encoder = load_encoder(f"hub:{repository}:v2", weights=tmp_path / "w.safetensors")
+    encoder = load_encoder(f"hub:{repository}:v2?trust=true", weights=tmp_path / "w.safetensors")
     assert torch.equal(encoder.model.state_dict()["vit.cls_token"], state["vit.cls_token"])  # type: ignore[union-attr]
-    before = request_id(f"hub:{repository}:v2")
+    before = request_id(f"hub:{repository}:v2?trust=true")
     (repository / "hubconf.py").write_text(HUBCONF + "#")
-    assert request_id(f"hub:{repository}:v2") != before
+    assert request_id(f"hub:{repository}:v2?trust=true") != before
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
