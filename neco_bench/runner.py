@@ -263,9 +263,10 @@ def _executed(
     if undefined:
         raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
     used = outcome.features.get("used_size")
-    if loaded.only_size and used == loaded.only_size != task.settings().used_size(loaded.stride):
+    common = _common(job)
+    if loaded.only_size and used == loaded.only_size != job.task.settings().used_size(loaded.stride):
         common["model"] += f"[input={loaded.only_size}]"  # is another condition than the card's, and never the same row
-    asked = {"input_size": task.settings().input_size} if "input_size" in outcome.features else {}
+    asked = {"input_size": job.task.settings().input_size} if "input_size" in outcome.features else {}
     provenance["features"] = {
         **outcome.features,
         **asked,
@@ -286,7 +287,7 @@ def _executed(
     }
     result = Result.of_run(
         key=job.key,
-        **_common(job),
+        **common,
         metrics=outcome.metrics,
         per_class=outcome.per_class,
         ci95=outcome.ci95,
