@@ -237,12 +237,19 @@ def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
     return F.pad(tensor - colour, (extra // 2, extra - extra // 2) * 2) + colour
 
 
+def integer_points(points: np.ndarray, longest: int, size: int) -> Tensor:
+    """(P, 2) float: integer pixels (P, 2) of an image whose longest side becomes `size`, truncated toward zero there.
+
+    Multiplied first, then divided, in single precision: a factor size / longest would lose a pixel where it is exact.
+    """
+    return (torch.from_numpy(points).long() * size / longest).long().float()
+
+
 def match_probe3d(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
     """By probe3d's integer points and corner read-out."""
 
     def scaled(points: np.ndarray, view: View) -> Tensor:
-        """Integer tensors there: scaled, then truncated toward zero, then divided by the side."""
-        return (torch.from_numpy(points).long() * (size / view.longest)).long().float() / size
+        return integer_points(points, view.longest, size) / size
 
     starts = [2 * scaled(pair.source_points, view) - 1 for pair, view in zip(pairs, sources, strict=True)]
     cells = nearest_cells(_at(sources, starts, align_corners=True), target.map)
