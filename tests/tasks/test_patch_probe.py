@@ -174,7 +174,7 @@ def test_too_many_neighbours_is_wrong_usage() -> None:
 
 @pytest.mark.parametrize("c", [1e-6, 1.4e-3, 1.93])
 def test_logistic_regression_equals_scikit_learn(c: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Probabilities within 1e-3, over chunks, for class ids with gaps; at the smallest C the free intercepts decide."""
+    """Probabilities within 1e-6, over chunks, for class ids with gaps; at the smallest C the free intercepts decide."""
     monkeypatch.setattr(probe, "CHUNK", 400)
     rng = np.random.default_rng(0)
     labels = rng.choice([0, 3, 7, 200], 1500, p=[0.5, 0.3, 0.15, 0.05]).astype(np.uint8)
@@ -185,9 +185,24 @@ def test_logistic_regression_equals_scikit_learn(c: float, monkeypatch: pytest.M
     theirs = LogisticRegression(C=c, max_iter=5000, tol=1e-9).fit(features.astype(np.float64), labels)
     assert model.classes.tolist() == theirs.classes_.tolist()
     ours = torch.softmax(model.logits(torch.from_numpy(features)), 1).numpy()
-    np.testing.assert_allclose(ours, theirs.predict_proba(features), atol=1e-3)
-    assert (model.predict(torch.from_numpy(features)).numpy() == theirs.predict(features)).mean() > 0.998
+    np.testing.assert_allclose(ours, theirs.predict_proba(features), atol=1e-6)
+    assert (model.predict(torch.from_numpy(features)).numpy() == theirs.predict(features)).all()
+    assert model.converged
     assert 5 < model.iterations < 1000
+
+
+def test_logistic_regression_takes_the_steps_of_scikit_learn_and_says_where_it_was_stopped() -> None:
+    """Features that can be separated, and correlated as those of encoders are: 60 iterations do not suffice."""
+    rng = np.random.default_rng(0)
+    features = (rng.normal(0, 1, (200, 40)) @ rng.normal(0, 1, (40, 40))).astype(np.float32)
+    labels = rng.integers(0, 4, 200).astype(np.uint8)
+    model = probe.fit_logistic(
+        torch.from_numpy(features), torch.from_numpy(labels), 100.0, max_iterations=60, tolerance=1e-12, device=CPU
+    )
+    with pytest.warns(ConvergenceWarning):
+        theirs = LogisticRegression(C=100.0, max_iter=60, tol=1e-12).fit(features.astype(np.float64), labels)
+    assert (model.iterations, model.converged) == (60, False)
+    np.testing.assert_allclose(model.weights[:, :-1], theirs.coef_, rtol=1e-6, atol=1e-8)
 
 
 def test_a_loss_without_a_value_is_a_numerical_error() -> None:
