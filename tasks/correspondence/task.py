@@ -41,6 +41,7 @@ from neco_bench.data.base import Pair, PairDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.errors import BadInputError
 from neco_bench.features.extract import encode_within_memory, loading_threads
+from neco_bench.features.patches import rescaled, unit_length
 from neco_bench.features.transforms import to_tensor
 from neco_bench.protocol import Settings as BaseSettings
 from neco_bench.protocol import Temperature
@@ -217,8 +218,8 @@ def _views(
                     encoder, batch, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std
                 )
             for name, image, feature in zip(chunk, images, features, strict=True):
-                if settings.geometry != "squash":
-                    feature = F.normalize(feature, dim=0)
+                # "squash" mixes features of their own lengths before it compares directions.
+                feature = rescaled(feature, None) if settings.geometry == "squash" else unit_length(feature, 0)
                 views[name] = View(feature, image.shape[1], image.shape[0])
     return views
 
@@ -389,7 +390,7 @@ def _outcome(
 ) -> Outcome:
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float | None]] = {}
-    ci95: dict[str, tuple[float, float]] = {}
+    ci95: dict[str, tuple[float, float] | None] = {}
     average = settings.average_used
     beside = _BESIDE[average] if settings.pairs_per_bin is None else ()
     categories = sorted({p.category for p in dataset.pairs})
@@ -436,7 +437,7 @@ def _outcome(
 
 def _interval(
     hits: np.ndarray, totals: np.ndarray, classes: np.ndarray, images: np.ndarray, average: Average, seed: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """95 % interval of the average in use, pairs drawn anew, and wider as far as they share images."""
     if average == "pairs":
         return statistics.bootstrap_mean(hits / totals, images=images, seed=seed)
