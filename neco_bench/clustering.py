@@ -93,8 +93,9 @@ class Rows:
         mean = total / len(self)
         deviation = (squares / len(self) - mean.square()).clamp_(min=0).sqrt_()
         mean += first
-        deviation[deviation == 0] = 1
-        self._scale = mean.float().numpy(), deviation.float().numpy()
+        single = deviation.float()
+        single[single == 0] = 1
+        self._scale = mean.float().numpy(), single.numpy()
 
     def drawn(self, count: int, seed: int) -> np.ndarray:
         """The first `count` rows of FAISS's permutation of that seed, in its order; all in file order if no more."""

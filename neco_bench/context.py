@@ -92,11 +92,12 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task family returns. Metrics are fractions; statistics go beside the result as arrays."""
+    """What a task family returns. Metrics are fractions; statistics go beside the result as arrays. ci95: None where
+    an interval cannot be had, as from a single image."""
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float | None]]
-    ci95: dict[str, tuple[float, float]]
+    ci95: Mapping[str, tuple[float, float] | None]
     n_images: int
     statistics: dict[str, np.ndarray]
     features: dict[str, Any]

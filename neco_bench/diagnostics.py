@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neco_bench.features.patches import rescaled, unit_length
 from neco_bench.search import ExactIndex
 
 OUTLIER = 3.0  # times the median norm of an image's patches
@@ -21,7 +22,7 @@ def norm_outliers(maps: Tensor) -> float:
     Artefact tokens as Darcet et al. (*Vision Transformers Need Registers*, ICLR 2024, section 2.1) describe them; they
     use one absolute threshold for one model, a relative one compares models.
     """
-    norms = maps.flatten(2).norm(dim=1)
+    norms = rescaled(maps, None).flatten(2).norm(dim=1)
     return float((norms > OUTLIER * norms.median(1, keepdim=True).values).float().mean())
 
 
@@ -62,7 +63,7 @@ def neighbour_purity(maps: Tensor, labels: np.ndarray, ignore: int = 255) -> flo
     Patches labelled `ignore` are left out. What in-context retrieval with one neighbour lives on (Balazevic et al.,
     *Towards In-context Scene Understanding*, NeurIPS 2023). NaN where no image has another to look into.
     """
-    features = F.normalize(_rows(maps), dim=1)
+    features = unit_length(_rows(maps), 1)
     flat = labels.reshape(len(maps), -1)
     image = np.repeat(np.arange(len(maps)), flat.shape[1])
     kept = flat.ravel() != ignore
@@ -88,7 +89,7 @@ def shift_sensitivity(maps: Tensor, shifted: Tensor) -> float:
     Shift-Invariant Again*, ICML 2019).
     """
     before, after = maps[:, :, 1:-1, 2:-1], shifted[:, :, 1:-1, 1:-2]
-    return 1 - float(F.cosine_similarity(before, after, dim=1).mean())
+    return 1 - float((unit_length(before, 1) * unit_length(after, 1)).sum(1).mean())
 
 
 def principal_colours(maps: Tensor) -> np.ndarray:
@@ -109,10 +110,10 @@ def principal_colours(maps: Tensor) -> np.ndarray:
 
 def norm_shades(maps: Tensor) -> np.ndarray:
     """(N, h, w) uint8: the norm of each patch relative to the median of its image, white at twice OUTLIER."""
-    norms = maps.norm(dim=1)
+    norms = rescaled(maps, None).norm(dim=1)
     relative = norms / norms.flatten(1).median(1).values[:, None, None].clamp_min(1e-12)
     return (relative / (2 * OUTLIER) * 255).clamp(0, 255).round().to(torch.uint8).numpy()
 
 
 def _rows(maps: Tensor) -> Tensor:
-    return maps.flatten(2).transpose(1, 2).flatten(0, 1).cpu()
+    return rescaled(maps, None).flatten(2).transpose(1, 2).flatten(0, 1).cpu()

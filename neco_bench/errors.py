@@ -39,6 +39,12 @@ class NumericalError(NecoBenchError):
     exit_code = 5
 
 
+NOTHING_LABELLED = (
+    "The training masks are all void, so there is nothing to learn from. Check them: neco-bench data check; or raise "
+    "--limit, or use another --split-file."
+)
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """A sentence with the nearest known names, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)

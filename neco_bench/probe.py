@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neco_bench.errors import NumericalError
+from neco_bench.errors import NOTHING_LABELLED, BadInputError, NumericalError
 from neco_bench.features.transforms import largest_upsampled
 
 
@@ -63,12 +63,13 @@ def train_probe(
 
     All see the same batches, in one pass, and none feels the others. epochs: for each epoch its batches, features
     (B, D, h, w) with targets (B, height, width) int64; `ignore` in the target is left out of the mean cross-entropy.
-    Raises NumericalError where a loss is not finite.
+    Raises NumericalError where a loss is not finite, BadInputError where no target of the first epoch has
+    anything but `ignore`.
     """
     groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
     optimizer = torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
     schedule = torch.optim.lr_scheduler.StepLR(optimizer, options.decay_epochs, options.decay)
-    snapshots = []
+    snapshots, learned = [], False
     for batches in epochs:
         for features, target in batches:
             logits = logits_at(heads, features, *target.shape[-2:])
@@ -80,9 +81,12 @@ def train_probe(
                 raise NumericalError(
                     f"The probe's loss is not finite at learning_rate={rate:g}. Lower it with --set learning_rate=0.001"
                 )
+            learned = True
             optimizer.zero_grad()
             losses.sum().backward()
             optimizer.step()
+        if not learned:
+            raise BadInputError(NOTHING_LABELLED)
         schedule.step()
         snapshots.append(copy.deepcopy(list(heads)))
     return snapshots

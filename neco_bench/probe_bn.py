@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neco_bench.context import item_rng
-from neco_bench.errors import NumericalError
+from neco_bench.errors import NOTHING_LABELLED, BadInputError, NumericalError
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ def train_bn_probe(
     """{iterations done: copy of the head, in eval mode} at multiples of `evaluate_every` and at the end.
 
     Trains `head` in place. batches: features (B, D, h, w) with targets (B, H, W) int64, one for each iteration.
-    Raises NumericalError where the loss is not finite.
+    Raises NumericalError where the loss is not finite, BadInputError where no target has anything but `ignore`.
     """
     optimizer = torch.optim.AdamW(head.parameters(), options.learning_rate, weight_decay=options.weight_decay)
-    heads = {}
+    heads, learned = {}, False
     head.train()
     for iteration, (features, target) in enumerate(batches):
         # The reference steps its schedule after every iteration but the first.
@@ -114,7 +114,10 @@ def train_bn_probe(
         if not math.isfinite(add_gradient(logits, target, ignore)):
             raise NumericalError("The probe's loss is not finite. Lower the rate with --set learning_rate=0.0001.")
         optimizer.step()
+        learned = learned or bool((target != ignore).any())
         done = iteration + 1
         if done % options.evaluate_every == 0 or done == options.iterations:
             heads[done] = copy.deepcopy(head).eval()
+    if not learned:
+        raise BadInputError(NOTHING_LABELLED)
     return heads

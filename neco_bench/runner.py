@@ -290,7 +290,7 @@ def _executed(
         **common,
         metrics=outcome.metrics,
         per_class=outcome.per_class,
-        ci95=outcome.ci95,
+        ci95={name: interval for name, interval in outcome.ci95.items() if interval is not None},
         n_images=outcome.n_images,
         status="ok",
         provenance=provenance,

@@ -2,13 +2,14 @@
 
 Images are resampled with replacement (Efron 1979); a data-set metric such as mIoU is computed anew from the pooled
 counts of each draw. A draw is a vector of how often each image occurs, so that many draws are one matrix product. The
-same n and seed give the same draws, whatever the metric.
+same n and seed give the same draws, whatever the metric. Where all draws agree, Wilson's interval takes their place.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
 
@@ -18,6 +19,7 @@ from neco_bench.metrics import Absent
 _CHUNK = 4_000_000  # drawn image indices held at once: about 100 MB
 
 
+Interval = tuple[float, float]
 Statistic = Callable[[np.ndarray], np.ndarray]
 
 
@@ -43,11 +45,12 @@ def miou_sums(confusions: np.ndarray, absent: Absent = "exclude") -> Sums:
     """mIoU over pooled pixels, from per-image confusions (n, C, C), rows ground truth, or (S, n, C, C): see
     `bootstrap_miou`."""
     columns, ious = _segmentation(confusions)
+    _, truth, _ = ious(columns.sum(0, keepdims=True, dtype=np.float64))
+    share = (truth > 0).mean(2) if absent == "zero" else 1.0
 
     def miou(sums: np.ndarray) -> np.ndarray:
         values, gt, total = ious(sums)
-        counted = {"zero": total >= 0, "exclude": gt > 0, "union": total > 0}[absent]
-        return _mean_counted(values, counted).mean(1)
+        return (_mean_counted(values, (total if absent == "union" else gt) > 0) * share).mean(1)
 
     return Sums(columns, miou)
 
@@ -118,16 +121,24 @@ def _segmentation(confusions: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndar
 
 def bootstrap_miou(
     confusions: np.ndarray, *, absent: Absent = "exclude", draws: int = 10_000, seed: int = 0, level: float = 0.95
-) -> tuple[float, float]:
+) -> Interval | None:
     """(low, high) of the mIoU over pooled pixels, from per-image confusions (n, C, C), rows ground truth.
 
     With (S, n, C, C), of several seeds over the same images, the interval is that of the mean of their S mIoUs.
-    Absent classes are treated in each draw as `metrics.mean_iou` treats them: "exclude" leaves out classes without
-    ground truth in the draw, "union" those in neither truth nor prediction there, "zero" averages over all C with 0 for
-    the latter.
-    Raises NumericalError for no images, or no ground truth in any draw.
+    "exclude" leaves out of a draw the classes without ground truth in it, "union" those in neither truth nor
+    prediction there. "zero" leaves out the same as "exclude", times the share of the C classes that have ground
+    truth at all: a class that is in no image counts as 0, not one that only the draw misses. None where a single
+    image has labelled pixels: nothing is known of the spread. Where all draws agree: `_wilson`. Raises
+    NumericalError for no images, or no labelled pixel.
     """
-    return _interval(_resampled(miou_sums(confusions, absent), draws, seed), level)
+    if not confusions.any():
+        raise NumericalError(
+            f"The masks of the {confusions.shape[-3]} images to score on have no labelled pixel, so the metric is "
+            f"undefined. Check them: neco-bench data check."
+        )
+    sums = miou_sums(confusions, absent)
+    labelled = (confusions[0] if confusions.ndim == 4 else confusions).any((1, 2)).sum()
+    return _interval(_resampled(sums, draws, seed), level, int(labelled))
 
 
 def bootstrap_ratio(
@@ -139,22 +150,26 @@ def bootstrap_ratio(
     draws: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
-) -> tuple[float, float]:
+) -> Interval | None:
     """(low, high) of sum(hits) / sum(totals), both (n,), as in PCK per point.
 
     images: (n, 2) ids of the two images of each pair; the interval is then as wide as pairs that share images ask for
     (`_dependence`), and stays within [0, 1].
 
     With `groups` (n,) integers (categories): of the mean of the groups' ratios; a group without totals in a draw is
-    left out of that draw. Raises NumericalError for no items, or no totals in any draw.
+    left out of that draw. None for a single item: nothing is known of its spread. Where all draws agree: `_wilson`.
+    Raises NumericalError for no items, or no totals in any draw.
     """
     sums = ratio_sums(hits, totals, groups, images=images)
-    values = _resampled(sums, draws, seed)
+    values, items = _resampled(sums, draws, seed), int((totals > 0).sum())
     if images is None:
-        return _interval(values, level)
+        return _interval(values, level, items)
     centre = sums.value()
-    low, high = _interval(centre + (values - centre) * _dependence(_influence(sums), images), level)
-    return max(0.0, low), min(1.0, high)
+    spread = centre + (values - centre) * _dependence(_influence(sums), images)
+    # So many pairs at most have no image in common with each other.
+    apart = min(items, max(2, len(np.unique(images[totals > 0])) // 2))
+    interval = _interval(spread, level, apart)
+    return interval and (max(0.0, interval[0]), min(1.0, interval[1]))
 
 
 @dataclass(frozen=True)
@@ -216,8 +231,8 @@ def bootstrap_mean(
     draws: int = 10_000,
     seed: int = 0,
     level: float = 0.95,
-) -> tuple[float, float]:
-    """(low, high) of the mean of `values` (n,); images as in `bootstrap_ratio`.
+) -> Interval | None:
+    """(low, high) of the mean of `values` (n,); images and None as in `bootstrap_ratio`.
 
     Raises NumericalError for no values, or NaN among them.
     """
@@ -282,10 +297,30 @@ def _resampled(sums: Sums, draws: int, seed: int) -> np.ndarray:
     return np.concatenate([sums.statistic(counts @ columns) for counts in _counts(len(columns), draws, seed)])
 
 
-def _interval(values: np.ndarray, level: float) -> tuple[float, float]:
-    """Percentile interval of the values of draws (draws,)."""
+def _interval(values: np.ndarray, level: float, items: int) -> Interval | None:
+    """Percentile interval of the values of draws (draws,) of so many items; None where it would be a point by default.
+
+    Drawing one item again and again, or items that all agree, gives a point, and says nothing of items not seen.
+    """
     values = values[~np.isnan(values)]
     if not len(values):
         raise NumericalError("A bootstrap found no item with ground truth, so the metric is undefined.")
+    if items < 2:
+        return None
+    if np.ptp(values) < 1e-9:
+        return _wilson(float(values[0]), items, level) if 0 <= values[0] <= 1 else None
     low, high = np.quantile(values, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)
+
+
+def _wilson(mean: float, items: int, level: float) -> Interval:
+    """Wilson's interval (1927) of the mean of values in [0, 1]: as wide as if each were 0 or 1, the largest variance.
+
+    Where the mean is 0 or 1, it is one-sided: of 0 hits in 80 it is [0, 0.046].
+    """
+    z = NormalDist().inv_cdf((1 + level) / 2) if level < 1 else np.inf
+    if np.isinf(z):
+        return 0.0, 1.0
+    centre, half = mean + z**2 / (2 * items), z * np.sqrt(mean * (1 - mean) / items + z**2 / (4 * items**2))
+    low, high = ((centre + sign * half) / (1 + z**2 / items) for sign in (-1, 1))
+    return max(0.0, min(float(low), mean)), min(1.0, max(float(high), mean))

@@ -9,7 +9,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from neco_bench.tasks.correspondence.task import View, match_centres, match_probe3d, prepare_centres, prepare_probe3d
+from neco_bench.tasks.correspondence.task import (
+    View,
+    integer_points,
+    match_centres,
+    match_probe3d,
+    prepare_centres,
+    prepare_probe3d,
+)
 from PIL import Image
 from scipy.io import savemat
 
@@ -90,6 +97,15 @@ def test_probe3d_truncates_integer_keypoints() -> None:
     _, errors = match_probe3d([make_pair([[62, 462]], [[62, 462]])], [view], view, size, stride)
     # All cells tie, so the first one (0, 0) is chosen; the error is the length of the truncated point.
     assert errors[0] == pytest.approx(np.hypot(27, 206) / 224 * 500, abs=1e-3)
+
+
+@pytest.mark.parametrize("size", [224, 448, 800])
+def test_probe3d_loses_no_pixel_to_rounding(size: int) -> None:
+    """The reference multiplies by the size and then divides: all pixels of images of all sides up to 640."""
+    for longest in range(1, 641):
+        points = np.arange(longest, dtype=float).reshape(-1, 1)
+        exact = np.arange(longest) * size // longest
+        assert integer_points(points, longest, size)[:, 0].tolist() == exact.tolist(), longest
 
 
 def test_probe3d_padding() -> None:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import inspect
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -245,6 +247,10 @@ def _open_kept(
     if not dataclasses.is_dataclass(transform):  # what else it depends on is not known
         return None
     size = getattr(transform, "size", None)
+    try:  # what its code does may change from one version to the next
+        code = inspect.getsource(inspect.getmodule(transform) or type(transform))
+    except (OSError, TypeError):
+        return None
     if not isinstance(size, int):
         return None
     facts = {
@@ -253,7 +259,7 @@ def _open_kept(
         "numbers": [encoder.precision, encoder.device.type, torch.__version__],
         "data": f"{dataset.name} {dataset.split}",
         "fingerprint": dataset.fingerprint(),
-        "transform": repr(transform),
+        "transform": [repr(transform), hashlib.sha256(code.encode()).hexdigest()],
         "items": items,
         "seed": context.seed,
     }

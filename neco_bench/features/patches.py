@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -44,6 +45,22 @@ def paste(blocks: Tensor, columns: int) -> np.ndarray:
     side = round(blocks.shape[1] ** 0.5)
     grid = blocks.view(-1, columns, side, side).transpose(1, 2)
     return grid.reshape(-1, columns * side).cpu().numpy()
+
+
+def rescaled(features: Tensor, dim: int | None) -> Tensor:
+    """The features (float32) with the largest value along `dim` in [1, 2), where it is not 0; None: of all of them.
+
+    By a power of two, which rounds nothing: squares of very large or small numbers leave the range of float32.
+    """
+    largest = features.abs()
+    largest = largest.amax() if dim is None else largest.amax(dim, keepdim=True)
+    _, exponent = torch.frexp(largest)
+    return features / torch.ldexp(torch.ones_like(largest), exponent - 1)
+
+
+def unit_length(features: Tensor, dim: int) -> Tensor:
+    """The features scaled to length 1 along `dim`, whatever their length before; 0 stays 0."""
+    return F.normalize(rescaled(features, dim), dim=dim)
 
 
 def patch_view(image: Tensor, stride: int, patch: int) -> np.ndarray:

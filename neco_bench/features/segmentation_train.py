@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from neco_bench.data.base import IGNORE, Sample
-from neco_bench.features.transforms import nearest_centre
+from neco_bench.features.transforms import nearest_legacy
 
 
 def short_side_size(height: int, width: int, short: int) -> tuple[int, int]:
@@ -99,7 +99,8 @@ def _linear(image: Tensor, factor: float, shift: float) -> Tensor:
 class ScaleCropDistort:
     """Short side at `size` times a factor in `scale`, a varied crop, a flip, distorted colours, padding to size x size.
 
-    Image Pillow bilinear, mask Pillow nearest. Padding is right and below: `fill` (RGB on [0, 1]) and void.
+    Image Pillow bilinear, mask PyTorch's nearest: in the reference the mask is a tensor before it is resized. Padding
+    is right and below: `fill` (RGB on [0, 1]) and void.
     """
 
     size: int
@@ -112,7 +113,7 @@ class ScaleCropDistort:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         image = resize_short_side(sample.image, max(1, int(self.size * rng.uniform(*self.scale))))
-        mask = nearest_centre(sample.mask, image.shape[0], image.shape[1])
+        mask = nearest_legacy(sample.mask, image.shape[0], image.shape[1])
         crop = choose_crop(mask, self.size, self.max_class_share, self.crop_tries, rng)
         image, mask = image[crop], mask[crop]
         if rng.random() < self.flip_probability:

@@ -41,6 +41,7 @@ from neco_bench.data.base import Pair, PairDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.errors import BadInputError
 from neco_bench.features.extract import encode_within_memory, loading_threads
+from neco_bench.features.patches import rescaled, unit_length
 from neco_bench.features.transforms import to_tensor
 from neco_bench.protocol import Settings as BaseSettings
 from neco_bench.protocol import Temperature
@@ -217,8 +218,8 @@ def _views(
                     encoder, batch, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std
                 )
             for name, image, feature in zip(chunk, images, features, strict=True):
-                if settings.geometry != "squash":
-                    feature = F.normalize(feature, dim=0)
+                # "squash" mixes features of their own lengths before it compares directions.
+                feature = rescaled(feature, None) if settings.geometry == "squash" else unit_length(feature, 0)
                 views[name] = View(feature, image.shape[1], image.shape[0])
     return views
 
@@ -237,12 +238,19 @@ def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
     return F.pad(tensor - colour, (extra // 2, extra - extra // 2) * 2) + colour
 
 
+def integer_points(points: np.ndarray, longest: int, size: int) -> Tensor:
+    """(P, 2) float: integer pixels (P, 2) of an image whose longest side becomes `size`, truncated toward zero there.
+
+    Multiplied first, then divided, in single precision: a factor size / longest would lose a pixel where it is exact.
+    """
+    return (torch.from_numpy(points).long() * size / longest).long().float()
+
+
 def match_probe3d(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
     """By probe3d's integer points and corner read-out."""
 
     def scaled(points: np.ndarray, view: View) -> Tensor:
-        """Integer tensors there: scaled, then truncated toward zero, then divided by the side."""
-        return (torch.from_numpy(points).long() * (size / view.longest)).long().float() / size
+        return integer_points(points, view.longest, size) / size
 
     starts = [2 * scaled(pair.source_points, view) - 1 for pair, view in zip(pairs, sources, strict=True)]
     cells = nearest_cells(_at(sources, starts, align_corners=True), target.map)
@@ -382,7 +390,7 @@ def _outcome(
 ) -> Outcome:
     metrics: dict[str, float] = {}
     per_class: dict[str, dict[str, float | None]] = {}
-    ci95: dict[str, tuple[float, float]] = {}
+    ci95: dict[str, tuple[float, float] | None] = {}
     average = settings.average_used
     beside = _BESIDE[average] if settings.pairs_per_bin is None else ()
     categories = sorted({p.category for p in dataset.pairs})
@@ -429,7 +437,7 @@ def _outcome(
 
 def _interval(
     hits: np.ndarray, totals: np.ndarray, classes: np.ndarray, images: np.ndarray, average: Average, seed: int
-) -> tuple[float, float]:
+) -> tuple[float, float] | None:
     """95 % interval of the average in use, pairs drawn anew, and wider as far as they share images."""
     if average == "pairs":
         return statistics.bootstrap_mean(hits / totals, images=images, seed=seed)

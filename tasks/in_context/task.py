@@ -15,7 +15,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from pydantic import Field, PositiveInt
 from scipy.sparse import csr_matrix, vstack
 from torch import Tensor
@@ -24,8 +23,9 @@ from neco_bench import distributed, metrics, statistics
 from neco_bench.context import Context, Cost, Neighbour, Outcome, item_rng
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
+from neco_bench.errors import NOTHING_LABELLED, BadInputError
 from neco_bench.features.extract import stream
-from neco_bench.features.patches import patch_view
+from neco_bench.features.patches import patch_view, rescaled, unit_length
 from neco_bench.features.transforms import HummingbirdTrain, Squash, largest_upsampled
 from neco_bench.protocol import Range, Share, Temperature
 from neco_bench.protocol import Settings as BaseSettings
@@ -94,8 +94,9 @@ def retrieve(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Cosines and row ids (Q, k) of the nearest memory rows, which have unit length; queries (Q, D) as they are.
 
     Queries are not normalised before the search, as in the reference: the order is the same, but where two rows tie the
-    rounding decides, and so decides alike.
+    rounding decides, and so decides alike. They are divided by powers of two, which alters no digit.
     """
+    queries = rescaled(queries, 1)
     scores, ids = index.search(queries, k)
     return scores / queries.norm(dim=1, keepdim=True).clamp_min(1e-12).to(scores.device), ids
 
@@ -196,7 +197,10 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 def build_memory(
     encoder: Encoder, train: SegmentationDataset, settings: Settings, context: Context, size: int
 ) -> Memory:
-    """The memory of `settings.passes` augmented copies of each training image, size x size pixels each."""
+    """The memory of `settings.passes` augmented copies of each training image, size x size pixels each.
+
+    Raises BadInputError where they have no labelled pixel.
+    """
     transform = _augmentation(settings, size)
     items = [(epoch, i) for epoch in range(settings.passes) for i in range(len(train))]
     per_image = None if settings.memory_size is None else max(1, settings.memory_size // len(items))
@@ -207,13 +211,14 @@ def build_memory(
         index = ExactIndex(encoder.embed_dim, encoder.device, capacity=most)
     else:
         index = ApproximateIndex(settings.search, encoder.embed_dim, encoder.device)
-    labels, origins = [], []
+    labels, origins, labelled = [], [], False
     for batch in stream(
         encoder, train, transform, context, "memory", items=items, own=True, mean=settings.mean, std=settings.std
     ):
         with context.phase("memory"):
-            features = F.normalize(batch.features.flatten(2).transpose(1, 2), dim=2)
+            features = unit_length(batch.features.flatten(2).transpose(1, 2), 2)
             for position, tokens, mask in zip(batch.positions, features, batch.masks, strict=True):
+                labelled = labelled or bool((mask != IGNORE).any())
                 if settings.void_in_memory == "class 0":
                     mask = np.where(mask == IGNORE, 0, mask)
                 share = patch_labels(mask, encoder.stride, len(train.classes))
@@ -224,6 +229,8 @@ def build_memory(
                 labels.append(csr_matrix(share / share.sum(1, keepdims=True)))
                 origins.append((epoch, image, chosen.astype(np.int32)))
                 index.add(tokens[torch.from_numpy(chosen).to(tokens.device)])
+    if not any(distributed.gather(labelled)):
+        raise BadInputError(NOTHING_LABELLED)
     if distributed.world() == 1:
         return Memory(index, vstack(labels, format="csr"), origins)
     every = [row for part in distributed.gather(labels) for row in part]

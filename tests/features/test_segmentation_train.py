@@ -12,6 +12,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
 
 from neco_bench.context import item_rng
 from neco_bench.data.base import IGNORE, Sample
@@ -140,6 +142,16 @@ def test_small_images_are_padded_right_and_below_with_the_mean_and_void() -> Non
     colour = torch.tensor(MEAN)[:, None, None]
     assert torch.equal(image[:, 32:], colour.expand(3, 32, 64))
     assert torch.equal(image[:, :, 48:], colour.expand(3, 64, 16))
+
+
+def test_the_mask_is_resized_by_the_rule_of_tensors() -> None:
+    """torchvision's `nearest` of a tensor, as in the reference; that of a Pillow image differs."""
+    one = sample(60, 81)
+    _, mask = replace(PLAIN, scale=(0.7, 0.7))(one, item_rng(0))  # 44 x 59: the crop is all of it
+    expected = tvf.resize(torch.from_numpy(one.mask)[None], [44, 59], InterpolationMode.NEAREST)[0].numpy()
+    np.testing.assert_array_equal(mask[:44, :59], expected)
+    pillow = np.asarray(Image.fromarray(one.mask).resize((59, 44), Image.Resampling.NEAREST))
+    assert (pillow != expected).mean() > 0.01
 
 
 def test_the_short_side_is_rounded_down() -> None:

@@ -84,6 +84,13 @@ def test_what_another_number_would_need_is_not_shared(encoded: list[int]) -> Non
     assert (sum(encoded), len(stored_streams())) == (80, 4)
 
 
+def test_other_code_of_a_transform_shares_nothing(encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    batches(with_store())
+    monkeypatch.setattr("inspect.getsource", lambda module: "another version")
+    batches(with_store())
+    assert (sum(encoded), len(stored_streams())) == (40, 2)
+
+
 @pytest.mark.parametrize("damage", ["none", "half an item", "lost index", "lost masks"])
 def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]) -> None:
     plain = batches(Context(batch_size=4))

@@ -18,6 +18,7 @@ from neco_bench.data import DATASETS
 from neco_bench.data.base import IGNORE, Sample
 from neco_bench.data.shapes import Shapes
 from neco_bench.encoders import DenseFeatures, Encoder
+from neco_bench.errors import BadInputError, NumericalError
 from neco_bench.protocol import all_cards
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
@@ -68,6 +69,62 @@ class Blind(Encoder):
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         height, width = images.shape[-2:]
         return DenseFeatures(images.new_ones(len(images), 4, height // 16, width // 16), 16)
+
+
+class Rescaled(Encoder):
+    """The mean colour of each cell of 8 pixels, and its square, times a factor."""
+
+    name, weights_id = "rescaled", "0"
+    embed_dim, stride = 6, 8
+
+    def __init__(self, factor: float) -> None:
+        super().__init__()
+        self.factor = factor
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        return DenseFeatures(F.avg_pool2d(torch.cat([images, images.square()], 1), 8) * self.factor, 8)
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        "shapes_ic@hbird-2",
+        "shapes_knn@capi-1",
+        "shapes_overcluster_50@clean-1",
+        "shapes_correspondence@pck-1",
+        "shapes_correspondence@dift-1",
+    ],
+)
+def test_the_scale_of_features_moves_nothing(task: str) -> None:
+    """Powers of two alter no digit, so the numbers are equal; below 1e-38 float32 has fewer digits."""
+    family = CARDS[task.partition("@")[0]].family
+    metrics = [
+        neco_bench.run(Rescaled(factor), task, limit=6, workers=0, changes=SMALL[family]).metrics
+        for factor in (1.0, 2.0**122, 2.0**-100, 1e-40)
+    ]
+    assert metrics[0] == metrics[1] == metrics[2]
+    assert metrics[3] == pytest.approx(metrics[0], abs=0.02)
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize(
+    "task", ["shapes_ic@hbird-2", "shapes_ic@clean-1", "shapes_linear@neco-1", "shapes_linear@dinov3-1"]
+)
+def test_masks_of_void_alone_are_an_error(task: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Void(Shapes):
+        def __getitem__(self, index: int) -> Sample:
+            sample = super().__getitem__(index)
+            mask = np.full_like(sample.mask, IGNORE) if self.split == split else sample.mask
+            return Sample(sample.image, mask, sample.id)
+
+    monkeypatch.setattr(DATASETS, "load", lambda name: Void)
+    family = CARDS[task.partition("@")[0]].family
+    changes = SMALL.get(f"{family}@{task.partition('@')[2]}", SMALL[family])
+    error, message = (
+        (BadInputError, "training masks are all void") if split == "train" else (NumericalError, "score on")
+    )
+    with pytest.raises(error, match=message):
+        neco_bench.run("baseline_rgb", task, limit=4, workers=0, changes=changes, features="off")
 
 
 @pytest.fixture
