@@ -8,6 +8,7 @@ of the model on PyTorch's meta device answers all of this without computing anyt
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import sys
 from collections.abc import Callable
@@ -20,6 +21,10 @@ from torch import Tensor, nn
 from neco_bench.errors import UsageError
 
 _LARGEST_BLOCK = 8  # attention blocks of halonet and bat_resnext, in cells of the deepest stage
+
+
+class _NeedsDataError(Exception):
+    """The model looks at values of its input, which there are none of here: timm's own facts must do."""
 
 
 class Level(NamedTuple):
@@ -96,6 +101,7 @@ def measure(model: Any, index: int, name: str) -> Level:
     stride, deepest = facts[index], max(facts)
     own = int(model.pretrained_cfg["input_size"][-1])
 
+    @functools.cache
     def grid(side: int, padding: int = 0, *, rebuilt: bool = False) -> int:
         """Cells a side for an input of that side; 0 where the model does not take it."""
         padded = side + padding
@@ -103,13 +109,21 @@ def measure(model: Any, index: int, name: str) -> Level:
             with torch.inference_mode():
                 used = build_for(model, (padded, padded)).eval() if rebuilt else model
                 found = read_level(used, _images(padded), index, False)
-        except Exception:  # models fail in ways of their own; whichever it is, they do not take this size
+        except Exception as error:  # models fail in ways of their own; whichever it is, they do not take this size
+            if "meta tensor" in str(error):
+                raise _NeedsDataError from error
             return 0
         return int(found.shape[-1]) if found.shape[-1] == found.shape[-2] else 0
 
     def level(stride: int, multiple: int, **how: Any) -> Level:
         return _with_channels(model, index, Level(0, stride, multiple, **how), own)
 
+    try:
+        grid(own)
+    except _NeedsDataError:
+        norm = getattr(model, "norm", None)
+        normed = isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
+        return Level(model.feature_info[index]["num_chs"], stride, deepest, final_norm=normed)
     attempts = [(stride, False), (deepest, False), (deepest, True)]
     attempts += [(deepest * 2**i, False) for i in range(1, _LARGEST_BLOCK.bit_length())]
     for multiple, rebuilt in dict.fromkeys(attempts):
@@ -164,12 +178,10 @@ def _with_channels(model: Any, index: int, level: Level, own: int) -> Level:
     """The level with its channels, and whether a norm or a last convolution is behind it."""
     side = level.size or (own if level.rebuilt else _odd_multiple(level.multiple, own) + level.padding)
     with torch.inference_mode():
-        called = _called(model)
-        found = read_level(model, _images(side), index, False)
-        before = called()
+        found, before = _called(model, _images(side), index, norm=False)
         try:
-            read_level(model, _images(side), index, True)
-            norm = bool(called() - before)
+            normed, after = _called(model, _images(side), index, norm=True)
+            norm = bool(after - before) and normed.shape == found.shape  # SAM's neck makes other channels
         except AssertionError:  # "normalization of features not supported"
             norm = False
         last = getattr(model, "final_conv", None)
@@ -183,15 +195,12 @@ def _with_channels(model: Any, index: int, level: Level, own: int) -> Level:
     return level._replace(embed_dim=int(channels), final_norm=norm, final_conv=final)
 
 
-def _called(model: nn.Module) -> Callable[[], set[nn.Module]]:
-    """A function that gives the modules called since it was last asked."""
+def _called(model: nn.Module, images: Tensor, index: int, *, norm: bool) -> tuple[Tensor, set[nn.Module]]:
+    """A level, and the modules that were called for it."""
     seen: set[nn.Module] = set()
-    for module in model.modules():
-        module.register_forward_hook(lambda module, _inputs, _output: seen.add(module))
-
-    def take() -> set[nn.Module]:
-        found = set(seen)
-        seen.clear()
-        return found
-
-    return take
+    hooks = [m.register_forward_hook(lambda m, _inputs, _output: seen.add(m)) for m in model.modules()]
+    try:
+        return read_level(model, images, index, norm), seen
+    finally:
+        for hook in hooks:
+            hook.remove()

@@ -264,3 +264,26 @@ def test_fetching_is_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.Mon
     with pytest.raises(MissingError, match="could not be fetched"):
         fetch_url((tmp_path / "absent.bin").as_uri(), tmp_path / "b" / "w.bin")
     assert [p.name for p in (tmp_path / "a").iterdir()] == ["w.bin"]
+
+
+@pytest.mark.parametrize("spec", ["hub:owner/name:entry", "hub:{folder}:v1", "hub:{folder}:v1?trust=false"])
+def test_hub_code_runs_only_when_it_is_trusted(repository: Path, spec: str) -> None:
+    (repository / "hubconf.py").write_text("raise SystemExit('it ran')")
+    with pytest.raises(UsageError, match=r"runs the code of .* add \?trust=true"):
+        load_encoder(spec.format(folder=repository))
+
+
+@pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "resnet18", "mixer_s32_224"])
+def test_hub_entries_that_return_timm_models(tmp_path: Path, name: str) -> None:
+    (tmp_path / "hubconf.py").write_text(
+        f"import timm, torch\ndef model(pretrained=True):\n    torch.manual_seed(0)\n"
+        f"    return timm.create_model({name!r}, num_classes=0)\n"
+    )
+    images = torch.rand(1, 3, 224, 224)
+    seen = load_encoder(f"hub:{tmp_path}:model?trust=true")
+    plain = load_encoder(f"timm:{name}?pretrained=false&seed=0")
+    torch.testing.assert_close(seen.encode(images).map, plain.encode(images).map, rtol=1e-4, atol=1e-4)
+    assert (seen.mean, seen.std, seen.stride) == (plain.mean, plain.std, plain.stride)
+    if plain.only_size is None:
+        wide = torch.rand(1, 3, 128, 192)
+        torch.testing.assert_close(seen.encode(wide).map, plain.encode(wide).map, rtol=1e-3, atol=1e-3)
