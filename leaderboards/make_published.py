@@ -17,6 +17,8 @@ from decimal import Decimal
 from pathlib import Path
 
 Row = dict[str, str]
+
+
 COLUMNS = ("model", "arch", "task", "protocol", "metric", "value", "setting", "source", "quality")
 
 # Reason, column, pattern: the first that is found drops the row.
@@ -29,6 +31,8 @@ DROPPED = (
     ("report in an issue or pull request", "source", r"issues? |/pull/"),
     ("data set not stated", "dataset", r"not stated"),
 )
+
+
 # Whose experiments a source reports; first match. Paper and repository of one group are one publication.
 PUBLICATIONS = {
     "hbird-1-scann": r"open-hummingbird-eval",
@@ -56,6 +60,8 @@ PUBLICATIONS = {
     "densematching": r"DenseMatching",
     "semantic-correspondence": r"Visual-AI",
 }
+
+
 # What was measured, by the text of the task; first match.
 MEASURES = {
     "ic-depth": r"in-context depth",
@@ -73,6 +79,8 @@ MEASURES = {
     "linear": r"^linear",
     "segmentation": r"^segmentation",
 }
+
+
 DATASETS = {
     "voc": r"Pascal ?VOC.*",
     "ade20k": r"ADE20K( val)?",
@@ -83,6 +91,8 @@ DATASETS = {
     "spair": r"SPair-71k",
     "sun": r"SUN.?RGB-?D.*",
 }
+
+
 # Zoo ids by the name in the paper; {size}{patch}{plus} come from the architecture.
 MODELS = {
     "dino_vit{}": r"dino",
@@ -91,6 +101,8 @@ MODELS = {
     "dinov3_vit{}": r"dinov3( \(lvd-1689m\)| \(original features\))?",
     "mae_vit{}": r"mae",
 }
+
+
 CONVNEXT = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
 
 

@@ -13,6 +13,15 @@ import importlib
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+if TYPE_CHECKING:
+    from neco_bench.core.errors import NecoBenchError
+    from neco_bench.core.protocol import find_tasks
+    from neco_bench.data.load import load_dataset
+    from neco_bench.encoders import DenseFeatures, Encoder, check_encoder, load_encoder
+    from neco_bench.results.schema import Result
+    from neco_bench.results.store import ResultStore
+    from neco_bench.runner.api import run
+
 __version__ = "0.1.0"
 
 if not Path(__file__).with_name("tasks").is_dir():
@@ -20,17 +29,19 @@ if not Path(__file__).with_name("tasks").is_dir():
     __path__.append(str(Path(__file__).parents[1]))
 
 _HOMES = {
-    "run": "neco_bench.runner",
+    "run": "neco_bench.runner.api",
     "load_encoder": "neco_bench.encoders",
     "check_encoder": "neco_bench.encoders",
     "Encoder": "neco_bench.encoders",
     "DenseFeatures": "neco_bench.encoders",
-    "load_dataset": "neco_bench.data",
-    "find_tasks": "neco_bench.protocol",
+    "load_dataset": "neco_bench.data.load",
+    "find_tasks": "neco_bench.core.protocol",
     "Result": "neco_bench.results.schema",
     "ResultStore": "neco_bench.results.store",
-    "NecoBenchError": "neco_bench.errors",
+    "NecoBenchError": "neco_bench.core.errors",
 }
+
+
 __all__ = [
     "DenseFeatures",
     "Encoder",
@@ -44,15 +55,6 @@ __all__ = [
     "load_encoder",
     "run",
 ]
-
-if TYPE_CHECKING:
-    from neco_bench.data import load_dataset
-    from neco_bench.encoders import DenseFeatures, Encoder, check_encoder, load_encoder
-    from neco_bench.errors import NecoBenchError
-    from neco_bench.protocol import find_tasks
-    from neco_bench.results.schema import Result
-    from neco_bench.results.store import ResultStore
-    from neco_bench.runner import run
 
 
 def __getattr__(name: str) -> Any:

@@ -1,6 +1,6 @@
 """`python -m neco_bench` is `neco-bench`."""
 
-from neco_bench.cli import main
+from neco_bench.cli.app import main
 
 if __name__ == "__main__":
     main()

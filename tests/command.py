@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import pytest
 
-from neco_bench.cli import main
+from neco_bench.cli.app import main
 
 
 class Answer(NamedTuple):

@@ -9,15 +9,18 @@ import faiss
 import numpy as np
 import pytest
 import torch
+from neco_bench.tasks.overclustering.clustering import kmeans, nearest
 
 import neco_bench
-from neco_bench import search
-from neco_bench.clustering import Rows, faiss_sees_gpu, kmeans, nearest
-from neco_bench.context import Context
+from neco_bench.core.task import Context
 from neco_bench.encoders import load_encoder
 from neco_bench.features.extract import encode_within_memory
 from neco_bench.results.store import ResultStore
+from neco_bench.search import exact
 from neco_bench.search.approximate import ApproximateIndex, recall
+from neco_bench.search.bf16 import _Half
+from neco_bench.search.faiss_gpu import faiss_sees_gpu
+from neco_bench.search.row_file import Rows
 from neco_bench.training import loop
 from neco_bench.training.loop import train
 from neco_bench.training.loss import neco_loss
@@ -44,7 +47,7 @@ def test_every_exact_way_is_exact(name: str, width: int) -> None:
         pytest.skip("this FAISS is not built for GPUs")
     keys, queries = rows(70_000, 0, width), rows(3000, 1, width)
     expected = (queries.to(CUDA).double() @ keys.to(CUDA).double().T).topk(30)
-    index = search.ExactIndex(width, CUDA, way=name)
+    index = exact.ExactIndex(width, CUDA, way=name)
     for part in keys.split(30_000):
         index.add(part.to(CUDA))
     scores, ids = index.search(queries, 30)
@@ -55,7 +58,7 @@ def test_every_exact_way_is_exact(name: str, width: int) -> None:
 
 def test_half_precision_proves_what_it_gives() -> None:
     keys, queries = rows(40_000, 0).to(CUDA), rows(2000, 1).to(CUDA)
-    scores, ids, sure = search._Half(keys).candidates(queries, 30, 64)
+    scores, ids, sure = _Half(keys).candidates(queries, 30, 64)
     expected = (queries.double() @ keys.double().T).topk(30)
     assert sure.float().mean() > 0.8
     torch.testing.assert_close(scores[sure].double(), expected.values[sure], atol=1e-6, rtol=0)
@@ -63,7 +66,7 @@ def test_half_precision_proves_what_it_gives() -> None:
 
 
 def test_the_fastest_way_is_measured_here_too() -> None:
-    assert set(search.fastest(rows(5000, 0).to(CUDA), rows(500, 1).to(CUDA), 30)) == set(search._ways(CUDA))
+    assert set(exact.fastest(rows(5000, 0).to(CUDA), rows(500, 1).to(CUDA), 30)) == set(exact._ways(CUDA))
 
 
 @pytest.mark.parametrize("kind", ["bf16", "ivf", "ivfpq"])

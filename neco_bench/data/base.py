@@ -15,12 +15,14 @@ from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 
-from neco_bench.errors import BadInputError, UsageError
+from neco_bench.core.errors import BadInputError, UsageError
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 IGNORE = 255
+
+
 FEW, MANY = 4, 16  # masks from which on their statistics, and their sizes, mean something
 
 

@@ -18,10 +18,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from neco_bench.core.errors import BadInputError
 from neco_bench.data.base import IGNORE
 from neco_bench.data.folder import AbsentSplitError, Files, PairedFolders, Tree, contents, locate, missing
 from neco_bench.data.io import decoding, id_table, map_ids, read_image, read_json, valid_name
-from neco_bench.errors import BadInputError
 
 _THINGS = """
 accessory: 27 backpack, 28 umbrella, 31 handbag, 32 tie, 33 suitcase
@@ -73,8 +73,14 @@ def _parse(text: str) -> dict[str, dict[int, str]]:
 
 
 THINGS, STUFF = _parse(_THINGS), _parse(_STUFF)
+
+
 _THING_NAMES = {number: name for group in THINGS.values() for number, name in group.items()}
+
+
 _STUFF_NAMES = {number: name for group in STUFF.values() for number, name in group.items()}
+
+
 # Stuff ids of the panoptic annotation: some of COCO-Stuff's, and 184..200, which merge several.
 _PANOPTIC_STUFF = (
     92, 93, 95, 100, 107, 109, 112, 118, 119, 122, 125, 128, 130, 133, 138, 141, 144, 145, 147, 148, 149, 151, 154,
@@ -83,6 +89,8 @@ _PANOPTIC_STUFF = (
 
 # Category id (0 = none) of every value that may occur in each kind of annotation.
 _PANOPTIC_VALUES = {i: i for i in (0, *_THING_NAMES, *_PANOPTIC_STUFF)}
+
+
 VALUES: dict[str, dict[int, int]] = {
     "panoptic_semantic": _PANOPTIC_VALUES,
     "panoptic": _PANOPTIC_VALUES,
@@ -90,6 +98,8 @@ VALUES: dict[str, dict[int, int]] = {
     "pixelmaps": {0: 0, **{i: i for i in _STUFF_NAMES}, 183: 0},
     "instances": {i: i for i in (0, *_THING_NAMES)},
 }
+
+
 # Where each may lie; {} is train or val. Panoptic PNGs have their JSON beside the folder.
 _PLACES = {
     "panoptic_semantic": ("annotations/panoptic_annotations/semantic_segmentation_{}2017",),
@@ -98,6 +108,8 @@ _PLACES = {
     "pixelmaps": ("annotations/stuff_annotations/stuff_{}2017_pixelmaps", "annotations/stuff_{}2017_pixelmaps"),
     "instances": ("annotations/instances_{}2017.json",),
 }
+
+
 _CAUSES = {
     **dict.fromkeys(range(184, 201), "that the file holds panoptic category ids (0 = none, up to 200)"),
     255: "that the file is a stuffthingmap (category id - 1, 255 = none), which belongs into stuffthingmaps/",

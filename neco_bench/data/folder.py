@@ -14,12 +14,14 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.data.base import IGNORE, Dataset, Pair, Sample, SegmentationDataset
 from neco_bench.data.io import id_table, near_files, no_file, read_image, read_mask, read_size, read_text, valid_name
 from neco_bench.data.io import voc_colours as voc_colours
-from neco_bench.errors import BadInputError, MissingError
 
 PAIR_ATTRIBUTES = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
+
+
 _DEPTH = 4  # of folders in which the files of a data set are looked for
 
 

@@ -13,10 +13,10 @@ from typing import Any, Literal
 
 import numpy as np
 
-from neco_bench.data import DATASETS, data_root, dataset_class, dataset_folder, fraction_names, open_split
+from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.data.base import IGNORE, Dataset, MaskSummary, PairDataset, SegmentationDataset
 from neco_bench.data.folder import AbsentSplitError
-from neco_bench.errors import BadInputError, NecoBenchError
+from neco_bench.data.load import DATASETS, data_root, dataset_class, dataset_folder, fraction_names, open_split
 
 # Damaged items named one by one in each split; the rest is counted.
 _NAMED = 20

@@ -16,6 +16,8 @@ from neco_bench.data.folder import Files, PairedFolders, Tree, locate
 from neco_bench.data.io import id_table
 
 FRAMES, LABELS = 1449, 894
+
+
 # The 40 classes of Gupta et al. (mapClass of their classMapping40.mat): the only label of each of 1..37, the labels of
 # 38 and of 39; all others are 40.
 _LABELS_OF_40 = (
@@ -35,11 +37,15 @@ _LABELS_OF_40 = (
         772, 797, 800, 803, 804, 813, 814, 815, 820, 829, 835, 858, 863, 882, 892,
     ],
 )  # fmt: skip
+
+
 # The 13 classes of Couprie et al. (labels13 of class13Mapping.mat), by the 40 classes.
 _13_OF_40 = (
     12, 5, 6, 1, 4, 9, 10, 12, 13, 6, 8, 6, 13, 10, 6, 13, 6, 7, 7, 5,
     7, 3, 2, 6, 11, 7, 7, 7, 7, 7, 7, 6, 7, 7, 7, 7, 7, 7, 6, 7,
 )  # fmt: skip
+
+
 # Frames of the official test split (testNdxs of splits.mat); the others are for training.
 _TEST = """
     1-2 9 14-18 21 28-43 46-47 56-57 59-63 76-79 84-91 117-119 125-129 131-134 137 153-155 167-169 171-176 180-202

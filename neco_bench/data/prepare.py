@@ -24,16 +24,20 @@ import numpy as np
 from filelock import FileLock, Timeout
 from PIL import Image
 
-from neco_bench.data import data_root, dataset_class
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.data.coco import find_annotation, panoptic_categories, read_segments
 from neco_bench.data.folder import locate, missing
 from neco_bench.data.io import decoding, id_table, read_mask, read_mat, read_text, voc_colours
+from neco_bench.data.load import data_root, dataset_class
 from neco_bench.data.nyuv2 import FRAMES, LABELS, NYUv2, frames
 from neco_bench.data.voc2012 import VOC2012
-from neco_bench.errors import BadInputError, MissingError, NecoBenchError, UsageError
 
 _SBD_IMAGES = 10582
+
+
 _LOCK = ".neco-bench.lock"
+
+
 # What a system says of names in an archive that cannot be written; anything else is the fault of the disk.
 _BAD_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ELOOP}
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
+from neco_bench.core.errors import BadInputError
 from neco_bench.data.base import Pair, PairDataset
 from neco_bench.data.folder import AbsentSplitError, checked_box, contents, file_digest, locate, missing, pair_text
 from neco_bench.data.io import decoding, read_image, read_mat, read_text, valid_name
 from neco_bench.data.voc2012 import VOC2012
-from neco_bench.errors import BadInputError
 
 Box = tuple[float, float, float, float]
 

@@ -26,17 +26,23 @@ import numpy as np
 from filelock import FileLock
 from PIL import Image
 
-from neco_bench.cache import cache_dir
+from neco_bench.core.errors import UsageError
+from neco_bench.core.paths import cache_dir
 from neco_bench.data.base import IGNORE, PairDataset
 from neco_bench.data.folder import SegmentationFolder, file_digest, pair_text, parse_pair, read_list
 from neco_bench.data.io import read_image
-from neco_bench.errors import UsageError
 
 VERSION = "1"
+
+
 SIZE = 224
+
+
 TRAIN, VAL, PAIR_IMAGES, PAIRS = 160, 80, 64, 200
 
 Array = np.ndarray
+
+
 _logger = logging.getLogger(__name__)
 
 
@@ -144,6 +150,8 @@ _SHAPES = (
         },
     ),
 )
+
+
 _CLASSES = ("background", *(shape.name for shape in _SHAPES))
 
 

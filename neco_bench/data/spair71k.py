@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.data.base import Pair, PairDataset
 from neco_bench.data.folder import file_digest, locate, missing, pair_text, parse_pair, read_list
 from neco_bench.data.io import read_image, read_json
-from neco_bench.errors import BadInputError, MissingError
 
 
 class SPair71k(PairDataset):

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from neco_bench.core.errors import MissingError
 from neco_bench.data.base import FEW, IGNORE, MaskSummary
 from neco_bench.data.folder import AbsentSplitError, SegmentationFolder, locate, missing, read_list
-from neco_bench.errors import MissingError
 
 
 class VOC2012(SegmentationFolder):

@@ -11,8 +11,10 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
     from neco_bench.encoders.check import CheckResult, check_encoder
-    from neco_bench.encoders.specs import load_encoder
-    from neco_bench.encoders.zoo import describe, describe_models, request_id
+    from neco_bench.encoders.identity import request_id
+    from neco_bench.encoders.load import load_encoder
+    from neco_bench.encoders.spec import describe
+    from neco_bench.encoders.zoo import describe_models
 
 __all__ = [
     "CheckResult",
@@ -29,8 +31,10 @@ __all__ = [
 _HOMES = {
     "base": ("DenseFeatures", "Encoder", "WeightsReport"),
     "check": ("CheckResult", "check_encoder"),
-    "specs": ("load_encoder",),
-    "zoo": ("describe", "describe_models", "request_id"),
+    "load": ("load_encoder",),
+    "zoo": ("describe_models",),
+    "spec": ("describe",),
+    "identity": ("request_id",),
 }
 
 

@@ -16,10 +16,12 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from neco_bench.encoders.zoo import PRECISIONS
-from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError
+from neco_bench.core.errors import BadInputError, NecoBenchError, NumericalError, UsageError
+from neco_bench.encoders.options import PRECISIONS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+
+
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 

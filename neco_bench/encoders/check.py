@@ -15,12 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neco_bench.core.errors import UsageError
 from neco_bench.encoders.base import Encoder
-from neco_bench.errors import UsageError
 
 # Where one cell is changed, as fractions of the grid's height and width: both edges, and off the diagonal.
 _SPOTS = ((1, 7), (3, 7), (6, 7), (2, 0), (5, 0), (0, 4), (7, 3), (2, 5), (5, 2), (4, 6))
+
+
 _SHIFTS = tuple(k for k in range(-9, 18) if k)  # tokens; no model in use has more than 17 in front
+
+
 _CELLS = 8  # cells on a side of the images used
 
 

@@ -24,16 +24,20 @@ from timm.layers import GluMlp, Mlp
 from timm.models.vision_transformer import Attention, Block
 from torch import Tensor, nn
 
+from neco_bench.core.errors import UsageError, did_you_mean
+from neco_bench.core.files import write_whole
+from neco_bench.encoders.adapters.timm_models import TimmStages, TimmTokens, TimmViT
 from neco_bench.encoders.base import Encoder
-from neco_bench.encoders.timm_adapter import TimmStages, TimmTokens, TimmViT
 from neco_bench.encoders.weights import UNUSED, inner_module
-from neco_bench.errors import UsageError, did_you_mean
-from neco_bench.results.files import write_whole
 
 log = logging.getLogger("neco_bench")
 
 READERS = {"dinov2": "torch.hub's model", "timm": "timm"}  # who reads the files of a layout
+
+
 LAYOUTS = tuple(READERS)
+
+
 SUFFIXES = (".safetensors", ".pth")
 
 

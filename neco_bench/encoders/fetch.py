@@ -9,9 +9,11 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
-from neco_bench.errors import MissingError
+from neco_bench.core.errors import MissingError
 
 TIMEOUT = 5.0  # seconds without an answer or without data
+
+
 _SWITCHES = ("NECO_BENCH_OFFLINE", "HF_HUB_OFFLINE")
 
 

@@ -7,23 +7,25 @@ weights are state dicts of `weights.inner_module`: they load into the bare archi
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+import os
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, ValidationError
 
-from neco_bench.encoders.zoo import POS_INTERP, RUN_FILE, Request, is_run_folder, parse_spec
-from neco_bench.errors import BadInputError, MissingError, NecoBenchError, UsageError
-
-if TYPE_CHECKING:
-    from neco_bench.encoders.base import Encoder
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
 
 FORMAT = 1
+
+
 _MEND = "Go on with the training run, which writes it anew with its next checkpoint."
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
 _Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 _Name = Annotated[str, Field(min_length=1)]
 
 
@@ -92,78 +94,9 @@ def weights_file(folder: Path, branch: str | None) -> Path:
     return path
 
 
-def branch_of(spec: str) -> str | None:
-    """Which of a run's two encoders a spec means, "student" or "teacher"; None for other models, or a single encoder.
-
-    Raises as `parse_spec`.
-    """
-    request = parse_spec(spec)
-    if request.kind != "run" or read(Path(request.target)).teacher is None:
-        return None
-    return request.branch or "student"
+RUN_FILE = "encoder.json"  # in the folder of a training run; `encoders.run_folder` reads it
 
 
-def base_of(folder: Path) -> Request:
-    """The architecture of a run folder, with the layers that the run read.
-
-    Raises `MissingError` and `BadInputError`, naming `encoder.json`.
-    """
-    run, path = read(folder), folder / RUN_FILE
-    if is_run_folder(run.base.partition("?")[0]):
-        raise BadInputError(f"{path}: base {run.base!r} is itself a run folder; it must be an architecture.")
-    try:
-        base = parse_spec(run.base)
-    except NecoBenchError as error:
-        raise BadInputError(f"{path}: base: {error}") from error
-    if base.kind == "file" and not Path(base.target.rpartition(":")[0]).is_file():
-        raise MissingError(
-            f"{path}: base {run.base!r} names a file that is not there. Work in the folder in which the encoder was "
-            f"trained, or write where the file is."
-        )
-    return replace(base, layers=run.layers or base.layers)
-
-
-def architecture(spec: str) -> str:
-    """The spec of a model's bare architecture: what `encoder.json` records as `base`.
-
-    Layers, final norm and position interpolation are kept where they are not the default, and what chooses weights
-    (pretrained, seed, branch) is not. A zoo name becomes its `timm:` spec, so that later changes of the zoo cannot
-    change it; a run folder becomes its own base. Raises as `parse_spec`.
-    """
-    request = parse_spec(spec)
-    base = request.base or request
-    if base.kind in ("timm", "hub", "hf"):
-        body = f"{base.kind}:{base.target}"
-    else:
-        body = base.target if base.kind == "file" else base.name.partition("?")[0]
-    options = {
-        "final_norm": "" if request.final_norm else "false",
-        "layers": ",".join(map(str, request.layers or ())),
-        "pos_interp": request.pos_interp if request.pos_interp in POS_INTERP[1:] else "",
-    }
-    query = "&".join(f"{key}={value}" for key, value in options.items() if value)
-    return body + (f"?{query}" if query else "")
-
-
-def build(request: Request, file: Path | None) -> Encoder:
-    """The encoder of a run folder, or of its architecture with the weights in `file`.
-
-    Raises as `weights_file` and as the adapter of the architecture.
-    """
-    from neco_bench.encoders import specs
-
-    assert request.base is not None
-    folder = Path(request.target)
-    options: dict[str, Any] = {
-        "layers": request.layers,
-        "final_norm": request.final_norm,
-        "trust": request.trust,
-    }
-    if file is None:
-        file = weights_file(folder, request.branch)
-    else:
-        options["branch"] = request.branch
-    run, encoder = read(folder), specs.build(replace(request.base, **options), file)
-    encoder.mean, encoder.std = run.mean, run.std
-    encoder.statistics = "the run folder's"
-    return encoder
+def is_run_folder(body: str) -> bool:
+    """Is the part of a spec before its options the folder of a training run with an encoder in it?"""
+    return bool(body) and os.path.isfile(os.path.join(body, RUN_FILE))

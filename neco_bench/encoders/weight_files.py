@@ -23,14 +23,20 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neco_bench.errors import BadInputError, MissingError, NecoBenchError
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
+
+
 _USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
+
+
 _UNPACK = "Unpack it and pass the weights file in it."
+
+
 _OTHER_FILES = (
     (b"version https://git-lfs", "a pointer of git-lfs in place of the file. Fetch the file: git lfs pull."),
     (b"\x1f\x8b", f"compressed with gzip. {_UNPACK}"),
@@ -43,9 +49,15 @@ _OTHER_FILES = (
     (b"\x89HDF", "an HDF5 file, as Keras writes. Pass weights of PyTorch."),
     (b"GGUF", "a GGUF file. Pass weights of PyTorch."),
 )
+
+
 # Parts of Python itself whose names stand in checkpoints as data. No other part of it belongs there.
 _HARMLESS = {"argparse", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"}
+
+
 _HARMLESS |= {"functools", "numbers", "pathlib", "random", "types", "typing", "uuid"}
+
+
 _REFUSALS = ("Unsupported", "Can only", "Trying to", "Only persistent", "unsupported")  # of torch's reader
 
 

@@ -21,9 +21,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
+from neco_bench.core.errors import BadInputError
 from neco_bench.encoders.base import Encoder, WeightsReport
 from neco_bench.encoders.weight_files import read_tensors
-from neco_bench.errors import BadInputError
 
 log = logging.getLogger("neco_bench")
 
@@ -38,6 +38,8 @@ _LEFT_OVER = re.compile(
     r"decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)|masked_embed$|(dino|ibot|rasa|lm)_head\.|pre_logits\.|local_cls_norm\."
     r"|n_averaged$|logit_(scale|bias)$"
 )
+
+
 # What training wraps modules in, and what pickled modules keep their parts in.
 _WRAPPERS = (
     "_orig_mod",
@@ -49,6 +51,8 @@ _WRAPPERS = (
     "_parameters",
     "_buffers",
 )
+
+
 # Of two copies in one file, the first is used: what timm, or the authors' own evaluation, takes.
 PREFERRED = (
     ("teacher", "student"),
@@ -63,7 +67,11 @@ PREFERRED = (
     ("encoder", "decoder"),
     ("backbone", "momentum_backbone"),
 )
+
+
 _LIGHTNING = (("student", "teacher"), ("model", "teacher"))
+
+
 # Layouts that are for another kind of model spec, or for other architectures of timm, by a name in them.
 _BELONGS = (
     (

@@ -27,17 +27,28 @@ import torch
 from filelock import FileLock, Timeout
 from torch import Tensor
 
-from neco_bench.cache import cache_dir
-from neco_bench.errors import NecoBenchError, NumericalError, UsageError
-from neco_bench.protocol import digest
-from neco_bench.results.files import write_whole
+from neco_bench.core.errors import NecoBenchError, NumericalError, UsageError
+from neco_bench.core.files import digest, write_whole
+from neco_bench.core.paths import cache_dir
 
 log = logging.getLogger("neco_bench")
+
+
 DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
+
+
 _RECORD = np.dtype([("end", "<u8"), ("checksum", "<u4"), ("height", "<u4"), ("width", "<u4")])
+
+
 _ABOUT = "about.json"
+
+
 _FILES = "index.bin", "features.bin", "masks.bin"
+
+
 STARTING = 60  # seconds within which a new stream has its description
+
+
 _RENEWED: set[Path] = set()  # by this process, once for all its tasks
 
 

@@ -28,6 +28,8 @@ PACKAGES = (
     "safetensors",
     "pydantic",
 )
+
+
 _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 

@@ -9,12 +9,20 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from neco_bench.errors import NumericalError
+from neco_bench.core.errors import NumericalError
 
 SCHEMA_VERSION = 1
+
+
 ROUNDING = 1e-6  # by which a mean of fractions may leave [0, 1]
+
+
 Fraction = Annotated[float, Field(ge=-ROUNDING, le=1 + ROUNDING, allow_inf_nan=False)]
+
+
 Count = Annotated[int, Field(ge=0, le=10**15)]
+
+
 Measured = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]  # seconds, or MiB
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError
-from neco_bench.results.files import clear_leftovers, slug, write_whole
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, NumericalError
+from neco_bench.core.files import clear_leftovers, slug, write_whole
 from neco_bench.results.schema import SCHEMA_VERSION, Result
 
 if TYPE_CHECKING:

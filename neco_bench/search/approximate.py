@@ -20,16 +20,31 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from neco_bench.clustering import Rows
-from neco_bench.errors import NumericalError, UsageError
-from neco_bench.search import ON_CPU, Found, _Half, _Torch, blocked, check_neighbours, merged
+from neco_bench.core.errors import NumericalError, UsageError
+from neco_bench.search.bf16 import _Half
+from neco_bench.search.exact import check_neighbours
+from neco_bench.search.fp32 import _Torch
+from neco_bench.search.row_file import Rows
+from neco_bench.search.topk import ON_CPU, Found, blocked, merged
 
 RECALL = 0.99  # that lists are visited for
+
+
 SAMPLE = 256  # queries whose recall is measured
+
+
 LISTS_PER_ROOT = 2  # lists, as a multiple of the root of the number of keys
+
+
 TRAINING = 40  # keys per list that centroids are made of
+
+
 SEED = 0
+
+
 SPARE = 4  # candidates that are ranked anew, as a multiple of k, before more are found to be needed
+
+
 LEAST = 64  # keys that quantisation is learned from
 
 

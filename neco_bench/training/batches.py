@@ -5,17 +5,19 @@ So they do not hang on the number of processes, of workers, or on where a run wa
 
 from __future__ import annotations
 
+import dataclasses
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from neco_bench.context import item_rng
-from neco_bench.errors import BadInputError
+from neco_bench.core.errors import BadInputError
+from neco_bench.core.rng import item_rng
+from neco_bench.encoders.base import Encoder
 from neco_bench.training.images import Images
-from neco_bench.training.objectives import TENSORS, Batch
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.views import Views, ViewSettings, make_views
 
@@ -108,3 +110,42 @@ def loader(images: Images, recipe: Recipe, order: Order, workers: int, pin: bool
         worker_init_fn=_leave_signals_to_the_parent,
         pin_memory=pin,
     )
+
+
+TENSORS = ("global_views", "local_views", "gc", "all")  # of a batch, and of the views of one image
+
+
+# A network, or what wraps one for several processes: (groups of images, patches needed) to embeddings.
+Embed = Callable[..., list[Tensor]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """Views of B images: global_views (B, 2, 3, g, g), local_views (B, V - 2, 3, l, l), uint8 RGB as they are loaded,
+    float32 once they are normalised; boxes as in `views.Views`, with a leading B. ids: of the images. unusable: images
+    that could not be used, each with the reason."""
+
+    global_views: Tensor
+    local_views: Tensor
+    gc: Tensor
+    all: Tensor
+    ids: list[str]
+    unusable: list[tuple[str, str]]
+
+    def normalised(self, encoder: Encoder, device: torch.device) -> Batch:
+        """The batch on a device, its views normalised as the encoder takes them. (Bytes are a quarter of the floats to
+        hand from process to process, and to the device.)"""
+        moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
+        shift, scale = (torch.tensor(of, device=device).view(3, 1, 1) for of in (encoder.mean, encoder.std))
+        for name in ("global_views", "local_views"):
+            moved[name] = moved[name].float().div_(255).sub_(shift).div_(scale)
+        return dataclasses.replace(self, **moved)
+
+    def groups(self) -> list[Tensor]:
+        """Images view by view, those of global and of local views: (2 B, 3, g, g) and, if any, ((V - 2) B, 3, l, l)."""
+        return [by_view(views) for views in (self.global_views, self.local_views) if views.shape[1]]
+
+
+def by_view(values: Tensor) -> Tensor:
+    """(B, V, ...) as (V B, ...), view after view, as a group of images is ordered."""
+    return values.transpose(0, 1).flatten(0, 1)

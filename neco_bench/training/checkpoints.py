@@ -25,15 +25,19 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from neco_bench.core.errors import BadInputError, NecoBenchError, UsageError
+from neco_bench.core.files import write_whole
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.weights import inner_module
-from neco_bench.errors import BadInputError, NecoBenchError, UsageError
-from neco_bench.results.files import write_whole
 
 log = logging.getLogger("neco_bench")
 
 KEPT = 2
+
+
 LOCK_SECONDS = 6.0  # loading processes of a killed run, which end within five, may have inherited its lock
+
+
 _NAME, _TEMPORARY, _DELETED = re.compile(r"checkpoint-(\d{7,})"), ".checkpoint.tmp", ".{}.old"
 
 

@@ -9,15 +9,19 @@ from pathlib import Path
 
 import numpy as np
 
-from neco_bench.data import DATASETS, data_root
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError, did_you_mean
 from neco_bench.data.io import read_image
+from neco_bench.data.load import DATASETS, data_root
 from neco_bench.data.shapes import TRAIN, VERSION, segmentation_scene
 from neco_bench.data.voc2012 import VOC2012
-from neco_bench.errors import BadInputError, MissingError, NecoBenchError, UsageError, did_you_mean
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
+
+
 # Data sets by name: the folder of each below the data root, and where its training images are in that.
 MOST_SHAPES = 10_000_000  # names of images that are generated: a gigabyte
+
+
 FOLDERS = {"coco": ("coco", "train2017"), "imagenet": ("imagenet", "train"), "voc": ("voc2012", "")}
 
 

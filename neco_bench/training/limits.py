@@ -14,9 +14,9 @@ from pathlib import Path
 
 import torch
 
+from neco_bench.core.distributed import Place
+from neco_bench.core.errors import UsageError
 from neco_bench.encoders.base import Encoder
-from neco_bench.errors import UsageError
-from neco_bench.training.networks import Place
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.sorting import MOST_THREADS
 from neco_bench.training.views import GLOBALS
@@ -24,7 +24,11 @@ from neco_bench.training.views import GLOBALS
 log = logging.getLogger("neco_bench")
 
 FLOAT = 4  # bytes
+
+
 PREFETCHED = 2  # batches that a loading process prepares, DataLoader's default
+
+
 WORKERS_PER_CORE = 32
 
 

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neco_bench.errors import BadInputError, MissingError, NecoBenchError
-from neco_bench.results.files import write_whole
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError
+from neco_bench.core.files import write_whole
 
 
 class Table:

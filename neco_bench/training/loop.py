@@ -26,7 +26,6 @@ import re
 import signal
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,72 +36,35 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from neco_bench import distributed
+from neco_bench.core import distributed
+from neco_bench.core.distributed import Place
+from neco_bench.core.errors import BadInputError, NecoBenchError, NumericalError, UsageError
+from neco_bench.core.files import write_whole
+from neco_bench.core.protocol import find_tasks
+from neco_bench.core.reduce import mean_over_processes
 from neco_bench.encoders.base import Encoder
-from neco_bench.encoders.run_folder import architecture
-from neco_bench.encoders.specs import load_encoder, resolve_device
-from neco_bench.encoders.zoo import PRECISIONS
-from neco_bench.errors import BadInputError, NecoBenchError, NumericalError, UsageError
-from neco_bench.protocol import find_tasks
-from neco_bench.results.files import write_whole
+from neco_bench.encoders.load import load_encoder, resolve_device
+from neco_bench.encoders.options import PRECISIONS
+from neco_bench.encoders.spec import architecture
 from neco_bench.results.provenance import environment, peak_memory_mb
-from neco_bench.runner import Options as RunOptions
+from neco_bench.runner.options import Options as RunOptions
 from neco_bench.training import checkpoints, limits
-from neco_bench.training.batches import Order, loader
+from neco_bench.training.batches import Batch, Order, loader
 from neco_bench.training.images import Images, open_images
 from neco_bench.training.log import StepLog, Table
 from neco_bench.training.networks import (
     Network,
-    Place,
     StochasticDepth,
     make_trainable,
     parameter_groups,
     seeded,
     set_training,
 )
-from neco_bench.training.objectives import OBJECTIVES, Batch, mean_over_processes
+from neco_bench.training.objectives import OBJECTIVES
+from neco_bench.training.options import Interrupted, Options
 from neco_bench.training.recipe import CHANGEABLE, Recipe
 
 log = logging.getLogger("neco_bench")
-
-
-@dataclass(frozen=True)
-class Options:
-    """How to train, none of which the result hangs on but for rounding. evaluate: tasks scored every `eval_every`
-    steps and at the end. save_every: steps between checkpoints. stated: names of the recipe's values that this command
-    gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device, cores - 1
-    workers."""
-
-    out: Path
-    data: str
-    data_root: Path | None = None
-    weights: Path | None = None
-    device: str | None = None
-    workers: int | None = None
-    resume: bool = False
-    stated: tuple[str, ...] = ()
-    save_every: int = 500
-    evaluate: tuple[str, ...] = ()
-    eval_every: int = 1000
-    compiled: bool = False
-    checkpointing: bool = False
-    tensorboard: bool = False
-    progress: bool = True
-
-    def __post_init__(self) -> None:
-        for name, value, least in (
-            ("--save-every", self.save_every, 1),
-            ("--eval-every", self.eval_every, 1),
-            ("--workers", self.workers, 0),
-        ):
-            if value is not None and value < least:
-                raise UsageError(f"{name} must be at least {least}, got {value}.")
-
-
-class Interrupted(NecoBenchError):
-    """The run was stopped by a signal, after its state was saved."""
-
-    exit_code = 130
 
 
 def cosine(first: float, last: float, step: int, steps: int) -> float:

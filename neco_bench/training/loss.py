@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neco_bench.errors import UsageError
+from neco_bench.core.errors import UsageError
 from neco_bench.training.sorting import Relaxation, as_rows, check_steepness, in_chunks
 
 

@@ -25,7 +25,6 @@ import itertools
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -33,31 +32,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from neco_bench.context import item_rng
+from neco_bench.core.distributed import Place
+from neco_bench.core.errors import BadInputError, UsageError
+from neco_bench.core.rng import item_rng
+from neco_bench.encoders.adapters.baselines import BINS
 from neco_bench.encoders.base import Encoder
-from neco_bench.encoders.baselines import BINS
 from neco_bench.encoders.weights import inner_module
-from neco_bench.errors import BadInputError, UsageError
 from neco_bench.training.recipe import Recipe
 
 log = logging.getLogger("neco_bench")
 
 _BLOCK_LISTS = ("blocks", "stages", "layers", "layer")
-
-
-@dataclass
-class Place:
-    """What a process works on: `images` of the `total` of all processes, from number `start`; turn: how many batches
-    came before (several to a step where gradients are accumulated)."""
-
-    seed: int
-    images: int
-    start: int = 0
-    total: int = 0
-    turn: int = 0
-
-    def __post_init__(self) -> None:
-        self.total = self.total or self.images
 
 
 class StochasticDepth(nn.Module):

@@ -12,8 +12,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
-from neco_bench.toml import parse_value, read_toml
+from neco_bench.core.config import parse_value, read_toml
+from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean
 from neco_bench.training.views import ViewSettings
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -25,13 +25,25 @@ CHANGEABLE = (
     "final_momentum", "drop_path", "lr_backbone", "lr_head", "final_lr", "warmup_steps", "weight_decay",
     "final_weight_decay", "clip_norm", "max_unreadable",
 )  # fmt: skip
+
+
 MOST = 2**31 - 1  # of anything counted
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
+
+
 Positive = Annotated[int, Field(ge=1, le=MOST)]
+
+
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
 Range = Annotated[tuple[Rate, Rate], Field(strict=False)]  # TOML has lists, not tuples
 
 

@@ -26,9 +26,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neco_bench.errors import UsageError, did_you_mean
+from neco_bench.core.errors import UsageError, did_you_mean
 
 T = TypeVar("T")
+
+
 # A layer of a network: (wire that gets the minimum, wire that gets the maximum) of each of its comparators.
 Comparators = tuple[tuple[int, int], ...]
 
@@ -36,6 +38,8 @@ Comparators = tuple[tuple[int, int], ...]
 # two threads meet more often at Python's lock. On GPUs smaller ones mean more, and too small, kernels. Measured with
 # tests/benchmarks/bench_neco_loss.py.
 CPU_BYTES, ACCELERATOR_BYTES = 16 << 20, 1 << 30
+
+
 # More threads than these would wait for the lock.
 MOST_THREADS = 4
 
@@ -86,6 +90,8 @@ def _optimal_survival(z: Tensor) -> Tensor:
 
 
 ONE = torch.ones(())
+
+
 DISTRIBUTIONS = {
     # 1/2 - atan(z)/pi without its cancellation.
     "cauchy": Distribution(lambda z: torch.atan2(ONE, z).div_(math.pi), lambda z: 1 / (math.pi * (1 + z.square()))),

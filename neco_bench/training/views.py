@@ -20,9 +20,11 @@ import torchvision.transforms.functional as tf
 from PIL import Image, ImageFilter
 from torch import Tensor
 
-from neco_bench.errors import BadInputError
+from neco_bench.core.errors import BadInputError
 
 GLOBALS = 2
+
+
 ATTEMPTS = 1000
 
 

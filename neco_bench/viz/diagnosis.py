@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from PIL import Image
 
-from neco_bench import diagnostics
+from neco_bench.core.errors import UsageError
+from neco_bench.core.files import write_whole
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.errors import UsageError
 from neco_bench.features.patches import cut, most_frequent
 from neco_bench.features.transforms import nearest_centre, resize_image
-from neco_bench.results.files import write_whole
+from neco_bench.viz import diagnostics
 
 SHOWN, TILE, GAP = 8, 160, 4  # images in the picture, pixels of a tile, and between tiles
 

@@ -12,57 +12,23 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from neco_bench.tasks.linear_segmentation.dinov3_augment import Distortion, ScaleCropDistort, resize_short_side
+from neco_bench.tasks.linear_segmentation.dinov3_head import BnHead, BnProbeOptions, train_bn_probe
+from neco_bench.tasks.linear_segmentation.dinov3_settings import Settings
 from torch import Tensor
 
-from neco_bench import metrics, statistics
-from neco_bench.context import Context, Cost, Outcome, item_rng
+from neco_bench.core.errors import UsageError
+from neco_bench.core.rng import item_rng
+from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.errors import UsageError
 from neco_bench.features.extract import encode_within_memory, stream
-from neco_bench.features.segmentation_train import Distortion, ScaleCropDistort, resize_short_side
 from neco_bench.features.transforms import largest_upsampled, to_tensor
-from neco_bench.probe_bn import BnHead, BnProbeOptions, train_bn_probe
-from neco_bench.protocol import Range, Share
-from neco_bench.protocol import Settings as BaseSettings
-
-
-class Settings(BaseSettings):
-    """Constants of a protocol and a card. input_size is the side of crops and windows in pixels.
-
-    scale: range of the short side in training, in crops. max_class_share, crop_tries: a crop where one class has this
-    share of the labelled pixels, or all of them, is drawn anew so many times. brightness of 255, hue in turns (half-
-    ranges). warmup, evaluate_every: in iterations; where there are fewer iterations than warmup, the rate stays low.
-    warmup_start: share of the rate at the first one. select: which head is reported; "best" picks it on val.
-    window_step: distance of windows as a share of their side, rounded down to pixels.
-    """
-
-    scale: Range
-    max_class_share: Share
-    crop_tries: Annotated[int, Field(ge=0, le=10_000)]
-    flip_probability: Share
-    distortion_probability: Share
-    brightness: NonNegativeFloat
-    contrast: Range
-    saturation: Range
-    hue: Annotated[float, Field(ge=0, le=0.5)]  # half a turn at most
-    dropout: Annotated[float, Field(ge=0, lt=1)]
-    iterations: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    weight_decay: NonNegativeFloat
-    warmup: NonNegativeInt
-    warmup_start: Share
-    evaluate_every: PositiveInt
-    select: Literal["best", "last"]
-    window_step: Annotated[float, Field(gt=0, le=1)]
-    absent: metrics.Absent
+from neco_bench.metrics import bootstrap, segmentation
 
 
 def window_starts(length: int, window: int, step: int) -> list[int]:
@@ -135,7 +101,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     trained = train_bn_probe(head, batches, options, context.seed, ignore=IGNORE)
 
     iterations = list(trained) if settings.select == "best" else list(trained)[-1:]
-    confusions = [metrics.ImageConfusions(classes) for _ in iterations]
+    confusions = [segmentation.ImageConfusions(classes) for _ in iterations]
     for index in context.track(range(len(val)), "score"):
         with context.phase("load"):
             sample = val[index]
@@ -149,7 +115,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             if sample.id in context.watched:
                 context.seen[sample.id] = {"truth": val.scored(sample.mask), "prediction": predictions}
 
-    scores = [metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions]
+    scores = [segmentation.mean_iou(c.total(), absent=settings.absent) for c in confusions]
     best = int(np.argmax(scores))
     for seen in context.seen.values():
         seen["prediction"] = seen["prediction"][best]
@@ -159,11 +125,11 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         metrics={
             "mIoU": scores[best],
             "mIoU_last": scores[-1],
-            "mIoU_present": metrics.mean_iou(total, absent="exclude"),
+            "mIoU_present": segmentation.mean_iou(total, absent="exclude"),
             "pixel_accuracy": float(np.trace(total) / max(1, total.sum())),
         },
-        per_class={"IoU": metrics.named(metrics.iou_per_class(total), train.classes)},
-        ci95={"mIoU": statistics.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
+        per_class={"IoU": segmentation.named(segmentation.iou_per_class(total), train.classes)},
+        ci95={"mIoU": bootstrap.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
         n_images=len(val),
         statistics={"confusion": per_image},
         features={

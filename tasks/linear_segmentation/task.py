@@ -9,57 +9,22 @@ Known deviations from the reference: augmentation and order are drawn per (epoch
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
+from neco_bench.tasks.linear_segmentation.augment import CropFlip
+from neco_bench.tasks.linear_segmentation.heads import ProbeOptions, classify, new_head, train_probe
+from neco_bench.tasks.linear_segmentation.settings import Settings
 
-from neco_bench import distributed, metrics, statistics
-from neco_bench.context import Context, Cost, Outcome, item_rng
+from neco_bench.core import distributed
+from neco_bench.core.errors import UsageError
+from neco_bench.core.rng import item_rng
+from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.errors import UsageError
 from neco_bench.features.extract import stream
-from neco_bench.features.transforms import CropFlip, Squash, nearest_legacy
-from neco_bench.probe import ProbeOptions, classify, new_head, train_probe
-from neco_bench.protocol import Range, Share
-from neco_bench.protocol import Settings as BaseSettings
-
-
-class Settings(BaseSettings):
-    """Constants of a protocol and a card; sizes in pixels.
-
-    batch_size: of the probe, not of the encoder. drop_last, drop_last_val: leave out the last partial batch.
-    select: which epoch's head is reported; "best" picks it on val. score_size: side of the shrunk masks that are scored
-    (None: their own resolution).
-    learning_rates: heads trained side by side in place of that of `learning_rate`; the best on val is reported.
-    probe_seeds: heads trained side by side from as many starts, crops and order the same for all; mean and deviation.
-    """
-
-    train_mask_size: PositiveInt
-    crop_scale: Range
-    crop_ratio: Range
-    flip_probability: Share
-    epochs: PositiveInt
-    batch_size: PositiveInt
-    learning_rate: PositiveFloat
-    learning_rates: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] | None = None
-    probe_seeds: PositiveInt = 1
-    momentum: Share
-    weight_decay: NonNegativeFloat
-    decay: PositiveFloat
-    decay_epochs: PositiveInt
-    shuffle: bool
-    drop_last: bool = False
-    drop_last_val: bool = False
-    select: Literal["best", "last"]
-    score_size: PositiveInt | None = None
-    absent: metrics.Absent
-
-    @property
-    def rates(self) -> tuple[float, ...]:
-        return self.learning_rates or (self.learning_rate,)
+from neco_bench.features.transforms import Squash, nearest_legacy
+from neco_bench.metrics import bootstrap, segmentation
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
@@ -96,7 +61,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     if settings.select == "last":
         snapshots = snapshots[-1:]
     candidates = [head for snapshot in snapshots for head in snapshot]
-    confusions = [metrics.ImageConfusions(classes) for _ in candidates]
+    confusions = [segmentation.ImageConfusions(classes) for _ in candidates]
     scored = len(val) // settings.batch_size * settings.batch_size if settings.drop_last_val else len(val)
     if not scored:
         raise UsageError(
@@ -131,8 +96,8 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
                     context.seen[name] = {"features": features, "truth": truth, "prediction": predictions}
 
     numbers = distributed.gather(positions)
-    confusions = [metrics.ImageConfusions.joined(distributed.gather(c), numbers) for c in confusions]
-    scores = np.array([metrics.mean_iou(c.total(), absent=settings.absent) for c in confusions])
+    confusions = [segmentation.ImageConfusions.joined(distributed.gather(c), numbers) for c in confusions]
+    scores = np.array([segmentation.mean_iou(c.total(), absent=settings.absent) for c in confusions])
     scores = scores.reshape(len(snapshots), len(settings.rates), len(seeds))
     means = scores.mean(2)
     epoch, rate = (int(i) for i in np.unravel_index(np.argmax(means), means.shape))
@@ -149,12 +114,14 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         metrics={
             "mIoU": float(means[epoch, rate]),
             "mIoU_last_epoch": float(means[-1, rate]),
-            "mIoU_present": float(np.mean([metrics.mean_iou(total, absent="exclude") for total in totals])),
+            "mIoU_present": float(np.mean([segmentation.mean_iou(total, absent="exclude") for total in totals])),
             "pixel_accuracy": float(np.mean([np.trace(total) / max(1, total.sum()) for total in totals])),
             **({"mIoU_std": float(scores[epoch, rate].std(ddof=1))} if len(seeds) > 1 else {}),
         },
-        per_class={"IoU": metrics.named(np.stack([metrics.iou_per_class(t) for t in totals]).mean(0), train.classes)},
-        ci95={"mIoU": statistics.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
+        per_class={
+            "IoU": segmentation.named(np.stack([segmentation.iou_per_class(t) for t in totals]).mean(0), train.classes)
+        },
+        ci95={"mIoU": bootstrap.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
         n_images=scored,
         statistics={"confusion": per_image if len(seeds) > 1 else per_image[0]},
         features={"input_size": settings.input_size, "used_size": size, "resize": "squash", "final_norm": True},

@@ -10,46 +10,24 @@ from __future__ import annotations
 import io
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt
-
-from neco_bench import metrics, statistics
-from neco_bench.clustering import (
-    CHUNK,
+from neco_bench.tasks.overclustering.clustering import (
     KMEANS_POINTS,
     PCA_POINTS,
-    Rows,
     check_enough,
     kmeans,
     nearest,
-    open_spool,
     reduce_dimensions,
-    spool,
 )
-from neco_bench.context import Context, Cost, Outcome
+from neco_bench.tasks.overclustering.settings import Settings
+
+from neco_bench.core.errors import UsageError
+from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.errors import UsageError
 from neco_bench.features.extract import stream
 from neco_bench.features.transforms import Squash, nearest_legacy
-from neco_bench.protocol import Rounds
-from neco_bench.protocol import Settings as BaseSettings
-
-
-class Settings(BaseSettings):
-    """Constants of a protocol and a card; sizes in pixels.
-
-    mask_size: side of the shrunk masks that are scored (None: their own resolution). clusters: None means as many as
-    classes. drop_last: leave out the last partial batch of this size (0: keep every image).
-    """
-
-    mask_size: PositiveInt | None = None
-    clusters: PositiveInt | None = None
-    components: PositiveInt
-    iterations: Rounds
-    redos: Rounds
-    seeds: PositiveInt
-    drop_last: NonNegativeInt = 0
-    absent: metrics.Absent
+from neco_bench.metrics import bootstrap, segmentation
+from neco_bench.search.row_file import CHUNK, Rows, open_spool, spool
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
@@ -108,7 +86,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         rounds = {"iterations": settings.iterations, "redos": settings.redos}
         fitted = kmeans(reduced, clusters, seeds=seeds, device=encoder.device, **rounds)
         models = list(context.track(fitted, "k-means", len(seeds)))
-    counted = [metrics.ImageConfusions(classes, clusters) for _ in models]
+    counted = [segmentation.ImageConfusions(classes, clusters) for _ in models]
     masks.seek(0)
     together = max(1, CHUNK // side**2)
     with context.phase("match"):
@@ -120,22 +98,22 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
                 mask = np.load(masks, allow_pickle=False)
                 # Pixels of a cell share its cluster: they are counted once by class and cell, then for each model.
                 cells = nearest_legacy(np.arange(side**2).reshape(side, side), *mask.shape)
-                by_cell = metrics.confusion_matrix(mask, cells, classes, clusters=side**2)
+                by_cell = segmentation.confusion_matrix(mask, cells, classes, clusters=side**2)
                 labels, found = by_cell.nonzero()
                 for own, confusions in zip(of_models, counted, strict=True):
                     confusions.add_counts(labels, own[found], by_cell[labels, found])
                 if seen := context.seen.get(val.ids[position]):
                     seen["clusters"] = of_models[0][cells]
-    match = metrics.hungarian_match if clusters == classes else metrics.majority_match
+    match = segmentation.hungarian_match if clusters == classes else segmentation.majority_match
     mappings = [match(confusions.total()) for confusions in counted]
     for seen in context.seen.values():
         seen["prediction"] = mappings[0][seen["clusters"]]
     per_image = [confusions.per_image(mapping) for confusions, mapping in zip(counted, mappings, strict=True)]
-    scores = [metrics.mean_iou(matched.sum(0), absent=settings.absent) for matched in per_image]
+    scores = [segmentation.mean_iou(matched.sum(0), absent=settings.absent) for matched in per_image]
 
     confusion = np.stack(per_image)
-    iou = np.stack([metrics.iou_per_class(c.sum(0)) for c in per_image]).mean(0)
-    present = [metrics.mean_iou(c.sum(0), absent="exclude") for c in per_image]
+    iou = np.stack([segmentation.iou_per_class(c.sum(0)) for c in per_image]).mean(0)
+    present = [segmentation.mean_iou(c.sum(0), absent="exclude") for c in per_image]
     context.notes |= {"clusters": clusters, "components": reduced.dimension, "scored_images": scored}
     return Outcome(
         metrics={
@@ -143,8 +121,8 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             "mIoU_std": float(np.std(scores)),
             "mIoU_present": float(np.mean(present)),
         },
-        per_class={"IoU": metrics.named(iou, val.classes)},
-        ci95={"mIoU": statistics.bootstrap_miou(confusion, absent=settings.absent, seed=context.seed)},
+        per_class={"IoU": segmentation.named(iou, val.classes)},
+        ci95={"mIoU": bootstrap.bootstrap_miou(confusion, absent=settings.absent, seed=context.seed)},
         n_images=scored,
         statistics={"confusion": confusion, "mapping": np.stack(mappings), "mIoU_per_seed": np.array(scores)},
         features={"input_size": settings.input_size, "used_size": size, "resize": "squash", "final_norm": True},

@@ -11,101 +11,25 @@ are standardised by float64 sums; logistic regression is scikit-learn's in float
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import torch.nn.functional as F
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
-from scipy.optimize import minimize
+from neco_bench.tasks.patch_probe.knn import check_ks, nearest_rows, vote
+from neco_bench.tasks.patch_probe.logistic import Logistic, fit_logistic
+from neco_bench.tasks.patch_probe.patches import Moments, Patches
+from neco_bench.tasks.patch_probe.settings import Settings
 from torch import Tensor
 
-from neco_bench import metrics, statistics
-from neco_bench.context import Context, Cost, Outcome, item_rng
+from neco_bench.core.errors import BadInputError, UsageError
+from neco_bench.core.rng import item_rng
+from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.errors import BadInputError, NumericalError, UsageError
 from neco_bench.features.extract import stream
-from neco_bench.features.patches import BicubicSquash, Void, cut, most_frequent, paste, rescaled, unit_length
+from neco_bench.features.patches import BicubicSquash, Void, cut, most_frequent, paste
 from neco_bench.features.transforms import nearest_centre
-from neco_bench.protocol import Settings as BaseSettings
-from neco_bench.search import ExactIndex
-
-Distance = Literal["cosine", "l2"]
-CHUNK = 262144  # rows searched, multiplied or standardised at once
-VOTE_BYTES = 128 * 2**20
-LINE_SEARCH = 50  # steps of one line search at most
-
-
-class Settings(BaseSettings):
-    """Constants of a protocol and a card; sizes in pixels.
-
-    ks and distances: the grid of method "knn"; regularisations: that of "logreg", the inverse strengths C.
-    max_iterations, tolerance: L-BFGS stops after so many, or where all of the gradient of the mean loss is smaller.
-    holdout: share of the training images that choose within the grid. void: whether ignored pixels vote, and who wins a
-    tie. max_patches: of the training images together, equally many from each (None: all).
-    """
-
-    method: Literal["knn", "logreg"]
-    ks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
-    distances: Annotated[tuple[Distance, ...], Field(min_length=1)]
-    regularisations: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
-    max_iterations: PositiveInt
-    tolerance: NonNegativeFloat
-    holdout: Annotated[float, Field(gt=0, lt=1)]
-    holdout_seed: NonNegativeInt
-    standardise: bool
-    void: Void
-    max_patches: PositiveInt | None = None
-    score_at: Literal["input", "native"]
-    absent: metrics.Absent
-
-
-@dataclass
-class Patches:
-    """Rows on the CPU: features (N, D) float32, blocks (N, A) uint8 pixel labels, labels (N,) uint8 majority labels.
-
-    A row whose label is IGNORE is not fitted on.
-    """
-
-    features: Tensor
-    blocks: Tensor
-    labels: Tensor
-
-    def __getitem__(self, rows: slice | Tensor) -> Patches:
-        return Patches(self.features[rows], self.blocks[rows], self.labels[rows])
-
-    def __setitem__(self, rows: slice, other: Patches) -> None:
-        self.features[rows], self.blocks[rows], self.labels[rows] = other.features, other.blocks, other.labels
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-
-class Moments:
-    """Mean and population deviation of rows (n, D) as they come, in float64 (Chan et al. 1979)."""
-
-    def __init__(self, dimension: int) -> None:
-        self.count = 0
-        self.mean, self._squares = torch.zeros(2, dimension, dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        rows = rows.double()
-        total, mean = self.count + len(rows), rows.mean(0)
-        shift = mean - self.mean
-        self._squares += (rows - mean).square().sum(0) + shift.square() * (self.count * len(rows) / total)
-        self.mean += shift * (len(rows) / total)
-        self.count = total
-
-    def standardise(self, features: Tensor) -> None:
-        """(N, D) float32 in place: mean 0, deviation 1; dimensions that were constant are only shifted."""
-        deviation = (self._squares / self.count).sqrt().float()
-        deviation[deviation == 0] = 1
-        for part in features.split(CHUNK):
-            part.sub_(self.mean.float()).div_(deviation)
+from neco_bench.metrics import bootstrap, segmentation
 
 
 def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -118,165 +42,6 @@ def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
     order = item_rng(seed, "holdout", count).permutation(count)
     held = min(count - 1, max(1, int(count * share + 1e-9)))
     return sorted(order[held:].tolist()), sorted(order[:held].tolist())
-
-
-def search_keys(features: Tensor, distance: Distance) -> Tensor:
-    """Rows whose inner product with `search_queries` of a query falls with its distance to the features (n, D)."""
-    if distance == "cosine":
-        return unit_length(features, 1)
-    return torch.cat([features, features.square().sum(1, keepdim=True) / -2], 1)
-
-
-def search_queries(features: Tensor, distance: Distance) -> Tensor:
-    return F.pad(features, (0, 1), value=1.0) if distance == "l2" else rescaled(features, 1)
-
-
-def check_ks(k: int, patches: int) -> None:
-    """Raise UsageError where k exceeds the number of training patches."""
-    if k > patches:
-        raise UsageError(
-            f"{k} neighbours were asked for, but there are {patches} training patches. Use smaller numbers in "
-            f"--set 'ks=[1, 3]', or more images."
-        )
-
-
-def nearest_rows(keys: Tensor, queries: Tensor, k: int, distance: Distance, device: torch.device) -> Tensor:
-    """(Q, k) int64 ids of the rows of `keys` (N, D) nearest to each query (Q, D), nearest first; exact.
-
-    Both stay where they are, CHUNK rows of each go to the device. Raises UsageError where k exceeds N.
-    """
-    check_ks(k, len(keys))
-    offset = keys.mean(0) if distance == "l2" else 0  # left in, it would cancel digits
-    scores = torch.full((len(queries), k), -torch.inf)
-    ids = torch.zeros(len(queries), k, dtype=torch.int64)
-    for start in range(0, len(keys), CHUNK):
-        rows = search_keys(keys[start : start + CHUNK] - offset, distance)
-        index = ExactIndex(rows.shape[1], device)
-        index.add(rows)
-        for s, i, part in zip(scores.split(CHUNK), ids.split(CHUNK), queries.split(CHUNK), strict=True):
-            found, where = index.search(search_queries(part - offset, distance), min(k, len(rows)))
-            s[:], order = torch.cat([s, found], 1).topk(k)
-            i[:] = torch.cat([i, where + start], 1).gather(1, order)
-    return ids
-
-
-def vote(patches: Patches, ids: Tensor, classes: int, void: Void, device: torch.device) -> Tensor:
-    """(Q, A) uint8 most frequent label of the neighbours `ids` (Q, k), for each pixel of the block on its own.
-
-    IGNORE where void won. Where void never votes and no neighbour has a label at a pixel, their majority labels vote.
-    """
-    (count, k), area = ids.shape, patches.blocks.shape[1]
-    voted = torch.empty(count, area, dtype=torch.uint8)
-    step = max(1, VOTE_BYTES // (area * (12 * k + 8 * classes)))
-    for out, rows in zip(voted.split(step), ids.split(step), strict=True):
-        pixels = patches.blocks[rows].to(device).transpose(1, 2).reshape(-1, k)
-        winners = most_frequent(pixels, classes, void).view(-1, area)
-        if void == "never votes":
-            fallback = most_frequent(patches.labels[rows].to(device), classes, void)
-            winners = torch.where(winners == IGNORE, fallback[:, None], winners)
-        out[:] = winners
-    return voted
-
-
-@dataclass
-class Logistic:
-    """A fitted multinomial model: weights (K, D + 1), the last column the intercepts, of the classes (K,) uint8.
-
-    converged: False where it was stopped before the optimum, by the number of iterations or by the line search.
-    """
-
-    weights: Tensor
-    classes: Tensor
-    iterations: int
-    converged: bool
-
-    def logits(self, features: Tensor) -> Tensor:
-        """(n, K) of features (n, D), on the device of the weights."""
-        return F.linear(features.to(self.weights), self.weights[:, :-1], self.weights[:, -1])
-
-    def predict(self, features: Tensor) -> Tensor:
-        """(N,) uint8 class ids, on the CPU."""
-        return torch.cat([self.classes[self.logits(part).argmax(1).cpu()] for part in features.split(CHUNK)])
-
-
-def fit_logistic(
-    features: Tensor, labels: Tensor, c: float, *, max_iterations: int, tolerance: float, device: torch.device
-) -> Logistic:
-    """Minimise c * (sum of cross-entropies) + |W|²/2 over features (N, D) and labels (N,) uint8; intercepts are free.
-
-    By scikit-learn on CPUs, by its optimiser on GPUs, both in float64: in float32, L-BFGS stops before the optimum.
-    Only classes that occur are fitted; two of them by one vector of weights. Raises NumericalError where features are
-    not finite.
-    """
-    if not torch.isfinite(features).all():
-        raise NumericalError(f"Logistic regression with C = {c:g} was given features that are not finite.")
-    present, target = labels.unique(return_inverse=True)
-    if len(present) == 1:
-        weights = torch.zeros(1, features.shape[1] + 1, dtype=torch.float64, device=device)
-        return Logistic(weights, present, 0, converged=True)
-    if device.type == "cuda":
-        return fit_on_device(features, target, present, c, max_iterations, tolerance, device)
-    from sklearn.exceptions import ConvergenceWarning  # takes a second
-    from sklearn.linear_model import LogisticRegression
-
-    with warnings.catch_warnings(record=True) as told:
-        warnings.simplefilter("always", ConvergenceWarning)
-        model = LogisticRegression(C=c, max_iter=max_iterations, tol=tolerance).fit(
-            features.double().numpy(), target.numpy()
-        )
-    weights = torch.from_numpy(np.column_stack([model.coef_, model.intercept_]))
-    if len(present) == 2:  # of the second class alone
-        weights = torch.cat([torch.zeros_like(weights), weights])
-    stopped = any(issubclass(warning.category, ConvergenceWarning) for warning in told)
-    return Logistic(weights, present, int(model.n_iter_[0]), converged=not stopped)
-
-
-def fit_on_device(
-    features: Tensor,
-    target: Tensor,
-    present: Tensor,
-    c: float,
-    max_iterations: int,
-    tolerance: float,
-    device: torch.device,
-) -> Logistic:
-    """The same by SciPy's L-BFGS-B with the options of scikit-learn, products on the device, CHUNK rows at a time.
-
-    A step on all of ADE20K is 10^12 operations, and scikit-learn uses GPUs on Python 3.11 and newer only.
-    target: (N,) int64 places among the classes `present`.
-    """
-    target = target.to(device)
-    shape = len(present), features.shape[1] + 1
-    strength = 1 / (c * len(features)) * (2 if len(present) == 2 else 1)  # a vector is there as two halves here
-
-    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
-        weights = torch.tensor(flat.reshape(shape), device=device, requires_grad=True)
-        loss = weights[:, :-1].square().sum() * strength / 2
-        loss.backward()
-        total = loss.item()
-        for x, y in zip(features.split(CHUNK), target.split(CHUNK), strict=True):
-            logits = F.linear(x.to(weights), weights[:, :-1], weights[:, -1])
-            loss = F.cross_entropy(logits, y, reduction="sum") / len(features)
-            loss.backward()
-            total += loss.item()
-        assert weights.grad is not None
-        return total, weights.grad.cpu().numpy().ravel()
-
-    found = minimize(
-        objective,
-        np.zeros(shape).ravel(),
-        jac=True,
-        method="L-BFGS-B",
-        options={
-            "maxiter": max_iterations,
-            "maxfun": LINE_SEARCH * max_iterations,
-            "maxls": LINE_SEARCH,
-            "gtol": tolerance,
-            "ftol": 64 * np.finfo(float).eps,
-        },
-    )
-    weights = torch.from_numpy(found.x.reshape(shape)).to(device)
-    return Logistic(weights, present, found.nit, found.success)
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
@@ -322,9 +87,9 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     void_row = settings.method == "knn" and settings.void != "never votes"
     names = (*val.classes, "void") if void_row else val.classes
 
-    def score(predicted: Tensor, truths: list[np.ndarray]) -> metrics.ImageConfusions:
+    def score(predicted: Tensor, truths: list[np.ndarray]) -> segmentation.ImageConfusions:
         """Confusions of predicted blocks (N, A), image after image, with masks of any resolution."""
-        confusions = metrics.ImageConfusions(len(names))
+        confusions = segmentation.ImageConfusions(len(names))
         for blocks, truth in zip(predicted.split(side**2), truths, strict=True):
             labels = paste(blocks.clamp(max=len(val.classes)), side)
             confusions.add(truth, nearest_centre(labels, *truth.shape))
@@ -333,7 +98,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     held_out = [paste(blocks, side) for blocks in patches.blocks[split:].split(side**2)]
 
     def select(predicted: Tensor) -> float:
-        value = metrics.mean_iou(score(predicted, held_out).total(), absent=settings.absent)
+        value = segmentation.mean_iou(score(predicted, held_out).total(), absent=settings.absent)
         if np.isnan(value):
             raise BadInputError(
                 f"The {len(held_out)} held-out training images have no labelled pixel, so nothing can be chosen on "
@@ -353,12 +118,12 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     per_image, total = confusions.per_image(), confusions.total()
     return Outcome(
         metrics={
-            "mIoU": metrics.mean_iou(total, absent=settings.absent),
-            "mIoU_present": metrics.mean_iou(total, absent="exclude"),
+            "mIoU": segmentation.mean_iou(total, absent=settings.absent),
+            "mIoU_present": segmentation.mean_iou(total, absent="exclude"),
             "pixel_accuracy": float(np.trace(total) / max(1, total.sum())),
         },
-        per_class={"IoU": metrics.named(metrics.iou_per_class(total), names)},
-        ci95={"mIoU": statistics.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
+        per_class={"IoU": segmentation.named(segmentation.iou_per_class(total), names)},
+        ci95={"mIoU": bootstrap.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
         n_images=len(confusions),
         statistics={"confusion": per_image},
         features={"input_size": settings.input_size, "used_size": size, "resize": "bicubic squash", "final_norm": True},

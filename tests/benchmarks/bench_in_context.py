@@ -36,13 +36,13 @@ def baseline(encoder, train, val, settings) -> float:
     import torch
     import torch.nn.functional as F
     import torchvision.transforms.v2.functional as tvf
-    from neco_bench.tasks.in_context.task import choose_patches
+    from neco_bench.tasks.in_context.memory import choose_patches
     from PIL import Image
     from torchvision.transforms.functional import to_tensor
 
-    from neco_bench import metrics
-    from neco_bench.context import item_rng
+    from neco_bench.core.rng import item_rng
     from neco_bench.features.transforms import Squash, crop_box, nearest_legacy
+    from neco_bench.metrics import segmentation
 
     size, stride, classes = settings.used_size(encoder.stride), encoder.stride, len(train.classes)
     jitters = ((tvf.adjust_brightness, 1), (tvf.adjust_contrast, 1), (tvf.adjust_saturation, 1), (tvf.adjust_hue, 0))
@@ -91,9 +91,9 @@ def baseline(encoder, train, val, settings) -> float:
         shares = shares.view(len(samples), side, side, classes).permute(0, 3, 1, 2)
         predictions.append(F.interpolate(shares, (size, size), mode="bilinear").argmax(1))
         truths += [torch.from_numpy(val.scored(mask)) for mask in masks]
-    confusion = metrics.confusion_matrix(torch.stack(truths).numpy(), torch.cat(predictions).numpy(), classes)
-    merged = metrics.merge_clusters(confusion, metrics.hungarian_match(confusion))
-    return metrics.mean_iou(merged, absent="zero")
+    confusion = segmentation.confusion_matrix(torch.stack(truths).numpy(), torch.cat(predictions).numpy(), classes)
+    merged = segmentation.merge_clusters(confusion, segmentation.hungarian_match(confusion))
+    return segmentation.mean_iou(merged, absent="zero")
 
 
 def measure(variant: str, root: str) -> dict[str, object]:
@@ -102,10 +102,12 @@ def measure(variant: str, root: str) -> dict[str, object]:
     import faiss  # noqa: F401
     from neco_bench.tasks.in_context import task
 
+    from neco_bench.core.protocol import find_tasks
     from neco_bench.encoders import load_encoder
     from neco_bench.features import transforms  # imports take as long for the baseline, and are not what is measured
-    from neco_bench.protocol import find_tasks
-    from neco_bench.runner import Options, execute, plan
+    from neco_bench.runner.execute import execute
+    from neco_bench.runner.job import plan
+    from neco_bench.runner.options import Options
 
     changes = {"memory_size": 51_200} | ({"search": "bf16"} if variant == "fast" else {})
     chosen = find_tasks(["camvid_ic@hbird-2"], changes)[0]

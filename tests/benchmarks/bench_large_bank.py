@@ -24,8 +24,8 @@ WIDTH, CLUSTERS, DIRECTIONS, NEIGHBOURS = 384, 2_000, 32, 30
 def measure(kind: str, keys: int, queries: int, device_name: str) -> dict[str, object]:
     import torch
 
-    from neco_bench.search import ExactIndex
     from neco_bench.search.approximate import ApproximateIndex
+    from neco_bench.search.exact import ExactIndex
 
     device = torch.device(device_name)
     generator = torch.Generator().manual_seed(0)

@@ -16,9 +16,11 @@ import torch
 from bench_memory import make
 from torch import nn
 
+from neco_bench.core.protocol import find_tasks
 from neco_bench.encoders.base import DenseFeatures, Encoder
-from neco_bench.protocol import find_tasks
-from neco_bench.runner import Options, execute, plan
+from neco_bench.runner.execute import execute
+from neco_bench.runner.job import plan
+from neco_bench.runner.options import Options
 
 
 class Cheap(Encoder):

@@ -14,8 +14,8 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from neco_bench.results import Result
-from neco_bench.results.report import report_page
+from neco_bench.reports.report import report_page
+from neco_bench.results.schema import Result
 
 
 def board(models: int, tasks: int, classes: int) -> list[Result]:

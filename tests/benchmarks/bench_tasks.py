@@ -18,11 +18,13 @@ from typing import Any
 
 import torch
 
+from neco_bench.core.protocol import find_tasks
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.base import Encoder
 from neco_bench.features import store
-from neco_bench.protocol import find_tasks
-from neco_bench.runner import Options, execute, plan
+from neco_bench.runner.execute import execute
+from neco_bench.runner.job import plan
+from neco_bench.runner.options import Options
 
 MODEL, SIZE, BATCH = "timm:vit_small_patch16_224?pretrained=false&seed=0", 224, 16
 FIRST = {

@@ -19,7 +19,8 @@ from pathlib import Path
 import torch
 
 from neco_bench.training.batches import Order, loader
-from neco_bench.training.loop import Options, _Run
+from neco_bench.training.loop import _Run
+from neco_bench.training.options import Options
 from neco_bench.training.recipe import Recipe
 
 

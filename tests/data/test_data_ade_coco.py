@@ -8,10 +8,10 @@ import pytest
 from data_helpers import image_of, save
 from PIL import Image
 
-from neco_bench.data import load_dataset
+from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.data.coco import THINGS, CocoStuff, CocoStuff27, CocoStuff171, CocoThings, CocoThingsShifted
 from neco_bench.data.integrity import check_dataset
-from neco_bench.errors import BadInputError, MissingError
+from neco_bench.data.load import load_dataset
 
 # neco.md 3.5 and 3.6, ids only.
 NECO_THINGS = {

@@ -9,12 +9,12 @@ import pytest
 from data_helpers import image_of, save
 from scipy.io import loadmat, savemat
 
-from neco_bench.data import DATASETS, load_dataset
+from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.data.coco import instance_categories
 from neco_bench.data.integrity import check_dataset, describe_datasets
 from neco_bench.data.io import decoding, read_image, read_mat
-from neco_bench.errors import BadInputError, NecoBenchError
+from neco_bench.data.load import DATASETS, load_dataset
 
 HUGE = "9" * 5000  # Python refuses to convert it
 DEEP = "[" * 100_000

@@ -7,12 +7,12 @@ import pytest
 from data_helpers import CAMVID_SIZE, image_of, save, save_indices
 from PIL import Image
 
-from neco_bench.data import load_dataset
+from neco_bench.core.errors import BadInputError
 from neco_bench.data.ade20k import ADE20K
 from neco_bench.data.cityscapes import LABEL_IDS, Cityscapes
 from neco_bench.data.integrity import check_dataset
 from neco_bench.data.io import id_table, read_mask, voc_colours
-from neco_bench.errors import BadInputError
+from neco_bench.data.load import load_dataset
 
 CITY_SIZE = (1024, 2048)
 

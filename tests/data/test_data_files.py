@@ -15,11 +15,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from neco_bench.data import list_datasets, load_dataset
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.data.integrity import check_dataset, describe_datasets
 from neco_bench.data.io import id_table, read_image, read_mask
+from neco_bench.data.load import list_datasets, load_dataset
 from neco_bench.data.voc2012 import VOC2012
-from neco_bench.errors import BadInputError, MissingError, UsageError
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P", "1", "LA"])

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from data_helpers import image_of, save, save_indices
 
-from neco_bench.data import load_dataset
+from neco_bench.core.errors import BadInputError, MissingError
+from neco_bench.core.protocol import all_cards
 from neco_bench.data.folder import first_entry
 from neco_bench.data.integrity import check_dataset, describe_datasets
-from neco_bench.errors import BadInputError, MissingError
-from neco_bench.protocol import all_cards
+from neco_bench.data.load import load_dataset
 from tests.command import neco
 
 

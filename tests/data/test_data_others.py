@@ -9,11 +9,11 @@ from data_helpers import image_of, save
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from neco_bench.data import DATASETS, load_dataset
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.data.cityscapes import LABEL_IDS
 from neco_bench.data.integrity import check_dataset, describe_datasets
+from neco_bench.data.load import DATASETS, load_dataset
 from neco_bench.data.voc2012 import VOC2012
-from neco_bench.errors import BadInputError, MissingError, UsageError
 
 ROW = np.arange(34, dtype=np.uint8)
 

@@ -17,11 +17,11 @@ from filelock import FileLock
 from PIL import Image
 from scipy.io import loadmat, savemat
 
-from neco_bench.cli import main
-from neco_bench.data import load_dataset
+from neco_bench.cli.app import main
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
+from neco_bench.data.load import load_dataset
 from neco_bench.data.nyuv2 import frames
 from neco_bench.data.prepare import prepare, unpack
-from neco_bench.errors import BadInputError, MissingError, UsageError
 
 
 def digests(folder):

@@ -6,8 +6,8 @@ from collections import Counter
 import numpy as np
 from PIL import Image
 
-from neco_bench.data import load_dataset
 from neco_bench.data.integrity import check_dataset
+from neco_bench.data.load import load_dataset
 
 
 def test_camvid(samples):

@@ -9,10 +9,10 @@ import sys
 import numpy as np
 import pytest
 
-from neco_bench.data import load_dataset
+from neco_bench.core.errors import UsageError
 from neco_bench.data.integrity import check_dataset
+from neco_bench.data.load import load_dataset
 from neco_bench.data.shapes import generate, pair_scene, segmentation_scene, shapes_folder
-from neco_bench.errors import UsageError
 
 
 def test_a_scene_has_its_stored_digest():

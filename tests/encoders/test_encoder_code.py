@@ -11,8 +11,8 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from neco_bench.core.errors import BadInputError, MissingError, NumericalError, UsageError
 from neco_bench.encoders import check_encoder, describe_models, load_encoder, request_id
-from neco_bench.errors import BadInputError, MissingError, NumericalError, UsageError
 
 SOURCE = """
 import torch

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.encoders import check_encoder, load_encoder, request_id
 from neco_bench.encoders.fetch import fetch_url
-from neco_bench.errors import BadInputError, MissingError, UsageError
 
 HUBCONF = '''
 import timm, torch

@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.encoders import load_encoder
-from neco_bench.encoders.positions import interpolate_positions
-from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.encoders.adapters.timm_models import interpolate_positions
 
 from .conftest import reference_map
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.weight_files import read_tensors
 from neco_bench.encoders.weights import select
-from neco_bench.errors import BadInputError, MissingError
 
 from .conftest import IMAGENET, reference_map
 

@@ -15,11 +15,12 @@ import timm
 import torch
 from safetensors.torch import save_file
 
-from neco_bench.data import DATASETS
-from neco_bench.encoders import describe, describe_models, load_encoder, request_id, tiny
-from neco_bench.encoders.run_folder import architecture
-from neco_bench.encoders.zoo import aliases, contamination, models, parse_spec, training_of, zoo
-from neco_bench.errors import MissingError, UsageError
+from neco_bench.core.errors import MissingError, UsageError
+from neco_bench.data.load import DATASETS
+from neco_bench.encoders import describe, describe_models, load_encoder, request_id
+from neco_bench.encoders.adapters import tiny
+from neco_bench.encoders.spec import architecture, parse_spec, training_of
+from neco_bench.encoders.zoo import aliases, contamination, models, zoo
 
 
 def test_what_the_zoo_holds() -> None:
@@ -194,7 +195,7 @@ def test_request_id_follows_content(tmp_path: Path) -> None:
 
 def test_naming_imports_no_torch(tmp_path: Path) -> None:
     code = (
-        "import sys, neco_bench.encoders as e, neco_bench.encoders.specs\n"
+        "import sys, neco_bench.encoders as e, neco_bench.encoders.load\n"
         "e.describe_models(); e.describe('neco_dinov2'); e.request_id('neco_dinov2'); e.request_id('baseline_hog')\n"
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     )

@@ -16,11 +16,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.encoders import Encoder, describe, load_encoder, request_id
-from neco_bench.encoders.run_folder import TrainedEncoder, architecture
+from neco_bench.encoders.run_folder import TrainedEncoder
+from neco_bench.encoders.spec import architecture, parse_spec, training_of
 from neco_bench.encoders.weights import inner_module
-from neco_bench.encoders.zoo import contamination, parse_spec, training_of
-from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.encoders.zoo import contamination
 
 from .test_encoder_hubs import HUBCONF, SMALL
 from .test_encoder_weights import PLAIN, REG, official_registers

@@ -9,9 +9,9 @@ import timm
 import torch
 from safetensors.torch import save_file
 
+from neco_bench.core.errors import UsageError
 from neco_bench.encoders import check_encoder, load_encoder, request_id
-from neco_bench.errors import UsageError
-from neco_bench.runner import run
+from neco_bench.runner.api import run
 
 TINY = "timm:vit_tiny_patch16_224"
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
@@ -54,7 +54,9 @@ def test_statistics_in_a_spec(file: Path, caplog: pytest.LogCaptureFixture) -> N
     assert half.statistics.startswith("given in the spec; std: timm's for")
 
 
-@pytest.mark.parametrize("option", ["mean=1,2", "mean=a,b,c", "mean=123,116,103", "std=0,0.1,0.1", "std=nan,1,1", "mean="])
+@pytest.mark.parametrize(
+    "option", ["mean=1,2", "mean=a,b,c", "mean=123,116,103", "std=0,0.1,0.1", "std=nan,1,1", "mean="]
+)
 def test_statistics_that_are_none(option: str) -> None:
     with pytest.raises(UsageError, match=r"three numbers .* such as 0\.\d+"):
         load_encoder(f"{TINY}?pretrained=false&{option}")

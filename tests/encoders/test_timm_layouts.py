@@ -17,9 +17,9 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from neco_bench.encoders import timm_layouts
+from neco_bench.core.errors import BadInputError
+from neco_bench.encoders.adapters import timm_layouts
 from neco_bench.encoders.base import WeightsReport
-from neco_bench.errors import BadInputError
 
 from .conftest import random_state
 

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from neco_bench.core.errors import UsageError
+from neco_bench.core.protocol import find_tasks
 from neco_bench.encoders import check_encoder, load_encoder
-from neco_bench.encoders.timm_sizes import create, measure
-from neco_bench.errors import UsageError
-from neco_bench.protocol import find_tasks
-from neco_bench.runner import check_size, job_of, run, settings_for
+from neco_bench.encoders.adapters.timm_sizes import create, measure
+from neco_bench.runner.api import run
+from neco_bench.runner.execute import check_size, settings_for
+from neco_bench.runner.job import job_of
 
 from .timm_table import row_of, rows
 
@@ -97,7 +99,9 @@ def test_models_built_for_each_size_are_those_of_timm() -> None:
     expected.set_input_size(img_size=(128, 192))
     mean, std = (torch.tensor(values).view(3, 1, 1) for values in (encoder.mean, encoder.std))
     with torch.inference_mode():
-        (reference,) = expected.forward_intermediates((wide - mean) / std, indices=1, norm=True, intermediates_only=True)
+        (reference,) = expected.forward_intermediates(
+            (wide - mean) / std, indices=1, norm=True, intermediates_only=True
+        )
     torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-4)
     assert torch.equal(encoder.encode(own).map, before)  # the original is as it was
     assert (list(encoder.state_dict()), encoder.weights_id) == (names, identity)

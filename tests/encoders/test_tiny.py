@@ -10,7 +10,7 @@ import torch
 from typer.testing import CliRunner
 
 import neco_bench
-from neco_bench.cli import app
+from neco_bench.cli.common import app
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.check import check_encoder
 from neco_bench.results.store import ResultStore

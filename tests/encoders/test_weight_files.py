@@ -24,9 +24,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.encoders.weight_files import files_of, read_tensors
 from neco_bench.encoders.weights import select, without_wrappers
-from neco_bench.errors import BadInputError, MissingError
 
 STATE = {"blocks.0.weight": torch.arange(6.0).view(2, 3), "norm.weight": torch.ones(3)}
 

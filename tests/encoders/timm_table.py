@@ -1,7 +1,7 @@
 """The table of timm architectures in docs/encoders.md.
 
-    python -m tests.encoders.timm_table              writes it again, after an upgrade of timm
-    python -m tests.encoders.timm_table NAME ...     prints rows
+python -m tests.encoders.timm_table              writes it again, after an upgrade of timm
+python -m tests.encoders.timm_table NAME ...     prints rows
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 
-from neco_bench.encoders.timm_adapter import wrap
-from neco_bench.encoders.timm_sizes import create
-from neco_bench.encoders.zoo import parse_spec
-from neco_bench.errors import UsageError
+from neco_bench.core.errors import UsageError
+from neco_bench.encoders.adapters.timm_models import wrap
+from neco_bench.encoders.adapters.timm_sizes import create
+from neco_bench.encoders.spec import parse_spec
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "encoders.md"
 ROW = re.compile(r"^\| `(\w+)` \|.*\|$", re.MULTILINE)

@@ -11,13 +11,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from PIL import Image
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as tvf
-
-from neco_bench.context import item_rng
-from neco_bench.data.base import IGNORE, Sample
-from neco_bench.features.segmentation_train import (
+from neco_bench.tasks.linear_segmentation.dinov3_augment import (
     Distortion,
     ScaleCropDistort,
     choose_crop,
@@ -25,6 +19,12 @@ from neco_bench.features.segmentation_train import (
     short_side_size,
     varied,
 )
+from PIL import Image
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as tvf
+
+from neco_bench.core.rng import item_rng
+from neco_bench.data.base import IGNORE, Sample
 
 NONE = Distortion(0, 32, (0.5, 1.5), (0.5, 1.5), 0.5)
 MEAN = (0.485, 0.456, 0.406)

@@ -10,17 +10,20 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
+from neco_bench.tasks.linear_segmentation.augment import CropFlip
 
-from neco_bench.context import Context
-from neco_bench.data import load_dataset
+from neco_bench.core.errors import NumericalError, UsageError
+from neco_bench.core.protocol import find_tasks
+from neco_bench.core.task import Context
+from neco_bench.data.load import load_dataset
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.base import Encoder
-from neco_bench.errors import NumericalError, UsageError
 from neco_bench.features.extract import Batch, stream
 from neco_bench.features.store import FeatureStore, budget, remove_stream, store_folder, stored_streams
-from neco_bench.features.transforms import CropFlip, Squash
-from neco_bench.protocol import find_tasks
-from neco_bench.runner import Options, execute, plan
+from neco_bench.features.transforms import Squash
+from neco_bench.runner.execute import execute
+from neco_bench.runner.job import plan
+from neco_bench.runner.options import Options
 
 MODEL = "baseline_rgb"
 

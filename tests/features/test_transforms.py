@@ -10,13 +10,13 @@ import torch
 import torchvision.transforms as T
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from neco_bench.tasks.in_context.augment import HummingbirdTrain
+from neco_bench.tasks.linear_segmentation.augment import CropFlip
 from PIL import Image
 
-from neco_bench.context import item_rng
+from neco_bench.core.rng import item_rng
 from neco_bench.data.base import Sample
 from neco_bench.features.transforms import (
-    CropFlip,
-    HummingbirdTrain,
     Squash,
     crop_box,
     largest_upsampled,

@@ -15,10 +15,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from neco_bench.errors import BadInputError, NecoBenchError
-from neco_bench.results import Result, ResultStore, build_tables, write_leaderboard
-from neco_bench.results import compare as comparing
-from neco_bench.tables import print_rows, summary
+from neco_bench.cli.output import print_rows, summary
+from neco_bench.core.errors import BadInputError, NecoBenchError
+from neco_bench.reports import compare as comparing
+from neco_bench.reports.leaderboard import write_leaderboard
+from neco_bench.reports.tables import build_tables
+from neco_bench.results.schema import Result
+from neco_bench.results.store import ResultStore
 from tests.command import neco
 
 Make = Callable[..., Result]

@@ -13,9 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from neco_bench.errors import NecoBenchError
-from neco_bench.results import files
-from neco_bench.results.files import clear_leftovers, write_whole
+from neco_bench.core import files
+from neco_bench.core.errors import NecoBenchError
+from neco_bench.core.files import clear_leftovers, write_whole
 
 WRITER = """
 import os, sys, time

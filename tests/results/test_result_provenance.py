@@ -9,8 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from neco_bench.results import environment, peak_memory_mb
-from neco_bench.results.provenance import _git_state
+from neco_bench.results.provenance import _git_state, environment, peak_memory_mb
 
 
 def test_environment_is_json_and_names_what_matters():
@@ -23,7 +22,10 @@ def test_environment_is_json_and_names_what_matters():
 
 
 def test_environment_imports_no_torch():
-    code = "import sys; from neco_bench.results import environment; environment(); print('torch' in sys.modules)"
+    code = (
+        "import sys; from neco_bench.results.provenance import environment; environment(); "
+        "print('torch' in sys.modules)"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 from pydantic import ValidationError
 
-from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError
-from neco_bench.results import Result, ResultStore
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, NumericalError
+from neco_bench.results.schema import Result
+from neco_bench.results.store import ResultStore
 
 ARRAYS = {"confusions": np.arange(18).reshape(2, 3, 3), "ids": np.array(["a", "b"])}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from neco_bench.errors import UsageError
+from neco_bench.core.errors import UsageError
 from neco_bench.search import approximate
 from neco_bench.search.approximate import ApproximateIndex, recall
 

@@ -10,9 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import neco_bench.search as search
-from neco_bench.errors import UsageError
-from neco_bench.search import ExactIndex
+import neco_bench.search.exact as search
+from neco_bench.core.errors import UsageError
+from neco_bench.search.bf16 import BOUNDS, LOOSE, TILE, _Half
+from neco_bench.search.exact import ExactIndex
+from neco_bench.search.topk import ON_CPU, top
 
 CPU = torch.device("cpu")
 
@@ -33,7 +35,7 @@ def clustered(count: int, seed: int) -> torch.Tensor:
 @pytest.mark.parametrize("way", search._ways(CPU))
 @pytest.mark.parametrize("make", [rows, clustered])
 def test_every_way_equals_sorting_all_products(way: str, make, monkeypatch: pytest.MonkeyPatch) -> None:
-    few = search.ON_CPU._replace(keys=700, scores=700 * 4 * 5)  # several blocks, the last one not whole
+    few = ON_CPU._replace(keys=700, scores=700 * 4 * 5)  # several blocks, the last one not whole
     monkeypatch.setattr(search, "ON_CPU", few)
     keys, queries = make(2000, 0), make(37, 1)
     scores, ids = search._ways(CPU)[way](keys).search(queries, 7)
@@ -52,7 +54,7 @@ def test_every_way_equals_sorting_all_products(way: str, make, monkeypatch: pyte
 def test_top_is_the_largest(count: int, width: int, k: int, seed: int, steps: float) -> None:
     k = min(k, width)
     scores = (rows(count, seed, width) * steps).round()  # with ties
-    values, ids = search.top(scores, k)
+    values, ids = top(scores, k)
     assert torch.equal(values, scores.sort(dim=1, descending=True).values[:, :k])
     assert torch.equal(scores.gather(1, ids), values)
     assert all(len(set(row)) == k for row in ids.tolist())
@@ -65,7 +67,7 @@ def test_top_in_half_precision_is_the_largest_above_zero(
 ) -> None:
     k = min(k, width)
     scores = (rows(count, seed, width) * width**0.5 - shift).bfloat16()
-    values, ids = search.top(scores, k)
+    values, ids = top(scores, k)
     expected = scores.sort(dim=1, descending=True).values[:, :k].clamp_min(0)
     assert torch.equal(values.clamp_min(0), expected)
     assert torch.equal(scores.gather(1, ids), values)
@@ -74,7 +76,7 @@ def test_top_in_half_precision_is_the_largest_above_zero(
 
 def test_half_precision_proves_what_it_gives() -> None:
     keys, queries = rows(4000, 0, 64), rows(100, 1, 64)
-    index = search._Half(keys)
+    index = _Half(keys)
     scores, ids, sure = index.candidates(queries, 10, 24)
     expected = (queries.double() @ keys.double().T).topk(10)
     assert sure.float().mean() > 0.9
@@ -85,24 +87,24 @@ def test_half_precision_proves_what_it_gives() -> None:
 def test_long_coordinates_have_twice_the_digits(monkeypatch: pytest.MonkeyPatch) -> None:
     lengths, turn = 0.5 ** torch.arange(64), torch.linalg.qr(rows(64, 4, 64))[0]
     keys, queries = ((rows(n, seed, 64) * lengths) @ turn + 1.0 for n, seed in ((4000, 2), (400, 3)))
-    index = search._Half(keys)
+    index = _Half(keys)
     sure = index.candidates(queries, 10, 12)[2].float().mean()
     assert index.double > 3
-    monkeypatch.setattr(search._Half, "_choose_columns", all_once)
-    plain = search._Half(keys).candidates(queries, 10, 12)[2].float().mean()
+    monkeypatch.setattr(_Half, "_choose_columns", all_once)
+    plain = _Half(keys).candidates(queries, 10, 12)[2].float().mean()
     assert (sure > 0.8, plain < 0.5) == (True, True), (sure, plain)
 
 
 def all_once(self: Any, energy: torch.Tensor) -> int:
     """Columns for every coordinate, each rounded once."""
     self.kept, self.double = len(energy), 0
-    return 2 * search.TILE
+    return 2 * TILE
 
 
 def test_nothing_is_proven_by_scores_below_zero(monkeypatch: pytest.MonkeyPatch) -> None:
     """Their order is not kept: a shift that leaves too few above zero must not cost neighbours."""
     keys, queries = rows(4000, 0, 64), rows(100, 1, 64)
-    index, expected = search._Half(keys), (queries @ keys.T).topk(10)
+    index, expected = _Half(keys), (queries @ keys.T).topk(10)
     reached = index._reached_by_few
     monkeypatch.setattr(index, "_reached_by_few", lambda low, wanted: reached(low, wanted) + 0.3)
     sure = index.candidates(queries, 10, 24)[2]
@@ -114,14 +116,14 @@ def test_nothing_is_proven_by_scores_below_zero(monkeypatch: pytest.MonkeyPatch)
 @given(st.integers(0, 20), st.floats(0, 4), st.sampled_from([16, 64, 100, 384]))
 @settings(deadline=None)
 def test_columns_leave_out_what_hardly_counts(seed: int, decay: float, width: int) -> None:
-    index = search._Half.__new__(search._Half)
+    index = _Half.__new__(_Half)
     index.proven = True
     energy = rows(1, seed, width)[0].square() * torch.arange(1, width + 1) ** -decay
     columns = index._choose_columns(energy)
-    assert columns % search.TILE == 0
-    assert 2 * index.double + index.kept + search.BOUNDS <= columns <= width * 4 // 3 + search.BOUNDS + search.TILE
+    assert columns % TILE == 0
+    assert 2 * index.double + index.kept + BOUNDS <= columns <= width * 4 // 3 + BOUNDS + TILE
     assert 0 <= index.double <= index.kept <= width
-    assert energy[index.kept :].sum() <= search.LOOSE * energy.sum()
+    assert energy[index.kept :].sum() <= LOOSE * energy.sum()
 
 
 @pytest.mark.parametrize("weight", [1.0, 30.0])
@@ -130,7 +132,7 @@ def test_what_is_left_out_is_in_the_bound(weight: float) -> None:
     keys, queries = rows(3000, 0, 128), rows(200, 1, 128)
     keys[:, 40:] *= 0.03
     queries[:, 40:] *= weight
-    index = search._Half(keys)
+    index = _Half(keys)
     assert index.kept < 128
     scores, _, sure = index.candidates(queries, 10, 60)
     expected = (queries.double() @ keys.double().T).topk(10)
@@ -143,7 +145,7 @@ def test_half_precision_doubts_close_calls_and_gives_up(monkeypatch: pytest.Monk
     monkeypatch.setattr(search, "PART", 20)
     keys = rows(30, 0, 64).repeat(100, 1)  # each key a hundred times: no ten can be proven the best
     queries = rows(100, 2, 64)
-    index = search._Half(keys)
+    index = _Half(keys)
     for some in (queries[:60], queries[60:]):
         scores, _ = index.search(some, 10)
         assert (index.searched, index.doubted) == (60, 60)
@@ -154,7 +156,7 @@ def test_doubtful_queries_get_more_candidates_first(monkeypatch: pytest.MonkeyPa
     """A hundred keys 10 times, 30 times, 100 times: the last have more equals than there will ever be candidates."""
     once, queries = rows(300, 0, 64), rows(300, 0, 64)
     keys = torch.cat([part.repeat(copies, 1) for part, copies in zip(once.split(100), (10, 30, 100), strict=True)])
-    index = search._Half(keys)
+    index = _Half(keys)
     found = [int((~index.candidates(queries, 10, wanted)[2]).sum()) for wanted in (24, 40)]
     again: list[int] = []
     plain = index.again.search
@@ -170,7 +172,7 @@ def test_doubtful_queries_get_more_candidates_first(monkeypatch: pytest.MonkeyPa
 def test_half_precision_leaves_extreme_lengths_to_others(count: int, scales: tuple[float, float]) -> None:
     """Where squares or bfloat16 leave the range of numbers."""
     keys, queries = rows(count, 0, 64), rows(20, 1, 64)
-    index = search._Half(keys * scales[0])
+    index = _Half(keys * scales[0])
     scores, ids = index.search(queries * scales[1], 10)
     expected = (queries @ keys.T).topk(10)
     assert torch.equal(ids, expected.indices)
@@ -180,7 +182,7 @@ def test_half_precision_leaves_extreme_lengths_to_others(count: int, scales: tup
 
 
 def test_the_fastest_way_is_measured_for_large_searches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(search, "ON_CPU", search.ON_CPU._replace(measured=(300, 50), worth_measuring=20_000))
+    monkeypatch.setattr(search, "ON_CPU", ON_CPU._replace(measured=(300, 50), worth_measuring=20_000))
     keys, queries = rows(410, 0), rows(60, 1)
     index = ExactIndex(16, CPU)
     index.add(keys[:400])

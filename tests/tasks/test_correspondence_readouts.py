@@ -11,25 +11,34 @@ import pytest
 import torch
 import torch.nn.functional as F
 from neco_bench.tasks.correspondence import task
-from neco_bench.tasks.correspondence.task import View
+from neco_bench.tasks.correspondence.geometry import (
+    _GEOMETRIES,
+    View,
+    match_padded_centre,
+    match_squash,
+    prepare_padded_centre,
+    prepare_squash,
+)
+from neco_bench.tasks.correspondence.matching import nearest_pixels, window_softargmax
+from neco_bench.tasks.correspondence.settings import Settings
 from PIL import Image
 from torch import Tensor
 
 import neco_bench
-from neco_bench import statistics
-from neco_bench.context import Context, Outcome
-from neco_bench.correspondence import nearest_pixels, pck_averages, window_softargmax
+from neco_bench.core.errors import BadInputError, UsageError
+from neco_bench.core.protocol import find_tasks
+from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import Pair, PairDataset
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.errors import BadInputError, UsageError
-from neco_bench.protocol import find_tasks
+from neco_bench.metrics import bootstrap
+from neco_bench.metrics.pck import pck_averages
 from neco_bench.results.store import ResultStore
 
 PROTOCOLS = ("sd-dino-1", "geoaware-1", "dift-1")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 
 
-def settings_of(protocol: str, **changes: Any) -> task.Settings:
+def settings_of(protocol: str, **changes: Any) -> Settings:
     (found,) = find_tasks([f"shapes_correspondence@{protocol}"], changes)
     return found.settings()  # type: ignore[return-value]
 
@@ -49,20 +58,20 @@ def make_pair(source: list, target: list, box: float = 10, name: str = "p", cate
 
 def test_the_image_lies_in_the_middle_of_black() -> None:
     image = np.random.default_rng(0).integers(1, 256, (33, 100, 3), dtype=np.uint8)
-    wide = task.prepare_padded_centre(image, 50, 14, IMAGENET[0])
+    wide = prepare_padded_centre(image, 50, 14, IMAGENET[0])
     resized = np.asarray(Image.fromarray(image).resize((50, 16), Image.Resampling.LANCZOS))  # 16.5 to the even 16
     assert wide.shape == (3, 50, 50)
     np.testing.assert_array_equal((wide[:, 17:33] * 255).round().numpy(), resized.transpose(2, 0, 1))
     assert not wide[:, :17].any()
     assert not wide[:, 33:].any()
-    tall = task.prepare_padded_centre(image.transpose(1, 0, 2), 51, 14, IMAGENET[0])  # 16.83 to 17
+    tall = prepare_padded_centre(image.transpose(1, 0, 2), 51, 14, IMAGENET[0])  # 16.83 to 17
     assert [i for i in range(51) if tall[:, :, i].any()] == list(range(17, 34))
 
 
 def test_squashing_keeps_no_aspect() -> None:
     image = np.random.default_rng(0).integers(0, 256, (20, 70, 3), dtype=np.uint8)
     expected = np.asarray(Image.fromarray(image).resize((48, 48), Image.Resampling.BICUBIC)).transpose(2, 0, 1)
-    out = task.prepare_squash(image, 48, 16, IMAGENET[0])
+    out = prepare_squash(image, 48, 16, IMAGENET[0])
     np.testing.assert_array_equal((out * 255).round().numpy(), expected)
 
 
@@ -76,7 +85,7 @@ def test_padded_centre_by_hand(protocol: str, shift: float, point: tuple, cell: 
     """
     source, target = F.normalize(noise(512, 4, 4), dim=0), F.normalize(noise(512, 4, 4, seed=1), dim=0)
     target[:, 2, 3] = source[:, cell[1], cell[0]]
-    _, errors = task.match_padded_centre(
+    _, errors = match_padded_centre(
         [make_pair([point], [(20, 90)])], [View(source, 100, 40)], View(target, 60, 150), 56, 14, settings_of(protocol)
     )
     predicted = np.array([3 * 14 + 7 + shift, 2 * 14 + 7 + shift])
@@ -88,7 +97,7 @@ def test_dift_points_are_whole_pixels_inside_the_image() -> None:
     """One column of cells upsampled to 1 x 8 pixels: each pixel of a border block ties, and the first is chosen."""
     view = View(torch.eye(2).view(2, 1, 2), 8, 1)  # pixels 0..1 mix nothing, 2..5 both cells, 6..7 nothing
     pair = make_pair([(0.9, 0), (1, 0), (3.9, 0), (6, 0), (8, 1)], [(0, 0), (0, 0), (3, 0), (6, 0), (6, 0)])
-    np.testing.assert_array_equal(task.match_squash([pair], [view], view, 32, 16)[1], 0)
+    np.testing.assert_array_equal(match_squash([pair], [view], view, 32, 16)[1], 0)
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -98,9 +107,9 @@ def test_identical_images(protocol: str) -> None:
     points = [(x, y) for x in range(8, 56, 3) for y in range(8, 56, 5)]
     pair = make_pair(points, points)
     if protocol == "dift-1":
-        np.testing.assert_array_equal(task.match_squash([pair], [view], view, 64, 16)[1], 0)
+        np.testing.assert_array_equal(match_squash([pair], [view], view, 64, 16)[1], 0)
         return
-    _, errors = task.match_padded_centre([pair], [view], view, 64, 16, settings)
+    _, errors = match_padded_centre([pair], [view], view, 64, 16, settings)
     middle = np.array(points) // 16 * 16 + 8 + settings.centre_shift
     np.testing.assert_allclose(errors, np.linalg.norm(middle - points, axis=1), atol=1e-3)
 
@@ -115,11 +124,11 @@ def test_pairs_of_one_target_are_matched_as_each_alone(geometry: str) -> None:
     pairs = [make_pair(*(rng.uniform(0, 50, (2, count, 2)))) for count in (3, 1)]
     if geometry in ("padded_centre", "window_softargmax"):
         match = partial(
-            task.match_padded_centre,
+            match_padded_centre,
             settings=settings_of("sd-dino-1" if geometry == "padded_centre" else "geoaware-1"),
         )
     else:
-        match = task._GEOMETRIES[geometry][1]
+        match = _GEOMETRIES[geometry][1]
     together = match(pairs, views, target, 96, 16)
     alone = [match([pair], [view], target, 96, 16) for pair, view in zip(pairs, views, strict=True)]
     for whole, *parts in zip(together, *alone, strict=True):
@@ -281,9 +290,9 @@ def test_each_protocol_has_its_average(protocol: str, average: str, beside: dict
     order = np.argsort(classes, kind="stable")  # categories one after the other
     hits, totals, classes = hits[order], totals[order], classes[order]
     interval = {
-        "points": statistics.bootstrap_ratio(hits, totals),
-        "pairs": statistics.bootstrap_mean(hits / totals),
-        "class_mean": statistics.bootstrap_ratio(hits, totals, classes),
+        "points": bootstrap.bootstrap_ratio(hits, totals),
+        "pairs": bootstrap.bootstrap_mean(hits / totals),
+        "class_mean": bootstrap.bootstrap_ratio(hits, totals, classes),
     }
     assert len(set(interval.values())) == 3
     assert outcome.ci95["PCK@0.10"] == interval[average]

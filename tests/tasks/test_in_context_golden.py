@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from neco_bench.tasks.in_context.task import choose_patches, patch_labels, read_labels, retrieve
+from neco_bench.tasks.in_context.memory import choose_patches, patch_labels, read_labels, retrieve
 from scipy.sparse import csr_matrix
 
-from neco_bench import metrics
 from neco_bench.features.transforms import largest_upsampled, nearest_legacy, resize_image, to_tensor
-from neco_bench.search import ExactIndex
+from neco_bench.metrics import segmentation
+from neco_bench.search.exact import ExactIndex
 
 CASES = [("main", "cg"), ("main", "vit"), ("det", "cg"), ("det", "vit")]
 
@@ -75,9 +75,11 @@ def test_retrieval_to_miou(arrays: dict[str, np.ndarray], case: str, encoder: st
     maps, total, official = score(torch.from_numpy(expected), arrays[f"{case}_y_val"][:, 0])
     np.testing.assert_array_equal(maps, arrays[f"{key}_pred_map"][:, 0])
     np.testing.assert_array_equal(total, arrays[f"{key}_conf_mat"])
-    np.testing.assert_array_equal(metrics.hungarian_match(total), arrays[f"{key}_hungarian_map"])
-    np.testing.assert_allclose(np.nan_to_num(metrics.iou_per_class(total)), arrays[f"{key}_iou_identity"], atol=1e-9)
-    assert metrics.mean_iou(total, absent="zero") == pytest.approx(float(arrays[f"{key}_miou_identity"]), abs=1e-9)
+    np.testing.assert_array_equal(segmentation.hungarian_match(total), arrays[f"{key}_hungarian_map"])
+    np.testing.assert_allclose(
+        np.nan_to_num(segmentation.iou_per_class(total)), arrays[f"{key}_iou_identity"], atol=1e-9
+    )
+    assert segmentation.mean_iou(total, absent="zero") == pytest.approx(float(arrays[f"{key}_miou_identity"]), abs=1e-9)
     assert official == pytest.approx(float(arrays[f"{key}_miou_official"]), abs=1e-9)
 
     # Our own distributions differ by rounding, which may move a pixel between two equal shares; for "cg" none moves.
@@ -90,18 +92,18 @@ def test_retrieval_to_miou(arrays: dict[str, np.ndarray], case: str, encoder: st
 
 def score(shares: torch.Tensor, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Maps (n, 224, 224), confusion matrix and Hungarian mIoU of patch shares (n, 196, 11)."""
-    confusions = metrics.ImageConfusions(11)
+    confusions = segmentation.ImageConfusions(11)
     maps = np.stack([largest_upsampled(s.T.reshape(11, 14, 14), 224, 224).numpy() for s in shares])
     for mask, predicted in zip(masks, maps, strict=True):
         confusions.add(mask, predicted)
     total = confusions.total()
-    merged = metrics.merge_clusters(total, metrics.hungarian_match(total))
-    return maps, total, metrics.mean_iou(merged, absent="zero")
+    merged = segmentation.merge_clusters(total, segmentation.hungarian_match(total))
+    return maps, total, segmentation.mean_iou(merged, absent="zero")
 
 
 def test_images_and_masks_from_files(arrays: dict[str, np.ndarray], real_data: Path) -> None:
     """The deterministic transforms equal the reference's tensors bit by bit, from the real files."""
-    from neco_bench.data import load_dataset
+    from neco_bench.data.load import load_dataset
 
     val = load_dataset("camvid", "val", root=real_data)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)

@@ -17,10 +17,10 @@ import numpy as np
 import pytest
 
 import neco_bench
-from neco_bench import runner
-from neco_bench.errors import NumericalError
+from neco_bench.core.errors import NumericalError
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
+from neco_bench.runner import execute
 from tests.command import neco
 
 VIT = "timm:vit_tiny_patch16_224?pretrained=false&seed=0"
@@ -85,7 +85,7 @@ def test_a_second_run_loads_no_encoder(tmp_path: Path, monkeypatch: pytest.Monke
     first = neco(*run)
     stored = {path: path.read_bytes() for path in tmp_path.rglob("*.*")}
     assert {path.suffix for path in stored} == {".json", ".npz"}
-    monkeypatch.setattr(runner, "load_encoder", lambda *a, **k: pytest.fail("the encoder was loaded"))
+    monkeypatch.setattr(execute, "load_encoder", lambda *a, **k: pytest.fail("the encoder was loaded"))
     again = neco(*run, "--batch-size", 3)
     assert (first.code, again.code) == (0, 0)
     assert again.out == first.out
@@ -101,7 +101,7 @@ def test_a_failure_is_stored_and_tried_again(tmp_path: Path, monkeypatch: pytest
         raise NumericalError("no such luck")
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "load_encoder", fail)
+        patch.setattr(execute, "load_encoder", fail)
         assert neco(*run).code == 5
     (failed,) = ResultStore(tmp_path).load_all()
     assert (failed.status, failed.error, failed.error_code) == ("failed", "no such luck", 5)
@@ -112,7 +112,7 @@ def test_a_failure_is_stored_and_tried_again(tmp_path: Path, monkeypatch: pytest
 
 def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = [*RUN, "--model", "baseline_rgb,baseline_hog", "--out", tmp_path]
-    load = runner.load_encoder
+    load = execute.load_encoder
 
     def interrupted(model: str, **options: Any) -> Any:
         if model == "baseline_hog":
@@ -120,13 +120,15 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
         return load(model, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(runner, "load_encoder", interrupted)
+        patch.setattr(execute, "load_encoder", interrupted)
         answer = neco(*run)
     assert answer.code == 130
     assert "the same command goes on from there" in answer.err
     assert [result.model for result in ResultStore(tmp_path).load_all()] == ["baseline_rgb"]
     loaded = []
-    monkeypatch.setattr(runner, "load_encoder", lambda model, **options: loaded.append(model) or load(model, **options))
+    monkeypatch.setattr(
+        execute, "load_encoder", lambda model, **options: loaded.append(model) or load(model, **options)
+    )
     assert neco(*run).code == 0
     assert loaded == ["baseline_hog"]
 

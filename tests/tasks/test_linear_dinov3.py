@@ -13,18 +13,28 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from neco_bench.tasks.linear_segmentation import dinov3
+from neco_bench.tasks.linear_segmentation.dinov3_head import (
+    BnHead,
+    BnProbeOptions,
+    add_gradient,
+    drop_channels,
+    learning_rate,
+    train_bn_probe,
+)
+from neco_bench.tasks.linear_segmentation.dinov3_settings import Settings
 from PIL import Image
 from torch import Tensor, nn
 
-from neco_bench import load_dataset, load_encoder, metrics
-from neco_bench.context import Context, Outcome, item_rng
+from neco_bench import load_dataset, load_encoder
+from neco_bench.core.errors import NumericalError, UsageError
+from neco_bench.core.protocol import protocol
+from neco_bench.core.rng import item_rng
+from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import IGNORE, Sample
 from neco_bench.data.shapes import Shapes
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.errors import NumericalError, UsageError
-from neco_bench.probe_bn import BnHead, BnProbeOptions, add_gradient, drop_channels, learning_rate, train_bn_probe
-from neco_bench.protocol import protocol
-from neco_bench.statistics import bootstrap_miou
+from neco_bench.metrics import segmentation
+from neco_bench.metrics.bootstrap import bootstrap_miou
 
 CONSTANTS = dict(protocol("linear_segmentation", "dinov3-1").constants)
 OPTIONS = BnProbeOptions(
@@ -38,8 +48,8 @@ OPTIONS = BnProbeOptions(
 )
 
 
-def make_settings(**changes: Any) -> dinov3.Settings:
-    return dinov3.Settings(**{**CONSTANTS, "input_size": 512, **changes})
+def make_settings(**changes: Any) -> Settings:
+    return Settings(**{**CONSTANTS, "input_size": 512, **changes})
 
 
 def test_the_protocol_has_the_constants_of_the_reference() -> None:
@@ -283,17 +293,17 @@ def test_only_classes_without_any_pixel_are_left_out() -> None:
     """By hand: class 2 is predicted only, and counts as 0; class 3 is nowhere, and does not count."""
     confusion = np.zeros((4, 4), int)
     confusion[0, 0], confusion[0, 2], confusion[1, 1] = 3, 1, 5
-    assert metrics.mean_iou(confusion, absent="union") == pytest.approx((3 / 4 + 1 + 0) / 3)
-    assert metrics.mean_iou(confusion, absent="exclude") == pytest.approx((3 / 4 + 1) / 2)
-    assert metrics.mean_iou(confusion, absent="zero") == pytest.approx((3 / 4 + 1) / 4)
-    assert np.isnan(metrics.mean_iou(np.zeros((3, 3), int), absent="union"))
+    assert segmentation.mean_iou(confusion, absent="union") == pytest.approx((3 / 4 + 1 + 0) / 3)
+    assert segmentation.mean_iou(confusion, absent="exclude") == pytest.approx((3 / 4 + 1) / 2)
+    assert segmentation.mean_iou(confusion, absent="zero") == pytest.approx((3 / 4 + 1) / 4)
+    assert np.isnan(segmentation.mean_iou(np.zeros((3, 3), int), absent="union"))
 
 
 def test_its_interval_equals_a_naive_loop() -> None:
     rng = np.random.default_rng(3)
     confusions = rng.integers(0, 6, (7, 4, 4)) * (rng.random((7, 4, 4)) < 0.15)  # classes are often absent
     draws = np.random.default_rng(5).integers(0, 7, (500, 7))
-    values = {a: [metrics.mean_iou(confusions[d].sum(0), absent=a) for d in draws] for a in ("union", "exclude")}
+    values = {a: [segmentation.mean_iou(confusions[d].sum(0), absent=a) for d in draws] for a in ("union", "exclude")}
     assert values["union"] != values["exclude"]
     expected = np.nanquantile(values["union"], [0.05, 0.95])
     assert bootstrap_miou(confusions, absent="union", draws=500, seed=5, level=0.9) == pytest.approx(tuple(expected))
@@ -344,7 +354,7 @@ def test_a_whole_run_beats_chance() -> None:
     shares = total.sum(1) / total.sum()
     assert confusion.shape == (16, 9, 9)
     assert outcome.metrics["mIoU"] > 1.7 * shares.max() / 9
-    assert outcome.metrics["mIoU"] == pytest.approx(metrics.mean_iou(total, absent="union"))
+    assert outcome.metrics["mIoU"] == pytest.approx(segmentation.mean_iou(total, absent="union"))
     assert outcome.metrics["mIoU_last"] <= outcome.metrics["mIoU"]
     assert context.notes["iteration_reported"] in (20, 40, 50)
     low, high = outcome.ci95["mIoU"]

@@ -5,10 +5,11 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from neco_bench.context import Context, Outcome
+from neco_bench.core.protocol import find_tasks
+from neco_bench.core.task import Context, Outcome
 from neco_bench.encoders import load_encoder
-from neco_bench.protocol import find_tasks
-from neco_bench.runner import Options, plan
+from neco_bench.runner.job import plan
+from neco_bench.runner.options import Options
 
 
 def probe(protocol: str, seed: int = 0, **changes: object) -> tuple[Outcome, dict]:

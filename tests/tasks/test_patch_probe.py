@@ -15,6 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 from neco_bench.tasks.patch_probe import task as probe
+from neco_bench.tasks.patch_probe.knn import nearest_rows, vote
+from neco_bench.tasks.patch_probe.logistic import Logistic, fit_logistic, fit_on_device
+from neco_bench.tasks.patch_probe.patches import Patches
+from neco_bench.tasks.patch_probe.settings import Distance, Settings
 from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.linear_model import LogisticRegression
@@ -23,13 +27,13 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import neco_bench
-from neco_bench.context import Context
-from neco_bench.data import DATASETS
+from neco_bench.core.config import read_toml
+from neco_bench.core.errors import BadInputError, NumericalError, UsageError
+from neco_bench.core.task import Context
 from neco_bench.data.base import IGNORE, Sample, SegmentationDataset
+from neco_bench.data.load import DATASETS
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.errors import BadInputError, NumericalError, UsageError
 from neco_bench.features.patches import BicubicSquash, Void, cut, most_frequent, paste
-from neco_bench.toml import read_toml
 from tests.tasks.test_shapes import Oracle, Painted
 
 CPU = torch.device("cpu")
@@ -37,8 +41,8 @@ VOIDS: tuple[Void, ...] = ("wins ties", "loses ties", "never votes")
 CONSTANTS = read_toml(Path(probe.__file__).with_name("cards.toml"))["protocols"]
 
 
-def some_settings(protocol: str = "capi-1", **changes: Any) -> probe.Settings:
-    return probe.Settings(**{**CONSTANTS[protocol], "input_size": 16, "method": "knn", "ks": [1], **changes})
+def some_settings(protocol: str = "capi-1", **changes: Any) -> Settings:
+    return Settings(**{**CONSTANTS[protocol], "input_size": 16, "method": "knn", "ks": [1], **changes})
 
 
 class Cells(Encoder):
@@ -113,16 +117,16 @@ def test_ties_by_hand() -> None:
 def test_votes_equal_a_loop(blocks: np.ndarray, ids: np.ndarray) -> None:
     """Per pixel of the block; where void never votes and nobody else does, the majority labels do."""
     majority = np.array([naive([*row, 3], "never votes") for row in blocks.tolist()], np.uint8)
-    patches = probe.Patches(torch.zeros(6, 1), torch.from_numpy(blocks), torch.from_numpy(majority))
+    patches = Patches(torch.zeros(6, 1), torch.from_numpy(blocks), torch.from_numpy(majority))
     for void in VOIDS:
         expected = np.array([[naive(column, void) for column in blocks[row].T.tolist()] for row in ids], np.uint8)
         if void == "never votes":
             fallback = [naive(majority[row].tolist(), void) for row in ids]
             expected = np.where(expected == IGNORE, np.array(fallback)[:, None], expected)
-        whole = probe.vote(patches, torch.from_numpy(ids), 5, void, CPU)
+        whole = vote(patches, torch.from_numpy(ids), 5, void, CPU)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(probe, "VOTE_BYTES", 1)
-            one_by_one = probe.vote(patches, torch.from_numpy(ids), 5, void, CPU)
+            one_by_one = vote(patches, torch.from_numpy(ids), 5, void, CPU)
         np.testing.assert_array_equal(whole.numpy(), expected)
         np.testing.assert_array_equal(one_by_one.numpy(), expected)
 
@@ -151,7 +155,7 @@ def test_squash_is_bicubic_and_takes_the_mask_along_or_not() -> None:
 
 @pytest.mark.parametrize("distance", ["cosine", "l2"])
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
-def test_neighbours_equal_brute_force(distance: probe.Distance, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_neighbours_equal_brute_force(distance: Distance, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks smaller than k, chunks that do not divide, and one chunk. Lengths differ, so the two distances do too."""
     monkeypatch.setattr(probe, "CHUNK", chunk)
     rng = np.random.default_rng(1)
@@ -163,19 +167,19 @@ def test_neighbours_equal_brute_force(distance: probe.Distance, chunk: int, monk
     else:
         distances = 1 - queries @ keys.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(keys, axis=1)
     expected = distances.argsort(1)[:, :10]
-    found = probe.nearest_rows(torch.from_numpy(keys).float(), torch.from_numpy(queries).float(), 10, distance, CPU)
+    found = nearest_rows(torch.from_numpy(keys).float(), torch.from_numpy(queries).float(), 10, distance, CPU)
     np.testing.assert_array_equal(found.numpy(), expected)
 
 
 def test_too_many_neighbours_is_wrong_usage() -> None:
     with pytest.raises(UsageError, match="ks="):
-        probe.nearest_rows(torch.zeros(5, 2), torch.zeros(1, 2), 6, "l2", CPU)
+        nearest_rows(torch.zeros(5, 2), torch.zeros(1, 2), 6, "l2", CPU)
 
 
-def on_device(features: Tensor, labels: Tensor, c: float, max_iterations: int) -> probe.Logistic:
+def on_device(features: Tensor, labels: Tensor, c: float, max_iterations: int) -> Logistic:
     """What runs on GPUs, here on the CPU."""
     present, target = labels.unique(return_inverse=True)
-    return probe.fit_on_device(features, target, present, c, max_iterations, 1e-12, CPU)
+    return fit_on_device(features, target, present, c, max_iterations, 1e-12, CPU)
 
 
 @pytest.mark.parametrize("ids", [(0, 3, 7, 200), (2, 5)])
@@ -190,7 +194,7 @@ def test_logistic_regression_is_that_of_scikit_learn(
     labels = rng.choice(ids, 1500, p=shares / shares.sum()).astype(np.uint8)
     features = (rng.normal(0, 1, (1500, 8)) + 0.01 * labels[:, None] * rng.normal(0, 1, 8)).astype(np.float32)
     x, y = torch.from_numpy(features), torch.from_numpy(labels)
-    model = probe.fit_logistic(x, y, c, max_iterations=1000, tolerance=1e-12, device=CPU)
+    model = fit_logistic(x, y, c, max_iterations=1000, tolerance=1e-12, device=CPU)
     theirs = LogisticRegression(C=c, max_iter=1000, tol=1e-12).fit(features.astype(np.float64), labels)
     optimum = LogisticRegression(C=c, max_iter=5000, tol=1e-9, solver="newton-cg").fit(features.astype(float), labels)
     for ours, by, tolerance in ((model, theirs, 1e-12), (on_device(x, y, c, 1000), optimum, 1e-5)):
@@ -203,9 +207,7 @@ def test_logistic_regression_is_that_of_scikit_learn(
 
 
 def test_a_single_class_is_fitted_by_nothing() -> None:
-    model = probe.fit_logistic(
-        torch.rand(5, 3), torch.full((5,), 4).byte(), 1.0, max_iterations=5, tolerance=0, device=CPU
-    )
+    model = fit_logistic(torch.rand(5, 3), torch.full((5,), 4).byte(), 1.0, max_iterations=5, tolerance=0, device=CPU)
     assert model.predict(torch.rand(2, 3)).tolist() == [4, 4]
     assert model.converged
 
@@ -218,7 +220,7 @@ def test_logistic_regression_says_where_it_was_stopped() -> None:
     labels = torch.from_numpy(rng.integers(0, 4, 200).astype(np.uint8))
     with warnings.catch_warnings():
         warnings.simplefilter("error")  # the result says it
-        model = probe.fit_logistic(features, labels, 100.0, max_iterations=60, tolerance=1e-12, device=CPU)
+        model = fit_logistic(features, labels, 100.0, max_iterations=60, tolerance=1e-12, device=CPU)
     other = on_device(features, labels, 100.0, 60)
     assert (model.iterations, model.converged) == (other.iterations, other.converged) == (60, False)
     np.testing.assert_allclose(model.weights, other.weights, rtol=1e-6, atol=1e-8)
@@ -227,7 +229,7 @@ def test_logistic_regression_says_where_it_was_stopped() -> None:
 def test_a_loss_without_a_value_is_a_numerical_error() -> None:
     features = torch.full((4, 2), torch.nan)
     with pytest.raises(NumericalError, match="C = 1"):
-        probe.fit_logistic(features, torch.tensor([0, 1, 0, 1]).byte(), 1.0, max_iterations=5, tolerance=0, device=CPU)
+        fit_logistic(features, torch.tensor([0, 1, 0, 1]).byte(), 1.0, max_iterations=5, tolerance=0, device=CPU)
 
 
 # Training patches.
@@ -344,7 +346,7 @@ def test_the_held_out_images_are_fitted_on_in_the_end(method: str) -> None:
     assert value < 0.5
 
 
-def second_pipeline(model: str, options: probe.Settings, limit: int) -> tuple[dict[str, float], float]:
+def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str, float], float]:
     """Held-out mIoUs of the grid and the mIoU on val of `capi-1`, in plain scikit-learn and torch.mode."""
     encoder = neco_bench.load_encoder(model)
     stride, size = encoder.stride, options.input_size

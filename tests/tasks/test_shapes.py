@@ -13,13 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import neco_bench
-from neco_bench import metrics
-from neco_bench.data import DATASETS
+from neco_bench.core.errors import BadInputError, NumericalError
+from neco_bench.core.protocol import all_cards
 from neco_bench.data.base import IGNORE, Sample
+from neco_bench.data.load import DATASETS
 from neco_bench.data.shapes import Shapes
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.errors import BadInputError, NumericalError
-from neco_bench.protocol import all_cards
+from neco_bench.metrics import segmentation
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 
@@ -233,9 +233,9 @@ def test_stored_confusions_give_the_miou(case: str, store: ResultStore) -> None:
     classes = 10 if case == "shapes_knn@capi-1" else 9  # k-NN may answer "void" there
     assert per_seed.shape[1:] == (6, classes, classes)
     sums = per_seed.sum(1)
-    scores = [metrics.mean_iou(total, absent=settings["absent"]) for total in sums]
+    scores = [segmentation.mean_iou(total, absent=settings["absent"]) for total in sums]
     assert result.metrics["mIoU"] == pytest.approx(np.mean(scores), rel=1e-12)
-    iou = np.mean([metrics.iou_per_class(total) for total in sums], axis=0)
+    iou = np.mean([segmentation.iou_per_class(total) for total in sums], axis=0)
     assert list(result.per_class["IoU"].values()) == [None if np.isnan(v) else pytest.approx(v) for v in iou]
     if case.endswith("clean-1"):  # scored at native resolution
         val = neco_bench.load_dataset("shapes", "val", limit=6)

@@ -8,8 +8,7 @@ import numpy as np
 import torch
 
 from neco_bench.encoders import Encoder, load_encoder
-from neco_bench.training.batches import Item, collate
-from neco_bench.training.objectives import Batch
+from neco_bench.training.batches import Batch, Item, collate
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.views import ViewSettings, make_views
 

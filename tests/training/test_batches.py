@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from neco_bench.errors import BadInputError
+from neco_bench.core.distributed import Place
+from neco_bench.core.errors import BadInputError
 from neco_bench.training.batches import Order, loader
 from neco_bench.training.images import open_images
-from neco_bench.training.networks import Place
 
 from .helpers import recipe
 

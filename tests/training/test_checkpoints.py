@@ -16,8 +16,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from neco_bench.core.errors import NecoBenchError, UsageError
 from neco_bench.encoders.run_folder import read
-from neco_bench.errors import NecoBenchError, UsageError
 from neco_bench.training import checkpoints
 
 from ..command import neco

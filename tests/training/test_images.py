@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from neco_bench.data import load_dataset
-from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
+from neco_bench.data.load import load_dataset
 from neco_bench.training.images import open_images
 
 

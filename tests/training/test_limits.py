@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from neco_bench.errors import UsageError
+from neco_bench.core.distributed import Place
+from neco_bench.core.errors import UsageError
 from neco_bench.training import limits
 from neco_bench.training.images import MOST_SHAPES, open_images
 from neco_bench.training.limits import check, host_memory, needs, sorting_bytes
-from neco_bench.training.networks import Network, Place
-from neco_bench.training.objectives import NeCo
+from neco_bench.training.neco import NeCo
+from neco_bench.training.networks import Network
 from neco_bench.training.sorting import DISTRIBUTIONS, Relaxation
 from neco_bench.training.views import GLOBALS
 

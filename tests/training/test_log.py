@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from neco_bench.errors import BadInputError, NecoBenchError
+from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.training.log import Table
 
 

@@ -27,10 +27,11 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import neco_bench
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
 from neco_bench.encoders import load_encoder
-from neco_bench.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
 from neco_bench.training import checkpoints, log, loop
-from neco_bench.training.loop import Interrupted, Options, cosine, train
+from neco_bench.training.loop import cosine, train
+from neco_bench.training.options import Interrupted, Options
 from neco_bench.training.recipe import Recipe
 
 from . import helpers

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from neco_bench.errors import UsageError
+from neco_bench.core.errors import UsageError
 from neco_bench.training import sorting
 from neco_bench.training.loss import neco_loss
 from neco_bench.training.sorting import soft_sort

@@ -10,10 +10,10 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neco_bench.errors import UsageError
+from neco_bench.core.distributed import Place
+from neco_bench.core.errors import UsageError
 from neco_bench.training.networks import (
     Network,
-    Place,
     StochasticDepth,
     _add_stochastic_depth,
     blocks_of,

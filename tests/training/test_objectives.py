@@ -10,12 +10,15 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from neco_bench.errors import UsageError
+from neco_bench.core.distributed import Place
+from neco_bench.core.errors import UsageError
+from neco_bench.training.batches import by_view
 from neco_bench.training.loss import neco_loss
-from neco_bench.training.masks import foreground
-from neco_bench.training.networks import Network, Place
-from neco_bench.training.objectives import MaskedImages, NeCo, by_view, patches_read
+from neco_bench.training.mim import MaskedImages
+from neco_bench.training.neco import NeCo, patches_read
+from neco_bench.training.networks import Network
 from neco_bench.training.recipe import Recipe
+from neco_bench.training.regions import foreground
 
 from .helpers import batch, recipe, small_encoder
 

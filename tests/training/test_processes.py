@@ -14,15 +14,18 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
+from neco_bench.core.distributed import Place
+from neco_bench.core.reduce import mean_over_processes
 from neco_bench.encoders import Encoder
-from neco_bench.training.networks import Network, Place, make_trainable, set_training
-from neco_bench.training.objectives import OBJECTIVES, TENSORS, Batch, mean_over_processes
+from neco_bench.training.batches import TENSORS, Batch
+from neco_bench.training.networks import Network, make_trainable, set_training
+from neco_bench.training.objectives import OBJECTIVES
 
 from .helpers import batch, recipe, small_encoder
 
 # Forked from a server that has imported torch once, with threads of its own.
 CHILD = multiprocessing.get_context("forkserver")
-CHILD.set_forkserver_preload(["neco_bench.training.loop", "neco_bench.encoders.timm_adapter"])
+CHILD.set_forkserver_preload(["neco_bench.training.loop", "neco_bench.encoders.adapters.timm_models"])
 
 TOTAL = 4
 MIM = {"objective": "mim", "use_teacher": False, "locals": 0, "head_layers": 1}

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from neco_bench.core.distributed import Place
+from neco_bench.core.errors import UsageError
 from neco_bench.encoders import Encoder, load_encoder
-from neco_bench.errors import UsageError
 from neco_bench.training import checkpoints, loop
-from neco_bench.training.loop import Options, train
-from neco_bench.training.networks import Network, Place, make_trainable, seeded, set_training
+from neco_bench.training.loop import train
+from neco_bench.training.networks import Network, make_trainable, seeded, set_training
+from neco_bench.training.options import Options
 
 from . import helpers
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from neco_bench.encoders.zoo import parse_spec
-from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
+from neco_bench.encoders.spec import parse_spec
 from neco_bench.training.recipe import Recipe, load_recipe, parse_changes, shipped
 
 COCO, IN100, VOC = 118_287, 126_689, 10_582  # images, protocols/neco.md 1.15

@@ -18,13 +18,14 @@ import torch.nn.functional as F
 import torchvision
 from torch import Tensor
 
-from neco_bench.context import item_rng
-from neco_bench.encoders import load_encoder, timm_adapter
-from neco_bench.errors import BadInputError
+from neco_bench.core.errors import BadInputError
+from neco_bench.core.rng import item_rng
+from neco_bench.encoders import load_encoder
+from neco_bench.encoders.adapters import timm_models
 from neco_bench.training import loop
-from neco_bench.training.loop import Options
+from neco_bench.training.batches import Batch
 from neco_bench.training.networks import folded_class_token
-from neco_bench.training.objectives import Batch
+from neco_bench.training.options import Options
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.sorting import comparators
 
@@ -55,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """DINOv2's architectures with two narrow blocks, and position embeddings of random values."""
-    create = timm_adapter._create
+    create = timm_models._create
 
     def small(name: str, seed: int, **options: Any) -> Any:
         model = create(name, seed, **options, depth=2, embed_dim=24, num_heads=2, img_size=98)
@@ -66,7 +67,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
                 value.fill_(0.9)
         return model
 
-    monkeypatch.setattr(timm_adapter, "_create", small)
+    monkeypatch.setattr(timm_models, "_create", small)
 
 
 def plain_features(state: State, images: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from neco_bench.errors import UsageError
+from neco_bench.core.errors import UsageError
 from neco_bench.training import sorting
 from neco_bench.training.sorting import DISTRIBUTIONS, comparators, soft_sort
 

@@ -13,13 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageFilter
 from torchvision.transforms.functional import normalize
 
-from neco_bench.context import item_rng
+from neco_bench.core.errors import BadInputError, UsageError
+from neco_bench.core.rng import item_rng
 from neco_bench.encoders import load_encoder
-from neco_bench.errors import BadInputError, UsageError
 from neco_bench.training import views
-from neco_bench.training.align import align
-from neco_bench.training.batches import Item, collate
-from neco_bench.training.objectives import Batch
+from neco_bench.training.batches import Batch, Item, collate
+from neco_bench.training.regions import align
 from neco_bench.training.views import ViewSettings, make_views, random_crop, sample_crops, shared_boxes, vary_colours
 
 SMALL = ViewSettings(global_size=56, local_size=28)

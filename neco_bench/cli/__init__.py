@@ -1,0 +1,1 @@
+"""The command line: one module per noun. The only package that prints."""

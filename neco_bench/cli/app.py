@@ -1,0 +1,35 @@
+"""The command line: verbs only. Heavy imports happen inside the commands, so that help and listings are instant.
+
+stdout carries results, and exactly one JSON document with --json; progress, logs and errors go to stderr.
+Exit codes: 0 done, 2 wrong usage, 3 missing data or weights, 4 bad input file, 5 numerical failure, 130 interrupted (by
+Ctrl-C or SIGTERM), 1 other.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+from neco_bench.cli import data, models, results, run, train
+from neco_bench.cli.common import _sigterm_as_interruption, app, data_app
+from neco_bench.core.errors import user_error
+
+app.add_typer(data_app, name="data")
+
+
+COMMANDS = (run, models, data, train, results)  # importing these modules registers their commands
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of `neco-bench`; exits with the documented code."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    try:
+        with _sigterm_as_interruption():
+            app(args=arguments, prog_name="neco-bench")
+    except Exception as caught:
+        error = user_error(caught)
+        if error is None or isinstance(caught, BrokenPipeError):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(error.exit_code)

@@ -1,0 +1,158 @@
+"""`neco-bench tasks`, `data`, `cache` and `doctor`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from neco_bench.cli.common import DataRoot, Json, app, data_app
+from neco_bench.cli.output import foreign_code, print_rows
+
+
+@app.command()
+def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """List every task with its data set, protocols (the first is the default), metric, and whether its data is here.
+
+    Example: neco-bench tasks --data-root /data
+    """
+    from neco_bench.core.protocol import all_cards
+    from neco_bench.data.integrity import describe_datasets
+    from neco_bench.data.load import base_split
+
+    with foreign_code():
+        present = {row.name: set(row.present) for row in describe_datasets(data_root)}
+        cards, broken = all_cards()
+    rows = [
+        {
+            "task": card.name,
+            "family": card.family,
+            "dataset": card.dataset,
+            "protocols": list(card.protocols),
+            "metric": card.metric,
+            "data": {base_split(split) for split in card.splits.values()} <= present.get(card.dataset, set()),
+            "citation": card.citation,
+        }
+        for card in cards.values()
+    ]
+    print_rows(rows, as_json)
+    for family, reason in broken.items():
+        print(f"warning: task family {family!r} is broken: {reason}", file=sys.stderr)
+
+
+@app.command()
+def cache(
+    clear: Annotated[bool, typer.Option("--clear", help="Delete them; those that a process writes stay.")] = False,
+    as_json: Json = False,
+) -> None:
+    """List the features that are kept to be shared by tasks (NECO_BENCH_FEATURES_GB, 20 by default), or delete them.
+
+    Example: neco-bench cache
+    """
+    from datetime import datetime
+
+    from neco_bench.features.store import remove_leftovers, remove_stream, stored_streams
+
+    rows = stored_streams()
+    if clear:
+        remove_leftovers()
+        left = [row for row in rows if not remove_stream(Path(row["folder"]))]
+        freed = sum(row["bytes"] for row in rows) - sum(row["bytes"] for row in left)
+        print(f"deleted {len(rows) - len(left)} of {len(rows)}, {freed / 1e6:.1f} MB", file=sys.stderr)
+        rows = left
+    for row in rows:
+        row["used"] = datetime.fromtimestamp(row["used"]).isoformat(" ", "minutes")
+    print_rows(rows, as_json)
+
+
+@app.command()
+def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """Show versions, devices, folders and data sets: what to paste into a bug report.
+
+    Example: neco-bench doctor
+    """
+    import torch
+
+    from neco_bench.core.paths import cache_dir
+    from neco_bench.data.integrity import describe_datasets
+    from neco_bench.results.provenance import environment
+    from neco_bench.search.exact import fastest
+    from neco_bench.search.topk import sizes
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    keys, queries = (torch.randn(count, 384, device=device) for count in sizes(device).measured)
+    facts: dict[str, Any] = {
+        **environment(),
+        "device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu",
+        "search_seconds": fastest(keys, queries, 30),
+        "cache": str(cache_dir()),
+        "data": {row.name: bool(row.present) for row in describe_datasets(data_root)},
+    }
+    if as_json:
+        print(json.dumps(facts, indent=2, default=str))
+    else:
+        print_rows([{"fact": name, "value": value} for name, value in facts.items()], False)
+
+
+@data_app.command("list")
+def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
+    """List the data sets and whether they are under the data root.
+
+    Example: neco-bench data list --data-root /data
+    """
+    from neco_bench.data.integrity import describe_datasets
+
+    with foreign_code():
+        rows = [vars(row) for row in describe_datasets(data_root)]
+    if not as_json:
+        for row in rows:
+            del row["citation"]
+    print_rows(rows, as_json)
+
+
+@data_app.command("check")
+def data_check(
+    name: Annotated[str, typer.Argument(help="Data set; see `neco-bench data list`.")],
+    data_root: DataRoot = None,
+    as_json: Json = False,
+) -> None:
+    """Read a whole data set and say what is wrong with it; exits with 4 where something is.
+
+    Example: neco-bench data check voc2012 --data-root /data
+    """
+    from tqdm import tqdm
+
+    from neco_bench.data.integrity import check_dataset
+
+    with foreign_code():
+        findings = check_dataset(name, data_root, progress=partial(tqdm, disable=None, leave=False))
+    short = [{"level": f.level, "split": f.split, "finding": f"{f.text} {f.mend}"} for f in findings]  # long text last
+    print_rows([vars(finding) for finding in findings] if as_json else short, as_json)
+    if any(finding.level == "error" for finding in findings):
+        raise typer.Exit(4)
+
+
+@data_app.command("prepare")
+def data_prepare(
+    name: Annotated[str, typer.Argument(help="voc_sbd, coco_panoptic, or a data set whose archive is unpacked.")],
+    data_root: DataRoot = None,
+    source: Annotated[
+        Path | None, typer.Option(help="Archive (zip, tar), the folder of SBD, or nyu_depth_v2_labeled.mat.")
+    ] = None,
+    into: Annotated[str, typer.Option(help="Sub-folder for an archive, such as stuffthingmaps.")] = "",
+    as_json: Json = False,
+) -> None:
+    """Unpack an archive, or convert annotations, without touching the originals; may be interrupted and repeated.
+
+    Example: neco-bench data prepare voc_sbd --source benchmark.tgz --data-root /data
+    """
+    from tqdm import tqdm
+
+    from neco_bench.data.prepare import prepare
+
+    progress = partial(tqdm, disable=None, leave=False)
+    print_rows([vars(row) for row in prepare(name, data_root, source=source, into=into, progress=progress)], as_json)

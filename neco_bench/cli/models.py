@@ -1,0 +1,115 @@
+"""`neco-bench models`, `check`, `diagnose` and `export`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neco_bench.cli.common import DataRoot, Device, Json, Layers, Precision, Weights, app
+from neco_bench.cli.output import foreign_code, print_rows
+from neco_bench.core.errors import UsageError
+
+
+@app.command()
+def models(as_json: Json = False) -> None:
+    """List the models that have a name; any timm:, hub:, hf: or file.py:factory spec works besides.
+
+    Example: neco-bench models
+    """
+    from neco_bench.encoders.zoo import describe_models
+
+    with foreign_code():
+        rows = describe_models()
+    print_rows(rows, as_json)
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(help="Model spec.")],
+    weights: Weights = None,
+    device: Device = None,
+    precision: Precision = None,
+    layers: Layers = None,
+    as_json: Json = False,
+) -> None:
+    """Check on synthetic images that an encoder keeps the contract; exits with 4 where it does not.
+
+    Example: neco-bench check baseline_hog
+    """
+    from neco_bench.encoders import check_encoder, load_encoder
+
+    with foreign_code():
+        encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
+        found = check_encoder(encoder)
+    rows = [{"check": row.name, "passed": "pass" if row.passed else "FAIL", "detail": row.detail} for row in found]
+    print_rows(rows, as_json)
+    if any(row["passed"] == "FAIL" for row in rows):
+        raise typer.Exit(4)
+
+
+@app.command()
+def diagnose(
+    model: Annotated[str, typer.Argument(help="Model spec.")],
+    dataset: Annotated[str, typer.Option(help="Data set of images and masks; see `neco-bench data list`.")] = "shapes",
+    split: Annotated[str, typer.Option(help="Its split.")] = "val",
+    images: Annotated[int, typer.Option(help="Images, spread evenly over the split.")] = 32,
+    size: Annotated[int, typer.Option(help="Pixels a side, rounded down to the stride.")] = 224,
+    picture: Annotated[Path | None, typer.Option(help="PNG to write: images, components as colours, norms.")] = None,
+    data_root: DataRoot = None,
+    weights: Weights = None,
+    device: Device = None,
+    precision: Precision = None,
+    layers: Layers = None,
+    as_json: Json = False,
+) -> None:
+    """Why a score may be what it is: norm outliers, effective rank, positional leakage, neighbour purity, shifts.
+
+    Example: neco-bench diagnose baseline_hog --picture hog.png
+    """
+    from neco_bench.data.base import SegmentationDataset
+    from neco_bench.data.load import load_dataset
+    from neco_bench.encoders import load_encoder
+    from neco_bench.viz.diagnosis import diagnose as run_diagnosis
+
+    with foreign_code():
+        data = load_dataset(dataset, split, root=data_root)
+        if not isinstance(data, SegmentationDataset):
+            raise UsageError(f"{dataset!r} has no masks. Name a data set for segmentation with --dataset.")
+        encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
+        rows = run_diagnosis(encoder, data, size, images, picture)
+    print_rows(rows, as_json)
+
+
+@app.command()
+def export(
+    model: Annotated[str, typer.Argument(help="Model spec, such as a run folder.")],
+    out: Annotated[Path, typer.Option(help="File to write: .safetensors or .pth.")],
+    layout: Annotated[
+        str, typer.Option(help="Names of the weights: timm, or dinov2 (torch.hub's, of NeCo too).")
+    ] = "timm",
+    weights: Weights = None,
+    overwrite: Annotated[bool, typer.Option(help="Replace the file where there is one.")] = False,
+) -> None:
+    """Write an encoder's weights so that timm or torch.hub's DINOv2 load them.
+
+    Of a run folder the student's; RUN?branch=teacher writes the teacher's. Position embeddings are resized by the rule
+    of the code that reads the file; where that differs from the encoder's, a message says at which size features are
+    the same.
+
+    Example: neco-bench export runs/neco --layout dinov2 --out neco_vits14.pth
+    """
+    from neco_bench.encoders import load_encoder
+    from neco_bench.encoders.export import check_target
+    from neco_bench.encoders.export import export as write
+    from neco_bench.encoders.spec import branch_of
+
+    check_target(layout, out, overwrite)
+    with foreign_code():
+        written = write(load_encoder(model, weights=weights, device="cpu"), layout, out, overwrite=overwrite)
+    print(written)
+    if weights is None and (branch := branch_of(model)):
+        other = "student" if branch == "teacher" else "teacher"
+        print(f"the {branch}'s weights; ?branch={other} exports the {other}'s", file=sys.stderr)

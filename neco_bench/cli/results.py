@@ -1,0 +1,141 @@
+"""`neco-bench leaderboard`, `compare` and `show`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from neco_bench.cli.common import DataRoot, Device, Json, Weights, _not_negative, _stores, app
+from neco_bench.cli.output import compared, foreign_code, images_compared, numbers, print_rows
+from neco_bench.core.errors import MissingError, user_error
+
+
+@app.command()
+def leaderboard(
+    results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
+    out: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("leaderboards/local"),
+    published: Annotated[Path | None, typer.Option(help="CSV of published numbers; default: the one shipped.")] = None,
+    latex_intervals: Annotated[
+        bool, typer.Option("--latex-intervals", help="Put the 95 % intervals into the LaTeX tables.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write one CSV per task family and a Markdown page from stored results, published numbers beside measured ones.
+
+    Example: neco-bench leaderboard --results results --out leaderboards/local
+    """
+    import neco_bench.leaderboards
+    from neco_bench.reports.leaderboard import write_leaderboard
+
+    with _stores(results) as stores:
+        found = [result for store in stores for result in store.load_all()]
+    if not found:
+        raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
+    shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
+    paths = write_leaderboard(found, out, published or shipped, latex_intervals=latex_intervals)
+    if as_json:
+        print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
+        return
+    print((out / "leaderboard.md").read_text(encoding="utf-8"))
+    print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
+
+
+@app.command()
+def compare(
+    first: Annotated[str, typer.Argument(help="Model as named in the results, or the start of a result's key.")],
+    second: Annotated[str, typer.Argument(help="Model to compare with it.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
+    results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Compare the classes of each task too.")] = False,
+    per_size: Annotated[
+        bool, typer.Option("--per-size", help="Compare small, medium and large regions of each segmentation task too.")
+    ] = False,
+    images: Annotated[int, typer.Option(help="Show so many of the most gained and most lost images of each task.")] = 0,
+    as_json: Json = False,
+) -> None:
+    """Difference of two models, second less first, by paired bootstrap over images: interval, p, and p after Holm.
+
+    Example: neco-bench compare baseline_rgb baseline_hog --task 'shapes_*'
+    """
+    from neco_bench.reports import compare as comparing
+
+    patterns = [part for value in task or [] for part in value.split(",") if part]
+    _not_negative("--images", images)
+    told = numbers if as_json else compared
+    with _stores(results) as stores:
+        pairs = comparing.find_pairs(stores, first, second, patterns)
+    tables: dict[str, list[dict[str, Any]]] = {"tasks": [told(row) for row in comparing.compare_tasks(pairs)]}
+    for pair in pairs:
+        if per_class:
+            tables[f"{pair.name} by class"] = [told(row) for row in comparing.compare_classes(pair)]
+        if per_size and "confusion" in pair.first_arrays:
+            tables[f"{pair.name} by size"] = [told(row) for row in comparing.compare_sizes(pair)]
+        if images > 0:
+            tables[f"{pair.name} by image"] = images_compared(comparing.compare_images(pair), images, as_json)
+    if as_json:
+        print(json.dumps(tables, indent=2))
+        return
+    for title, table in tables.items():
+        print(f"{first} -> {second}" if title == "tasks" else f"\n{title}")
+        print_rows(table, False)
+
+
+@app.command()
+def show(
+    model: Annotated[str, typer.Argument(help="Model as named in the results, or the start of a result's key.")],
+    task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
+    results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
+    out: Annotated[Path, typer.Option(help="Where the pages go, one folder per result.")] = Path("pictures"),
+    worst: Annotated[int, typer.Option(help="So many images or pairs with the lowest scores.")] = 4,
+    best: Annotated[int, typer.Option(help="So many with the highest scores.")] = 4,
+    image: Annotated[list[str] | None, typer.Option(help="Ids to show instead; repeatable.")] = None,
+    data_root: DataRoot = None,
+    weights: Weights = None,
+    device: Device = None,
+    as_json: Json = False,
+) -> None:
+    """Pictures for stored results: predictions and errors, nearest patches, clusters, found points; a page and a PNG.
+
+    The task runs again for them, on kept features where there are, and its predictions are held against the stored
+    counts.
+
+    Example: neco-bench show baseline_hog --task shapes_ic
+    """
+    from neco_bench.core.files import slug
+    from neco_bench.reports.compare import results_of
+    from neco_bench.runner.job import job_of
+    from neco_bench.viz.show import show as draw
+
+    patterns = [part for value in task or [] for part in value.split(",") if part]
+    _not_negative("--worst", worst)
+    _not_negative("--best", best)
+    rows: list[dict[str, Any]] = []
+    failure = 0
+    with _stores(results) as stores:
+        found = results_of(stores, model, patterns)
+    for result, store in found.values():
+        folder = out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
+        try:
+            with foreign_code():
+                job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)
+                shown = draw(result, store.statistics(result), job, folder, worst=worst, best=best, named=image or [])
+        except Exception as caught:
+            error = user_error(caught)
+            if error is None or len(found) == 1:
+                raise
+            print(f"error: {result.model} on {result.column}: {error}", file=sys.stderr)
+            failure = failure or error.exit_code
+            continue
+        if shown.differing:
+            print(
+                f"warning: {result.model} on {result.column}: {shown.differing} of {shown.items} items "
+                f"have other counts than those stored; versions, weights or data changed since.",
+                file=sys.stderr,
+            )
+        rows.append({"task": result.column, "items": shown.items, "page": str(shown.page)})
+    print_rows(rows, as_json)
+    raise typer.Exit(failure)

@@ -1,0 +1,153 @@
+"""`neco-bench run`."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from neco_bench.cli.common import DataRoot, Device, Json, Layers, Precision, Weights, app
+from neco_bench.cli.output import foreign_code, phases, print_rows, summary
+from neco_bench.core.errors import UsageError
+
+
+@app.command()
+def run(
+    model: Annotated[
+        list[str], typer.Option(help="Model spec; repeatable and comma-separated. See `neco-bench models`.")
+    ],
+    task: Annotated[list[str], typer.Option(help="Task, glob or task@protocol; repeatable and comma-separated.")],
+    data_root: DataRoot = None,
+    out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
+    device: Device = None,
+    precision: Precision = None,
+    batch_size: Annotated[int, typer.Option(help="Images per encoder forward; halved when memory runs out.")] = 16,
+    workers: Annotated[
+        int | None, typer.Option(help="Loading processes; default: cores - 1 for a GPU, threads for a CPU.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    limit: Annotated[int | None, typer.Option(help="First N items of each split only; never ranked.")] = None,
+    split_file: Annotated[Path | None, typer.Option(help="List of ids that restricts the training split.")] = None,
+    weights: Weights = None,
+    layers: Layers = None,
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a constant; the protocol is then marked *."),
+    ] = None,
+    features: Annotated[
+        str, typer.Option(help="Keep features for other tasks: fp32, fp16 (half the space, rounded) or off.")
+    ] = "fp32",
+    overwrite: Annotated[bool, typer.Option(help="Run again where a result is stored.")] = False,
+    job_timeout: Annotated[
+        float | None, typer.Option(help="Run each job in a process of its own, and end it after so many seconds.")
+    ] = None,
+    launcher: Annotated[
+        str | None, typer.Option(help="Submit one job per result through submitit: slurm, or local processes.")
+    ] = None,
+    launcher_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Parameter of the jobs, such as slurm_partition=gpu; repeatable."),
+    ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Show for each result where its time went, and its peak memory.")
+    ] = False,
+    dry_run: Annotated[
+        bool, typer.Option(help="Check everything, say what would run and its cost, run nothing.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Run tasks for models and store one result each; stored results are returned, not computed again.
+
+    Example: neco-bench run --model baseline_hog --task 'shapes_*'
+    """
+    from neco_bench.core import distributed
+    from neco_bench.core.config import parse_changes
+    from neco_bench.core.protocol import find_tasks
+    from neco_bench.results.store import ResultStore
+    from neco_bench.runner import execute
+    from neco_bench.runner.job import plan_all
+    from neco_bench.runner.options import Options, check_device
+
+    if distributed.started_by_torchrun():
+        distributed.join()
+    check_device(device)
+    tasks = find_tasks(task, parse_changes(changes or []))
+    options = Options(
+        data_root=data_root,
+        device=device,
+        precision=precision,
+        batch_size=batch_size,
+        workers=workers,
+        seed=seed,
+        limit=limit,
+        split_file=split_file,
+        weights=weights,
+        layers=layers,
+        features=features,
+        overwrite=overwrite,
+        progress=distributed.rank() == 0,
+    )
+    if job_timeout is not None and (job_timeout <= 0 or launcher is not None or distributed.world() > 1):
+        raise UsageError(
+            f"--job-timeout takes seconds above 0, got {job_timeout:g}."
+            if job_timeout <= 0
+            else "--job-timeout is for one process. With --launcher, use --launcher-set timeout_min=MINUTES."
+        )
+    if launcher is None and launcher_set:
+        raise UsageError("--launcher-set needs --launcher.")
+    store = ResultStore(out)
+    with foreign_code():
+        jobs = plan_all(_models(model), tasks, options, store)
+    if dry_run:
+        from neco_bench.runner.estimate import forecast
+
+        with foreign_code():
+            rows = forecast(jobs, store)
+        print_rows([{name: row[name] for name in row if as_json or name != "exit_code"} for row in rows], as_json)
+        raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
+    results = []
+    if launcher is not None:
+        from neco_bench.runner.launch import Grid
+
+        grid = Grid(jobs, store, launcher, parse_changes(launcher_set or []))
+    try:
+        for number, job in enumerate(jobs):
+            with foreign_code():
+                if launcher is not None:
+                    results.append(grid.result(number))
+                elif job_timeout is not None:
+                    from neco_bench.runner.launch import run_apart
+
+                    results.append(run_apart(job, store, job_timeout))
+                else:
+                    results.append(execute.run_job(job, store))
+            if distributed.rank():
+                continue
+            if profile:
+                print_rows(phases(results[-1]), False, file=sys.stderr)
+            note = f"error: {results[-1].error}" if results[-1].error else "done"
+            print(f"{job.label} on {job.task.card.name}@{job.task.label}: {note}", file=sys.stderr)
+    except KeyboardInterrupt:
+        if launcher is not None:
+            grid.cancel()
+        kept = f"finished results are in {out}" if results else "nothing was finished yet"
+        print(f"interrupted; {kept}, the same command goes on from there.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    if distributed.rank() == 0 and as_json:
+        print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
+    elif distributed.rank() == 0:
+        print_rows([summary(result) for result in results], False)
+    raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), 0))
+
+
+def _models(values: Sequence[str]) -> list[str]:
+    """Comma-separated specs; commas between numbers belong to a spec (timm:NAME?layers=2,5)."""
+    parts = [part.strip() for value in values for part in re.split(r",(?!-?\d+(?:,|&|$))", value)]
+    if not any(parts):
+        raise UsageError("--model names nothing. Give a model spec; see `neco-bench models`.")
+    return list(dict.fromkeys(part for part in parts if part))

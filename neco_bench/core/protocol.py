@@ -1,0 +1,323 @@
+"""Cards (concrete tasks) and protocols (named, versioned constants), read from the `cards.toml` of each family.
+
+A protocol is a frozen object: an id, all its constants, and their hash. A card names a data set and holds the constants
+that belong to the data set (input size, memory size, K). Together, and with what `--set` changes, they fill the
+family's frozen `Settings` object, which rejects unknown keys. Nothing here imports torch.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+import functools
+import importlib
+import importlib.util
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    field_validator,
+)
+
+from neco_bench.core.config import read_toml
+from neco_bench.core.errors import BadInputError, NecoBenchError, UsageError, did_you_mean
+from neco_bench.core.files import digest
+from neco_bench.core.registry import Registry
+
+FAMILIES: Registry = Registry(
+    "task family",
+    "neco_bench.tasks",
+    {
+        name: f"neco_bench.tasks.{name}"
+        for name in ("in_context", "linear_segmentation", "overclustering", "patch_probe", "correspondence")
+    },
+    listing="neco-bench tasks",
+)
+
+
+# Renamed task ids keep resolving here: old id -> new id.
+RENAMED: dict[str, str] = {}
+
+
+MOST = 10**12  # of any number in settings: arrays hold the product of two as integers, and as single precision
+
+
+class Settings(BaseModel):
+    """Base of each family's settings: every constant of the protocol and the card, validated, frozen.
+
+    input_size: side of the input in pixels. mean, std: of RGB on [0, 1]; they replace the encoder's own where a
+    reference feeds every encoder alike.
+    tokens_per_side: equal tokens instead of equal pixels: every encoder gets an input of this many strides a side.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    input_size: PositiveInt
+    tokens_per_side: PositiveInt | None = None
+    mean: tuple[float, float, float] | None = None
+    std: tuple[PositiveFloat, PositiveFloat, PositiveFloat] | None = None
+
+    @field_validator("*")
+    @classmethod
+    def _within_range(cls, value: Any) -> Any:
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(isinstance(number, (int, float)) and abs(number) > MOST for number in numbers):
+            raise ValueError(f"must be at most {MOST:,}")
+        return value
+
+    def used_size(self, stride: int) -> int:
+        """Side of the input in pixels: the multiple of `stride` nearest to `input_size`, or `tokens_per_side` strides.
+
+        The larger multiple on ties, at least one stride.
+        """
+        return stride * (self.tokens_per_side or max(1, math.floor(self.input_size / stride + 0.5)))
+
+
+def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
+    if limits[0] > limits[1]:
+        raise ValueError("give the smaller limit first")
+    return limits
+
+
+Rounds = Annotated[int, Field(gt=0, lt=2**31)]  # what FAISS can count
+
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+Temperature = Annotated[float, Field(ge=1e-6)]  # of a softmax: what is divided by less overflows
+
+
+Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """id, all constants, and the hash over both. A changed constant demands a new id (a test holds the hashes).
+
+    module: of the family's package, with the `Settings` and `run` of this protocol. citation: the family's where empty.
+    """
+
+    id: str
+    family: str
+    constants: Mapping[str, Any]
+    module: str = "task"
+    citation: str = ""
+
+    @property
+    def hash(self) -> str:
+        return digest({"id": self.id, "family": self.family, "constants": dict(self.constants)})
+
+
+@dataclass(frozen=True)
+class Card:
+    """A concrete task. `protocols`: protocol id -> constants of this card under that protocol; the first is default.
+
+    Such a table may name a `dataset` of its own. A split that ends in "_*" stands for all draws of a fraction: the
+    task is run on each, and the result is their mean.
+    """
+
+    name: str
+    family: str
+    dataset: str
+    splits: Mapping[str, str]
+    metric: str
+    constants: Mapping[str, Any]
+    protocols: Mapping[str, Mapping[str, Any]]
+    origin: str
+    citation: str = ""
+
+    @property
+    def default_protocol(self) -> str:
+        return next(iter(self.protocols))
+
+    def hash(self, protocol: str) -> str:
+        return digest(
+            [
+                self.name,
+                self.family,
+                self.dataset,
+                dict(self.splits),
+                dict(self.constants),
+                dict(self.protocols[protocol]),
+            ]
+        )
+
+
+@dataclass(frozen=True)
+class Task:
+    """A card under one protocol, with what `--set` changed. `label` is what stands in results and tables."""
+
+    card: Card
+    protocol: Protocol
+    changed: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        return self.protocol.id + ("*" if self.changed else "")
+
+    @property
+    def constants(self) -> dict[str, Any]:
+        """Protocol, then card, then `--set`: later ones win."""
+        own = {key: value for key, value in self.card.protocols[self.protocol.id].items() if key != "dataset"}
+        return {**self.protocol.constants, **self.card.constants, **own, **self.changed}
+
+    @property
+    def dataset(self) -> str:
+        """Name of the data set: the card's, unless it has another one for this protocol."""
+        return self.card.protocols[self.protocol.id].get("dataset", self.card.dataset)
+
+    @property
+    def citation(self) -> str:
+        """The paper behind the number."""
+        return self.protocol.citation or self.card.citation
+
+    @property
+    def module(self) -> Any:
+        """The module with `Settings` and `run`. Imports it; raises BadInputError where a plug-in is broken."""
+        return family_module(self.card.family, self.protocol.module)
+
+    @property
+    def hash(self) -> str:
+        """Hash of the protocol in use; differs from the protocol's own where a constant was changed."""
+        return self.protocol.hash if not self.changed else digest([self.protocol.hash, dict(self.changed)])
+
+    def settings(self) -> Settings:
+        """The family's frozen settings object. Raises UsageError for an unknown key or a value of the wrong type."""
+        schema: type[Settings] = self.module.Settings
+        try:
+            return schema(**self.constants)
+        except ValidationError as error:
+            problems = []
+            for item in error.errors():
+                key = ".".join(map(str, item["loc"]))
+                hint = did_you_mean(key, schema.model_fields) if item["type"] == "extra_forbidden" else ""
+                problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}.{hint}")
+            where = "--set" if self.changed else f"cards.toml of family {self.card.family!r}"
+            raise UsageError(
+                f"{where}, task {self.card.name}@{self.protocol.id}: {'; '.join(problems)} "
+                f"Settings of this family: {', '.join(sorted(schema.model_fields))}."
+            ) from error
+
+
+def family_module(family: str, name: str = "task") -> Any:
+    """A module of a family, with `Settings` and `run`. Imports it; raises BadInputError where a plug-in is broken."""
+    entry = FAMILIES.entry(family)
+    try:
+        module = importlib.import_module(f"{entry.value}.{name}")
+        _ = module.Settings, module.run
+    except Exception as error:  # a plug-in may fail in any way
+        raise BadInputError(
+            f"task family {family!r} of {entry.origin} ({entry.value}.{name}) could not be loaded: "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    return module
+
+
+def _family_folder(family: str) -> Path:
+    value = FAMILIES.entry(family).value
+    try:
+        spec = importlib.util.find_spec(value)
+    except Exception as error:  # the parent package of a plug-in may fail in any way
+        raise BadInputError(f"task family {family!r} ({value}) could not be found: {error}") from error
+    if spec is None or not spec.submodule_search_locations:
+        raise BadInputError(f"task family {family!r}: {value} is not a package with a cards.toml.")
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+@functools.cache
+def _read_family(family: str) -> tuple[dict[str, Protocol], dict[str, Card]]:
+    path = _family_folder(family) / "cards.toml"
+    document = read_toml(path)
+    protocols = {
+        name: Protocol(name, family, constants, constants.pop("module", "task"), constants.pop("citation", ""))
+        for name, constants in document.get("protocols", {}).items()
+    }
+    cards = {}
+    for name, table in document.get("tasks", {}).items():
+        table = dict(table)
+        try:
+            common = {key: table.pop(key) for key in ("dataset", "splits", "metric", "protocols")}
+        except KeyError as error:
+            raise BadInputError(f"{path}: task {name!r} lacks {error}.") from error
+        unknown = set(common["protocols"]) - set(protocols)
+        if unknown or not common["protocols"]:
+            raise BadInputError(f"{path}: task {name!r} names protocols {sorted(unknown)}, which the file lacks.")
+        cards[name] = Card(
+            name=name, family=family, constants=table, origin=str(path), citation=document.get("citation", ""), **common
+        )
+    return protocols, cards
+
+
+def all_cards() -> tuple[dict[str, Card], dict[str, str]]:
+    """Every card by name, and the families that are broken, with the reason. A broken plug-in hides no other."""
+    cards: dict[str, Card] = {}
+    broken: dict[str, str] = {}
+    for family in FAMILIES:
+        try:
+            found = _read_family(family)[1]
+        except NecoBenchError as error:
+            broken[family] = str(error)
+            continue
+        for name, card in found.items():
+            if name in cards:
+                broken[family] = f"task {name!r} is already defined by {cards[name].origin}"
+            else:
+                cards[name] = card
+    return cards, broken
+
+
+def protocol(family: str, name: str) -> Protocol:
+    """The protocol of that id. Raises UsageError with near names."""
+    known = _read_family(family)[0]
+    if name not in known:
+        raise UsageError(
+            f"Unknown protocol {name!r} of family {family!r}.{did_you_mean(name, known)} There are: {', '.join(known)}."
+        )
+    return known[name]
+
+
+def find_tasks(requests: Iterable[str], changed: Mapping[str, Any] | None = None) -> list[Task]:
+    """Tasks of names, globs and `name@protocol`, comma-separated or not, without repeats, in the order asked for.
+
+    A glob without a protocol takes each card's default; with one, the cards that have it.
+    Raises UsageError for unknown names and protocols, or a glob that matches nothing.
+    """
+    cards, broken = all_cards()
+    tasks: dict[tuple[str, str], Task] = {}
+    for request in (part.strip() for item in requests for part in item.split(",") if part.strip()):
+        name, _, wanted = request.partition("@")
+        name = RENAMED.get(name, name)
+        is_glob = any(sign in name for sign in "*?[")
+        names = fnmatch.filter(cards, name) if is_glob else [name]
+        if is_glob and wanted:
+            names = [n for n in names if wanted in cards[n].protocols]
+        for match in names:
+            if match not in cards:
+                note = f" These plug-ins are broken: {broken}." if broken else ""
+                raise UsageError(
+                    f"Unknown task {match!r}.{did_you_mean(match, cards)} `neco-bench tasks` lists all.{note}"
+                )
+            card = cards[match]
+            chosen = wanted or card.default_protocol
+            if chosen not in card.protocols:
+                protocol(card.family, chosen)
+                raise UsageError(
+                    f"Task {match!r} is not defined under protocol {chosen!r}; it has {', '.join(card.protocols)}."
+                )
+            task = Task(card, protocol(card.family, chosen), dict(changed or {}))
+            tasks.setdefault((match, chosen), task)
+        if not names:
+            raise UsageError(f"No task matches {request!r}. `neco-bench tasks` lists all.")
+    if not tasks:
+        raise UsageError("No task is named. `neco-bench tasks` lists all.")
+    return list(tasks.values())

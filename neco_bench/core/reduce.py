@@ -1,0 +1,47 @@
+"""Sums and means over the processes of a run, the sums with gradient. Imports torch."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from neco_bench.core.distributed import Place
+
+
+class _SumOverProcesses(torch.autograd.Function):
+    """`all_reduce` with a gradient, the sum of the gradients of all processes, as what one of them gives is in the loss
+    of each. (`torch.distributed.nn.functional.all_reduce` is the same, and deprecated.)"""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor) -> Tensor:
+        value = value.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(value)
+        return value
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return _SumOverProcesses.forward(ctx, gradient)
+
+
+def from_all(part: Tensor, place: Place) -> Tensor:
+    """The rows (total, ...) of all processes, of which this one has `part` (images, ...), with gradient to all."""
+    if not dist.is_initialized():
+        return part
+    before, after = place.start, place.total - place.start - place.images
+    whole: Tensor = _SumOverProcesses.apply(F.pad(part, (0, 0) * (part.dim() - 1) + (before, after)))
+    return whole
+
+
+def mean_over_processes(value: Tensor) -> Tensor:
+    """The mean of `value` over all processes, without gradient."""
+    value = value.detach().clone()
+    if dist.is_initialized():
+        dist.all_reduce(value)
+        value /= dist.get_world_size()
+    return value

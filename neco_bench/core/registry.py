@@ -1,0 +1,98 @@
+"""One generic lazy registry: names to "module:attr" values, built-in ones and those of third-party entry points.
+
+Listing imports nothing that is registered; loading happens in `Registry.load`. A plug-in that fails to load is an
+error when it is asked for, and shown as broken in listings; it never hides the other entries.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from neco_bench.core.errors import BadInputError, UsageError, did_you_mean
+
+T = TypeVar("T")
+
+
+BUILTIN = "neco-bench"  # the origin of what this package registers itself
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Where a registered name comes from: `value` is "module:attr", `origin` is for people."""
+
+    name: str
+    value: str
+    origin: str
+
+    @property
+    def problem(self) -> str:
+        """Why it cannot be loaded, as far as that shows without importing anything; else an empty string."""
+        name, path = "", None
+        for part in self.value.partition(":")[0].split("."):
+            name = f"{name}.{part}" if name else part
+            # What importlib.util.find_spec does, without importing the parent packages.
+            spec = next((s for finder in sys.meta_path if (s := finder.find_spec(name, path))), None)
+            if spec is None:
+                return f"there is no module {name!r}"
+            path = spec.submodule_search_locations
+        return ""
+
+
+class Registry(Generic[T]):
+    """Names of one kind.
+
+    group: the entry-point group through which other packages add to it. listing: the command that lists the names.
+    """
+
+    def __init__(self, kind: str, group: str, builtin: Mapping[str, str], *, listing: str) -> None:
+        self.kind = kind
+        self.group = group
+        self.listing = listing
+        self._builtin = {name: Entry(name, value, BUILTIN) for name, value in builtin.items()}
+
+    def entries(self) -> dict[str, Entry]:
+        """All entries by name. Raises `UsageError` where two packages claim one name."""
+        found = dict(self._builtin)
+        for point in importlib.metadata.entry_points(group=self.group):
+            origin = point.dist.name if point.dist else "an unnamed package"
+            known = found.get(point.name)
+            if known is not None and known.value != point.value:
+                raise UsageError(
+                    f"{self.kind} {point.name!r} is registered by both {known.origin} ({known.value}) and {origin} "
+                    f"({point.value}). Uninstall one of the two, or rename its entry point."
+                )
+            found[point.name] = Entry(point.name, point.value, origin)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries())
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.entries()
+
+    def entry(self, name: str) -> Entry:
+        """The entry of that name. Raises `UsageError` with near names where there is none."""
+        entries = self.entries()
+        if name not in entries:
+            raise UsageError(f"Unknown {self.kind} {name!r}.{did_you_mean(name, entries)} `{self.listing}` lists all.")
+        return entries[name]
+
+    def load(self, name: str) -> T:
+        """Import and return what is registered. Raises `UsageError` (unknown) or `BadInputError` (broken plug-in)."""
+        entry = self.entry(name)
+        module, _, attribute = entry.value.partition(":")
+        try:
+            value = importlib.import_module(module)
+            for part in filter(None, attribute.split(".")):
+                value = getattr(value, part)
+        except (Exception, SystemExit) as error:  # a plug-in may fail in any way; it must be named, not crash the rest
+            raise BadInputError(
+                f"{self.kind} {name!r} of {entry.origin} ({entry.value}) could not be loaded: "
+                f"{type(error).__name__}: {error}"
+            ) from error
+        return value  # type: ignore[return-value]

@@ -1,0 +1,151 @@
+"""Data sets by name: `load_dataset("voc2012", "val", root="~/data")`. Imports neither torch nor any reader.
+
+Another package adds a data set through the entry-point group `neco_bench.datasets`: name = "module:Class", the class a
+SegmentationDataset or PairDataset constructed as `Class(folder, split)`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+from neco_bench.core.errors import BadInputError, UsageError, did_you_mean
+from neco_bench.core.registry import Registry
+from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, PairSample, Sample, SegmentationDataset
+from neco_bench.data.folder import contents, missing, read_lines
+from neco_bench.data.io import decoding
+
+DATASETS: Registry[type[Dataset]] = Registry(
+    "data set",
+    "neco_bench.datasets",
+    {
+        "shapes": "neco_bench.data.shapes:Shapes",
+        "shapes_pairs": "neco_bench.data.shapes:ShapesPairs",
+        "camvid": "neco_bench.data.camvid:CamVid",
+        "voc2012": "neco_bench.data.voc2012:VOC2012",
+        "ade20k": "neco_bench.data.ade20k:ADE20K",
+        "ade20k_151": "neco_bench.data.ade20k:ADE20K151",
+        "coco_things": "neco_bench.data.coco:CocoThings",
+        "coco_things_shifted": "neco_bench.data.coco:CocoThingsShifted",
+        "coco_stuff": "neco_bench.data.coco:CocoStuff",
+        "coco_stuff27": "neco_bench.data.coco:CocoStuff27",
+        "coco_stuff171": "neco_bench.data.coco:CocoStuff171",
+        "cityscapes": "neco_bench.data.cityscapes:Cityscapes",
+        "pascal_context": "neco_bench.data.pascal_context:PascalContext",
+        "pascal_context60": "neco_bench.data.pascal_context:PascalContext60",
+        "nyuv2": "neco_bench.data.nyuv2:NYUv2",
+        "nyuv2_13": "neco_bench.data.nyuv2:NYUv213",
+        "pf_willow": "neco_bench.data.proposal_flow:PFWillow",
+        "pf_pascal": "neco_bench.data.proposal_flow:PFPascal",
+        "spair71k": "neco_bench.data.spair71k:SPair71k",
+    },
+    listing="neco-bench data list",
+)
+
+__all__ = [
+    "DATASETS",
+    "IGNORE",
+    "Dataset",
+    "Pair",
+    "PairDataset",
+    "PairSample",
+    "Sample",
+    "SegmentationDataset",
+    "base_split",
+    "data_root",
+    "dataset_folder",
+    "fraction_names",
+    "list_datasets",
+    "load_dataset",
+    "open_split",
+]
+
+
+# How many draws of each fraction there are, as in open-hummingbird-eval.
+DRAWS = 5
+
+
+def list_datasets() -> list[str]:
+    """Names of all data sets, those of plug-ins included, whether their files are here or not."""
+    return list(DATASETS)
+
+
+def load_dataset(
+    name: str,
+    split: str,
+    *,
+    root: str | os.PathLike[str] | None = None,
+    limit: int | None = None,
+    split_file: str | os.PathLike[str] | None = None,
+) -> Dataset:
+    """A split of a data set, its first `limit` items if given.
+
+    split: one of its splits, or a drawn fraction of one such as "trainaug_1of128_0" (`Dataset.fraction` has the rule).
+    split_file: a text file of item ids, one a line, to which the split is restricted: the list of another paper.
+    root: the folder of data sets, else NECO_BENCH_DATA; the files are in `<root>/<folder_name or name>/`. Raises
+    UsageError (unknown name or split, limit < 1), MissingError (no root, files not there), BadInputError (lists or
+    annotations wrong).
+    """
+    cls = dataset_class(name)
+    drawn = re.fullmatch(r"(.+)_1of(\d+)_(\d+)", split)
+    if drawn and int(drawn[2]) in cls.fractions.get(drawn[1], {}) and int(drawn[3]) < DRAWS:
+        dataset = open_split(cls, dataset_folder(cls, root), drawn[1]).fraction(int(drawn[2]), int(drawn[3]))
+    elif split in cls.splits:
+        dataset = open_split(cls, dataset_folder(cls, root), split)
+    else:
+        raise UsageError(
+            f"Data set {name!r} has no split {split!r}; it has {', '.join((*cls.splits, *fraction_names(cls)))}."
+        )
+    if split_file is not None:
+        dataset = dataset.chosen(read_lines(cls, Path(split_file)))
+    return dataset if limit is None else dataset.limited(limit)
+
+
+def open_split(cls: type[Dataset], folder: Path | None, split: str) -> Dataset:
+    """A split of a data set. Whatever its reader raises for wrong files is a BadInputError."""
+    with decoding(f"Data set {cls.name!r} in {folder} cannot be read", "Restore its files."):
+        return cls(folder, split)  # type: ignore[call-arg]
+
+
+def base_split(split: str) -> str:
+    """The split that a fraction, or all draws of one ("trainaug_1of8_*"), is drawn from; others as they are."""
+    return re.sub(r"_1of\d+_(\d+|\*)$", "", split)
+
+
+def dataset_class(name: str) -> type[Dataset]:
+    """The class of a data set. Raises UsageError (unknown) and BadInputError (a plug-in's that is none)."""
+    cls = DATASETS.load(name)
+    if not (isinstance(cls, type) and issubclass(cls, Dataset) and hasattr(cls, "name") and hasattr(cls, "splits")):
+        entry = DATASETS.entry(name)
+        raise BadInputError(
+            f"Data set {name!r} of {entry.origin} ({entry.value}) is not a Dataset class with a name and splits."
+        )
+    return cls
+
+
+def fraction_names(cls: type[Dataset]) -> tuple[str, ...]:
+    """The splits that can be drawn from those of a data set, as patterns: "trainaug_1of{128,64,8}_{0..4}"."""
+    return tuple(
+        f"{split}_1of{{{','.join(map(str, parts))}}}_{{0..{DRAWS - 1}}}" for split, parts in cls.fractions.items()
+    )
+
+
+def data_root(root: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder of data sets: the argument, else NECO_BENCH_DATA, else None."""
+    given = root or os.environ.get("NECO_BENCH_DATA")
+    return Path(given).expanduser() if given else None
+
+
+def dataset_folder(cls: type[Dataset], root: str | os.PathLike[str] | None = None) -> Path | None:
+    """The folder of a data set, None if it needs none. Raises MissingError showing the tree that is expected."""
+    if not cls.needs_root:
+        return None
+    base = data_root(root)
+    if base is None:
+        raise missing(cls, "no data root is given. Use --data-root DIR or set NECO_BENCH_DATA.")
+    folder = base / (cls.folder_name or cls.name)
+    if not folder.is_dir():
+        names = [path.name for path in base.iterdir()] if base.is_dir() else []
+        raise missing(cls, f"there is no folder {folder}.{did_you_mean(folder.name, names)} {contents(base)}")
+    return folder

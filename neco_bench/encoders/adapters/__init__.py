@@ -1,0 +1,1 @@
+"""One adapter per source of encoders; each has `build(spec, file)`."""

@@ -1,0 +1,257 @@
+"""Official layouts as timm's names, by timm's own conversions, with an account of what these do to each tensor.
+
+timm has a function per family for files in their authors' layouts (`pretrained_filter_fn`): CLIP, DINOv3, RADIO and
+many more. They also resize and drop tensors without a word. Here every number of a file that is dropped or computed
+anew is found, from the gradients of what comes out, and is an error or is named.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+import re
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from timm.models import _builder as builder
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from neco_bench.core.errors import BadInputError
+from neco_bench.encoders import weights
+from neco_bench.encoders.base import WeightsReport
+
+Filter = Callable[..., Any] | None
+
+_RADIO = "radio_model.model."
+
+
+_RESIZED_BY_DESIGN = f"{_RADIO}patch_generator.pos_embed"
+
+
+_OPENAI = {"input_resolution", "context_length", "vocab_size"}  # stand in OpenAI's own archives alone
+
+
+_LOST = "with numbers that it has no place for"
+
+
+@dataclass(frozen=True)
+class Converted:
+    """Tensors in timm's names, and what became of those of the file. positions: the file's position embeddings."""
+
+    tensors: dict[str, Tensor]
+    renamed: dict[str, str]
+    dropped: tuple[str, ...] = ()
+    resized: tuple[str, ...] = ()
+    faults: dict[str, list[str]] | None = None
+    positions: Tensor | None = None
+
+
+def load(
+    make: Callable[..., Any], path: Path, branch: str | None, *, drop_registers: bool = False
+) -> tuple[Any, WeightsReport]:
+    """The model of `make(**options)` with the weights of a file, in timm's or an official layout, and what was done.
+
+    The model is built at the file's own grid of positions. Raises `MissingError` and `BadInputError`.
+    """
+    model, filter_fn = _with_filter(make)
+    names = model.state_dict().keys()
+    read = weights.without_wrappers(weights.read_tensors(path), names)
+    read = weights.without_chunks(read, names)
+    tensors, outside = weights.select(read, names, path, branch, lambda part: _as_timm(part, model, filter_fn))
+    _check_activation(read, model, path)
+    renamed: dict[str, str] = {}
+    dropped: tuple[str, ...] = ()
+    if isinstance(model, VisionTransformer):
+        tensors, renamed, dropped = weights.to_timm(tensors, model, path, drop_registers=drop_registers)
+    fitted = _fit(tensors, model, filter_fn)
+    if (size := _size_of(fitted, model)) is not None:
+        model = make(img_size=size)
+        fitted = _fit(tensors, model, filter_fn)
+    if fitted.faults:
+        weights.refuse(fitted.faults, path, _advice(fitted, model) or weights.belongs(read))
+    report = weights.load_strictly(
+        model,
+        fitted.tensors,
+        path,
+        renamed={**renamed, **fitted.renamed},
+        dropped=(*outside, *dropped, *fitted.dropped),
+        resized=fitted.resized,
+        hint=weights.belongs(read),
+    )
+    return model, report
+
+
+def _with_filter(make: Callable[..., Any]) -> tuple[Any, Filter]:
+    """The model of `make(pretrained=True)`, without weights, and timm's conversion for its files, or None."""
+    found: list[Any] = []
+    before = builder.load_pretrained
+    builder.load_pretrained = lambda *_, filter_fn=None, **__: found.append(filter_fn)
+    try:
+        model = make(pretrained=True)
+    finally:
+        builder.load_pretrained = before
+    return model, found[0] if found else None
+
+
+def _fit(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) -> Converted:
+    """The tensors as they are where they fit, else converted."""
+    if not weights.faults(model, tensors):
+        return Converted(dict(tensors), {}, positions=tensors.get("pos_embed"))
+    return convert(tensors, model, filter_fn)
+
+
+def _size_of(fitted: Converted, model: Any) -> tuple[int, ...] | None:
+    """The input size (height, width) at which the model has the file's grid; None where it has it, or no square one."""
+    own: Any = getattr(model, "pos_embed", None)
+    embed: Any = getattr(model, "patch_embed", None)
+    grid = getattr(embed, "grid_size", None)
+    if fitted.positions is None or grid is None or not isinstance(own, Tensor) or own.ndim != 3:
+        return None
+    cells = fitted.positions.numel() // own.shape[-1] - (own.shape[1] - math.prod(grid))
+    side = math.isqrt(max(cells, 0))
+    if cells == math.prod(grid) or side * side != cells or not cells:
+        return None
+    return tuple(side * patch for patch in embed.patch_size)
+
+
+def _advice(fitted: Converted, model: Any) -> str:
+    """The architecture that has a place for what this one has not, in a sentence, or an empty string."""
+    name = f"{model.pretrained_cfg.get('architecture')}_qkvb"
+    biases = any(".qkv.bias" in key for key in (fitted.faults or {}).get(_LOST, ()))
+    return f"Use timm:{name}, which has these biases." if biases and timm.is_model(name) else ""
+
+
+def _as_timm(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) -> dict[str, Tensor]:
+    """The tensors as timm converts them; as they are where it cannot."""
+    given = dict(tensors)
+    if "patch_generator.embedder.weight" in given:  # timm knows RADIO's names by what stands before them in one release
+        given = {f"{_RADIO}{key}": value for key, value in given.items()}
+    if filter_fn is None:
+        return given
+    try:
+        with contextlib.redirect_stdout(io.StringIO()):  # timm prints what it tries
+            try:
+                return dict(filter_fn(dict(given), model))
+            except TypeError:  # a filter of one argument
+                return dict(filter_fn(dict(given)))
+    except Exception:  # made for the files of one family, it may fail in any way on others
+        return given
+
+
+def convert(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) -> Converted:
+    """The tensors in timm's names. What is lost or computed anew on the way is a fault, or named."""
+    given, folded = _masked_biases(tensors)
+    if "patch_generator.embedder.weight" in given:
+        given = {f"{_RADIO}{key}": value for key, value in given.items()}
+    leaves = {key: value.detach() for key, value in given.items()}
+    for value in leaves.values():
+        if value.is_floating_point() and value.layout == torch.strided:
+            value.requires_grad_()
+    with torch.enable_grad():
+        made = _as_timm(leaves, model, filter_fn)
+    sources = {id(value): key for key, value in leaves.items()}
+    renamed = dict(folded)
+    used: dict[str, Tensor | int] = {}  # per tensor of the file, in how many places each of its numbers stands
+    derived: list[Tensor] = []
+    positions = None
+    for name, value in made.items():
+        origins = [sources[id(value)]] if id(value) in sources else [sources[i] for i in _inputs(value) if i in sources]
+        if id(value) in sources:
+            used[origins[0]] = 1
+        elif origins:
+            derived.append(value)
+        for origin in origins:
+            if origin != name:
+                renamed[origin] = f"{renamed[origin]}, {name}" if origin in renamed else name
+        if name == "pos_embed" and origins and origins[0] != _RESIZED_BY_DESIGN:
+            positions = given[origins[0]]
+    inputs = [key for key, value in leaves.items() if value.requires_grad]
+    if derived and inputs:
+        ones = [torch.ones_like(value) for value in derived]
+        counts = torch.autograd.grad(derived, [leaves[key] for key in inputs], ones, allow_unused=True)
+        for key, count in zip(inputs, counts, strict=True):
+            if count is not None:
+                used[key] = count + used.get(key, 0)
+    counted = {key: count for key, count in used.items() if isinstance(count, Tensor) and key != _RESIZED_BY_DESIGN}
+    dropped = [key for key in given if key not in used]
+    lost = [key for key, count in counted.items() if bool(((count == 0) & (given[key] != 0)).any())]
+    lost += [
+        key
+        for key in dropped
+        if key.endswith(".bias") and f"{key.removesuffix('bias')}weight" in used and bool(given[key].ne(0).any())
+    ]
+    found = {
+        _LOST: lost,
+        "of another value here": _other_values(dropped, given, model),
+        "to be resized": [
+            f"{key} {tuple(given[key].shape)}" for key, count in counted.items() if bool((count != count.round()).any())
+        ],
+    }
+    resized = [f"{_RESIZED_BY_DESIGN} {tuple(given[_RESIZED_BY_DESIGN].shape)}"] if _RESIZED_BY_DESIGN in used else []
+    trunk = {key.partition(".")[0] for key in used}
+    listed = [key for key in dropped if key.partition(".")[0] in trunk]
+    outside = weights.grouped([key for key in dropped if key not in listed])
+    return Converted(
+        {name: value.detach() for name, value in made.items()},
+        renamed,
+        (*listed, *outside),
+        tuple(resized),
+        {kind: keys for kind, keys in found.items() if keys},
+        positions,
+    )
+
+
+def _masked_biases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """DINOv3 multiplies biases by a mask of zeros and ones that its files hold: the products, and what was folded."""
+    result, folded = dict(tensors), {}
+    for key in tensors:
+        bias = key.removesuffix("_mask")
+        if key.endswith(".bias_mask") and bias in tensors:
+            mask = result.pop(key)
+            result[bias] = torch.where(mask == 0, torch.zeros_like(mask), tensors[bias] * mask)
+            folded[key] = f"{bias} (multiplied)"
+    return result, folded
+
+
+def _inputs(value: Tensor) -> list[int]:
+    """The ids of the tensors that a tensor was computed from."""
+    found, todo, seen = [], [value.grad_fn], set()
+    while todo:
+        node = todo.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if hasattr(node, "variable"):
+            found.append(id(node.variable))
+        todo += [before for before, _ in node.next_functions]
+    return found
+
+
+def _other_values(dropped: Collection[str], given: Mapping[str, Tensor], model: nn.Module) -> list[str]:
+    """Dropped tensors, such as the periods of rotary positions, that the model computes itself as other numbers."""
+    own = {name.rpartition(".")[2]: buffer for name, buffer in model.named_buffers()}
+    found = []
+    for key in dropped:
+        there, here = given[key], own.get(key.rpartition(".")[2])
+        if here is None or here.shape != there.shape or not here.is_floating_point():
+            continue
+        if not torch.allclose(there.float(), here.float(), rtol=1e-2):
+            found.append(key)
+    return found
+
+
+def _check_activation(tensors: Collection[str], model: Any, path: Path) -> None:
+    """Raise `BadInputError` where OpenAI's CLIP, trained with QuickGELU, is to run with another activation."""
+    official = _OPENAI.issubset(key.rpartition(".")[2] for key in tensors)
+    if official and not any(type(module).__name__ == "QuickGELU" for module in model.modules()):
+        name = str(model.pretrained_cfg.get("architecture"))
+        raise BadInputError(
+            f"Weights file {path} is OpenAI's CLIP, which was trained with QuickGELU; {name!r} has another activation. "
+            f"Use timm:{re.sub('_clip_(?!quickgelu)', '_clip_quickgelu_', name)}."
+        )

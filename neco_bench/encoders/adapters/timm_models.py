@@ -1,0 +1,294 @@
+"""Encoders from timm: plain ViTs, other token models (EVA, DINOv3, SigLIP, ...), and hierarchical networks and CNNs.
+
+Plain ViTs are run here block by block, for the choice of position interpolation and for class-token attention; all
+others through timm's `forward_intermediates`. Inner blocks pass the final norm too unless asked otherwise, as DINOv2's
+`get_intermediate_layers` does.
+"""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.layers import PatchEmbed
+from timm.models.vision_transformer import Attention, Block, VisionTransformer
+from torch import Tensor, nn
+
+from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean
+from neco_bench.encoders import fetch, weights
+from neco_bench.encoders.adapters import timm_layouts, tiny
+from neco_bench.encoders.adapters.layers import layer_name, take_layers
+from neco_bench.encoders.adapters.timm_sizes import build_for, create, measure
+from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
+from neco_bench.encoders.options import POS_INTERP
+from neco_bench.encoders.spec import Request
+from neco_bench.encoders.zoo import ZooEntry, weights_folder
+
+assert tiny  # importing it makes its model known to timm
+
+
+def build(request: Request, file: Path | None) -> Encoder:
+    """The encoder for a timm model, with weights from `file`, the zoo's address, timm's own, or seeded random ones."""
+    name, entry = request.target, request.entry
+    architecture, _, tag = name.partition(".")
+    if not timm.is_model(architecture):
+        raise UsageError(
+            f"timm {timm.__version__} has no model {architecture!r}.{did_you_mean(architecture, timm.list_models())}"
+        )
+    if tag and not timm.is_model_pretrained(name):
+        known = timm.list_pretrained(f"{architecture}.*")
+        raise UsageError(f"timm {timm.__version__} has no weights {name!r}; it has {', '.join(known) or 'none'}.")
+    if file is None and entry and request.pretrained:
+        file = _zoo_file(entry)
+    report: WeightsReport
+    if file is not None:
+        model, report = _from_file(request, file)
+        if entry and entry.packaged and file == entry.weights_file:
+            report = replace(report, source=f"neco-bench: {entry.weights}")
+    elif request.pretrained:
+        model, report = _from_timm(request)
+    else:
+        model = create(name, request.seed, num_classes=0)
+        report = WeightsReport(source=f"random, seed {request.seed}")
+    encoder = wrap(model, request)
+    if entry is None:
+        encoder.mean, encoder.std, encoder.statistics = statistics_of(model)
+    else:  # the zoo's weights are not always those that timm's statistics belong to
+        encoder.mean, encoder.std = entry.mean or IMAGENET_MEAN, entry.std or IMAGENET_STD
+        encoder.statistics = f"the zoo's for {entry.id}"
+    encoder.weights_report = report
+    encoder.weights_id = weights.state_sha256(model)
+    return encoder
+
+
+def statistics_of(model: Any) -> tuple[Any, Any, str]:
+    """Mean and std of a timm model's own weights, and where they are from, for people."""
+    facts = model.pretrained_cfg
+    tag = ".".join(filter(None, (facts.get("architecture"), facts.get("tag"))))
+    return tuple(facts["mean"]), tuple(facts["std"]), f"timm's for {tag}"
+
+
+def _zoo_file(entry: ZooEntry) -> Path | None:
+    """The weights of a zoo entry: in this package, or fetched; None where they are timm's own."""
+    path = entry.weights_file
+    if path is None or entry.weights is None:
+        return None
+    if not entry.packaged:
+        return fetch.fetch_url(entry.weights, path)
+    if not path.is_file():
+        raise MissingError(f"{path}, the weights of {entry.id!r}, is not there. Install neco-bench again.")
+    return path
+
+
+def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
+    """timm's own pretrained weights, loaded by timm with all names fitting (heads included, then removed)."""
+    name = request.target
+    config = timm.get_pretrained_cfg(name)
+    if config is None or not (config.hf_hub_id or config.url):
+        raise UsageError(f"timm has no weights for {name!r}. Add ?pretrained=false&seed=0, or pass --weights FILE.")
+    if "." not in name and config.tag:
+        name = f"{name}.{config.tag}"
+    file_name: Any
+    if config.hf_hub_id:
+        file_name = config.hf_hub_filename or "model.safetensors"
+        path = fetch.fetch_hub_file(config.hf_hub_id, file_name, weights_folder(name) / file_name)
+    else:
+        path = fetch.fetch_url(str(config.url), weights_folder(name) / str(config.url).rsplit("/", 1)[-1])
+    if path.suffix == ".npz":
+        overlay: dict[str, Any] = {"file": str(path)}
+    else:
+        overlay = {"state_dict": weights.read_tensors(path)}
+    try:
+        model = create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
+    except (RuntimeError, KeyError) as error:
+        raise BadInputError(f"Weights file {path} does not fit timm's {name!r}: {error}") from error
+    model.reset_classifier(0)
+    return model, WeightsReport(source=str(path))
+
+
+def _from_file(request: Request, path: Path) -> tuple[Any, WeightsReport]:
+    """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
+    drop_registers = request.entry is not None and request.entry.drop_registers
+    make = partial(create, request.target, 0, num_classes=0)
+    return timm_layouts.load(make, path, request.branch, drop_registers=drop_registers)
+
+
+def wrap(model: Any, request: Request, *, twin: Any = None) -> Encoder:
+    """The encoder that reads a timm model. twin: a copy on the meta device, which is made where it is not given."""
+    if not hasattr(model, "forward_intermediates"):
+        raise UsageError(f"timm's {request.target!r} gives no dense features (it has no forward_intermediates).")
+    plain = type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.pos_embed is not None
+    if plain and model.dynamic_img_size:
+        return TimmViT(model, request)
+    if request.pos_interp not in (None, "timm", "none"):
+        raise UsageError(
+            f"pos_interp={request.pos_interp} is for plain ViTs with learned positions; "
+            f"{request.target!r} takes timm only."
+        )
+    if twin is None:
+        with torch.device("meta"):
+            twin = create(request.target, 0, num_classes=0)
+    tokens = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
+    return TimmTokens(model, request, twin) if tokens else TimmStages(model, request, twin)
+
+
+class _Timm(Encoder):
+    """What the three kinds share: the model and the layers read."""
+
+    _inner = "model"
+
+    def __init__(self, model: Any, request: Request, count: int, what: str) -> None:
+        super().__init__()
+        self.name = request.name
+        self.model = model
+        self.taken = take_layers(request.layers, count, request.name, f"{what}s")
+        self.layer = layer_name(self.taken, count, what)
+
+
+class _Measured(_Timm):
+    """A timm model read through `forward_intermediates`, at the sizes that `timm_sizes` finds it to take."""
+
+    def __init__(self, model: Any, request: Request, twin: Any, what: str) -> None:
+        super().__init__(model, request, len(model.feature_info), what)
+        self.level = measure(twin, self.taken[-1], request.name)
+        self.embed_dim = self.level.embed_dim * len(self.taken)
+        self.stride, self.size_multiple = self.level.stride, self.level.multiple
+        self.only_size, self.has_final_norm = self.level.size, self.level.final_norm
+        self._rebuilt: tuple[tuple[int, int], list[Any]] | None = None  # in a list: no part of this module
+
+    def _intermediates(self, images: Tensor, **options: Any) -> tuple[Any, Any]:
+        """timm's `forward_intermediates`, and the model for inputs of this size, which may have been built for it."""
+        size = (images.shape[-2], images.shape[-1])
+        model: Any = self.model
+        if self.level.rebuilt and size != tuple(self.model.pretrained_cfg["input_size"][1:]):
+            if torch.is_grad_enabled():
+                raise UsageError(
+                    f"Model {self.name!r} takes inputs of one size and is built again for each other one, so it "
+                    f"cannot be trained at {size[0]}x{size[1]}."
+                )
+            if self._rebuilt is None or self._rebuilt[0] != size:
+                self._rebuilt = (size, [self._build_for(size)])
+            model = self._rebuilt[1][0].to(images.device)
+        if padding := self.level.padding:
+            before, after = padding // 2, padding - padding // 2
+            images = F.pad(images, (before, after, before, after))
+        return model, model.forward_intermediates(images, indices=list(self.taken), intermediates_only=True, **options)
+
+    def _build_for(self, size: tuple[int, int]) -> Any:
+        try:
+            return build_for(self.model, size)
+        except Exception as error:  # timm's models fail in ways of their own
+            raise UsageError(
+                f"timm cannot build {self.name!r} for inputs of {size[0]}x{size[1]} "
+                f"({type(error).__name__}: {str(error)[:200]}). Use a square input."
+            ) from error
+
+
+class TimmTokens(_Measured):
+    """A timm model of equal token grids in all blocks, through `forward_intermediates`."""
+
+    def __init__(self, model: Any, request: Request, twin: Any) -> None:
+        super().__init__(model, request, twin, "block")
+        self.pos_interp = "timm"
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        with_prefix = self.model.num_prefix_tokens > 0
+        _, levels = self._intermediates(images, return_prefix_tokens=with_prefix, norm=final_norm)
+        maps, prefix = levels, None
+        if with_prefix:
+            maps = [level[0] for level in levels]
+            prefix = torch.cat([level[1] for level in levels], dim=-1)
+        return DenseFeatures(torch.cat(maps, dim=1), self.stride, self.layer, final_norm, prefix)
+
+
+class TimmStages(_Measured):
+    """A hierarchical network or CNN of timm, read at one feature level; the stride follows from the level."""
+
+    def __init__(self, model: Any, request: Request, twin: Any) -> None:
+        super().__init__(model, request, twin, "stage")
+        if len(self.taken) > 1:
+            raise UsageError(
+                f"Model {request.name!r} is hierarchical: its stages differ in size, so read one at a time."
+            )
+        self.pos_interp = "timm" if self.level.rebuilt else "none"
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        model, (level,) = self._intermediates(images, norm=final_norm)
+        if self.level.final_conv:
+            level = model.final_conv(level)
+        return DenseFeatures(level, self.stride, self.layer, final_norm)
+
+
+class TimmViT(_Timm):
+    """A plain Vision Transformer of timm, with or without class token and registers."""
+
+    def __init__(self, model: VisionTransformer, request: Request) -> None:
+        super().__init__(model, request, len(model.blocks), "block")
+        self.embed_dim = model.embed_dim * len(self.taken)
+        self.stride = model.patch_embed.patch_size[0]
+        self.has_final_norm = isinstance(model.norm, nn.Module) and not isinstance(model.norm, nn.Identity)
+        self.pos_interp = request.pos_interp or "timm"
+        if self.pos_interp not in POS_INTERP:
+            raise UsageError(f"Model {request.name!r}: pos_interp must be one of {', '.join(POS_INTERP)}.")
+        last: Any = model.blocks[-1]
+        self.attentions = model.cls_token is not None and type(last) is Block and type(last.attn) is Attention
+
+    def _positions(self, size: tuple[int, int]) -> Tensor:
+        """Position embeddings for a grid of `size` (rows, columns); the class token's own position stays first."""
+        model = self.model
+        prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+        fixed, patches = model.pos_embed[:, :prefix], model.pos_embed[:, prefix:]
+        return torch.cat([fixed, interpolate_positions(patches, model.patch_embed.grid_size, size, self.pos_interp)], 1)
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        model = self.model
+        x = model.patch_embed(images)  # (B, h, w, D), as the model is built for any input size
+        size = (x.shape[1], x.shape[2])
+        x = x.flatten(1, 2)
+        prefix = [t.expand(len(x), -1, -1) for t in (model.cls_token, model.reg_token) if t is not None]
+        if model.no_embed_class:
+            x = torch.cat([*prefix, x + self._positions(size)], 1)
+        else:
+            x = torch.cat([*prefix, x], 1) + self._positions(size)
+        x = model.norm_pre(x)
+        levels, weights_of_class = [], None
+        depth = len(model.blocks) if attention else self.taken[-1] + 1
+        for i, block in enumerate(model.blocks[:depth]):
+            if attention and i == depth - 1:
+                weights_of_class = self._class_attention(block, x, size)
+            x = block(x)
+            if i in self.taken:
+                levels.append(model.norm(x) if final_norm else x)
+        tokens = torch.cat(levels, dim=-1)
+        count = model.num_prefix_tokens
+        grid = tokens[:, count:].transpose(1, 2).unflatten(2, size)
+        return DenseFeatures(
+            grid, self.stride, self.layer, final_norm, tokens[:, :count] if count else None, weights_of_class
+        )
+
+    def _class_attention(self, block: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """The class token's attention to the patches in `block`, (B, heads, h, w); over all tokens it sums to one."""
+        attn = block.attn
+        qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))  # (B, N, 3, heads, d)
+        query, key = attn.q_norm(qkv[:, :, 0]), attn.k_norm(qkv[:, :, 1])
+        scores = torch.einsum("bhd,bnhd->bhn", query[:, 0] * attn.scale, key)
+        return scores.softmax(-1)[..., self.model.num_prefix_tokens :].unflatten(-1, size)
+
+
+def interpolate_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int, int], rule: str) -> Tensor:
+    """Patch positions (1, rows * columns of `grid`, D) at another `size` (rows, columns): (1, rows * columns, D)."""
+    if size == grid:
+        return positions
+    image = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)
+    if rule == "scale_offset":
+        factor = ((size[0] + 0.1) / grid[0], (size[1] + 0.1) / grid[1])
+        image = F.interpolate(image, scale_factor=factor, mode="bicubic")
+    else:
+        image = F.interpolate(image, size=size, mode="bicubic", antialias=True)
+    return image.flatten(2).transpose(1, 2).to(positions.dtype)

@@ -1,0 +1,206 @@
+"""Which input sizes a timm model takes, and what one level of its features is: measured on tensors without data.
+
+timm's own facts (`fixed_input_size`, `reduction`) are not enough: some models that it calls fixed take any size, some
+need multiples of their deepest stride or of an attention block, some give a smaller grid than the stride says. A copy
+of the model on PyTorch's meta device answers all of this without computing anything.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+from neco_bench.core.errors import UsageError
+
+_LARGEST_BLOCK = 8  # attention blocks of halonet and bat_resnext, in cells of the deepest stage
+
+
+class _NeedsDataError(Exception):
+    """The model looks at values of its input, which there are none of here: timm's own facts must do."""
+
+
+class Level(NamedTuple):
+    """One level of a timm model's features.
+
+    embed_dim: channels. stride, multiple: pixels per cell, and what the sides of an input must be multiples of.
+    padding: pixels of zeros around the input of a network of unpadded convolutions, so that its grid is complete.
+    rebuilt: the model takes one size, and timm can build it for each other size with the same weights.
+    size: the side of the only input that the model takes, or None. final_norm: there is a norm behind this level.
+    final_conv: `final_conv` of the model, which timm leaves out of its feature levels, is behind this level.
+    """
+
+    embed_dim: int
+    stride: int
+    multiple: int
+    padding: int = 0
+    rebuilt: bool = False
+    size: int | None = None
+    final_norm: bool = False
+    final_conv: bool = False
+
+
+def create(name: str, seed: int, **options: Any) -> Any:
+    """The timm model, able to take any input size where timm offers that; the same weights for the same seed."""
+    attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
+    for sizes in attempts:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                return timm.create_model(name, **options, **sizes)
+            except TypeError as error:
+                if not sizes or "unexpected keyword argument" not in str(error):
+                    raise
+    raise AssertionError("the last attempt returns or raises")
+
+
+def build_for(model: Any, size: tuple[int, int]) -> Any:
+    """A copy of a one-size model for inputs of `size` (height, width), its positions resampled by timm.
+
+    Raises whatever timm does where it cannot convert the weights.
+    """
+    if hasattr(model, "set_input_size"):
+        copied = copy.deepcopy(model)
+        copied.set_input_size(img_size=size)
+        return copied
+    device = next(model.parameters()).device
+    with device:
+        built = create(model.pretrained_cfg["architecture"], 0, num_classes=0, img_size=size)
+    state = dict(model.state_dict())
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    if convert is not None:
+        state = convert(state, built) if len(inspect.signature(convert).parameters) > 1 else convert(state)
+    own = built.state_dict()
+    for name, _ in built.named_buffers():  # indices of positions are of the size, not of the weights
+        if name in own and name in state and own[name].shape != state[name].shape:
+            state[name] = own[name]
+    built.load_state_dict(state)
+    return built.eval().requires_grad_(False)
+
+
+def read_level(model: Any, images: Tensor, index: int, norm: bool) -> Tensor:
+    """The map (B, D, h, w) of one level, by timm's `forward_intermediates`."""
+    (level,) = model.forward_intermediates(images, indices=[index], intermediates_only=True, norm=norm)
+    return level[0] if isinstance(level, tuple) else level
+
+
+def measure(model: Any, index: int, name: str) -> Level:
+    """What level `index` of a model on the meta device is. name: for messages.
+
+    Raises `UsageError` where the grid of the level fits no whole number of pixels.
+    """
+    model = model.eval()
+    facts = [int(info["reduction"]) for info in model.feature_info]
+    stride, deepest = facts[index], max(facts)
+    own = int(model.pretrained_cfg["input_size"][-1])
+
+    @functools.cache
+    def grid(side: int, padding: int = 0, *, rebuilt: bool = False) -> int:
+        """Cells a side for an input of that side; 0 where the model does not take it."""
+        padded = side + padding
+        try:
+            with torch.inference_mode():
+                used = build_for(model, (padded, padded)).eval() if rebuilt else model
+                found = read_level(used, _images(padded), index, False)
+        except Exception as error:  # models fail in ways of their own; whichever it is, they do not take this size
+            if "meta tensor" in str(error):
+                raise _NeedsDataError from error
+            return 0
+        return int(found.shape[-1]) if found.shape[-1] == found.shape[-2] else 0
+
+    def level(stride: int, multiple: int, **how: Any) -> Level:
+        return _with_channels(model, index, Level(0, stride, multiple, **how), own)
+
+    try:
+        grid(own)
+    except _NeedsDataError:
+        norm = getattr(model, "norm", None)
+        normed = isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
+        return Level(model.feature_info[index]["num_chs"], stride, deepest, final_norm=normed)
+    attempts = [(stride, False), (deepest, False), (deepest, True)]
+    attempts += [(deepest * 2**i, False) for i in range(1, _LARGEST_BLOCK.bit_length())]
+    for multiple, rebuilt in dict.fromkeys(attempts):
+        if multiple % stride:
+            continue
+        side = _odd_multiple(multiple, own)
+        cells = grid(side, rebuilt=rebuilt)
+        if not cells or (cells < side / stride and cells == grid(side + multiple, rebuilt=rebuilt)):
+            continue  # it does not take this size, or brings all to one size itself
+        for factor in (1, 2, 4):  # a stem may be coarser than timm says
+            if cells * stride * factor == side and multiple % (stride * factor) == 0:
+                if multiple <= deepest or grid(side + multiple) == cells + multiple // stride:
+                    return level(stride * factor, multiple, rebuilt=rebuilt)
+        if cells < side // stride and not rebuilt:
+            padding = _least(lambda p, s=side: grid(s, p) >= s // stride, 6 * stride)  # type: ignore[misc]
+            if padding and grid(side, padding) == side // stride:
+                return level(stride, multiple, padding=padding)
+    cells = grid(own)
+    for side in (own, cells * stride):  # CrossViT brings any input to the sizes of its branches
+        if cells and side % cells == 0 and grid(side) == cells:
+            return level(side // cells, side // cells, size=side)
+    raise UsageError(
+        f"Model {name!r} gives a grid of {cells}x{cells} cells for {own}x{own} pixels at this level, which is no whole "
+        f"number of pixels a cell. Read another one, by layers."
+        if cells
+        else f"Model {name!r} does not take inputs of its own size, {own}x{own}; timm {timm.__version__} cannot run it."
+    )
+
+
+def _images(side: int) -> Tensor:
+    return torch.empty(1, 3, side, side, device="meta")
+
+
+def _odd_multiple(multiple: int, own: int) -> int:
+    """An odd multiple near a model's own size, but not that: what works only for even grids does not work there."""
+    count = own // (2 * multiple) * 2 + 1
+    return multiple * (count + 2 if multiple * count == own else count)
+
+
+def _least(holds: Callable[[int], bool], most: int) -> int:
+    """The least number in [0, most] for which a monotone condition holds; 0 where it does for none."""
+    if not holds(most):
+        return 0
+    low, high = 0, most
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if holds(middle) else (middle, high)
+    return high
+
+
+def _with_channels(model: Any, index: int, level: Level, own: int) -> Level:
+    """The level with its channels, and whether a norm or a last convolution is behind it."""
+    side = level.size or (own if level.rebuilt else _odd_multiple(level.multiple, own) + level.padding)
+    with torch.inference_mode():
+        found, before = _called(model, _images(side), index, norm=False)
+        try:
+            normed, after = _called(model, _images(side), index, norm=True)
+            norm = bool(after - before) and normed.shape == found.shape  # SAM's neck makes other channels
+        except AssertionError:  # "normalization of features not supported"
+            norm = False
+        last = getattr(model, "final_conv", None)
+        final = (
+            index == len(model.feature_info) - 1
+            and isinstance(last, nn.Module)
+            and any(True for _ in last.parameters())
+            and not any(part in before for part in last.modules())
+        )
+        channels = last(found).shape[1] if final and isinstance(last, nn.Module) else found.shape[1]
+    return level._replace(embed_dim=int(channels), final_norm=norm, final_conv=final)
+
+
+def _called(model: nn.Module, images: Tensor, index: int, *, norm: bool) -> tuple[Tensor, set[nn.Module]]:
+    """A level, and the modules that were called for it."""
+    seen: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda m, _inputs, _output: seen.add(m)) for m in model.modules()]
+    try:
+        return read_level(model, images, index, norm), seen
+    finally:
+        for hook in hooks:
+            hook.remove()

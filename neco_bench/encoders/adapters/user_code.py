@@ -1,0 +1,167 @@
+"""Encoders from code: a function in a file of one's own, in an installed plug-in, or in this package.
+
+The function takes no arguments and returns an Encoder, or a module that maps normalised images (B, 3, H, W) to features
+(B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride` (`mean` and `std` too, where they are not
+ImageNet's; `training_data`, such as "imagenet, coco", for contamination notes). A file is run as any Python file is:
+use only those you trust.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import inspect
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
+from neco_bench.core.files import file_sha256
+from neco_bench.encoders import weights
+from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
+from neco_bench.encoders.spec import Request, functions_in
+from neco_bench.encoders.zoo import models
+
+
+def build(request: Request, file: Path | None) -> Encoder:
+    """The encoder that a factory makes, with `file` loaded into it strictly where one is given.
+
+    Raises `MissingError` (no such file) and `BadInputError` (no such factory, a factory that fails, a wrong result).
+    """
+    factory: Any
+    if request.kind == "file":
+        path, _, attribute = request.target.rpartition(":")
+        factory, source = _factory_in(Path(path), attribute), Path(path)
+    else:
+        factory = models().load(request.name.partition("?")[0])
+        found = inspect.getsourcefile(factory) if callable(factory) else None
+        source = Path(found) if found else Path(__file__)
+    if not callable(factory):
+        raise BadInputError(f"{request.target} is {type(factory).__name__}, not a function that makes an encoder.")
+    try:
+        made = factory()
+    except NecoBenchError:
+        raise
+    except (Exception, SystemExit) as error:  # someone else's code may fail in any way
+        raise BadInputError(f"{request.target} failed: {type(error).__name__}: {error}") from error
+    encoder = made if isinstance(made, Encoder) else ModuleEncoder(_checked_module(made, request.target))
+    encoder.name = request.name
+    for fact in ("embed_dim", "stride"):
+        if not isinstance(getattr(encoder, fact, None), int):
+            raise BadInputError(f"{request.target} made an encoder whose {fact} is not a whole number.")
+    if not isinstance(encoder.training_data, str):
+        raise BadInputError(
+            f"{request.target} made an encoder whose training_data is {type(encoder.training_data).__name__}; write "
+            f'the names of data sets as one text, such as "imagenet, coco".'
+        )
+    check_has_values(encoder, request.target)
+    if file is not None:
+        if not encoder.state_dict():
+            raise UsageError(f"Model {request.name!r} has no weights to load; leave out --weights.")
+        encoder.weights_report = weights.load_file_into(weights.inner_module(encoder), file, request.branch, whole=True)
+    elif encoder.weights_report is None:
+        encoder.weights_report = WeightsReport(source=request.target)
+    encoder.weights_id = whole_sha256(encoder) or file_sha256(source)
+    return encoder
+
+
+def whole_sha256(encoder: nn.Module) -> str:
+    """The sha256 of all weights and of the tensors and arrays that modules keep besides them; "" where there are none.
+
+    Those of non-persistent buffers and plain attributes are in no state dict, and move the features as weights do.
+    """
+    known = {id(value) for value in encoder.state_dict(keep_vars=True).values()}
+    others: dict[str, Any] = {}
+    for place, module in encoder.named_modules():
+        kept = {**module._buffers, **vars(module)}
+        found = {name: value for name, value in kept.items() if _has_bytes(value)}
+        others |= {f"{place}.{name}": value for name, value in sorted(found.items()) if id(value) not in known}
+    if not (known or others):
+        return ""
+    state = weights.state_sha256(encoder, whole=True)
+    if not others:
+        return state
+    digest = hashlib.sha256(state.encode())
+    for name, value in others.items():
+        digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
+        if isinstance(value, Tensor):
+            value = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
+        digest.update(value.tobytes())
+    return digest.hexdigest()
+
+
+def _has_bytes(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.layout == torch.strided and not (value.is_meta or value.is_quantized)
+    return isinstance(value, np.ndarray) and not value.dtype.hasobject
+
+
+def check_has_values(encoder: nn.Module, name: str) -> None:
+    """Raise `BadInputError` where weights lie on the meta device, which holds shapes alone."""
+    tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
+    empty = [key for key, value in tensors if value.is_meta]
+    if empty:
+        raise BadInputError(
+            f"{name}: {len(empty)} of {len(tensors)} weights are on the meta device, which holds no values (the first "
+            f"is {empty[0]}). Make the module on the CPU, or load its weights before it is returned."
+        )
+
+
+def _factory_in(path: Path, attribute: str) -> Any:
+    """What a Python file calls `attribute`, the file having been run."""
+    if not path.is_file():
+        raise MissingError(f"Encoder file {path} does not exist.")
+    name = f"neco_bench_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module  # dataclasses and pickling look a class's module up here
+    try:
+        spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:  # someone else's code may fail in any way
+        raise BadInputError(f"Encoder file {path} could not be run: {type(error).__name__}: {error}") from error
+    if not hasattr(module, attribute):
+        raise BadInputError(f"Encoder file {path} has no {attribute!r}.{functions_in(path)}")
+    return getattr(module, attribute)
+
+
+def _checked_module(made: Any, target: str) -> nn.Module:
+    if not isinstance(made, nn.Module):
+        raise BadInputError(
+            f"{target} returned {type(made).__name__}; it must return an Encoder, or a torch.nn.Module with the "
+            f"attributes embed_dim and stride."
+        )
+    absent = [name for name in ("embed_dim", "stride") if not hasattr(made, name)]
+    if absent:
+        raise BadInputError(
+            f"{target} returned a {type(made).__name__} without {' and '.join(absent)}; set it as a number."
+        )
+    return made
+
+
+class ModuleEncoder(Encoder):
+    """A plain module as an encoder, its features taken as they come: no layers, no attention, no norm to leave out."""
+
+    _inner = "module"
+
+    def __init__(self, module: Any) -> None:
+        super().__init__()
+        self.module = module
+        self.embed_dim, self.stride = module.embed_dim, module.stride
+        self.mean = tuple(getattr(module, "mean", self.mean))
+        self.std = tuple(getattr(module, "std", self.std))
+        self.training_data = getattr(module, "training_data", "")
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        features = self.module(images)
+        if not isinstance(features, Tensor):
+            raise BadInputError(
+                f"The module of encoder {self.name!r} returned {type(features).__name__}; its forward() must return a "
+                f"tensor (B, embed_dim, H/stride, W/stride)."
+            )
+        return DenseFeatures(features, self.stride, final_norm=False)

@@ -1,0 +1,106 @@
+"""Loading of items ahead, by worker processes or threads."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader
+from torch.utils.data import Dataset as TorchDataset
+
+from neco_bench.core.errors import BadInputError, NecoBenchError, user_error
+from neco_bench.core.rng import item_rng
+from neco_bench.core.task import Context
+from neco_bench.data.base import SegmentationDataset
+from neco_bench.features.transforms import Transform
+
+
+class _Items(TorchDataset):
+    """Loads and transforms item `position` of `items`, a sequence of (epoch, index)."""
+
+    def __init__(
+        self, dataset: SegmentationDataset, items: Sequence[tuple[int, int]], transform: Transform, seed: int
+    ) -> None:
+        self.dataset, self.items, self.transform, self.seed = dataset, items, transform, seed
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, position: int) -> tuple[int, Tensor, np.ndarray] | NecoBenchError:
+        epoch, index = self.items[position]
+        try:
+            sample = self.dataset[index]
+        except Exception as error:  # handed over as a value: a worker's exception arrives wrapped in its traceback
+            return user_error(error) or BadInputError(
+                f"Item {self.dataset.ids[index]!r} of data set {self.dataset.name!r} could not be read: "
+                f"{type(error).__name__}: {error}"
+            )
+        return position, *self.transform(sample, item_rng(self.seed, "augment", epoch, sample.id))
+
+
+def _collate(rows: list[Any]) -> tuple[tuple[int, ...], Tensor, tuple[np.ndarray, ...]] | NecoBenchError:
+    for row in rows:
+        if isinstance(row, NecoBenchError):
+            return row
+    positions, images, masks = zip(*rows, strict=True)
+    return positions, torch.stack(images), masks
+
+
+def _loaded(items: _Items, context: Context) -> DataLoader | _Threaded:
+    """Batches of items by worker processes, or without them by threads of this one.
+
+    Beside an encoder on the same cores, threads that take turns with it lose less than processes that disturb it.
+    """
+    if context.workers:
+        return DataLoader(
+            items,
+            batch_size=context.batch_size,
+            num_workers=context.workers,
+            collate_fn=_collate,
+            pin_memory=torch.cuda.is_available(),
+        )
+    return _Threaded(items, context.batch_size)
+
+
+@contextlib.contextmanager
+def loading_threads() -> Iterator[ThreadPoolExecutor]:
+    """One thread per core, in which PyTorch computes without further ones.
+
+    Each would have its own team of them otherwise. Where there are more such threads than cores, OpenMP lets all of
+    them sleep instead of wait for each other, and what runs beside loads in turn becomes a tenth slower.
+    """
+    count, before = os.cpu_count() or 1, torch.get_num_threads()
+    all_there = threading.Barrier(count)
+
+    def start() -> None:
+        torch.get_num_threads()  # a thread takes over the common number when it first asks, and its own after that
+        torch.set_num_threads(1)
+
+    with ThreadPoolExecutor(count, initializer=start) as pool:
+        for ready in [pool.submit(all_there.wait) for _ in range(count)]:
+            ready.result()
+        torch.set_num_threads(before)
+        yield pool
+
+
+class _Threaded:
+    """Batches of items, each loaded by several threads when it is asked for."""
+
+    def __init__(self, items: _Items, batch_size: int) -> None:
+        self.items, self.batch_size = items, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self.items) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Any]:
+        with loading_threads() as pool:
+            for start in range(0, len(self.items), self.batch_size):
+                stop = min(start + self.batch_size, len(self.items))
+                yield _collate(list(pool.map(self.items.__getitem__, range(start, stop))))

@@ -1,0 +1,288 @@
+"""Two models on the same tasks: paired bootstrap differences from stored per-image statistics. No re-run."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+import numpy as np
+
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
+from neco_bench.metrics import segmentation
+from neco_bench.metrics.bootstrap import (
+    Difference,
+    Sums,
+    class_iou_sums,
+    holm,
+    miou_sums,
+    paired_difference,
+    ratio_sums,
+    size_sums,
+)
+from neco_bench.results.schema import Result
+from neco_bench.results.store import ResultStore
+
+# Share of an image's labelled pixels that a class covers in it, from and up to.
+SIZES = {"small (below 1 %)": (0.0, 0.01), "medium (1 to 10 %)": (0.01, 0.1), "large (from 10 %)": (0.1, 1.1)}
+
+
+LISTED = 8  # results in a message
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison: of a task, or of a class of it. p_holm: p adjusted for the number of rows compared together."""
+
+    name: str
+    first: float | None
+    second: float | None
+    difference: Difference
+    p_holm: float
+    items: int
+
+
+Place = tuple[object, ...]
+
+
+def results_of(
+    folders: Iterable[ResultStore], model: str, tasks: Sequence[str]
+) -> dict[Place, tuple[Result, ResultStore]]:
+    """The finished results of a model, by task, protocol, settings, seed and limit; tasks are globs, none means all.
+
+    A model is named as in the results, or by the start of a result's key where equal names have several weights.
+    Raises MissingError where there are none, UsageError where the name stands for several.
+    """
+    found = [(result, store) for store in folders for result in store.load_all() if result.status == "ok"]
+    chosen: dict[Place, tuple[Result, ResultStore]] = {}
+    for result, store in found:
+        named = result.model == model or (len(model) >= 6 and result.key.startswith(model))
+        if named and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
+            changed = json.dumps(result.changed, sort_keys=True, default=str)
+            place = (result.task, result.protocol, changed, result.seed, result.limit)
+            other = chosen.setdefault(place, (result, store))[0]
+            if other.key != result.key:
+                raise UsageError(
+                    f"{model!r} has several results of {result.task}@{result.protocol}: name one by the start of "
+                    f"its key, {other.key[:8]} or {result.key[:8]}."
+                )
+    if not chosen:
+        names = sorted({result.model for result, _ in found})
+        raise MissingError(f"No result of {model!r}{_of(tasks)}. There are results of: {', '.join(names) or 'none'}.")
+    return chosen
+
+
+def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+    """{id: score} of each image or pair: mIoU over the classes in it (of seeds and draws the mean), or the share of
+    points found. Images without ground truth are left out. Raises MissingError where a result stores no ids.
+    """
+    ids = arrays.get("image_id", arrays.get("pair_id"))
+    if ids is None:
+        raise MissingError(
+            f"The result of {result.model} on {result.task}@{result.protocol} was stored without image ids. Run it "
+            f"again with --overwrite."
+        )
+    if "confusion" in arrays:
+        counts = arrays["confusion"]
+        images = counts.reshape(-1, *counts.shape[-3:]).swapaxes(0, 1)
+        scores = [float(np.mean([segmentation.mean_iou(c, absent="exclude") for c in image])) for image in images]
+    else:
+        if "hits" not in arrays:
+            raise BadInputError(f"The statistics of {result.model} on {result.column} hold no counts of items.")
+        scores = (arrays["hits"][:, hits_column(result)] / arrays["totals"]).tolist()
+    return {str(name): score for name, score in zip(ids, scores, strict=True) if not np.isnan(score)}
+
+
+def hits_column(result: Result) -> int:
+    """The column of hits that the primary metric, PCK@alpha, reads."""
+    try:
+        alphas = [f"PCK@{alpha:.2f}" for alpha in _setting(result, "alphas")]
+        return alphas.index(result.primary_metric)
+    except (TypeError, ValueError) as error:
+        raise BadInputError(
+            f"The result of {result.model} on {result.column} is not whole: its settings do not name "
+            f"{result.primary_metric}. Run it again with --overwrite."
+        ) from error
+
+
+def _setting(result: Result, name: str) -> Any:
+    """A constant that a result was measured with. Raises BadInputError where it is not recorded."""
+    try:
+        return result.provenance["settings"][name]
+    except KeyError as error:
+        raise BadInputError(
+            f"The result of {result.model} on {result.column} is not whole: it does not record {name}. Run it again "
+            f"with --overwrite."
+        ) from error
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Results of two models on one task and protocol, with their per-image statistics."""
+
+    first: Result
+    second: Result
+    first_arrays: dict[str, np.ndarray]
+    second_arrays: dict[str, np.ndarray]
+
+    @property
+    def name(self) -> str:
+        """What was measured, with the seed where it is not 0."""
+        return _measured(self.first)
+
+
+def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[Pair]:
+    """What both models have results of, same task, protocol, seed and settings; tasks are globs, none means all.
+
+    Raises what `results_of` raises, MissingError where there is nothing to compare, BadInputError where two
+    results were not measured on the same images.
+    """
+    stores = list(folders)
+    left, right = (results_of(stores, model, tasks) for model in (first, second))
+    shared = sorted(set(left) & set(right), key=str)
+    if not shared:
+        raise MissingError(
+            f"{first!r} and {second!r} have nothing in common{_of(tasks)}: task, protocol, settings, limit and seed "
+            f"must be the same. {first!r} has {_listed(left)}; {second!r} has {_listed(right)}."
+        )
+    pairs, failure = [], None
+    for place in shared:
+        (a, in_a), (b, in_b) = left[place], right[place]
+        try:
+            pairs.append(_pair(a, b, in_a.statistics(a), in_b.statistics(b)))
+        except NecoBenchError as error:  # hides no other pair
+            failure = error
+            in_a.problems.append(str(error))
+    if failure and not pairs:
+        raise failure
+    return pairs
+
+
+def _pair(first: Result, second: Result, *arrays: dict[str, np.ndarray]) -> Pair:
+    """Two results of the same images and settings, else BadInputError."""
+    for fact in ("dataset_fingerprint", "card_hash", "protocol_hash"):  # input sizes may differ, as strides do
+        if first.provenance.get(fact) != second.provenance.get(fact):
+            raise BadInputError(
+                f"{first.task}@{first.protocol}: the two results differ in {fact}, so their images or settings are not "
+                f"the same. Run one of them again with --overwrite."
+            )
+    shapes = [{name: own[name].shape for name in ("confusion", "hits", "totals") if name in own} for own in arrays]
+    if shapes[0] != shapes[1]:
+        raise BadInputError(
+            f"{first.task}@{first.protocol}: the statistics of the two results have other shapes, {shapes[0]} and "
+            f"{shapes[1]}. Run both again with --overwrite."
+        )
+    return Pair(first, second, *arrays)
+
+
+def _measured(result: Result) -> str:
+    return result.column + (f" seed {result.seed}" if result.seed else "")
+
+
+def _listed(chosen: dict[Place, tuple[Result, ResultStore]]) -> str:
+    names = sorted({_measured(result) for result, _ in chosen.values()})
+    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+
+
+def _of(tasks: Sequence[str]) -> str:
+    return f" for {', '.join(tasks)}" if tasks else ""
+
+
+def compare_tasks(pairs: Sequence[Pair], *, draws: int = 10_000) -> list[Row]:
+    """One row per pair, on its primary metric; p adjusted over the rows."""
+    rows = []
+    for pair in pairs:
+        (difference,) = paired_difference(*_sums(pair), draws=draws, seed=pair.first.seed)
+        metric = pair.first.primary_metric
+        values = pair.first.metrics[metric], pair.second.metrics[metric]
+        rows.append((pair.name, *values, difference, pair.first.n_images))
+    return _adjusted(rows)
+
+
+def compare_classes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
+    """One row per class of pixels or category of pairs, the largest gain first; p adjusted over them."""
+    if "confusion" in pair.first_arrays:
+        first, second = (class_iou_sums(arrays["confusion"]) for arrays in (pair.first_arrays, pair.second_arrays))
+        names = list(next(iter(pair.first.per_class.values()), ()))
+        if len(names) != pair.first_arrays["confusion"].shape[-1]:
+            raise BadInputError(f"{pair.name}: the result of {pair.first.model} does not name its classes.")
+        items = np.full(len(names), pair.first.n_images)
+    else:
+        first, second = _point_sums(pair, apart=True)
+        categories = list(pair.first.per_class.get(pair.first.primary_metric, ()))
+        present, items = np.unique(pair.first_arrays["category"], return_counts=True)
+        if present.max(initial=0) >= len(categories):
+            raise BadInputError(f"{pair.name}: the result of {pair.first.model} does not name its categories.")
+        names = [categories[number] for number in present]
+    differences = paired_difference(first, second, draws=draws, seed=pair.first.seed)
+    rows = [
+        (name, None if np.isnan(a) else float(a), None if np.isnan(b) else float(b), d, int(count))
+        for name, a, b, d, count in zip(names, first.value(), second.value(), differences, items, strict=True)
+    ]
+    rows.sort(key=lambda row: -np.nan_to_num(row[3].value, nan=-9.0))
+    return _adjusted(rows)
+
+
+def compare_sizes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
+    """One row per size of region: mIoU over what a class covers of an image, small, medium and large (SIZES).
+
+    p adjusted over the sizes. Raises UsageError for results without confusion counts.
+    """
+    if "confusion" not in pair.first_arrays:
+        raise UsageError(f"{pair.name} has no regions of pixels to compare.")
+    rows = []
+    for name, (low, high) in SIZES.items():
+        first, second = (
+            size_sums(arrays["confusion"], low, high) for arrays in (pair.first_arrays, pair.second_arrays)
+        )
+        items = int((first.columns > 0).any(1).sum())
+        if items:
+            (difference,) = paired_difference(first, second, draws=draws, seed=pair.first.seed)
+            rows.append((name, float(first.value()), float(second.value()), difference, items))
+    return _adjusted(rows)
+
+
+def compare_images(pair: Pair) -> list[tuple[str, float, float]]:
+    """(id, first, second) of each image, the largest gain first: mIoU over the classes in it, or the share of points.
+
+    Raises MissingError where a result stores no image ids.
+    """
+    first, second = item_scores(pair.first, pair.first_arrays), item_scores(pair.second, pair.second_arrays)
+    rows = [(name, first[name], second[name]) for name in first if name in second]
+    return sorted(rows, key=lambda row: (row[1] - row[2], row[0]))
+
+
+def _sums(pair: Pair) -> tuple[Sums, Sums]:
+    """The primary metric of the two, over the same items. Raises BadInputError for statistics of another kind."""
+    both = (pair.first_arrays, pair.second_arrays)
+    if all("confusion" in arrays for arrays in both):
+        first, second = (miou_sums(arrays["confusion"], _setting(pair.first, "absent")) for arrays in both)
+        return first, second
+    if all("hits" in arrays for arrays in both):
+        first, second = _point_sums(pair)
+        return first, second
+    raise BadInputError(f"{pair.name}: the stored statistics are not of a kind that can be compared.")
+
+
+def _point_sums(pair: Pair, *, apart: bool = False) -> list[Sums]:
+    """PCK of the two by the average of the primary metric, or with `apart` that of each category."""
+    settings, column = pair.first.provenance.get("settings", {}), hits_column(pair.first)
+    average = settings.get("average") or ("class_mean" if settings.get("pairs_per_bin") is not None else "points")
+    sides = []
+    for arrays in (pair.first_arrays, pair.second_arrays):
+        hits, totals = arrays["hits"][:, column], arrays["totals"]
+        if average == "pairs":
+            hits, totals = hits / totals, np.ones(len(totals))
+        groups = arrays["category"] if apart or average == "class_mean" else None
+        sides.append(ratio_sums(hits, totals, groups, images=arrays.get("images"), apart=apart))
+    return sides
+
+
+def _adjusted(rows: Sequence[tuple[str, float | None, float | None, Difference, int]]) -> list[Row]:
+    adjusted = holm(np.array([difference.p for _, _, _, difference, _ in rows]))
+    return [
+        Row(name, a, b, difference, float(p), items)
+        for (name, a, b, difference, items), p in zip(rows, adjusted, strict=True)
+    ]

@@ -1,0 +1,1 @@
+"""From names to stored results: options, jobs, execution, cost estimates, launchers."""

@@ -1,0 +1,75 @@
+"""Whether a job fits into the memory and the disk that there are, known from its family's `cost`."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neco_bench.core.errors import UsageError
+from neco_bench.core.paths import cache_dir
+from neco_bench.core.task import Context
+
+if TYPE_CHECKING:
+    from neco_bench.core.protocol import Task
+    from neco_bench.encoders.base import Encoder
+
+log = logging.getLogger("neco_bench")
+
+
+PER_ITEM = 128  # bytes of an item's place in the order of a run
+
+
+LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # of containers, versions 2 and 1
+
+
+def memory_there(device: Any = None) -> float:
+    """Bytes of memory of this machine, or of its container, and of a GPU; infinite where that is not known."""
+    try:
+        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    except (AttributeError, OSError, ValueError):  # Windows
+        return float("inf")
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # "max": none
+            memory = min(memory, float(Path(path).read_text()))
+    if device is not None and device.type == "cuda":
+        import torch  # not needed to plan
+
+        memory += torch.cuda.get_device_properties(device).total_memory
+    return memory
+
+
+def check_fits(task: Task, draws: Iterable[Mapping[str, Any]], encoder: Encoder, context: Context) -> None:
+    """Raise UsageError for a run that needs more memory or disk than there is; lower the batch size to what fits.
+
+    Known from the family's `cost`; families without one, of plug-ins, are not checked.
+    """
+    cost_of = getattr(task.module, "cost", None)
+    if cost_of is None:
+        return
+    there, settings = memory_there(encoder.device), task.settings()
+    for data in draws:
+        cost = cost_of(settings, data, encoder.stride, encoder.embed_dim)
+        image = 4.0 * (3 * cost.size**2 + encoder.embed_dim * (cost.size // encoder.stride) ** 2)
+        needed = cost.memory + image + PER_ITEM * cost.images
+        if needed > there:
+            changed = ", ".join(f"{key}={value}" for key, value in task.changed.items())
+            raise UsageError(
+                f"{task.card.name}@{task.label} needs about {needed / 2**30:,.0f} GiB of memory, there are "
+                f"{there / 2**30:,.0f} GiB. "
+                + (f"Lower what --set gives ({changed})." if changed else "Use --limit, a lower --set input_size=N.")
+            )
+        free = shutil.disk_usage(next(p for p in (cache_dir(), *cache_dir().absolute().parents) if p.exists())).free
+        if cost.disk / 2 > free:  # part of that is for features that are kept only where there is room
+            raise UsageError(
+                f"{task.card.name}@{task.label} needs about {cost.disk / 2**30:,.0f} GiB in {cache_dir()}, "
+                f"{free / 2**30:,.0f} GiB are free. Free space, set NECO_BENCH_CACHE to another disk, or use --limit."
+            )
+        fitting = max(1, int((there - needed) / 4 / image))  # the rest is for the encoder, and for loading
+        if context.batch_size > fitting:
+            log.warning("--batch-size %d does not fit into memory: %d is used.", context.batch_size, fitting)
+            context.batch_size = fitting

@@ -1,0 +1,412 @@
+"""`run`: one encoder on one task, from names to a stored Result. What the command line calls, and the Python API.
+
+The content key of a result covers everything the number depends on. It is computed without loading torch or the
+weights, so that a second run returns the stored result at once; only code that may read any file is loaded for it.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+import math
+import time
+import traceback
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from neco_bench.core import distributed
+from neco_bench.core.errors import BadInputError, NecoBenchError, NumericalError, UsageError, user_error
+from neco_bench.core.files import digest
+from neco_bench.core.protocol import FAMILIES, Task
+from neco_bench.core.registry import BUILTIN
+from neco_bench.core.task import Context, Outcome
+from neco_bench.data.base import PairDataset, SegmentationDataset
+from neco_bench.encoders.identity import loaded_id
+from neco_bench.encoders.load import load_encoder
+from neco_bench.encoders.spec import parse_spec
+from neco_bench.encoders.zoo import contamination, declared_overlap, zoo
+from neco_bench.results.provenance import environment, peak_memory_mb
+from neco_bench.results.schema import Result
+from neco_bench.results.store import ResultStore
+from neco_bench.runner.capacity import check_fits
+from neco_bench.runner.job import Job, stored
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from neco_bench.encoders.base import Encoder
+
+
+log = logging.getLogger("neco_bench")
+
+
+def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.ndarray] | None]:
+    """Run a job: its Result and per-image statistics.
+
+    Whatever goes wrong becomes a Result with status "failed"; only interruptions pass through, and, where several
+    processes run, every error, which ends them all.
+    """
+    options = job.options
+    context = Context(options.seed, options.batch_size, options.workers_used, options.progress)
+    provenance = _planned_facts(job)
+    start = time.perf_counter()
+    try:
+        return _executed(job, encoder, context, provenance, start)
+    except (Exception, SystemExit) as caught:
+        if distributed.world() > 1:  # the other processes wait for this one: end them all
+            raise
+        error = user_error(caught)
+        if error is None:
+            log.error("%s on %s: this is a bug.", job.label, job.task.card.name, exc_info=caught)
+            provenance["traceback"] = traceback.format_exception(caught)
+            error = NecoBenchError(f"{type(caught).__name__}: {caught}. This is a bug: report it with its traceback.")
+        failed = failed_result(job, error, provenance)
+        return failed.model_copy(update={"timing": _timing(context, start)}), None
+
+
+def _planned_facts(job: Job) -> dict[str, Any]:
+    """What is known of a job before it runs."""
+    task = job.task
+    return {
+        **environment(),
+        "arguments": {name: str(value) for name, value in vars(job.options).items() if value is not None},
+        "card_hash": task.card.hash(task.protocol.id),
+        "protocol_hash": task.hash,
+        "settings": task.constants,
+        "citation": task.citation,
+        "dataset": {role: {"name": d.name, "split": d.split, "items": len(d)} for role, d in job.data.items()},
+        "dataset_fingerprint": dict(job.facts["data"]),
+    }
+
+
+def _common(job: Job) -> dict[str, Any]:
+    """The fields of a Result that do not depend on how the run went."""
+    task = job.task
+    subset = {role.partition("/")[0]: d.subset for role, d in job.data.items() if d.subset is not None}
+    return {
+        "model": job.label,
+        "task": task.card.name,
+        "family": task.card.family,
+        "protocol": task.label,
+        "primary_metric": task.card.metric,
+        "seed": job.options.seed,
+        "subset": subset or None,
+        "limit": job.options.limit,
+        "changed": dict(task.changed),
+    }
+
+
+def failed_result(job: Job, error: NecoBenchError, provenance: dict[str, Any] | None = None) -> Result:
+    """The Result of a job that ended in an error. provenance: None takes what is known before a run."""
+    try:
+        key = job.key
+    except NecoBenchError:  # files of the model are gone
+        key = digest([dict(job.facts), job.model])
+    return Result(
+        key=key,
+        **_common(job),
+        metrics={},
+        per_class={},
+        ci95={},
+        n_images=0,
+        status="failed",
+        error=str(error),
+        error_code=error.exit_code,
+        provenance=_planned_facts(job) if provenance is None else provenance,
+        timing={},
+        peak_memory_mb=peak_memory_mb(),
+    )
+
+
+def _executed(
+    job: Job, encoder: Encoder | None, context: Context, provenance: dict[str, Any], start: float
+) -> tuple[Result, dict[str, np.ndarray] | None]:
+    """What `execute` returns where all goes well; `provenance` is filled on the way."""
+    options = job.options
+    job, loaded = _ready(job, encoder, context)
+    provenance |= _encoder_facts(loaded) | {"training": _training(job, loaded)}
+    if provenance["official"] is False:
+        _say_once(_unofficial(loaded.name))
+    check_size(job.task, loaded)
+    check_fits(job.task, job.draws, loaded, context)
+    for role, dataset in job.data.items():
+        if dataset.fingerprint() != job.facts["data"][role]:
+            raise BadInputError(f"Files of {dataset.name!r}, split {dataset.split!r}, changed since the run began.")
+    _glance(job)
+    outcome = _outcome(job, loaded, context)
+    undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
+    if undefined:
+        raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
+    used = outcome.features.get("used_size")
+    common = _common(job)
+    if loaded.only_size and used == loaded.only_size != job.task.settings().used_size(loaded.stride):
+        common["model"] += f"[input={loaded.only_size}]"  # is another condition than the card's, and never the same row
+    asked = {"input_size": job.task.settings().input_size} if "input_size" in outcome.features else {}
+    provenance["features"] = {
+        **outcome.features,
+        **asked,
+        "only_size": loaded.only_size,
+        "size_multiple": loaded.size_multiple or loaded.stride,
+        "tokens": None if used is None else (used // loaded.stride) ** 2,
+        "layer": loaded.layer,
+        "pos_interp": loaded.pos_interp,
+        "dtype": "float16" if options.features == "fp16" else "float32",
+    }
+    provenance |= {
+        "device": _device_name(loaded),
+        "batch_size_used": context.batch_size,
+        "workers": context.workers,
+        "features_reused": context.reused,
+        "processes": distributed.world(),
+        "run": context.notes,
+    }
+    result = Result.of_run(
+        key=job.key,
+        **common,
+        metrics=outcome.metrics,
+        per_class=outcome.per_class,
+        ci95={name: interval for name, interval in outcome.ci95.items() if interval is not None},
+        n_images=outcome.n_images,
+        status="ok",
+        provenance=provenance,
+        timing=_timing(context, start),
+        peak_memory_mb=peak_memory_mb(),
+    )
+    return result, outcome.statistics | _image_ids(job, outcome)
+
+
+def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, Encoder]:
+    """A job with its encoder, loaded unless it is given, by whose content it is then known; the context set for it."""
+    options = job.options
+    with context.phase("load_encoder"):
+        loaded = encoder or load_job_encoder(job)
+    if encoder is None:
+        job = replace(job, identity=loaded_id(job.model, options.weights, loaded))
+    if options.workers is None and loaded.device.type == "cpu":
+        context.workers = 0  # threads load: processes would disturb an encoder on the same cores
+    if options.features == "fp16" or (options.features != "off" and encoder is None):
+        from neco_bench.features.store import FeatureStore
+
+        identity, anew = None, False
+        if encoder is None:
+            identity = digest([job.identity, job.facts["versions"]])
+            anew = options.overwrite and parse_spec(job.model).kind == "file"  # which may import more
+        context.store = FeatureStore(options.features, identity, anew)
+    return job, loaded
+
+
+def watch(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """Run a job for what it sees of some items (`Context.seen`); of a fraction's draws the first.
+
+    Pairs are computed alone; images within their whole split, on which clusters and heads hang.
+    """
+    options = job.options
+    context = Context(options.seed, options.batch_size, options.workers_used, options.progress, watched=frozenset(ids))
+    job, encoder = _ready(job, None, context)
+    data = {role: d.chosen(context.watched) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
+    job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
+    return context.seen
+
+
+def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None) -> Result:
+    """The stored result of a job, or a new one, stored at once. encoder: None loads what the job names."""
+    try:
+        if store and (found := stored(job, store)):
+            return found
+    except NecoBenchError as error:  # a file of the model is gone
+        if distributed.world() > 1:
+            raise
+        return failed_result(job, error)
+    result, statistics = execute(job, encoder)
+    return result if store is None else keep(job, store, result, statistics)
+
+
+def keep(job: Job, store: ResultStore, result: Result, statistics: dict[str, np.ndarray] | None = None) -> Result:
+    """Store what a job gave; where that fails, the same result as a failed one, its numbers still in it."""
+    mistyped = result.error_code == UsageError.exit_code  # is no gap in a table
+    try:
+        # An older result would be lost to a failed one, where it is run again by --overwrite.
+        lost = result.status == "failed" and store.find(result.key) is not None
+        if not (mistyped or lost or distributed.rank()):
+            store.save(result, statistics)
+    except Exception as caught:
+        error = user_error(caught)
+        if error is None:
+            raise
+        return result.model_copy(update={"status": "failed", "error": str(error), "error_code": error.exit_code})
+    return result
+
+
+def load_job_encoder(job: Job) -> Encoder:
+    """The encoder that a job names. Raises what `load_encoder` raises."""
+    options = job.options
+    return load_encoder(
+        job.model,
+        weights=options.weights,
+        device=options.device,
+        precision=options.precision,
+        layers=options.layers,
+    )
+
+
+def _glance(job: Job) -> None:
+    """Raise BadInputError where a few masks of a split already show that they are not those of the data set."""
+    for dataset in job.data.values():
+        if isinstance(dataset, SegmentationDataset) and (doubts := dataset.sample_doubts()):
+            raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {doubts[0]}")
+
+
+def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
+    """What the family returns. Any error of a plug-in's family is that plug-in's, and loses no other job."""
+    task = job.task
+    settings = settings_for(task, encoder)
+    outcomes, notes = [], []
+    try:
+        for data in job.draws:
+            context.notes = {}
+            outcomes.append(task.module.run(encoder, data, settings, context))
+            notes.append(context.notes)
+    except NecoBenchError:
+        raise
+    except Exception as error:
+        origin = FAMILIES.entry(task.card.family).origin
+        if origin == BUILTIN:
+            raise
+        raise BadInputError(
+            f"Task {task.card.name!r} of {origin} failed: {type(error).__name__}: {error}. Report it to that package."
+        ) from error
+    if len(outcomes) == 1:
+        return outcomes[0]
+    context.notes = {"draws": notes}
+    return _mean_of_draws(outcomes, settings, context.seed)
+
+
+def _mean_of_draws(outcomes: list[Outcome], settings: Any, seed: int) -> Outcome:
+    """Mean over the draws of a fraction, with the sample standard deviation of each metric as `<metric>_std`.
+
+    The interval is that of the mean mIoU when the val images are drawn anew, the same ones for every draw. Statistics
+    are stacked, draws first.
+    """
+    import numpy as np
+
+    from neco_bench.metrics import bootstrap
+
+    values = {name: np.array([outcome.metrics[name] for outcome in outcomes]) for name in outcomes[0].metrics}
+    stacked = {name: np.stack([o.statistics[name] for o in outcomes]) for name in outcomes[0].statistics}
+    per_class: dict[str, dict[str, float | None]] = {}
+    for metric, rows in outcomes[0].per_class.items():
+        columns = {name: [outcome.per_class[metric][name] for outcome in outcomes] for name in rows}
+        known = {name: [value for value in column if value is not None] for name, column in columns.items()}
+        per_class[metric] = {name: float(np.mean(column)) if column else None for name, column in known.items()}
+    confusions = stacked["confusion"].reshape(-1, *stacked["confusion"].shape[-3:])
+    return Outcome(
+        metrics={
+            **{name: float(column.mean()) for name, column in values.items()},
+            **{f"{name}_std": float(column.std(ddof=1)) for name, column in values.items()},
+        },
+        per_class=per_class,
+        ci95={"mIoU": bootstrap.bootstrap_miou(confusions, absent=settings.absent, seed=seed)},
+        n_images=outcomes[0].n_images,
+        statistics=stacked,
+        features=outcomes[0].features,
+    )
+
+
+def _image_ids(job: Job, outcome: Outcome) -> dict[str, np.ndarray]:
+    """Which images the rows of the statistics are of."""
+    import numpy as np
+
+    val = job.data.get("val")
+    if "confusion" not in outcome.statistics or not isinstance(val, SegmentationDataset):
+        return {}
+    return {"image_id": np.array(val.ids[: outcome.n_images])}
+
+
+def _training(job: Job, encoder: Encoder) -> dict[str, str]:
+    """What the encoder was trained on, and whether that touches the images of the data set."""
+    overlap = declared_overlap(encoder.training_data) if encoder.overlap is None else encoder.overlap
+    source = next(iter(job.data.values()))
+    names = filter(None, (source.images_from, source.folder_name, source.name))
+    return {"data": encoder.training_data, "contamination": contamination(overlap, names)}
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    log.warning(text)
+
+
+def _unofficial(name: str) -> str:
+    """Why the results of a name of the zoo do not stand beside published numbers."""
+    entry = zoo().get(name.partition("?")[0])
+    if entry and entry.has_official_weights and entry.sha256 is None:
+        why = f"The sha256 of the official weights of {name!r} is not known yet, so these cannot be told from others."
+    else:
+        why = f"These weights are not the official ones of {name!r}."
+    return f"{why} Leaderboards add their id to the name, and put no published numbers beside them."
+
+
+def _timing(context: Context, start: float) -> dict[str, float]:
+    return {**{k: round(v, 4) for k, v in context.timing.items()}, "total": round(time.perf_counter() - start, 4)}
+
+
+def check_size(task: Task, encoder: Encoder) -> None:
+    """A card's size is rounded to the stride; one that the user sets must fit, else UsageError."""
+    size, multiple = task.changed.get("input_size"), encoder.size_multiple or encoder.stride
+    if encoder.only_size and size not in (None, encoder.only_size):
+        raise UsageError(
+            f"--set input_size={size}: {encoder.name!r} takes inputs of {encoder.only_size}x{encoder.only_size} only."
+        )
+    if size is not None and size % multiple:
+        low = size // multiple * multiple
+        needed = "of the stride" if multiple == encoder.stride else "that inputs need,"
+        raise UsageError(
+            f"--set input_size={size} is not a multiple {needed} {multiple} of "
+            f"{encoder.name!r}. Use {low or multiple} or {low + multiple}."
+        )
+
+
+def settings_for(task: Task, encoder: Encoder) -> Any:
+    """The settings of a task, with the nearest input size that the encoder takes where it does not take the task's.
+
+    Raises UsageError where equal tokens are asked for and the encoder cannot have as many.
+    """
+    settings = task.settings()
+    used = settings.used_size(encoder.stride)
+    size = encoder.nearest_size(used)
+    if size == used:
+        return settings
+    if settings.tokens_per_side is not None:
+        raise UsageError(
+            f"tokens_per_side={settings.tokens_per_side} means inputs of {used}x{used}, which {encoder.name!r} does "
+            f"not take; the nearest are {size}x{size}."
+        )
+    return settings.model_copy(update={"input_size": encoder.nearest_size(settings.input_size)})
+
+
+def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
+    report = encoder.weights_report
+    entry = zoo().get(encoder.name)
+    taken = encoder.official is None and entry is not None and entry.has_official_weights  # by something else's name
+    return {
+        "weights_id": encoder.weights_id,
+        "official": False if taken else encoder.official,
+        "precision": encoder.precision,
+        "encoder": {
+            "name": encoder.name,
+            "embed_dim": encoder.embed_dim,
+            "stride": encoder.stride,
+            "mean": encoder.mean,
+            "std": encoder.std,
+            "statistics": encoder.statistics,
+            "parameters": sum(p.numel() for p in encoder.parameters()),
+            "weights_report": None if report is None else vars(report),
+        },
+    }
+
+
+def _device_name(encoder: Encoder) -> str:
+    import torch
+
+    device = encoder.device
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type

@@ -1,0 +1,150 @@
+"""Jobs: one model on one task with its data opened, planned without loading torch or weights."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neco_bench.core.errors import NecoBenchError, UsageError
+from neco_bench.core.files import digest
+from neco_bench.core.protocol import Task, find_tasks
+from neco_bench.data.base import Dataset
+from neco_bench.data.load import DRAWS, load_dataset
+from neco_bench.encoders.identity import loaded_id, request_id, version_of
+from neco_bench.encoders.load import load_encoder
+from neco_bench.encoders.spec import needs_loading, parse_spec
+from neco_bench.results.schema import Result
+from neco_bench.results.store import ResultStore
+from neco_bench.runner.options import Options
+
+# Distributions that a stored result and stored features depend on; what one kind of encoder needs is in its identity.
+VERSIONS = ("neco-bench", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "faiss-gpu", "faiss-cpu")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One model on one task with its data opened: what `--dry-run` shows and `execute` runs.
+
+    data: by role; the draws of a fraction have the roles "train/0", "train/1", ... identity: of the encoder's content,
+    as far as it was known when the job was planned.
+    """
+
+    model: str
+    task: Task
+    data: Mapping[str, Dataset]
+    options: Options
+    facts: Mapping[str, Any]
+    identity: str
+
+    @property
+    def key(self) -> str:
+        """The content key."""
+        return digest([dict(self.facts), self.identity])
+
+    @property
+    def draws(self) -> list[dict[str, Dataset]]:
+        """The data of each run of the family: of the only one, or of one per draw of a fraction."""
+        parts = [(*role.partition("/")[::2], dataset) for role, dataset in self.data.items()]
+        numbers = sorted({number for _, number, _ in parts if number}) or [""]
+        return [{role: d for role, number, d in parts if number in ("", wanted)} for wanted in numbers]
+
+    @property
+    def label(self) -> str:
+        """The model column of tables: the spec, with the layers where inner ones were asked for."""
+        return self.model + (f"[layers={self.options.layers}]" if self.options.layers else "")
+
+
+def plan(model: str, task: Task, options: Options, *, identity: str | None = None) -> Job:
+    """Check the model's name and open the data. Loads no weights and no torch.
+
+    identity: what stands for the encoder's content; None asks the model spec.
+    """
+    if identity is None:  # an unknown model or a missing file is an error now, not hours later
+        identity = request_id(model, options.weights)
+    if options.split_file is not None and "train" not in task.card.splits:
+        raise UsageError(
+            f"--split-file restricts the training split, which {task.card.name} does not have. Leave one of them out."
+        )
+    data = {}
+    for role, split in task.card.splits.items():
+        file = options.split_file if role == "train" else None
+        for part, name in _splits(role, split, file is not None).items():
+            data[part] = load_dataset(task.dataset, name, root=options.data_root, limit=options.limit, split_file=file)
+    facts = {
+        "layers": options.layers,
+        "precision": options.precision or "fp32",
+        "device": (options.device or "auto").split(":")[0],
+        "task": [task.card.name, task.card.hash(task.protocol.id), task.label, task.hash],
+        "data": {role: dataset.fingerprint() for role, dataset in data.items()},
+        "seed": options.seed,
+        "limit": options.limit,
+        "versions": {name: version_of(name) for name in VERSIONS},
+    }
+    if options.features == "fp16":  # the other two give the same numbers
+        facts["features"] = options.features
+    return Job(model, task, data, options, facts, identity)
+
+
+def job_of(result: Result, **given: Any) -> Job:
+    """The job that made a stored result. given: fields of `Options` to use instead of the recorded ones.
+
+    Raises what `plan` raises, such as UsageError for a model that has no spec (an Encoder object).
+    """
+    recorded = result.provenance.get("arguments", {})
+    kinds = {"data_root": Path, "split_file": Path, "weights": Path, "batch_size": int, "workers": int, "limit": int}
+    names = ("device", "precision", "layers", "features", *kinds)
+    options = {name: kinds.get(name, str)(recorded[name]) for name in names if name in recorded}
+    options |= {name: value for name, value in given.items() if value is not None}
+    model = re.sub(r"\[input=\d+\]$", "", result.model).removesuffix(f"[layers={options.get('layers')}]")
+    (task,) = find_tasks([f"{result.task}@{result.protocol.removesuffix('*')}"], result.changed)
+    return plan(model, task, Options(seed=result.seed, **options))
+
+
+def _splits(role: str, split: str, listed: bool) -> dict[str, str]:
+    """{role: split}; of a fraction all draws, {"train/0": "trainaug_1of8_0", ...}, unless a list replaces them."""
+    if not split.endswith("_*"):
+        return {role: split}
+    if listed:
+        return {role: split.rpartition("_1of")[0]}
+    return {f"{role}/{draw}": f"{split[:-1]}{draw}" for draw in range(DRAWS)}
+
+
+def identify(model: str, options: Options, store: ResultStore) -> str:
+    """What stands for the encoder of a spec in content keys.
+
+    It is loaded, on the CPU, where nothing else shows what its weights are and the store has results that might be its.
+    One that cannot be loaded is left to its job. Raises as `request_id`.
+    """
+    identity = request_id(model, options.weights)
+    if options.overwrite or store.is_empty or not needs_loading(parse_spec(model)):
+        return identity
+    try:
+        encoder = load_encoder(model, weights=options.weights, device="cpu", layers=options.layers)
+    except NecoBenchError:
+        return identity
+    return loaded_id(model, options.weights, encoder)
+
+
+def plan_all(models: Iterable[str], tasks: Iterable[Task], options: Options, store: ResultStore) -> list[Job]:
+    """Jobs of every model on every task. Names, settings and data are checked before anything runs.
+
+    Settings of stored results were checked when they were made: torch is imported only where something will run.
+    """
+    tasks = list(tasks)
+    jobs = []
+    for model in models:
+        identity = identify(model, options, store)
+        jobs += [plan(model, task, options, identity=identity) for task in tasks]
+    for job in jobs:
+        if stored(job, store) is None:
+            job.task.settings()
+            store.check_writable()
+    return jobs
+
+
+def stored(job: Job, store: ResultStore) -> Result | None:
+    """The finished result of a job, unless the options ask for a new one."""
+    return None if job.options.overwrite else store.find(job.key)

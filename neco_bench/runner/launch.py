@@ -1,0 +1,160 @@
+"""Jobs in processes of their own: under a time limit here, or on a cluster, one submitit job for each result that is
+not stored yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from neco_bench.core.errors import NecoBenchError, UsageError
+from neco_bench.core.protocol import find_tasks
+from neco_bench.results.schema import Result
+from neco_bench.results.store import ResultStore
+from neco_bench.runner.execute import failed_result, keep, run_job
+from neco_bench.runner.job import Job, identify, plan, stored
+from neco_bench.runner.options import Options
+
+LAUNCHERS = ("slurm", "local")
+
+
+GRACE = 3  # seconds that an interrupted process has to remove its temporary files
+
+
+def work(model: str, task: str, changes: Mapping[str, Any], options: Options, out: Path) -> Result:
+    """What a submitted job does: one result, stored in `out`."""
+    (chosen,) = find_tasks([task], changes)
+    store = ResultStore(out)
+    return run_job(plan(model, chosen, options, identity=identify(model, options, store)), store)
+
+
+def run_apart(job: Job, store: ResultStore, seconds: float) -> Result:
+    """`run_job` in a process of its own, which is ended after `seconds`, its start included.
+
+    Whatever happens to that process is a failed result of this job: also a hang, a crash in C code, or a system that
+    kills it as memory runs out.
+    """
+    if (found := stored(job, store)) is not None:
+        return found
+    spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads or a GPU may hang
+    receiver, sender = spawn.Pipe(duplex=False)
+    task = f"{job.task.card.name}@{job.task.protocol.id}"
+    arguments = job.model, task, dict(job.task.changed), job.options, store.folder
+    process = spawn.Process(target=_work_and_send, args=(sender, *arguments))
+    process.start()
+    sender.close()
+    try:
+        if not receiver.poll(seconds):
+            problem = f"The job did not end within --job-timeout {seconds:g} seconds. Give more, or check the encoder."
+        else:
+            try:
+                given: Result | NecoBenchError = receiver.recv()
+                process.join(GRACE)
+                return given if isinstance(given, Result) else failed_result(job, given)
+            except EOFError:
+                process.join()
+                code = process.exitcode or 0
+                how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
+                hint = " Memory may have run out." if code == -9 else ""
+                problem = f"The process of the job {how} before it had a result.{hint}"
+    finally:
+        _end(process)
+        receiver.close()
+    return keep(job, store, failed_result(job, NecoBenchError(problem)))
+
+
+def _work_and_send(sender: Connection, *arguments: Any) -> None:
+    """What the process of `run_apart` does. It ends with its parent, and its own processes with it."""
+    if hasattr(os, "setsid"):
+        os.setsid()
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+    with contextlib.suppress(KeyboardInterrupt):
+        try:
+            sender.send(work(*arguments))
+        except NecoBenchError as error:
+            sender.send(error)
+
+
+def _end(process: Any) -> None:
+    """End a process and its children: at once where it is done, else after it could remove its temporary files."""
+    with contextlib.suppress(OSError):
+        if process.is_alive():
+            os.kill(process.pid, signal.SIGINT)
+            process.join(GRACE)
+        if hasattr(os, "killpg"):
+            os.killpg(process.pid, signal.SIGKILL)
+    process.kill()
+    process.join()
+
+
+class Grid:
+    """Submits jobs when it is made; `results` waits for them, in the order of the jobs.
+
+    parameters: of submitit's AutoExecutor (timeout_min, gpus_per_node, slurm_partition, ...). Logs lie in
+    `<results folder>/jobs`. Raises UsageError for another launcher, a parameter that submitit does not know, or where
+    submitit is not installed.
+    """
+
+    def __init__(self, jobs: Sequence[Job], store: ResultStore, launcher: str, parameters: Mapping[str, Any]) -> None:
+        if launcher not in LAUNCHERS:
+            raise UsageError(f"Unknown --launcher {launcher!r}: use {' or '.join(LAUNCHERS)}.")
+        try:
+            import submitit
+        except ImportError as error:
+            raise UsageError("--launcher needs submitit: pip install 'neco-bench[launcher]'.") from error
+        try:
+            executor = submitit.AutoExecutor(folder=store.folder / "jobs" / "%j", cluster=launcher)
+        except RuntimeError as error:
+            raise UsageError(
+                f"--launcher {launcher}: {error}. Use --launcher local, or submit from the cluster."
+            ) from error
+        try:
+            executor.update_parameters(name="neco-bench", **{"timeout_min": 24 * 60, **parameters})
+        except (NameError, TypeError, ValueError) as error:
+            raise UsageError(f"--launcher-set: {error}.") from error
+        self._store = store
+        self._waiting: list[tuple[Job, Any]] = []  # with a result, or the job that will give it
+        for job in jobs:
+            found: Any = stored(job, store)
+            if found is None:
+                task = f"{job.task.card.name}@{job.task.protocol.id}"
+                found = executor.submit(work, job.model, task, dict(job.task.changed), job.options, store.folder)
+            self._waiting.append((job, found))
+
+    def cancel(self) -> None:
+        """End the jobs that are not done."""
+        for _, found in self._waiting:
+            if not isinstance(found, Result) and not found.done():
+                found.cancel(check=False)
+
+    def result(self, number: int) -> Result:
+        """Wait for one of them. Where it died, a failed result that names its log."""
+        job, found = self._waiting[number]
+        if isinstance(found, Result):
+            return found
+        try:
+            result: Result = found.result()
+            return result
+        except NecoBenchError as error:
+            return failed_result(job, error)
+        except Exception as error:  # submitit's own, whose names and kinds are its affair
+            text = str(error).strip().splitlines()
+            told = NecoBenchError(
+                f"{job.label} on {job.task.card.name}: job {found.job_id} ended without a result "
+                f"({text[-1] if text else type(error).__name__}). Its log: {found.paths.stderr}"
+            )
+            return keep(job, self._store, failed_result(job, told))

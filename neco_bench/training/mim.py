@@ -1,0 +1,58 @@
+"""Masked image modelling, the objective of `tiny_base`."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from neco_bench.core.distributed import Place
+from neco_bench.core.rng import item_rng
+from neco_bench.encoders.adapters.baselines import orientations
+from neco_bench.training.batches import Batch, Embed, by_view
+from neco_bench.training.networks import Network
+from neco_bench.training.recipe import Recipe
+from neco_bench.training.views import GLOBALS
+
+COLOUR_SHARE = 0.25  # of mean colours beside histograms of length 1, about as varied then
+
+
+class MaskedImages(nn.Module):
+    """Masked image modelling, to begin from random weights: what hidden patches show is predicted from the patches
+    around, by the head alone and without a decoder (SimMIM, Xie et al., CVPR 2022).
+
+    What is predicted: the pixels, relative to the mean and deviation of their patch (He et al., "Masked autoencoders
+    are scalable vision learners", CVPR 2022), or of four cells of the patch the orientation histograms of their
+    gradients, each of length 1 (after MaskFeat: Wei et al., CVPR 2022; of grey values), and their mean colours.
+
+    Hidden patches are painted in the mean colour before the encoder sees them, so that any encoder can be trained.
+    Global views only.
+    """
+
+    def __init__(self, recipe: Recipe, student: Network) -> None:
+        super().__init__()
+        self.recipe, self.stride = recipe, student.encoder.stride
+
+    def forward(self, batch: Batch, student: Embed, teacher: Network | None, attend: Network, place: Place) -> Tensor:
+        """The loss, a scalar: mean squared error over the hidden patches, or over all."""
+        images, side = by_view(batch.global_views), self.recipe.global_size // self.stride
+        rng = item_rng(place.seed, "hidden", place.turn)
+        chance = torch.from_numpy(rng.random((GLOBALS, place.total, side * side)))
+        chance = chance[:, place.start : place.start + place.images].flatten(0, 1)
+        hidden = chance.argsort(1).argsort(1) < max(1, round(self.recipe.hidden_share * side * side))
+        hidden = hidden.view(-1, side, side).to(images.device)
+        seen = images * ~hidden.repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2)[:, None]
+        asked = torch.ones_like(hidden) if self.recipe.predict_all else hidden
+        predicted = student([seen], [asked])[0].permute(0, 2, 3, 1)[asked]
+        return F.mse_loss(predicted, self._target(images, side)[asked])
+
+    def _target(self, images: Tensor, side: int) -> Tensor:
+        """What each patch shows, (B, side, side, E)."""
+        if self.recipe.hidden_target == "pixels":
+            pixels = F.unfold(images, self.stride, stride=self.stride).transpose(1, 2).unflatten(1, (side, side))
+            deviation, mean = torch.std_mean(pixels, 3, keepdim=True)
+            return (pixels - mean) / (deviation + 1e-3)
+        histograms = F.normalize(F.adaptive_avg_pool2d(orientations(images), 2 * side), dim=1, eps=1e-2)
+        colours = COLOUR_SHARE * F.adaptive_avg_pool2d(images, 2 * side)
+        cells = torch.cat([histograms, colours], 1).unflatten(2, (side, 2)).unflatten(4, (side, 2))
+        return cells.permute(0, 2, 4, 1, 3, 5).flatten(3)

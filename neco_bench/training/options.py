@@ -1,0 +1,47 @@
+"""Options of a training run that are not part of the recipe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from neco_bench.core.errors import NecoBenchError, UsageError
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to train, none of which the result hangs on but for rounding. evaluate: tasks scored every `eval_every`
+    steps and at the end. save_every: steps between checkpoints. stated: names of the recipe's values that this command
+    gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device, cores - 1
+    workers."""
+
+    out: Path
+    data: str
+    data_root: Path | None = None
+    weights: Path | None = None
+    device: str | None = None
+    workers: int | None = None
+    resume: bool = False
+    stated: tuple[str, ...] = ()
+    save_every: int = 500
+    evaluate: tuple[str, ...] = ()
+    eval_every: int = 1000
+    compiled: bool = False
+    checkpointing: bool = False
+    tensorboard: bool = False
+    progress: bool = True
+
+    def __post_init__(self) -> None:
+        for name, value, least in (
+            ("--save-every", self.save_every, 1),
+            ("--eval-every", self.eval_every, 1),
+            ("--workers", self.workers, 0),
+        ):
+            if value is not None and value < least:
+                raise UsageError(f"{name} must be at least {least}, got {value}.")
+
+
+class Interrupted(NecoBenchError):
+    """The run was stopped by a signal, after its state was saved."""
+
+    exit_code = 130

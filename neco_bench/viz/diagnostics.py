@@ -1,0 +1,119 @@
+"""Diagnostics of dense features: pure functions on feature maps (N, D, h, w) of N images, and on labels of patches.
+
+None is a benchmark score: they say why a score may be what it is.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neco_bench.features.patches import rescaled, unit_length
+from neco_bench.search.exact import ExactIndex
+
+OUTLIER = 3.0  # times the median norm of an image's patches
+
+
+def norm_outliers(maps: Tensor) -> float:
+    """Share of patches whose L2 norm exceeds OUTLIER times the median of their image.
+
+    Artefact tokens as Darcet et al. (*Vision Transformers Need Registers*, ICLR 2024, section 2.1) describe them; they
+    use one absolute threshold for one model, a relative one compares models.
+    """
+    norms = rescaled(maps, None).flatten(2).norm(dim=1)
+    return float((norms > OUTLIER * norms.median(1, keepdim=True).values).float().mean())
+
+
+def effective_rank(maps: Tensor) -> float:
+    """exp of the entropy of the normalised singular values of all patches (RankMe; Garrido et al., ICML 2023, eq. 1).
+
+    At most D; small where features have collapsed.
+    """
+    singular = torch.linalg.svdvals(_rows(maps).double())
+    share = singular / singular.sum() + 1e-7
+    return float(torch.exp(-(share * share.log()).sum()))
+
+
+def positional_leakage(maps: Tensor, *, ridge: float = 1e-3) -> float:
+    """How well a linear map reads a patch's place from its feature: R² of ridge regression on x and y in [-1, 1].
+
+    Fitted on the even images, scored on the odd ones; below 0 counts as 0. Content that has a place of its own (sky
+    above) is counted too, so compare encoders on the same images. Cf. Yang et al., *Denoising Vision Transformers*,
+    ECCV 2024, section 3. Needs two images.
+    """
+    rows, columns = maps.shape[-2:]
+    grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij"), -1)
+    place = grid.flatten(0, 1).double()
+    fit, held = (_rows(maps[start::2]).double() for start in (0, 1))
+    mean, scale = fit.mean(0), fit.std(0) + 1e-6
+    fit, held = ((part - mean) / scale for part in (fit, held))
+    target = place.repeat(len(fit) // len(place), 1)
+    gram = fit.T @ fit + ridge * len(fit) * torch.eye(fit.shape[1], dtype=torch.float64)
+    weights = torch.linalg.solve(gram, fit.T @ target)
+    expected = place.repeat(len(held) // len(place), 1)
+    error = (held @ weights - expected).square().sum() / (expected - expected.mean(0)).square().sum()
+    return max(0.0, 1 - float(error))
+
+
+def neighbour_purity(maps: Tensor, labels: np.ndarray, ignore: int = 255) -> float:
+    """Share of patches whose nearest patch of another image (cosine) has the same label; labels (N, h, w).
+
+    Patches labelled `ignore` are left out. What in-context retrieval with one neighbour lives on (Balazevic et al.,
+    *Towards In-context Scene Understanding*, NeurIPS 2023). NaN where no image has another to look into.
+    """
+    features = unit_length(_rows(maps), 1)
+    flat = labels.reshape(len(maps), -1)
+    image = np.repeat(np.arange(len(maps)), flat.shape[1])
+    kept = flat.ravel() != ignore
+    features, image, flat = features[torch.from_numpy(kept)], image[kept], flat.ravel()[kept]
+    hits, seen = 0, 0
+    for number in np.unique(image):
+        mine = image == number
+        if mine.all():
+            continue
+        index = ExactIndex(features.shape[1], features.device)
+        index.add(features[torch.from_numpy(~mine)])
+        nearest = index.search(features[torch.from_numpy(mine)], 1)[1][:, 0].numpy()
+        hits += int((flat[~mine][nearest] == flat[mine]).sum())
+        seen += int(mine.sum())
+    return hits / seen if seen else float("nan")
+
+
+def shift_sensitivity(maps: Tensor, shifted: Tensor) -> float:
+    """1 less the mean cosine of the features of a patch before and after its image moved by one cell to the left.
+
+    shifted: maps of images that moved by one stride, (N, D, h, w); columns that entered or left are not compared, nor
+    is a border of one cell. 0 for an encoder that moves with its input (Zhang, *Making Convolutional Networks
+    Shift-Invariant Again*, ICML 2019).
+    """
+    before, after = maps[:, :, 1:-1, 2:-1], shifted[:, :, 1:-1, 1:-2]
+    return 1 - float((unit_length(before, 1) * unit_length(after, 1)).sum(1).mean())
+
+
+def principal_colours(maps: Tensor) -> np.ndarray:
+    """(N, h, w, 3) uint8: the first three principal components of all patches together as red, green and blue.
+
+    Each is stretched from its 1st to its 99th percentile.
+    """
+    rows = _rows(maps).double()
+    rows = rows - rows.mean(0)
+    components = torch.linalg.eigh(rows.T @ rows).eigenvectors[:, -3:].flip(1)
+    values = rows @ components
+    low, high = (torch.quantile(values, q, dim=0) for q in (0.01, 0.99))
+    scaled = ((values - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
+    count, _, height, width = maps.shape
+    colours = F.pad(scaled, (0, 3 - scaled.shape[1])).view(count, height, width, 3)
+    return (colours * 255).round().to(torch.uint8).numpy()
+
+
+def norm_shades(maps: Tensor) -> np.ndarray:
+    """(N, h, w) uint8: the norm of each patch relative to the median of its image, white at twice OUTLIER."""
+    norms = rescaled(maps, None).norm(dim=1)
+    relative = norms / norms.flatten(1).median(1).values[:, None, None].clamp_min(1e-12)
+    return (relative / (2 * OUTLIER) * 255).clamp(0, 255).round().to(torch.uint8).numpy()
+
+
+def _rows(maps: Tensor) -> Tensor:
+    return rescaled(maps, None).flatten(2).transpose(1, 2).flatten(0, 1).cpu()

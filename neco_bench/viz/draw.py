@@ -1,0 +1,248 @@
+"""Drawing: segmentations, matches, neighbours and grids of pictures."""
+
+from __future__ import annotations
+
+import colorsys
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from neco_bench.core.task import Neighbour
+from neco_bench.data.base import IGNORE, PairDataset, SegmentationDataset
+from neco_bench.features.patches import cut, most_frequent
+from neco_bench.features.transforms import nearest_centre
+
+BOX, WIDE_BOX = (240, 180), (500, 180)  # pixels of thumbnails
+
+
+SMALL, LARGE = 480, 1024  # least and most pixels of the longer side of a picture
+
+
+GAP, LINE = 6, 20
+
+
+RIGHT, WRONG, VOID = (46, 160, 67), (214, 39, 40), (255, 255, 255)
+
+
+NEIGHBOURS, VIEW, PARTS = 5, 64, 8  # neighbours of a patch, pixels of each, and samples a side that judge a patch
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One picture (H, W, 3) uint8. kind: "photo" (stored as JPEG), "map" (enlarged without blur) or "wide"."""
+
+    title: str
+    pixels: np.ndarray
+    kind: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """The pictures of one image or pair."""
+
+    name: str
+    caption: str
+    tiles: list[Tile]
+
+
+def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
+    """(H, W, 3) uint8: the image (H, W, 3) in pale grey, red where the prediction is wrong, white where it is void."""
+    grey = (image.mean(2, keepdims=True) * 0.6 + 90).astype(np.uint8).repeat(3, axis=2)
+    wrong, void = prediction != truth, truth == IGNORE
+    grey[wrong] = (0.25 * grey[wrong] + 0.75 * np.array(WRONG)).astype(np.uint8)
+    grey[void] = VOID
+    return grey
+
+
+def distinct_colours(count: int) -> np.ndarray:
+    """(count, 3) uint8: hues a golden angle apart, in three lightnesses."""
+    hues = [(0.618034 * i) % 1 for i in range(count)]
+    rows = [colorsys.hls_to_rgb(hue, (0.45, 0.65, 0.3)[i % 3], 0.7) for i, hue in enumerate(hues)]
+    return (np.array(rows) * 255).round().astype(np.uint8)
+
+
+def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns: int) -> list[int]:
+    """Two patches (row-major numbers) of an image: the one that is most wrong, and the one that is most right.
+
+    Of equal ones the nearest to the middle; of patches that are at least half labelled. Fewer where there are none.
+    """
+    small = [
+        cut(nearest_centre(m.astype(np.uint8), rows * PARTS, columns * PARTS), PARTS).numpy()
+        for m in (truth, prediction)
+    ]
+    labelled = (small[0] != IGNORE).sum(1)
+    share = ((small[0] != small[1]) & (small[0] != IGNORE)).sum(1) / np.maximum(labelled, 1)
+    y, x = np.divmod(np.arange(rows * columns), columns)
+    distance = np.hypot(y - (rows - 1) / 2, x - (columns - 1) / 2)
+    usable = np.flatnonzero(labelled * 2 >= PARTS**2)
+    if not len(usable):
+        return []
+    wrong = min(usable, key=lambda i: (-share[i], distance[i]))
+    right = min(usable, key=lambda i: (share[i], distance[i]))
+    return [int(i) for i in dict.fromkeys([wrong, right]) if i == right or share[i] > 0]
+
+
+def _segmented(dataset: SegmentationDataset, name: str, seen: dict[str, Any], caption: str) -> Row:
+    image = dataset[dataset.ids.index(name)].image
+    side = min(max(SMALL, *image.shape[:2]), LARGE)
+    image = _fitted(image, (side, side), Image.Resampling.BICUBIC)
+    height, width = image.shape[:2]
+    truth, prediction = (_enlarged(seen[kind], height, width) for kind in ("truth", "prediction"))
+    palette = np.full((256, 3), 128, np.uint8)
+    palette[: len(dataset.classes)] = dataset.palette
+    palette[IGNORE] = VOID
+    tiles = [
+        Tile("image", image, "photo"),
+        Tile("ground truth", palette[truth], "map"),
+        Tile("prediction", palette[prediction], "map"),
+        Tile("errors", error_map(image, truth, prediction), "map"),
+    ]
+    if "colours" in seen:
+        tiles.append(Tile("features (PCA)", _enlarged(seen["colours"], height, width), "map"))
+    if "clusters" in seen:
+        clusters = seen["clusters"]
+        found = distinct_colours(int(clusters.max()) + 1)[clusters]
+        tiles.append(Tile("clusters", _enlarged(found, height, width), "map"))
+    if "neighbours" in seen:
+        rows, columns = seen["features"].shape[1:]
+        chosen = query_patches(seen["truth"], seen["prediction"], rows, columns)
+        tiles[0] = Tile("image", _outlined(image, chosen, rows, columns), "photo")
+        strips = [_strip(image, seen, patch, rows, columns, dataset.classes) for patch in chosen]
+        if strips:
+            tiles.append(Tile("nearest patches in memory", np.concatenate(strips), "wide"))
+    return Row(name, caption, tiles)
+
+
+def _strip(
+    image: np.ndarray, seen: dict[str, Any], patch: int, rows: int, columns: int, classes: Sequence[str]
+) -> np.ndarray:
+    """A patch and its nearest neighbours, each amid what is around it, the frame saying whether the class is right."""
+    height, width = image.shape[0] / rows, image.shape[1] / columns
+    row, column = divmod(patch, columns)
+    canvas = np.pad(image, ((round(height),) * 2, (round(width),) * 2, (0, 0)))
+    top, left = round(row * height), round(column * width)
+    around = canvas[top : top + round(3 * height), left : left + round(3 * width)]
+    small = nearest_centre(seen["truth"].astype(np.uint8), rows * PARTS, columns * PARTS)
+    label = int(most_frequent(cut(small, PARTS)[patch][None], len(classes), "never votes")[0])
+    neighbours: list[Neighbour] = seen["neighbours"](patch)[:NEIGHBOURS]
+    views = [(around, classes[label], (90, 90, 90))]
+    views += [(n.view, f"{n.cosine:.2f}: {classes[n.label]}", RIGHT if n.label == label else WRONG) for n in neighbours]
+    step = VIEW + 18
+    strip = Image.new("RGB", (len(views) * step, VIEW + 24), VOID)
+    draw = ImageDraw.Draw(strip)
+    for i, (view, text, colour) in enumerate(views):
+        draw.rectangle((i * step, 0, i * step + VIEW + 5, VIEW + 5), fill=colour)
+        strip.paste(Image.fromarray(view).resize((VIEW, VIEW), Image.Resampling.BICUBIC), (i * step + 3, 3))
+        third = VIEW / 3
+        inner = (i * step + 3 + third, 3 + third, i * step + 3 + 2 * third, 3 + 2 * third)
+        draw.rectangle(inner, outline=VOID)
+        draw.text((i * step, VIEW + 7), text[:13], fill=(0, 0, 0), font=_font(11))
+    return np.asarray(strip)
+
+
+def _outlined(image: np.ndarray, patches: Sequence[int], rows: int, columns: int) -> np.ndarray:
+    drawn = Image.fromarray(image)
+    draw = ImageDraw.Draw(drawn)
+    height, width = image.shape[0] / rows, image.shape[1] / columns
+    thick = max(2, image.shape[1] // 200)
+    for patch in patches:
+        row, column = divmod(patch, columns)
+        box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
+        draw.rectangle(box, outline=(0, 0, 0), width=2 * thick)
+        draw.rectangle(box, outline=VOID, width=thick)
+    return np.asarray(drawn)
+
+
+def _hits(seen: dict[str, Any], alpha: float, strict: bool) -> np.ndarray:
+    limit = alpha * seen["side"]
+    return seen["errors"] < limit if strict else seen["errors"] <= limit
+
+
+def _paired(dataset: PairDataset, name: str, seen: dict[str, Any], hits: np.ndarray) -> Row:
+    """Both images side by side, a line from each point to where it was found, a ring where a missed one should be."""
+    sample = dataset[dataset.ids.index(name)]
+    half = (LARGE // 2, LARGE // 2)
+    images = [_fitted(image, half, Image.Resampling.BICUBIC) for image in (sample.source_image, sample.target_image)]
+    scales = [
+        fitted.shape[1] / image.shape[1]
+        for fitted, image in zip(images, (sample.source_image, sample.target_image), strict=True)
+    ]
+    left = images[0].shape[1] + GAP
+    drawn = Image.new("RGB", (left + images[1].shape[1], max(i.shape[0] for i in images)), VOID)
+    drawn.paste(Image.fromarray(images[0]), (0, 0))
+    drawn.paste(Image.fromarray(images[1]), (left, 0))
+    draw = ImageDraw.Draw(drawn)
+
+    def dot(x: float, y: float, radius: int, **style: Any) -> None:
+        draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
+
+    for start, found, end, hit in zip(
+        sample.pair.source_points, seen["points"], sample.pair.target_points, hits, strict=True
+    ):
+        (x0, y0), (x1, y1), (x2, y2) = start * scales[0], found * scales[1], end * scales[1]
+        colour = RIGHT if hit else WRONG
+        draw.line((x0, y0, left + x1, y1), fill=colour, width=4)
+        dot(x0, y0, 5, fill=colour, outline=VOID)
+        dot(left + x1, y1, 5, fill=colour, outline=VOID)
+        if not hit:
+            dot(left + x2, y2, 8, outline=VOID, width=3)
+            dot(left + x2, y2, 8, outline=WRONG, width=1)
+    caption = f"{sample.pair.category}: {int(hits.sum())} of {len(hits)} points"
+    return Row(name, caption, [Tile("source and target", np.asarray(drawn), "wide")])
+
+
+def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """(H, W) integers below 256, or (H, W, 3) colours, to another size, nearest."""
+    return np.asarray(Image.fromarray(values.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
+    """Pixels at the largest size that fits the box (width, height), the aspect kept."""
+    height, width = pixels.shape[:2]
+    scale = min(box[0] / width, box[1] / height)
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    return np.asarray(Image.fromarray(pixels).resize(size, rule))
+
+
+def _thumbnail(tile: Tile) -> np.ndarray:
+    rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
+    return _fitted(tile.pixels, _box(tile), rule)
+
+
+def _box(tile: Tile) -> tuple[int, int]:
+    return WIDE_BOX if tile.kind == "wide" else BOX
+
+
+def _font(size: int) -> Any:
+    return ImageFont.load_default(size)
+
+
+def _encoded(pixels: np.ndarray, photo: bool) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "JPEG" if photo else "PNG", quality=88)
+    return buffer.getvalue()
+
+
+def _grid(rows: Sequence[Row], title: str) -> np.ndarray:
+    """All rows as one picture: headings, and above each row its name and caption."""
+    longest = max(rows, key=lambda row: len(row.tiles))
+    small = [[_thumbnail(tile) for tile in row.tiles] for row in rows]
+    widths = [max([140, *(row[i].shape[1] for row in small if i < len(row))]) + GAP for i in range(len(longest.tiles))]
+    lefts = np.cumsum([0, *widths])
+    step = BOX[1] + LINE + GAP
+    title_width = round(_font(14).getlength(title)) + GAP
+    grid = Image.new("RGB", (max(int(lefts[-1]), title_width), 2 * LINE + len(rows) * step), VOID)
+    draw = ImageDraw.Draw(grid)
+    draw.text((2, 2), title, fill=(0, 0, 0), font=_font(14))
+    for left, tile in zip(lefts[:-1], longest.tiles, strict=True):
+        draw.text((left + 2, LINE + 2), tile.title, fill=(90, 90, 90), font=_font(13))
+    for number, row in enumerate(rows):
+        top = 2 * LINE + number * step
+        draw.text((2, top + 2), f"{row.name}  {row.caption}", fill=(0, 0, 0), font=_font(13))
+        for i, picture in enumerate(small[number]):  # a row may have fewer than the headings
+            grid.paste(Image.fromarray(picture), (int(lefts[i]), top + LINE))
+    return np.asarray(grid)

@@ -1,0 +1,189 @@
+"""How each protocol prepares an image and maps keypoints to patches and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from neco_bench.tasks.correspondence.matching import (
+    cell_similarity,
+    nearest_cells,
+    nearest_pixels,
+    peak_cells,
+    pixel_norms,
+    sampled,
+    window_softargmax,
+)
+from neco_bench.tasks.correspondence.settings import Settings
+from PIL import Image
+from torch import Tensor
+
+from neco_bench.data.base import Pair
+from neco_bench.features.transforms import to_tensor
+
+# Of P points: predictions (P, 2), (x, y) in pixels of the original target image, and their errors (P,) there.
+Match = tuple[np.ndarray, np.ndarray]
+
+
+@dataclass(frozen=True)
+class View:
+    """Features (D, h, w) of one image, of unit length but for "squash", and its width and height in original pixels."""
+
+    map: Tensor
+    width: int
+    height: int
+
+    @property
+    def longest(self) -> int:
+        return max(self.width, self.height)
+
+    @cached_property
+    def norms(self) -> Tensor:
+        """(height, width) lengths of the features upsampled to the image, float64."""
+        return pixel_norms(self.map, (self.height, self.width))
+
+
+def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
+    """(3, S', S') in [0, 1]: white right and bottom padding to a square, bicubic to `size`, padded to the stride.
+
+    The last padding is zero after normalisation (the mean before it), the smaller half at the low side.
+    """
+    longest = max(image.shape[:2])
+    square = np.full((longest, longest, 3), 255, np.uint8)
+    square[: image.shape[0], : image.shape[1]] = image
+    tensor = to_tensor(np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)))
+    extra = -size % stride
+    colour = torch.tensor(mean).view(3, 1, 1)
+    return F.pad(tensor - colour, (extra // 2, extra - extra // 2) * 2) + colour
+
+
+def integer_points(points: np.ndarray, longest: int, size: int) -> Tensor:
+    """(P, 2) float: integer pixels (P, 2) of an image whose longest side becomes `size`, truncated toward zero there.
+
+    Multiplied first, then divided, in single precision: a factor size / longest would lose a pixel where it is exact.
+    """
+    return (torch.from_numpy(points).long() * size / longest).long().float()
+
+
+def match_probe3d(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
+    """By probe3d's integer points and corner read-out."""
+
+    def scaled(points: np.ndarray, view: View) -> Tensor:
+        return integer_points(points, view.longest, size) / size
+
+    starts = [2 * scaled(pair.source_points, view) - 1 for pair, view in zip(pairs, sources, strict=True)]
+    cells = nearest_cells(_at(sources, starts, align_corners=True), target.map)
+    predicted = cells.cpu().float() / target.map.shape[-1]
+    ends = torch.cat([scaled(pair.target_points, target) for pair in pairs])
+    errors = (predicted - ends).norm(dim=1).double().numpy() * target.longest
+    return predicted.double().numpy() * target.longest, errors
+
+
+def _at(views: Sequence[View], grids: Sequence[Tensor], *, align_corners: bool) -> Tensor:
+    """(P, D) features of views at points of each, see `sampled`."""
+    return torch.cat(
+        [sampled(view.map, grid, align_corners=align_corners) for view, grid in zip(views, grids, strict=True)]
+    )
+
+
+def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
+    """(3, S, S) in [0, 1]: longer side to `size`, aspect kept, padded right and bottom with the mean."""
+    height, width = image.shape[:2]
+    scale = size / max(height, width)
+    new = (max(1, round(width * scale)), max(1, round(height * scale)))
+    tensor = to_tensor(np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC)))
+    canvas = torch.tensor(mean).view(3, 1, 1).repeat(1, size, size)
+    canvas[:, : new[1], : new[0]] = tensor
+    return canvas
+
+
+def match_centres(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
+    """Pixel i spans [i, i + 1), a cell predicts its centre."""
+    grids = [
+        torch.from_numpy((pair.source_points + 0.5) / view.longest * 2 - 1).float()
+        for pair, view in zip(pairs, sources, strict=True)
+    ]
+    scale = size / target.longest
+    centres = (torch.arange(target.map.shape[-1]) + 0.5) * stride / scale
+    valid = (centres < target.height)[:, None] & (centres < target.width)
+    cells = nearest_cells(_at(sources, grids, align_corners=False), target.map, valid)
+    predicted = (cells.cpu().double().numpy() + 0.5) * stride / scale - 0.5
+    return predicted, np.linalg.norm(predicted - _ends(pairs), axis=1)
+
+
+def _ends(pairs: Sequence[Pair]) -> np.ndarray:
+    return np.concatenate([pair.target_points for pair in pairs])
+
+
+def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
+    """(3, S, S) in [0, 1]: longer side to `size` (Lanczos), aspect kept, in the middle of a black square."""
+    height, width = image.shape[:2]
+    new_width, new_height = (_resized(side, max(height, width), size) for side in (width, height))
+    canvas = np.zeros((size, size, 3), np.uint8)
+    left, top = (size - new_width) // 2, (size - new_height) // 2
+    canvas[top : top + new_height, left : left + new_width] = Image.fromarray(image).resize(
+        (new_width, new_height), Image.Resampling.LANCZOS
+    )
+    return to_tensor(canvas)
+
+
+def match_padded_centre(
+    pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int, settings: Settings
+) -> Match:
+    """Points in single precision, as sd-dino has them."""
+
+    def border(view: View) -> np.ndarray:
+        return np.array(
+            [(size - _resized(side, view.longest, size)) // 2 for side in (view.width, view.height)], np.float32
+        )
+
+    def placed(points: np.ndarray, view: View) -> np.ndarray:
+        return points.astype(np.float32) * np.float32(size / view.longest) + border(view)
+
+    side, points = target.map.shape[-1], []
+    for pair, view in zip(pairs, sources, strict=True):
+        start = placed(pair.source_points, view)
+        x, y = torch.from_numpy((np.float32(side / size) * start).astype(np.int64).clip(0, side - 1)).T
+        points.append(view.map[:, y, x].T)
+    similarity = cell_similarity(torch.cat(points), target.map)
+    if settings.readout == "nearest":
+        found = peak_cells(similarity)
+    else:
+        found = window_softargmax(similarity, settings.half_window, settings.temperature)
+    predicted = (found.cpu().double().numpy() + 0.5) * stride + settings.centre_shift
+    scale, end = target.longest / size, placed(_ends(pairs), target)
+    return (predicted - border(target)) * scale, np.linalg.norm(predicted - end, axis=1) * scale
+
+
+def _resized(side: int, longest: int, size: int) -> int:
+    """Pixels of a side of an image whose longest side becomes `size`; halves to even."""
+    return max(1, round(size * side / longest))
+
+
+def prepare_squash(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
+    """(3, S, S) in [0, 1]: both sides to `size` (bicubic), aspect not kept."""
+    return to_tensor(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
+
+
+def match_squash(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
+    """Integer points, the nearest of all pixels of the target; pair by pair, as all pixels take much memory."""
+    found = []
+    for pair, source in zip(pairs, sources, strict=True):
+        limits = (source.width - 1, source.height - 1)
+        start = torch.from_numpy(pair.source_points.astype(np.int64).clip(0, limits))
+        sizes = (source.height, source.width), (target.height, target.width)
+        found.append(nearest_pixels(source.map, target.map, start, *sizes, target.norms).cpu().numpy())
+    predicted = np.concatenate(found)
+    return predicted, np.linalg.norm(predicted - _ends(pairs), axis=1)
+
+
+_GEOMETRIES: dict[str, tuple[Callable, Callable]] = {
+    "probe3d": (prepare_probe3d, match_probe3d),
+    "centres": (prepare_centres, match_centres),
+    "padded_centre": (prepare_padded_centre, match_padded_centre),
+    "squash": (prepare_squash, match_squash),
+}

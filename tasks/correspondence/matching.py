@@ -1,0 +1,137 @@
+"""Semantic correspondence: match keypoints between feature maps, score them by PCK. Pure functions.
+
+Points are (P, 2) float (x, y), x right, y down. Maps are (D, h, w).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from neco_bench.data.base import Pair
+
+
+def sampled(features: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
+    """(P, D) features at points of a map; grid: (P, 2) in [-1, 1], sampled bilinearly with `align_corners`."""
+    return F.grid_sample(
+        features[None],
+        grid.to(features)[None, None],
+        mode="bilinear",
+        padding_mode="border",
+        align_corners=align_corners,
+    )[0, :, 0].T
+
+
+def cell_similarity(points: Tensor, target: Tensor) -> Tensor:
+    """(P, h, w) inner products of features (P, D) with those of every cell of the target."""
+    return (points @ target.flatten(1)).unflatten(1, target.shape[1:])
+
+
+def nearest_cells(points: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
+    """(P, 2) int64 (column, row) of the cell of the target, whose features have unit length, that is most similar
+    (cosine) to each of the features (P, D).
+
+    valid: (h, w) bool, the cells that may be chosen. Ties go to the first cell in row-major order.
+    """
+    similarity = cell_similarity(points, target)
+    if valid is not None:
+        similarity = similarity.masked_fill(~valid.to(similarity.device), -torch.inf)
+    return peak_cells(similarity)
+
+
+def peak_cells(similarity: Tensor) -> Tensor:
+    """(P, 2) int64 (column, row) of the largest of each (h, w); ties go to the first cell in row-major order."""
+    best, width = similarity.flatten(1).argmax(1), similarity.shape[2]
+    return torch.stack([best % width, best // width], dim=1)
+
+
+def window_softargmax(similarity: Tensor, half_window: int, temperature: float) -> Tensor:
+    """(P, 2) float (column, row): mean cell under the softmax of similarity (P, h, w) / temperature.
+
+    The window around each peak has (2 half_window + 1)^2 cells, fewer at the border. Outside it similarities are 0 and
+    not -inf, so every cell of the map keeps some weight: a quirk of GeoAware-SC (Zhang et al., CVPR 2024).
+    """
+    peaks = peak_cells(similarity)
+    rows, columns = (torch.arange(side, device=similarity.device) for side in similarity.shape[1:])
+    inside_rows = (rows - peaks[:, 1:]).abs() <= half_window
+    inside_columns = (columns - peaks[:, :1]).abs() <= half_window
+    kept = similarity * (inside_rows[:, :, None] & inside_columns[:, None])
+    weights = (kept.flatten(1) / temperature).softmax(1).view_as(kept)
+    return torch.stack([(weights.sum(1) * columns).sum(1), (weights.sum(2) * rows).sum(1)], dim=1)
+
+
+def nearest_pixels(
+    source: Tensor,
+    target: Tensor,
+    points: Tensor,
+    source_size: tuple[int, int],
+    target_size: tuple[int, int],
+    norms: Tensor | None = None,
+) -> Tensor:
+    """(P, 2) int64 (x, y) of the target pixel most similar (cosine) to the source feature at each pixel of `points`.
+
+    Sizes are (height, width) in pixels, to which the maps are upsampled bilinearly (corners not aligned); points:
+    (P, 2) int64 (x, y); norms: `pixel_norms` of the target, where they are known. The upsampled maps are never made: an
+    inner product with a mixture of four cells is the mixture of four inner products. In double precision; of pixels
+    equal to 1e-12 (those along the border often are) the first in row-major order is taken, on every machine the same.
+    """
+    norms = pixel_norms(target, target_size) if norms is None else norms
+    source, target = _double(source), _double(target)
+    rows, columns = _mixture(source.shape[1:], source_size, source.device)
+    x, y = points.to(source.device).T
+    vectors = source.flatten(1) @ (rows[y, :, None] * columns[x, None]).flatten(1).T
+    cells = (F.normalize(vectors, dim=0).T @ target.flatten(1)).unflatten(1, target.shape[1:])
+    rows, columns = _mixture(target.shape[1:], target_size, target.device)
+    similarity = (rows @ cells @ columns.T).div_(norms).flatten(1)
+    index = (similarity >= similarity.amax(1, keepdim=True) - 1e-12).int().argmax(1)
+    return torch.stack([index % target_size[1], index // target_size[1]], dim=1)
+
+
+def pixel_norms(features: Tensor, size: tuple[int, int]) -> Tensor:
+    """(H, W) float64 lengths of the features (D, h, w) of each pixel, upsampled bilinearly to `size`, (H, W)."""
+    features = _double(features)
+    height, width = features.shape[1:]
+    rows, columns = _mixture(features.shape[1:], size, features.device)
+    padded = F.pad(features, (1, 1, 0, 1))
+    squared = rows.new_zeros(size)
+    # A pixel mixes neighbours: the products of a cell with itself, and with its neighbours in four directions.
+    for down, right in ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1)):
+        product = (features * padded[:, down : down + height, 1 + right : 1 + right + width]).sum(0)
+        by_rows = rows * _moved(rows, down)
+        by_columns = columns * _moved(columns, right)
+        squared += (2 if down or right else 1) * (by_rows @ product @ by_columns.T)
+    return squared.clamp_(min=1e-24).sqrt_()
+
+
+def _double(features: Tensor) -> Tensor:
+    """In double precision, on the CPU where the device has none."""
+    return (features.cpu() if features.device.type == "mps" else features).double()
+
+
+def _moved(shares: Tensor, by: int) -> Tensor:
+    """The share of the cell that lies `by` after each one (0 beyond the end), (n, cells)."""
+    return shares if by == 0 else F.pad(shares, (0, 1))[:, 1:] if by > 0 else F.pad(shares, (1, 0))[:, :-1]
+
+
+def _mixture(cells: Sequence[int], size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
+    """The shares (H, h) and (W, w) of rows and columns of cells that a pixel mixes when a map of (h, w) `cells` is
+    upsampled bilinearly to (H, W): of at most two each."""
+    ends = []
+    for count, pixels in zip(cells, size, strict=True):
+        position = ((torch.arange(pixels, dtype=torch.float64) + 0.5) * (count / pixels) - 0.5).clamp(0, count - 1)
+        ends.append((1 - (position[:, None] - torch.arange(count)).abs()).clamp_(min=0).to(device))
+    return ends[0], ends[1]
+
+
+def draw_pairs(pairs: Sequence[Pair], attribute: str, level: int | None, count: int, seed: int) -> list[Pair]:
+    """Up to `count` pairs of one attribute level (None: any), shuffled by Python's generator seeded anew.
+
+    probe3d's draw; it shuffles in directory order, which differs between machines, and we in order of file names.
+    """
+    chosen = sorted((p for p in pairs if level is None or p.attributes[attribute] == level), key=lambda p: p.id)
+    random.Random(seed).shuffle(chosen)
+    return chosen[:count]

@@ -1,0 +1,49 @@
+"""Training augmentation of hummingbird's evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torchvision.transforms.v2.functional as tvf
+from PIL import Image
+from torch import Tensor
+
+from neco_bench.data.base import Sample
+from neco_bench.features.transforms import crop_box, nearest_legacy, to_tensor
+
+
+@dataclass(frozen=True)
+class HummingbirdTrain:
+    """Memory-side augmentation of open-hummingbird-eval v2: four independent jitters, then a random resized crop.
+
+    The crop acts on the float image (bilinear, antialias) after the jitter, as there; normalising before or after the
+    crop is the same up to rounding, since both are affine. Saturation and hue are changed in the crop alone.
+    """
+
+    size: int
+    jitter: float  # half-range of the brightness, contrast, saturation and hue factors
+    jitter_probability: float
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        jitters = [
+            (adjust, rng.random() < self.jitter_probability, centre + rng.uniform(-self.jitter, self.jitter))
+            for adjust, centre in (
+                (tvf.adjust_brightness, 1.0),
+                (tvf.adjust_contrast, 1.0),
+                (tvf.adjust_saturation, 1.0),
+                (tvf.adjust_hue, 0.0),
+            )
+        ]
+        top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
+        image = Image.fromarray(sample.image)
+        for turn, (adjust, apply, factor) in enumerate(jitters):
+            if turn == 2:  # contrast looks at the mean of the whole image, what follows at each pixel by itself
+                image = image.crop((left, top, left + width, top + height))
+            if apply:
+                image = adjust(image, factor)
+        tensor = tvf.resize(to_tensor(np.asarray(image)), [self.size, self.size], antialias=True)
+        mask = sample.mask[top : top + height, left : left + width]
+        return tensor, nearest_legacy(mask, self.size, self.size)

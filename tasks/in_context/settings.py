@@ -1,0 +1,32 @@
+"""Constants of the in-context protocols. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveInt
+
+from neco_bench.core.protocol import Range, Share, Temperature
+from neco_bench.core.protocol import Settings as BaseSettings
+from neco_bench.metrics import segmentation
+
+
+class Settings(BaseSettings):
+    """Constants of a protocol and a card. Sizes in pixels; memory_size in patches (None: every patch).
+
+    passes: augmented copies of each training image. search: other than "exact" see `neco_bench.search.approximate`.
+    """
+
+    memory_size: PositiveInt | None = None
+    passes: PositiveInt
+    neighbours: PositiveInt
+    temperature: Temperature
+    jitter: Annotated[float, Field(ge=0, le=0.5)]  # a hue turns by half a circle at most
+    jitter_probability: Share
+    crop_scale: Range
+    crop_ratio: Range
+    void_in_memory: Literal["class 0", "dropped"]
+    matching: Literal["hungarian", "identity"]
+    absent: segmentation.Absent
+    score_at: Literal["input", "native"]
+    search: Literal["exact", "bf16", "ivf", "ivfpq"] = "exact"

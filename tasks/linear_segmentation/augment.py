@@ -1,0 +1,29 @@
+"""Training augmentation of the `neco-1` linear probe."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from neco_bench.data.base import Sample
+from neco_bench.features.transforms import crop_box, nearest_centre, resize_image
+
+
+@dataclass(frozen=True)
+class CropFlip:
+    """Random resized crop (Pillow bilinear image, Pillow nearest mask) and horizontal flip: NeCo's linear training."""
+
+    size: int
+    crop_scale: tuple[float, float]
+    crop_ratio: tuple[float, float]
+    flip_probability: float
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
+        image = resize_image(sample.image[top : top + height, left : left + width], self.size, self.size)
+        mask = nearest_centre(sample.mask[top : top + height, left : left + width], self.size, self.size)
+        if rng.random() < self.flip_probability:
+            return image.flip(-1), mask[:, ::-1].copy()
+        return image, mask

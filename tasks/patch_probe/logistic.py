@@ -1,0 +1,118 @@
+"""Multinomial logistic regression on patches."""
+
+from __future__ import annotations
+
+import warnings
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from neco_bench.tasks.patch_probe.patches import CHUNK
+from scipy.optimize import minimize
+from torch import Tensor
+
+from neco_bench.core.errors import NumericalError
+
+LINE_SEARCH = 50  # steps of one line search at most
+
+
+@dataclass
+class Logistic:
+    """A fitted multinomial model: weights (K, D + 1), the last column the intercepts, of the classes (K,) uint8.
+
+    converged: False where it was stopped before the optimum, by the number of iterations or by the line search.
+    """
+
+    weights: Tensor
+    classes: Tensor
+    iterations: int
+    converged: bool
+
+    def logits(self, features: Tensor) -> Tensor:
+        """(n, K) of features (n, D), on the device of the weights."""
+        return F.linear(features.to(self.weights), self.weights[:, :-1], self.weights[:, -1])
+
+    def predict(self, features: Tensor) -> Tensor:
+        """(N,) uint8 class ids, on the CPU."""
+        return torch.cat([self.classes[self.logits(part).argmax(1).cpu()] for part in features.split(CHUNK)])
+
+
+def fit_logistic(
+    features: Tensor, labels: Tensor, c: float, *, max_iterations: int, tolerance: float, device: torch.device
+) -> Logistic:
+    """Minimise c * (sum of cross-entropies) + |W|²/2 over features (N, D) and labels (N,) uint8; intercepts are free.
+
+    By scikit-learn on CPUs, by its optimiser on GPUs, both in float64: in float32, L-BFGS stops before the optimum.
+    Only classes that occur are fitted; two of them by one vector of weights. Raises NumericalError where features are
+    not finite.
+    """
+    if not torch.isfinite(features).all():
+        raise NumericalError(f"Logistic regression with C = {c:g} was given features that are not finite.")
+    present, target = labels.unique(return_inverse=True)
+    if len(present) == 1:
+        weights = torch.zeros(1, features.shape[1] + 1, dtype=torch.float64, device=device)
+        return Logistic(weights, present, 0, converged=True)
+    if device.type == "cuda":
+        return fit_on_device(features, target, present, c, max_iterations, tolerance, device)
+    from sklearn.exceptions import ConvergenceWarning  # takes a second
+    from sklearn.linear_model import LogisticRegression
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", ConvergenceWarning)
+        model = LogisticRegression(C=c, max_iter=max_iterations, tol=tolerance).fit(
+            features.double().numpy(), target.numpy()
+        )
+    weights = torch.from_numpy(np.column_stack([model.coef_, model.intercept_]))
+    if len(present) == 2:  # of the second class alone
+        weights = torch.cat([torch.zeros_like(weights), weights])
+    stopped = any(issubclass(warning.category, ConvergenceWarning) for warning in told)
+    return Logistic(weights, present, int(model.n_iter_[0]), converged=not stopped)
+
+
+def fit_on_device(
+    features: Tensor,
+    target: Tensor,
+    present: Tensor,
+    c: float,
+    max_iterations: int,
+    tolerance: float,
+    device: torch.device,
+) -> Logistic:
+    """The same by SciPy's L-BFGS-B with the options of scikit-learn, products on the device, CHUNK rows at a time.
+
+    A step on all of ADE20K is 10^12 operations, and scikit-learn uses GPUs on Python 3.11 and newer only.
+    target: (N,) int64 places among the classes `present`.
+    """
+    target = target.to(device)
+    shape = len(present), features.shape[1] + 1
+    strength = 1 / (c * len(features)) * (2 if len(present) == 2 else 1)  # a vector is there as two halves here
+
+    def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
+        weights = torch.tensor(flat.reshape(shape), device=device, requires_grad=True)
+        loss = weights[:, :-1].square().sum() * strength / 2
+        loss.backward()
+        total = loss.item()
+        for x, y in zip(features.split(CHUNK), target.split(CHUNK), strict=True):
+            logits = F.linear(x.to(weights), weights[:, :-1], weights[:, -1])
+            loss = F.cross_entropy(logits, y, reduction="sum") / len(features)
+            loss.backward()
+            total += loss.item()
+        assert weights.grad is not None
+        return total, weights.grad.cpu().numpy().ravel()
+
+    found = minimize(
+        objective,
+        np.zeros(shape).ravel(),
+        jac=True,
+        method="L-BFGS-B",
+        options={
+            "maxiter": max_iterations,
+            "maxfun": LINE_SEARCH * max_iterations,
+            "maxls": LINE_SEARCH,
+            "gtol": tolerance,
+            "ftol": 64 * np.finfo(float).eps,
+        },
+    )
+    weights = torch.from_numpy(found.x.reshape(shape)).to(device)
+    return Logistic(weights, present, found.nit, found.success)

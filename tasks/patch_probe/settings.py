@@ -1,0 +1,37 @@
+"""Constants of the patch probes. Imports no torch."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from neco_bench.core.protocol import Settings as BaseSettings
+from neco_bench.features.patches import Void
+from neco_bench.metrics import segmentation
+
+Distance = Literal["cosine", "l2"]
+
+
+class Settings(BaseSettings):
+    """Constants of a protocol and a card; sizes in pixels.
+
+    ks and distances: the grid of method "knn"; regularisations: that of "logreg", the inverse strengths C.
+    max_iterations, tolerance: L-BFGS stops after so many, or where all of the gradient of the mean loss is smaller.
+    holdout: share of the training images that choose within the grid. void: whether ignored pixels vote, and who wins a
+    tie. max_patches: of the training images together, equally many from each (None: all).
+    """
+
+    method: Literal["knn", "logreg"]
+    ks: Annotated[tuple[PositiveInt, ...], Field(min_length=1)]
+    distances: Annotated[tuple[Distance, ...], Field(min_length=1)]
+    regularisations: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    max_iterations: PositiveInt
+    tolerance: NonNegativeFloat
+    holdout: Annotated[float, Field(gt=0, lt=1)]
+    holdout_seed: NonNegativeInt
+    standardise: bool
+    void: Void
+    max_patches: PositiveInt | None = None
+    score_at: Literal["input", "native"]
+    absent: segmentation.Absent

@@ -1,0 +1,164 @@
+"""Names to tasks; protocols that cannot change under their id; settings that fit every card."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from neco_bench.core.config import parse_changes
+from neco_bench.core.errors import BadInputError, UsageError
+from neco_bench.core.protocol import FAMILIES, Settings, all_cards, find_tasks, protocol
+
+HASHES = json.loads(Path(__file__).with_name("protocol_hashes.json").read_text())
+CARDS = all_cards()[0]
+EVERY = [f"{card.name}@{name}" for card in CARDS.values() for name in card.protocols]
+
+
+def test_constants_do_not_change_under_an_id() -> None:
+    """`protocol_hashes.json` holds what was published: "family/protocol" over all constants, "task@protocol" over a
+    card's. A task or protocol that is new is added there."""
+    now = {
+        f"{card.family}/{name}": protocol(card.family, name).hash for card in CARDS.values() for name in card.protocols
+    }
+    now |= {f"{card.name}@{name}": card.hash(name) for card in CARDS.values() for name in card.protocols}
+    changed = sorted(name for name in now if name in HASHES and now[name] != HASHES[name])
+    assert not changed, (
+        f"Constants changed under the ids {changed}: stored results would be compared with other measurements. Undo "
+        f"the change, or give the protocol a new id (name-2) and keep the old one."
+    )
+    assert now.keys() == HASHES.keys(), "add what is new to protocol_hashes.json; nothing may disappear from it"
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_card_has_valid_settings(name: str) -> None:
+    (task,) = find_tasks([name])
+    settings = task.settings()
+    assert f"{task.card.name}@{task.label}" == name
+    with pytest.raises(Exception, match="frozen"):
+        settings.input_size = 1  # type: ignore[attr-defined]
+
+
+def test_requests_are_names_globs_protocols_and_lists() -> None:
+    def names(*requests: str) -> list[str]:
+        return [f"{task.card.name}@{task.label}" for task in find_tasks(requests)]
+
+    assert names("camvid_ic") == ["camvid_ic@hbird-2"]
+    assert names("spair_224") == ["spair_224@probe3d-1"]  # the first protocol of the card, not of the family
+    assert names("camvid_ic@clean-1, shapes_linear", "camvid_ic@clean-1") == [
+        "camvid_ic@clean-1",
+        "shapes_linear@neco-1",
+    ]
+    assert names("camvid_ic", "camvid_ic@clean-1") == ["camvid_ic@hbird-2", "camvid_ic@clean-1"]
+    assert set(names("shapes_*")) == {f"{n}@{c.default_protocol}" for n, c in CARDS.items() if n.startswith("shapes_")}
+    assert names("*@probe3d-1") == ["shapes_correspondence@probe3d-1", "spair@probe3d-1", "spair_224@probe3d-1"]
+    assert names("voc_overcluster_[35]00") == ["voc_overcluster_300@neco-1", "voc_overcluster_500@neco-1"]
+
+
+@pytest.mark.parametrize(
+    ("request_", "told"),
+    [
+        ("shape_ic", "Did you mean 'shapes_ic'"),
+        ("shapes_ic@hbird-1", "Unknown protocol 'hbird-1'.*Did you mean 'hbird-2'"),
+        ("spair@hbird-2", "Unknown protocol 'hbird-2' of family 'correspondence'"),
+        ("nothing_*", "No task matches 'nothing_"),
+        ("voc_*@probe3d-1", "No task matches"),
+    ],
+)
+def test_unknown_names(request_: str, told: str) -> None:
+    with pytest.raises(UsageError, match=told):
+        find_tasks([request_])
+
+
+def test_a_protocol_that_a_card_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
+    card = replace(CARDS["camvid_ic"], protocols={"hbird-2": {}})
+    monkeypatch.setattr("neco_bench.core.protocol.all_cards", lambda: ({card.name: card}, {}))
+    with pytest.raises(UsageError, match="not defined under protocol 'clean-1'; it has hbird-2"):
+        find_tasks(["camvid_ic@clean-1"])
+
+
+def test_a_changed_constant_marks_the_protocol() -> None:
+    (plain,) = find_tasks(["shapes_ic"])
+    (changed,) = find_tasks(["shapes_ic"], parse_changes(["neighbours=5", "std = [0.2, 0.2, 0.2]", "absent=exclude"]))
+    (other,) = find_tasks(["shapes_ic"], {"neighbours": 6})
+    assert (plain.label, changed.label) == ("hbird-2", "hbird-2*")
+    assert len({plain.hash, changed.hash, other.hash}) == 3
+    assert changed.settings().model_dump() == {
+        **plain.settings().model_dump(),
+        "neighbours": 5,
+        "std": (0.2, 0.2, 0.2),
+        "absent": "exclude",
+    }
+    assert plain.hash == protocol("in_context", "hbird-2").hash
+
+
+def test_the_card_wins_over_the_protocol_and_set_over_both() -> None:
+    voc, shapes = find_tasks(["voc_ic", "shapes_ic"])
+    assert (voc.settings().passes, shapes.settings().passes) == (2, 1)  # type: ignore[attr-defined]
+    (changed,) = find_tasks(["voc_ic"], {"passes": 3})
+    assert changed.settings().passes == 3  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("task", "change", "told"),
+    [
+        ("shapes_ic", "neighbors=3", "neighbors: .*Did you mean 'neighbours'"),
+        ("shapes_ic", "neighbours=many", "neighbours: .*integer"),
+        ("shapes_ic", "neighbours=0", "neighbours: .*greater than 0"),
+        ("shapes_ic", "temperature=nan", "temperature: .*finite"),
+        ("shapes_ic", "matching=best", "matching: .*'hungarian' or 'identity'"),
+        ("shapes_ic", "crop_scale=[1.0, 0.5]", r"crop_scale: give the smaller limit first\."),
+        ("shapes_ic", "crop_scale=[0, 1]", "crop_scale.0: .*greater than 0"),
+        ("shapes_ic", "jitter=0.6", "jitter: .*0.5"),
+        ("shapes_linear", "epochs=0", "epochs: .*greater than 0"),
+        ("shapes_linear", "shuffle=7", "shuffle: .*boolean"),
+        ("shapes_overcluster_50", "clusters=-1", "clusters: .*greater than 0"),
+        ("shapes_overcluster_50", "iterations=1e11", "iterations: .*less than 2147483648"),
+        ("shapes_overcluster_50", "components=0", "components: .*greater than 0"),
+        ("shapes_correspondence", "alphas=[]", "alphas: .*at least 1"),
+        ("spair", "pairs_per_bin=0", "pairs_per_bin: .*greater than 0"),
+    ],
+)
+def test_wrong_changes(task: str, change: str, told: str) -> None:
+    (found,) = find_tasks([task], parse_changes([change]))
+    with pytest.raises(UsageError, match=told):
+        found.settings()
+
+
+@pytest.mark.parametrize("assignment", ["neighbours", "=3", ""])
+def test_assignments_need_a_key_and_a_value(assignment: str) -> None:
+    with pytest.raises(UsageError, match="KEY=VALUE"):
+        parse_changes([assignment])
+
+
+def test_finding_tasks_imports_no_torch() -> None:
+    code = "import sys, neco_bench; neco_bench.find_tasks(['*']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_a_family_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its cards are found, so it shows only when it is to run."""
+    monkeypatch.setitem(sys.modules, "neco_bench.tasks.in_context.task", None)
+    (task,) = find_tasks(["shapes_ic"])
+    with pytest.raises(BadInputError, match=r"'in_context' of neco-bench .*could not be loaded: ModuleNotFoundError"):
+        task.settings()
+    assert set(FAMILIES) == {card.family for card in CARDS.values()}
+
+
+@pytest.mark.parametrize(
+    ("size", "stride", "expected"),
+    [(448, 14, 448), (448, 16, 448), (320, 14, 322), (518, 16, 512), (800, 14, 798), (5, 16, 16), (24, 16, 32)],
+)
+def test_sizes_are_taken_to_the_stride(size: int, stride: int, expected: int) -> None:
+    assert Settings(input_size=size).used_size(stride) == expected
+    assert Settings(input_size=size, tokens_per_side=32).used_size(stride) == 32 * stride
+
+
+def test_a_protocol_of_other_authors_cites_them() -> None:
+    cited = {t.label: t.citation for t in find_tasks(["ade20k_linear@neco-1", "ade20k_linear@dinov3-1"])}
+    assert "Pariza" in cited["neco-1"]
+    assert "DINOv3" in cited["dinov3-1"]
