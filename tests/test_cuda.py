@@ -20,7 +20,7 @@ from neco_bench.search import exact
 from neco_bench.search.approximate import ApproximateIndex, recall
 from neco_bench.search.bf16 import _Half
 from neco_bench.search.faiss_gpu import faiss_sees_gpu
-from neco_bench.search.row_file import Rows
+from neco_bench.search.row_file import RowFile
 from neco_bench.training import loop
 from neco_bench.training.loop import train
 from neco_bench.training.loss import neco_loss
@@ -83,7 +83,7 @@ def test_kmeans_finds_what_it_finds_on_the_cpu() -> None:
     rng = np.random.default_rng(0)
     x = np.repeat(rng.normal(size=(40, 24)) * 5, 500, 0).astype(np.float32)
     x += rng.normal(size=x.shape).astype(np.float32)
-    stored = Rows(24)
+    stored = RowFile(24)
     stored.append(x)
 
     def distance(index: faiss.Index) -> float:

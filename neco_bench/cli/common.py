@@ -74,7 +74,7 @@ def _sigterm_as_interruption() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _stores(folders: Sequence[Path] | None) -> Iterator[list[ResultStore]]:
+def open_stores(folders: Sequence[Path] | None) -> Iterator[list[ResultStore]]:
     """The results folders, which warn of what they could not use."""
     from neco_bench.results.store import ResultStore
 
@@ -86,7 +86,7 @@ def _stores(folders: Sequence[Path] | None) -> Iterator[list[ResultStore]]:
             print(f"warning: {problem}", file=sys.stderr)
 
 
-def _not_negative(option: str, value: int) -> None:
+def not_negative(option: str, value: int) -> None:
     """Raise UsageError for a negative number."""
     if value < 0:
         raise UsageError(f"{option} must be at least 0, got {value}.")

@@ -55,12 +55,12 @@ def cache(
     """
     from datetime import datetime
 
-    from neco_bench.features.store import remove_leftovers, remove_stream, stored_streams
+    from neco_bench.features.store import remove_file, remove_leftovers, stored_files
 
-    rows = stored_streams()
+    rows = stored_files()
     if clear:
         remove_leftovers()
-        left = [row for row in rows if not remove_stream(Path(row["folder"]))]
+        left = [row for row in rows if not remove_file(Path(row["folder"]))]
         freed = sum(row["bytes"] for row in rows) - sum(row["bytes"] for row in left)
         print(f"deleted {len(rows) - len(left)} of {len(rows)}, {freed / 1e6:.1f} MB", file=sys.stderr)
         rows = left

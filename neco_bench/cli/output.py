@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 from neco_bench.core.errors import user_error
 
 if TYPE_CHECKING:
-    from neco_bench.reports.compare import Row
+    from neco_bench.reports.compare import ComparisonRow
     from neco_bench.results.schema import Result
 
 
@@ -56,7 +56,7 @@ def summary(result: Result) -> dict[str, Any]:
     }
 
 
-def numbers(row: Row) -> dict[str, Any]:
+def numbers(row: ComparisonRow) -> dict[str, Any]:
     """A row of a comparison as fractions, None where there is no number."""
     low, value, high, p = row.difference.low, row.difference.value, row.difference.high, row.difference.p
     known: dict[str, Any] = {
@@ -72,7 +72,7 @@ def numbers(row: Row) -> dict[str, Any]:
     return {"name": row.name, **known, "items": row.items}
 
 
-def compared(row: Row) -> dict[str, Any]:
+def compared(row: ComparisonRow) -> dict[str, Any]:
     """A row of a comparison in percent points."""
 
     def percent(value: float | None, sign: str = "") -> str:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neco_bench.cli.common import DataRoot, Device, Json, Weights, _not_negative, _stores, app
+from neco_bench.cli.common import DataRoot, Device, Json, Weights, app, not_negative, open_stores
 from neco_bench.cli.output import compared, foreign_code, images_compared, numbers, print_rows
 from neco_bench.core.errors import MissingError, user_error
 
@@ -31,7 +31,7 @@ def leaderboard(
     import neco_bench.leaderboards
     from neco_bench.reports.leaderboard import write_leaderboard
 
-    with _stores(results) as stores:
+    with open_stores(results) as stores:
         found = [result for store in stores for result in store.load_all()]
     if not found:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
@@ -64,9 +64,9 @@ def compare(
     from neco_bench.reports import compare as comparing
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
-    _not_negative("--images", images)
+    not_negative("--images", images)
     told = numbers if as_json else compared
-    with _stores(results) as stores:
+    with open_stores(results) as stores:
         pairs = comparing.find_pairs(stores, first, second, patterns)
     tables: dict[str, list[dict[str, Any]]] = {"tasks": [told(row) for row in comparing.compare_tasks(pairs)]}
     for pair in pairs:
@@ -111,11 +111,11 @@ def show(
     from neco_bench.viz.show import show as draw
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
-    _not_negative("--worst", worst)
-    _not_negative("--best", best)
+    not_negative("--worst", worst)
+    not_negative("--best", best)
     rows: list[dict[str, Any]] = []
     failure = 0
-    with _stores(results) as stores:
+    with open_stores(results) as stores:
         found = results_of(stores, model, patterns)
     for result, store in found.values():
         folder = out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"

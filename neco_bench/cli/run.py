@@ -71,13 +71,13 @@ def run(
     from neco_bench.results.store import ResultStore
     from neco_bench.runner import execute
     from neco_bench.runner.job import plan_all
-    from neco_bench.runner.options import Options, check_device
+    from neco_bench.runner.options import RunOptions, check_device
 
     if distributed.started_by_torchrun():
         distributed.join()
     check_device(device)
     tasks = find_tasks(task, parse_changes(changes or []))
-    options = Options(
+    options = RunOptions(
         data_root=data_root,
         device=device,
         precision=precision,
@@ -112,9 +112,9 @@ def run(
         raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
     results = []
     if launcher is not None:
-        from neco_bench.runner.launch import Grid
+        from neco_bench.runner.launch import JobPool
 
-        grid = Grid(jobs, store, launcher, parse_changes(launcher_set or []))
+        grid = JobPool(jobs, store, launcher, parse_changes(launcher_set or []))
     try:
         for number, job in enumerate(jobs):
             with foreign_code():

@@ -56,12 +56,12 @@ def train(
     Example: neco-bench train --base dinov2_vits14_reg --data coco --recipe neco_vits14_518 --out runs/neco
     """
     from neco_bench.training import loop
-    from neco_bench.training.options import Options
+    from neco_bench.training.options import TrainOptions
     from neco_bench.training.recipe import load_recipe, parse_changes
 
     given = {"base": base, "seed": seed, "precision": precision}
     settings = parse_changes(changes or []) | {name: value for name, value in given.items() if value is not None}
-    options = Options(
+    options = TrainOptions(
         out=out,
         data=data,
         data_root=data_root,

@@ -89,7 +89,7 @@ def gather_rows(rows: Tensor, most: int) -> list[Tensor]:
 
 
 @dataclass
-class Place:
+class RankShard:
     """What a process works on: `images` of the `total` of all processes, from number `start`; turn: how many batches
     came before (several to a step where gradients are accumulated)."""
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -29,7 +29,7 @@ class _SumOverProcesses(torch.autograd.Function):
         return _SumOverProcesses.forward(ctx, gradient)
 
 
-def from_all(part: Tensor, place: Place) -> Tensor:
+def rows_of_all(part: Tensor, place: RankShard) -> Tensor:
     """The rows (total, ...) of all processes, of which this one has `part` (images, ...), with gradient to all."""
     if not dist.is_initialized():
         return part

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
     from neco_bench.encoders.check import CheckResult, check_encoder
-    from neco_bench.encoders.identity import request_id
+    from neco_bench.encoders.identity import content_id
     from neco_bench.encoders.load import load_encoder
-    from neco_bench.encoders.spec import describe
+    from neco_bench.encoders.spec import model_info
     from neco_bench.encoders.zoo import describe_models
 
 __all__ = [
@@ -22,10 +22,10 @@ __all__ = [
     "Encoder",
     "WeightsReport",
     "check_encoder",
-    "describe",
+    "content_id",
     "describe_models",
     "load_encoder",
-    "request_id",
+    "model_info",
 ]
 
 _HOMES = {
@@ -33,8 +33,8 @@ _HOMES = {
     "check": ("CheckResult", "check_encoder"),
     "load": ("load_encoder",),
     "zoo": ("describe_models",),
-    "spec": ("describe",),
-    "identity": ("request_id",),
+    "spec": ("model_info",),
+    "identity": ("content_id",),
 }
 
 

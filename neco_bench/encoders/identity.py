@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from neco_bench.core.files import _MODEL_FILES, content_sha256, digest, file_sha256
 from neco_bench.encoders.run_folder import RUN_FILE
-from neco_bench.encoders.spec import Request, needs_loading, parse_spec
+from neco_bench.encoders.spec import ModelSpec, needs_loading, parse_spec
 from neco_bench.encoders.zoo import weights_folder
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ def object_id(encoder: Encoder) -> str:
 
 def loaded_id(spec: str, weights: Path | None, encoder: Encoder) -> str:
     """The content id of a spec once its encoder is loaded: with files that were fetched for it, and, where
-    `needs_loading` holds, with its weights and the code of its modules. Raises as `request_id`."""
-    identity = request_id(spec, weights)
+    `needs_loading` holds, with its weights and the code of its modules. Raises as `content_id`."""
+    identity = content_id(spec, weights)
     if not needs_loading(parse_spec(spec)):
         return identity
     facts = [encoder.weights_id, encoder.embed_dim, encoder.stride, encoder.mean, encoder.std, encoder.pos_interp]
@@ -59,7 +59,7 @@ def _code(encoder: Encoder, unread: str | None = None) -> dict[str, str]:
     return sources
 
 
-def request_id(spec: str, weights: str | Path | None = None) -> str:
+def content_id(spec: str, weights: str | Path | None = None) -> str:
     """The sha256 of what is asked for, without loading it: the resume key's share of the model.
 
     It covers the spec with its options, and as content: what the zoo says of the model, the weights file (given, or the
@@ -82,7 +82,7 @@ def request_id(spec: str, weights: str | Path | None = None) -> str:
 
         folder = Path(request.target)
         used = weights_file(folder, request.branch) if weights is None else Path(weights)
-        facts |= {"target": "", "run": file_sha256(folder / RUN_FILE), "base": request_id(request.base.name, used)}
+        facts |= {"target": "", "run": file_sha256(folder / RUN_FILE), "base": content_id(request.base.name, used)}
     elif weights is not None:
         facts["weights"] = content_sha256(Path(weights))
     elif request.entry and request.pretrained and (file := request.entry.weights_file):
@@ -124,7 +124,7 @@ def _cached_commits(*patterns: str) -> list[str]:
     return [f"{file.parents[1].name} {file.read_text(encoding='utf-8').strip()}" for file in sorted(found)]
 
 
-def _code_identity(request: Request) -> dict[str, Any]:
+def _code_identity(request: ModelSpec) -> dict[str, Any]:
     """Package and version of a plug-in, and its source files (found without importing its module)."""
     top = importlib.util.find_spec(request.target.partition(":")[0].partition(".")[0])
     sources: dict[str, str] = {}

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.encoders.options import PRECISIONS, Layers
 from neco_bench.encoders.run_folder import read, weights_file
-from neco_bench.encoders.spec import Request, is_official, parse_layers, parse_spec, training_of
+from neco_bench.encoders.spec import ModelSpec, is_official, parse_layers, parse_spec, training_of
 from neco_bench.encoders.weight_files import files_of
 from neco_bench.encoders.zoo import declared_overlap
 
@@ -55,7 +55,7 @@ def resolve_device(device: str | None) -> torch.device:
     return picked
 
 
-def build(request: Request, file: Path | None) -> Encoder:
+def build(request: ModelSpec, file: Path | None) -> Encoder:
     """The encoder of a parsed spec, by the adapter of its kind, which is imported only when it is needed."""
     encoder: Encoder = importlib.import_module(f"neco_bench.encoders.adapters.{_ADAPTERS[request.kind]}").build(
         request, file
@@ -63,7 +63,7 @@ def build(request: Request, file: Path | None) -> Encoder:
     return encoder
 
 
-def _set_statistics(encoder: Encoder, request: Request, file: Path | None) -> None:
+def _set_statistics(encoder: Encoder, request: ModelSpec, file: Path | None) -> None:
     """Mean and std of the spec, or those that belong to the file; says on stderr what a file from elsewhere is fed."""
     tag, mean, std = _SATELLITE
     if request.mean is None and request.std is None and file and tag in file.name.lower():
@@ -127,7 +127,7 @@ def load_encoder(
     return encoder.requires_grad_(False).eval().to(place)
 
 
-def build_run_folder(request: Request, file: Path | None) -> Encoder:
+def build_run_folder(request: ModelSpec, file: Path | None) -> Encoder:
     """The encoder of a run folder, or of its architecture with the weights in `file`.
 
     Raises as `weights_file` and as the adapter of the architecture.

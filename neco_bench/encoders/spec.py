@@ -28,7 +28,7 @@ def branch_of(spec: str) -> str | None:
     return request.branch or "student"
 
 
-def base_of(folder: Path) -> Request:
+def base_of(folder: Path) -> ModelSpec:
     """The architecture of a run folder, with the layers that the run read.
 
     Raises `MissingError` and `BadInputError`, naming `encoder.json`.
@@ -77,7 +77,7 @@ _FORMS = (
 
 
 @dataclass(frozen=True)
-class Request:
+class ModelSpec:
     """A parsed spec. `kind` is the adapter ("code" is "module:factory"), `target` what it is to build.
 
     base: the architecture of a run folder, whose layers, final norm and positions hold where the spec says nothing.
@@ -99,11 +99,11 @@ class Request:
     mean: tuple[float, float, float] | None = None
     std: tuple[float, float, float] | None = None
     trust: bool = False
-    base: Request | None = None
+    base: ModelSpec | None = None
     takes: tuple[str, ...] = ()
 
 
-def parse_spec(spec: str | os.PathLike[str]) -> Request:
+def parse_spec(spec: str | os.PathLike[str]) -> ModelSpec:
     """Read a spec. Raises `UsageError` for what is none, an unknown name or option, with the nearest known ones.
 
     Of run folders it reads `encoder.json`: `MissingError` for a folder without, `BadInputError` for a broken one.
@@ -152,7 +152,7 @@ def parse_spec(spec: str | os.PathLike[str]) -> Request:
     if "seed" in options and options.get("pretrained") != "false":
         raise UsageError(f"Model spec {spec!r}: seed is for random weights; add pretrained=false.")
     defaults = entry or base
-    return Request(
+    return ModelSpec(
         name=name,
         kind=kind,
         target=target,
@@ -234,7 +234,7 @@ def parse_layers(layers: Layers) -> tuple[int, ...] | None:
     return indices
 
 
-def training_of(request: Request, weights: Path | None) -> tuple[str, Mapping[str, str]]:
+def training_of(request: ModelSpec, weights: Path | None) -> tuple[str, Mapping[str, str]]:
     """What the weights of a spec were trained on, for people, and its overlap with data sets as in `ZooEntry.overlap`.
 
     weights: the file given in their place, which is known where it is the official file of an entry of the zoo. Not
@@ -257,7 +257,7 @@ def training_of(request: Request, weights: Path | None) -> tuple[str, Mapping[st
     return (request.entry.training_data, request.entry.overlap) if request.entry else ("", UNKNOWN)
 
 
-def is_official(request: Request, weights: Path | None, source: str) -> bool | None:
+def is_official(request: ModelSpec, weights: Path | None, source: str) -> bool | None:
     """Are the weights those of the official file of the zoo's entry? False too where its sha256 is not known yet.
 
     weights: the file given in their place. source: the file that was loaded, where no entry says which. None where the
@@ -270,7 +270,7 @@ def is_official(request: Request, weights: Path | None, source: str) -> bool | N
     return entry.sha256 is not None and file.is_file() and file_sha256(file) == entry.sha256
 
 
-def needs_loading(request: Request) -> bool:
+def needs_loading(request: ModelSpec) -> bool:
     """Can only loading show what the weights are? So it is where code runs that may read any file."""
     if request.base is not None:
         return needs_loading(request.base)
@@ -287,7 +287,7 @@ def functions_in(path: Path) -> str:
     return f" It defines: {', '.join(names)}." if names else " It defines no function."
 
 
-def describe(spec: str) -> dict[str, Any]:
+def model_info(spec: str) -> dict[str, Any]:
     """Facts about a spec without loading it: name, kind, target, origin, options; for zoo entries all their facts,
     for run folders all that `encoder.json` says.
 

@@ -22,13 +22,13 @@ from neco_bench.core.errors import NecoBenchError, is_out_of_memory
 from neco_bench.core.task import Context
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.loader import _Items, _loaded
-from neco_bench.features.store import FeatureStore, Stream
+from neco_bench.features.loader import ItemDataset, load_items
+from neco_bench.features.store import FeatureFile, FeatureStore
 from neco_bench.features.transforms import Transform
 
 
 @dataclass(frozen=True)
-class Batch:
+class FeatureBatch:
     """Positions in the item list, features (B, D, h, w) float32 on the encoder's device, and one mask per image."""
 
     positions: tuple[int, ...]
@@ -59,7 +59,7 @@ def stream(
     items: Sequence[tuple[int, int]] | None = None,
     own: bool = False,
     **options: Any,
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to `encode`.
 
     The generator given to the transform depends on (seed, epoch, image id) alone. Where the context has a feature
@@ -76,10 +76,10 @@ def stream(
     mine = [position for start in starts for position in range(start, min(start + size, len(items)))]
     local = _local(encoder, dataset, transform, context, description, [items[p] for p in mine], options)
     batches = _of_size(local, size)
-    nothing = Batch((), torch.zeros(0, device=encoder.device), ())
+    nothing = FeatureBatch((), torch.zeros(0, device=encoder.device), ())
     for _ in range(0, len(items), step):
         batch = next(batches, nothing)
-        batch = Batch(tuple(mine[p] for p in batch.positions), batch.features, batch.masks)
+        batch = FeatureBatch(tuple(mine[p] for p in batch.positions), batch.features, batch.masks)
         if own:
             if batch.positions:
                 yield batch
@@ -91,19 +91,19 @@ def stream(
             features = distributed.gather_rows(own_rows, size)
         for rows, (positions, masks, _) in zip(features, facts, strict=True):
             if positions:
-                yield Batch(positions, rows, masks)
+                yield FeatureBatch(positions, rows, masks)
 
 
-def _of_size(batches: Iterator[Batch], size: int) -> Iterator[Batch]:
+def _of_size(batches: Iterator[FeatureBatch], size: int) -> Iterator[FeatureBatch]:
     """The same items in batches of `size`; where the store begins or ends they may be smaller."""
-    held: Batch | None = None
+    held: FeatureBatch | None = None
     for batch in batches:
         if held is not None:
             features = torch.cat([held.features, batch.features])
-            batch = Batch(held.positions + batch.positions, features, held.masks + batch.masks)
+            batch = FeatureBatch(held.positions + batch.positions, features, held.masks + batch.masks)
         while len(batch.positions) >= size:
-            yield Batch(batch.positions[:size], batch.features[:size], batch.masks[:size])
-            batch = Batch(batch.positions[size:], batch.features[size:], batch.masks[size:])
+            yield FeatureBatch(batch.positions[:size], batch.features[:size], batch.masks[:size])
+            batch = FeatureBatch(batch.positions[size:], batch.features[size:], batch.masks[size:])
         held = batch if batch.positions else None
     if held is not None:
         yield held
@@ -117,7 +117,7 @@ def _local(
     description: str,
     items: Sequence[tuple[int, int]],
     options: dict[str, Any],
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     """Batches of items from the store, as far as it has them, then computed."""
     kept = None
     if context.store is not None and items:
@@ -133,7 +133,7 @@ def _local(
                 kept = None
                 break
             context.reused += stop - start
-            yield Batch(tuple(range(start, stop)), found[0].to(encoder.device), found[1])
+            yield FeatureBatch(tuple(range(start, stop)), found[0].to(encoder.device), found[1])
             start = stop
         for batch in _computed(encoder, dataset, transform, context, description, items, start, options):
             if kept:
@@ -153,7 +153,7 @@ def _open_kept(
     context: Context,
     items: Sequence[tuple[int, int]],
     options: dict[str, Any],
-) -> Stream | None:
+) -> FeatureFile | None:
     """The stored stream of these items, known by everything its content depends on; None where it cannot be kept."""
     if not dataclasses.is_dataclass(transform):  # what else it depends on is not known
         return None
@@ -187,12 +187,12 @@ def _computed(
     items: Sequence[tuple[int, int]],
     start: int,
     options: dict[str, Any],
-) -> Iterator[Batch]:
+) -> Iterator[FeatureBatch]:
     """Batches of the items from `start` on, loaded and encoded."""
     if start == len(items):
         return
     batches = iter(
-        context.track(_loaded(_Items(dataset, items[start:], transform, context.seed), context), description)
+        context.track(load_items(ItemDataset(dataset, items[start:], transform, context.seed), context), description)
     )
     while True:
         with context.phase("load"):
@@ -207,4 +207,4 @@ def _computed(
             del batch, images  # not to be held while the next are loaded
             if context.store is not None:
                 features = context.store.rounded(features)
-        yield Batch(tuple(start + position for position in positions), features, masks)
+        yield FeatureBatch(tuple(start + position for position in positions), features, masks)

@@ -22,7 +22,7 @@ from neco_bench.data.base import SegmentationDataset
 from neco_bench.features.transforms import Transform
 
 
-class _Items(TorchDataset):
+class ItemDataset(TorchDataset):
     """Loads and transforms item `position` of `items`, a sequence of (epoch, index)."""
 
     def __init__(
@@ -53,7 +53,7 @@ def _collate(rows: list[Any]) -> tuple[tuple[int, ...], Tensor, tuple[np.ndarray
     return positions, torch.stack(images), masks
 
 
-def _loaded(items: _Items, context: Context) -> DataLoader | _Threaded:
+def load_items(items: ItemDataset, context: Context) -> DataLoader | _Threaded:
     """Batches of items by worker processes, or without them by threads of this one.
 
     Beside an encoder on the same cores, threads that take turns with it lose less than processes that disturb it.
@@ -93,7 +93,7 @@ def loading_threads() -> Iterator[ThreadPoolExecutor]:
 class _Threaded:
     """Batches of items, each loaded by several threads when it is asked for."""
 
-    def __init__(self, items: _Items, batch_size: int) -> None:
+    def __init__(self, items: ItemDataset, batch_size: int) -> None:
         self.items, self.batch_size = items, batch_size
 
     def __len__(self) -> int:

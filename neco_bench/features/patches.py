@@ -12,13 +12,13 @@ from PIL import Image
 from torch import Tensor
 
 from neco_bench.data.base import IGNORE, Sample
-from neco_bench.features.transforms import nearest_centre, to_tensor
+from neco_bench.features.transforms import resize_nearest_pil, to_tensor
 
 Void = Literal["wins ties", "loses ties", "never votes"]
 
 
 @dataclass(frozen=True)
-class BicubicSquash:
+class BicubicResizeSquare:
     """Resize the image to a size x size square with Pillow's bicubic, and the mask by Pillow's nearest rule or not."""
 
     size: int
@@ -29,18 +29,18 @@ class BicubicSquash:
         if image.shape[:2] != (self.size, self.size):
             image = np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BICUBIC))
         if self.resize_mask and mask.shape != (self.size, self.size):
-            mask = nearest_centre(mask, self.size, self.size)
+            mask = resize_nearest_pil(mask, self.size, self.size)
         return to_tensor(image), mask
 
 
-def cut(mask: np.ndarray, side: int) -> Tensor:
+def patchify(mask: np.ndarray, side: int) -> Tensor:
     """(N, side²) uint8 pixel labels of the side x side blocks of a mask, row-major; `paste` undoes it."""
     rows, columns = mask.shape[0] // side, mask.shape[1] // side
     blocks = mask.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, side**2)
     return torch.from_numpy(blocks.astype(np.uint8))
 
 
-def paste(blocks: Tensor, columns: int) -> np.ndarray:
+def unpatchify(blocks: Tensor, columns: int) -> np.ndarray:
     """The mask whose blocks (N, side²) lie row-major in `columns` columns."""
     side = round(blocks.shape[1] ** 0.5)
     grid = blocks.view(-1, columns, side, side).transpose(1, 2)
@@ -72,7 +72,7 @@ def patch_view(image: Tensor, stride: int, patch: int) -> np.ndarray:
     return padded[row * stride : (row + 3) * stride, column * stride : (column + 3) * stride]
 
 
-def most_frequent(labels: Tensor, classes: int, void: Void) -> Tensor:
+def majority_label(labels: Tensor, classes: int, void: Void) -> Tensor:
     """(M,) uint8 most frequent of the labels (M, V) uint8 of each row, the smallest class id on ties.
 
     IGNORE counts as a label: it wins ties where the reference stores it as 0, loses them where it is 255, and never

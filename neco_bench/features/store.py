@@ -74,7 +74,7 @@ def _size(path: Path) -> int:
         return 0
 
 
-class Stream:
+class FeatureFile:
     """Stored items of one stream: `done` of `count` are there, each features (D, h, w) and a mask (H, W) uint8."""
 
     def __init__(
@@ -193,7 +193,7 @@ class FeatureStore:
             raise NumericalError("Features exceed the range of half precision. Use --features fp32.")
         return half.float()
 
-    def open(self, facts: dict[str, Any], count: int, shape: tuple[int, ...]) -> Stream | None:
+    def open(self, facts: dict[str, Any], count: int, shape: tuple[int, ...]) -> FeatureFile | None:
         """The stream of `facts`: `count` items of features (D, h, w). None where it does not fit, or cannot be kept."""
         if self.identity is None:
             return None
@@ -202,7 +202,7 @@ class FeatureStore:
         folder = store_folder() / digest([self.identity, facts, self.kept_as, count, list(shape)])
         try:
             if self.anew and folder not in _RENEWED:
-                remove_stream(folder)
+                remove_file(folder)
                 _RENEWED.add(folder)
             if not folder.exists() and not self._make_room(needed):
                 return None
@@ -212,8 +212,8 @@ class FeatureStore:
             try:
                 lock.acquire(blocking=False)
             except Timeout:  # another process writes it; what is there can be read
-                return Stream(folder, count, shape, dtype, None)
-            return Stream(folder, count, shape, dtype, lock)
+                return FeatureFile(folder, count, shape, dtype, None)
+            return FeatureFile(folder, count, shape, dtype, lock)
         except UsageError:
             raise
         except (OSError, NecoBenchError) as error:
@@ -227,15 +227,15 @@ class FeatureStore:
         remove_leftovers()
         if needed > limit or needed > shutil.disk_usage(store_folder()).free * 0.9:
             return False
-        entries = sorted(stored_streams(), key=lambda row: row["used"])
+        entries = sorted(stored_files(), key=lambda row: row["used"])
         total = sum(row["bytes"] for row in entries)
         for row in entries:
             if total + needed > limit:
-                total -= row["bytes"] * remove_stream(Path(row["folder"]))
+                total -= row["bytes"] * remove_file(Path(row["folder"]))
         return total + needed <= limit
 
 
-def stored_streams() -> list[dict[str, Any]]:
+def stored_files() -> list[dict[str, Any]]:
     """One row per stream in the store: encoder, data, items, how many are there, bytes, when it was used, folder."""
     rows = []
     for about in sorted(store_folder().glob(f"*/{_ABOUT}")):
@@ -255,10 +255,10 @@ def remove_leftovers() -> None:
     for folder in store_folder().glob("*/"):
         with contextlib.suppress(OSError):
             if not (folder / _ABOUT).exists() and time.time() - folder.stat().st_mtime > STARTING:
-                remove_stream(folder)
+                remove_file(folder)
 
 
-def remove_stream(folder: Path) -> bool:
+def remove_file(folder: Path) -> bool:
     """Delete a stream unless a process writes it; whether it is gone."""
     lock = FileLock(folder / "lock")
     try:

@@ -34,19 +34,19 @@ def _legacy_index(source: int, target: int) -> np.ndarray:
     return np.minimum((np.arange(target, dtype=np.float32) * scale).astype(np.int64), source - 1)
 
 
-def nearest_legacy(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_nearest_torch(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """(..., H, W) -> (..., height, width) by PyTorch's `nearest` rule."""
     return mask[..., _legacy_index(mask.shape[-2], height), :][..., _legacy_index(mask.shape[-1], width)]
 
 
-def nearest_centre(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+def resize_nearest_pil(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """(H, W) of ids up to 255 -> (height, width) uint8 by Pillow's nearest rule, which samples cell centres."""
     image = Image.fromarray(mask.astype(np.uint8, copy=False))
     return np.asarray(image.resize((width, height), Image.Resampling.NEAREST))
 
 
 @torch.no_grad()
-def largest_upsampled(maps: Tensor, height: int, width: int) -> Tensor:
+def upsample_argmax(maps: Tensor, height: int, width: int) -> Tensor:
     """(height, width) int64: which of the maps (C, h, w) is the largest at each pixel, the first of equal ones, when
     they are upsampled bilinearly (align_corners off, and up to its rounding).
 
@@ -109,7 +109,7 @@ def crop_box(
 
 
 @dataclass(frozen=True)
-class Squash:
+class ResizeSquare:
     """Resize image and mask to a size x size square, aspect ratio not kept, or leave the mask at native resolution."""
 
     size: int
@@ -119,5 +119,5 @@ class Squash:
         image = resize_image(sample.image, self.size, self.size)
         if self.mask == "native":
             return image, sample.mask
-        resize = nearest_legacy if self.mask == "legacy" else nearest_centre
+        resize = resize_nearest_torch if self.mask == "legacy" else resize_nearest_pil
         return image, resize(sample.mask, self.size, self.size)

@@ -14,7 +14,7 @@ from statistics import NormalDist
 import numpy as np
 
 from neco_bench.core.errors import NumericalError
-from neco_bench.metrics.segmentation import Absent
+from neco_bench.metrics.segmentation import AbsentClasses
 
 _CHUNK = 4_000_000  # drawn image indices held at once: about 100 MB
 
@@ -26,7 +26,7 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 
 @dataclass(frozen=True)
-class Sums:
+class BootstrapMetric:
     """A metric as a function of sums over items: `columns` (n, K) and `statistic`, (rows, K) sums to (rows,) values,
     or to (rows, C) of several metrics at once.
 
@@ -43,7 +43,7 @@ class Sums:
         return self.statistic(self.columns.sum(0, keepdims=True, dtype=np.float64))[0]
 
 
-def miou_sums(confusions: np.ndarray, absent: Absent = "exclude") -> Sums:
+def miou_sums(confusions: np.ndarray, absent: AbsentClasses = "exclude") -> BootstrapMetric:
     """mIoU over pooled pixels, from per-image confusions (n, C, C), rows ground truth, or (S, n, C, C): see
     `bootstrap_miou`."""
     columns, ious = _segmentation(confusions)
@@ -54,10 +54,10 @@ def miou_sums(confusions: np.ndarray, absent: Absent = "exclude") -> Sums:
         values, gt, total = ious(sums)
         return (_mean_counted(values, (total if absent == "union" else gt) > 0) * share).mean(1)
 
-    return Sums(columns, miou)
+    return BootstrapMetric(columns, miou)
 
 
-def class_iou_sums(confusions: np.ndarray) -> Sums:
+def class_iou_sums(confusions: np.ndarray) -> BootstrapMetric:
     """The IoU of each class, (rows, C), NaN where it is in neither truth nor prediction; of S seeds their mean."""
     columns, ious = _segmentation(confusions)
 
@@ -65,10 +65,10 @@ def class_iou_sums(confusions: np.ndarray) -> Sums:
         values, _, total = ious(sums)
         return np.where(total > 0, values, np.nan).mean(1)
 
-    return Sums(columns, per_class)
+    return BootstrapMetric(columns, per_class)
 
 
-def size_sums(confusions: np.ndarray, low: float, high: float) -> Sums:
+def size_sums(confusions: np.ndarray, low: float, high: float) -> BootstrapMetric:
     """mIoU over the regions of one size: what a class covers of an image, where that is a share in [low, high) of the
     image's labelled pixels. Classes without such a region are left out. Confusions as in `miou_sums`."""
     truth = (confusions[0] if confusions.ndim == 4 else confusions).sum(2)
@@ -81,7 +81,7 @@ def size_sums(confusions: np.ndarray, low: float, high: float) -> Sums:
         values, gt, _ = ious(sums)
         return _mean_counted(values, gt > 0).mean(1)
 
-    return Sums(parts.reshape(columns.shape), miou)
+    return BootstrapMetric(parts.reshape(columns.shape), miou)
 
 
 def ratio_sums(
@@ -91,7 +91,7 @@ def ratio_sums(
     *,
     images: np.ndarray | None = None,
     apart: bool = False,
-) -> Sums:
+) -> BootstrapMetric:
     """sum(hits) / sum(totals), or with groups the mean of their ratios: see `bootstrap_ratio`. apart: the ratio of each
     group, (rows, groups), NaN where it has no totals."""
     ids, group = np.unique(np.zeros(len(hits), int) if groups is None else groups, return_inverse=True)
@@ -103,7 +103,7 @@ def ratio_sums(
         values = _ratios(above, below)
         return np.where(below > 0, values, np.nan) if apart else _mean_counted(values, below > 0)
 
-    return Sums(columns, ratio, images)
+    return BootstrapMetric(columns, ratio, images)
 
 
 def _segmentation(confusions: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, ...]]]:
@@ -122,7 +122,12 @@ def _segmentation(confusions: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndar
 
 
 def bootstrap_miou(
-    confusions: np.ndarray, *, absent: Absent = "exclude", draws: int = 10_000, seed: int = 0, level: float = 0.95
+    confusions: np.ndarray,
+    *,
+    absent: AbsentClasses = "exclude",
+    draws: int = 10_000,
+    seed: int = 0,
+    level: float = 0.95,
 ) -> Interval | None:
     """(low, high) of the mIoU over pooled pixels, from per-image confusions (n, C, C), rows ground truth.
 
@@ -185,7 +190,7 @@ class Difference:
 
 
 def paired_difference(
-    first: Sums, second: Sums, *, draws: int = 10_000, seed: int = 0, level: float = 0.95
+    first: BootstrapMetric, second: BootstrapMetric, *, draws: int = 10_000, seed: int = 0, level: float = 0.95
 ) -> list[Difference]:
     """The difference of a metric between two models on the same items, drawn anew together (paired bootstrap).
 
@@ -241,7 +246,7 @@ def bootstrap_mean(
     return bootstrap_ratio(values, np.ones(len(values)), images=images, draws=draws, seed=seed, level=level)
 
 
-def _influence(sums: Sums) -> np.ndarray:
+def _influence(sums: BootstrapMetric) -> np.ndarray:
     """(n,) or (n, C): how the metric moves with the weight of each item (infinitesimal jackknife, Jaeckel 1972)."""
     total, step = sums.columns.sum(0, keepdims=True, dtype=np.float64), 1e-4
     return (sums.statistic(total + step * sums.columns) - sums.statistic(total)) / step
@@ -291,7 +296,7 @@ def _counts(n: int, draws: int, seed: int) -> Iterator[np.ndarray]:
         yield np.bincount(picked.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
 
 
-def _resampled(sums: Sums, draws: int, seed: int) -> np.ndarray:
+def _resampled(sums: BootstrapMetric, draws: int, seed: int) -> np.ndarray:
     """The metric of each draw, (draws,) or (draws, C). Equal numbers of items and seeds give the same draws."""
     columns = sums.columns.astype(np.float64)  # pixel counts below 2**53 stay exact
     if not len(columns) or not np.isfinite(columns).all():

@@ -15,7 +15,7 @@ from scipy.optimize import linear_sum_assignment
 
 from neco_bench.core.errors import BadInputError
 
-Absent = Literal["zero", "exclude", "union"]
+AbsentClasses = Literal["zero", "exclude", "union"]
 
 
 def confusion_matrix(
@@ -44,7 +44,7 @@ def iou_per_class(confusion: np.ndarray) -> np.ndarray:
     return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
 
 
-def mean_iou(confusion: np.ndarray, *, absent: Absent) -> float:
+def mean_iou(confusion: np.ndarray, *, absent: AbsentClasses) -> float:
     """mIoU of a (C, C) matrix, of which `absent` says what classes count: NaN where none does.
 
     "zero": all C, one in neither truth nor prediction as 0, as in open-hummingbird-eval and NeCo. "union": those in
@@ -141,6 +141,6 @@ class ImageConfusions:
         return dense
 
 
-def named(values: np.ndarray, names: Sequence[str]) -> dict[str, float | None]:
+def by_class(values: np.ndarray, names: Sequence[str]) -> dict[str, float | None]:
     """{name: value}, None where the value is NaN."""
     return {name: None if np.isnan(value) else float(value) for name, value in zip(names, values, strict=True)}

@@ -13,8 +13,8 @@ import numpy as np
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.metrics import segmentation
 from neco_bench.metrics.bootstrap import (
+    BootstrapMetric,
     Difference,
-    Sums,
     class_iou_sums,
     holm,
     miou_sums,
@@ -33,7 +33,7 @@ LISTED = 8  # results in a message
 
 
 @dataclass(frozen=True)
-class Row:
+class ComparisonRow:
     """One comparison: of a task, or of a class of it. p_holm: p adjusted for the number of rows compared together."""
 
     name: str
@@ -44,19 +44,19 @@ class Row:
     items: int
 
 
-Place = tuple[object, ...]
+ResultKey = tuple[object, ...]
 
 
 def results_of(
     folders: Iterable[ResultStore], model: str, tasks: Sequence[str]
-) -> dict[Place, tuple[Result, ResultStore]]:
+) -> dict[ResultKey, tuple[Result, ResultStore]]:
     """The finished results of a model, by task, protocol, settings, seed and limit; tasks are globs, none means all.
 
     A model is named as in the results, or by the start of a result's key where equal names have several weights.
     Raises MissingError where there are none, UsageError where the name stands for several.
     """
     found = [(result, store) for store in folders for result in store.load_all() if result.status == "ok"]
-    chosen: dict[Place, tuple[Result, ResultStore]] = {}
+    chosen: dict[ResultKey, tuple[Result, ResultStore]] = {}
     for result, store in found:
         named = result.model == model or (len(model) >= 6 and result.key.startswith(model))
         if named and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
@@ -119,7 +119,7 @@ def _setting(result: Result, name: str) -> Any:
 
 
 @dataclass(frozen=True)
-class Pair:
+class ResultPair:
     """Results of two models on one task and protocol, with their per-image statistics."""
 
     first: Result
@@ -133,7 +133,7 @@ class Pair:
         return _measured(self.first)
 
 
-def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[Pair]:
+def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[ResultPair]:
     """What both models have results of, same task, protocol, seed and settings; tasks are globs, none means all.
 
     Raises what `results_of` raises, MissingError where there is nothing to compare, BadInputError where two
@@ -160,7 +160,7 @@ def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: S
     return pairs
 
 
-def _pair(first: Result, second: Result, *arrays: dict[str, np.ndarray]) -> Pair:
+def _pair(first: Result, second: Result, *arrays: dict[str, np.ndarray]) -> ResultPair:
     """Two results of the same images and settings, else BadInputError."""
     for fact in ("dataset_fingerprint", "card_hash", "protocol_hash"):  # input sizes may differ, as strides do
         if first.provenance.get(fact) != second.provenance.get(fact):
@@ -174,14 +174,14 @@ def _pair(first: Result, second: Result, *arrays: dict[str, np.ndarray]) -> Pair
             f"{first.task}@{first.protocol}: the statistics of the two results have other shapes, {shapes[0]} and "
             f"{shapes[1]}. Run both again with --overwrite."
         )
-    return Pair(first, second, *arrays)
+    return ResultPair(first, second, *arrays)
 
 
 def _measured(result: Result) -> str:
     return result.column + (f" seed {result.seed}" if result.seed else "")
 
 
-def _listed(chosen: dict[Place, tuple[Result, ResultStore]]) -> str:
+def _listed(chosen: dict[ResultKey, tuple[Result, ResultStore]]) -> str:
     names = sorted({_measured(result) for result, _ in chosen.values()})
     return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
 
@@ -190,7 +190,7 @@ def _of(tasks: Sequence[str]) -> str:
     return f" for {', '.join(tasks)}" if tasks else ""
 
 
-def compare_tasks(pairs: Sequence[Pair], *, draws: int = 10_000) -> list[Row]:
+def compare_tasks(pairs: Sequence[ResultPair], *, draws: int = 10_000) -> list[ComparisonRow]:
     """One row per pair, on its primary metric; p adjusted over the rows."""
     rows = []
     for pair in pairs:
@@ -201,7 +201,7 @@ def compare_tasks(pairs: Sequence[Pair], *, draws: int = 10_000) -> list[Row]:
     return _adjusted(rows)
 
 
-def compare_classes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
+def compare_classes(pair: ResultPair, *, draws: int = 10_000) -> list[ComparisonRow]:
     """One row per class of pixels or category of pairs, the largest gain first; p adjusted over them."""
     if "confusion" in pair.first_arrays:
         first, second = (class_iou_sums(arrays["confusion"]) for arrays in (pair.first_arrays, pair.second_arrays))
@@ -225,7 +225,7 @@ def compare_classes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
     return _adjusted(rows)
 
 
-def compare_sizes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
+def compare_sizes(pair: ResultPair, *, draws: int = 10_000) -> list[ComparisonRow]:
     """One row per size of region: mIoU over what a class covers of an image, small, medium and large (SIZES).
 
     p adjusted over the sizes. Raises UsageError for results without confusion counts.
@@ -244,7 +244,7 @@ def compare_sizes(pair: Pair, *, draws: int = 10_000) -> list[Row]:
     return _adjusted(rows)
 
 
-def compare_images(pair: Pair) -> list[tuple[str, float, float]]:
+def compare_images(pair: ResultPair) -> list[tuple[str, float, float]]:
     """(id, first, second) of each image, the largest gain first: mIoU over the classes in it, or the share of points.
 
     Raises MissingError where a result stores no image ids.
@@ -254,7 +254,7 @@ def compare_images(pair: Pair) -> list[tuple[str, float, float]]:
     return sorted(rows, key=lambda row: (row[1] - row[2], row[0]))
 
 
-def _sums(pair: Pair) -> tuple[Sums, Sums]:
+def _sums(pair: ResultPair) -> tuple[BootstrapMetric, BootstrapMetric]:
     """The primary metric of the two, over the same items. Raises BadInputError for statistics of another kind."""
     both = (pair.first_arrays, pair.second_arrays)
     if all("confusion" in arrays for arrays in both):
@@ -266,7 +266,7 @@ def _sums(pair: Pair) -> tuple[Sums, Sums]:
     raise BadInputError(f"{pair.name}: the stored statistics are not of a kind that can be compared.")
 
 
-def _point_sums(pair: Pair, *, apart: bool = False) -> list[Sums]:
+def _point_sums(pair: ResultPair, *, apart: bool = False) -> list[BootstrapMetric]:
     """PCK of the two by the average of the primary metric, or with `apart` that of each category."""
     settings, column = pair.first.provenance.get("settings", {}), hits_column(pair.first)
     average = settings.get("average") or ("class_mean" if settings.get("pairs_per_bin") is not None else "points")
@@ -280,9 +280,9 @@ def _point_sums(pair: Pair, *, apart: bool = False) -> list[Sums]:
     return sides
 
 
-def _adjusted(rows: Sequence[tuple[str, float | None, float | None, Difference, int]]) -> list[Row]:
+def _adjusted(rows: Sequence[tuple[str, float | None, float | None, Difference, int]]) -> list[ComparisonRow]:
     adjusted = holm(np.array([difference.p for _, _, _, difference, _ in rows]))
     return [
-        Row(name, a, b, difference, float(p), items)
+        ComparisonRow(name, a, b, difference, float(p), items)
         for (name, a, b, difference, items), p in zip(rows, adjusted, strict=True)
     ]

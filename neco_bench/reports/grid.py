@@ -23,7 +23,9 @@ def _kind(result: Result) -> str:
     return ".subset" if result.subset else ""
 
 
-def _tell_apart(names: Sequence[str], ids: Sequence[str | None], word: str, always: Sequence[bool] = ()) -> list[str]:
+def distinct_labels(
+    names: Sequence[str], ids: Sequence[str | None], word: str, always: Sequence[bool] = ()
+) -> list[str]:
     """`names`, with the start of its id added to each that stands for several ids (None: not known), or is `always`."""
     known = defaultdict(set)
     for name, identity in zip(names, ids, strict=True):
@@ -56,14 +58,14 @@ class Grid:
 
 def grids(results: Iterable[Result]) -> list[Grid]:
     """What stands in the wide tables, family by family."""
-    families, names = _families(results)
-    return [grid for family, members in families for grid in _grids_of(family, members, names)]
+    families, names = by_family(results)
+    return [grid for family, members in families for grid in family_grids(family, members, names)]
 
 
 Names = dict[tuple[str, str | None], str]
 
 
-def _families(results: Iterable[Result]) -> tuple[list[tuple[str, list[Result]]], Names]:
+def by_family(results: Iterable[Result]) -> tuple[list[tuple[str, list[Result]]], Names]:
     """Results by family, those of equal key and metrics once; and the name in all tables of (model, weights)."""
     distinct = {
         (result.key, result.status, json.dumps(result.metrics, sort_keys=True)): result
@@ -74,10 +76,10 @@ def _families(results: Iterable[Result]) -> tuple[list[tuple[str, list[Result]]]
         families[result.family].append(result)
     official = defaultdict(set)
     for result in distinct.values():
-        official[_model(result)].add(_official(result))
+        official[model_label(result)].add(_official(result))
     known = sorted(official, key=str)
     others = [False in official[place] and True not in official[place] for place in known]
-    names = _tell_apart([model for model, _ in known], [weights for _, weights in known], "weights", others)
+    names = distinct_labels([model for model, _ in known], [weights for _, weights in known], "weights", others)
     return sorted(families.items()), dict(zip(known, names, strict=True))
 
 
@@ -88,23 +90,25 @@ def _official(result: Result) -> bool | None:
     return official
 
 
-def _model(result: Result) -> tuple[str, str | None]:
+def model_label(result: Result) -> tuple[str, str | None]:
     return result.model, result.provenance.get("weights_id")
 
 
-def _grids_of(family: str, members: Sequence[Result], known: Names) -> list[Grid]:
+def family_grids(family: str, members: Sequence[Result], known: Names) -> list[Grid]:
     """Equal names with other weights, or another protocol hash, are rows or columns of their own."""
     found = []
     for kind in KINDS:
         results = [result for result in members if _kind(result) == kind]
         if not results:
             continue
-        models = [known[_model(result)] for result in results]
-        names = _tell_apart([r.column for r in results], [r.provenance.get("protocol_hash") for r in results], "hash")
+        models = [known[model_label(result)] for result in results]
+        names = distinct_labels(
+            [r.column for r in results], [r.provenance.get("protocol_hash") for r in results], "hash"
+        )
         gathered = defaultdict(list)
         for result, model, column in zip(results, models, names, strict=True):
             gathered[model, column].append(result)
-        cells = {place: Cell(tuple(group), _mean(group)) for place, group in gathered.items()}
+        cells = {place: Cell(tuple(group), mean_value(group)) for place, group in gathered.items()}
         columns, order = sorted(set(names)), sorted(set(models))
         if not kind:
             values = {place: cell.mean for place, cell in cells.items() if cell.mean is not None}
@@ -115,16 +119,20 @@ def _grids_of(family: str, members: Sequence[Result], known: Names) -> list[Grid
 
 def _ranked(models: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]) -> list[str]:
     """Models with all columns first, by mean rank among them; ties, and the others, by name."""
-    complete = _complete(models, columns, values)
-    borda = _borda(complete, columns, values)
+    complete = complete_models(models, columns, values)
+    borda = borda_counts(complete, columns, values)
     return [*sorted(complete, key=lambda m: (-borda[m], m)), *sorted(set(models) - set(complete))]
 
 
-def _complete(models: Iterable[str], columns: Iterable[str], values: Mapping[tuple[str, str], float]) -> list[str]:
+def complete_models(
+    models: Iterable[str], columns: Iterable[str], values: Mapping[tuple[str, str], float]
+) -> list[str]:
     return [model for model in models if all((model, column) in values for column in columns)]
 
 
-def _borda(models: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]) -> dict[str, float]:
+def borda_counts(
+    models: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]
+) -> dict[str, float]:
     """How many models each one beats, over all columns; a tie counts half."""
     return {
         model: sum(
@@ -147,7 +155,7 @@ def _ambiguous(results: Sequence[Result]) -> bool:
     return len(settings) > 1 or len({result.seed for result in results}) < len(results)
 
 
-def _mean(results: Iterable[Result]) -> float | None:
+def mean_value(results: Iterable[Result]) -> float | None:
     """Mean of the primary metric over seeds; None where the cell has no one number."""
     found = usable(results)
     if not found or _ambiguous(found):

@@ -24,14 +24,14 @@ from neco_bench.reports.grid import (
     Cell,
     Grid,
     Names,
-    _borda,
-    _complete,
-    _families,
-    _grids_of,
-    _mean,
-    _model,
     _official,
-    _tell_apart,
+    borda_counts,
+    by_family,
+    complete_models,
+    distinct_labels,
+    family_grids,
+    mean_value,
+    model_label,
     percent,
     usable,
 )
@@ -199,9 +199,9 @@ def build_tables(results: Iterable[Result], published: Iterable[Published] = ())
     for row in published:
         papers[row.model, row.task].append(row)
     tables = []
-    families, names = _families(results)
+    families, names = by_family(results)
     for family, members in families:
-        for grid in _grids_of(family, members, names):
+        for grid in family_grids(family, members, names):
             tables.append(_wide_table(grid))
             if not grid.kind and len(grid.models) > 1:
                 tables.append(_ranking(grid))
@@ -240,8 +240,8 @@ def _published_rows(
     The two share a row where protocol and metric agree; a difference stands there if the result is rankable.
     """
     found = [r for r in results if r.status == "ok" and (r.model, r.task) in papers and _official(r) is not False]
-    models = [known[_model(result)] for result in found]
-    columns = _tell_apart([r.column for r in found], [r.provenance.get("protocol_hash") for r in found], "hash")
+    models = [known[model_label(result)] for result in found]
+    columns = distinct_labels([r.column for r in found], [r.provenance.get("protocol_hash") for r in found], "hash")
     cells = defaultdict(list)
     for result, model, column in zip(found, models, columns, strict=True):
         cells[model, column, result.primary_metric].append(result)
@@ -250,7 +250,7 @@ def _published_rows(
     for (model, column, metric), members in cells.items():
         result = members[0]
         measured = (model, result.task, column.removeprefix(f"{result.task}@"), metric, _cell(members, True))
-        mean = _mean(members) if result.rankable else None
+        mean = mean_value(members) if result.rankable else None
         same = (result.protocol, metric)
         agreeing = [row for row in papers[result.model, result.task] if (row.protocol, row.metric) == same]
         for row in agreeing:
@@ -276,7 +276,7 @@ def _conditions(results: Iterable[Result], names: Names) -> tuple[tuple[str, ...
         if any((*given, *known)):
             rows.add(
                 (
-                    names[_model(result)],
+                    names[model_label(result)],
                     result.column,
                     *("" if cell is None else str(cell) for cell in (*given, *known)),
                 )
@@ -288,12 +288,12 @@ def _ranking(grid: Grid) -> Table:
     """Mean rank, Borda count and tie groups of the models that have every column; below, those that lack some."""
     values = {place: cell.mean for place, cell in grid.cells.items() if cell.mean is not None}
     bounds = {place: _bounds(grid.cells[place], mean) for place, mean in values.items()}
-    complete = _complete(grid.models, grid.columns, values)
+    complete = complete_models(grid.models, grid.columns, values)
 
     def clearly(better: str, worse: str) -> list[bool]:
         return [bounds[better, c][0] > bounds[worse, c][1] for c in grid.columns]
 
-    borda = _borda(complete, grid.columns, values)
+    borda = borda_counts(complete, grid.columns, values)
     leader, group = "", 0
     rows: list[tuple[str, ...]] = []
     for model in complete:
@@ -323,7 +323,7 @@ def _cell(results: Sequence[Result], with_interval: bool) -> str:
     if not results:
         return ""
     found = usable(results)
-    mean = _mean(results)
+    mean = mean_value(results)
     if mean is None:
         return "ambiguous" if found else "failed"
     if len(found) > 1:

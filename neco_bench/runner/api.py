@@ -14,7 +14,7 @@ from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import run_job
 from neco_bench.runner.job import identify, plan, stored
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 if TYPE_CHECKING:
     from neco_bench.encoders.base import Encoder
@@ -33,21 +33,21 @@ def run(
 
     task: its name, also as a list of one.
     out: results folder; with it, a stored result of the same content is returned instead of running again.
-    changes: what `--set` gives on the command line. options: fields of `Options` (device, precision, batch_size,
+    changes: what `--set` gives on the command line. options: fields of `RunOptions` (device, precision, batch_size,
     workers, seed, limit, split_file, weights, layers, features, overwrite, progress).
 
     Raises the NecoBenchError that the command line would report, with its exit code.
     """
-    unknown = set(options) - set(Options.__dataclass_fields__)
+    unknown = set(options) - set(RunOptions.__dataclass_fields__)
     if unknown:
-        raise UsageError(f"Unknown option {sorted(unknown)}. There are: {', '.join(Options.__dataclass_fields__)}.")
+        raise UsageError(f"Unknown option {sorted(unknown)}. There are: {', '.join(RunOptions.__dataclass_fields__)}.")
     names = [task] if isinstance(task, str) else task
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"run() takes the name of a task such as 'shapes_ic', not {type(task).__name__}.")
     tasks = find_tasks(list(names), changes) if names else []
     if len(tasks) != 1:
         raise UsageError(f"run() takes one task, {task!r} names {len(tasks)}. Call it once for each.")
-    chosen = Options(data_root=Path(data_root) if data_root else None, **options)
+    chosen = RunOptions(data_root=Path(data_root) if data_root else None, **options)
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
         identity = identify(name, chosen, ResultStore(out)) if out else None
@@ -67,7 +67,7 @@ def run(
     return result
 
 
-def _object_id(encoder: Encoder, options: Options) -> str:
+def _object_id(encoder: Encoder, options: RunOptions) -> str:
     """What stands for an Encoder object in the content key. Raises `UsageError` and `BadInputError` for another."""
     from neco_bench.encoders.base import Encoder as Contract
 

@@ -133,7 +133,7 @@ def _executed(
     for role, dataset in job.data.items():
         if dataset.fingerprint() != job.facts["data"][role]:
             raise BadInputError(f"Files of {dataset.name!r}, split {dataset.split!r}, changed since the run began.")
-    _glance(job)
+    _check_masks(job)
     outcome = _outcome(job, loaded, context)
     undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
     if undefined:
@@ -196,7 +196,7 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, En
     return job, loaded
 
 
-def watch(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
+def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Run a job for what it sees of some items (`Context.seen`); of a fraction's draws the first.
 
     Pairs are computed alone; images within their whole split, on which clusters and heads hang.
@@ -250,7 +250,7 @@ def load_job_encoder(job: Job) -> Encoder:
     )
 
 
-def _glance(job: Job) -> None:
+def _check_masks(job: Job) -> None:
     """Raise BadInputError where a few masks of a split already show that they are not those of the data set."""
     for dataset in job.data.values():
         if isinstance(dataset, SegmentationDataset) and (doubts := dataset.sample_doubts()):

@@ -13,12 +13,12 @@ from neco_bench.core.files import digest
 from neco_bench.core.protocol import Task, find_tasks
 from neco_bench.data.base import Dataset
 from neco_bench.data.load import DRAWS, load_dataset
-from neco_bench.encoders.identity import loaded_id, request_id, version_of
+from neco_bench.encoders.identity import content_id, loaded_id, version_of
 from neco_bench.encoders.load import load_encoder
 from neco_bench.encoders.spec import needs_loading, parse_spec
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 # Distributions that a stored result and stored features depend on; what one kind of encoder needs is in its identity.
 VERSIONS = ("neco-bench", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "faiss-gpu", "faiss-cpu")
@@ -35,7 +35,7 @@ class Job:
     model: str
     task: Task
     data: Mapping[str, Dataset]
-    options: Options
+    options: RunOptions
     facts: Mapping[str, Any]
     identity: str
 
@@ -57,13 +57,13 @@ class Job:
         return self.model + (f"[layers={self.options.layers}]" if self.options.layers else "")
 
 
-def plan(model: str, task: Task, options: Options, *, identity: str | None = None) -> Job:
+def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = None) -> Job:
     """Check the model's name and open the data. Loads no weights and no torch.
 
     identity: what stands for the encoder's content; None asks the model spec.
     """
     if identity is None:  # an unknown model or a missing file is an error now, not hours later
-        identity = request_id(model, options.weights)
+        identity = content_id(model, options.weights)
     if options.split_file is not None and "train" not in task.card.splits:
         raise UsageError(
             f"--split-file restricts the training split, which {task.card.name} does not have. Leave one of them out."
@@ -89,7 +89,7 @@ def plan(model: str, task: Task, options: Options, *, identity: str | None = Non
 
 
 def job_of(result: Result, **given: Any) -> Job:
-    """The job that made a stored result. given: fields of `Options` to use instead of the recorded ones.
+    """The job that made a stored result. given: fields of `RunOptions` to use instead of the recorded ones.
 
     Raises what `plan` raises, such as UsageError for a model that has no spec (an Encoder object).
     """
@@ -100,7 +100,7 @@ def job_of(result: Result, **given: Any) -> Job:
     options |= {name: value for name, value in given.items() if value is not None}
     model = re.sub(r"\[input=\d+\]$", "", result.model).removesuffix(f"[layers={options.get('layers')}]")
     (task,) = find_tasks([f"{result.task}@{result.protocol.removesuffix('*')}"], result.changed)
-    return plan(model, task, Options(seed=result.seed, **options))
+    return plan(model, task, RunOptions(seed=result.seed, **options))
 
 
 def _splits(role: str, split: str, listed: bool) -> dict[str, str]:
@@ -112,13 +112,13 @@ def _splits(role: str, split: str, listed: bool) -> dict[str, str]:
     return {f"{role}/{draw}": f"{split[:-1]}{draw}" for draw in range(DRAWS)}
 
 
-def identify(model: str, options: Options, store: ResultStore) -> str:
+def identify(model: str, options: RunOptions, store: ResultStore) -> str:
     """What stands for the encoder of a spec in content keys.
 
     It is loaded, on the CPU, where nothing else shows what its weights are and the store has results that might be its.
-    One that cannot be loaded is left to its job. Raises as `request_id`.
+    One that cannot be loaded is left to its job. Raises as `content_id`.
     """
-    identity = request_id(model, options.weights)
+    identity = content_id(model, options.weights)
     if options.overwrite or store.is_empty or not needs_loading(parse_spec(model)):
         return identity
     try:
@@ -128,7 +128,7 @@ def identify(model: str, options: Options, store: ResultStore) -> str:
     return loaded_id(model, options.weights, encoder)
 
 
-def plan_all(models: Iterable[str], tasks: Iterable[Task], options: Options, store: ResultStore) -> list[Job]:
+def plan_all(models: Iterable[str], tasks: Iterable[Task], options: RunOptions, store: ResultStore) -> list[Job]:
     """Jobs of every model on every task. Names, settings and data are checked before anything runs.
 
     Settings of stored results were checked when they were made: torch is imported only where something will run.

@@ -20,7 +20,7 @@ from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import failed_result, keep, run_job
 from neco_bench.runner.job import Job, identify, plan, stored
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 LAUNCHERS = ("slurm", "local")
 
@@ -28,7 +28,7 @@ LAUNCHERS = ("slurm", "local")
 GRACE = 3  # seconds that an interrupted process has to remove its temporary files
 
 
-def work(model: str, task: str, changes: Mapping[str, Any], options: Options, out: Path) -> Result:
+def work(model: str, task: str, changes: Mapping[str, Any], options: RunOptions, out: Path) -> Result:
     """What a submitted job does: one result, stored in `out`."""
     (chosen,) = find_tasks([task], changes)
     store = ResultStore(out)
@@ -101,7 +101,7 @@ def _end(process: Any) -> None:
     process.join()
 
 
-class Grid:
+class JobPool:
     """Submits jobs when it is made; `results` waits for them, in the order of the jobs.
 
     parameters: of submitit's AutoExecutor (timeout_min, gpus_per_node, slurm_partition, ...). Logs lie in

@@ -14,7 +14,7 @@ MOST_SEED = 10**9  # FAISS counts seeds in 31 bits, and several follow the first
 
 
 @dataclass(frozen=True)
-class Options:
+class RunOptions:
     """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers
     beside a GPU and none beside a CPU.
 

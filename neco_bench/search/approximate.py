@@ -24,7 +24,7 @@ from neco_bench.core.errors import NumericalError, UsageError
 from neco_bench.search.bf16 import _Half
 from neco_bench.search.exact import check_neighbours
 from neco_bench.search.fp32 import _Torch
-from neco_bench.search.row_file import Rows
+from neco_bench.search.row_file import RowFile
 from neco_bench.search.topk import ON_CPU, Found, blocked, merged
 
 RECALL = 0.99  # that lists are visited for
@@ -54,7 +54,7 @@ class ApproximateIndex:
 
     def __init__(self, kind: str, dimension: int, device: torch.device) -> None:
         self.kind, self.device, self.facts = kind, device, dict[str, Any]()
-        self._rows = Rows(dimension)
+        self._rows = RowFile(dimension)
         self._index: Any = None
 
     @property
@@ -104,7 +104,7 @@ class _InvertedFile:
 
     code = "fp16"
 
-    def __init__(self, rows: Rows) -> None:
+    def __init__(self, rows: RowFile) -> None:
         self.rows, self.count, self.width = rows, len(rows), rows.dimension
         self.lists = max(1, min(int(LISTS_PER_ROOT * self.count**0.5), self.count // TRAINING))
         kmeans = faiss.Kmeans(

@@ -33,7 +33,7 @@ def spool(file: BinaryIO, data: bytes | memoryview) -> None:
         ) from error
 
 
-class Rows:
+class RowFile:
     """(N, D) float32 rows in a temporary file in the cache folder: appended, then read in parts."""
 
     def __init__(self, dimension: int) -> None:

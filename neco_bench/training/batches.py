@@ -83,14 +83,14 @@ class Order:
                 yield [(epoch, int(i)) for i in order[first : first + self.count]]
 
 
-def collate(items: list[Any]) -> Batch | BadInputError:
+def collate(items: list[Any]) -> TrainBatch | BadInputError:
     """Stack the views of single images."""
     for item in items:
         if isinstance(item, BadInputError):
             return item
     stacked = {name: torch.stack([getattr(item.views, name) for item in items]) for name in TENSORS}
     unusable = [fault for item in items for fault in item.unusable]
-    return Batch(**stacked, ids=[item.id for item in items], unusable=unusable)
+    return TrainBatch(**stacked, ids=[item.id for item in items], unusable=unusable)
 
 
 def _leave_signals_to_the_parent(worker: int) -> None:
@@ -120,7 +120,7 @@ Embed = Callable[..., list[Tensor]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Batch:
+class TrainBatch:
     """Views of B images: global_views (B, 2, 3, g, g), local_views (B, V - 2, 3, l, l), uint8 RGB as they are loaded,
     float32 once they are normalised; boxes as in `views.Views`, with a leading B. ids: of the images. unusable: images
     that could not be used, each with the reason."""
@@ -132,7 +132,7 @@ class Batch:
     ids: list[str]
     unusable: list[tuple[str, str]]
 
-    def normalised(self, encoder: Encoder, device: torch.device) -> Batch:
+    def normalised(self, encoder: Encoder, device: torch.device) -> TrainBatch:
         """The batch on a device, its views normalised as the encoder takes them. (Bytes are a quarter of the floats to
         hand from process to process, and to the device.)"""
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.encoders.base import Encoder
 from neco_bench.training.recipe import Recipe
@@ -42,7 +42,7 @@ class Need:
     on_host: bool = False
 
 
-def check(recipe: Recipe, encoder: Encoder, place: Place, steps: int, workers: int) -> None:
+def check(recipe: Recipe, encoder: Encoder, place: RankShard, steps: int, workers: int) -> None:
     """Raise UsageError for settings that exceed the patches of a batch, the cores or the memory.
 
     steps: of the whole run. workers: loading processes. Warns of settings that have less effect than they say.
@@ -66,7 +66,7 @@ def check(recipe: Recipe, encoder: Encoder, place: Place, steps: int, workers: i
     _check_memory(needs(recipe, encoder, place, min(PREFETCHED * workers, steps * recipe.accumulate)), encoder.device)
 
 
-def needs(recipe: Recipe, encoder: Encoder, place: Place, prefetched: int) -> list[Need]:
+def needs(recipe: Recipe, encoder: Encoder, place: RankShard, prefetched: int) -> list[Need]:
     """Say what each process of a run needs at least, part by part. prefetched: batches that wait to be used."""
     images, width, out = place.images, encoder.embed_dim, recipe.head_dim
     pixels = 3 * images * (GLOBALS * recipe.global_size**2 + recipe.locals * recipe.local_size**2)

@@ -37,7 +37,7 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
 from neco_bench.core import distributed
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import BadInputError, NecoBenchError, NumericalError, UsageError
 from neco_bench.core.files import write_whole
 from neco_bench.core.protocol import find_tasks
@@ -47,9 +47,9 @@ from neco_bench.encoders.load import load_encoder, resolve_device
 from neco_bench.encoders.options import PRECISIONS
 from neco_bench.encoders.spec import architecture
 from neco_bench.results.provenance import environment, peak_memory_mb
-from neco_bench.runner.options import Options as RunOptions
+from neco_bench.runner.options import RunOptions as RunOptions
 from neco_bench.training import checkpoints, limits
-from neco_bench.training.batches import Batch, Order, loader
+from neco_bench.training.batches import Order, TrainBatch, loader
 from neco_bench.training.images import Images, open_images
 from neco_bench.training.log import StepLog, Table
 from neco_bench.training.networks import (
@@ -61,7 +61,7 @@ from neco_bench.training.networks import (
     set_training,
 )
 from neco_bench.training.objectives import OBJECTIVES
-from neco_bench.training.options import Interrupted, Options
+from neco_bench.training.options import Interrupted, TrainOptions
 from neco_bench.training.recipe import CHANGEABLE, Recipe
 
 log = logging.getLogger("neco_bench")
@@ -72,7 +72,7 @@ def cosine(first: float, last: float, step: int, steps: int) -> float:
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
-def train(recipe: Recipe, options: Options) -> Path:
+def train(recipe: Recipe, options: TrainOptions) -> Path:
     """Train by a recipe and return the run folder.
 
     Raises UsageError (settings that do not fit each other or what there is, a folder that holds another run or in which
@@ -85,7 +85,7 @@ def train(recipe: Recipe, options: Options) -> Path:
 
 
 @contextlib.contextmanager
-def _processes(options: Options) -> Iterator[tuple[int, int, torch.device]]:
+def _processes(options: TrainOptions) -> Iterator[tuple[int, int, torch.device]]:
     """Rank, number of processes and device of this one; joins the group that torchrun describes."""
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     device = resolve_device(options.device)
@@ -103,7 +103,7 @@ def _processes(options: Options) -> Iterator[tuple[int, int, torch.device]]:
 
 
 class _Run:
-    def __init__(self, recipe: Recipe, options: Options, rank: int, world: int, device: torch.device) -> None:
+    def __init__(self, recipe: Recipe, options: TrainOptions, rank: int, world: int, device: torch.device) -> None:
         self.recipe, self.options, self.rank, self.world, self.device = recipe, options, rank, world, device
         if recipe.batch_size % (world * recipe.accumulate):
             raise UsageError(
@@ -130,7 +130,7 @@ class _Run:
         self.architecture = architecture(recipe.base)
         self._check_sizes(encoder)
         count = recipe.batch_size // world // recipe.accumulate
-        self.place = Place(recipe.seed, count, rank * count, world * count)
+        self.place = RankShard(recipe.seed, count, rank * count, world * count)
         self.workers = RunOptions(workers=options.workers).workers_used
         limits.check(recipe, encoder, self.place, self.steps, self.workers)
         teacher = copy.deepcopy(encoder)
@@ -441,7 +441,7 @@ class _Run:
     def _mean(self, value: float) -> float:
         return float(mean_over_processes(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
-    def _count_unusable(self, batch: Batch) -> None:
+    def _count_unusable(self, batch: TrainBatch) -> None:
         for name, reason in batch.unusable:
             if name not in self.unusable:
                 log.warning("training image %s is left out: %s", name, reason)
@@ -454,7 +454,7 @@ class _Run:
                 f"or allow more with --set max_unreadable=SHARE."
             )
 
-    def _give_up(self, step: int, value: float, batch: Batch) -> None:
+    def _give_up(self, step: int, value: float, batch: TrainBatch) -> None:
         """Save the batch of a step whose loss is not finite, and raise NumericalError."""
         path, content = self.options.out / f"not-finite-step-{step + 1}-rank-{self.rank}.pt", io.BytesIO()
         torch.save({**vars(batch), "step": step + 1, "loss": value}, content)

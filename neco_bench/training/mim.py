@@ -6,10 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.rng import item_rng
 from neco_bench.encoders.adapters.baselines import orientations
-from neco_bench.training.batches import Batch, Embed, by_view
+from neco_bench.training.batches import Embed, TrainBatch, by_view
 from neco_bench.training.networks import Network
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.views import GLOBALS
@@ -33,7 +33,9 @@ class MaskedImages(nn.Module):
         super().__init__()
         self.recipe, self.stride = recipe, student.encoder.stride
 
-    def forward(self, batch: Batch, student: Embed, teacher: Network | None, attend: Network, place: Place) -> Tensor:
+    def forward(
+        self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, place: RankShard
+    ) -> Tensor:
         """The loss, a scalar: mean squared error over the hidden patches, or over all."""
         images, side = by_view(batch.global_views), self.recipe.global_size // self.stride
         rng = item_rng(place.seed, "hidden", place.turn)

@@ -8,11 +8,11 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
-from neco_bench.core.reduce import from_all, mean_over_processes
+from neco_bench.core.reduce import mean_over_processes, rows_of_all
 from neco_bench.core.rng import item_rng
-from neco_bench.training.batches import Batch, Embed, by_view
+from neco_bench.training.batches import Embed, TrainBatch, by_view
 from neco_bench.training.loss import neco_loss
 from neco_bench.training.networks import Network
 from neco_bench.training.recipe import Recipe
@@ -61,7 +61,9 @@ class NeCo(nn.Module):
         self.register_buffer("queue", torch.zeros(GLOBALS, recipe.queue_length, recipe.head_dim))
         self.register_buffer("filled", torch.zeros(GLOBALS, dtype=torch.int64))
 
-    def forward(self, batch: Batch, student: Embed, teacher: Network | None, attend: Network, place: Place) -> Tensor:
+    def forward(
+        self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, place: RankShard
+    ) -> Tensor:
         """The loss, a scalar. teacher: None lets the student set its own targets. attend: whose attention masks."""
         count, side = place.images, self.recipe.global_size // self.stride
         groups, stride = batch.groups(), self.stride
@@ -106,11 +108,11 @@ class NeCo(nn.Module):
                 place,
             )
 
-    def _crossed(self, batch: Batch) -> Tensor:
+    def _crossed(self, batch: TrainBatch) -> Tensor:
         """Where the other global view lies in each global one, (2 B, 1, 4)."""
         return by_view(torch.stack([batch.all[:, v, 1 - v, None] for v in range(GLOBALS)], 1))
 
-    def _align_students(self, embedded: list[Tensor], batch: Batch) -> list[Tensor]:
+    def _align_students(self, embedded: list[Tensor], batch: TrainBatch) -> list[Tensor]:
         """For each view (B, regions, cells², E): of a global one where the other lies, of a local one where both do."""
         regions = [(embedded[0], self._crossed(batch))]
         if len(embedded) > 1:
@@ -118,11 +120,11 @@ class NeCo(nn.Module):
         aligned = (align(maps, boxes, self.stride, self.recipe.cells) for maps, boxes in regions)
         return [view for part in aligned for view in part.split(len(batch.gc))]
 
-    def _loss(self, by_student: Tensor, by_teacher: Tensor, mask: Tensor, place: Place) -> Tensor:
+    def _loss(self, by_student: Tensor, by_teacher: Tensor, mask: Tensor, place: RankShard) -> Tensor:
         """Mean over pairs of views of the mean over cells in the mask; similarities (pairs, B, cells², references)."""
         recipe = self.recipe
         if recipe.shuffle_teacher:
-            whole = from_all(by_teacher.detach().transpose(0, 1), place).transpose(0, 1)
+            whole = rows_of_all(by_teacher.detach().transpose(0, 1), place).transpose(0, 1)
             order = torch.from_numpy(item_rng(place.seed, "shuffle", place.turn, 0).permutation(whole[..., 0].numel()))
             mine = order.view(whole.shape[:-1])[:, place.start : place.start + place.images]
             by_teacher = whole.flatten(0, -2)[mine.to(whole.device)]
@@ -149,7 +151,7 @@ class NeCo(nn.Module):
             return torch.cdist(vectors, references, compute_mode="donot_use_mm_for_euclid_dist")
         return F.normalize(vectors, dim=-1) @ F.normalize(references, dim=-1).transpose(-1, -2)
 
-    def _references(self, aligned: Tensor, mask: Tensor, c: int, place: Place) -> Tensor:
+    def _references(self, aligned: Tensor, mask: Tensor, c: int, place: RankShard) -> Tensor:
         """(V - 1, B, references, E): for each image and pair of views with global view c, drawn anew.
 
         From a queue, or from the aligned teacher vectors (V - 1, B, cells², E) of the whole batch that are in the mask,
@@ -159,9 +161,9 @@ class NeCo(nn.Module):
         if self.recipe.queue_length and self.filled[c]:  # with a mask, the first draw may have left it empty
             pools = [self.queue[c, : self.filled[c]]] * len(aligned)
         else:
-            pools = list(from_all(aligned.transpose(0, 1), place).transpose(0, 1).flatten(1, 2))
+            pools = list(rows_of_all(aligned.transpose(0, 1), place).transpose(0, 1).flatten(1, 2))
             if self.recipe.loss_mask != "all":
-                inside = from_all(mask.transpose(0, 1).float(), place).transpose(0, 1).flatten(1) > 0
+                inside = rows_of_all(mask.transpose(0, 1).float(), place).transpose(0, 1).flatten(1) > 0
                 pools = [pool[m] if m.any() else pool for pool, m in zip(pools, inside, strict=True)]
         chosen = []
         for pair, pool in enumerate(pools):
@@ -172,7 +174,7 @@ class NeCo(nn.Module):
             chosen.append(pool[torch.from_numpy(mine).to(pool.device)].unflatten(0, (place.images, wanted)))
         return torch.stack(chosen)
 
-    def _draw_tokens(self, place: Place, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    def _draw_tokens(self, place: RankShard, tokens: int) -> list[tuple[Tensor, Tensor]]:
         """For each global view, which tokens of the batch go to its queue: the places in the draw that are this
         process's, and its tokens there, counted through its images."""
         if not self.recipe.queue_length:
@@ -185,11 +187,11 @@ class NeCo(nn.Module):
             drawn.append((mine.nonzero()[:, 0], order[mine] - place.start * tokens))
         return [(places.to(self.queue.device), own.to(self.queue.device)) for places, own in drawn]
 
-    def _growth(self, place: Place) -> int:
+    def _growth(self, place: RankShard) -> int:
         return min(self.recipe.queue_per_image * place.total, self.recipe.queue_length)
 
     def _enqueue(
-        self, targets: Tensor, inside: Tensor | None, drawn: list[tuple[Tensor, Tensor]], place: Place
+        self, targets: Tensor, inside: Tensor | None, drawn: list[tuple[Tensor, Tensor]], place: RankShard
     ) -> None:
         """Put the drawn tokens of teacher maps (2, B, E, h, w) at the head of the queues, those inside the mask."""
         for c, (places, tokens) in enumerate(drawn):

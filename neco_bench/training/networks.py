@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.core.rng import item_rng
 from neco_bench.encoders.adapters.baselines import BINS
@@ -52,7 +52,7 @@ class StochasticDepth(nn.Module):
     fixed number of images, floor(n (1 - rate)), keeps its branch.
     """
 
-    def __init__(self, rate: float, number: int, place: Place, exact: bool = False) -> None:
+    def __init__(self, rate: float, number: int, place: RankShard, exact: bool = False) -> None:
         super().__init__()
         self.rate, self.number, self.place, self.exact = rate, number, place, exact
         self.calls = 0  # since its block began
@@ -76,7 +76,7 @@ class StochasticDepth(nn.Module):
 
 
 @contextlib.contextmanager
-def seeded(place: Place, device: torch.device) -> Iterator[None]:
+def seeded(place: RankShard, device: torch.device) -> Iterator[None]:
     """Let what an encoder draws by itself depend on (seed, step, process) alone; put torch's generators back after."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(item_rng(place.seed, "own", place.turn, place.start).integers(2**63)))
@@ -147,7 +147,7 @@ def blocks_of(encoder: Encoder) -> list[nn.Module]:
     return []
 
 
-def make_trainable(encoder: Encoder, recipe: Recipe, place: Place, checkpointing: bool) -> None:
+def make_trainable(encoder: Encoder, recipe: Recipe, place: RankShard, checkpointing: bool) -> None:
     """Prepare the student in place: frozen parts, stochastic depth, gradient checkpointing.
 
     Raises UsageError where the encoder has nothing to train, no blocks to choose from, or random numbers that cannot be
@@ -180,7 +180,7 @@ def _recomputed(forward: Any) -> Any:
     return run
 
 
-def _add_stochastic_depth(encoder: Encoder, rate: float, place: Place) -> None:
+def _add_stochastic_depth(encoder: Encoder, rate: float, place: RankShard) -> None:
     """Rates grow linearly with depth, from 0. The last block of a ViT with LayerScale (DINOv2) drops exact numbers.
 
     Blocks have a module for each of two branches, or one for both.
@@ -233,7 +233,7 @@ def _freeze_unused(encoder: Encoder, size: int) -> None:
         log.warning("not trained, as dense features do not pass through them: %s", ", ".join(unused[:8]))
 
 
-def _check_own_draws(encoder: Encoder, size: int, place: Place) -> None:
+def _check_own_draws(encoder: Encoder, size: int, place: RankShard) -> None:
     """Say so where an encoder draws numbers of its own in training; refuse one whose draws no seed repeats."""
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(encoder.device)
     set_training(encoder)

@@ -14,8 +14,8 @@ from neco_bench.core.errors import UsageError
 from neco_bench.core.files import write_whole
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.patches import cut, most_frequent
-from neco_bench.features.transforms import nearest_centre, resize_image
+from neco_bench.features.patches import majority_label, patchify
+from neco_bench.features.transforms import resize_image, resize_nearest_pil
 from neco_bench.viz import diagnostics
 
 SHOWN, TILE, GAP = 8, 160, 4  # images in the picture, pixels of a tile, and between tiles
@@ -43,8 +43,8 @@ def diagnose(
         before, after = encoder.encode(pair).map.cpu()
         maps.append(before)
         shifted.append(after)
-        mask = data.scored(nearest_centre(sample.mask, size, size + encoder.stride)[:, :size])
-        frequent = most_frequent(cut(mask, encoder.stride), len(data.classes), "loses ties")
+        mask = data.scored(resize_nearest_pil(sample.mask, size, size + encoder.stride)[:, :size])
+        frequent = majority_label(patchify(mask, encoder.stride), len(data.classes), "loses ties")
         labels.append(frequent.view(before.shape[1:]))
         if number < SHOWN:
             images.append((pair[0].permute(1, 2, 0).numpy() * 255).round().astype(np.uint8))

@@ -13,8 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from neco_bench.core.task import Neighbour
 from neco_bench.data.base import IGNORE, PairDataset, SegmentationDataset
-from neco_bench.features.patches import cut, most_frequent
-from neco_bench.features.transforms import nearest_centre
+from neco_bench.features.patches import majority_label, patchify
+from neco_bench.features.transforms import resize_nearest_pil
 
 BOX, WIDE_BOX = (240, 180), (500, 180)  # pixels of thumbnails
 
@@ -41,7 +41,7 @@ class Tile:
 
 
 @dataclass(frozen=True)
-class Row:
+class PictureRow:
     """The pictures of one image or pair."""
 
     name: str
@@ -71,7 +71,7 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
     Of equal ones the nearest to the middle; of patches that are at least half labelled. Fewer where there are none.
     """
     small = [
-        cut(nearest_centre(m.astype(np.uint8), rows * PARTS, columns * PARTS), PARTS).numpy()
+        patchify(resize_nearest_pil(m.astype(np.uint8), rows * PARTS, columns * PARTS), PARTS).numpy()
         for m in (truth, prediction)
     ]
     labelled = (small[0] != IGNORE).sum(1)
@@ -86,7 +86,7 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
     return [int(i) for i in dict.fromkeys([wrong, right]) if i == right or share[i] > 0]
 
 
-def _segmented(dataset: SegmentationDataset, name: str, seen: dict[str, Any], caption: str) -> Row:
+def draw_segmentation(dataset: SegmentationDataset, name: str, seen: dict[str, Any], caption: str) -> PictureRow:
     image = dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
     image = _fitted(image, (side, side), Image.Resampling.BICUBIC)
@@ -114,7 +114,7 @@ def _segmented(dataset: SegmentationDataset, name: str, seen: dict[str, Any], ca
         strips = [_strip(image, seen, patch, rows, columns, dataset.classes) for patch in chosen]
         if strips:
             tiles.append(Tile("nearest patches in memory", np.concatenate(strips), "wide"))
-    return Row(name, caption, tiles)
+    return PictureRow(name, caption, tiles)
 
 
 def _strip(
@@ -126,8 +126,8 @@ def _strip(
     canvas = np.pad(image, ((round(height),) * 2, (round(width),) * 2, (0, 0)))
     top, left = round(row * height), round(column * width)
     around = canvas[top : top + round(3 * height), left : left + round(3 * width)]
-    small = nearest_centre(seen["truth"].astype(np.uint8), rows * PARTS, columns * PARTS)
-    label = int(most_frequent(cut(small, PARTS)[patch][None], len(classes), "never votes")[0])
+    small = resize_nearest_pil(seen["truth"].astype(np.uint8), rows * PARTS, columns * PARTS)
+    label = int(majority_label(patchify(small, PARTS)[patch][None], len(classes), "never votes")[0])
     neighbours: list[Neighbour] = seen["neighbours"](patch)[:NEIGHBOURS]
     views = [(around, classes[label], (90, 90, 90))]
     views += [(n.view, f"{n.cosine:.2f}: {classes[n.label]}", RIGHT if n.label == label else WRONG) for n in neighbours]
@@ -157,12 +157,12 @@ def _outlined(image: np.ndarray, patches: Sequence[int], rows: int, columns: int
     return np.asarray(drawn)
 
 
-def _hits(seen: dict[str, Any], alpha: float, strict: bool) -> np.ndarray:
+def draw_hits(seen: dict[str, Any], alpha: float, strict: bool) -> np.ndarray:
     limit = alpha * seen["side"]
     return seen["errors"] < limit if strict else seen["errors"] <= limit
 
 
-def _paired(dataset: PairDataset, name: str, seen: dict[str, Any], hits: np.ndarray) -> Row:
+def draw_pair(dataset: PairDataset, name: str, seen: dict[str, Any], hits: np.ndarray) -> PictureRow:
     """Both images side by side, a line from each point to where it was found, a ring where a missed one should be."""
     sample = dataset[dataset.ids.index(name)]
     half = (LARGE // 2, LARGE // 2)
@@ -192,7 +192,7 @@ def _paired(dataset: PairDataset, name: str, seen: dict[str, Any], hits: np.ndar
             dot(left + x2, y2, 8, outline=VOID, width=3)
             dot(left + x2, y2, 8, outline=WRONG, width=1)
     caption = f"{sample.pair.category}: {int(hits.sum())} of {len(hits)} points"
-    return Row(name, caption, [Tile("source and target", np.asarray(drawn), "wide")])
+    return PictureRow(name, caption, [Tile("source and target", np.asarray(drawn), "wide")])
 
 
 def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -208,7 +208,7 @@ def _fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) ->
     return np.asarray(Image.fromarray(pixels).resize(size, rule))
 
 
-def _thumbnail(tile: Tile) -> np.ndarray:
+def thumbnail(tile: Tile) -> np.ndarray:
     rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
     return _fitted(tile.pixels, _box(tile), rule)
 
@@ -221,16 +221,16 @@ def _font(size: int) -> Any:
     return ImageFont.load_default(size)
 
 
-def _encoded(pixels: np.ndarray, photo: bool) -> bytes:
+def encode_image(pixels: np.ndarray, photo: bool) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG" if photo else "PNG", quality=88)
     return buffer.getvalue()
 
 
-def _grid(rows: Sequence[Row], title: str) -> np.ndarray:
+def draw_grid(rows: Sequence[PictureRow], title: str) -> np.ndarray:
     """All rows as one picture: headings, and above each row its name and caption."""
     longest = max(rows, key=lambda row: len(row.tiles))
-    small = [[_thumbnail(tile) for tile in row.tiles] for row in rows]
+    small = [[thumbnail(tile) for tile in row.tiles] for row in rows]
     widths = [max([140, *(row[i].shape[1] for row in small if i < len(row))]) + GAP for i in range(len(longest.tiles))]
     lefts = np.cumsum([0, *widths])
     step = BOX[1] + LINE + GAP

@@ -16,10 +16,20 @@ from neco_bench.data.base import IGNORE, PairDataset, SegmentationDataset
 from neco_bench.metrics import segmentation
 from neco_bench.reports.compare import hits_column, item_scores
 from neco_bench.results.schema import Result
-from neco_bench.runner.execute import watch
+from neco_bench.runner.execute import record_predictions
 from neco_bench.runner.job import Job
 from neco_bench.viz.diagnostics import principal_colours
-from neco_bench.viz.draw import RIGHT, WRONG, Row, _encoded, _grid, _hits, _paired, _segmented, _thumbnail
+from neco_bench.viz.draw import (
+    RIGHT,
+    WRONG,
+    PictureRow,
+    draw_grid,
+    draw_hits,
+    draw_pair,
+    draw_segmentation,
+    encode_image,
+    thumbnail,
+)
 
 
 @dataclass(frozen=True)
@@ -59,7 +69,7 @@ def show(
     """
     scores = item_scores(result, arrays)
     chosen = choose(scores, worst, best, named)
-    seen = watch(job, chosen)
+    seen = record_predictions(job, chosen)
     absent = [name for name in chosen if name not in seen]
     if absent:
         raise UsageError(f"Task family {result.family!r} hands nothing over to be shown (no `Context.seen`).")
@@ -72,7 +82,7 @@ def show(
             colours = principal_colours(torch.stack([seen[name]["features"] for name in chosen]))
             for name, own in zip(chosen, colours, strict=True):
                 seen[name]["colours"] = own
-        rows = [_segmented(dataset, name, seen[name], f"mIoU {100 * scores[name]:.1f}") for name in chosen]
+        rows = [draw_segmentation(dataset, name, seen[name], f"mIoU {100 * scores[name]:.1f}") for name in chosen]
         stored = arrays["confusion"]
         stored = stored.reshape(-1, *stored.shape[-3:])[0]
         size = stored.shape[-1]
@@ -88,8 +98,8 @@ def show(
     else:
         assert isinstance(dataset, PairDataset)
         column, settings = hits_column(result), result.provenance["settings"]
-        hits = {name: _hits(seen[name], settings["alphas"][column], settings["strict"]) for name in chosen}
-        rows = [_paired(dataset, name, seen[name], hits[name]) for name in chosen]
+        hits = {name: draw_hits(seen[name], settings["alphas"][column], settings["strict"]) for name in chosen}
+        rows = [draw_pair(dataset, name, seen[name], hits[name]) for name in chosen]
         differing = sum(int(hits[name].sum()) != arrays["hits"][ids.index(name), column] for name in chosen)
         legend = [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)]
     several = "confusion" in arrays and arrays["confusion"].ndim > 3
@@ -117,7 +127,7 @@ img { max-width: 100%; height: auto; display: block; } figcaption, .note { color
 
 
 def _write(
-    out: Path, result: Result, rows: Sequence[Row], legend: Iterable[tuple[str, tuple[int, ...]]], note: str
+    out: Path, result: Result, rows: Sequence[PictureRow], legend: Iterable[tuple[str, tuple[int, ...]]], note: str
 ) -> None:
     """The grid, the page, and of each tile a thumbnail and the picture."""
     metric = result.primary_metric
@@ -133,10 +143,10 @@ def _write(
             photo = tile.kind == "photo" or (tile.kind == "wide" and len(row.tiles) == 1)
             ending = ".jpg" if photo else ".png"
             stem = f"pictures/{number:03d}-{slug(tile.title)}"
-            thumbnail = _thumbnail(tile)
-            write_whole(out / f"{stem}{ending}", _encoded(tile.pixels, photo))
-            write_whole(out / f"{stem}-small{ending}", _encoded(thumbnail, photo))
-            height, width = thumbnail.shape[:2]
+            small = thumbnail(tile)
+            write_whole(out / f"{stem}{ending}", encode_image(tile.pixels, photo))
+            write_whole(out / f"{stem}-small{ending}", encode_image(small, photo))
+            height, width = small.shape[:2]
             text = html.escape(f"{tile.title} of {row.name}", quote=True)
             figures.append(
                 f'<figure><a href="{stem}{ending}"><img loading="lazy" width="{width}" height="{height}" '
@@ -158,5 +168,5 @@ def _write(
         *sections,
         "</body>\n</html>\n",
     ]
-    write_whole(out / "grid.png", _encoded(_grid(rows, f"{title}   {value}"), False))
+    write_whole(out / "grid.png", encode_image(draw_grid(rows, f"{title}   {value}"), False))
     write_whole(out / "index.html", "\n".join(page).encode())

@@ -181,7 +181,7 @@ def match_squash(pairs: Sequence[Pair], sources: Sequence[View], target: View, s
     return predicted, np.linalg.norm(predicted - _ends(pairs), axis=1)
 
 
-_GEOMETRIES: dict[str, tuple[Callable, Callable]] = {
+GEOMETRIES: dict[str, tuple[Callable, Callable]] = {
     "probe3d": (prepare_probe3d, match_probe3d),
     "centres": (prepare_centres, match_centres),
     "padded_centre": (prepare_padded_centre, match_padded_centre),

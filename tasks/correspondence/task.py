@@ -15,7 +15,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from neco_bench.tasks.correspondence.geometry import _GEOMETRIES, View, match_padded_centre
+from neco_bench.tasks.correspondence.geometry import GEOMETRIES, View, match_padded_centre
 from neco_bench.tasks.correspondence.matching import (
     draw_pairs,
 )
@@ -64,7 +64,7 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
         )
     as_is = settings.geometry == "probe3d" and settings.tokens_per_side is None
     used = settings.input_size if as_is else settings.used_size(encoder.stride)
-    prepare, match = _GEOMETRIES[settings.geometry]
+    prepare, match = GEOMETRIES[settings.geometry]
     if settings.geometry == "padded_centre":
         match = partial(match_padded_centre, settings=settings)
 

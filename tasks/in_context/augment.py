@@ -10,7 +10,7 @@ from PIL import Image
 from torch import Tensor
 
 from neco_bench.data.base import Sample
-from neco_bench.features.transforms import crop_box, nearest_legacy, to_tensor
+from neco_bench.features.transforms import crop_box, resize_nearest_torch, to_tensor
 
 
 @dataclass(frozen=True)
@@ -46,4 +46,4 @@ class HummingbirdTrain:
                 image = adjust(image, factor)
         tensor = tvf.resize(to_tensor(np.asarray(image)), [self.size, self.size], antialias=True)
         mask = sample.mask[top : top + height, left : left + width]
-        return tensor, nearest_legacy(mask, self.size, self.size)
+        return tensor, resize_nearest_torch(mask, self.size, self.size)

@@ -133,7 +133,7 @@ def _augmentation(settings: Settings, size: int) -> HummingbirdTrain:
     )
 
 
-def _neighbours(
+def find_neighbours(
     memory: Memory,
     scores: Tensor,
     ids: Tensor,

@@ -27,6 +27,6 @@ class Settings(BaseSettings):
     crop_ratio: Range
     void_in_memory: Literal["class 0", "dropped"]
     matching: Literal["hungarian", "identity"]
-    absent: segmentation.Absent
+    absent: segmentation.AbsentClasses
     score_at: Literal["input", "native"]
     search: Literal["exact", "bf16", "ivf", "ivfpq"] = "exact"

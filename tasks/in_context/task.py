@@ -10,7 +10,7 @@ the result does not depend on batch size or workers; search is exact (the refere
 from __future__ import annotations
 
 import numpy as np
-from neco_bench.tasks.in_context.memory import _neighbours, build_memory, read_labels, retrieve
+from neco_bench.tasks.in_context.memory import build_memory, find_neighbours, read_labels, retrieve
 from neco_bench.tasks.in_context.settings import Settings
 
 from neco_bench.core import distributed
@@ -18,7 +18,7 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
-from neco_bench.features.transforms import Squash, largest_upsampled
+from neco_bench.features.transforms import ResizeSquare, upsample_argmax
 from neco_bench.metrics import bootstrap, segmentation
 from neco_bench.search.exact import check_neighbours
 
@@ -52,7 +52,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
     confusions = segmentation.ImageConfusions(classes)
     scored: list[int] = []
-    transform = Squash(size, "legacy" if settings.score_at == "input" else "native")
+    transform = ResizeSquare(size, "legacy" if settings.score_at == "input" else "native")
     batches = stream(encoder, val, transform, context, "query", mean=settings.mean, std=settings.std)
     for turn, batch in enumerate(batches):
         count, _, rows, columns = batch.features.shape
@@ -66,7 +66,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             shares = read_labels(scores, ids, memory.labels, settings.temperature)
             shares = shares.view(count, rows, columns, classes).permute(0, 3, 1, 2).to(batch.features.device)
             for row, (share, mask) in enumerate(zip(shares, batch.masks, strict=True)):
-                truth, prediction = val.scored(mask), largest_upsampled(share, *mask.shape).cpu().numpy()
+                truth, prediction = val.scored(mask), upsample_argmax(share, *mask.shape).cpu().numpy()
                 confusions.add(truth, prediction)
                 name = val.ids[batch.positions[row]]
                 if name in context.watched:
@@ -75,7 +75,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
                         "features": batch.features[row].cpu(),
                         "truth": truth,
                         "prediction": prediction,
-                        "neighbours": _neighbours(
+                        "neighbours": find_neighbours(
                             memory, scores[mine], ids[mine], train, settings, size, encoder.stride, context.seed
                         ),
                     }
@@ -96,7 +96,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             "mIoU_present": segmentation.mean_iou(matched, absent="exclude"),
             "pixel_accuracy": float(np.trace(matched) / max(1, matched.sum())),
         },
-        per_class={"IoU": segmentation.named(segmentation.iou_per_class(matched), train.classes)},
+        per_class={"IoU": segmentation.by_class(segmentation.iou_per_class(matched), train.classes)},
         ci95={"mIoU": bootstrap.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
         n_images=len(confusions),
         statistics={"confusion": per_image, "mapping": mapping},

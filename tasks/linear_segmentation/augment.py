@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from neco_bench.data.base import Sample
-from neco_bench.features.transforms import crop_box, nearest_centre, resize_image
+from neco_bench.features.transforms import crop_box, resize_image, resize_nearest_pil
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class CropFlip:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
         image = resize_image(sample.image[top : top + height, left : left + width], self.size, self.size)
-        mask = nearest_centre(sample.mask[top : top + height, left : left + width], self.size, self.size)
+        mask = resize_nearest_pil(sample.mask[top : top + height, left : left + width], self.size, self.size)
         if rng.random() < self.flip_probability:
             return image.flip(-1), mask[:, ::-1].copy()
         return image, mask

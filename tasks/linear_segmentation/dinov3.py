@@ -27,7 +27,7 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import encode_within_memory, stream
-from neco_bench.features.transforms import largest_upsampled, to_tensor
+from neco_bench.features.transforms import to_tensor, upsample_argmax
 from neco_bench.metrics import bootstrap, segmentation
 
 
@@ -68,7 +68,7 @@ def classify_windows(
 ) -> Tensor:
     """Class ids of an image of `shape` (H, W) from what `encode_windows` gives: mean logits, upsampled, argmax."""
     merged = merge_windows(head(features), corners, window)
-    return largest_upsampled(merged, *shape)
+    return upsample_argmax(merged, *shape)
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
@@ -128,7 +128,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             "mIoU_present": segmentation.mean_iou(total, absent="exclude"),
             "pixel_accuracy": float(np.trace(total) / max(1, total.sum())),
         },
-        per_class={"IoU": segmentation.named(segmentation.iou_per_class(total), train.classes)},
+        per_class={"IoU": segmentation.by_class(segmentation.iou_per_class(total), train.classes)},
         ci95={"mIoU": bootstrap.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
         n_images=len(val),
         statistics={"confusion": per_image},

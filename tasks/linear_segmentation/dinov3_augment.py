@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from neco_bench.data.base import IGNORE, Sample
-from neco_bench.features.transforms import nearest_legacy
+from neco_bench.features.transforms import resize_nearest_torch
 
 
 def short_side_size(height: int, width: int, short: int) -> tuple[int, int]:
@@ -113,7 +113,7 @@ class ScaleCropDistort:
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         image = resize_short_side(sample.image, max(1, int(self.size * rng.uniform(*self.scale))))
-        mask = nearest_legacy(sample.mask, image.shape[0], image.shape[1])
+        mask = resize_nearest_torch(sample.mask, image.shape[0], image.shape[1])
         crop = choose_crop(mask, self.size, self.max_class_share, self.crop_tries, rng)
         image, mask = image[crop], mask[crop]
         if rng.random() < self.flip_probability:

@@ -40,4 +40,4 @@ class Settings(BaseSettings):
     evaluate_every: PositiveInt
     select: Literal["best", "last"]
     window_step: Annotated[float, Field(gt=0, le=1)]
-    absent: segmentation.Absent
+    absent: segmentation.AbsentClasses

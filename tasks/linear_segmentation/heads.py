@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from neco_bench.core.errors import NOTHING_LABELLED, BadInputError, NumericalError
-from neco_bench.features.transforms import largest_upsampled
+from neco_bench.features.transforms import upsample_argmax
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ def logits_at(heads: Sequence[nn.Conv2d], features: Tensor, height: int, width: 
 def classify(heads: Sequence[nn.Conv2d], features: Tensor, height: int, width: int) -> Tensor:
     """(H, height, width) class ids by each of H heads of one image's features (D, h, w)."""
     small = logits_at(heads, features[None], *features.shape[1:])[:, 0]
-    return torch.stack([largest_upsampled(logits, height, width) for logits in small])
+    return torch.stack([upsample_argmax(logits, height, width) for logits in small])
 
 
 def new_head(dimension: int, classes: int, seed: int, device: torch.device) -> nn.Conv2d:

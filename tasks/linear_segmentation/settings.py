@@ -39,7 +39,7 @@ class Settings(BaseSettings):
     drop_last_val: bool = False
     select: Literal["best", "last"]
     score_size: PositiveInt | None = None
-    absent: segmentation.Absent
+    absent: segmentation.AbsentClasses
 
     @property
     def rates(self) -> tuple[float, ...]:

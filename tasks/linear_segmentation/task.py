@@ -23,7 +23,7 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
-from neco_bench.features.transforms import Squash, nearest_legacy
+from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 from neco_bench.metrics import bootstrap, segmentation
 
 
@@ -68,7 +68,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             f"drop_last_val leaves none of the {len(val)} val images at batch_size "
             f"{settings.batch_size}. Use --set drop_last_val=false, or the clean-1 protocol."
         )
-    transform = Squash(size, "centre" if settings.score_size else "native")
+    transform = ResizeSquare(size, "centre" if settings.score_size else "native")
     positions: list[int] = []
     for batch in stream(
         encoder,
@@ -85,7 +85,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         with context.phase("predict"), torch.no_grad():
             for row, mask in enumerate(batch.masks):
                 if settings.score_size:
-                    mask = nearest_legacy(mask, settings.score_size, settings.score_size)
+                    mask = resize_nearest_torch(mask, settings.score_size, settings.score_size)
                 predictions = classify(candidates, batch.features[row], *mask.shape).cpu().numpy()
                 truth = val.scored(mask)
                 for confusion, predicted in zip(confusions, predictions, strict=True):
@@ -119,7 +119,9 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             **({"mIoU_std": float(scores[epoch, rate].std(ddof=1))} if len(seeds) > 1 else {}),
         },
         per_class={
-            "IoU": segmentation.named(np.stack([segmentation.iou_per_class(t) for t in totals]).mean(0), train.classes)
+            "IoU": segmentation.by_class(
+                np.stack([segmentation.iou_per_class(t) for t in totals]).mean(0), train.classes
+            )
         },
         ci95={"mIoU": bootstrap.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
         n_images=scored,
@@ -169,7 +171,7 @@ def _rows(
     side = settings.train_mask_size
     for batch in stream(encoder, train, transform, context, "train", items=items, mean=settings.mean, std=settings.std):
         for features, mask in zip(batch.features, batch.masks, strict=True):
-            target = torch.from_numpy(train.scored(nearest_legacy(mask, side, side)).astype(np.int64))
+            target = torch.from_numpy(train.scored(resize_nearest_torch(mask, side, side)).astype(np.int64))
             yield features.clone(), target.to(features.device)
 
 

@@ -18,7 +18,7 @@ import torch
 
 from neco_bench.core.errors import UsageError
 from neco_bench.search.faiss_gpu import faiss_sees_gpu, to_gpu
-from neco_bench.search.row_file import Rows
+from neco_bench.search.row_file import RowFile
 
 CPU = torch.device("cpu")
 
@@ -42,7 +42,7 @@ def check_enough(patches: int, setting: str, count: int) -> None:
         )
 
 
-def reduce_dimensions(features: Rows, dimensions: int) -> Rows:
+def reduce_dimensions(features: RowFile, dimensions: int) -> RowFile:
     """(N, d) principal components, centred, not whitened; the rows as given where D <= `dimensions`.
 
     Raises UsageError where there are fewer rows than components.
@@ -52,14 +52,14 @@ def reduce_dimensions(features: Rows, dimensions: int) -> Rows:
     check_enough(len(features), "components", dimensions)
     pca = faiss.PCAMatrix(features.dimension, dimensions)
     pca.train(features.drawn(PCA_POINTS * features.dimension, PCA_SEED))
-    reduced = Rows(dimensions)
+    reduced = RowFile(dimensions)
     for part in features.chunks():
         reduced.append(pca.apply(part))
     return reduced
 
 
 def kmeans(
-    features: Rows, clusters: int, *, seeds: Sequence[int], iterations: int, redos: int, device: torch.device = CPU
+    features: RowFile, clusters: int, *, seeds: Sequence[int], iterations: int, redos: int, device: torch.device = CPU
 ) -> Iterator[faiss.Index]:
     """For each seed, in order, the index over the (K, d) centroids of FAISS k-means (L2) with `redos` restarts;
     `nearest` reads it. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each

@@ -23,4 +23,4 @@ class Settings(BaseSettings):
     redos: Rounds
     seeds: PositiveInt
     drop_last: NonNegativeInt = 0
-    absent: segmentation.Absent
+    absent: segmentation.AbsentClasses

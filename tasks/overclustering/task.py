@@ -25,9 +25,9 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
-from neco_bench.features.transforms import Squash, nearest_legacy
+from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 from neco_bench.metrics import bootstrap, segmentation
-from neco_bench.search.row_file import CHUNK, Rows, open_spool, spool
+from neco_bench.search.row_file import CHUNK, RowFile, open_spool, spool
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
@@ -64,14 +64,14 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     scored = len(val) // settings.drop_last * settings.drop_last if settings.drop_last else len(val)
     if not scored:
         raise UsageError(f"drop_last leaves none of the {len(val)} images. Use --set drop_last=0, or clean-1.")
-    features = Rows(encoder.embed_dim)
+    features = RowFile(encoder.embed_dim)
     masks = open_spool()
-    transform = Squash(size, "centre" if settings.mask_size else "native")
+    transform = ResizeSquare(size, "centre" if settings.mask_size else "native")
     items = [(0, i) for i in range(scored)]
     for batch in stream(encoder, val, transform, context, "extract", items=items, mean=settings.mean, std=settings.std):
         features.append(batch.features.flatten(2).transpose(1, 2).flatten(0, 1).cpu().numpy())
         for position, image, mask in zip(batch.positions, batch.features, batch.masks, strict=True):
-            small = nearest_legacy(mask, settings.mask_size, settings.mask_size) if settings.mask_size else mask
+            small = resize_nearest_torch(mask, settings.mask_size, settings.mask_size) if settings.mask_size else mask
             truth = val.scored(small)
             packed = io.BytesIO()
             np.save(packed, truth, allow_pickle=False)
@@ -97,7 +97,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             for position, of_models in enumerate(assigned, start):
                 mask = np.load(masks, allow_pickle=False)
                 # Pixels of a cell share its cluster: they are counted once by class and cell, then for each model.
-                cells = nearest_legacy(np.arange(side**2).reshape(side, side), *mask.shape)
+                cells = resize_nearest_torch(np.arange(side**2).reshape(side, side), *mask.shape)
                 by_cell = segmentation.confusion_matrix(mask, cells, classes, clusters=side**2)
                 labels, found = by_cell.nonzero()
                 for own, confusions in zip(of_models, counted, strict=True):
@@ -121,7 +121,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             "mIoU_std": float(np.std(scores)),
             "mIoU_present": float(np.mean(present)),
         },
-        per_class={"IoU": segmentation.named(iou, val.classes)},
+        per_class={"IoU": segmentation.by_class(iou, val.classes)},
         ci95={"mIoU": bootstrap.bootstrap_miou(confusion, absent=settings.absent, seed=context.seed)},
         n_images=scored,
         statistics={"confusion": confusion, "mapping": np.stack(mappings), "mIoU_per_seed": np.array(scores)},

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from neco_bench.core.errors import UsageError
 from neco_bench.data.base import IGNORE
-from neco_bench.features.patches import Void, most_frequent, rescaled, unit_length
+from neco_bench.features.patches import Void, majority_label, rescaled, unit_length
 from neco_bench.search.exact import ExactIndex
 
 VOTE_BYTES = 128 * 2**20
@@ -66,9 +66,9 @@ def vote(patches: Patches, ids: Tensor, classes: int, void: Void, device: torch.
     step = max(1, VOTE_BYTES // (area * (12 * k + 8 * classes)))
     for out, rows in zip(voted.split(step), ids.split(step), strict=True):
         pixels = patches.blocks[rows].to(device).transpose(1, 2).reshape(-1, k)
-        winners = most_frequent(pixels, classes, void).view(-1, area)
+        winners = majority_label(pixels, classes, void).view(-1, area)
         if void == "never votes":
-            fallback = most_frequent(patches.labels[rows].to(device), classes, void)
+            fallback = majority_label(patches.labels[rows].to(device), classes, void)
             winners = torch.where(winners == IGNORE, fallback[:, None], winners)
         out[:] = winners
     return voted

@@ -34,4 +34,4 @@ class Settings(BaseSettings):
     void: Void
     max_patches: PositiveInt | None = None
     score_at: Literal["input", "native"]
-    absent: segmentation.Absent
+    absent: segmentation.AbsentClasses

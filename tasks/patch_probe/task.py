@@ -27,8 +27,8 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
-from neco_bench.features.patches import BicubicSquash, Void, cut, most_frequent, paste
-from neco_bench.features.transforms import nearest_centre
+from neco_bench.features.patches import BicubicResizeSquare, Void, majority_label, patchify, unpatchify
+from neco_bench.features.transforms import resize_nearest_pil
 from neco_bench.metrics import bootstrap, segmentation
 
 
@@ -91,11 +91,11 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         """Confusions of predicted blocks (N, A), image after image, with masks of any resolution."""
         confusions = segmentation.ImageConfusions(len(names))
         for blocks, truth in zip(predicted.split(side**2), truths, strict=True):
-            labels = paste(blocks.clamp(max=len(val.classes)), side)
-            confusions.add(truth, nearest_centre(labels, *truth.shape))
+            labels = unpatchify(blocks.clamp(max=len(val.classes)), side)
+            confusions.add(truth, resize_nearest_pil(labels, *truth.shape))
         return confusions
 
-    held_out = [paste(blocks, side) for blocks in patches.blocks[split:].split(side**2)]
+    held_out = [unpatchify(blocks, side) for blocks in patches.blocks[split:].split(side**2)]
 
     def select(predicted: Tensor) -> float:
         value = segmentation.mean_iou(score(predicted, held_out).total(), absent=settings.absent)
@@ -113,8 +113,10 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         confusions = score(predicted, masks)
     for position, name in enumerate(val.ids):
         if name in context.watched:
-            labels = paste(predicted[position * side**2 : (position + 1) * side**2], side)
-            context.seen[name]["prediction"] = nearest_centre(labels.clip(max=len(val.classes)), *masks[position].shape)
+            labels = unpatchify(predicted[position * side**2 : (position + 1) * side**2], side)
+            context.seen[name]["prediction"] = resize_nearest_pil(
+                labels.clip(max=len(val.classes)), *masks[position].shape
+            )
     per_image, total = confusions.per_image(), confusions.total()
     return Outcome(
         metrics={
@@ -122,7 +124,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             "mIoU_present": segmentation.mean_iou(total, absent="exclude"),
             "pixel_accuracy": float(np.trace(total) / max(1, total.sum())),
         },
-        per_class={"IoU": segmentation.named(segmentation.iou_per_class(total), names)},
+        per_class={"IoU": segmentation.by_class(segmentation.iou_per_class(total), names)},
         ci95={"mIoU": bootstrap.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
         n_images=len(confusions),
         statistics={"confusion": per_image},
@@ -240,12 +242,12 @@ def read_train(
     void: Void = "wins ties" if settings.void == "wins ties" else "loses ties"
     moments = Moments(dimension)
     stop = split = dropped = 0
-    transform = BicubicSquash(size, resize_mask=True)
+    transform = BicubicResizeSquare(size, resize_mask=True)
     for batch in stream(encoder, train, transform, context, "train", items=items, mean=settings.mean, std=settings.std):
         features = batch.features.flatten(2).transpose(1, 2).cpu()
         for position, image, mask in zip(batch.positions, features, batch.masks, strict=True):
-            blocks = cut(train.scored(mask), encoder.stride)
-            rows = Patches(image, blocks, most_frequent(blocks, len(train.classes), void))
+            blocks = patchify(train.scored(mask), encoder.stride)
+            rows = Patches(image, blocks, majority_label(blocks, len(train.classes), void))
             dropped += int((rows.labels == IGNORE).sum())
             usable = np.flatnonzero(rows.labels.numpy() != IGNORE)
             rng = item_rng(context.seed, "patches", train.ids[items[position][1]])
@@ -273,7 +275,7 @@ def read_val(
     """(N, D) features of all patches, image after image, on the CPU, and one mask per image to score on."""
     tokens = (size // encoder.stride) ** 2
     features, masks = torch.empty(len(val), tokens, encoder.embed_dim), []
-    transform = BicubicSquash(size, resize_mask=settings.score_at == "input")
+    transform = BicubicResizeSquare(size, resize_mask=settings.score_at == "input")
     for batch in stream(encoder, val, transform, context, "val", mean=settings.mean, std=settings.std):
         features[list(batch.positions)] = batch.features.flatten(2).transpose(1, 2).cpu()
         masks += [val.scored(mask) for mask in batch.masks]

@@ -41,7 +41,7 @@ def baseline(encoder, train, val, settings) -> float:
     from torchvision.transforms.functional import to_tensor
 
     from neco_bench.core.rng import item_rng
-    from neco_bench.features.transforms import Squash, crop_box, nearest_legacy
+    from neco_bench.features.transforms import ResizeSquare, crop_box, resize_nearest_torch
     from neco_bench.metrics import segmentation
 
     size, stride, classes = settings.used_size(encoder.stride), encoder.stride, len(train.classes)
@@ -56,7 +56,7 @@ def baseline(encoder, train, val, settings) -> float:
                 image = adjust(image, centre + change)
         top, left, height, width = crop_box(rng, sample.mask.shape, settings.crop_scale, settings.crop_ratio)
         image = tvf.resized_crop(to_tensor(image), top, left, height, width, [size, size], antialias=True)
-        return image, nearest_legacy(sample.mask[top : top + height, left : left + width], size, size)
+        return image, resize_nearest_torch(sample.mask[top : top + height, left : left + width], size, size)
 
     def batches(dataset, transform):
         for start in range(0, len(dataset), 16):
@@ -81,7 +81,7 @@ def baseline(encoder, train, val, settings) -> float:
     index = faiss.IndexFlatIP(keys.shape[1])
     index.add(keys.numpy())
     predictions, truths = [], []
-    for samples, features, masks in batches(val, Squash(size, "legacy")):
+    for samples, features, masks in batches(val, ResizeSquare(size, "legacy")):
         queries = features.flatten(0, 1).contiguous()
         _, ids = index.search(queries.numpy(), settings.neighbours)
         neighbours = keys[torch.from_numpy(ids)]
@@ -107,12 +107,12 @@ def measure(variant: str, root: str) -> dict[str, object]:
     from neco_bench.features import transforms  # imports take as long for the baseline, and are not what is measured
     from neco_bench.runner.execute import execute
     from neco_bench.runner.job import plan
-    from neco_bench.runner.options import Options
+    from neco_bench.runner.options import RunOptions
 
     changes = {"memory_size": 51_200} | ({"search": "bf16"} if variant == "fast" else {})
     chosen = find_tasks(["camvid_ic@hbird-2"], changes)[0]
     spec = str(Path(os.environ["ENCODER_FILE"])) + ":cheap"
-    job = plan(spec, chosen, Options(data_root=Path(root), workers=0))
+    job = plan(spec, chosen, RunOptions(data_root=Path(root), workers=0))
     encoder, settings = load_encoder(spec, device="cpu"), chosen.settings()
     assert task
     assert transforms

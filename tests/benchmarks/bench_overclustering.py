@@ -20,7 +20,7 @@ from neco_bench.core.protocol import find_tasks
 from neco_bench.encoders.base import DenseFeatures, Encoder
 from neco_bench.runner.execute import execute
 from neco_bench.runner.job import plan
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 
 class Cheap(Encoder):
@@ -44,7 +44,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         make(Path(folder), options.images)
         task = find_tasks(["camvid_overcluster_50@neco-1"], {"input_size": 64, "clusters": 500})[0]
-        job = plan("cheap", task, Options(data_root=Path(folder), workers=0), identity="cheap")
+        job = plan("cheap", task, RunOptions(data_root=Path(folder), workers=0), identity="cheap")
         result, _ = execute(job, Cheap().to(options.device))
         if result.status != "ok":
             raise SystemExit(result.error)

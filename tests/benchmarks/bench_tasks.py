@@ -24,7 +24,7 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.features import store
 from neco_bench.runner.execute import execute
 from neco_bench.runner.job import plan
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 MODEL, SIZE, BATCH = "timm:vit_small_patch16_224?pretrained=false&seed=0", 224, 16
 FIRST = {
@@ -42,7 +42,7 @@ AGAIN = {
 def seconds(device: str, name: str, changes: dict[str, Any], root: Path) -> tuple[float, int, dict[str, float]]:
     """Seconds of a task, the images it encodes, and its phases."""
     task = find_tasks([name.split()[0]], {"input_size": SIZE, **changes})[0]
-    job = plan(MODEL, task, Options(data_root=root, batch_size=BATCH, device=device))
+    job = plan(MODEL, task, RunOptions(data_root=root, batch_size=BATCH, device=device))
     images = sum(len(data) for data in job.data.values())
     start = time.perf_counter()
     result, _ = execute(job, None)
@@ -76,8 +76,8 @@ def main() -> None:
             os.environ["NECO_BENCH_CACHE"] = folder
             for name, changes in {**FIRST, **{key: {} for key in AGAIN}}.items():
                 if name not in AGAIN:
-                    for row in store.stored_streams():
-                        store.remove_stream(Path(row["folder"]))
+                    for row in store.stored_files():
+                        store.remove_file(Path(row["folder"]))
                 taken, images, phases = seconds(options.device, name, changes, options.data_root)
                 forward = bare(encoder, images)
                 ratios.setdefault(name, []).append(taken / forward)

@@ -20,7 +20,7 @@ import torch
 
 from neco_bench.training.batches import Order, loader
 from neco_bench.training.loop import _Run
-from neco_bench.training.options import Options
+from neco_bench.training.options import TrainOptions
 from neco_bench.training.recipe import Recipe
 
 
@@ -47,7 +47,7 @@ def main() -> None:
         precision=chosen.precision,
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = _Run(recipe, Options(out=Path(folder), data="shapes:160"), 0, 1, device)
+        run = _Run(recipe, TrainOptions(out=Path(folder), data="shapes:160"), 0, 1, device)
     order = Order(len(run.images), recipe, 0, recipe.steps or 0, 0, chosen.batch)
     batches = iter(loader(run.images, recipe, order, chosen.workers, device.type == "cuda"))
     sizes = (2, chosen.size), (4, 96)

@@ -14,13 +14,13 @@ import numpy as np
 import pytest
 
 from neco_bench.core.protocol import find_tasks
-from neco_bench.features.store import stored_streams
+from neco_bench.features.store import stored_files
 from neco_bench.metrics.segmentation import ImageConfusions
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import run_job
 from neco_bench.runner.job import plan
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
 MODEL = "timm:test_vit3?pretrained=false&seed=0"
@@ -40,7 +40,7 @@ def torchrun(processes: int, out: Path, *arguments: str) -> subprocess.Completed
 @pytest.mark.parametrize(("processes", "task"), [(2, task) for task in TASKS] + [(4, "shapes_ic")])
 def test_same_counts_as_one_process(processes: int, task: str, tmp_path: Path) -> None:
     changes = {"epochs": 1} if task == "shapes_linear" else {}
-    job = plan(MODEL, find_tasks([task], changes)[0], Options(workers=0, batch_size=4, limit=22, features="off"))
+    job = plan(MODEL, find_tasks([task], changes)[0], RunOptions(workers=0, batch_size=4, limit=22, features="off"))
     alone = ResultStore(tmp_path / "alone")
     single = run_job(job, alone)
     assert single.status == "ok", single.error
@@ -94,14 +94,14 @@ def test_killed_processes_leave_what_they_encoded(tmp_path: Path, monkeypatch: p
         stderr=subprocess.DEVNULL,
     )
     until = time.monotonic() + 60
-    while (streams := stored_streams()) == [] or min(row["done"] for row in streams) < 4 or len(streams) < 2:
+    while (streams := stored_files()) == [] or min(row["done"] for row in streams) < 4 or len(streams) < 2:
         assert time.monotonic() < until, "nothing was kept"
         time.sleep(0.05)
     subprocess.run(
         ["pkill", "-KILL", "-f", str(encoder)], check=True
     )  # torchrun's processes are in groups of their own
     killed.wait()
-    kept = sum(row["done"] for row in stored_streams())
+    kept = sum(row["done"] for row in stored_files())
     assert not list((tmp_path / "many").rglob("*.json"))
     done = torchrun(2, tmp_path / "many", *arguments)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -20,10 +20,23 @@ from .timm_table import row_of, rows
 
 ROWS = rows()
 # One of each behaviour: any size, deepest stride, attention block, padding, built for each size, one size, another stem.
-QUICK = (
-    "resnet18 dla34 hrnet_w18_small lambda_resnet26t mobilevitv2_050 halonet26t inception_v4 fastvit_t8 convnext_atto "
-    "mixer_s32_224 pit_ti_224 levit_128s hiera_tiny_224 vit_relpos_small_patch16_224 tresnet_m"
-).split()
+QUICK = [
+    "resnet18",
+    "dla34",
+    "hrnet_w18_small",
+    "lambda_resnet26t",
+    "mobilevitv2_050",
+    "halonet26t",
+    "inception_v4",
+    "fastvit_t8",
+    "convnext_atto",
+    "mixer_s32_224",
+    "pit_ti_224",
+    "levit_128s",
+    "hiera_tiny_224",
+    "vit_relpos_small_patch16_224",
+    "tresnet_m",
+]
 
 
 def level(name: str, index: int = -1) -> Any:

@@ -18,12 +18,12 @@ from neco_bench.core.task import Context
 from neco_bench.data.load import load_dataset
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import Batch, stream
-from neco_bench.features.store import FeatureStore, budget, remove_stream, store_folder, stored_streams
-from neco_bench.features.transforms import Squash
+from neco_bench.features.extract import FeatureBatch, stream
+from neco_bench.features.store import FeatureStore, budget, remove_file, store_folder, stored_files
+from neco_bench.features.transforms import ResizeSquare
 from neco_bench.runner.execute import execute
 from neco_bench.runner.job import plan
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 MODEL = "baseline_rgb"
 
@@ -47,27 +47,29 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def batches(context: Context, transform: object = None, count: int = 20, epochs: int = 1) -> list[Batch]:
+def batches(context: Context, transform: object = None, count: int = 20, epochs: int = 1) -> list[FeatureBatch]:
     dataset = load_dataset("shapes", "val", limit=count)
     items = [(epoch, i) for epoch in range(epochs) for i in range(count)]
-    return list(stream(load_encoder(MODEL), dataset, transform or Squash(64, "centre"), context, "x", items=items))
+    return list(
+        stream(load_encoder(MODEL), dataset, transform or ResizeSquare(64, "centre"), context, "x", items=items)
+    )
 
 
 def with_store(kept_as: str = "fp32", batch_size: int = 8) -> Context:
     return Context(batch_size=batch_size, store=FeatureStore(kept_as, "one"))
 
 
-def flat(found: list[Batch]) -> tuple[torch.Tensor, np.ndarray, list[int]]:
+def flat(found: list[FeatureBatch]) -> tuple[torch.Tensor, np.ndarray, list[int]]:
     masks = np.stack([mask for batch in found for mask in batch.masks])
     return torch.cat([b.features for b in found]), masks, [p for b in found for p in b.positions]
 
 
-def assert_same(a: list[Batch], b: list[Batch]) -> None:
+def assert_same(a: list[FeatureBatch], b: list[FeatureBatch]) -> None:
     for first, second in zip(flat(a), flat(b), strict=True):
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("transform", [Squash(64, "centre"), CropFlip(64, (0.2, 1.0), (0.75, 1.3), 0.5)])
+@pytest.mark.parametrize("transform", [ResizeSquare(64, "centre"), CropFlip(64, (0.2, 1.0), (0.75, 1.3), 0.5)])
 def test_what_comes_back_is_what_was_computed(transform: object, encoded: list[int]) -> None:
     plain = batches(Context(batch_size=8), transform, epochs=2)
     first, context = batches(with_store(), transform, epochs=2), with_store(batch_size=7)
@@ -81,17 +83,17 @@ def test_what_comes_back_is_what_was_computed(transform: object, encoded: list[i
 
 def test_what_another_number_would_need_is_not_shared(encoded: list[int]) -> None:
     batches(with_store())
-    batches(with_store(), Squash(80, "centre"))
-    batches(with_store(), Squash(64, "legacy"))
+    batches(with_store(), ResizeSquare(80, "centre"))
+    batches(with_store(), ResizeSquare(64, "legacy"))
     batches(Context(batch_size=8, seed=1, store=FeatureStore(identity="one")))
-    assert (sum(encoded), len(stored_streams())) == (80, 4)
+    assert (sum(encoded), len(stored_files())) == (80, 4)
 
 
 def test_other_code_of_a_transform_shares_nothing(encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
     batches(with_store())
     monkeypatch.setattr("inspect.getsource", lambda module: "another version")
     batches(with_store())
-    assert (sum(encoded), len(stored_streams())) == (40, 2)
+    assert (sum(encoded), len(stored_files())) == (40, 2)
 
 
 @pytest.mark.parametrize("damage", ["none", "half an item", "lost index", "lost masks"])
@@ -100,11 +102,11 @@ def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]
     encoded.clear()
     dataset, items = load_dataset("shapes", "val", limit=20), [(0, i) for i in range(20)]
     context = with_store(batch_size=4)
-    started = stream(load_encoder(MODEL), dataset, Squash(64, "centre"), context, "x", items=items)
+    started = stream(load_encoder(MODEL), dataset, ResizeSquare(64, "centre"), context, "x", items=items)
     for _ in range(3):  # the third is appended when the fourth is asked for
         next(started)
     started.close()
-    (row,) = stored_streams()
+    (row,) = stored_files()
     assert row["done"] == 12
     folder = Path(row["folder"])
     lost = {"none": 0, "half an item": 1, "lost index": 1, "lost masks": 1}[damage]
@@ -126,13 +128,13 @@ def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]
 @pytest.mark.parametrize("file", ["features.bin", "masks.bin"])
 def test_a_damaged_stream_is_computed_again(file: str, encoded: list[int], caplog: pytest.LogCaptureFixture) -> None:
     plain = batches(with_store())
-    path = Path(stored_streams()[0]["folder"]) / file
+    path = Path(stored_files()[0]["folder"]) / file
     content = bytearray(path.read_bytes())
     content[-10] ^= 1
     path.write_bytes(content)
     assert_same(plain, batches(with_store()))
     assert "checksum" in caplog.text
-    assert not stored_streams()
+    assert not stored_files()
     batches(with_store())
     encoded.clear()
     assert_same(plain, batches(with_store()))
@@ -142,7 +144,7 @@ def test_a_damaged_stream_is_computed_again(file: str, encoded: list[int], caplo
 @pytest.mark.parametrize("damage", ["zeroed", "far", "flat", "no features", "no masks"])
 def test_a_damaged_index_is_computed_again(damage: str, encoded: list[int]) -> None:
     plain = batches(with_store())
-    folder = Path(stored_streams()[0]["folder"])
+    folder = Path(stored_files()[0]["folder"])
     index = folder / "index.bin"
     content = bytearray(index.read_bytes())
     record = len(content) // 20
@@ -182,30 +184,30 @@ def test_a_disk_may_be_full_before_a_buffer_is_written(caplog: pytest.LogCapture
 
 def test_a_second_process_computes_for_itself(encoded: list[int]) -> None:
     plain = batches(with_store())
-    folder = Path(stored_streams()[0]["folder"])
+    folder = Path(stored_files()[0]["folder"])
     os.truncate(folder / "index.bin", 10 * 20)
     encoded.clear()
     with FileLock(folder / "lock"):
         assert_same(plain, batches(with_store()))
-        assert not remove_stream(folder)
+        assert not remove_file(folder)
     assert sum(encoded) == 10
-    assert stored_streams()[0]["done"] == 10
+    assert stored_files()[0]["done"] == 10
 
 
 def test_the_least_recently_used_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(3):
         batches(Context(batch_size=8, seed=seed, store=FeatureStore(identity="one")))
-    rows = stored_streams()
+    rows = stored_files()
     order = {row["folder"]: i for i, row in enumerate(rows)}
     for row in rows:
         os.utime(Path(row["folder"]) / "about.json", (order[row["folder"]], order[row["folder"]]))
     monkeypatch.setenv("NECO_BENCH_FEATURES_GB", str(3.5 * rows[0]["bytes"] / 1e9))
     batches(Context(batch_size=8, seed=3, store=FeatureStore(identity="one")))
-    assert {row["folder"] for row in rows[1:]} < {row["folder"] for row in stored_streams()}
-    assert rows[0]["folder"] not in {row["folder"] for row in stored_streams()}
+    assert {row["folder"] for row in rows[1:]} < {row["folder"] for row in stored_files()}
+    assert rows[0]["folder"] not in {row["folder"] for row in stored_files()}
     monkeypatch.setenv("NECO_BENCH_FEATURES_GB", "0.000001")
     assert len(batches(Context(batch_size=8, seed=4, store=FeatureStore(identity="one")))) == 3
-    assert len(stored_streams()) == 3  # what does not fit at all drives nothing out
+    assert len(stored_files()) == 3  # what does not fit at all drives nothing out
     monkeypatch.setenv("NECO_BENCH_FEATURES_GB", "much")
     with pytest.raises(UsageError, match="NECO_BENCH_FEATURES_GB='much'"):
         budget()
@@ -234,7 +236,7 @@ def test_half_precision_is_stated_and_bounded() -> None:
 
 def test_tasks_share_features_and_results_say_so(encoded: list[int]) -> None:
     def run(task: str, **options: object):
-        job = plan(MODEL, find_tasks([task])[0], Options(workers=0, limit=12, **options))
+        job = plan(MODEL, find_tasks([task])[0], RunOptions(workers=0, limit=12, **options))
         encoded.clear()
         result, _ = execute(job, None)
         assert result.status == "ok", result.error
@@ -256,7 +258,7 @@ def test_tasks_share_features_and_results_say_so(encoded: list[int]) -> None:
     assert (off.provenance["features"]["dtype"], half.provenance["features"]["dtype"]) == ("float32", "float16")
     assert half.metrics["mIoU"] == pytest.approx(off.metrics["mIoU"], abs=0.01)
     with pytest.raises(UsageError, match="--features"):
-        Options(features="int4")
+        RunOptions(features="int4")
 
 
 def test_code_that_changed_shares_nothing_with_what_it_was(tmp_path: Path) -> None:
@@ -277,7 +279,7 @@ def test_code_that_changed_shares_nothing_with_what_it_was(tmp_path: Path) -> No
     )
 
     def run() -> tuple[float, int]:
-        job = plan(f"{file}:mine", find_tasks(["shapes_ic"])[0], Options(workers=0, limit=8))
+        job = plan(f"{file}:mine", find_tasks(["shapes_ic"])[0], RunOptions(workers=0, limit=8))
         result, _ = execute(job, None)
         assert result.status == "ok", result.error
         return result.metrics["mIoU"], result.provenance["features_reused"]
@@ -293,10 +295,10 @@ def test_code_that_changed_shares_nothing_with_what_it_was(tmp_path: Path) -> No
 
 def test_features_that_another_process_deleted_are_computed(encoded: list[int]) -> None:
     plain = batches(with_store())
-    folder = Path(stored_streams()[0]["folder"])
+    folder = Path(stored_files()[0]["folder"])
     encoded.clear()
     reading = stream(
-        load_encoder(MODEL), load_dataset("shapes", "val", limit=20), Squash(64, "centre"), with_store(), "x"
+        load_encoder(MODEL), load_dataset("shapes", "val", limit=20), ResizeSquare(64, "centre"), with_store(), "x"
     )
     found = [next(reading)]
     (folder / "features.bin").unlink()
@@ -306,7 +308,7 @@ def test_features_that_another_process_deleted_are_computed(encoded: list[int]) 
 
 
 def test_an_encoder_object_keeps_nothing() -> None:
-    job = plan(MODEL, find_tasks(["shapes_ic"])[0], Options(workers=0, limit=4), identity="mine")
+    job = plan(MODEL, find_tasks(["shapes_ic"])[0], RunOptions(workers=0, limit=4), identity="mine")
     execute(job, load_encoder(MODEL))
     assert not store_folder().exists()
 

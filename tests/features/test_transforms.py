@@ -17,12 +17,12 @@ from PIL import Image
 from neco_bench.core.rng import item_rng
 from neco_bench.data.base import Sample
 from neco_bench.features.transforms import (
-    Squash,
+    ResizeSquare,
     crop_box,
-    largest_upsampled,
-    nearest_centre,
-    nearest_legacy,
     resize_image,
+    resize_nearest_pil,
+    resize_nearest_torch,
+    upsample_argmax,
 )
 
 sides = st.integers(1, 600)
@@ -33,7 +33,7 @@ sides = st.integers(1, 600)
 def test_legacy_nearest_equals_torch(height: int, width: int, rows: int, columns: int) -> None:
     mask = np.random.default_rng(0).integers(0, 255, (height, width), dtype=np.uint8)
     torch_way = torch.nn.functional.interpolate(torch.from_numpy(mask)[None, None].float(), (rows, columns))[0, 0]
-    np.testing.assert_array_equal(nearest_legacy(mask, rows, columns), torch_way.numpy())
+    np.testing.assert_array_equal(resize_nearest_torch(mask, rows, columns), torch_way.numpy())
 
 
 @given(
@@ -54,7 +54,7 @@ def test_the_largest_map_is_that_of_all_upsampled(
     elif kind == "constant":
         maps[:] = 0.25
     whole = torch.nn.functional.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-    found = largest_upsampled(maps, *size)
+    found = upsample_argmax(maps, *size)
     values = whole.gather(0, found[None])[0]
     # Where a value lies in memory decides how PyTorch rounds it, so that even equal maps may differ in the last digit.
     rounding = 1e-6 * float(maps.abs().max())
@@ -73,15 +73,15 @@ def test_maps_that_are_nowhere_the_largest_are_not_upsampled(monkeypatch: pytest
         return plain(values, *rest, **options)
 
     monkeypatch.setattr(torch.nn.functional, "interpolate", interpolate)
-    assert (largest_upsampled(maps, 48, 48) == 40).all()
+    assert (upsample_argmax(maps, 48, 48) == 40).all()
     assert asked == [1]
 
 
 def test_the_two_nearest_rules_differ() -> None:
     """By hand: 4 -> 2 rows; the legacy rule takes rows 0 and 2, the centre rule rows 1 and 3."""
     mask = np.arange(4, dtype=np.uint8)[:, None]
-    assert nearest_legacy(mask, 2, 1).ravel().tolist() == [0, 2]
-    assert nearest_centre(mask, 2, 1).ravel().tolist() == [1, 3]
+    assert resize_nearest_torch(mask, 2, 1).ravel().tolist() == [0, 2]
+    assert resize_nearest_pil(mask, 2, 1).ravel().tolist() == [1, 3]
 
 
 def test_resize_equals_torchvision_on_pillow_images() -> None:
@@ -123,12 +123,12 @@ def sample() -> Sample:
 @pytest.mark.parametrize(
     "transform",
     [
-        Squash(48, "legacy"),
+        ResizeSquare(48, "legacy"),
         HummingbirdTrain(48, 0.1, 0.5, (0.5, 2.0), (0.75, 4 / 3)),
         CropFlip(48, (0.8, 1), (0.75, 4 / 3), 0.5),
     ],
 )
-def test_an_item_is_transformed_alike_for_a_seed_and_epoch(transform: Squash) -> None:
+def test_an_item_is_transformed_alike_for_a_seed_and_epoch(transform: ResizeSquare) -> None:
     image, mask = transform(sample(), item_rng(0, "augment", 3, "x"))
     again, mask_again = transform(sample(), item_rng(0, "augment", 3, "x"))
     other, _ = transform(sample(), item_rng(0, "augment", 4, "x"))
@@ -138,7 +138,7 @@ def test_an_item_is_transformed_alike_for_a_seed_and_epoch(transform: Squash) ->
     assert float(image.max()) <= 1 + 1e-6
     assert torch.equal(image, again)
     np.testing.assert_array_equal(mask, mask_again)
-    assert isinstance(transform, Squash) or not torch.equal(image, other)
+    assert isinstance(transform, ResizeSquare) or not torch.equal(image, other)
 
 
 def test_image_and_mask_move_together() -> None:

@@ -15,7 +15,7 @@ from neco_bench.reports.compare import SIZES, compare_classes, compare_images, c
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import run_job
 from neco_bench.runner.job import plan, plan_all
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 from tests.command import neco
 
 TASKS = ["shapes_ic", "shapes_overcluster_50", "shapes_ic@clean-1", "shapes_correspondence"]
@@ -24,7 +24,7 @@ TASKS = ["shapes_ic", "shapes_overcluster_50", "shapes_ic@clean-1", "shapes_corr
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> ResultStore:
     folder = ResultStore(tmp_path_factory.mktemp("compared"))
-    options = Options(workers=0, limit=24)
+    options = RunOptions(workers=0, limit=24)
     for job in plan_all(["baseline_rgb", "baseline_hog"], find_tasks(TASKS), options, folder):
         assert run_job(job, folder).status == "ok"
     return folder
@@ -120,7 +120,7 @@ def test_what_was_set_otherwise_is_not_compared(store: ResultStore, tmp_path: Pa
     other = ResultStore(tmp_path)
     for model, k in (("baseline_rgb", 3), ("baseline_hog", 5)):
         task = find_tasks(["shapes_ic"], {"neighbours": k})[0]
-        assert run_job(plan(model, task, Options(workers=0, limit=6)), other).status == "ok"
+        assert run_job(plan(model, task, RunOptions(workers=0, limit=6)), other).status == "ok"
     told = r"'baseline_rgb' has shapes_ic@hbird-2\* \[neighbours=3, limit 6\]; 'baseline_hog' has .*neighbours=5"
     with pytest.raises(MissingError, match=told):
         find_pairs([other], "baseline_rgb", "baseline_hog", [])
@@ -129,7 +129,7 @@ def test_what_was_set_otherwise_is_not_compared(store: ResultStore, tmp_path: Pa
 def test_pairs_have_names_of_their_own(store: ResultStore, tmp_path: Path) -> None:
     for model in ("baseline_rgb", "baseline_hog"):
         for limit, seed in ((6, 0), (6, 1), (8, 0)):
-            job = plan(model, find_tasks(["shapes_ic"])[0], Options(workers=0, limit=limit, seed=seed))
+            job = plan(model, find_tasks(["shapes_ic"])[0], RunOptions(workers=0, limit=limit, seed=seed))
             assert run_job(job, ResultStore(tmp_path)).status == "ok"
     folders = ("--results", str(store.folder), "--results", str(tmp_path))
     code, out, _ = neco("compare", "baseline_rgb", "baseline_hog", "--task", "shapes_ic", "--per-class", *folders)

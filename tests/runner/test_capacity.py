@@ -15,7 +15,7 @@ from neco_bench.core.errors import UsageError
 from neco_bench.encoders.base import Encoder
 from neco_bench.runner import capacity
 from neco_bench.runner.capacity import memory_there
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 from tests.command import neco
 
 HUGE = 10**9
@@ -88,7 +88,7 @@ def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_processes_without_measure() -> None:
     with pytest.raises(UsageError, match="--workers must be at most"):
-        Options(workers=100_000)
+        RunOptions(workers=100_000)
 
 
 def test_the_memory_of_a_container_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

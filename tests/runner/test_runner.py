@@ -19,7 +19,7 @@ from neco_bench.encoders import DenseFeatures, Encoder, load_encoder
 from neco_bench.results.store import ResultStore
 from neco_bench.runner import execute
 from neco_bench.runner.job import plan
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 HEX64 = re.compile("[0-9a-f]{64}")
 QUICK: dict[str, Any] = {"limit": 4, "workers": 0, "changes": {"input_size": 56}}
@@ -236,10 +236,10 @@ def _split(task: str, role: str) -> tuple[str, str]:
 def test_planning_opens_the_data_but_loads_no_encoder(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(execute, "load_encoder", lambda *a, **k: pytest.fail("loaded"))
     (task,) = find_tasks(["shapes_ic"])
-    job = plan("baseline_rgb", task, Options(limit=4, layers="3"))
+    job = plan("baseline_rgb", task, RunOptions(limit=4, layers="3"))
     assert (job.label, len(job.data["val"])) == ("baseline_rgb[layers=3]", 4)
-    other = plan("baseline_rgb", task, Options(limit=4, layers="3", seed=1))
-    same = plan("baseline_rgb", task, Options(limit=4, layers="3", batch_size=2, workers=1))
+    other = plan("baseline_rgb", task, RunOptions(limit=4, layers="3", seed=1))
+    same = plan("baseline_rgb", task, RunOptions(limit=4, layers="3", batch_size=2, workers=1))
     assert job.key == same.key != other.key  # what moves no number is no part of the key
 
 
@@ -256,7 +256,7 @@ def test_an_error_inside_a_family(
     entry = execute.FAMILIES.entry("in_context")
     monkeypatch.setattr("neco_bench.tasks.in_context.task.run", broken)
     monkeypatch.setattr(execute.FAMILIES, "entry", lambda _: type(entry)(entry.name, entry.value, origin))
-    job = plan("baseline_rgb", find_tasks(["shapes_ic"])[0], Options(limit=2, device="cpu"))
+    job = plan("baseline_rgb", find_tasks(["shapes_ic"])[0], RunOptions(limit=2, device="cpu"))
     result, _ = execute.execute(job, None)
     assert (result.status, result.error_code) == ("failed", code)
     assert "ZeroDivisionError: division by zero" in (result.error or "")

@@ -21,7 +21,7 @@ from neco_bench.core.protocol import find_tasks
 from neco_bench.core.task import Context
 from neco_bench.data.base import Sample
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.search.row_file import Rows
+from neco_bench.search.row_file import RowFile
 
 
 def features(rows: int = 3000, columns: int = 24) -> np.ndarray:
@@ -35,20 +35,20 @@ def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clustering, "CHUNK", 700)
 
 
-def stored(x: np.ndarray) -> Rows:
-    rows = Rows(x.shape[1])
+def stored(x: np.ndarray) -> RowFile:
+    rows = RowFile(x.shape[1])
     for part in np.array_split(x, 7):
         rows.append(part)
     return rows
 
 
-def standardised(x: np.ndarray) -> Rows:
+def standardised(x: np.ndarray) -> RowFile:
     rows = stored(x)
     rows.standardise()
     return rows
 
 
-def everything(rows: Rows) -> np.ndarray:
+def everything(rows: RowFile) -> np.ndarray:
     return np.concatenate(list(rows.chunks()))
 
 
@@ -106,7 +106,7 @@ def test_kmeans_is_faiss_with_its_own_sub_sampling() -> None:
 
 def test_an_error_while_fitting_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = stored(features(8000, 8))
-    monkeypatch.setattr(Rows, "drawn", lambda self, count, seed: 1 / (seed - 4))
+    monkeypatch.setattr(RowFile, "drawn", lambda self, count, seed: 1 / (seed - 4))
     with pytest.raises(ZeroDivisionError):
         list(kmeans(rows, 5, seeds=[4], iterations=1, redos=1))
 
@@ -182,7 +182,7 @@ def test_clustering_of_given_features_equals_an_independent_computation(clusters
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_told() -> None:
-    rows = Rows(4)
+    rows = RowFile(4)
     rows._file = open("/dev/full", "wb")  # noqa: SIM115
     with pytest.raises(NecoBenchError, match=r"No space left.*NECO_BENCH_CACHE"):
         rows.append(np.zeros((3, 4), np.float32))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from neco_bench.tasks.correspondence import task
 from neco_bench.tasks.correspondence.geometry import (
-    _GEOMETRIES,
+    GEOMETRIES,
     View,
     match_padded_centre,
     match_squash,
@@ -128,7 +128,7 @@ def test_pairs_of_one_target_are_matched_as_each_alone(geometry: str) -> None:
             settings=settings_of("sd-dino-1" if geometry == "padded_centre" else "geoaware-1"),
         )
     else:
-        match = _GEOMETRIES[geometry][1]
+        match = GEOMETRIES[geometry][1]
     together = match(pairs, views, target, 96, 16)
     alone = [match([pair], [view], target, 96, 16) for pair, view in zip(pairs, views, strict=True)]
     for whole, *parts in zip(together, *alone, strict=True):

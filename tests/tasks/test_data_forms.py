@@ -16,7 +16,7 @@ from neco_bench.core.protocol import Task, find_tasks
 from neco_bench.results.store import ResultStore
 from neco_bench.runner import execute
 from neco_bench.runner.job import plan
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 SIDE = 64
 
@@ -81,7 +81,7 @@ def test_the_linear_head_never_learns_other(ade20k: Path, tmp_path: Path) -> Non
 def test_a_fraction_is_the_mean_of_its_five_draws(ade20k: Path, tmp_path: Path) -> None:
     changes = {"input_size": SIDE, "neighbours": 3}
     (task,) = find_tasks(["ade20k_ic_1of8@clean-1"], changes)
-    options = Options(data_root=ade20k, workers=0)
+    options = RunOptions(data_root=ade20k, workers=0)
     single = []
     for draw in range(5):
         card = replace(task.card, splits={"train": f"train_1of8_{draw}", "val": "val"})
@@ -108,7 +108,7 @@ def test_a_list_of_ids_takes_the_place_of_the_draws(ade20k: Path, tmp_path: Path
     listed = tmp_path / "list.txt"
     listed.write_text("00\n05\n")
     (task,) = find_tasks(["ade20k_ic_1of8"])
-    job = plan("baseline_rgb", task, Options(data_root=ade20k, split_file=listed))
+    job = plan("baseline_rgb", task, RunOptions(data_root=ade20k, split_file=listed))
     assert {role: data.ids for role, data in job.data.items()} == {"train": ("00", "05"), "val": ("00", "01", "02")}
 
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from neco_bench.tasks.in_context.memory import choose_patches, patch_labels, read_labels, retrieve
 from scipy.sparse import csr_matrix
 
-from neco_bench.features.transforms import largest_upsampled, nearest_legacy, resize_image, to_tensor
+from neco_bench.features.transforms import resize_image, resize_nearest_torch, to_tensor, upsample_argmax
 from neco_bench.metrics import segmentation
 from neco_bench.search.exact import ExactIndex
 
@@ -93,7 +93,7 @@ def test_retrieval_to_miou(arrays: dict[str, np.ndarray], case: str, encoder: st
 def score(shares: torch.Tensor, masks: np.ndarray) -> tuple[np.ndarray, np.ndarray, float]:
     """Maps (n, 224, 224), confusion matrix and Hungarian mIoU of patch shares (n, 196, 11)."""
     confusions = segmentation.ImageConfusions(11)
-    maps = np.stack([largest_upsampled(s.T.reshape(11, 14, 14), 224, 224).numpy() for s in shares])
+    maps = np.stack([upsample_argmax(s.T.reshape(11, 14, 14), 224, 224).numpy() for s in shares])
     for mask, predicted in zip(masks, maps, strict=True):
         confusions.add(mask, predicted)
     total = confusions.total()
@@ -116,7 +116,7 @@ def test_images_and_masks_from_files(arrays: dict[str, np.ndarray], real_data: P
         sample = val[index[0]]
         image = (resize_image(sample.image, 224, 224) - mean) / std
         np.testing.assert_array_equal(image, arrays["det_x_val"][row])
-        np.testing.assert_array_equal(nearest_legacy(sample.mask, 224, 224), arrays["det_y_val"][row, 0])
+        np.testing.assert_array_equal(resize_nearest_torch(sample.mask, 224, 224), arrays["det_y_val"][row, 0])
         compared += 1
     assert compared == len(arrays["val_names"])
     assert to_tensor(sample.image).shape == (3, *sample.image.shape[:2])

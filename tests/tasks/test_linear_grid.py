@@ -9,13 +9,13 @@ from neco_bench.core.protocol import find_tasks
 from neco_bench.core.task import Context, Outcome
 from neco_bench.encoders import load_encoder
 from neco_bench.runner.job import plan
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 
 
 def probe(protocol: str, seed: int = 0, **changes: object) -> tuple[Outcome, dict]:
     common = {"epochs": 2, "batch_size": 8, "drop_last_val": False}
     (task,) = find_tasks([f"shapes_linear@{protocol}"], {**common, **changes})
-    job = plan("baseline_hog", task, Options(limit=8, seed=seed))
+    job = plan("baseline_hog", task, RunOptions(limit=8, seed=seed))
     context = Context(seed=seed, batch_size=8)
     outcome = task.module.run(load_encoder("baseline_hog"), dict(job.data), task.settings(), context)
     return outcome, context.notes

@@ -33,7 +33,7 @@ from neco_bench.core.task import Context
 from neco_bench.data.base import IGNORE, Sample, SegmentationDataset
 from neco_bench.data.load import DATASETS
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.features.patches import BicubicSquash, Void, cut, most_frequent, paste
+from neco_bench.features.patches import BicubicResizeSquare, Void, majority_label, patchify, unpatchify
 from tests.tasks.test_shapes import Oracle, Painted
 
 CPU = torch.device("cpu")
@@ -95,18 +95,18 @@ LABELS = st.sampled_from([0, 1, 2, 4, IGNORE])
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=7), elements=LABELS))
 def test_most_frequent_equals_a_loop(labels: np.ndarray) -> None:
     for void in VOIDS:
-        found = most_frequent(torch.from_numpy(labels), 5, void).tolist()
+        found = majority_label(torch.from_numpy(labels), 5, void).tolist()
         assert found == [naive(row, void) for row in labels.tolist()]
 
 
 def test_ties_by_hand() -> None:
     labels = torch.tensor([[4, 1, 1, 4], [IGNORE, 3, 3, IGNORE], [IGNORE, IGNORE, 2, IGNORE]], dtype=torch.uint8)
-    assert most_frequent(labels, 5, "wins ties").tolist() == [1, IGNORE, IGNORE]
-    assert most_frequent(labels, 5, "loses ties").tolist() == [1, 3, IGNORE]
-    assert most_frequent(labels, 5, "never votes").tolist() == [1, 3, 2]
+    assert majority_label(labels, 5, "wins ties").tolist() == [1, IGNORE, IGNORE]
+    assert majority_label(labels, 5, "loses ties").tolist() == [1, 3, IGNORE]
+    assert majority_label(labels, 5, "never votes").tolist() == [1, 3, 2]
     reference = labels.mode(1).values  # the operator of the reference, with void as 255 and, on ADE20K, as 0
-    assert torch.equal(most_frequent(labels, 5, "loses ties"), reference)
-    assert torch.equal(most_frequent(labels, 5, "wins ties") + 1, (labels + 1).mode(1).values)
+    assert torch.equal(majority_label(labels, 5, "loses ties"), reference)
+    assert torch.equal(majority_label(labels, 5, "wins ties") + 1, (labels + 1).mode(1).values)
 
 
 @settings(max_examples=40, deadline=None)
@@ -133,21 +133,21 @@ def test_votes_equal_a_loop(blocks: np.ndarray, ids: np.ndarray) -> None:
 
 def test_blocks_are_rows_of_cells_and_fit_together_again() -> None:
     mask = np.arange(36, dtype=np.uint8).reshape(6, 6)
-    blocks = cut(mask, 2)
+    blocks = patchify(mask, 2)
     assert blocks[1].tolist() == [2, 3, 8, 9]
     assert blocks[3].tolist() == [12, 13, 18, 19]
-    np.testing.assert_array_equal(paste(blocks, 3), mask)
+    np.testing.assert_array_equal(unpatchify(blocks, 3), mask)
 
 
 def test_squash_is_bicubic_and_takes_the_mask_along_or_not() -> None:
     rng = np.random.default_rng(0)
     sample = Sample(rng.integers(0, 256, (30, 20, 3), np.uint8), rng.integers(0, 9, (30, 20), np.uint8), "")
-    image, mask = BicubicSquash(12, True)(sample, rng)
+    image, mask = BicubicResizeSquare(12, True)(sample, rng)
     expected = np.asarray(Image.fromarray(sample.image).resize((12, 12), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), expected)
     expected = np.asarray(Image.fromarray(sample.mask).resize((12, 12), Image.Resampling.NEAREST))
     np.testing.assert_array_equal(mask, expected)
-    np.testing.assert_array_equal(BicubicSquash(12, False)(sample, rng)[1], sample.mask)
+    np.testing.assert_array_equal(BicubicResizeSquare(12, False)(sample, rng)[1], sample.mask)
 
 
 # Neighbours and logistic regression.

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from neco_bench.encoders import Encoder, load_encoder
-from neco_bench.training.batches import Batch, Item, collate
+from neco_bench.training.batches import Item, TrainBatch, collate
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.views import ViewSettings, make_views
 
@@ -34,7 +34,7 @@ def recipe(**changes: Any) -> Recipe:
     return Recipe(**{**values, **changes})
 
 
-def batch(images: int = 3, seed: int = 0, settings: Recipe | None = None) -> Batch:
+def batch(images: int = 3, seed: int = 0, settings: Recipe | None = None) -> TrainBatch:
     """Views of noise images, normalised."""
     of = settings or recipe()
     views = ViewSettings(global_size=of.global_size, local_size=of.local_size, locals=of.locals)
@@ -44,7 +44,7 @@ def batch(images: int = 3, seed: int = 0, settings: Recipe | None = None) -> Bat
         for i in range(images)
     ]
     made = collate(items)
-    assert isinstance(made, Batch)
+    assert isinstance(made, TrainBatch)
     return made.normalised(small_encoder(), torch.device("cpu"))
 
 

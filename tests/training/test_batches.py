@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import BadInputError
 from neco_bench.training.batches import Order, loader
 from neco_bench.training.images import open_images
@@ -18,9 +18,9 @@ from neco_bench.training.images import open_images
 from .helpers import recipe
 
 
-def order(images: int, first: int = 0, last: int = 20, place: Place | None = None, **changes: int) -> list[list]:
+def order(images: int, first: int = 0, last: int = 20, place: RankShard | None = None, **changes: int) -> list[list]:
     settings = recipe(**changes)
-    where = place or Place(0, settings.batch_size // settings.accumulate)
+    where = place or RankShard(0, settings.batch_size // settings.accumulate)
     return list(Order(images, settings, first, last, where.start, where.images))
 
 
@@ -45,9 +45,9 @@ def test_processes_and_parts_share_a_step() -> None:
     whole = order(50, batch_size=8)
     parts = order(50, batch_size=8, accumulate=2)
     assert [parts[i] + parts[i + 1] for i in range(0, 40, 2)] == whole
-    ranks = [order(50, batch_size=8, place=Place(0, 4, start=s, total=8)) for s in (0, 4)]
+    ranks = [order(50, batch_size=8, place=RankShard(0, 4, start=s, total=8)) for s in (0, 4)]
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
-    both = [order(50, batch_size=8, accumulate=2, place=Place(0, 2, start=s, total=4)) for s in (0, 2)]
+    both = [order(50, batch_size=8, accumulate=2, place=RankShard(0, 2, start=s, total=4)) for s in (0, 2)]
     assert [a + b for a, b in zip(*both, strict=True)] == parts
 
 

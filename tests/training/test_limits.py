@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.training import limits
 from neco_bench.training.images import MOST_SHAPES, open_images
@@ -40,7 +40,7 @@ def test_memory_of_each_part_is_that_of_what_is_made() -> None:
     settings, encoder = recipe(queue_length=60, head_layers=6), small_encoder()
     network = Network(encoder, settings, 0)
     objective = NeCo(settings, network)
-    found = {need.what: need.bytes for need in needs(settings, encoder, Place(0, 4), prefetched=2)}
+    found = {need.what: need.bytes for need in needs(settings, encoder, RankShard(0, 4), prefetched=2)}
     views = batch(4, settings=settings)
     assert found["views"] == 4 * (views.global_views.numel() + views.local_views.numel())
     assert found["loaded views"] == 3 * found["views"] // 4
@@ -70,26 +70,26 @@ def test_memory_of_each_part_is_that_of_what_is_made() -> None:
 )  # fmt: skip
 def test_settings_beyond_what_there_is(changes: dict[str, Any], told: str) -> None:
     with pytest.raises(UsageError, match=told):
-        check(recipe(**changes), small_encoder(), Place(0, 4), 6, 0)
+        check(recipe(**changes), small_encoder(), RankShard(0, 4), 6, 0)
 
 
 def test_settings_that_fit_are_not_refused(caplog: pytest.LogCaptureFixture) -> None:
     for changes in ({}, {"references": 196}, {"queue_length": 60}, {"cells": 40, "head_dim": 64}):
-        check(recipe(**changes), small_encoder(), Place(0, 4), 6, 2)
-    check(recipe(objective="mim", use_teacher=False, references=10**6), small_encoder(), Place(0, 4), 6, 2)
+        check(recipe(**changes), small_encoder(), RankShard(0, 4), 6, 2)
+    check(recipe(objective="mim", use_teacher=False, references=10**6), small_encoder(), RankShard(0, 4), 6, 2)
     assert not caplog.text
     with caplog.at_level(logging.WARNING):
-        check(recipe(queue_length=60, queue_per_image=17), small_encoder(), Place(0, 4), 6, 2)
+        check(recipe(queue_length=60, queue_per_image=17), small_encoder(), RankShard(0, 4), 6, 2)
     assert "a global view has 16 patches only" in caplog.text
 
 
 def test_what_is_counted_is_measured_against_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    total = sum(need.bytes for need in needs(recipe(), small_encoder(), Place(0, 4), prefetched=0))
+    total = sum(need.bytes for need in needs(recipe(), small_encoder(), RankShard(0, 4), prefetched=0))
     monkeypatch.setattr(limits, "host_memory", lambda: total)
-    check(recipe(), small_encoder(), Place(0, 4), 6, 0)
+    check(recipe(), small_encoder(), RankShard(0, 4), 6, 0)
     monkeypatch.setattr(limits, "host_memory", lambda: total - 1)
     with pytest.raises(UsageError, match="GiB"):
-        check(recipe(), small_encoder(), Place(0, 4), 6, 0)
+        check(recipe(), small_encoder(), RankShard(0, 4), 6, 0)
     monkeypatch.undo()
     whole = host_memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
@@ -98,7 +98,7 @@ def test_what_is_counted_is_measured_against_the_memory_there_is(monkeypatch: py
 
 def test_processes_and_generated_images_have_a_bound(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--workers=100000: each is a process.* Use at most \d+"):
-        check(recipe(), small_encoder(), Place(0, 4), 6, 100_000)
+        check(recipe(), small_encoder(), RankShard(0, 4), 6, 100_000)
     for count in (MOST_SHAPES + 1, 10**15, "9" * 5000):
         with pytest.raises(UsageError, match="shapes:N with the number of images to generate, at most 10,000,000"):
             open_images(f"shapes:{count}")

@@ -31,7 +31,7 @@ from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, 
 from neco_bench.encoders import load_encoder
 from neco_bench.training import checkpoints, log, loop
 from neco_bench.training.loop import cosine, train
-from neco_bench.training.options import Interrupted, Options
+from neco_bench.training.options import Interrupted, TrainOptions
 from neco_bench.training.recipe import Recipe
 
 from . import helpers
@@ -47,8 +47,10 @@ def recipe(**changes: Any) -> Recipe:
     return helpers.recipe(**{"cells": 4, "references": 16, **changes})
 
 
-def options(out: Path, **changes: Any) -> Options:
-    return Options(**{"out": out, "data": "shapes:24", "workers": 0, "progress": False, "save_every": 2, **changes})
+def options(out: Path, **changes: Any) -> TrainOptions:
+    return TrainOptions(
+        **{"out": out, "data": "shapes:24", "workers": 0, "progress": False, "save_every": 2, **changes}
+    )
 
 
 def weights(run: Path, role: str = "student") -> dict[str, torch.Tensor]:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.training.networks import (
     Network,
@@ -27,7 +27,7 @@ from .helpers import recipe, small_encoder
 
 @given(rate=st.floats(0.05, 0.6), views=st.integers(1, 4), turn=st.integers(0, 9))
 def test_stochastic_depth_keeps_or_drops_whole_images_and_the_mean(rate: float, views: int, turn: int) -> None:
-    drop = StochasticDepth(rate, 3, Place(0, images=500, turn=turn))
+    drop = StochasticDepth(rate, 3, RankShard(0, images=500, turn=turn))
     out = drop(torch.ones(views * 500, 2, 5)).flatten(1)
     assert torch.equal(out.min(1).values, out.max(1).values)
     torch.testing.assert_close(out[out > 0], torch.full_like(out[out > 0], 1 / (1 - rate)))
@@ -39,7 +39,7 @@ def test_stochastic_depth_keeps_or_drops_whole_images_and_the_mean(rate: float, 
 
 
 def test_exact_depth_keeps_a_fixed_number_of_images() -> None:
-    drop = StochasticDepth(0.1, 0, Place(0, images=8), exact=True)
+    drop = StochasticDepth(0.1, 0, RankShard(0, images=8), exact=True)
     for turn in range(5):
         drop.place.turn = turn
         out = drop(torch.ones(16, 3))  # protocols/neco.md 1.4: floor(16 * 0.9) = 14, scaled by 16 / 14
@@ -49,9 +49,11 @@ def test_exact_depth_keeps_a_fixed_number_of_images() -> None:
 
 @pytest.mark.parametrize("exact", [False, True])
 def test_processes_drop_what_one_process_drops(exact: bool) -> None:
-    whole = StochasticDepth(0.4, 1, Place(0, images=6), exact)(torch.ones(12, 2)).unflatten(0, (2, 6))
+    whole = StochasticDepth(0.4, 1, RankShard(0, images=6), exact)(torch.ones(12, 2)).unflatten(0, (2, 6))
     parts = [
-        StochasticDepth(0.4, 1, Place(0, images=3, start=start, total=6), exact)(torch.ones(6, 2)).unflatten(0, (2, 3))
+        StochasticDepth(0.4, 1, RankShard(0, images=3, start=start, total=6), exact)(torch.ones(6, 2)).unflatten(
+            0, (2, 3)
+        )
         for start in (0, 3)
     ]
     assert torch.equal(torch.cat(parts, 1), whole)
@@ -59,7 +61,7 @@ def test_processes_drop_what_one_process_drops(exact: bool) -> None:
 
 def test_drop_path_grows_linearly_over_the_blocks_of_a_vit() -> None:
     encoder = small_encoder("timm:test_vit2?pretrained=false")
-    make_trainable(encoder, recipe(drop_path=0.1), Place(0, 2), False)
+    make_trainable(encoder, recipe(drop_path=0.1), RankShard(0, 2), False)
     drops = [m for m in encoder.modules() if isinstance(m, StochasticDepth)]
     assert [round(d.rate, 6) for d in drops] == [round(0.1 * i / 7, 6) for i in range(1, 8) for _ in range(2)]
     assert [d.exact for d in drops] == [False] * 12 + [True] * 2  # the last block of a ViT with LayerScale
@@ -81,7 +83,7 @@ class OneForBoth(torch.nn.Module):
 
 def test_branches_that_share_a_module_are_dropped_apart() -> None:
     model = torch.nn.Sequential(OneForBoth(), OneForBoth())
-    _add_stochastic_depth(model, 0.5, Place(0, 64))
+    _add_stochastic_depth(model, 0.5, RankShard(0, 64))
     kept = model[1](torch.ones(64, 1))
     assert {tuple(row) for row in kept.tolist()} == {(0, 0), (0, 2), (2, 0), (2, 2)}
     assert torch.equal(model[1](torch.ones(64, 1)), kept)
@@ -90,7 +92,7 @@ def test_branches_that_share_a_module_are_dropped_apart() -> None:
 
 def test_blocks_without_layer_scale() -> None:
     encoder = small_encoder("timm:vit_small_patch16_dinov3?pretrained=false")
-    make_trainable(encoder, recipe(drop_path=0.1), Place(0, 2), False)
+    make_trainable(encoder, recipe(drop_path=0.1), RankShard(0, 2), False)
     assert any(isinstance(m, StochasticDepth) for m in encoder.modules())
 
 
@@ -109,23 +111,23 @@ def test_blocks_are_found(spec: str, count: int) -> None:
 
 def test_trainable_blocks_freeze_everything_else() -> None:
     encoder = small_encoder()
-    make_trainable(encoder, recipe(trainable_blocks=4), Place(0, 2), False)
+    make_trainable(encoder, recipe(trainable_blocks=4), RankShard(0, 2), False)
     trained = {name.split(".")[2] for name, p in encoder.named_parameters() if p.requires_grad}
     assert trained == {"4", "5"}
-    make_trainable(encoder, recipe(trainable_blocks=[0]), Place(0, 2), False)
+    make_trainable(encoder, recipe(trainable_blocks=[0]), RankShard(0, 2), False)
     assert {name.split(".")[2] for name, p in encoder.named_parameters() if p.requires_grad} == {"0"}
     with pytest.raises(UsageError, match="has 6 blocks"):
-        make_trainable(encoder, recipe(trainable_blocks=[7]), Place(0, 2), False)
+        make_trainable(encoder, recipe(trainable_blocks=[7]), RankShard(0, 2), False)
 
 
 def test_an_encoder_without_weights_is_refused() -> None:
     with pytest.raises(UsageError, match="no weights to train"):
-        make_trainable(small_encoder("baseline_rgb"), recipe(), Place(0, 2), False)
+        make_trainable(small_encoder("baseline_rgb"), recipe(), RankShard(0, 2), False)
 
 
 def test_what_features_do_not_pass_through_is_frozen(caplog: pytest.LogCaptureFixture) -> None:
     encoder = small_encoder("timm:test_vit3?pretrained=false")  # has attention pooling
-    make_trainable(encoder, recipe(), Place(0, 2), False)
+    make_trainable(encoder, recipe(), RankShard(0, 2), False)
     frozen = [name for name, p in encoder.named_parameters() if not p.requires_grad]
     assert frozen
     assert all("attn_pool" in name for name in frozen)
@@ -135,7 +137,7 @@ def test_what_features_do_not_pass_through_is_frozen(caplog: pytest.LogCaptureFi
 
 def test_batch_normalisation_keeps_its_statistics() -> None:
     encoder = small_encoder("timm:resnet18?pretrained=false")
-    make_trainable(encoder, recipe(), Place(0, 2), False)
+    make_trainable(encoder, recipe(), RankShard(0, 2), False)
     network = Network(encoder, recipe(), 0)
     set_training(network)
     before = copy.deepcopy(dict(encoder.named_buffers()))
@@ -146,7 +148,7 @@ def test_batch_normalisation_keeps_its_statistics() -> None:
 
 def test_parameter_groups() -> None:
     encoder = small_encoder()
-    make_trainable(encoder, recipe(), Place(0, 2), False)
+    make_trainable(encoder, recipe(), RankShard(0, 2), False)
     network = Network(encoder, recipe(), 0)
     groups = parameter_groups(network)
     assert [(g["part"], g["decays"]) for g in groups] == [
@@ -190,7 +192,7 @@ def test_checkpointing_changes_no_gradient() -> None:
     gradients = []
     for checkpointing in (False, True):
         encoder = small_encoder()
-        make_trainable(encoder, recipe(drop_path=0.3), Place(0, 2), checkpointing)
+        make_trainable(encoder, recipe(drop_path=0.3), RankShard(0, 2), checkpointing)
         network = Network(encoder, recipe(), 0)
         set_training(network)
         images = torch.randn(4, 3, 64, 64, generator=torch.Generator().manual_seed(0))

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 import torchvision
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.training.batches import by_view
 from neco_bench.training.loss import neco_loss
@@ -38,7 +38,7 @@ def pool(maps: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     return aligned.flatten(2).transpose(1, 2)
 
 
-def by_definition(objective: NeCo, student: Network, teacher: Network, place: Place, similarity: str) -> float:
+def by_definition(objective: NeCo, student: Network, teacher: Network, place: RankShard, similarity: str) -> float:
     """protocols/neco.md 1.1: every pair (c, v) by itself, references taken from the objective's own draw."""
     made = batch(place.images)
     views = [made.global_views[:, 0], made.global_views[:, 1], *made.local_views.unbind(1)]
@@ -68,7 +68,7 @@ def by_definition(objective: NeCo, student: Network, teacher: Network, place: Pl
 def test_loss_is_the_definition(similarity: str) -> None:
     settings = recipe(similarity=similarity)
     student, teacher = networks(settings)
-    place, objective = Place(0, 3), NeCo(settings, student)
+    place, objective = RankShard(0, 3), NeCo(settings, student)
     loss = float(objective(batch(3), student, teacher, teacher, place))
     assert loss == pytest.approx(by_definition(objective, student, teacher, place, similarity), rel=1e-5)
 
@@ -77,7 +77,7 @@ def test_gradient_reaches_the_student_alone_and_every_part_of_it() -> None:
     settings = recipe()
     student, teacher = (n.requires_grad_() for n in networks(settings))
     objective = NeCo(settings, student)
-    objective(batch(2), student, teacher, teacher, Place(0, 2)).backward()
+    objective(batch(2), student, teacher, teacher, RankShard(0, 2)).backward()
     assert all(p.grad is None for p in teacher.parameters())
     assert all(p.grad is not None and p.grad.any() for p in student.projection_head.parameters())
 
@@ -87,8 +87,8 @@ def test_without_a_teacher_the_references_carry_gradient_and_the_targets_none() 
     student, _ = networks(settings)
     student.requires_grad_()
     objective = NeCo(settings, student)
-    loss = objective(batch(2), student, None, student, Place(0, 2))
-    same = objective(batch(2), student, student, student, Place(0, 2))
+    loss = objective(batch(2), student, None, student, RankShard(0, 2))
+    same = objective(batch(2), student, student, student, RankShard(0, 2))
     assert float(loss.detach()) == pytest.approx(float(same.detach()), rel=1e-6)
     grads = [torch.autograd.grad(value, list(student.projection_head.parameters())) for value in (loss, same)]
     assert not torch.allclose(grads[0][0], grads[1][0], rtol=1e-3, atol=0)
@@ -107,7 +107,7 @@ def test_only_patches_that_are_read_matter() -> None:
 
 
 def test_in_batch_references_use_every_teacher_vector_once() -> None:
-    objective, place = NeCo(recipe(), Network(small_encoder(), recipe(), 0)), Place(5, 4)
+    objective, place = NeCo(recipe(), Network(small_encoder(), recipe(), 0)), RankShard(5, 4)
     aligned = torch.arange(5 * 4 * 49.0).view(5, 4, 49, 1).expand(-1, -1, -1, 16)
     references = objective._references(aligned, torch.ones(5, 4, 49), 0, place)
     assert references.shape == (5, 4, 49, 16)
@@ -125,14 +125,14 @@ def test_references_of_an_accumulated_part_are_its_own() -> None:
     whole = torch.arange(5 * 4 * 49.0).view(5, 4, 49, 1)
     for images in (slice(0, 2), slice(2, 4)):
         part = whole[:, images]
-        references = objective._references(part, torch.ones(5, 2, 49), 0, Place(0, 2))
+        references = objective._references(part, torch.ones(5, 2, 49), 0, RankShard(0, 2))
         assert set(references.flatten().tolist()) == set(part.flatten().tolist())
 
 
 def test_queue_is_first_in_first_out_and_gives_no_empty_entries() -> None:
     settings = recipe(queue_length=25, head_dim=4)
     objective = NeCo(settings, Network(small_encoder(), settings, 0))
-    place = Place(0, 1)
+    place = RankShard(0, 1)
     for turn in range(4):
         place.turn = turn
         drawn = objective._draw_tokens(place, 16)
@@ -149,7 +149,7 @@ def test_queue_is_first_in_first_out_and_gives_no_empty_entries() -> None:
 def test_queue_takes_tokens_of_the_teacher_map() -> None:
     settings = recipe(queue_length=40)
     student, teacher = networks(settings)
-    objective, place = NeCo(settings, student), Place(0, 3)
+    objective, place = NeCo(settings, student), RankShard(0, 3)
     made = batch(3)
     objective(made, student, teacher, teacher, place)
     tokens = embed_all(teacher, by_view(made.global_views)).unflatten(0, (2, 3)).permute(0, 1, 3, 4, 2).flatten(1, 3)
@@ -162,11 +162,11 @@ def test_queue_takes_tokens_of_the_teacher_map() -> None:
 def test_a_shuffled_teacher_teaches_no_patch_its_own_order() -> None:
     settings = recipe(shuffle_teacher=True)
     student, teacher = networks(settings)
-    shuffled = float(NeCo(settings, student)(batch(3), student, teacher, teacher, Place(0, 3)))
-    plain = float(NeCo(recipe(), student)(batch(3), student, teacher, teacher, Place(0, 3)))
+    shuffled = float(NeCo(settings, student)(batch(3), student, teacher, teacher, RankShard(0, 3)))
+    plain = float(NeCo(recipe(), student)(batch(3), student, teacher, teacher, RankShard(0, 3)))
     assert shuffled != pytest.approx(plain, rel=1e-4)
-    same = NeCo(settings, teacher)(batch(3), teacher, teacher, teacher, Place(0, 3))
-    aligned = NeCo(recipe(), teacher)(batch(3), teacher, teacher, teacher, Place(0, 3))
+    same = NeCo(settings, teacher)(batch(3), teacher, teacher, teacher, RankShard(0, 3))
+    aligned = NeCo(recipe(), teacher)(batch(3), teacher, teacher, teacher, RankShard(0, 3))
     assert float(same) > float(aligned)  # a network agrees with itself, and not with its shuffled self
 
 
@@ -178,7 +178,7 @@ def test_masked_loss(mask: str) -> None:
     )
     student.requires_grad_()
     objective = NeCo(settings, student)
-    loss = objective(batch(2, settings=settings), student, teacher, teacher, Place(0, 2))
+    loss = objective(batch(2, settings=settings), student, teacher, teacher, RankShard(0, 2))
     loss.backward()
     assert 0 < float(loss.detach()) < 2 * math.log(49)
     assert all(torch.isfinite(p.grad).all() for p in student.parameters() if p.grad is not None)
@@ -196,7 +196,7 @@ def test_a_queue_that_a_mask_left_empty_is_not_read() -> None:
     settings = recipe(loss_mask="fg", queue_length=8)
     objective = NeCo(settings, Network(small_encoder("timm:vit_tiny_patch16_224?pretrained=false"), settings, 0))
     aligned, mask = torch.randn(5, 2, 49, 4), torch.rand(5, 2, 49) > 0.5
-    references = objective._references(aligned, mask, 0, Place(0, 2))
+    references = objective._references(aligned, mask, 0, RankShard(0, 2))
     for pair in range(5):
         inside = {tuple(row) for row in aligned[pair][mask[pair]].tolist()}
         assert {tuple(row) for row in references[pair].flatten(0, 1).tolist()} <= inside
@@ -218,7 +218,7 @@ def test_views_of_one_size_and_no_local_views() -> None:
     for changes in ({"local_size": 64}, {"locals": 0}):
         settings = recipe(**changes)
         student, teacher = networks(settings)
-        loss = NeCo(settings, student)(batch(2, settings=settings), student, teacher, teacher, Place(0, 2))
+        loss = NeCo(settings, student)(batch(2, settings=settings), student, teacher, teacher, RankShard(0, 2))
         assert math.isfinite(float(loss))
 
 
@@ -232,7 +232,7 @@ def test_masked_image_modelling_by_hand() -> None:
         return student(groups, needed)
 
     made = batch(2)
-    loss = float(MaskedImages(settings, student)(made, embed, None, student, Place(0, 2)))
+    loss = float(MaskedImages(settings, student)(made, embed, None, student, RankShard(0, 2)))
     images, hidden = by_view(made.global_views), seen[0][1]
     assert hidden.flatten(1).sum(1).tolist() == [8] * 4
     predicted = student.projection_head(
@@ -264,7 +264,7 @@ def test_gradients_and_colours_of_all_patches_by_hand() -> None:
         return student(groups, needed)
 
     made = batch(1)
-    loss = float(MaskedImages(settings, student)(made, embed, None, student, Place(0, 1)))
+    loss = float(MaskedImages(settings, student)(made, embed, None, student, RankShard(0, 1)))
     predicted = student.projection_head(
         student.encoder._encode(seen[0], final_norm=True, attention=False).map.permute(0, 2, 3, 1)
     )

@@ -14,10 +14,10 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.reduce import mean_over_processes
 from neco_bench.encoders import Encoder
-from neco_bench.training.batches import TENSORS, Batch
+from neco_bench.training.batches import TENSORS, TrainBatch
 from neco_bench.training.networks import Network, make_trainable, set_training
 from neco_bench.training.objectives import OBJECTIVES
 
@@ -60,7 +60,7 @@ def untrained() -> Encoder:
 
 
 @functools.cache
-def views(size: int, count: int) -> Batch:
+def views(size: int, count: int) -> TrainBatch:
     return batch(TOTAL, settings=recipe(global_size=size, locals=count))
 
 
@@ -68,7 +68,7 @@ def gradients(changes: dict[str, Any], rank: int, world: int) -> tuple[list[floa
     """The loss of a step, or of two where there is a queue, and their gradient, averaged as the training loop does."""
     settings = recipe(**{"cells": 3, "references": 9, "drop_path": 0, "head_hidden": 16, **changes})
     count = TOTAL // world
-    place, encoder = Place(0, count, rank * count, TOTAL), copy.deepcopy(untrained())
+    place, encoder = RankShard(0, count, rank * count, TOTAL), copy.deepcopy(untrained())
     make_trainable(encoder, settings, place, False)
     student = Network(encoder, settings, 1)
     set_training(student)

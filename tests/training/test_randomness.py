@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from neco_bench.core.distributed import Place
+from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.encoders import Encoder, load_encoder
 from neco_bench.training import checkpoints, loop
 from neco_bench.training.loop import train
 from neco_bench.training.networks import Network, make_trainable, seeded, set_training
-from neco_bench.training.options import Options
+from neco_bench.training.options import TrainOptions
 
 from . import helpers
 
@@ -90,7 +90,7 @@ def recipe(spec: str, **changes: Any) -> Any:
 
 def prepared(spec: str, checkpointing: bool = False) -> Encoder:
     encoder = load_encoder(spec, device="cpu")
-    make_trainable(encoder, recipe(spec), Place(0, 2), checkpointing)
+    make_trainable(encoder, recipe(spec), RankShard(0, 2), checkpointing)
     return encoder
 
 
@@ -98,8 +98,8 @@ def prepared(spec: str, checkpointing: bool = False) -> Encoder:
 def test_a_resumed_run_ends_in_the_same_weights(
     file: Path, factory: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def options(out: str, resume: bool = False) -> Options:
-        return Options(tmp_path / out, "shapes:8", workers=0, progress=False, save_every=2, resume=resume)
+    def options(out: str, resume: bool = False) -> TrainOptions:
+        return TrainOptions(tmp_path / out, "shapes:8", workers=0, progress=False, save_every=2, resume=resume)
 
     settings = recipe(f"{file}:{factory}")
     with caplog.at_level(logging.WARNING, "neco_bench"):
@@ -132,7 +132,7 @@ def test_draws_differ_between_steps_and_processes_alone(file: Path) -> None:
     image = torch.randn(2, 3, 64, 64)
 
     def features(**where: int) -> torch.Tensor:
-        with seeded(Place(**{"seed": 0, "images": 2, "start": 0, "total": 4, **where}), torch.device("cpu")):
+        with seeded(RankShard(**{"seed": 0, "images": 2, "start": 0, "total": 4, **where}), torch.device("cpu")):
             return encoder._encode(image, final_norm=False, attention=False).map
 
     first = features()
@@ -147,7 +147,7 @@ def test_checkpointing_repeats_the_draws(file: Path) -> None:
         network = Network(prepared(f"{file}:module", checkpointing), recipe(f"{file}:module"), 0)
         set_training(network)
         images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
-        with seeded(Place(0, 2), torch.device("cpu")):
+        with seeded(RankShard(0, 2), torch.device("cpu")):
             (embedded,) = network([images], [torch.ones(2, 4, 4, dtype=torch.bool)])
         embedded.square().sum(1).pow(2).sum().backward()
         gradients.append(torch.cat([p.grad.flatten() for p in network.parameters() if p.grad is not None]))
@@ -168,6 +168,6 @@ def test_encoders_without_draws_say_nothing(file: Path, spec: str, caplog: pytes
     encoder = load_encoder(spec, device="cpu")
     buffers = {name: value.clone() for name, value in encoder.named_buffers()}
     with caplog.at_level(logging.WARNING, "neco_bench"):
-        make_trainable(encoder, recipe(spec, drop_path=0.3, local_size=64), Place(0, 2), False)
+        make_trainable(encoder, recipe(spec, drop_path=0.3, local_size=64), RankShard(0, 2), False)
     assert "random" not in caplog.text
     assert all(torch.equal(value, buffers[name]) for name, value in encoder.named_buffers())

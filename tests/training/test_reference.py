@@ -23,9 +23,9 @@ from neco_bench.core.rng import item_rng
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.adapters import timm_models
 from neco_bench.training import loop
-from neco_bench.training.batches import Batch
+from neco_bench.training.batches import TrainBatch
 from neco_bench.training.networks import folded_class_token
-from neco_bench.training.options import Options
+from neco_bench.training.options import TrainOptions
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.sorting import comparators
 
@@ -145,7 +145,7 @@ class Plain:
             return (pairs[0] - pairs[1]).square().sum(-1).sqrt().flatten(0, 1)
         return F.cosine_similarity(*pairs, dim=-1).flatten(0, 1)
 
-    def loss(self, batch: Batch, step: int) -> Tensor:
+    def loss(self, batch: TrainBatch, step: int) -> Tensor:
         """Draws (which teacher vectors are references, which tokens join the queue) are those of the run."""
         recipe, total = self.recipe, torch.zeros(())
         views = [*batch.global_views.unbind(1), *batch.local_views.unbind(1)]
@@ -174,7 +174,7 @@ class Plain:
                 total = total - (q * p.log()).sum(2).mean() / 5 / 2
         return total
 
-    def step(self, batch: Batch, step: int) -> float:
+    def step(self, batch: TrainBatch, step: int) -> float:
         recipe, names = self.recipe, list(self.student)
         loss = self.loss(batch, step)
         found = torch.autograd.grad(loss, [self.student[name] for name in names], allow_unused=True)
@@ -224,18 +224,20 @@ def trained(
 ) -> tuple[Any, Plain, State, list[tuple[float, float]]]:
     """Three steps of the run in a precision, and of the plain computation in float64 on the same batches: both, the
     weights they start from, and the losses of each step."""
-    run = loop._Run(settings, Options(out=out, data="shapes:8", workers=0, progress=False), 0, 1, torch.device("cpu"))
+    run = loop._Run(
+        settings, TrainOptions(out=out, data="shapes:8", workers=0, progress=False), 0, 1, torch.device("cpu")
+    )
     for part in (run.student, run.teacher, run.objective):
         part.to(dtype)
-    start, normalised = official(run.student), Batch.normalised
-    plain, batches = Plain(settings, start, official(run.teacher)), list[Batch]()
+    start, normalised = official(run.student), TrainBatch.normalised
+    plain, batches = Plain(settings, start, official(run.teacher)), list[TrainBatch]()
 
-    def keep(self: Batch, *arguments: Any) -> Batch:
+    def keep(self: TrainBatch, *arguments: Any) -> TrainBatch:
         made = normalised(self, *arguments)
         batches.append(_as(made, torch.float64))
         return _as(made, dtype)
 
-    monkeypatch.setattr(Batch, "normalised", keep)
+    monkeypatch.setattr(TrainBatch, "normalised", keep)
     losses, order = [], loop.Order(8, settings, 0, STEPS, 0, IMAGES)
     loaded = iter(loop.loader(run.images, settings, order, 0, False))
     for step in range(STEPS):
@@ -244,7 +246,7 @@ def trained(
     return run, plain, start, losses
 
 
-def _as(batch: Batch, dtype: torch.dtype) -> Batch:
+def _as(batch: TrainBatch, dtype: torch.dtype) -> TrainBatch:
     views = {name: getattr(batch, name).to(dtype) for name in ("global_views", "local_views")}
     return dataclasses.replace(batch, **views)
 
@@ -288,7 +290,7 @@ def test_in_float32_the_rest_is_rounding_that_adamw_magnifies(tmp_path: Path, mo
 def test_the_class_token_with_its_position_moves_twice_as_far(tmp_path: Path) -> None:
     """The first step of AdamW is one learning rate long, whatever the gradient, for each of the two parameters."""
     settings = recipe(**SIZES, **SETTINGS["registers"], weight_decay=0, final_weight_decay=0)
-    run = loop._Run(settings, Options(tmp_path, "shapes:8", workers=0, progress=False), 0, 1, torch.device("cpu"))
+    run = loop._Run(settings, TrainOptions(tmp_path, "shapes:8", workers=0, progress=False), 0, 1, torch.device("cpu"))
     before = {key: value.clone() for key, value in run.student.encoder.model.state_dict().items()}
     values = run._schedule(0)
     run._step(
@@ -304,7 +306,7 @@ def test_a_run_begun_with_one_group_less_is_told_and_not_resumed(tmp_path: Path)
     """As versions before the class token's own group left it."""
     settings, options = (
         recipe(**SIZES, **SETTINGS["registers"]),
-        Options(tmp_path, "shapes:8", workers=0, progress=False),
+        TrainOptions(tmp_path, "shapes:8", workers=0, progress=False),
     )
     loop.train(settings, options)
     file = tmp_path / "checkpoint-0000003/training.pt"
@@ -320,7 +322,7 @@ def test_that_parts_are_no_larger_batch_is_said(tmp_path: Path, caplog: pytest.L
         caplog.clear()
         settings = recipe(**SIZES, **SETTINGS["registers"], accumulate=accumulate)
         with caplog.at_level(logging.WARNING, "neco_bench"):
-            loop._Run(settings, Options(tmp_path, "shapes:8", progress=False), 0, 1, torch.device("cpu"))
+            loop._Run(settings, TrainOptions(tmp_path, "shapes:8", progress=False), 0, 1, torch.device("cpu"))
         assert ("each part of 2 images is a batch of its own" in caplog.text) is (accumulate == 2)
 
 

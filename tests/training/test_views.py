@@ -17,7 +17,7 @@ from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.core.rng import item_rng
 from neco_bench.encoders import load_encoder
 from neco_bench.training import views
-from neco_bench.training.batches import Batch, Item, collate
+from neco_bench.training.batches import Item, TrainBatch, collate
 from neco_bench.training.regions import align
 from neco_bench.training.views import ViewSettings, make_views, random_crop, sample_crops, shared_boxes, vary_colours
 
@@ -130,7 +130,7 @@ def test_views_without_local_crops() -> None:
 def test_colours_are_left_alone_without_the_pipeline_and_normalised_as_by_torchvision() -> None:
     images = np.full((50, 60, 3), 128, dtype=np.uint8), picture()
     made = collate([Item(make_views(image, PLAIN, np.random.default_rng(0)), "", []) for image in images])
-    assert isinstance(made, Batch)
+    assert isinstance(made, TrainBatch)
     assert (made.global_views[0] == 128).all()
     encoder = load_encoder("baseline_rgb", device="cpu")
     ready = made.normalised(encoder, torch.device("cpu"))

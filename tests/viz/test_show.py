@@ -15,9 +15,9 @@ from PIL import Image
 from neco_bench.core.protocol import find_tasks
 from neco_bench.features.transforms import to_tensor
 from neco_bench.results.store import ResultStore
-from neco_bench.runner.execute import load_job_encoder, run_job, watch
+from neco_bench.runner.execute import load_job_encoder, record_predictions, run_job
 from neco_bench.runner.job import job_of, plan_all
-from neco_bench.runner.options import Options
+from neco_bench.runner.options import RunOptions
 from neco_bench.viz.draw import VOID, distinct_colours, error_map, query_patches
 from neco_bench.viz.show import choose
 from tests.command import neco
@@ -31,7 +31,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ResultStore:
     # The probe's shortest run, and no validation image dropped.
     changes: dict[str, Any] = {"shapes_linear": {"epochs": 2, "drop_last_val": False, "batch_size": 8}}
     for task in TASKS:
-        jobs = plan_all(["baseline_rgb"], find_tasks([task], changes.get(task)), Options(workers=0, limit=8), folder)
+        jobs = plan_all(["baseline_rgb"], find_tasks([task], changes.get(task)), RunOptions(workers=0, limit=8), folder)
         assert run_job(jobs[0], folder).status == "ok"
     return folder
 
@@ -65,7 +65,7 @@ def test_every_family_shows_what_it_scored(task: str, store: ResultStore, tmp_pa
 def test_features_of_windows_are_not_drawn(tmp_path: Path) -> None:
     changes = {"iterations": 3, "warmup": 1, "evaluate_every": 2, "batch_size": 2}
     folder = ResultStore(tmp_path / "results")
-    (job,) = plan_all(["baseline_rgb"], find_tasks(["shapes_linear@dinov3-1"], changes), Options(limit=4), folder)
+    (job,) = plan_all(["baseline_rgb"], find_tasks(["shapes_linear@dinov3-1"], changes), RunOptions(limit=4), folder)
     assert run_job(job, folder).status == "ok"
     code, out, err = neco("show", "baseline_rgb", "--results", folder.folder, "--out", tmp_path, "--json")
     assert (code, "other counts" in err) == (0, False), err
@@ -78,7 +78,7 @@ def test_neighbours_are_the_patches_of_the_memory(store: ResultStore) -> None:
     (result,) = (r for r in store.load_all() if r.task == "shapes_ic")
     job = job_of(result)
     name = job.data["val"].ids[3]
-    seen = watch(job, [name])
+    seen = record_predictions(job, [name])
     assert set(seen) == {name}
     rows, columns = seen[name]["features"].shape[1:]
     patch = rows // 2 * columns + columns // 2

@@ -20,7 +20,7 @@ from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, 
 from neco_bench.encoders import fetch, weights
 from neco_bench.encoders.adapters.layers import layer_name, take_layers
 from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
-from neco_bench.encoders.spec import Request
+from neco_bench.encoders.spec import ModelSpec
 
 
 class Type(NamedTuple):
@@ -59,7 +59,7 @@ TYPES = {
 }
 
 
-def build(request: Request, file: Path | None) -> Encoder:
+def build(request: ModelSpec, file: Path | None) -> Encoder:
     """The encoder of a transformers model. Raises `MissingError`, `BadInputError`, `UsageError` (not in `TYPES`)."""
     try:
         import transformers
@@ -178,7 +178,7 @@ class HFEncoder(Encoder):
 
     _inner = "model"
 
-    def __init__(self, model: Any, kind: Type, request: Request) -> None:
+    def __init__(self, model: Any, kind: Type, request: ModelSpec) -> None:
         super().__init__()
         config = model.config
         self.name, self.model = request.name, model

@@ -27,13 +27,13 @@ from neco_bench.encoders.adapters.layers import layer_name, take_layers
 from neco_bench.encoders.adapters.timm_sizes import build_for, create, measure
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.options import POS_INTERP
-from neco_bench.encoders.spec import Request
+from neco_bench.encoders.spec import ModelSpec
 from neco_bench.encoders.zoo import ZooEntry, weights_folder
 
 assert tiny  # importing it makes its model known to timm
 
 
-def build(request: Request, file: Path | None) -> Encoder:
+def build(request: ModelSpec, file: Path | None) -> Encoder:
     """The encoder for a timm model, with weights from `file`, the zoo's address, timm's own, or seeded random ones."""
     name, entry = request.target, request.entry
     architecture, _, tag = name.partition(".")
@@ -86,7 +86,7 @@ def _zoo_file(entry: ZooEntry) -> Path | None:
     return path
 
 
-def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
+def _from_timm(request: ModelSpec) -> tuple[Any, WeightsReport]:
     """timm's own pretrained weights, loaded by timm with all names fitting (heads included, then removed)."""
     name = request.target
     config = timm.get_pretrained_cfg(name)
@@ -112,14 +112,14 @@ def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
     return model, WeightsReport(source=str(path))
 
 
-def _from_file(request: Request, path: Path) -> tuple[Any, WeightsReport]:
+def _from_file(request: ModelSpec, path: Path) -> tuple[Any, WeightsReport]:
     """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
     drop_registers = request.entry is not None and request.entry.drop_registers
     make = partial(create, request.target, 0, num_classes=0)
     return timm_layouts.load(make, path, request.branch, drop_registers=drop_registers)
 
 
-def wrap(model: Any, request: Request, *, twin: Any = None) -> Encoder:
+def wrap(model: Any, request: ModelSpec, *, twin: Any = None) -> Encoder:
     """The encoder that reads a timm model. twin: a copy on the meta device, which is made where it is not given."""
     if not hasattr(model, "forward_intermediates"):
         raise UsageError(f"timm's {request.target!r} gives no dense features (it has no forward_intermediates).")
@@ -143,7 +143,7 @@ class _Timm(Encoder):
 
     _inner = "model"
 
-    def __init__(self, model: Any, request: Request, count: int, what: str) -> None:
+    def __init__(self, model: Any, request: ModelSpec, count: int, what: str) -> None:
         super().__init__()
         self.name = request.name
         self.model = model
@@ -154,7 +154,7 @@ class _Timm(Encoder):
 class _Measured(_Timm):
     """A timm model read through `forward_intermediates`, at the sizes that `timm_sizes` finds it to take."""
 
-    def __init__(self, model: Any, request: Request, twin: Any, what: str) -> None:
+    def __init__(self, model: Any, request: ModelSpec, twin: Any, what: str) -> None:
         super().__init__(model, request, len(model.feature_info), what)
         self.level = measure(twin, self.taken[-1], request.name)
         self.embed_dim = self.level.embed_dim * len(self.taken)
@@ -193,7 +193,7 @@ class _Measured(_Timm):
 class TimmTokens(_Measured):
     """A timm model of equal token grids in all blocks, through `forward_intermediates`."""
 
-    def __init__(self, model: Any, request: Request, twin: Any) -> None:
+    def __init__(self, model: Any, request: ModelSpec, twin: Any) -> None:
         super().__init__(model, request, twin, "block")
         self.pos_interp = "timm"
 
@@ -210,7 +210,7 @@ class TimmTokens(_Measured):
 class TimmStages(_Measured):
     """A hierarchical network or CNN of timm, read at one feature level; the stride follows from the level."""
 
-    def __init__(self, model: Any, request: Request, twin: Any) -> None:
+    def __init__(self, model: Any, request: ModelSpec, twin: Any) -> None:
         super().__init__(model, request, twin, "stage")
         if len(self.taken) > 1:
             raise UsageError(
@@ -228,7 +228,7 @@ class TimmStages(_Measured):
 class TimmViT(_Timm):
     """A plain Vision Transformer of timm, with or without class token and registers."""
 
-    def __init__(self, model: VisionTransformer, request: Request) -> None:
+    def __init__(self, model: VisionTransformer, request: ModelSpec) -> None:
         super().__init__(model, request, len(model.blocks), "block")
         self.embed_dim = model.embed_dim * len(self.taken)
         self.stride = model.patch_embed.patch_size[0]

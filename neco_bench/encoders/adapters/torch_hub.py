@@ -23,10 +23,10 @@ from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, 
 from neco_bench.encoders import fetch, weights
 from neco_bench.encoders.adapters.layers import layer_name, take_layers
 from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
-from neco_bench.encoders.spec import Request
+from neco_bench.encoders.spec import ModelSpec
 
 
-def build(request: Request, file: Path | None) -> Encoder:
+def build(request: ModelSpec, file: Path | None) -> Encoder:
     """The encoder of a hub entry. Raises `MissingError` (nothing to be had), `UsageError` and `BadInputError`."""
     repository, _, entry = request.target.rpartition(":")
     if not request.trust:
@@ -77,7 +77,7 @@ def _timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _wrap(model: Any, request: Request) -> Encoder:
+def _wrap(model: Any, request: ModelSpec) -> Encoder:
     if (
         isinstance(model, torch.nn.Module)
         and hasattr(model, "forward_intermediates")
@@ -112,7 +112,7 @@ def _patch_size(model: Any) -> Any:
 class _Hub(Encoder):
     _inner = "model"
 
-    def __init__(self, model: Any, request: Request) -> None:
+    def __init__(self, model: Any, request: ModelSpec) -> None:
         super().__init__()
         self.name, self.model = request.name, model
         self.statistics = "ImageNet's, as of DINO and DINOv2"
@@ -151,7 +151,7 @@ class HubDINOv2(_Hub):
 class HubDINO(_Hub):
     """DINO's interface: blocks always after the norm, class token first."""
 
-    def __init__(self, model: Any, request: Request) -> None:
+    def __init__(self, model: Any, request: ModelSpec) -> None:
         super().__init__(model, request)
         self.attentions = hasattr(model, "get_last_selfattention")
 
@@ -169,7 +169,7 @@ class HubDINO(_Hub):
 class HubDictionary(_Hub):
     """`forward_features` alone: the last block after the norm."""
 
-    def __init__(self, model: Any, request: Request) -> None:
+    def __init__(self, model: Any, request: ModelSpec) -> None:
         super().__init__(model, request)
         if self.layer != "last":
             raise UsageError(f"Model {request.name!r} gives its last block only; leave out layers.")

@@ -23,11 +23,11 @@ from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, 
 from neco_bench.core.files import file_sha256
 from neco_bench.encoders import weights
 from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
-from neco_bench.encoders.spec import Request, functions_in
+from neco_bench.encoders.spec import ModelSpec, functions_in
 from neco_bench.encoders.zoo import models
 
 
-def build(request: Request, file: Path | None) -> Encoder:
+def build(request: ModelSpec, file: Path | None) -> Encoder:
     """The encoder that a factory makes, with `file` loaded into it strictly where one is given.
 
     Raises `MissingError` (no such file) and `BadInputError` (no such factory, a factory that fails, a wrong result).

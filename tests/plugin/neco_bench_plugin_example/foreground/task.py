@@ -13,7 +13,7 @@ from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
-from neco_bench.features.transforms import Squash
+from neco_bench.features.transforms import ResizeSquare
 from neco_bench.metrics import bootstrap
 
 
@@ -50,7 +50,7 @@ def _pooled(
     """(n, D) mean patch features and (n,) foreground shares of a split, float64."""
     features, shares = [], []
     colours = {"mean": settings.mean, "std": settings.std}
-    for batch in stream(encoder, dataset, Squash(size, "native"), context, dataset.split, **colours):
+    for batch in stream(encoder, dataset, ResizeSquare(size, "native"), context, dataset.split, **colours):
         features.append(batch.features.mean((2, 3)).double().cpu().numpy())
         shares += [(mask[mask != IGNORE] > 0).mean() for mask in batch.masks]
     return np.concatenate(features), np.array(shares)
