@@ -201,6 +201,8 @@ def test_options_and_names(run: Path) -> None:
     assert load_encoder(f"{run}?final_norm=true").final_norm
     with pytest.raises(UsageError, match="branch, layers, final_norm"):
         parse_spec(f"{run}?pos_interp=timm")
+    with pytest.raises(UsageError, match="branch='ema' must be student or teacher"):
+        load_encoder(f"{run}?branch=ema")
 
 
 def test_options_that_the_architecture_lacks(tmp_path: Path) -> None:
