@@ -1,74 +1,71 @@
 """k-nearest-neighbour search by inner product behind one small interface: exact, and approximate on request.
 
-The exact ways differ in speed by machine and in rounding only; the fastest of them here is found by a short
-measurement. All but FAISS's are blocked matrix products with a running top-k, so that memory stays bounded.
+Exact search is FAISS's: on CPUs, and on GPUs that it sees; on others a blocked product with a running top-k. Which one
+depends on the device alone, so that the same command gives the same digits.
 """
 
 from __future__ import annotations
 
-import math
-import time
-from collections.abc import Callable
+from collections.abc import Iterable
 from typing import Any
 
+import faiss
+import numpy as np
 import torch
 from torch import Tensor
 
 from neco_bench.core import distributed
 from neco_bench.core.errors import UsageError
-from neco_bench.search.bf16 import _Half
-from neco_bench.search.faiss_gpu import faiss_sees_gpu
-from neco_bench.search.fp32 import _Faiss, _Numpy, _Torch
-from neco_bench.search.topk import Found, merged, sizes
+from neco_bench.search.faiss_gpu import faiss_sees_gpu, to_gpu
 
-HOPELESS = 2  # times the time of another way, in which a way need not be measured again
+KEYS, QUERIES = 131_072, 2048  # in one product of PyTorch: 1 GiB of scores
 
-
-WARM = 32  # queries that a way is used to before it is measured
+Found = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
 
 
-def _ways(device: torch.device) -> dict[str, Callable[[Tensor], Any]]:
-    """The exact ways on a device, by name, the one first that is most often the fastest."""
-    if device.type == "cpu":
-        return {"torch-bf16": _Half, "torch": _Torch, "numpy": _Numpy}
-    ways: dict[str, Callable[[Tensor], Any]] = {"torch": _Torch}
-    if device.type == "cuda":
-        if torch.cuda.get_device_capability(device) >= (8, 0):  # has bfloat16
-            ways = {"torch-bf16": _Half, **ways}
-        if faiss_sees_gpu():
-            ways["faiss-gpu"] = _Faiss
-    return ways
+def merged(found: list[Found], k: int) -> Found:
+    """The k best of findings among different keys, best first; fewer where there are fewer."""
+    values, ids = torch.cat([f[0] for f in found], 1), torch.cat([f[1] for f in found], 1)
+    values, order = values.topk(min(k, values.shape[1]))
+    return values, ids.gather(1, order)
 
 
-def fastest(keys: Tensor, queries: Tensor, k: int) -> dict[str, float]:
-    """Seconds that each exact way takes for some of these keys and queries, the fastest first."""
-    counts = sizes(keys.device).measured
-    some, asked = (t[:: max(1, len(t) // most)][:most] for t, most in zip((keys, queries), counts, strict=True))
-    seconds = dict[str, float]()
-    for name, way in _ways(keys.device).items():
-        index = way(some)
-        index.search(asked[:WARM], min(k, len(some)))
-        for _ in range(2):  # the better one counts: something else may have come between
-            start = time.perf_counter()
-            index.search(asked, min(k, len(some)))[0].cpu()
-            seconds[name] = min(time.perf_counter() - start, seconds.get(name, math.inf))
-            if seconds[name] > HOPELESS * min(seconds.values()):
-                break
-    return dict(sorted(seconds.items(), key=lambda item: item[1]))
+def by_faiss(queries: Tensor, keys: Tensor, k: int) -> Found:
+    """The k best of keys (m, D) for each query (n, D), both on the CPU."""
+    scores, ids = faiss.knn(queries.numpy(), keys.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
+    return torch.from_numpy(scores), torch.from_numpy(ids)
+
+
+def by_products(queries: Tensor, keys: Tensor, k: int) -> Found:
+    """The same on any device, QUERIES at a time."""
+    parts = [(part @ keys.T).topk(k) for part in queries.split(QUERIES)]
+    return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
+
+
+def nearest_of(blocks: Iterable[Tensor], queries: Tensor, k: int) -> Found:
+    """The k best for each query (n, D) among keys that come block after block, (m, D) each; ids count through them."""
+    best: Found = torch.zeros(len(queries), 0).to(queries), torch.zeros(len(queries), 0).to(queries.device, torch.long)
+    start = 0
+    for block in blocks:
+        find = by_faiss if block.device.type == "cpu" else by_products
+        values, ids = find(queries, block, min(k, len(block)))
+        best = merged([best, (values, ids + start)], k) if start else (values, ids)
+        start += len(block)
+    return best
 
 
 class ExactIndex:
     """Inner-product index over float32 rows of `dimension` on `device`.
 
-    capacity: rows that will be added, where known; more may come. way: of `_ways`; None takes the fastest. `facts`:
-    how it searched, known with the first search.
+    capacity: rows that will be added, where known; more may come. `facts`: how it searched, known with the first
+    search.
     """
 
-    def __init__(self, dimension: int, device: torch.device, *, capacity: int = 0, way: str | None = None) -> None:
+    def __init__(self, dimension: int, device: torch.device, *, capacity: int = 0) -> None:
         self.dimension, self.device, self.rows = dimension, device, 0
-        self.way, self.facts = way, dict[str, Any]()
+        self.facts = dict[str, Any]()
         self._keys = torch.empty(capacity, dimension, device=device)
-        self._way: Any = None
+        self._on_gpu: Any = None
 
     def add(self, keys: Tensor) -> None:
         """Append (n, dimension) float32 keys."""
@@ -78,19 +75,26 @@ class ExactIndex:
             grown[: self.rows] = self._keys[: self.rows]
             self._keys = grown
         self._keys[self.rows : needed] = keys
-        self.rows, self._way = needed, None
+        self.rows, self._on_gpu = needed, None
 
     def search(self, queries: Tensor, k: int) -> Found:
         """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows."""
         check_neighbours(k, self.rows)
-        if self._way is None:
-            small = self.rows * len(queries) < sizes(self.device).worth_measuring
-            keys = self._keys[: self.rows]
-            name = self.way or ("torch" if small else next(iter(fastest(keys, queries.to(keys), k))))
-            self._way = _ways(self.device)[name](keys)
-            self.facts = {"index": name, "bytes": keys.nbytes + getattr(self._way, "spent", 0)}
-        scores, ids = self._way.search(queries.to(self.device, torch.float32), k)
-        return scores.cpu(), ids.cpu()
+        keys, queries = self._keys[: self.rows], queries.to(self.device, torch.float32)
+        faiss_can = self.device.type == "cpu" or (self.device.type == "cuda" and faiss_sees_gpu() and k <= 2048)
+        self.facts = {"index": f"flat, {'FAISS' if faiss_can else 'PyTorch'}", "bytes": keys.nbytes}
+        if not faiss_can:
+            scores, ids = nearest_of(keys.split(KEYS), queries, k)
+            return scores.cpu(), ids.cpu()
+        if self.device.type == "cpu":
+            return nearest_of([keys], queries, k)
+        if self._on_gpu is None:
+            self._on_gpu = to_gpu(faiss.IndexFlatIP(self.dimension), self.device)
+            for part in keys.split(KEYS):
+                self._on_gpu.add(part.cpu().numpy())
+        self.facts["bytes"] *= 2
+        found = self._on_gpu.search(np.ascontiguousarray(queries.cpu().numpy()), k)
+        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
 
 
 class SharedIndex:

@@ -98,7 +98,7 @@ def build_memory(
     if settings.search == "exact":
         index = ExactIndex(encoder.embed_dim, encoder.device, capacity=most)
     else:
-        index = ApproximateIndex(settings.search, encoder.embed_dim, encoder.device)
+        index = ApproximateIndex(settings.search, encoder.embed_dim)
     labels, origins, labelled = [], [], False
     for batch in stream(
         encoder, train, transform, context, "memory", items=items, own=True, mean=settings.mean, std=settings.std

@@ -31,6 +31,9 @@ def cheap():
 """
 
 
+APPROXIMATE = "PCA256,RFlat"  # of the variant "fast"
+
+
 def baseline(encoder, train, val, settings) -> float:
     import faiss
     import torch
@@ -109,7 +112,7 @@ def measure(variant: str, root: str) -> dict[str, object]:
     from neco_bench.runner.job import plan
     from neco_bench.runner.options import RunOptions
 
-    changes = {"memory_size": 51_200} | ({"search": "bf16"} if variant == "fast" else {})
+    changes = {"memory_size": 51_200} | ({"search": APPROXIMATE} if variant == "fast" else {})
     chosen = find_tasks(["camvid_ic@hbird-2"], changes)[0]
     spec = str(Path(os.environ["ENCODER_FILE"])) + ":cheap"
     job = plan(spec, chosen, RunOptions(data_root=Path(root), workers=0))

@@ -39,7 +39,7 @@ def measure(kind: str, keys: int, queries: int, device_name: str) -> dict[str, o
         noise = 0.1 * torch.randn(count, WIDTH, generator=generator)
         return torch.nn.functional.normalize(centres[picked] + inside + noise, dim=1)
 
-    index = ExactIndex(WIDTH, device, capacity=keys) if kind == "exact" else ApproximateIndex(kind, WIDTH, device)
+    index = ExactIndex(WIDTH, device, capacity=keys) if kind == "exact" else ApproximateIndex(kind, WIDTH)
     for _ in range(keys // 100_000):
         index.add(draw(100_000))
     asked = draw(queries)
@@ -59,8 +59,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--millions", type=int, nargs="+", default=[1, 3, 10])
     parser.add_argument("--queries", type=int, default=20_000)
-    parser.add_argument("--kind", choices=("exact", "bf16", "ivf", "ivfpq"), default="ivf")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--kind", default="ivf", help="exact, ivf, ivfpq or a factory string of FAISS")
+    parser.add_argument("--device", default="cpu", help="of exact search")
     parser.add_argument("--keys", type=int, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.keys:

@@ -29,7 +29,7 @@ from neco_bench.runner.options import RunOptions
 MODEL, SIZE, BATCH = "timm:vit_small_patch16_224?pretrained=false&seed=0", 224, 16
 FIRST = {
     "camvid_ic@hbird-2": {"memory_size": 51_200},
-    "camvid_ic@hbird-2 bf16": {"memory_size": 51_200, "search": "bf16"},
+    "camvid_ic@hbird-2 PCA": {"memory_size": 51_200, "search": "PCA256,RFlat"},
     "camvid_linear@neco-1 1 epoch": {"epochs": 1},
     "camvid_cluster_gt@neco-1": {},
 }
