@@ -1,4 +1,4 @@
-"""Sizes and levels of timm's architectures: the table in docs/encoders.md holds, and what is behind it is right."""
+"""Sizes and levels of timm's architectures: the table in docs/pages/encoders.md holds, and what is behind it is right."""
 
 from __future__ import annotations
 

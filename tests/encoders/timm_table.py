@@ -1,4 +1,4 @@
-"""The table of timm architectures in docs/encoders.md.
+"""The table of timm architectures in docs/pages/encoders.md.
 
 python -m tests.encoders.timm_table              writes it again, after an upgrade of timm
 python -m tests.encoders.timm_table NAME ...     prints rows
@@ -18,7 +18,7 @@ from neco_bench.encoders.adapters.timm_models import wrap
 from neco_bench.encoders.adapters.timm_sizes import create
 from neco_bench.encoders.spec import parse_spec
 
-DOCUMENT = Path(__file__).parents[2] / "docs" / "encoders.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "pages" / "encoders.md"
 ROW = re.compile(r"^\| `(\w+)` \|.*\|$", re.MULTILINE)
 
 
