@@ -42,8 +42,8 @@ class Fault:
     """What happens at the file operation with number `at`, counted from 0.
 
     kill: the process ends `delay` seconds later, as by SIGKILL. full, readonly: this and all later operations fail.
-    deleted: another process deletes the output folder. at None: nothing. size: the most bytes that a file may have, from
-    the start.
+    deleted: another process deletes the output folder. at None: nothing. size: the most bytes that a file may have,
+    from the start.
     """
 
     kind: str = "none"

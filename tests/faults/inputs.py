@@ -43,8 +43,9 @@ from tests.faults.commands import Server, shipped_results, voc
 SECONDS = 30  # after which a reader hangs
 TEXTS = (
     b"nan", b"inf", b"-1", b"0", b"1e308", b"1e400", b"-0.0", b"9" * 25, b"9" * 5000, b"true", b"null", b'""', b"[]",
-    b"{}",    b"[" * 5000, b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\\ud800", "é✓\u202e".encode(), b"..", b"../../outside",
-    b"/etc/passwd",    b"\r", b"\n\n", b"=1+1", b"'", b'"', b",", b" ", b"%s{0}", b"a" * 300, b"1970-01-01", b"0x10", b"-" * 50,
+    b"{}", b"[" * 5000, b"\0", b"\xff\xfe", b"\xef\xbb\xbf", b"\\ud800", "é✓\u202e".encode(), b"..", b"../../outside",
+    b"/etc/passwd", b"\r", b"\n\n", b"=1+1", b"'", b'"', b",", b" ", b"%s{0}", b"a" * 300, b"1970-01-01", b"0x10",
+    b"-" * 50,
 )  # fmt: skip
 VALUES = (
     None, True, -1, 0, 2**63, 10**400, 1e308, -1e308, float("nan"), float("inf"), "", "\ud800", "\0", "../../outside",
