@@ -1,0 +1,40 @@
+"""What an installation holds: every package of the tree, with every file in it."""
+
+from __future__ import annotations
+
+import runpy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What setup.py gives to setuptools."""
+    setuptools = pytest.importorskip("setuptools")
+    told: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: told.update(arguments))
+    monkeypatch.chdir(ROOT)
+    runpy.run_path(str(ROOT / "setup.py"))
+    return told
+
+
+def test_no_package_is_missing(given: dict[str, Any]) -> None:
+    """`show` and `diagnose` need neco_bench.viz, which a list that was typed had lacked."""
+    inside = [path.parent.relative_to(ROOT) for path in ROOT.glob("*/**/__init__.py")]
+    installed = {path for path in inside if path.parts[0] in ("neco_bench", "tasks", "leaderboards")}
+    names = {
+        ".".join(path.parts) if path.parts[0] == "neco_bench" else f"neco_bench.{'.'.join(path.parts)}"
+        for path in installed
+    }
+    assert set(given["packages"]) == names
+    assert {"neco_bench.viz", "neco_bench.tasks.in_context", "neco_bench.leaderboards"} <= names
+
+
+def test_no_file_of_a_package_is_missing(given: dict[str, Any]) -> None:
+    """.ci/wheel compares a whole wheel with the tree; here that no pattern has to name a kind of file."""
+    assert set(given["package_data"]) == {"neco_bench", *given["package_dir"]}
+    assert all(patterns == ["**/*"] for patterns in given["package_data"].values())
