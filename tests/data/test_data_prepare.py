@@ -21,7 +21,7 @@ from neco_bench.cli import main
 from neco_bench.data import load_dataset
 from neco_bench.data.nyuv2 import frames
 from neco_bench.data.prepare import prepare, unpack
-from neco_bench.errors import BadInputError, MissingError, UsageError
+from neco_bench.errors import BadInputError, MissingError, NecoBenchError, UsageError
 
 
 def digests(folder):
@@ -92,7 +92,7 @@ def test_voc_sbd_goes_on_after_an_interruption(voc_and_sbd):
 def test_voc_sbd_defects(voc_and_sbd, tmp_path):
     root, _, source = voc_and_sbd
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="Cannot write below"):
+    with pytest.raises(NecoBenchError, match="Cannot write below"):
         prepare("ade20k", tmp_path / "file", source=packed_one(tmp_path))
     with pytest.raises(UsageError, match="needs --source"):
         prepare("voc_sbd", root)
