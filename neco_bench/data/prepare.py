@@ -77,7 +77,7 @@ def prepare(
     try:
         return _prepare(name, base, source, into, wrap)
     except OSError as error:
-        raise UsageError(
+        raise NecoBenchError(
             f"Cannot write below {base}: {error}. Make it writable or free some space; the same command then goes on."
         ) from error
 

@@ -17,9 +17,12 @@ CHUNK = 65536  # rows in memory at once
 
 
 def open_spool() -> BinaryIO:
-    """A temporary file in the cache folder, gone when it is closed or forgotten."""
-    cache_dir().mkdir(parents=True, exist_ok=True)
-    return tempfile.TemporaryFile(dir=cache_dir())
+    """A temporary file in the cache folder, gone when it is closed or forgotten. Raises NecoBenchError."""
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        return tempfile.TemporaryFile(dir=cache_dir())
+    except OSError as error:
+        raise _not_written(error) from error
 
 
 def spool(file: BinaryIO, data: bytes | memoryview) -> None:
@@ -28,9 +31,13 @@ def spool(file: BinaryIO, data: bytes | memoryview) -> None:
         file.write(data)
         file.flush()
     except OSError as error:
-        raise NecoBenchError(
-            f"Features could not be written to {cache_dir()}: {error}. Free space there, or set NECO_BENCH_CACHE."
-        ) from error
+        raise _not_written(error) from error
+
+
+def _not_written(error: OSError) -> NecoBenchError:
+    return NecoBenchError(
+        f"Features could not be written to {cache_dir()}: {error}. Free space there, or set NECO_BENCH_CACHE."
+    )
 
 
 class RowFile:

@@ -18,7 +18,7 @@ from PIL import Image
 from scipy.io import loadmat, savemat
 
 from neco_bench.cli.app import main
-from neco_bench.core.errors import BadInputError, MissingError, UsageError
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.data.load import load_dataset
 from neco_bench.data.nyuv2 import frames
 from neco_bench.data.prepare import prepare, unpack
@@ -92,7 +92,7 @@ def test_voc_sbd_goes_on_after_an_interruption(voc_and_sbd):
 def test_voc_sbd_defects(voc_and_sbd, tmp_path):
     root, _, source = voc_and_sbd
     (tmp_path / "file").touch()
-    with pytest.raises(UsageError, match="Cannot write below"):
+    with pytest.raises(NecoBenchError, match="Cannot write below"):
         prepare("ade20k", tmp_path / "file", source=packed_one(tmp_path))
     with pytest.raises(UsageError, match="needs --source"):
         prepare("voc_sbd", root)

@@ -272,7 +272,15 @@ def _content(path: Path) -> Any:
     return content
 
 
-def check_after(server: Server, command: Command, folder: Path, before: dict[str, Any], whole: dict[str, Any]) -> str:
+def check_after(
+    server: Server,
+    command: Command,
+    folder: Path,
+    before: dict[str, Any],
+    whole: dict[str, Any],
+    *,
+    names_only: bool = False,
+) -> str:
     """What is wrong after a fault: something lost or torn, or left over once the command ran again; "" for nothing."""
     try:
         now = contents(folder)
@@ -289,7 +297,7 @@ def check_after(server: Server, command: Command, folder: Path, before: dict[str
         return f"left over: {extra}"
     if absent := sorted(set(whole) - set(after)):
         return f"absent: {absent}"
-    if other := sorted(name for name in whole if after[name] != whole[name]):
+    if not names_only and (other := sorted(name for name in whole if after[name] != whole[name])):
         return f"other content: {other}"
     return ""
 
@@ -315,8 +323,8 @@ def trial(server: Server, command: Command, start: Path, folder: Path, fault: Fa
         return f"a traceback: {ended.err[-1200:]}"
     if ended.code not in ((-signal.SIGKILL, -signal.SIGALRM, 0) if fault.kind == "kill" else (0, 1, 3, 4)):
         return f"exit code {ended.code} for {fault}: {ended.err[-300:]}"
-    before = {} if fault.kind == "deleted" else contents(start)
-    wrong = check_after(server, command, folder, before, whole)
+    deleted = fault.kind == "deleted"  # what was there cannot be kept, and training begins again with other settings
+    wrong = check_after(server, command, folder, {} if deleted else contents(start), whole, names_only=deleted)
     shutil.rmtree(folder, ignore_errors=True)
     return wrong
 
