@@ -13,7 +13,7 @@ Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
 
     pretrained=true|false    seed=N (for pretrained=false)    branch=NAME (of one copy in a file with several)
     layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
-    mean=R,G,B  std=R,G,B    statistics on [0, 1] of the weights in use       trust=true (hub: runs the repository's code)
+    mean=R,G,B  std=R,G,B    statistics on [0, 1] of the weights in use       trust=true (hub: runs its code)
 """
 
 from __future__ import annotations

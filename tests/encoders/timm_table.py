@@ -28,7 +28,7 @@ def rows() -> dict[str, str]:
 
 
 def row_of(name: str) -> str:
-    """The row of an architecture: its last level on the meta device, read at 448 pixels or the nearest size it takes."""
+    """The row of an architecture: its last level on the meta device, at 448 pixels or the nearest size it takes."""
     try:
         with torch.device("meta"):
             model = create(name, 0, num_classes=0).eval()

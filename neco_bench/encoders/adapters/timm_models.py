@@ -24,7 +24,8 @@ from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_
 from neco_bench.encoders import fetch, weights
 from neco_bench.encoders.adapters import timm_layouts, tiny
 from neco_bench.encoders.adapters.layers import layer_name, take_layers
-from neco_bench.encoders.adapters.timm_sizes import build_for, create, measure
+from neco_bench.encoders.adapters.timm_sizes import build_for, measure
+from neco_bench.encoders.adapters.timm_sizes import create as _create
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.options import POS_INTERP
 from neco_bench.encoders.spec import ModelSpec
@@ -54,7 +55,7 @@ def build(request: ModelSpec, file: Path | None) -> Encoder:
     elif request.pretrained:
         model, report = _from_timm(request)
     else:
-        model = create(name, request.seed, num_classes=0)
+        model = _create(name, request.seed, num_classes=0)
         report = WeightsReport(source=f"random, seed {request.seed}")
     encoder = wrap(model, request)
     if entry is None:
@@ -105,7 +106,7 @@ def _from_timm(request: ModelSpec) -> tuple[Any, WeightsReport]:
     else:
         overlay = {"state_dict": weights.read_tensors(path)}
     try:
-        model = create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
+        model = _create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         raise BadInputError(f"Weights file {path} does not fit timm's {name!r}: {error}") from error
     model.reset_classifier(0)
@@ -115,7 +116,7 @@ def _from_timm(request: ModelSpec) -> tuple[Any, WeightsReport]:
 def _from_file(request: ModelSpec, path: Path) -> tuple[Any, WeightsReport]:
     """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
     drop_registers = request.entry is not None and request.entry.drop_registers
-    make = partial(create, request.target, 0, num_classes=0)
+    make = partial(_create, request.target, 0, num_classes=0)
     return timm_layouts.load(make, path, request.branch, drop_registers=drop_registers)
 
 
@@ -133,7 +134,7 @@ def wrap(model: Any, request: ModelSpec, *, twin: Any = None) -> Encoder:
         )
     if twin is None:
         with torch.device("meta"):
-            twin = create(request.target, 0, num_classes=0)
+            twin = _create(request.target, 0, num_classes=0)
     tokens = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
     return TimmTokens(model, request, twin) if tokens else TimmStages(model, request, twin)
 

@@ -31,8 +31,8 @@ def build(request: ModelSpec, file: Path | None) -> Encoder:
     repository, _, entry = request.target.rpartition(":")
     if not request.trust:
         raise UsageError(
-            f"hub:{request.target} runs the code of {repository!r}, as torch.hub does. If you trust it, add ?trust=true "
-            f"to the model's spec."
+            f"hub:{request.target} runs the code of {repository!r}, as torch.hub does. "
+            f"If you trust it, add ?trust=true to the model's spec."
         )
     local = Path(repository).expanduser().is_dir()
     repository = str(Path(repository).expanduser()) if local else repository
