@@ -1,20 +1,4 @@
-"""The model zoo, and how models are named: reading specs, listing, and the identity of what a spec asks for.
-
-Importing this module imports no torch. `zoo.toml` beside it holds the facts.
-
-    neco_dinov2                                     a zoo name, or a name that an installed package adds
-    timm:NAME                                       any timm model with dense features
-    hub:OWNER/REPO:ENTRY                            a torch.hub entry, or a local folder in place of OWNER/REPO
-    hf:ID                                           a transformers model, or a local folder
-    path/to/file.py:FACTORY                         a function of one's own
-    path/to/run                                     what a training run left in its folder
-
-Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
-
-    pretrained=true|false    seed=N (for pretrained=false)    branch=NAME (of one copy in a file with several)
-    layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
-    mean=R,G,B  std=R,G,B    statistics on [0, 1] of the weights in use       trust=true (hub: runs the repository's code)
-"""
+"""The model zoo: named encoders, whose facts `zoo.toml` beside this file holds, and their listing. Imports no torch."""
 
 from __future__ import annotations
 

@@ -158,7 +158,7 @@ def test_device_and_precision() -> None:
         load_encoder("neco_dinov2", weights="nowhere.pth")
 
 
-def test_request_id_follows_content(tmp_path: Path) -> None:
+def test_content_id_follows_content(tmp_path: Path) -> None:
     file = tmp_path / "enc.py"
     file.write_text("def make(): ...")
     first = content_id(f"{file}:make")
@@ -232,7 +232,7 @@ def test_listing() -> None:
     ],
 )
 def test_contamination(spec, weights, images_from, known):
-    _, overlap = training_of(parse_spec(spec), weights and Path(weights))
+    _, overlap = training_of(parse_spec(spec, weights and Path(weights)))
     assert contamination(overlap, [images_from]) == known
 
 

@@ -64,8 +64,8 @@ def test_registers(states: States, images: Tensor, tmp_path: Path) -> None:
 
 
 def test_the_gated_mlp_of_the_largest_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    create, small = timm_models._create, {"depth": 2, "embed_dim": 48, "num_heads": 2}
-    monkeypatch.setattr(timm_models, "_create", lambda name, seed, **options: create(name, seed, **options, **small))
+    create, small = timm_models.create, {"depth": 2, "embed_dim": 48, "num_heads": 2}
+    monkeypatch.setattr(timm_models, "create", lambda name, seed, **options: create(name, seed, **options, **small))
     encoder = load_encoder("dinov2_vitg14_reg?pretrained=false")
     written = load_file(export(encoder, "dinov2", tmp_path / "out.safetensors"))
     assert {name for name in written if ".0.mlp." in name} == {
@@ -156,9 +156,9 @@ def test_another_rule_for_positions_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """`reader` has the rule of the code that the layout belongs to: the same features at 98 pixels and not at 56."""
-    create, small = timm_models._create, {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 98}
+    create, small = timm_models.create, {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 98}
     monkeypatch.setattr(
-        timm_models, "_create", lambda name, seed, **options: create(name, seed, **{**options, **small})
+        timm_models, "create", lambda name, seed, **options: create(name, seed, **{**options, **small})
     )
     encoder = load_encoder(f"{spec}{'&' if '?' in spec else '?'}pretrained=false", device="cpu")
     inner_module(encoder).pos_embed.data.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[operator, union-attr]

@@ -315,4 +315,4 @@ def test_a_declaration_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_other_weights_have_seen_what_nobody_knows(tmp_path: Path) -> None:
     other = tmp_path / "w.safetensors"
     other.write_bytes(b"no official file")
-    assert training_of(parse_spec("dinov2_vits14"), other) == ("", {"*": "unknown"})
+    assert training_of(parse_spec("dinov2_vits14", other)) == ("", {"*": "unknown"})

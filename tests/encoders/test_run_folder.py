@@ -235,7 +235,7 @@ def test_identity_and_facts(run: Path, tmp_path: Path) -> None:
     students.write_bytes(b"2")
     ids.add(content_id(spec))
     assert len(ids) == 6
-    seen = training_of(parse_spec(spec), None)[1]
+    seen = training_of(parse_spec(spec))[1]
     assert [contamination(seen, [name]) for name in ("shapes", "voc", "coco")] == ["seen", "near", "none known"]
     assert load_encoder(TINY, weights=students.with_name("teacher.safetensors")).overlap == {"*": "unknown"}
     facts = model_info(f"{spec}?branch=teacher")
@@ -250,7 +250,7 @@ def test_identity_and_facts(run: Path, tmp_path: Path) -> None:
 def test_naming_a_run_imports_no_torch(run: Path) -> None:
     code = (
         "import sys, neco_bench.encoders as e\n"
-        "from neco_bench.encoders.run_folder import architecture\n"
+        "from neco_bench.encoders.spec import architecture\n"
         "e.model_info(sys.argv[1]); e.content_id(sys.argv[1]); architecture(sys.argv[1])\n"
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     )
@@ -265,7 +265,7 @@ def test_a_run_comes_before_a_zoo_name_and_a_folder_after(
     assert parse_spec("dinov2_vits14").kind == "timm"
     shutil.copy(run / "encoder.json", "dinov2_vits14")
     assert (parse_spec("dinov2_vits14").kind, parse_spec("dinov2_vits14").name) == ("run", "dinov2_vits14")
-    assert training_of(parse_spec("dinov2_vits14"), None)[1] == {"shapes": "seen", "voc": "near"}
+    assert training_of(parse_spec("dinov2_vits14"))[1] == {"shapes": "seen", "voc": "near"}
     monkeypatch.chdir(run)
     assert load_encoder(".").name == "."
 

@@ -59,13 +59,13 @@ TYPES = {
 }
 
 
-def build(request: ModelSpec, file: Path | None) -> Encoder:
+def build(spec: ModelSpec) -> Encoder:
     """The encoder of a transformers model. Raises `MissingError`, `BadInputError`, `UsageError` (not in `TYPES`)."""
     try:
         import transformers
     except ImportError as error:
         raise UsageError("hf: models need transformers: pip install 'neco-bench[hf]'.") from error
-    source = request.target
+    source, file = spec.target, spec.weights
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise MissingError(f"Folder {source} does not exist.")
     local = Path(source).expanduser().is_dir()
@@ -77,7 +77,7 @@ def build(request: ModelSpec, file: Path | None) -> Encoder:
         kind = TYPES.get(config.model_type)
         if kind is None:
             raise UsageError(
-                f"Model {request.name!r} is of type {config.model_type!r}; known are {', '.join(sorted(TYPES))}. "
+                f"Model {spec.name!r} is of type {config.model_type!r}; known are {', '.join(sorted(TYPES))}. "
                 f"Wrap it in a function of your own: path/to/file.py:FACTORY."
             )
         cls = getattr(transformers, kind.model, None)
@@ -87,7 +87,7 @@ def build(request: ModelSpec, file: Path | None) -> Encoder:
             given: dict[str, Any] = {"pretrained_model_name_or_path": source, **where}
         else:
             config = getattr(config, "vision_config", config)
-            tensors, outside = _of_file(cls, config, file, request.branch)
+            tensors, outside = _of_file(cls, config, file, spec.branch)
             given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
         precision = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
         model, notes = cls.from_pretrained(**given, **{precision: torch.float32}, output_loading_info=True)
@@ -105,17 +105,17 @@ def build(request: ModelSpec, file: Path | None) -> Encoder:
         if local:
             raise BadInputError(f"Model folder {source} lacks a file, or has a damaged one: {error}") from error
         raise MissingError(
-            f"transformers model {request.target!r} is not on this machine and could not be fetched. "
-            f"Download https://huggingface.co/{request.target} and give hf:FOLDER. "
+            f"transformers model {spec.target!r} is not on this machine and could not be fetched. "
+            f"Download https://huggingface.co/{spec.target} and give hf:FOLDER. "
             f"({str(error).splitlines()[0]})"
         ) from error
     except ValueError as error:  # an id or a type that transformers does not know, or code of the repository's own
-        raise UsageError(f"transformers cannot load {request.target!r}: {error}") from error
+        raise UsageError(f"transformers cannot load {spec.target!r}: {error}") from error
     except Exception as error:  # shapes that differ, a truncated file: whichever it is, these weights are at fault
         raise BadInputError(f"Weights {file or source} do not fit: {type(error).__name__}: {error}") from error
-    encoder = HFEncoder(model, kind, request)
+    encoder = HFEncoder(model, kind, spec)
     encoder.mean, encoder.std = _statistics(source, where, kind)
-    encoder.statistics = f"those of {request.target}"
+    encoder.statistics = f"those of {spec.target}"
     encoder.weights_report = report
     encoder.weights_id = weights.state_sha256(model)
     return encoder
@@ -178,15 +178,15 @@ class HFEncoder(Encoder):
 
     _inner = "model"
 
-    def __init__(self, model: Any, kind: Type, request: ModelSpec) -> None:
+    def __init__(self, model: Any, kind: Type, spec: ModelSpec) -> None:
         super().__init__()
         config = model.config
-        self.name, self.model = request.name, model
+        self.name, self.model = spec.name, model
         count = config.num_hidden_layers
         self.blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
         norms = dict(model.named_modules())
         self.norm = next(norms[name] for name in kind.norms if name in norms)
-        self.taken = take_layers(request.layers, count, request.name)
+        self.taken = take_layers(spec.layers, count, spec.name)
         self.layer = layer_name(self.taken, count)
         self.embed_dim = config.hidden_size * len(self.taken)
         self.stride = config.patch_size

@@ -134,9 +134,9 @@ def measure(model: Any, index: int, name: str) -> Level:
         if not cells or (cells < side / stride and cells == grid(side + multiple, rebuilt=rebuilt)):
             continue  # it does not take this size, or brings all to one size itself
         for factor in (1, 2, 4):  # a stem may be coarser than timm says
-            if cells * stride * factor == side and multiple % (stride * factor) == 0:
-                if multiple <= deepest or grid(side + multiple) == cells + multiple // stride:
-                    return level(stride * factor, multiple, rebuilt=rebuilt)
+            fits = cells * stride * factor == side and multiple % (stride * factor) == 0
+            if fits and (multiple <= deepest or grid(side + multiple) == cells + multiple // stride):
+                return level(stride * factor, multiple, rebuilt=rebuilt)
         if cells < side // stride and not rebuilt:
             padding = _least(lambda p, s=side: grid(s, p) >= s // stride, 6 * stride)  # type: ignore[misc]
             if padding and grid(side, padding) == side // stride:

@@ -27,44 +27,46 @@ from neco_bench.encoders.spec import ModelSpec, functions_in
 from neco_bench.encoders.zoo import models
 
 
-def build(request: ModelSpec, file: Path | None) -> Encoder:
-    """The encoder that a factory makes, with `file` loaded into it strictly where one is given.
+def build(spec: ModelSpec) -> Encoder:
+    """Build the encoder that a factory makes, and load the spec's weights into it strictly where they are given.
 
     Raises `MissingError` (no such file) and `BadInputError` (no such factory, a factory that fails, a wrong result).
     """
     factory: Any
-    if request.kind == "file":
-        path, _, attribute = request.target.rpartition(":")
+    if spec.kind == "file":
+        path, _, attribute = spec.target.rpartition(":")
         factory, source = _factory_in(Path(path), attribute), Path(path)
     else:
-        factory = models().load(request.name.partition("?")[0])
+        factory = models().load(spec.name.partition("?")[0])
         found = inspect.getsourcefile(factory) if callable(factory) else None
         source = Path(found) if found else Path(__file__)
     if not callable(factory):
-        raise BadInputError(f"{request.target} is {type(factory).__name__}, not a function that makes an encoder.")
+        raise BadInputError(f"{spec.target} is {type(factory).__name__}, not a function that makes an encoder.")
     try:
         made = factory()
     except NecoBenchError:
         raise
     except (Exception, SystemExit) as error:  # someone else's code may fail in any way
-        raise BadInputError(f"{request.target} failed: {type(error).__name__}: {error}") from error
-    encoder = made if isinstance(made, Encoder) else ModuleEncoder(_checked_module(made, request.target))
-    encoder.name = request.name
+        raise BadInputError(f"{spec.target} failed: {type(error).__name__}: {error}") from error
+    encoder = made if isinstance(made, Encoder) else ModuleEncoder(_checked_module(made, spec.target))
+    encoder.name = spec.name
     for fact in ("embed_dim", "stride"):
         if not isinstance(getattr(encoder, fact, None), int):
-            raise BadInputError(f"{request.target} made an encoder whose {fact} is not a whole number.")
+            raise BadInputError(f"{spec.target} made an encoder whose {fact} is not a whole number.")
     if not isinstance(encoder.training_data, str):
         raise BadInputError(
-            f"{request.target} made an encoder whose training_data is {type(encoder.training_data).__name__}; write "
+            f"{spec.target} made an encoder whose training_data is {type(encoder.training_data).__name__}; write "
             f'the names of data sets as one text, such as "imagenet, coco".'
         )
-    check_has_values(encoder, request.target)
-    if file is not None:
+    check_has_values(encoder, spec.target)
+    if spec.weights is not None:
         if not encoder.state_dict():
-            raise UsageError(f"Model {request.name!r} has no weights to load; leave out --weights.")
-        encoder.weights_report = weights.load_file_into(weights.inner_module(encoder), file, request.branch, whole=True)
+            raise UsageError(f"Model {spec.name!r} has no weights to load; leave out --weights.")
+        encoder.weights_report = weights.load_file_into(
+            weights.inner_module(encoder), spec.weights, spec.branch, whole=True
+        )
     elif encoder.weights_report is None:
-        encoder.weights_report = WeightsReport(source=request.target)
+        encoder.weights_report = WeightsReport(source=spec.target)
     encoder.weights_id = whole_sha256(encoder) or file_sha256(source)
     return encoder
 
