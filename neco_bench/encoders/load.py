@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.encoders.options import PRECISIONS, Layers
-from neco_bench.encoders.run_folder import read, weights_file
+from neco_bench.encoders.run_folder import read_run, weights_file
 from neco_bench.encoders.spec import ModelSpec, SpecLike, is_official, parse_layers, parse_spec, training_of
 from neco_bench.encoders.weight_files import files_of
 from neco_bench.encoders.zoo import declared_overlap
@@ -65,7 +65,7 @@ def build(model: ModelSpec) -> Encoder:
 
 def _build_run_folder(model: ModelSpec, base: ModelSpec) -> Encoder:
     folder = Path(model.target)
-    run = read(folder)
+    run = read_run(folder)
     branch = base.branch if model.weights is None else model.branch  # files of a run hold one encoder each
     encoder = build(
         replace(

@@ -29,7 +29,7 @@ from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, 
 from neco_bench.core.files import file_sha256
 from neco_bench.core.registry import BUILTIN
 from neco_bench.encoders.options import POS_INTERP, Layers
-from neco_bench.encoders.run_folder import RUN_FILE, is_run_folder, read
+from neco_bench.encoders.run_folder import RUN_FILE, is_run_folder, read_run
 from neco_bench.encoders.zoo import UNKNOWN, ZooEntry, aliases, models, zoo
 
 _OPTIONS = {
@@ -287,7 +287,7 @@ def base_of(folder: Path) -> ModelSpec:
 
     Raises `MissingError` and `BadInputError`, naming `encoder.json`.
     """
-    run, path = read(folder), folder / RUN_FILE
+    run, path = read_run(folder), folder / RUN_FILE
     if is_run_folder(run.base.partition("?")[0]):
         raise BadInputError(f"{path}: base {run.base!r} is itself a run folder; it must be an architecture.")
     try:
@@ -308,7 +308,7 @@ def branch_of(spec: SpecLike) -> str | None:
     Raises as `parse_spec`.
     """
     model = parse_spec(spec)
-    if model.kind != "run" or read(Path(model.target)).teacher is None:
+    if model.kind != "run" or read_run(Path(model.target)).teacher is None:
         return None
     return model.branch or "student"
 
@@ -344,7 +344,7 @@ def training_of(model: ModelSpec) -> tuple[str, Mapping[str, str]]:
     file, entry = model.weights, model.entry
     if file is None:
         if model.kind == "run":
-            run = read(Path(model.target))
+            run = read_run(Path(model.target))
             return run.training_data, run.overlap
         if model.kind == "timm" and not model.pretrained:
             return "none", {}
@@ -394,7 +394,7 @@ def model_info(spec: SpecLike) -> dict[str, Any]:
     }
     file = None
     if model.kind == "run":
-        run = read(Path(model.target))
+        run = read_run(Path(model.target))
         file = run.file_of(Path(model.target), model.branch)
         facts |= run.model_dump()
     elif model.entry is not None:

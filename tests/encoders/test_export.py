@@ -157,9 +157,7 @@ def test_another_rule_for_positions_is_told(
 ) -> None:
     """`reader` has the rule of the code that the layout belongs to: the same features at 98 pixels and not at 56."""
     create, small = timm_models.create, {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 98}
-    monkeypatch.setattr(
-        timm_models, "create", lambda name, seed, **options: create(name, seed, **{**options, **small})
-    )
+    monkeypatch.setattr(timm_models, "create", lambda name, seed, **options: create(name, seed, **{**options, **small}))
     encoder = load_encoder(f"{spec}{'&' if '?' in spec else '?'}pretrained=false", device="cpu")
     inner_module(encoder).pos_embed.data.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[operator, union-attr]
     with caplog.at_level(logging.WARNING, "neco_bench"):

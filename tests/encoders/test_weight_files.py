@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.encoders.weight_files import files_of, read_tensors
-from neco_bench.encoders.weights import select, without_wrappers
+from neco_bench.encoders.weights import select, strip_wrappers
 
 STATE = {"blocks.0.weight": torch.arange(6.0).view(2, 3), "norm.weight": torch.ones(3)}
 
@@ -104,7 +104,7 @@ def test_a_module_saved_whole(tmp_path: Path) -> None:
     with packages(research__models=Block):
         torch.save({"model": model}, tmp_path / "m.pth")
     names = {f"model.{key}" for key in model.state_dict()}
-    read = without_wrappers(read_tensors(tmp_path / "m.pth"), names)
+    read = strip_wrappers(read_tensors(tmp_path / "m.pth"), names)
     assert read.keys() == names
     assert all(torch.equal(read[f"model.{key}"], value) for key, value in model.state_dict().items())
 
@@ -280,7 +280,7 @@ def copies(**prefixes: float) -> dict[str, Tensor]:
 def test_copies_of_a_model_in_one_file(
     prefixes: tuple[str, ...], used: int, other: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tensors = without_wrappers(copies(**{prefix: float(i) for i, prefix in enumerate(prefixes)}), NAMES)
+    tensors = strip_wrappers(copies(**{prefix: float(i) for i, prefix in enumerate(prefixes)}), NAMES)
     with caplog.at_level(logging.WARNING, "neco_bench"):
         inside, outside = select(tensors, NAMES, Path("f"))
     assert inside.keys() == set(NAMES)
@@ -319,7 +319,7 @@ def test_the_top_level_is_a_copy_too() -> None:
 )
 def test_wrappers_anywhere_in_a_name(rename: Callable[[str], str]) -> None:
     tensors = {rename(name): torch.ones(2) for name in NAMES}
-    inside, outside = select(without_wrappers(tensors, NAMES), NAMES, Path("f"))
+    inside, outside = select(strip_wrappers(tensors, NAMES), NAMES, Path("f"))
     assert inside.keys() == set(NAMES)
     assert outside == ()
 
@@ -327,5 +327,5 @@ def test_wrappers_anywhere_in_a_name(rename: Callable[[str], str]) -> None:
 def test_a_model_s_own_parts_are_no_wrappers() -> None:
     names = ["module.weight", "weight"]
     tensors = {name: torch.ones(1) for name in names}
-    assert without_wrappers(tensors, names).keys() == set(names)
-    assert without_wrappers(tensors, ["weight"]).keys() == set(names)  # two tensors never become one
+    assert strip_wrappers(tensors, names).keys() == set(names)
+    assert strip_wrappers(tensors, ["weight"]).keys() == set(names)  # two tensors never become one

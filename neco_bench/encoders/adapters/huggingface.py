@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.encoders import fetch, weights
-from neco_bench.encoders.adapters.layers import layer_name, take_layers
+from neco_bench.encoders.adapters.layers import layer_indices, layer_name
 from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.spec import ModelSpec
+from neco_bench.encoders.weight_files import first_names
 
 
 class Type(NamedTuple):
@@ -60,7 +61,7 @@ TYPES = {
 
 
 def build(spec: ModelSpec) -> Encoder:
-    """The encoder of a transformers model. Raises `MissingError`, `BadInputError`, `UsageError` (not in `TYPES`)."""
+    """Build the encoder of a transformers model. Raises `MissingError`, `BadInputError`, `UsageError`."""
     try:
         import transformers
     except ImportError as error:
@@ -71,34 +72,8 @@ def build(spec: ModelSpec) -> Encoder:
     local = Path(source).expanduser().is_dir()
     where: dict[str, Any] = {"local_files_only": local or not fetch.hub_reachable(), "trust_remote_code": False}
     source = str(Path(source).expanduser()) if local else source
-    outside: tuple[str, ...] = ()
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **where)
-        kind = TYPES.get(config.model_type)
-        if kind is None:
-            raise UsageError(
-                f"Model {spec.name!r} is of type {config.model_type!r}; known are {', '.join(sorted(TYPES))}. "
-                f"Wrap it in a function of your own: path/to/file.py:FACTORY."
-            )
-        cls = getattr(transformers, kind.model, None)
-        if cls is None:
-            raise UsageError(f"transformers {transformers.__version__} has no {kind.model}; install a newer one.")
-        if file is None:
-            given: dict[str, Any] = {"pretrained_model_name_or_path": source, **where}
-        else:
-            config = getattr(config, "vision_config", config)
-            tensors, outside = _of_file(cls, config, file, spec.branch)
-            given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
-        precision = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
-        model, notes = cls.from_pretrained(**given, **{precision: torch.float32}, output_loading_info=True)
-        unused = {"missing": weights.UNUSED, "unexpected": re.compile(f"{weights.UNUSED.pattern}|{_ELSEWHERE.pattern}")}
-        faults = {why: sorted(k for k in notes[f"{why}_keys"] if not known.match(k)) for why, known in unused.items()}
-        if any(faults.values()):
-            told = "; ".join(f"{len(keys)} {why}: {', '.join(keys[:8])}" for why, keys in faults.items() if keys)
-            raise BadInputError(f"Weights {file or source} do not fit {kind.model}: {told}.")
-        report = WeightsReport(source=str(file or source), dropped=(*sorted(notes["unexpected_keys"]), *outside))
-        if report.dropped:
-            weights.log.warning("%s: not used, dropped: %s", report.source, ", ".join(report.dropped[:8]))
+        model, kind, report = _load_model(transformers, source, where, spec)
     except NecoBenchError:
         raise
     except OSError as error:
@@ -121,6 +96,41 @@ def build(spec: ModelSpec) -> Encoder:
     return encoder
 
 
+def _load_model(
+    transformers: Any, source: str, where: dict[str, Any], spec: ModelSpec
+) -> tuple[Any, Type, WeightsReport]:
+    """The model of an id or a folder, with its own weights or the spec's. where: how transformers looks for files."""
+    file = spec.weights
+    outside: tuple[str, ...] = ()
+    config = transformers.AutoConfig.from_pretrained(source, **where)
+    kind = TYPES.get(config.model_type)
+    if kind is None:
+        raise UsageError(
+            f"Model {spec.name!r} is of type {config.model_type!r}; known are {', '.join(sorted(TYPES))}. "
+            f"Wrap it in a function of your own: path/to/file.py:FACTORY."
+        )
+    cls = getattr(transformers, kind.model, None)
+    if cls is None:
+        raise UsageError(f"transformers {transformers.__version__} has no {kind.model}; install a newer one.")
+    if file is None:
+        given: dict[str, Any] = {"pretrained_model_name_or_path": source, **where}
+    else:
+        config = getattr(config, "vision_config", config)
+        tensors, outside = _of_file(cls, config, file, spec.branch)
+        given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+    precision = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
+    model, notes = cls.from_pretrained(**given, **{precision: torch.float32}, output_loading_info=True)
+    unused = {"missing": weights.UNUSED, "unexpected": re.compile(f"{weights.UNUSED.pattern}|{_ELSEWHERE.pattern}")}
+    faults = {why: sorted(k for k in notes[f"{why}_keys"] if not known.match(k)) for why, known in unused.items()}
+    if any(faults.values()):
+        text = "; ".join(f"{len(keys)} {why}: {first_names(keys)}" for why, keys in faults.items() if keys)
+        raise BadInputError(f"Weights {file or source} do not fit {kind.model}: {text}.")
+    report = WeightsReport(source=str(file or source), dropped=(*sorted(notes["unexpected_keys"]), *outside))
+    if report.dropped:
+        weights.log.warning("%s: not used, dropped: %s", report.source, first_names(report.dropped))
+    return model, kind, report
+
+
 def _of_file(cls: Any, config: Any, file: Path, branch: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
     """The tensors of a file for a class of transformers, without what stands before their names, and what is outside.
 
@@ -128,7 +138,7 @@ def _of_file(cls: Any, config: Any, file: Path, branch: str | None) -> tuple[dic
     """
     with torch.device("meta"):
         names = cls(config).state_dict().keys()
-    read = weights.without_wrappers(weights.read_tensors(file), names)
+    read = weights.strip_wrappers(weights.read_tensors(file), names)
     if any(re.search(r"(^|\.)blocks\.\d+\.(\d+\.)?attn\.|(^|\.)resblocks\.", key) for key in read):
         raise BadInputError(
             f"Weights file {file} has the names of timm or of the authors' own code, not of transformers: give it to "
@@ -147,17 +157,17 @@ def _statistics(source: str, where: dict[str, Any], kind: Type) -> tuple[Any, An
     from transformers.utils import cached_file
 
     for name in ("preprocessor_config.json", "processor_config.json"):  # the second as of transformers 5
-        found = cached_file(
+        path = cached_file(
             source,
             name,
             local_files_only=where["local_files_only"],
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        if found is None:
+        if path is None:
             continue
         try:
-            facts = json.loads(Path(found).read_text(encoding="utf-8"))
+            facts = json.loads(Path(path).read_text(encoding="utf-8"))
             facts = facts.get("image_processor") or facts
             given = [facts.get(key) for key in ("image_mean", "image_std")]
             mean, std = (
@@ -167,7 +177,7 @@ def _statistics(source: str, where: dict[str, Any], kind: Type) -> tuple[Any, An
             if not len(mean) == len(std) == 3:
                 raise ValueError("image_mean and image_std need three numbers each")
         except (ValueError, AttributeError, TypeError) as error:
-            raise BadInputError(f"{found} is not a preprocessor configuration: {error}.") from error
+            raise BadInputError(f"{path} is not a preprocessor configuration: {error}.") from error
         if any(values is not None for values in given):
             return mean, std
     return kind.statistics
@@ -186,11 +196,11 @@ class HFEncoder(Encoder):
         self.blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
         norms = dict(model.named_modules())
         self.norm = next(norms[name] for name in kind.norms if name in norms)
-        self.taken = take_layers(spec.layers, count, spec.name)
-        self.layer = layer_name(self.taken, count)
-        self.embed_dim = config.hidden_size * len(self.taken)
+        self.indices = layer_indices(spec.layers, count, spec.name)
+        self.layer = layer_name(self.indices, count)
+        self.embed_dim = config.hidden_size * len(self.indices)
         self.stride = config.patch_size
-        self.count = kind.tokens + getattr(config, "num_register_tokens", 0)
+        self.prefix_count = kind.tokens + getattr(config, "num_register_tokens", 0)
         self.has_final_norm = True
         self.pos_interp = "native"
         takes = inspect.signature(model.forward).parameters
@@ -202,7 +212,7 @@ class HFEncoder(Encoder):
             self.blocks[i].register_forward_hook(
                 lambda _module, _inputs, output: levels.append(output if isinstance(output, Tensor) else output[0])
             )
-            for i in self.taken
+            for i in self.indices
         ]
         try:
             self.model(pixel_values=images, **self.options)
@@ -211,11 +221,11 @@ class HFEncoder(Encoder):
                 hook.remove()
         tokens = torch.cat([self.norm(level) if final_norm else level for level in levels], -1)
         size = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
-        patches = tokens[:, self.count :]
+        patches = tokens[:, self.prefix_count :]
         if patches.shape[1] != size[0] * size[1]:
             raise BadInputError(
                 f"Model {self.name!r} gave {patches.shape[1]} patch tokens for a grid of {size[0]}x{size[1]}."
             )
         grid = patches.transpose(1, 2).unflatten(2, size)
-        prefix = tokens[:, : self.count] if self.count else None
+        prefix = tokens[:, : self.prefix_count] if self.prefix_count else None
         return DenseFeatures(grid, self.stride, self.layer, final_norm, prefix)

@@ -1,8 +1,8 @@
 """Encoders from timm: plain ViTs, other token models (EVA, DINOv3, SigLIP, ...), and hierarchical networks and CNNs.
 
 Plain ViTs are run here block by block, for the choice of position interpolation and for class-token attention; all
-others through timm's `forward_intermediates`. Inner blocks pass the final norm too unless asked otherwise, as DINOv2's
-`get_intermediate_layers` does.
+others through timm's `forward_intermediates`. Inner blocks pass the final norm too by default, as in DINOv2's
+`get_intermediate_layers`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean
 from neco_bench.encoders import fetch, weights
 from neco_bench.encoders.adapters import timm_layouts, tiny
-from neco_bench.encoders.adapters.layers import layer_name, take_layers
+from neco_bench.encoders.adapters.layers import layer_indices, layer_name
 from neco_bench.encoders.adapters.timm_sizes import build_for, create, measure
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.options import POS_INTERP
@@ -34,7 +34,7 @@ assert tiny  # importing it makes its model known to timm
 
 
 def build(spec: ModelSpec) -> Encoder:
-    """The encoder for a timm model, with weights from `file`, the zoo's address, timm's own, or seeded random ones."""
+    """Build the encoder of a timm model, with the spec's weights, the zoo's, timm's own, or seeded random ones."""
     name, entry, file = spec.target, spec.entry, spec.weights
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
@@ -68,7 +68,7 @@ def build(spec: ModelSpec) -> Encoder:
 
 
 def statistics_of(model: Any) -> tuple[Any, Any, str]:
-    """Mean and std of a timm model's own weights, and where they are from, for people."""
+    """Return mean and std of a timm model's own weights, and where they are from, for people."""
     facts = model.pretrained_cfg
     tag = ".".join(filter(None, (facts.get("architecture"), facts.get("tag"))))
     return tuple(facts["mean"]), tuple(facts["std"]), f"timm's for {tag}"
@@ -120,7 +120,7 @@ def _from_file(spec: ModelSpec, path: Path) -> tuple[Any, WeightsReport]:
 
 
 def wrap(model: Any, spec: ModelSpec, *, twin: Any = None) -> Encoder:
-    """The encoder that reads a timm model. twin: a copy on the meta device, which is made where it is not given."""
+    """Make the encoder that reads a timm model. twin: a copy on the meta device, made where it is not given."""
     if not hasattr(model, "forward_intermediates"):
         raise UsageError(f"timm's {spec.target!r} gives no dense features (it has no forward_intermediates).")
     plain = type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.pos_embed is not None
@@ -146,8 +146,8 @@ class _Timm(Encoder):
         super().__init__()
         self.name = spec.name
         self.model = model
-        self.taken = take_layers(spec.layers, count, spec.name, f"{what}s")
-        self.layer = layer_name(self.taken, count, what)
+        self.indices = layer_indices(spec.layers, count, spec.name, f"{what}s")
+        self.layer = layer_name(self.indices, count, what)
 
 
 class _Measured(_Timm):
@@ -155,8 +155,8 @@ class _Measured(_Timm):
 
     def __init__(self, model: Any, spec: ModelSpec, twin: Any, what: str) -> None:
         super().__init__(model, spec, len(model.feature_info), what)
-        self.level = measure(twin, self.taken[-1], spec.name)
-        self.embed_dim = self.level.embed_dim * len(self.taken)
+        self.level = measure(twin, self.indices[-1], spec.name)
+        self.embed_dim = self.level.embed_dim * len(self.indices)
         self.stride, self.size_multiple = self.level.stride, self.level.multiple
         self.only_size, self.has_final_norm = self.level.size, self.level.final_norm
         self._rebuilt: tuple[tuple[int, int], list[Any]] | None = None  # in a list: no part of this module
@@ -177,7 +177,9 @@ class _Measured(_Timm):
         if padding := self.level.padding:
             before, after = padding // 2, padding - padding // 2
             images = F.pad(images, (before, after, before, after))
-        return model, model.forward_intermediates(images, indices=list(self.taken), intermediates_only=True, **options)
+        return model, model.forward_intermediates(
+            images, indices=list(self.indices), intermediates_only=True, **options
+        )
 
     def _build_for(self, size: tuple[int, int]) -> Any:
         try:
@@ -211,7 +213,7 @@ class TimmStages(_Measured):
 
     def __init__(self, model: Any, spec: ModelSpec, twin: Any) -> None:
         super().__init__(model, spec, twin, "stage")
-        if len(self.taken) > 1:
+        if len(self.indices) > 1:
             raise UsageError(f"Model {spec.name!r} is hierarchical: its stages differ in size, so read one at a time.")
         self.pos_interp = "timm" if self.level.rebuilt else "none"
 
@@ -227,7 +229,7 @@ class TimmViT(_Timm):
 
     def __init__(self, model: VisionTransformer, spec: ModelSpec) -> None:
         super().__init__(model, spec, len(model.blocks), "block")
-        self.embed_dim = model.embed_dim * len(self.taken)
+        self.embed_dim = model.embed_dim * len(self.indices)
         self.stride = model.patch_embed.patch_size[0]
         self.has_final_norm = isinstance(model.norm, nn.Module) and not isinstance(model.norm, nn.Identity)
         self.pos_interp = spec.pos_interp or "timm"
@@ -255,12 +257,12 @@ class TimmViT(_Timm):
             x = torch.cat([*prefix, x], 1) + self._positions(size)
         x = model.norm_pre(x)
         levels, weights_of_class = [], None
-        depth = len(model.blocks) if attention else self.taken[-1] + 1
+        depth = len(model.blocks) if attention else self.indices[-1] + 1
         for i, block in enumerate(model.blocks[:depth]):
             if attention and i == depth - 1:
                 weights_of_class = self._class_attention(block, x, size)
             x = block(x)
-            if i in self.taken:
+            if i in self.indices:
                 levels.append(model.norm(x) if final_norm else x)
         tokens = torch.cat(levels, dim=-1)
         count = model.num_prefix_tokens
@@ -279,7 +281,7 @@ class TimmViT(_Timm):
 
 
 def interpolate_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int, int], rule: str) -> Tensor:
-    """Patch positions (1, rows * columns of `grid`, D) at another `size` (rows, columns): (1, rows * columns, D)."""
+    """Resize patch positions (1, rows * columns of `grid`, D) to `size` (rows, columns): (1, rows * columns, D)."""
     if size == grid:
         return positions
     image = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)

@@ -48,7 +48,7 @@ class Level(NamedTuple):
 
 
 def create(name: str, seed: int, **options: Any) -> Any:
-    """The timm model, able to take any input size where timm offers that; the same weights for the same seed."""
+    """Create a timm model that takes any input size where timm offers that, with the same weights for the same seed."""
     attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for sizes in attempts:
         with torch.random.fork_rng(devices=[]):
@@ -62,7 +62,7 @@ def create(name: str, seed: int, **options: Any) -> Any:
 
 
 def build_for(model: Any, size: tuple[int, int]) -> Any:
-    """A copy of a one-size model for inputs of `size` (height, width), its positions resampled by timm.
+    """Copy a one-size model for inputs of `size` (height, width), its positions resampled by timm.
 
     Raises whatever timm does where it cannot convert the weights.
     """
@@ -86,13 +86,13 @@ def build_for(model: Any, size: tuple[int, int]) -> Any:
 
 
 def read_level(model: Any, images: Tensor, index: int, norm: bool) -> Tensor:
-    """The map (B, D, h, w) of one level, by timm's `forward_intermediates`."""
+    """Return the map (B, D, h, w) of one level, by timm's `forward_intermediates`."""
     (level,) = model.forward_intermediates(images, indices=[index], intermediates_only=True, norm=norm)
     return level[0] if isinstance(level, tuple) else level
 
 
 def measure(model: Any, index: int, name: str) -> Level:
-    """What level `index` of a model on the meta device is. name: for messages.
+    """Measure level `index` of a model on the meta device. name: for messages.
 
     Raises `UsageError` where the grid of the level fits no whole number of pixels.
     """
@@ -108,12 +108,12 @@ def measure(model: Any, index: int, name: str) -> Level:
         try:
             with torch.inference_mode():
                 used = build_for(model, (padded, padded)).eval() if rebuilt else model
-                found = read_level(used, _images(padded), index, False)
+                features = read_level(used, _images(padded), index, False)
         except Exception as error:  # models fail in ways of their own; whichever it is, they do not take this size
             if "meta tensor" in str(error):
                 raise _NeedsDataError from error
             return 0
-        return int(found.shape[-1]) if found.shape[-1] == found.shape[-2] else 0
+        return int(features.shape[-1]) if features.shape[-1] == features.shape[-2] else 0
 
     def level(stride: int, multiple: int, **how: Any) -> Level:
         return _with_channels(model, index, Level(0, stride, multiple, **how), own)
@@ -178,10 +178,10 @@ def _with_channels(model: Any, index: int, level: Level, own: int) -> Level:
     """The level with its channels, and whether a norm or a last convolution is behind it."""
     side = level.size or (own if level.rebuilt else _odd_multiple(level.multiple, own) + level.padding)
     with torch.inference_mode():
-        found, before = _called(model, _images(side), index, norm=False)
+        features, before = _called(model, _images(side), index, norm=False)
         try:
             normed, after = _called(model, _images(side), index, norm=True)
-            norm = bool(after - before) and normed.shape == found.shape  # SAM's neck makes other channels
+            norm = bool(after - before) and normed.shape == features.shape  # SAM's neck makes other channels
         except AssertionError:  # "normalization of features not supported"
             norm = False
         last = getattr(model, "final_conv", None)
@@ -191,16 +191,16 @@ def _with_channels(model: Any, index: int, level: Level, own: int) -> Level:
             and any(True for _ in last.parameters())
             and not any(part in before for part in last.modules())
         )
-        channels = last(found).shape[1] if final and isinstance(last, nn.Module) else found.shape[1]
+        channels = last(features).shape[1] if final and isinstance(last, nn.Module) else features.shape[1]
     return level._replace(embed_dim=int(channels), final_norm=norm, final_conv=final)
 
 
 def _called(model: nn.Module, images: Tensor, index: int, *, norm: bool) -> tuple[Tensor, set[nn.Module]]:
     """A level, and the modules that were called for it."""
-    seen: set[nn.Module] = set()
-    hooks = [m.register_forward_hook(lambda m, _inputs, _output: seen.add(m)) for m in model.modules()]
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda m, _inputs, _output: called.add(m)) for m in model.modules()]
     try:
-        return read_level(model, images, index, norm), seen
+        return read_level(model, images, index, norm), called
     finally:
         for hook in hooks:
             hook.remove()

@@ -21,13 +21,14 @@ from torch import Tensor
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.encoders import fetch, weights
-from neco_bench.encoders.adapters.layers import layer_name, take_layers
+from neco_bench.encoders.adapters import timm_models
+from neco_bench.encoders.adapters.layers import layer_indices, layer_name
 from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.spec import ModelSpec
 
 
 def build(spec: ModelSpec) -> Encoder:
-    """The encoder of a hub entry. Raises `MissingError` (nothing to be had), `UsageError` and `BadInputError`."""
+    """Build the encoder of a hub entry. Raises `MissingError`, `UsageError` and `BadInputError`."""
     file = spec.weights
     repository, _, entry = spec.target.rpartition(":")
     if not spec.trust:
@@ -84,8 +85,6 @@ def _wrap(model: Any, spec: ModelSpec) -> Encoder:
         and hasattr(model, "forward_intermediates")
         and hasattr(model, "feature_info")
     ):
-        from neco_bench.encoders.adapters import timm_models
-
         encoder = timm_models.wrap(model, spec, twin=copy.deepcopy(model).to("meta"))
         encoder.mean, encoder.std, encoder.statistics = timm_models.statistics_of(model)
         return encoder
@@ -118,10 +117,10 @@ class _Hub(Encoder):
         self.name, self.model = spec.name, model
         self.statistics = "ImageNet's, as of DINO and DINOv2"
         count = model.n_blocks if hasattr(model, "n_blocks") else len(model.blocks)
-        self.count = count
-        self.taken = take_layers(spec.layers, count, spec.name)
-        self.layer = layer_name(self.taken, count)
-        self.embed_dim = model.embed_dim * len(self.taken)
+        self.depth = count
+        self.indices = layer_indices(spec.layers, count, spec.name)
+        self.layer = layer_name(self.indices, count)
+        self.embed_dim = model.embed_dim * len(self.indices)
         patch = _patch_size(model)
         self.stride = patch if isinstance(patch, int) else patch[0]
         self.pos_interp = "native"
@@ -136,13 +135,13 @@ class _Hub(Encoder):
 
 
 class HubDINOv2(_Hub):
-    """DINOv2's interface. `prefix` is the class token; registers are not handed out by it."""
+    """DINOv2's interface. `prefix` is the class token; it gives no registers."""
 
     has_final_norm = True
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         levels = self.model.get_intermediate_layers(
-            images, n=list(self.taken), reshape=False, return_class_token=True, norm=final_norm
+            images, n=list(self.indices), reshape=False, return_class_token=True, norm=final_norm
         )
         grid = self._grid(torch.cat([patches for patches, _ in levels], -1), images)
         prefix = torch.cat([token for _, token in levels], -1)[:, None]
@@ -157,9 +156,9 @@ class HubDINO(_Hub):
         self.attentions = hasattr(model, "get_last_selfattention")
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        first = self.taken[0]
-        levels = self.model.get_intermediate_layers(images, self.count - first)
-        tokens = torch.cat([levels[i - first] for i in self.taken], -1)
+        first = self.indices[0]
+        levels = self.model.get_intermediate_layers(images, self.depth - first)
+        tokens = torch.cat([levels[i - first] for i in self.indices], -1)
         grid = self._grid(tokens[:, 1:], images)
         of_class = None
         if attention:
@@ -176,7 +175,7 @@ class HubDictionary(_Hub):
             raise UsageError(f"Model {spec.name!r} gives its last block only; leave out layers.")
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        found = self.model.forward_features(images)
-        if not isinstance(found, dict) or "x_norm_patchtokens" not in found:
+        output = self.model.forward_features(images)
+        if not isinstance(output, dict) or "x_norm_patchtokens" not in output:
             raise BadInputError(f"Hub model {self.name!r}: forward_features gave no x_norm_patchtokens.")
-        return DenseFeatures(self._grid(found["x_norm_patchtokens"], images), self.stride, self.layer, True)
+        return DenseFeatures(self._grid(output["x_norm_patchtokens"], images), self.stride, self.layer, True)

@@ -38,8 +38,8 @@ def build(spec: ModelSpec) -> Encoder:
         factory, source = _factory_in(Path(path), attribute), Path(path)
     else:
         factory = models().load(spec.name.partition("?")[0])
-        found = inspect.getsourcefile(factory) if callable(factory) else None
-        source = Path(found) if found else Path(__file__)
+        defined_in = inspect.getsourcefile(factory) if callable(factory) else None
+        source = Path(defined_in or __file__)
     if not callable(factory):
         raise BadInputError(f"{spec.target} is {type(factory).__name__}, not a function that makes an encoder.")
     try:
@@ -72,16 +72,15 @@ def build(spec: ModelSpec) -> Encoder:
 
 
 def whole_sha256(encoder: nn.Module) -> str:
-    """The sha256 of all weights and of the tensors and arrays that modules keep besides them; "" where there are none.
+    """Compute the sha256 of all weights and of other tensors and arrays in modules; "" where there are none.
 
     Those of non-persistent buffers and plain attributes are in no state dict, and move the features as weights do.
     """
     known = {id(value) for value in encoder.state_dict(keep_vars=True).values()}
     others: dict[str, Any] = {}
     for place, module in encoder.named_modules():
-        kept = {**module._buffers, **vars(module)}
-        found = {name: value for name, value in kept.items() if _has_bytes(value)}
-        others |= {f"{place}.{name}": value for name, value in sorted(found.items()) if id(value) not in known}
+        arrays = {name: v for name, v in {**module._buffers, **vars(module)}.items() if _has_bytes(v)}
+        others |= {f"{place}.{name}": v for name, v in sorted(arrays.items()) if id(v) not in known}
     if not (known or others):
         return ""
     state = weights.state_sha256(encoder, whole=True)
