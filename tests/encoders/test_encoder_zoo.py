@@ -124,7 +124,7 @@ def test_specs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("neco_dinov3", "neco_dinov2"),
         ("timm:x?pretraind=false", "pretrained"),
@@ -140,10 +140,10 @@ def test_specs() -> None:
         ("baseline_rgb?layers=3", "layers"),
     ],
 )
-def test_wrong_specs(spec: str, told: str) -> None:
-    for ask in (content_id, model_info):
-        with pytest.raises(UsageError, match=told):
-            ask(spec)
+def test_wrong_specs(spec: str, message: str) -> None:
+    for function in (content_id, model_info):
+        with pytest.raises(UsageError, match=message):
+            function(spec)
 
 
 def test_device_and_precision() -> None:
@@ -187,6 +187,8 @@ def test_content_id_follows_content(tmp_path: Path) -> None:
     (tmp_path / "cache" / "weights" / "vit_x.tag" / "model.safetensors").write_bytes(b"3")
     assert not {content_id(f"timm:{name}") for name in ("vit_x", "vit_x.tag")} & set(own)
     assert content_id("timm:x?seed=1&pretrained=false") == content_id("timm:x?pretrained=false&seed=1")
+    given = content_id("neco_dinov2", weights)
+    assert content_id(parse_spec("neco_dinov2", weights)) == content_id(parse_spec("neco_dinov2"), weights) == given
     with pytest.raises(MissingError):
         content_id("neco_dinov2", tmp_path / "absent.pth")
     with pytest.raises(MissingError):

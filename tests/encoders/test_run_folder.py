@@ -235,8 +235,8 @@ def test_identity_and_facts(run: Path, tmp_path: Path) -> None:
     students.write_bytes(b"2")
     ids.add(content_id(spec))
     assert len(ids) == 6
-    seen = training_of(parse_spec(spec))[1]
-    assert [contamination(seen, [name]) for name in ("shapes", "voc", "coco")] == ["seen", "near", "none known"]
+    overlap = training_of(parse_spec(spec))[1]
+    assert [contamination(overlap, [name]) for name in ("shapes", "voc", "coco")] == ["seen", "near", "none known"]
     assert load_encoder(TINY, weights=students.with_name("teacher.safetensors")).overlap == {"*": "unknown"}
     facts = model_info(f"{spec}?branch=teacher")
     assert (facts["name"], facts["kind"], facts["step"]) == (f"{spec}?branch=teacher", "run", 1000)
@@ -309,13 +309,13 @@ def test_a_folder_without_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "begun").mkdir()
     monkeypatch.chdir(tmp_path)
     for spec in ("begun", f"{tmp_path}/begun/", "begun?branch=teacher"):
-        for ask in (content_id, model_info, load_encoder, architecture):
+        for function in (content_id, model_info, load_encoder, architecture):
             with pytest.raises(MissingError, match=r"begun.* holds no trained encoder .*not saved a checkpoint"):
-                ask(spec)
+                function(spec)
 
 
 @pytest.mark.parametrize(
-    ("facts", "told"),
+    ("facts", "message"),
     [
         ({"format": 2}, "format 2; this neco-bench reads up to 1"),
         ({"format": "x"}, "format: Input should be 1"),
@@ -330,12 +330,12 @@ def test_a_folder_without_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"more": 1}, "more: Extra inputs"),
     ],
 )
-def test_wrong_descriptions(run: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], told: str) -> None:
+def test_wrong_descriptions(run: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], message: str) -> None:
     change(run, **facts)
     monkeypatch.chdir(run)
-    for ask in (content_id, load_encoder):
-        with pytest.raises(BadInputError, match=told) as caught:
-            ask(str(run))
+    for function in (content_id, load_encoder):
+        with pytest.raises(BadInputError, match=message) as caught:
+            function(str(run))
         assert str(run / "encoder.json") in str(caught.value)
 
 
@@ -359,15 +359,15 @@ def test_files_that_are_not_there(run: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MissingError, match=r"absent\.pth"):
         load_encoder(str(run), weights=tmp_path / "absent.pth")
     student.unlink()
-    for ask in (content_id, load_encoder):
+    for function in (content_id, load_encoder):
         with pytest.raises(
             MissingError, match=r"student\.safetensors, the weights that .*encoder\.json.*--weights FILE"
         ):
-            ask(str(run))
+            function(str(run))
     change(run, teacher=None)
-    for ask in (content_id, model_info, load_encoder):
+    for function in (content_id, model_info, load_encoder):
         with pytest.raises(UsageError, match="no teacher's weights"):
-            ask(f"{run}?branch=teacher")
+            function(f"{run}?branch=teacher")
     change(run, base="mine.py:own")
     with pytest.raises(MissingError, match=r"encoder\.json: base 'mine\.py:own' names a file that is not there"):
         parse_spec(str(run))

@@ -118,7 +118,7 @@ class Attack:
 
 
 @pytest.mark.parametrize(
-    ("call", "argument", "told"),
+    ("call", "argument", "message"),
     [
         (Path.touch, Path("attacked"), r"builtins\.getattr"),
         (eval, "open('attacked', 'w')", r"builtins\.eval"),
@@ -128,7 +128,7 @@ class Attack:
 )
 @pytest.mark.parametrize("form", ["zip", "old", "pickle"])
 def test_code_is_refused_by_name(
-    call: Any, argument: Any, told: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Any, argument: Any, message: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     content = {"args": Attack(call, argument), **STATE}
@@ -136,7 +136,7 @@ def test_code_is_refused_by_name(
         Path("bad.pth").write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, "bad.pth", _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(BadInputError, match=rf"bad\.pth wants to run code when it is read \({told}\)"):
+    with pytest.raises(BadInputError, match=rf"bad\.pth wants to run code when it is read \({message}\)"):
         read_tensors(Path("bad.pth"))
     assert not Path("attacked").exists()
 
@@ -167,7 +167,7 @@ def npz() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of git-lfs.*git lfs pull"),
         (b"<!DOCTYPE html><html></html>", "a web page"),
@@ -187,9 +187,9 @@ def npz() -> bytes:
     ],
 )
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_other_files_are_named_for_what_they_are(content: bytes, told: str, name: str, tmp_path: Path) -> None:
+def test_other_files_are_named_for_what_they_are(content: bytes, message: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadInputError, match=rf"(?s){name} .*{told}") as caught:
+    with pytest.raises(BadInputError, match=rf"(?s){name} .*{message}") as caught:
         read_tensors(tmp_path / name)
     assert "truncated" not in str(caught.value) or "begins with" in str(caught.value)
 
