@@ -36,9 +36,10 @@ class CheckResult:
 def check_encoder(encoder: Encoder) -> list[CheckResult]:
     """Check an encoder on synthetic images of 8x8 cells (or the one size that it takes).
 
-    Lines: input (what the encoder is fed, for people), shape and stride, finite values, non-square input, deterministic, eval mode, batch independence, prefix
-    tokens, grid orientation, locality. Outputs may differ by 1e-4 of their largest value in float32 on the CPU,
-    1e-3 on other devices, 5e-2 in half precision. An error in the encoder is a failed line.
+    Lines: input (what the encoder is fed, for people), shape and stride, finite values, non-square input,
+    deterministic, eval mode, batch independence, prefix tokens, grid orientation, locality. Outputs may differ by 1e-4
+    of their largest value in float32 on the CPU, 1e-3 on other devices, 5e-2 in half precision. An error in the encoder
+    is a failed line.
     """
     torch_state = torch.get_rng_state()
     try:

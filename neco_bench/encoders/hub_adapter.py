@@ -31,8 +31,8 @@ def build(request: Request, file: Path | None) -> Encoder:
     repository, _, entry = request.target.rpartition(":")
     if not request.trust:
         raise UsageError(
-            f"hub:{request.target} runs the code of {repository!r}, as torch.hub does. If you trust it, add ?trust=true "
-            f"to the model's spec."
+            f"hub:{request.target} runs the code of {repository!r}, as torch.hub does. "
+            f"If you trust it, add ?trust=true to the model's spec."
         )
     local = Path(repository).expanduser().is_dir()
     repository = str(Path(repository).expanduser()) if local else repository
@@ -78,7 +78,11 @@ def _timeout() -> Iterator[None]:
 
 
 def _wrap(model: Any, request: Request) -> Encoder:
-    if isinstance(model, torch.nn.Module) and hasattr(model, "forward_intermediates") and hasattr(model, "feature_info"):
+    if (
+        isinstance(model, torch.nn.Module)
+        and hasattr(model, "forward_intermediates")
+        and hasattr(model, "feature_info")
+    ):
         from neco_bench.encoders import timm_adapter
 
         encoder = timm_adapter.wrap(model, request, twin=copy.deepcopy(model).to("meta"))

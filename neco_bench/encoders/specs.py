@@ -85,7 +85,9 @@ def _set_statistics(encoder: Encoder, request: Request, file: Path | None) -> No
         encoder.mean, encoder.std = request.mean or encoder.mean, request.std or encoder.std
     if file is not None and not (request.mean and request.std):
         given = " ".join(f"{k}={','.join(f'{v:.4g}' for v in getattr(encoder, k))}" for k in ("mean", "std"))
-        option = " If these weights were trained with others, add ?mean=R,G,B&std=R,G,B." if "mean" in request.takes else ""
+        option = (
+            " If these weights were trained with others, add ?mean=R,G,B&std=R,G,B." if "mean" in request.takes else ""
+        )
         log.warning("%s: images are normalised by %s (%s).%s", file, given, encoder.statistics, option)
 
 

@@ -189,9 +189,7 @@ class _Measured(_Timm):
         if padding := self.level.padding:
             before, after = padding // 2, padding - padding // 2
             images = F.pad(images, (before, after, before, after))
-        return model, model.forward_intermediates(
-            images, indices=list(self.taken), intermediates_only=True, **options
-        )
+        return model, model.forward_intermediates(images, indices=list(self.taken), intermediates_only=True, **options)
 
     def _build_for(self, size: tuple[int, int]) -> Any:
         try:

@@ -13,7 +13,7 @@ Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
 
     pretrained=true|false    seed=N (for pretrained=false)    branch=student|teacher (where there are both)
     layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
-    mean=R,G,B  std=R,G,B    statistics on [0, 1] of the weights in use       trust=true (hub: runs the repository's code)
+    mean=R,G,B  std=R,G,B    statistics on [0, 1] of the weights in use       trust=true (hub: runs its code)
 """
 
 from __future__ import annotations
@@ -264,7 +264,7 @@ def _statistic(key: str, text: str | None, spec: str) -> tuple[float, float, flo
         red = green = blue = -1.0
     if not all((0 <= value <= 1) and (value or key == "mean") for value in (red, green, blue)):
         raise UsageError(
-            f"Model spec {spec!r}: {key}={text!r} must be three numbers for red, green and blue on the scale of 0 to 1, "
+            f"Model spec {spec!r}: {key}={text!r} must be three numbers for red, green, blue on the scale of 0 to 1, "
             f"such as {'0.485,0.456,0.406' if key == 'mean' else '0.229,0.224,0.225'}."
         )
     return red, green, blue

@@ -87,7 +87,10 @@ def test_hub_interfaces_agree(repository: Path) -> None:
     assert len({encoder.weights_id for encoder in encoders.values()}) == 1
     assert encoders["v2_free"].encode(images).prefix.shape == (2, 1, 192)  # type: ignore[union-attr]
     assert all(line.passed for line in check_encoder(encoders["v2_free"]))
-    two = [load_encoder(f"hub:{repository}:{name}?trust=true", layers=[3, 11]).encode(images).map for name in ("v2_free", "v1")]
+    two = [
+        load_encoder(f"hub:{repository}:{name}?trust=true", layers=[3, 11]).encode(images).map
+        for name in ("v2_free", "v1")
+    ]
     torch.testing.assert_close(*two)
     raw = encoders["v2_free"].encode(images, final_norm=False)
     assert not raw.final_norm

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from neco_bench.encoders import check_encoder, load_encoder, request_id
 from neco_bench.errors import UsageError
-from neco_bench.runner import run
+from neco_bench.runner import _encoder_facts
 
 TINY = "timm:vit_tiny_patch16_224"
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
@@ -54,7 +54,9 @@ def test_statistics_in_a_spec(file: Path, caplog: pytest.LogCaptureFixture) -> N
     assert half.statistics.startswith("given in the spec; std: timm's for")
 
 
-@pytest.mark.parametrize("option", ["mean=1,2", "mean=a,b,c", "mean=123,116,103", "std=0,0.1,0.1", "std=nan,1,1", "mean="])
+@pytest.mark.parametrize(
+    "option", ["mean=1,2", "mean=a,b,c", "mean=123,116,103", "std=0,0.1,0.1", "std=nan,1,1", "mean="]
+)
 def test_statistics_that_are_none(option: str) -> None:
     with pytest.raises(UsageError, match=r"three numbers .* such as 0\.\d+"):
         load_encoder(f"{TINY}?pretrained=false&{option}")
@@ -71,8 +73,7 @@ def test_satellite_weights(file: Path) -> None:
 
 
 def test_results_and_check_say_what_is_fed(file: Path) -> None:
-    result = run(TINY, "shapes_cluster_gt", limit=2, weights=file)
-    facts = result.provenance["encoder"]
+    facts = _encoder_facts(load_encoder(TINY, weights=file))["encoder"]
     assert tuple(facts["mean"]) == (0.5, 0.5, 0.5)
     assert facts["statistics"].startswith("timm's for")
     lines = {line.name: line.detail for line in check_encoder(load_encoder(f"{TINY}?pretrained=false"))}

@@ -1,7 +1,7 @@
 """The table of timm architectures in docs/encoders.md.
 
-    python -m tests.encoders.timm_table              writes it again, after an upgrade of timm
-    python -m tests.encoders.timm_table NAME ...     prints rows
+python -m tests.encoders.timm_table              writes it again, after an upgrade of timm
+python -m tests.encoders.timm_table NAME ...     prints rows
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def rows() -> dict[str, str]:
 
 
 def row_of(name: str) -> str:
-    """The row of an architecture: its last level on the meta device, read at 448 pixels or the nearest size it takes."""
+    """The row of an architecture: its last level on the meta device, at 448 pixels or the nearest size it takes."""
     try:
         with torch.device("meta"):
             model = create(name, 0, num_classes=0).eval()
