@@ -24,7 +24,8 @@ from neco_bench.encoders import fetch, tiny, weights
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.positions import interpolate_positions
 from neco_bench.encoders.specs import layer_name, take_layers
-from neco_bench.encoders.timm_sizes import build_for, create, measure
+from neco_bench.encoders.timm_sizes import build_for, measure
+from neco_bench.encoders.timm_sizes import create as _create
 from neco_bench.encoders.zoo import POS_INTERP, Request, ZooEntry, weights_folder
 from neco_bench.errors import BadInputError, MissingError, UsageError, did_you_mean
 
@@ -52,7 +53,7 @@ def build(request: Request, file: Path | None) -> Encoder:
     elif request.pretrained:
         model, report = _from_timm(request)
     else:
-        model = create(name, request.seed, num_classes=0)
+        model = _create(name, request.seed, num_classes=0)
         report = WeightsReport(source=f"random, seed {request.seed}")
     encoder = wrap(model, request)
     if entry is None:
@@ -103,7 +104,7 @@ def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
     else:
         overlay = {"state_dict": weights.read_tensors(path)}
     try:
-        model = create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
+        model = _create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         raise BadInputError(f"Weights file {path} does not fit timm's {name!r}: {error}") from error
     model.reset_classifier(0)
@@ -112,7 +113,7 @@ def _from_timm(request: Request) -> tuple[Any, WeightsReport]:
 
 def _from_file(request: Request, path: Path) -> tuple[Any, WeightsReport]:
     """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
-    model = create(request.target, 0, num_classes=0)
+    model = _create(request.target, 0, num_classes=0)
     read = weights.read_tensors(path)
     if isinstance(model, VisionTransformer):  # other models have names of their own that look like chunks
         read = weights.without_chunks(read)
@@ -125,7 +126,7 @@ def _from_file(request: Request, path: Path) -> tuple[Any, WeightsReport]:
         side = math.isqrt(max(cells, 0))
         if cells != math.prod(model.patch_embed.grid_size) and side * side == cells > 0:
             size = tuple(side * patch for patch in model.patch_embed.patch_size)
-            model = create(request.target, 0, num_classes=0, img_size=size)
+            model = _create(request.target, 0, num_classes=0, img_size=size)
     report = weights.load_strictly(model, tensors, path, renamed=renamed, dropped=(*outside, *dropped))
     return model, report
 
@@ -144,7 +145,7 @@ def wrap(model: Any, request: Request, *, twin: Any = None) -> Encoder:
         )
     if twin is None:
         with torch.device("meta"):
-            twin = create(request.target, 0, num_classes=0)
+            twin = _create(request.target, 0, num_classes=0)
     tokens = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
     return TimmTokens(model, request, twin) if tokens else TimmStages(model, request, twin)
 
