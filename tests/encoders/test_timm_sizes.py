@@ -19,23 +19,10 @@ from neco_bench.runner.job import job_of
 from .timm_table import row_of, rows
 
 ROWS = rows()
-# One of each behaviour: any size, deepest stride, attention block, padding, built for each size, one size, coarse stem.
+# One of each behaviour: any size, multiples of the deepest stride or of a block, built for each size, one size.
 QUICK = [
-    "resnet18",
-    "dla34",
-    "hrnet_w18_small",
-    "lambda_resnet26t",
-    "mobilevitv2_050",
-    "halonet26t",
-    "inception_v4",
-    "fastvit_t8",
-    "convnext_atto",
-    "mixer_s32_224",
-    "pit_ti_224",
-    "levit_128s",
-    "hiera_tiny_224",
-    "vit_relpos_small_patch16_224",
-    "tresnet_m",
+    *("resnet18", "dla34", "hrnet_w18_small", "lambda_resnet26t", "mobilevitv2_050", "halonet26t", "fastvit_t8"),
+    *("convnext_atto", "mixer_s32_224", "pit_ti_224", "levit_128s", "hiera_tiny_224", "vit_relpos_small_patch16_224"),
 ]
 
 
@@ -46,8 +33,8 @@ def level(name: str, index: int = -1) -> Any:
 
 
 def test_the_table_is_wide() -> None:
-    assert len(ROWS) >= 98
-    assert sum("not supported" not in row for row in ROWS.values()) >= 95
+    assert len(ROWS) >= 100
+    assert sum("not supported" not in row for row in ROWS.values()) >= 100
     assert set(QUICK) <= ROWS.keys()
 
 
@@ -65,8 +52,8 @@ def test_architectures(name: str) -> None:
         ("resnetaa34d", 1, 4, 32, 0),
         ("tresnet_m", 0, 4, 32, 0),  # timm says 2
         ("mobilevitv2_050", -1, 32, 64, 0),
-        ("inception_v4", -1, 32, 32, 43),
-        ("inception_v4", 2, 8, 8, 19),
+        ("legacy_xception", 1, 4, 4, 3),
+        pytest.param("inception_v4", 2, 8, 8, 19, marks=pytest.mark.slow),
     ],
 )
 def test_inner_levels(name: str, index: int, stride: int, multiple: int, padding: int) -> None:
@@ -93,6 +80,7 @@ def test_the_last_norm_and_the_last_convolution() -> None:
         assert encoder.has_final_norm == (name == "coat_lite_tiny")
 
 
+@pytest.mark.slow
 def test_padding_keeps_cells_in_place() -> None:
     encoder = load_encoder("timm:inception_v4?pretrained=false", layers=2)
     passed = {line.name: line.passed for line in check_encoder(encoder)}
@@ -125,15 +113,26 @@ def test_models_built_for_each_size_are_those_of_timm() -> None:
 ONE_SIZE = "timm:mixer_s32_224?pretrained=false"
 
 
+OWN = """
+import torch
+from neco_bench import DenseFeatures, Encoder
+
+class Pool(Encoder):
+    embed_dim, stride, only_size = 3, 8, 96
+
+    def _encode(self, images, *, final_norm, attention):
+        return DenseFeatures(torch.nn.functional.avg_pool2d(images, 8), 8, final_norm=False)
+"""
+
+
 def test_one_size_is_another_condition(tmp_path: Path) -> None:
-    model = "timm:botnet26t_256?pretrained=false"
-    result = run(model, "shapes_cluster_gt", out=tmp_path, limit=2, changes={"input_size": 256})
-    assert result.model == model  # the size that was asked for
+    (tmp_path / "own.py").write_text(OWN)
+    model = f"{tmp_path}/own.py:Pool"
     result = run(model, "shapes_cluster_gt", out=tmp_path, limit=2)
     features = result.provenance["features"]
-    assert result.model == f"{model}[input=256]"
-    assert (features["input_size"], features["used_size"], features["tokens"]) == (224, 256, 64)
-    assert features["only_size"] == 256
+    assert result.model == f"{model}[input=96]"
+    assert (features["input_size"], features["used_size"], features["tokens"]) == (224, 96, 144)
+    assert (features["only_size"], features["size_multiple"]) == (96, 8)
     assert job_of(result).model == model
     again = run(model, "shapes_cluster_gt", out=tmp_path, limit=2)
     assert (again.model, again.key) == (result.model, result.key)

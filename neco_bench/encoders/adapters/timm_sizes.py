@@ -96,10 +96,20 @@ def measure(model: Any, index: int, name: str) -> Level:
 
     Raises `UsageError` where the grid of the level fits no whole number of pixels.
     """
-    model = model.eval()
+    try:
+        return _measured(model.eval(), index, name)
+    except _NeedsDataError:
+        facts, norm = model.feature_info, getattr(model, "norm", None)
+        normed = isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
+        deepest = max(int(info["reduction"]) for info in facts)
+        return Level(facts[index]["num_chs"], int(facts[index]["reduction"]), deepest, final_norm=normed)
+
+
+def _measured(model: Any, index: int, name: str) -> Level:
     facts = [int(info["reduction"]) for info in model.feature_info]
     stride, deepest = facts[index], max(facts)
     own = int(model.pretrained_cfg["input_size"][-1])
+    reads: dict[int, tuple[Tensor, set[nn.Module]]] = {}
 
     @functools.cache
     def grid(side: int, padding: int = 0, *, rebuilt: bool = False) -> int:
@@ -107,23 +117,23 @@ def measure(model: Any, index: int, name: str) -> Level:
         padded = side + padding
         try:
             with torch.inference_mode():
-                used = build_for(model, (padded, padded)).eval() if rebuilt else model
-                features = read_level(used, _images(padded), index, False)
+                if rebuilt:
+                    features = read_level(build_for(model, (padded, padded)).eval(), _images(padded), index, False)
+                else:
+                    reads[padded] = _called(model, _images(padded), index, norm=False)
+                    features = reads[padded][0]
         except Exception as error:  # models fail in ways of their own; whichever it is, they do not take this size
             if "meta tensor" in str(error):
                 raise _NeedsDataError from error
             return 0
         return int(features.shape[-1]) if features.shape[-1] == features.shape[-2] else 0
 
-    def level(stride: int, multiple: int, **how: Any) -> Level:
-        return _with_channels(model, index, Level(0, stride, multiple, **how), own)
+    def level(stride: int, multiple: int, side: int, **how: Any) -> Level:
+        with torch.inference_mode():
+            read = reads.get(side) or _called(model, _images(side), index, norm=False)
+            channels, norm, final = _end_of_level(model, index, side, *read)
+        return Level(channels, stride, multiple, **how, final_norm=norm, final_conv=final)
 
-    try:
-        grid(own)
-    except _NeedsDataError:
-        norm = getattr(model, "norm", None)
-        normed = isinstance(norm, nn.Module) and not isinstance(norm, nn.Identity)
-        return Level(model.feature_info[index]["num_chs"], stride, deepest, final_norm=normed)
     attempts = [(stride, False), (deepest, False), (deepest, True)]
     attempts += [(deepest * 2**i, False) for i in range(1, _LARGEST_BLOCK.bit_length())]
     for multiple, rebuilt in dict.fromkeys(attempts):
@@ -134,17 +144,17 @@ def measure(model: Any, index: int, name: str) -> Level:
         if not cells or (cells < side / stride and cells == grid(side + multiple, rebuilt=rebuilt)):
             continue  # it does not take this size, or brings all to one size itself
         for factor in (1, 2, 4):  # a stem may be coarser than timm says
-            fits = cells * stride * factor == side and multiple % (stride * factor) == 0
-            if fits and (multiple <= deepest or grid(side + multiple) == cells + multiple // stride):
-                return level(stride * factor, multiple, rebuilt=rebuilt)
+            whole = cells * stride * factor == side and multiple % (stride * factor) == 0
+            if whole and (multiple <= deepest or grid(side + multiple) == cells + multiple // stride):
+                return level(stride * factor, multiple, own if rebuilt else side, rebuilt=rebuilt)
         if cells < side // stride and not rebuilt:
             padding = _least(lambda p, s=side: grid(s, p) >= s // stride, 6 * stride)  # type: ignore[misc]
             if padding and grid(side, padding) == side // stride:
-                return level(stride, multiple, padding=padding)
+                return level(stride, multiple, side + padding, padding=padding)
     cells = grid(own)
     for side in (own, cells * stride):  # CrossViT brings any input to the sizes of its branches
         if cells and side % cells == 0 and grid(side) == cells:
-            return level(side // cells, side // cells, size=side)
+            return level(side // cells, side // cells, side, size=side)
     raise UsageError(
         f"Model {name!r} gives a grid of {cells}x{cells} cells for {own}x{own} pixels at this level, which is no whole "
         f"number of pixels a cell. Read another one, by layers."
@@ -174,25 +184,18 @@ def _least(holds: Callable[[int], bool], most: int) -> int:
     return high
 
 
-def _with_channels(model: Any, index: int, level: Level, own: int) -> Level:
-    """The level with its channels, and whether a norm or a last convolution is behind it."""
-    side = level.size or (own if level.rebuilt else _odd_multiple(level.multiple, own) + level.padding)
-    with torch.inference_mode():
-        features, before = _called(model, _images(side), index, norm=False)
-        try:
-            normed, after = _called(model, _images(side), index, norm=True)
-            norm = bool(after - before) and normed.shape == features.shape  # SAM's neck makes other channels
-        except AssertionError:  # "normalization of features not supported"
-            norm = False
-        last = getattr(model, "final_conv", None)
-        final = (
-            index == len(model.feature_info) - 1
-            and isinstance(last, nn.Module)
-            and any(True for _ in last.parameters())
-            and not any(part in before for part in last.modules())
-        )
-        channels = last(features).shape[1] if final and isinstance(last, nn.Module) else features.shape[1]
-    return level._replace(embed_dim=int(channels), final_norm=norm, final_conv=final)
+def _end_of_level(
+    model: Any, index: int, side: int, features: Tensor, called: set[nn.Module]
+) -> tuple[int, bool, bool]:
+    """Channels of a level, and whether a norm and a last convolution are behind it. called: modules run up to it."""
+    try:
+        normed, with_norm = _called(model, _images(side), index, norm=True)
+        norm = bool(with_norm - called) and normed.shape == features.shape  # SAM's neck makes other channels
+    except AssertionError:  # "normalization of features not supported"
+        norm = False
+    last = getattr(model, "final_conv", nn.Identity())
+    final = index == len(model.feature_info) - 1 and any(True for _ in last.parameters()) and last not in called
+    return int((last(features) if final else features).shape[1]), norm, final
 
 
 def _called(model: nn.Module, images: Tensor, index: int, *, norm: bool) -> tuple[Tensor, set[nn.Module]]:
