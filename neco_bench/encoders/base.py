@@ -21,7 +21,6 @@ from neco_bench.encoders.options import PRECISIONS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
@@ -40,7 +39,7 @@ def _convolutions_in_fp32() -> Iterator[None]:
 class DenseFeatures:
     """The features that an encoder returns, in float32.
 
-    map: (B, D, h, w) patch features. stride: input pixels per cell. layer: where they were read, for people
+    map: (B, D, h, w) patch features. stride: input pixels per cell. layer: where they were read, as text
     ("last", "blocks 5,8,11", "stage 3"). final_norm: was the last norm applied. prefix: (B, P, D) class and register
     tokens, or None. attention: (B, heads, h, w) class-token attention of the last block, or None.
     """
@@ -66,16 +65,26 @@ class WeightsReport:
 class Encoder(nn.Module, abc.ABC):
     """A frozen dense encoder.
 
-    Static facts: name; embed_dim D; stride in pixels; mean and std of RGB on [0, 1]; weights_id, the sha256 of the
-    weights in use (of the source file for code without weights); layer; pos_interp, the position-interpolation rule
-    ("none" where there are no positions); weights_report. Facts that may be declared: training_data, the data sets
-    behind the weights ("imagenet, coco"; "none"), for contamination notes. Facts that `load_encoder` sets: overlap
-    with data sets as in `zoo.toml` (None: read off training_data); official, whether the weights are those that the
-    name of the zoo stands for (None where it stands for none). `attentions`: can give class-token attention.
-    `has_final_norm`: can give features both before and after a final norm; `final_norm`: its default is after.
-    size_multiple: sides of inputs must be multiples of this, itself one of the stride; None: of the stride.
-    only_size: the side of the one input that it takes, square; None: it takes any. statistics: where mean and std are
-    from, for people.
+    Attributes:
+        name: the model spec, or any name.
+        embed_dim: D, the channels of the features.
+        stride: input pixels per cell.
+        mean, std: RGB on [0, 1].
+        weights_id: the sha256 of the weights in use (of the source file for code without weights).
+        layer: where features are read, as text.
+        pos_interp: the position-interpolation rule; "none" where there are no positions.
+        weights_report: what loading the weights did.
+        training_data: the data sets behind the weights ("imagenet, coco"; "none"), for contamination notes.
+        overlap: with data sets, as in `zoo.toml`; set by `load_encoder`; None: as `training_data` says.
+        official: whether the weights are those that the name of the zoo stands for; set by `load_encoder`; None where
+            it stands for none.
+        statistics: where mean and std are from, as text.
+        size_multiple: sides of inputs must be multiples of this, itself a multiple of the stride; None: of the stride.
+        only_size: the side of the one square input that it takes; None: it takes any.
+        attentions: it can give class-token attention.
+        has_final_norm: it can give features both before and after a final norm.
+        final_norm: the default is after that norm.
+        precision: "fp32", or "bf16" or "fp16" as autocast.
     """
 
     name: str

@@ -21,9 +21,7 @@ from neco_bench.encoders.base import Encoder
 # Where one cell is changed, as fractions of the grid's height and width: both edges, and off the diagonal.
 _SPOTS = ((1, 7), (3, 7), (6, 7), (2, 0), (5, 0), (0, 4), (7, 3), (2, 5), (5, 2), (4, 6))
 
-
 _SHIFTS = tuple(k for k in range(-9, 18) if k)  # tokens; no model in use has more than 17 in front
-
 
 _CELLS = 8  # cells on a side of the images used
 
@@ -40,7 +38,7 @@ class CheckResult:
 def check_encoder(encoder: Encoder) -> list[CheckResult]:
     """Check an encoder on synthetic images of 8x8 cells (or the one size that it takes).
 
-    Lines: input (size and statistics, for people), shape and stride, finite values, non-square input, deterministic,
+    Lines: input (size and statistics, never failed), shape and stride, finite values, non-square input, deterministic,
     eval mode, batch independence, prefix tokens, grid orientation, locality. Outputs may differ by 1e-4 of
     their largest value in float32 on the CPU, 1e-3 on other devices, 5e-2 in half precision. An error in the encoder is
     a failed line.

@@ -34,9 +34,7 @@ log = logging.getLogger("neco_bench")
 
 READERS = {"dinov2": "torch.hub's model", "timm": "timm"}  # by layout, the code that reads its files
 
-
 LAYOUTS = tuple(READERS)
-
 
 SUFFIXES = (".safetensors", ".pth")
 
@@ -117,7 +115,7 @@ def _as_dinov2(encoder: Encoder) -> dict[str, Tensor]:
 
 
 def _unsupported(model: Any) -> list[str]:
-    """What of a plain ViT of timm has no place in the DINOv2 layout, or another meaning there, in words."""
+    """Parts of a plain ViT of timm that the DINOv2 layout has no place for, or another meaning, as text."""
     block = model.blocks[0]
     norms, mlp = (block.norm1, block.norm2, model.norm), block.mlp
     linear = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}

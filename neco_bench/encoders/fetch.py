@@ -13,7 +13,6 @@ from neco_bench.core.errors import MissingError
 
 TIMEOUT = 5.0  # seconds without an answer or without data
 
-
 _SWITCHES = ("NECO_BENCH_OFFLINE", "HF_HUB_OFFLINE")
 
 

@@ -25,7 +25,6 @@ log = logging.getLogger("neco_bench")
 # DINOv3's weights of satellite images, by the name of their official files: its repository normalises by these.
 _SATELLITE = "sat493m", (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
 
-
 _ADAPTERS = {
     "timm": "timm_models",
     "hub": "torch_hub",

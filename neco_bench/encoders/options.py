@@ -8,5 +8,4 @@ Layers = int | str | Sequence[int] | None
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # option: torch's name
 
-
 POS_INTERP = ("timm", "scale_offset", "size_antialias")

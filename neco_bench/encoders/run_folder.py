@@ -17,14 +17,11 @@ from neco_bench.core.errors import BadInputError, MissingError, UsageError
 
 FORMAT = 1
 
-
 _FIX = "Go on with the training run, which writes it again with its next checkpoint."
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
-
 _Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
 
 _Name = Annotated[str, Field(min_length=1)]
 
@@ -35,7 +32,7 @@ class TrainedEncoder(BaseModel):
     base: spec of the architecture, as `architecture` gives it. student, teacher: weights files, relative to the folder;
     null for no teacher. mean, std: of RGB on [0, 1]. layers: what is read where the spec says nothing; null leaves it
     to `base`. embed_dim: D of the features. stride: pixels. step: optimizer steps behind the weights. training_data:
-    what they were trained on, for people. overlap: the same for contamination notes, as in `zoo.toml`.
+    what they were trained on, as text. overlap: the same for contamination notes, as in `zoo.toml`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)

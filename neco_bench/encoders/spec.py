@@ -336,7 +336,7 @@ def architecture(spec: SpecLike) -> str:
 
 
 def training_of(model: ModelSpec) -> tuple[str, Mapping[str, str]]:
-    """Say what a model's weights were trained on, for people, and their overlap with data sets (`ZooEntry.overlap`).
+    """Say what a model's weights were trained on, as text, and their overlap with data sets (`ZooEntry.overlap`).
 
     Given weights are known where they are the official file of an entry of the zoo. What one's own code loads is not
     known, unless its encoder declares `training_data`. Raises `MissingError`.

@@ -1,8 +1,9 @@
-"""Reading weights files, whatever their names, without running code of theirs.
+"""Read weights files of any name without running their code.
 
-A file is what its first bytes say: safetensors, a checkpoint of PyTorch (zip or the older kind), a TorchScript archive,
-of which only the tensors are read, or an index of shards. Checkpoints are read with `weights_only=True`. Objects in
-them that are not tensors (arguments, configurations, whole modules) are replaced by placeholders that do nothing.
+The first bytes of a file show what it is: safetensors, a checkpoint of PyTorch (zip or the older kind), a TorchScript
+archive, of which only the tensors are read, or an index of shards. Checkpoints are read with `weights_only=True`.
+Objects in them that are not tensors (arguments, configurations, whole modules) are replaced by placeholders that do
+nothing.
 Importing this module imports no torch.
 """
 
@@ -31,7 +32,6 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
-
 _STANDARD_NAMES = (
     "model.safetensors",
     "model.safetensors.index.json",
@@ -39,9 +39,7 @@ _STANDARD_NAMES = (
     "pytorch_model.bin.index.json",
 )
 
-
 _UNPACK = "Unpack it and pass the weights file in it."
-
 
 _OTHER_FILES = (
     (b"version https://git-lfs", "a pointer of git-lfs in place of the file. Fetch the file: git lfs pull."),
@@ -56,13 +54,11 @@ _OTHER_FILES = (
     (b"GGUF", "a GGUF file. Pass weights of PyTorch."),
 )
 
-
-# Parts of Python itself whose names stand in checkpoints as data. No other part of it belongs there.
-_HARMLESS = {"argparse", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"}
-
-
-_HARMLESS |= {"functools", "numbers", "pathlib", "random", "types", "typing", "uuid"}
-
+# Modules of the standard library whose classes stand in checkpoints as data. No others belong there.
+_HARMLESS = {
+    *("argparse", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"),
+    *("functools", "numbers", "pathlib", "random", "types", "typing", "uuid"),
+}
 
 _REFUSALS = ("Unsupported", "Can only", "Trying to", "Only persistent", "unsupported")  # of torch's reader
 
@@ -158,7 +154,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def _other_kind(start: bytes) -> str:
-    """What a file is that is not one of weights, and what to do, from its first bytes."""
+    """What a file without weights is, from its first bytes, and what to do."""
     if not start:
         return "empty. Get it again."
     for magic, what in _OTHER_FILES:
@@ -237,7 +233,7 @@ class _PlaceholderDict(_Placeholder):
 
 
 def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int) -> Any:
-    """`torch.load` with placeholders for all that `names` has and torch does not know.
+    """`torch.load`, with placeholders for the names that torch does not know.
 
     Only filling a placeholder shows whether it is an object, a list or a dictionary: then the reading starts again.
     """
@@ -315,6 +311,6 @@ def _flatten(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tupl
 
 
 def first_names(names: Iterable[str]) -> str:
-    """Write the first eight names in alphabetical order, and how many more there are."""
-    ordered = sorted(names)
-    return ", ".join(ordered[:8]) + (f" and {len(ordered) - 8} more" if len(ordered) > 8 else "")
+    """Write the first eight names, and how many more there are."""
+    first = list(names)
+    return ", ".join(first[:8]) + (f" and {len(first) - 8} more" if len(first) > 8 else "")

@@ -1,12 +1,12 @@
-"""Fitting the tensors of a file to a model, strictly. `weight_files` reads files, `timm_layouts` converts layouts.
+"""Load the tensors of a file into a model, strictly. `weight_files` reads files, `timm_layouts` converts layouts.
 
 Layouts: timm; DINO (`teacher` / `student` with `module.backbone.`); DINOv2 (plain, or under `teacher.backbone.`); NeCo
 (plain, with `projection_head.*`); Lightning (`state_dict` with `model.*` for the student and `teacher.*`); Leopart (one
-leading component). They differ in what stands before the names and in a few names, so one search for the prefix serves
-all. Where a file holds several copies of a model, `PREFERRED` says which is used, unless `?branch=` does.
+leading component). They differ in the prefix of the names and in a few names, so one search for the prefix serves all.
+Where a file holds several copies of a model, `?branch=` selects one, else `PREFERRED`.
 
-Nothing is skipped in silence: keys that are missing, left over or of another shape are an error, and the few that dense
-features do not need (heads, mask token) are named in the report and in the log.
+Tensors that are missing, left over or of another shape are an error. The few that dense features do not need (heads,
+mask token) are named in the report and in the log.
 """
 
 from __future__ import annotations
@@ -28,20 +28,18 @@ from neco_bench.encoders.weight_files import first_names, read_tensors
 
 log = logging.getLogger("neco_bench")
 
-# What dense features never pass through: classifier and projection heads, pooling, the token for masked patches.
+# Parts that dense features do not use: classifier and projection heads, pooling, the token for masked patches.
 UNUSED = re.compile(
     r"(vision_model\.)?(head|head_dist|projection_head|fc|classifier|fc_norm|attn_pool|pooler)(\.|$)|(.*\.)?mask_token$"
 )
 
-
-# In files alone: decoders and heads of pretraining, tokens for masked patches, counters, the logit scale of CLIP.
+# Parts that only files have: decoders and heads of pretraining, masked patches' tokens, counters, CLIP's logit scale.
 _LEFT_OVER = re.compile(
     r"decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)|masked_embed$|(dino|ibot|rasa|lm)_head\.|pre_logits\.|local_cls_norm\."
     r"|n_averaged$|logit_(scale|bias)$"
 )
 
-
-# What training wraps modules in, and what pickled modules keep their parts in.
+# Names that training adds when it wraps modules, and the attributes of pickled modules.
 _WRAPPERS = (
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -52,7 +50,6 @@ _WRAPPERS = (
     "_parameters",
     "_buffers",
 )
-
 
 # Of two copies in one file, the first is used: what timm, or the authors' own evaluation, takes.
 PREFERRED = (
@@ -69,9 +66,7 @@ PREFERRED = (
     ("backbone", "momentum_backbone"),
 )
 
-
 _LIGHTNING = (("student", "teacher"), ("model", "teacher"))
-
 
 # Layouts that are for another kind of model spec, or for other architectures of timm, by a name in them.
 _OTHER_LAYOUTS = (
@@ -115,12 +110,17 @@ def select(
     branch: str | None = None,
     convert: Convert | None = None,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors under the prefix that covers most of `names`, without it, and what is outside, for people.
+    """Return the tensors under the prefix that covers most of `names`, without it, and the names of the others as text.
 
     Where a file holds several copies of a model, `branch` names one (a part of its prefix; "." is the top level), and
-    `PREFERRED` does where it is None. convert: gives tensors in a layout of its own the names of the model.
+    `PREFERRED` does where it is None.
 
-    Raises `BadInputError` where nothing fits, or more than one thing does.
+    Args:
+        names: the names of the model's own tensors.
+        convert: renames tensors of another layout to the model's names.
+
+    Raises:
+        BadInputError: no prefix fits, or several do.
     """
     anchors = [name for name in names if not UNUSED.match(name)][:8]
     prefixes = {key.removesuffix(anchor) for key in tensors for anchor in anchors if key.endswith(anchor)}
@@ -130,8 +130,8 @@ def select(
     best = max(coverage.values(), default=0)
     if best < len(names) / 4:
         raise BadInputError(
-            f"Weights file {path} does not fit this architecture: it has {first_names(tensors)} "
-            f"where {first_names(names)} were expected. "
+            f"Weights file {path} does not fit this architecture: it has {first_names(sorted(tensors))} "
+            f"where {first_names(sorted(names))} were expected. "
             f"{layout_hint(tensors) or 'Check that model and file belong together.'}"
         )
     prefix = _select_prefix(
@@ -144,16 +144,18 @@ def select(
 def _converted_coverage(
     tensors: Mapping[str, Tensor], names: Collection[str], convert: Convert, coverage: Mapping[str, int]
 ) -> dict[str, int]:
-    """How many of `names` each prefix covers at best, as it is (`coverage`) or converted; of nested prefixes that cover
-    the same by conversion, the longest alone."""
+    """How many of `names` each prefix covers, unchanged (`coverage`) or converted, whichever is more.
+
+    Of nested prefixes that cover the same by conversion only the longest counts.
+    """
     empty = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
     heads = (re.match(r"([^.]*[^.\d][^.]*\.)*", key) for key in tensors)  # up to the first number
     parts = {head[0] for head in heads if head}
     prefixes = {"", *coverage, *(p[: i + 1] for p in parts for i, letter in enumerate(p) if letter == ".")}
     result = dict(coverage)
     for prefix in sorted(prefixes, key=len, reverse=True):
-        made = convert({key.removeprefix(prefix): value for key, value in empty.items() if key.startswith(prefix)})
-        count = sum(name in made for name in names)
+        converted = convert({key.removeprefix(prefix): value for key, value in empty.items() if key.startswith(prefix)})
+        count = sum(name in converted for name in names)
         longer = max((n for p, n in result.items() if p.startswith(prefix) and p != prefix), default=0)
         if count > max(longer, result.get(prefix, 0)):
             result[prefix] = count
@@ -161,24 +163,26 @@ def _converted_coverage(
 
 
 def _select_prefix(prefixes: list[str], path: Path, branch: str | None) -> str:
-    """The prefix of the copy that `branch` names, or that is usual. Raises `BadInputError` listing those there are."""
+    """The prefix of the copy that `branch` names, or else of the preferred one. Raises `BadInputError` listing all."""
     parts = {prefix: prefix.split(".") for prefix in prefixes}
     labels = ", ".join(sorted(prefix[:-1] or "." for prefix in prefixes))
-    left = prefixes
+    candidates = prefixes
     if branch:
         name = "model" if branch == "student" and not any("student" in p for p in parts.values()) else branch
-        left = [p for p in prefixes if f".{name}." in f".{p}" or (not p and name == ".")]
+        candidates = [p for p in prefixes if f".{name}." in f".{p}" or (not p and name == ".")]
     lightning = any(prefix.startswith("state_dict.") for prefix in prefixes)
     for first, second in (*(_LIGHTNING if lightning else ()), *PREFERRED):
-        others = [p for p in left if second in parts[p] and first not in parts[p]]
-        if len(others) < len(left) and any(first in parts[p] for p in left):
-            left = [p for p in left if p not in others]
-    if len(left) != 1:
-        what = f"no {branch} branch" if branch and not left else "several copies of the model"
+        others = [p for p in candidates if second in parts[p] and first not in parts[p]]
+        if len(others) < len(candidates) and any(first in parts[p] for p in candidates):
+            candidates = [p for p in candidates if p not in others]
+    if len(candidates) != 1:
+        what = f"no {branch} branch" if branch and not candidates else "several copies of the model"
         raise BadInputError(f"Weights file {path} has {what}. Set ?branch= to one of: {labels}.")
     if len(prefixes) > 1 and not branch:
-        log.warning("%s has several copies of the model, %s: %s is used (?branch=).", path, labels, left[0][:-1] or ".")
-    return left[0]
+        log.warning(
+            "%s has several copies of the model, %s: %s is used (?branch=).", path, labels, candidates[0][:-1] or "."
+        )
+    return candidates[0]
 
 
 def layout_hint(tensors: Collection[str]) -> str:
@@ -250,15 +254,15 @@ def load_strictly(
     report = replace(report, dropped=(*report.dropped, *(key for key in tensors if key not in own)))
     model.load_state_dict({**own, **{key: value for key, value in tensors.items() if key in own}})
     if report.dropped:
-        log.warning("%s: not used for dense features, dropped: %s", report.source, first_names(report.dropped))
+        log.warning("%s: not used for dense features, dropped: %s", report.source, first_names(sorted(report.dropped)))
     if report.resized:
-        log.warning("%s: resized as its own code does: %s", report.source, first_names(report.resized))
+        log.warning("%s: resized as its own code does: %s", report.source, first_names(sorted(report.resized)))
     return report
 
 
 def raise_misfits(kinds: Mapping[str, list[str]], path: Path | str, hint: str = "") -> NoReturn:
     """Raise the `BadInputError` for tensors that do not fit, by kind of fault."""
-    text = "; ".join(f"{len(keys)} {kind}: {first_names(keys)}" for kind, keys in kinds.items())
+    text = "; ".join(f"{len(keys)} {kind}: {first_names(sorted(keys))}" for kind, keys in kinds.items())
     raise BadInputError(f"Weights file {path} does not fit this architecture: {text}. {hint}".rstrip())
 
 

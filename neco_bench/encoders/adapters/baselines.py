@@ -15,7 +15,6 @@ from neco_bench.encoders.base import DenseFeatures, Encoder
 
 CELL = 8  # pixels
 
-
 BINS = 9  # unsigned orientations over 180 degrees, as Dalal and Triggs (CVPR 2005)
 
 

@@ -35,16 +35,12 @@ class Type(NamedTuple):
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
 
 # Of the text side and heads, which checkpoints of whole models have beside the vision model.
 _ELSEWHERE = re.compile(r"(text_model|text_projection|visual_projection|logit_scale|logit_bias|decoder)(\.|$)")
 
-
 _POST = ("post_layernorm", "vision_model.post_layernorm")
-
 
 TYPES = {
     "dinov2": Type("Dinov2Model", 1),

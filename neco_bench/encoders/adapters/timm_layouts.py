@@ -30,12 +30,9 @@ Filter = Callable[..., Any] | None
 
 _RADIO = "radio_model.model."
 
-
 _RESIZED_BY_DESIGN = f"{_RADIO}patch_generator.pos_embed"
 
-
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}  # stand in OpenAI's own archives alone
-
 
 _LOST = "with numbers that it has no place for"
 

@@ -22,15 +22,16 @@ from torch import Tensor, nn
 
 from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean
 from neco_bench.encoders import fetch, weights
-from neco_bench.encoders.adapters import timm_layouts, tiny
+from neco_bench.encoders.adapters import (
+    timm_layouts,
+    tiny,  # noqa: F401 makes its model known to timm
+)
 from neco_bench.encoders.adapters.layers import layer_indices, layer_name
 from neco_bench.encoders.adapters.timm_sizes import build_for, create, measure
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.options import POS_INTERP
 from neco_bench.encoders.spec import ModelSpec
 from neco_bench.encoders.zoo import ZooEntry, weights_folder
-
-assert tiny  # importing it makes its model known to timm
 
 
 def build(spec: ModelSpec) -> Encoder:
@@ -68,7 +69,7 @@ def build(spec: ModelSpec) -> Encoder:
 
 
 def statistics_of(model: Any) -> tuple[Any, Any, str]:
-    """Return mean and std of a timm model's own weights, and where they are from, for people."""
+    """Return mean and std of a timm model's own weights, and where they are from, as text."""
     facts = model.pretrained_cfg
     tag = ".".join(filter(None, (facts.get("architecture"), facts.get("tag"))))
     return tuple(facts["mean"]), tuple(facts["std"]), f"timm's for {tag}"

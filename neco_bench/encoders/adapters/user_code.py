@@ -117,13 +117,13 @@ def _factory_in(path: Path, attribute: str) -> Any:
     if not path.is_file():
         raise MissingError(f"Encoder file {path} does not exist.")
     name = f"neco_bench_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise BadInputError(f"Encoder file {path} is no Python file.")
+    module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and pickling look a class's module up here
     try:
-        spec.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # someone else's code may fail in any way
         raise BadInputError(f"Encoder file {path} could not be run: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
