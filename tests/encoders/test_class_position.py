@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neco_bench.encoders.weights import to_timm
 
-NARROW = {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 0}
+NARROW: dict[str, Any] = {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 0}
 
 
 def model(**options: Any) -> Any:

@@ -98,7 +98,7 @@ class _Constant(_Planted):
 
 
 class _StayingInTrainMode(nn.BatchNorm2d):
-    def train(self, mode: bool = True) -> nn.BatchNorm2d:
+    def train(self, mode: bool = True) -> _StayingInTrainMode:
         return super().train(True)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -46,8 +47,8 @@ def test_positions_reach_the_features(
     prefix_count = state["pos_embed"].shape[1] - 37 * 37
     options = {"scale_offset": {"scale_factor": (8.1 / 37, 12.1 / 37)}}.get(rule, {"size": (8, 12), "antialias": True})
     grid = state["pos_embed"][:, prefix_count:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, mode="bicubic", **options).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
-    model = timm.create_model(name, num_classes=0, img_size=(112, 168)).eval()
+    grid = F.interpolate(grid, mode="bicubic", **options).flatten(2).transpose(1, 2)
+    model: Any = timm.create_model(name, num_classes=0, img_size=(112, 168)).eval()
     model.load_state_dict(state | {"pos_embed": torch.cat([state["pos_embed"][:, :prefix_count], grid], 1)})
     mean, std = (torch.tensor(v).view(3, 1, 1) for v in (actual.mean, actual.std))
     with torch.inference_mode():
@@ -85,11 +86,11 @@ def test_layers_and_norm_against_timm() -> None:
     encoder = load_encoder(TINY, layers="3,-1")
     assert (encoder.embed_dim, encoder.layer) == (384, "blocks 3,11")
     images = torch.rand(1, 3, 224, 224)
-    model = encoder.model
+    model: Any = encoder.model
     inputs = (images - 0.5) / 0.5
     for norm in (True, False):
         with torch.inference_mode():
-            parts = model.forward_intermediates(inputs, indices=[3, 11], norm=norm, intermediates_only=True)  # type: ignore[operator]
+            parts = model.forward_intermediates(inputs, indices=[3, 11], norm=norm, intermediates_only=True)
         features = encoder.encode(images, final_norm=norm)
         torch.testing.assert_close(features.map, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
         assert features.final_norm is norm
@@ -116,7 +117,7 @@ def test_attention_is_that_of_the_last_block() -> None:
     images = torch.rand(2, 3, 64, 96)
     actual = encoder.encode(images, attention=True)
     caught: list[Tensor] = []
-    block = encoder.model.blocks[-1]  # type: ignore[union-attr, index]
+    block: Any = encoder.model.blocks[-1]  # type: ignore[union-attr, index]
     hook = block.attn.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
     encoder.encode(images)
     hook.remove()
@@ -155,7 +156,7 @@ def test_pretrained_weights_in_the_cache_folder(tmp_path: Path, images: Tensor) 
     assert str(folder / "model.safetensors") in str(caught.value)
     assert "https://huggingface.co/timm/" in str(caught.value)
     folder.mkdir(parents=True)
-    model = timm.create_model(name.partition(".")[0])
+    model: Any = timm.create_model(name.partition(".")[0])
     save_file(model.state_dict(), folder / "model.safetensors")
     encoder = load_encoder(f"timm:{name}")
     model.reset_classifier(0)

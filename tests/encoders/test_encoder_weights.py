@@ -115,7 +115,7 @@ def test_files_as_neco_writes_them(states: States, images: Tensor, tmp_path: Pat
         encoder = load_encoder(f"neco_dinov2r?branch={branch}", weights=tmp_path / "l")
         assert encoder.weights_id == released.weights_id
         token = state["cls_token"] + state["pos_embed"][:, :1]
-        assert torch.equal(released.model.cls_token, token)  # type: ignore[union-attr]
+        assert torch.equal(released.model.cls_token, token)  # type: ignore[union-attr, arg-type]
     assert load_encoder("neco_dinov2r", weights=tmp_path / "l").weights_id != encoder.weights_id  # the student's
 
 

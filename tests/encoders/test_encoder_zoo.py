@@ -97,7 +97,7 @@ def test_weights_that_are_part_of_the_package(own_zoo: Path) -> None:
     before = content_id("small")
     place.parent.mkdir()
     made = load_encoder("timm:test_vit3?pretrained=false&seed=4")
-    save_file(made.model.state_dict(), place)  # type: ignore[union-attr, operator, arg-type]
+    save_file(made.model.state_dict(), place)  # type: ignore[union-attr]
     encoder = load_encoder("small")
     assert encoder.weights_id == made.weights_id
     assert encoder.mean == (0.485, 0.456, 0.406)
@@ -149,7 +149,7 @@ def test_wrong_specs(spec: str, message: str) -> None:
 def test_device_and_precision() -> None:
     for options in ({"device": "tpu"}, {"device": "nonsense"}, {"precision": "fp8"}, {"layers": 3}):
         with pytest.raises(UsageError):
-            load_encoder("baseline_rgb", **options)  # type: ignore[arg-type]
+            load_encoder("baseline_rgb", **options)
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="not available"):
             load_encoder("baseline_rgb", device="cuda:0")
@@ -233,12 +233,12 @@ def test_listing() -> None:
         ("mine.py:make", None, "coco", "unknown"),
     ],
 )
-def test_contamination(spec, weights, images_from, known):
-    _, overlap = training_of(parse_spec(spec, weights and Path(weights)))
+def test_contamination(spec: str, weights: str | None, images_from: str, known: str) -> None:
+    _, overlap = training_of(parse_spec(spec, weights))
     assert contamination(overlap, [images_from]) == known
 
 
-def test_overlaps_are_of_the_known_kinds():
+def test_overlaps_are_of_the_known_kinds() -> None:
     kinds = {kind for entry in zoo().values() for kind in entry.overlap.values()}
     assert kinds == {"seen", "near", "possible"}
     sources = {cls.images_from or cls.folder_name or cls.name for cls in map(DATASETS.load, DATASETS)}

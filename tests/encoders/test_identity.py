@@ -114,7 +114,13 @@ def test_an_encoder_that_can_no_longer_be_loaded_gets_no_stored_result(tmp_path:
 
 def test_where_loading_alone_shows_the_weights(tmp_path: Path) -> None:
     (tmp_path / "enc.py").write_text(READING)
-    content = {"base": f"{tmp_path}/enc.py:f", "student": "s", "teacher": None, "mean": [0.5] * 3, "std": [0.5] * 3}
+    content: dict[str, Any] = {
+        "base": f"{tmp_path}/enc.py:f",
+        "student": "s",
+        "teacher": None,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
     content |= {"layers": None, "embed_dim": 4, "stride": 8, "step": 1, "training_data": ""}
     (tmp_path / "encoder.json").write_text(json.dumps(content))
     known = {

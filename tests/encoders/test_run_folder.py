@@ -179,7 +179,7 @@ def test_another_weights_file(run: Path, states: States, tmp_path: Path) -> None
     change(run, teacher=None)
     for branch, factor in (("", 2), ("?branch=teacher", 3)):
         encoder = load_encoder(f"{run}{branch}", weights=tmp_path / "lightning.ckpt")
-        assert torch.equal(encoder.model.norm.weight, factor * state["norm.weight"])  # type: ignore[union-attr]
+        assert torch.equal(encoder.model.norm.weight, factor * state["norm.weight"])  # type: ignore[union-attr, arg-type]
     save_file(official_registers(states(REG)), tmp_path / "official.safetensors")
     with pytest.raises(BadInputError, match=r"official\.safetensors has register tokens"):
         load_encoder(str(run), weights=tmp_path / "official.safetensors")
@@ -365,9 +365,9 @@ def test_files_that_are_not_there(run: Path, tmp_path: Path, monkeypatch: pytest
         ):
             function(str(run))
     change(run, teacher=None)
-    for function in (content_id, model_info, load_encoder):
+    for of_teacher in (content_id, model_info, load_encoder):
         with pytest.raises(UsageError, match="no teacher's weights"):
-            function(f"{run}?branch=teacher")
+            of_teacher(f"{run}?branch=teacher")
     change(run, base="mine.py:own")
     with pytest.raises(MissingError, match=r"encoder\.json: base 'mine\.py:own' names a file that is not there"):
         parse_spec(str(run))

@@ -68,6 +68,7 @@ def test_satellite_weights(file: Path) -> None:
     assert (encoder.mean, encoder.std) == SATELLITE
     assert "SAT-493M" in encoder.statistics
     known = timm.get_pretrained_cfg("vit_large_patch16_dinov3.sat493m")
+    assert known is not None
     assert (known.mean, known.std) == SATELLITE
     assert load_encoder(f"{TINY}?mean=0.5,0.5,0.5&std=0.5,0.5,0.5", weights=renamed).mean == (0.5, 0.5, 0.5)
 

@@ -328,7 +328,8 @@ def change_mask(state: State) -> None:
 def test_what_a_conversion_loses_is_an_error(
     name: str, layout: Callable[[State], State], change: Callable[[State], object], message: str, tmp_path: Path
 ) -> None:
-    own = {dinov3: V3, clip: CLIP, radio: RADIO}.get(layout, name)  # type: ignore[call-overload]
+    architectures: dict[Any, str] = {dinov3: V3, clip: CLIP, radio: RADIO}
+    own = architectures.get(layout, name)
     official = layout(state_of(own))
     if own == V3:
         official = {k: torch.zeros_like(v) if k.endswith("qkv.bias") else v for k, v in official.items()}

@@ -38,7 +38,7 @@ def same(read: dict[str, Tensor]) -> bool:
 @contextmanager
 def packages(**classes: type) -> Iterator[None]:
     """Classes of packages that are there while a file is written, and gone when it is read: `a__b` for `a.b`."""
-    made = {}
+    made: dict[str, types.ModuleType] = {}
     for name, kind in classes.items():
         module = types.ModuleType(name.replace("__", "."))
         made |= {module.__name__.partition(".")[0]: types.ModuleType("parent"), module.__name__: module}
@@ -52,11 +52,11 @@ def packages(**classes: type) -> Iterator[None]:
             del sys.modules[name]
 
 
-class ReadOnlyList(list):  # type: ignore[type-arg]
+class ReadOnlyList(list):
     pass
 
 
-class CfgNode(dict):  # type: ignore[type-arg]
+class CfgNode(dict):
     pass
 
 
