@@ -1,4 +1,4 @@
-"""`neco-bench models`, `check`, `diagnose` and `export`."""
+"""`neco-bench models`, `check`, `diagnose` and `export`. Commands import what needs torch or is slow when they run."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from neco_bench.core.errors import UsageError
 
 @app.command()
 def models(as_json: Json = False) -> None:
-    """List the models that have a name; any timm:, hub:, hf: or file.py:factory spec works besides.
+    """List the models that have a name; any timm:, hub:, hf: or file.py:factory spec works too.
 
     Example: neco-bench models
     """
@@ -43,8 +43,8 @@ def check(
 
     with foreign_code():
         encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
-        found = check_encoder(encoder)
-    rows = [{"check": row.name, "passed": "pass" if row.passed else "FAIL", "detail": row.detail} for row in found]
+        results = check_encoder(encoder)
+    rows = [{"check": row.name, "passed": "pass" if row.passed else "FAIL", "detail": row.detail} for row in results]
     print_rows(rows, as_json)
     if any(row["passed"] == "FAIL" for row in rows):
         raise typer.Exit(4)
@@ -65,7 +65,7 @@ def diagnose(
     layers: Layers = None,
     as_json: Json = False,
 ) -> None:
-    """Why a score may be what it is: norm outliers, effective rank, positional leakage, neighbour purity, shifts.
+    """Show what may explain a score: norm outliers, effective rank, positional leakage, neighbour purity, shifts.
 
     Example: neco-bench diagnose baseline_hog --picture hog.png
     """
@@ -104,12 +104,13 @@ def export(
     from neco_bench.encoders import load_encoder
     from neco_bench.encoders.export import check_target
     from neco_bench.encoders.export import export as write
-    from neco_bench.encoders.spec import branch_of
+    from neco_bench.encoders.spec import branch_of, parse_spec
 
     check_target(layout, out, overwrite)
+    spec = parse_spec(model)
     with foreign_code():
-        written = write(load_encoder(model, weights=weights, device="cpu"), layout, out, overwrite=overwrite)
+        written = write(load_encoder(spec, weights=weights, device="cpu"), layout, out, overwrite=overwrite)
     print(written)
-    if weights is None and (branch := branch_of(model)):
+    if weights is None and (branch := branch_of(spec)):
         other = "student" if branch == "teacher" else "teacher"
         print(f"the {branch}'s weights; ?branch={other} exports the {other}'s", file=sys.stderr)

@@ -102,7 +102,7 @@ def slug(text: str) -> str:
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.")[:100] or "unnamed"
 
 
-_MODEL_FILES = re.compile(r".+\.(py|json|ya?ml|toml|safetensors|bin|pth|pt|ckpt|npz|npy)")
+MODEL_FILES = re.compile(r".+\.(py|json|ya?ml|toml|safetensors|bin|pth|pt|ckpt|npz|npy)")
 
 
 def content_sha256(path: Path) -> str:
@@ -110,7 +110,7 @@ def content_sha256(path: Path) -> str:
     if not (path.is_dir() or path.name.endswith(".index.json")):
         return file_sha256(path)
     folder = path if path.is_dir() else path.parent
-    files = [file for file in sorted(folder.rglob("*")) if _MODEL_FILES.fullmatch(file.name)]
+    files = [file for file in sorted(folder.rglob("*")) if MODEL_FILES.fullmatch(file.name)]
     contents = [f"{file.relative_to(folder).as_posix()} {file_sha256(file)}" for file in files]
     return hashlib.sha256("\n".join(contents).encode("utf-8", "surrogateescape")).hexdigest()
 

@@ -21,13 +21,12 @@ from neco_bench.encoders.options import PRECISIONS
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 
-
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 @contextlib.contextmanager
 def _convolutions_in_fp32() -> Iterator[None]:
-    """PyTorch lets GPUs round what convolutions multiply to TF32, or not, as the batch size will have it: not here."""
+    """Keep GPUs from rounding what convolutions multiply to TF32, which PyTorch lets depend on the batch size."""
     cudnn = torch.backends.cudnn
     before, cudnn.allow_tf32 = cudnn.allow_tf32, False
     try:
@@ -38,9 +37,9 @@ def _convolutions_in_fp32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DenseFeatures:
-    """What leaves an encoder, in float32.
+    """The features that an encoder returns, in float32.
 
-    map: (B, D, h, w) patch features. stride: input pixels per cell. layer: where they were read, for people
+    map: (B, D, h, w) patch features. stride: input pixels per cell. layer: where they were read, as text
     ("last", "blocks 5,8,11", "stage 3"). final_norm: was the last norm applied. prefix: (B, P, D) class and register
     tokens, or None. attention: (B, heads, h, w) class-token attention of the last block, or None.
     """
@@ -66,16 +65,26 @@ class WeightsReport:
 class Encoder(nn.Module, abc.ABC):
     """A frozen dense encoder.
 
-    Static facts: name; embed_dim D; stride in pixels; mean and std of RGB on [0, 1]; weights_id, the sha256 of the
-    weights in use (of the source file for code without weights); layer; pos_interp, the position-interpolation rule
-    ("none" where there are no positions); weights_report. Facts that may be declared: training_data, the data sets
-    behind the weights ("imagenet, coco"; "none"), for contamination notes. Facts that `load_encoder` finds: overlap
-    with data sets as in `zoo.toml` (None: read off training_data); official, whether the weights are those that the
-    name of the zoo stands for (None where it stands for none). `attentions`: can give class-token attention.
-    `has_final_norm`: can give features both before and after a final norm; `final_norm`: its default is after.
-    size_multiple: sides of inputs must be multiples of this, itself one of the stride; None: of the stride.
-    only_size: the side of the one input that it takes, square; None: it takes any. statistics: where mean and std are
-    from, for people.
+    Attributes:
+        name: the model spec, or any name.
+        embed_dim: D, the channels of the features.
+        stride: input pixels per cell.
+        mean, std: RGB on [0, 1].
+        weights_id: the sha256 of the weights in use (of the source file for code without weights).
+        layer: where features are read, as text.
+        pos_interp: the position-interpolation rule; "none" where there are no positions.
+        weights_report: what loading the weights did.
+        training_data: the data sets behind the weights ("imagenet, coco"; "none"), for contamination notes.
+        overlap: with data sets, as in `zoo.toml`; set by `load_encoder`; None: as `training_data` says.
+        official: whether the weights are those that the name of the zoo stands for; set by `load_encoder`; None where
+            it stands for none.
+        statistics: where mean and std are from, as text.
+        size_multiple: sides of inputs must be multiples of this, itself a multiple of the stride; None: of the stride.
+        only_size: the side of the one square input that it takes; None: it takes any.
+        attentions: it can give class-token attention.
+        has_final_norm: it can give features both before and after a final norm.
+        final_norm: the default is after that norm.
+        precision: "fp32", or "bf16" or "fp16" as autocast.
     """
 
     name: str
@@ -101,7 +110,7 @@ class Encoder(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        """Features of normalised images (B, 3, H, W), H and W multiples of the stride. Authors write this."""
+        """Compute features of normalised images (B, 3, H, W), H and W multiples of the stride. Authors write this."""
 
     @property
     def device(self) -> torch.device:
@@ -120,14 +129,19 @@ class Encoder(nn.Module, abc.ABC):
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ) -> DenseFeatures:
-        """Dense features of RGB images in [0, 1], (B, 3, H, W) float; H and W multiples of `stride`.
+        """Compute dense features of RGB images in [0, 1].
 
-        final_norm: True reads after the final norm (where there is one; the result says), False before it, None takes
-        the encoder's default.
-        mean, std: replace the encoder's statistics, for protocols that fix them.
+        Args:
+            images: (B, 3, H, W) float; H and W multiples of `stride`, or of `size_multiple`.
+            final_norm: True reads after the final norm (where there is one; the result says), False before it, None
+                takes the encoder's default.
+            attention: also return the class token's attention.
+            mean, std: replace the encoder's statistics, for protocols that fix them.
 
-        Raises UsageError (shape, indivisible size, something asked for that this encoder does not declare),
-        BadInputError (the encoder breaks its contract) and NumericalError (NaN or infinite features).
+        Raises:
+            UsageError: shape, indivisible size, an output that this encoder does not declare.
+            BadInputError: the encoder breaks its contract.
+            NumericalError: NaN or infinite features.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise UsageError(
@@ -163,12 +177,12 @@ class Encoder(nn.Module, abc.ABC):
             return self._checked(features, len(images), height // self.stride, width // self.stride)
 
     def nearest_size(self, size: int) -> int:
-        """The side in pixels nearest to `size` that this encoder takes; of two the larger."""
+        """Return the side in pixels nearest to `size` that this encoder takes; of two the larger."""
         multiple = self.size_multiple or self.stride
         return self.only_size or multiple * max(1, (2 * size + multiple) // (2 * multiple))
 
     def _run(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        """`_encode`, which may be someone else's code: its errors name the encoder, but for a device that is full."""
+        """Call `_encode`, whose errors name the encoder, except where the device is out of memory."""
         try:
             return self._encode(images, final_norm=final_norm, attention=attention)
         except (NecoBenchError, torch.OutOfMemoryError):
@@ -200,7 +214,7 @@ class Encoder(nn.Module, abc.ABC):
             None if features.prefix is None else features.prefix.float(),
             None if features.attention is None else features.attention.float(),
         )
-        if not features.map.sum().isfinite() and not features.map.isfinite().all():  # the sum is found sooner
+        if not features.map.sum().isfinite() and not features.map.isfinite().all():  # the sum is faster
             raise NumericalError(
                 f"Encoder {self.name!r} gave NaN or infinite features. Try --precision fp32; "
                 f"if it stays, the weights are broken."

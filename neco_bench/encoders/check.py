@@ -21,16 +21,14 @@ from neco_bench.encoders.base import Encoder
 # Where one cell is changed, as fractions of the grid's height and width: both edges, and off the diagonal.
 _SPOTS = ((1, 7), (3, 7), (6, 7), (2, 0), (5, 0), (0, 4), (7, 3), (2, 5), (5, 2), (4, 6))
 
-
 _SHIFTS = tuple(k for k in range(-9, 18) if k)  # tokens; no model in use has more than 17 in front
-
 
 _CELLS = 8  # cells on a side of the images used
 
 
 @dataclass(frozen=True)
 class CheckResult:
-    """One line of the table: what was checked, whether it holds, and what was seen."""
+    """One line of the table: what was checked, whether it passed, and what was measured."""
 
     name: str
     passed: bool
@@ -40,10 +38,10 @@ class CheckResult:
 def check_encoder(encoder: Encoder) -> list[CheckResult]:
     """Check an encoder on synthetic images of 8x8 cells (or the one size that it takes).
 
-    Lines: input (what the encoder is fed, for people), shape and stride, finite values, non-square input,
-    deterministic, eval mode, batch independence, prefix tokens, grid orientation, locality. Outputs may differ by 1e-4
-    of their largest value in float32 on the CPU, 1e-3 on other devices, 5e-2 in half precision. An error in the encoder
-    is a failed line.
+    Lines: input (size and statistics, never failed), shape and stride, finite values, non-square input, deterministic,
+    eval mode, batch independence, prefix tokens, grid orientation, locality. Outputs may differ by 1e-4 of
+    their largest value in float32 on the CPU, 1e-3 on other devices, 5e-2 in half precision. An error in the encoder is
+    a failed line.
     """
     torch_state = torch.get_rng_state()
     try:
@@ -61,9 +59,8 @@ def check_encoder(encoder: Encoder) -> list[CheckResult]:
         results = [_line(name, check) for name, check in checks.items()]
         try:
             where = _location(encoder, size)
-        except Exception as error:  # an encoder may fail in any way; that is a finding
-            told = _told(error)
-            where = [(name, False, told) for name in ("prefix tokens", "grid orientation", "locality")]
+        except Exception as error:  # an encoder may fail in any way, which the check reports
+            where = [(name, False, _error_text(error)) for name in ("prefix tokens", "grid orientation", "locality")]
         return results + [CheckResult(*line) for line in where]
     finally:
         torch.set_rng_state(torch_state)
@@ -72,12 +69,12 @@ def check_encoder(encoder: Encoder) -> list[CheckResult]:
 def _line(name: str, check: Callable[[], tuple[bool, str]]) -> CheckResult:
     try:
         passed, detail = check()
-    except Exception as error:  # an encoder may fail in any way; that is a finding
-        passed, detail = False, _told(error)
+    except Exception as error:  # an encoder may fail in any way, which the check reports
+        passed, detail = False, _error_text(error)
     return CheckResult(name, passed, detail)
 
 
-def _told(error: Exception) -> str:
+def _error_text(error: Exception) -> str:
     return f"{type(error).__name__}: {error}"
 
 
@@ -104,7 +101,7 @@ def _size(encoder: Encoder) -> int:
 
 
 def _input(encoder: Encoder) -> str:
-    """What the encoder is fed: size, statistics, and the range of values that these make of black and white."""
+    """Size and statistics of the input, and the range of values that these make of black and white."""
     sides = f"multiples of {encoder.size_multiple or encoder.stride} pixels"
     if encoder.only_size:
         sides = f"{encoder.only_size}x{encoder.only_size} pixels only"
@@ -127,8 +124,8 @@ def _difference(one: Tensor, other: Tensor) -> float:
 def _shape(encoder: Encoder, size: int) -> tuple[bool, str]:
     features = encoder.encode(_images(2, size, size))
     declared = features.stride == encoder.stride
-    told = f"{size}x{size} gives {tuple(features.map.shape)} at stride {encoder.stride}"
-    return declared, told if declared else f"{told}, but the features say stride {features.stride}"
+    detail = f"{size}x{size} gives {tuple(features.map.shape)} at stride {encoder.stride}"
+    return declared, detail if declared else f"{detail}, but the features say stride {features.stride}"
 
 
 def _finite(encoder: Encoder, size: int) -> tuple[bool, str]:
@@ -150,9 +147,9 @@ def _deterministic(encoder: Encoder, size: int) -> tuple[bool, str]:
     images = _images(2, size, size)
     first = encoder.encode(images).map
     torch.manual_seed(1)
-    seen = _difference(encoder.encode(images).map, first)
-    passed = seen <= _tolerance(encoder)
-    return passed, f"two passes differ by {seen:.1e}" + ("" if passed else ": dropout or other randomness is on")
+    difference = _difference(encoder.encode(images).map, first)
+    passed = difference <= _tolerance(encoder)
+    return passed, f"two passes differ by {difference:.1e}" + ("" if passed else ": dropout or other randomness is on")
 
 
 def _eval_mode(encoder: Encoder) -> tuple[bool, str]:
@@ -165,11 +162,11 @@ def _eval_mode(encoder: Encoder) -> tuple[bool, str]:
 def _batch(encoder: Encoder, size: int) -> tuple[bool, str]:
     images = _images(3, size, size)
     alone = encoder.encode(images[:1]).map
-    company = encoder.encode(images).map[:1]
+    batched = encoder.encode(images).map[:1]
     other = encoder.encode(torch.cat([images[:1], torch.ones_like(images[:1])])).map[:1]
-    seen = max(_difference(company, alone), _difference(other, alone))
-    passed = seen <= _tolerance(encoder)
-    return passed, f"alone and in company differ by {seen:.1e}" + (
+    difference = max(_difference(batched, alone), _difference(other, alone))
+    passed = difference <= _tolerance(encoder)
+    return passed, f"alone and in a batch differ by {difference:.1e}" + (
         "" if passed else ": features depend on the other images of the batch"
     )
 
@@ -180,17 +177,17 @@ def _location(encoder: Encoder, size: int) -> list[tuple[str, bool, str]]:
     cells = [(round(r / 7 * (side - 1)), round(c / 7 * (side - 1))) for r, c in _SPOTS]
     plain = _images(1, size, size)
     before = encoder.encode(plain).map[0]
-    loud = (torch.rand(3, stride, stride, generator=torch.Generator().manual_seed(2)) > 0.5).float()
+    noise = (torch.rand(3, stride, stride, generator=torch.Generator().manual_seed(2)) > 0.5).float()
     peaks, largest = [], 0.0
     for row, column in cells:
         changed = plain.clone()
-        changed[0, :, row * stride : (row + 1) * stride, column * stride : (column + 1) * stride] = loud
+        changed[0, :, row * stride : (row + 1) * stride, column * stride : (column + 1) * stride] = noise
         change = (encoder.encode(changed).map[0] - before).norm(dim=0)
         peaks.append(divmod(int(change.argmax()), side))
         largest = max(largest, float(change.max()))
     if not largest:
-        told = "features do not depend on the image"
-        return [(name, name != "locality", told) for name in ("prefix tokens", "grid orientation", "locality")]
+        detail = "features do not depend on the image"
+        return [(name, name != "locality", detail) for name in ("prefix tokens", "grid orientation", "locality")]
 
     def explained(place: Callable[[int, int], tuple[int, int]], within: int = 1) -> int:
         expected = [place(*cell) for cell in cells]
@@ -214,9 +211,9 @@ def _location(encoder: Encoder, size: int) -> list[tuple[str, bool, str]]:
     is_shift = shifted(shift) >= max(right + 2, turned[turn])
     prefix = f"features sit {abs(shift)} tokens {'later' if shift > 0 else 'earlier'} than they should: "
     prefix += f"{shift} class or register tokens are left in" if shift > 0 else "patch tokens are cut off at the front"
-    told = f"{right} of {len(cells)} changed cells change most where they are"
+    detail = f"{right} of {len(cells)} changed cells change most where they are"
     return [
         ("prefix tokens", not is_shift, prefix if is_shift else "none left in"),
         ("grid orientation", not is_turn, f"the grid is {turn}" if is_turn else "rows and columns in order"),
-        ("locality", right >= 0.6 * len(cells), told),
+        ("locality", right >= 0.6 * len(cells), detail),
     ]

@@ -32,17 +32,15 @@ from neco_bench.encoders.weights import UNUSED, inner_module
 
 log = logging.getLogger("neco_bench")
 
-READERS = {"dinov2": "torch.hub's model", "timm": "timm"}  # who reads the files of a layout
-
+READERS = {"dinov2": "torch.hub's model", "timm": "timm"}  # by layout, the code that reads its files
 
 LAYOUTS = tuple(READERS)
-
 
 SUFFIXES = (".safetensors", ".pth")
 
 
 def check_target(layout: str, path: Path, overwrite: bool = False) -> None:
-    """Could such a file be written? Raises `UsageError` (layout, suffix, a file that is there already)."""
+    """Check that such a file could be written. Raises `UsageError` (layout, suffix, a file that exists already)."""
     if layout not in LAYOUTS:
         raise UsageError(f"Unknown layout {layout!r}: use {' or '.join(LAYOUTS)}.{did_you_mean(layout, LAYOUTS)}")
     if path.suffix not in SUFFIXES:
@@ -61,17 +59,17 @@ def export(encoder: Encoder, layout: str, path: Path, overwrite: bool = False) -
     """
     check_target(layout, path, overwrite)
     tensors = _as_dinov2(encoder) if layout == "dinov2" else _as_timm(encoder)
-    theirs = "scale_offset" if layout == "dinov2" and "register_tokens" not in tensors else "size_antialias"
-    own = "size_antialias" if encoder.pos_interp == "timm" else encoder.pos_interp
-    if isinstance(encoder, TimmViT) and own != theirs:
+    reader_rule = "scale_offset" if layout == "dinov2" and "register_tokens" not in tensors else "size_antialias"
+    encoder_rule = "size_antialias" if encoder.pos_interp == "timm" else encoder.pos_interp
+    if isinstance(encoder, TimmViT) and encoder_rule != reader_rule:
         model: Any = inner_module(encoder)
         rows, columns = (side * encoder.stride for side in model.patch_embed.grid_size)
         log.warning(
             "%s: %s resizes position embeddings by %s, this encoder by %s: the same features at %d x %d pixels alone.",
             path,
             READERS[layout],
-            theirs,
-            own,
+            reader_rule,
+            encoder_rule,
             columns,
             rows,
         )
@@ -96,10 +94,10 @@ def _as_dinov2(encoder: Encoder) -> dict[str, Tensor]:
     if not isinstance(encoder, TimmViT):
         raise UsageError(f"Model {encoder.name!r} has no dinov2 layout; only plain ViTs of timm have one.")
     model: Any = inner_module(encoder)
-    strange = ["another kind of block"] if type(model.blocks[0]) is not Block else _strange(model)
-    if strange:
+    unsupported = ["another kind of block"] if type(model.blocks[0]) is not Block else _unsupported(model)
+    if unsupported:
         raise UsageError(
-            f"Model {encoder.name!r} has no dinov2 layout, which knows no model with {', '.join(strange)}."
+            f"Model {encoder.name!r} has no dinov2 layout, which knows no model with {', '.join(unsupported)}."
         )
     result: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
@@ -116,8 +114,8 @@ def _as_dinov2(encoder: Encoder) -> dict[str, Tensor]:
     return result
 
 
-def _strange(model: Any) -> list[str]:
-    """What of a plain ViT of timm has no place in the DINOv2 layout, or another meaning there, in words."""
+def _unsupported(model: Any) -> list[str]:
+    """Parts of a plain ViT of timm that the DINOv2 layout has no place for, or another meaning, as text."""
     block = model.blocks[0]
     norms, mlp = (block.norm1, block.norm2, model.norm), block.mlp
     linear = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}

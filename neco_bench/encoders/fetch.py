@@ -1,4 +1,4 @@
-"""Fetching weights without ever hanging: one attempt, short timeouts, and a message that gives the mend. No torch."""
+"""Fetching weights without ever hanging: one attempt, short timeouts, and an error that says what to do. No torch."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from neco_bench.core.errors import MissingError
 
 TIMEOUT = 5.0  # seconds without an answer or without data
 
-
 _SWITCHES = ("NECO_BENCH_OFFLINE", "HF_HUB_OFFLINE")
 
 
 def offline() -> bool:
-    """Is fetching switched off, by NECO_BENCH_OFFLINE or HF_HUB_OFFLINE?"""
+    """Say whether fetching is switched off, by NECO_BENCH_OFFLINE or HF_HUB_OFFLINE."""
     return any(os.environ.get(name, "0").lower() in ("1", "true", "yes") for name in _SWITCHES)
 
 
 def reachable(url: str) -> bool:
-    """Does the server of `url` answer within `TIMEOUT`? False when offline."""
+    """Say whether the server of `url` answers within `TIMEOUT`. False when offline."""
     if offline():
         return False
     try:
@@ -36,14 +35,14 @@ def reachable(url: str) -> bool:
 
 
 def hub_reachable() -> bool:
-    """Does the Hugging Face hub answer? Asked first, as its own client retries for half a minute."""
+    """Say whether the Hugging Face hub answers. Call it first, as the hub's client retries for half a minute."""
     return reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
 def fetch_url(url: str, path: Path) -> Path:
-    """`path`, downloaded from `url` first where it is not there yet (whole or not at all).
+    """Download `url` to `path`, whole or not at all, unless the file exists, and return `path`.
 
-    Raises MissingError naming the address and the file to put in place.
+    Raises `MissingError` naming the address and the file to put in place.
     """
     if path.is_file():
         return path
@@ -65,14 +64,15 @@ def fetch_url(url: str, path: Path) -> Path:
             return path
         except OSError as error:
             reason = str(error)
-    raise missing(url, path, reason)
+    raise missing_weights(url, path, reason)
 
 
 def fetch_hub_file(repo: str, name: str, path: Path) -> Path:
-    """A file of a Hugging Face repository: `path` if it is there, else the hub's own cache, else a download.
+    """Return a file of a Hugging Face repository: `path` if it exists, else from the hub's cache, else downloaded.
 
-    Raises MissingError naming the address and the file to put in place.
+    Raises `MissingError` naming the address and the file to put in place.
     """
+    # slow to import
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import HfHubHTTPError
 
@@ -83,11 +83,11 @@ def fetch_hub_file(repo: str, name: str, path: Path) -> Path:
         return Path(hf_hub_download(repo, name, etag_timeout=TIMEOUT, local_files_only=local))
     except (OSError, HfHubHTTPError) as error:
         reason = "the Hugging Face hub cannot be reached" if local else str(error).splitlines()[0]
-        raise missing(f"https://huggingface.co/{repo}/resolve/main/{name}", path, reason) from error
+        raise missing_weights(f"https://huggingface.co/{repo}/resolve/main/{name}", path, reason) from error
 
 
-def missing(url: str, path: Path, reason: str) -> MissingError:
-    """The error for weights that are neither here nor to be had."""
+def missing_weights(url: str, path: Path, reason: str) -> MissingError:
+    """Make the error for weights that are not on this machine and cannot be fetched."""
     return MissingError(
         f"Weights are not on this machine and could not be fetched ({reason}). Download {url} and save it as {path}, "
         f"or pass --weights FILE."

@@ -1,18 +1,17 @@
-"""Loading an encoder from a model spec; `encoders.zoo` says what a spec is. Importing this module imports no torch."""
+"""Loading an encoder from a model spec. Importing this module imports no torch."""
 
 from __future__ import annotations
 
 import importlib
 import logging
-import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.encoders.options import PRECISIONS, Layers
-from neco_bench.encoders.run_folder import read, weights_file
-from neco_bench.encoders.spec import ModelSpec, is_official, parse_layers, parse_spec, training_of
+from neco_bench.encoders.run_folder import read_run, weights_file
+from neco_bench.encoders.spec import ModelSpec, SpecLike, is_official, parse_layers, parse_spec, training_of
 from neco_bench.encoders.weight_files import files_of
 from neco_bench.encoders.zoo import declared_overlap
 
@@ -26,7 +25,6 @@ log = logging.getLogger("neco_bench")
 # DINOv3's weights of satellite images, by the name of their official files: its repository normalises by these.
 _SATELLITE = "sat493m", (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
 
-
 _ADAPTERS = {
     "timm": "timm_models",
     "hub": "torch_hub",
@@ -37,8 +35,8 @@ _ADAPTERS = {
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """The device of that name; None and "auto" take CUDA, then MPS, then the CPU. Raises `UsageError`."""
-    import torch
+    """Return the device of that name; None and "auto" take CUDA, then MPS, then the CPU. Raises `UsageError`."""
+    import torch  # slow to import
 
     available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
     if device in (None, "auto"):
@@ -55,96 +53,98 @@ def resolve_device(device: str | None) -> torch.device:
     return picked
 
 
-def build(request: ModelSpec, file: Path | None) -> Encoder:
-    """The encoder of a parsed spec, by the adapter of its kind, which is imported only when it is needed."""
-    encoder: Encoder = importlib.import_module(f"neco_bench.encoders.adapters.{_ADAPTERS[request.kind]}").build(
-        request, file
-    )
+def build(model: ModelSpec) -> Encoder:
+    """Build the encoder of a parsed spec by the adapter of its kind, which is imported only when it is needed."""
+    if model.base is not None:
+        return _build_run_folder(model, model.base)
+    adapter = importlib.import_module(f"neco_bench.encoders.adapters.{_ADAPTERS[model.kind]}")
+    encoder: Encoder = adapter.build(model)
     return encoder
 
 
-def _set_statistics(encoder: Encoder, request: ModelSpec, file: Path | None) -> None:
-    """Mean and std of the spec, or those that belong to the file; says on stderr what a file from elsewhere is fed."""
-    tag, mean, std = _SATELLITE
-    if request.mean is None and request.std is None and file and tag in file.name.lower():
+def _build_run_folder(model: ModelSpec, base: ModelSpec) -> Encoder:
+    folder = Path(model.target)
+    run = read_run(folder)
+    branch = base.branch if model.weights is None else model.branch  # files of a run hold one encoder each
+    encoder = build(
+        replace(
+            base,
+            layers=model.layers,
+            final_norm=model.final_norm,
+            trust=model.trust,
+            branch=branch,
+            weights=model.weights or weights_file(folder, model.branch),
+        )
+    )
+    encoder.mean, encoder.std = run.mean, run.std
+    encoder.statistics = "the run folder's"
+    return encoder
+
+
+def _set_statistics(encoder: Encoder, model: ModelSpec) -> None:
+    """Set mean and std: the spec's, or those that belong to a given file, for which a warning names them."""
+    file, (tag, mean, std) = model.weights, _SATELLITE
+    if model.mean is None and model.std is None and file and tag in file.name.lower():
         encoder.mean, encoder.std, encoder.statistics = mean, std, "DINOv3's of SAT-493M, by the file's name"
-    if request.mean or request.std:
-        missing = "" if request.mean and request.std else f"; {'std' if request.mean else 'mean'}: {encoder.statistics}"
+    if model.mean or model.std:
+        missing = "" if model.mean and model.std else f"; {'std' if model.mean else 'mean'}: {encoder.statistics}"
         encoder.statistics = f"given in the spec{missing}"
-        encoder.mean, encoder.std = request.mean or encoder.mean, request.std or encoder.std
-    if file is not None and not (request.mean and request.std):
+        encoder.mean, encoder.std = model.mean or encoder.mean, model.std or encoder.std
+    if file is not None and not (model.mean and model.std):
         given = " ".join(f"{k}={','.join(f'{v:.4g}' for v in getattr(encoder, k))}" for k in ("mean", "std"))
         option = (
-            " If these weights were trained with others, add ?mean=R,G,B&std=R,G,B." if "mean" in request.takes else ""
+            " If these weights were trained with others, add ?mean=R,G,B&std=R,G,B." if "mean" in model.takes else ""
         )
         log.warning("%s: images are normalised by %s (%s).%s", file, given, encoder.statistics, option)
 
 
 def load_encoder(
-    spec: str | os.PathLike[str],
+    spec: SpecLike,
     *,
     weights: str | Path | None = None,
     device: str | None = None,
     precision: str | None = None,
     layers: Layers = None,
 ) -> Encoder:
-    """The encoder that a spec names, frozen, in eval mode and on its device.
+    """Load the encoder that a spec names: frozen, in eval mode and on its device.
 
-    weights: what replaces the spec's weights, in any layout that `encoders.weights` knows: a file, an index of shards,
-    or a folder with one of them. device: None or
-    "auto" takes the best one here. precision: fp32 (default), bf16 or fp16, as autocast. layers: block indices of a ViT
-    (several are concatenated along D), or the feature level of a hierarchical network; None reads the last.
+    Args:
+        weights: what replaces the spec's weights, in any layout that `encoders.weights` knows: a file, an index of
+            shards, or a folder with one of them.
+        device: None or "auto" takes the best one of this machine.
+        precision: fp32 (default), bf16 or fp16, as autocast.
+        layers: block indices of a ViT (several are concatenated along D), or the feature level of a hierarchical
+            network; None reads the last.
 
-    Raises `UsageError` (spec, option, device, precision, layers), `MissingError` (a file, or weights that cannot be
-    fetched) and `BadInputError` (weights that do not fit, code that breaks its contract).
+    Raises:
+        UsageError: spec, option, device, precision or layers.
+        MissingError: a file, or weights that cannot be fetched.
+        BadInputError: weights that do not fit, code that breaks its contract.
     """
-    request = parse_spec(spec)
+    model = parse_spec(spec, weights)
     if layers is not None:
-        request = replace(request, layers=parse_layers(layers))
-    if request.layers is not None and "layers" not in request.takes:
-        raise UsageError(f"Model {spec!r} chooses its layer itself and takes no layers.")
-
+        model = replace(model, layers=parse_layers(layers))
+    if model.layers is not None and "layers" not in model.takes:
+        raise UsageError(f"Model {model.name!r} has a fixed layer and takes no layers.")
     if precision not in (None, *PRECISIONS):
         raise UsageError(f"Unknown precision {precision!r}: use {', '.join(PRECISIONS)}.")
-    file = None if weights is None else files_of(Path(weights))[0]
+    if model.weights is not None:
+        model = replace(model, weights=files_of(model.weights)[0])
     place = resolve_device(device)
 
-    encoder = build(request, file)
+    encoder = build(model)
     report = encoder.weights_report
-    encoder.official = is_official(request, file, report.source if report else "")
-    declared = encoder.training_data if file is None and request.kind in ("file", "code") else ""
-    encoder.training_data, encoder.overlap = training_of(request, file)
+    encoder.official = is_official(model, report.source if report else "")
+    declared = encoder.training_data if model.weights is None and model.kind in ("file", "code") else ""
+    encoder.training_data, encoder.overlap = training_of(model)
     if declared:
         encoder.training_data, encoder.overlap = declared, declared_overlap(declared)
-    encoder.name = request.name
+    encoder.name = model.name
     encoder.precision = precision or "fp32"
-    _set_statistics(encoder, request, file)
-    encoder.final_norm = request.final_norm
-    if not request.final_norm and not encoder.has_final_norm:
-        raise UsageError(f"Model {spec!r} has no final norm to leave out; remove final_norm=false.")
+    _set_statistics(encoder, model)
+    encoder.final_norm = model.final_norm
+    if not model.final_norm and not encoder.has_final_norm:
+        raise UsageError(f"Model {model.name!r} has no final norm to leave out; remove final_norm=false.")
     if encoder.stride < 1 or encoder.embed_dim < 1:
-        raise BadInputError(f"Model {spec!r}: embed_dim and stride must be positive whole numbers.")
+        raise BadInputError(f"Model {model.name!r}: embed_dim and stride must be positive whole numbers.")
     return encoder.requires_grad_(False).eval().to(place)
-
-
-def build_run_folder(request: ModelSpec, file: Path | None) -> Encoder:
-    """The encoder of a run folder, or of its architecture with the weights in `file`.
-
-    Raises as `weights_file` and as the adapter of the architecture.
-    """
-
-    assert request.base is not None
-    folder = Path(request.target)
-    options: dict[str, Any] = {
-        "layers": request.layers,
-        "final_norm": request.final_norm,
-        "trust": request.trust,
-    }
-    if file is None:
-        file = weights_file(folder, request.branch)
-    else:
-        options["branch"] = request.branch
-    run, encoder = read(folder), build(replace(request.base, **options), file)
-    encoder.mean, encoder.std = run.mean, run.std
-    encoder.statistics = "the run folder's"
-    return encoder

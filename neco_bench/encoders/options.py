@@ -8,15 +8,4 @@ Layers = int | str | Sequence[int] | None
 
 PRECISIONS = {"fp32": "float32", "bf16": "bfloat16", "fp16": "float16"}  # option: torch's name
 
-
 POS_INTERP = ("timm", "scale_offset", "size_antialias")
-
-
-SPEC_OPTIONS = {
-    "timm": ("pretrained", "seed", "branch", "layers", "final_norm", "pos_interp", "mean", "std"),
-    "hub": ("trust", "pretrained", "branch", "layers", "final_norm", "mean", "std"),
-    "hf": ("branch", "layers", "final_norm", "mean", "std"),
-    "file": ("branch",),
-    "code": ("branch",),
-    "run": ("branch", "layers", "final_norm", "trust"),  # but for the first, where the architecture takes them
-}

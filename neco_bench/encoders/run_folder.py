@@ -17,14 +17,11 @@ from neco_bench.core.errors import BadInputError, MissingError, UsageError
 
 FORMAT = 1
 
-
-_MEND = "Go on with the training run, which writes it anew with its next checkpoint."
+_FIX = "Go on with the training run, which writes it again with its next checkpoint."
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
-
 _Spread = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
 
 _Name = Annotated[str, Field(min_length=1)]
 
@@ -35,7 +32,7 @@ class TrainedEncoder(BaseModel):
     base: spec of the architecture, as `architecture` gives it. student, teacher: weights files, relative to the folder;
     null for no teacher. mean, std: of RGB on [0, 1]. layers: what is read where the spec says nothing; null leaves it
     to `base`. embed_dim: D of the features. stride: pixels. step: optimizer steps behind the weights. training_data:
-    what they have seen, for people. overlap: the same for contamination notes, as in `zoo.toml`.
+    what they were trained on, as text. overlap: the same for contamination notes, as in `zoo.toml`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -54,7 +51,7 @@ class TrainedEncoder(BaseModel):
     overlap: dict[_Name, Literal["seen", "near", "possible", "unknown"]] = {"*": "unknown"}
 
     def file_of(self, folder: Path, branch: str | None) -> Path:
-        """The weights file of a branch, the student's for None. Raises `UsageError` where there is no such branch."""
+        """Return the path of a branch's weights, the student's for None. Raises `UsageError` for an unknown branch."""
         if branch not in (None, "student", "teacher"):
             raise UsageError(f"Run folder {folder}: branch={branch!r} must be student or teacher.")
         name = self.teacher if branch == "teacher" else self.student
@@ -63,15 +60,15 @@ class TrainedEncoder(BaseModel):
         return folder / name
 
 
-def read(folder: Path) -> TrainedEncoder:
-    """What `encoder.json` of a run folder says. Raises `MissingError` and `BadInputError`, naming the file."""
+def read_run(folder: Path) -> TrainedEncoder:
+    """Read `encoder.json` of a run folder. Raises `MissingError` and `BadInputError`, naming the file."""
     path = folder / RUN_FILE
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise MissingError(f"{path} could not be read: {error.strerror or error}. {_MEND}") from error
+        raise MissingError(f"{path} could not be read: {error.strerror or error}. {_FIX}") from error
     except ValueError as error:
-        raise BadInputError(f"{path} is not a whole JSON document ({error}). {_MEND}") from error
+        raise BadInputError(f"{path} is not a whole JSON document ({error}). {_FIX}") from error
     version = document.get("format") if isinstance(document, dict) else None
     if isinstance(version, int) and version > FORMAT:
         raise BadInputError(f"{path} has format {version}; this neco-bench reads up to {FORMAT}. Upgrade neco-bench.")
@@ -80,12 +77,12 @@ def read(folder: Path) -> TrainedEncoder:
     except ValidationError as error:
         item = error.errors()[0]
         where = ".".join(map(str, item["loc"])) or "document"
-        raise BadInputError(f"{path} does not describe a trained encoder ({where}: {item['msg']}). {_MEND}") from error
+        raise BadInputError(f"{path} does not describe a trained encoder ({where}: {item['msg']}). {_FIX}") from error
 
 
 def weights_file(folder: Path, branch: str | None) -> Path:
-    """The weights file of a branch, which is there. Raises `MissingError`, and as `read` and `file_of`."""
-    path = read(folder).file_of(folder, branch)
+    """Return the weights file of a branch, which exists. Raises `MissingError`, and as `read_run` and `file_of`."""
+    path = read_run(folder).file_of(folder, branch)
     if not path.is_file():
         raise MissingError(
             f"{path}, the weights that {folder / RUN_FILE} names, is not there. Copy the run folder whole, or pass "
@@ -98,5 +95,5 @@ RUN_FILE = "encoder.json"  # in the folder of a training run; `encoders.run_fold
 
 
 def is_run_folder(body: str) -> bool:
-    """Is the part of a spec before its options the folder of a training run with an encoder in it?"""
+    """Say whether a path, as in a spec without its options, is the folder of a training run with an encoder in it."""
     return bool(body) and os.path.isfile(os.path.join(body, RUN_FILE))

@@ -1,10 +1,26 @@
-"""Model specs: text such as `timm:NAME?layers=8` parsed once into a `ModelSpec`. Imports no torch."""
+"""Model specs: text such as `timm:NAME?layers=8`, parsed once into a `ModelSpec`. Imports no torch.
+
+    neco_dinov2                                     a zoo name, or a name that an installed package adds
+    timm:NAME                                       any timm model with dense features
+    hub:OWNER/REPO:ENTRY                            a torch.hub entry, or a local folder in place of OWNER/REPO
+    hf:ID                                           a transformers model, or a local folder
+    path/to/file.py:FACTORY                         a function of one's own
+    path/to/run                                     what a training run left in its folder
+
+Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
+
+    pretrained=true|false    seed=N (for pretrained=false)    branch=NAME (of one copy in a file with several)
+    layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
+    mean=R,G,B  std=R,G,B    statistics on [0, 1] of the weights in use
+    trust=true               for hub: models, as this runs the repository's code
+"""
 
 from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -12,63 +28,18 @@ from typing import Any
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError, did_you_mean
 from neco_bench.core.files import file_sha256
 from neco_bench.core.registry import BUILTIN
-from neco_bench.encoders.options import POS_INTERP, SPEC_OPTIONS, Layers
-from neco_bench.encoders.run_folder import RUN_FILE, is_run_folder, read
+from neco_bench.encoders.options import POS_INTERP, Layers
+from neco_bench.encoders.run_folder import RUN_FILE, is_run_folder, read_run
 from neco_bench.encoders.zoo import UNKNOWN, ZooEntry, aliases, models, zoo
 
-
-def branch_of(spec: str) -> str | None:
-    """Which of a run's two encoders a spec means, "student" or "teacher"; None for other models, or a single encoder.
-
-    Raises as `parse_spec`.
-    """
-    request = parse_spec(spec)
-    if request.kind != "run" or read(Path(request.target)).teacher is None:
-        return None
-    return request.branch or "student"
-
-
-def base_of(folder: Path) -> ModelSpec:
-    """The architecture of a run folder, with the layers that the run read.
-
-    Raises `MissingError` and `BadInputError`, naming `encoder.json`.
-    """
-    run, path = read(folder), folder / RUN_FILE
-    if is_run_folder(run.base.partition("?")[0]):
-        raise BadInputError(f"{path}: base {run.base!r} is itself a run folder; it must be an architecture.")
-    try:
-        base = parse_spec(run.base)
-    except NecoBenchError as error:
-        raise BadInputError(f"{path}: base: {error}") from error
-    if base.kind == "file" and not Path(base.target.rpartition(":")[0]).is_file():
-        raise MissingError(
-            f"{path}: base {run.base!r} names a file that is not there. Work in the folder in which the encoder was "
-            f"trained, or write where the file is."
-        )
-    return replace(base, layers=run.layers or base.layers)
-
-
-def architecture(spec: str) -> str:
-    """The spec of a model's bare architecture: what `encoder.json` records as `base`.
-
-    Layers, final norm and position interpolation are kept where they are not the default, and what chooses weights
-    (pretrained, seed, branch) is not. A zoo name becomes its `timm:` spec, so that later changes of the zoo cannot
-    change it; a run folder becomes its own base. Raises as `parse_spec`.
-    """
-    request = parse_spec(spec)
-    base = request.base or request
-    if base.kind in ("timm", "hub", "hf"):
-        body = f"{base.kind}:{base.target}"
-    else:
-        body = base.target if base.kind == "file" else base.name.partition("?")[0]
-    options = {
-        "final_norm": "" if request.final_norm else "false",
-        "layers": ",".join(map(str, request.layers or ())),
-        "pos_interp": request.pos_interp if request.pos_interp in POS_INTERP[1:] else "",
-    }
-    query = "&".join(f"{key}={value}" for key, value in options.items() if value)
-    return body + (f"?{query}" if query else "")
-
+_OPTIONS = {
+    "timm": ("pretrained", "seed", "branch", "layers", "final_norm", "pos_interp", "mean", "std"),
+    "hub": ("trust", "pretrained", "branch", "layers", "final_norm", "mean", "std"),
+    "hf": ("branch", "layers", "final_norm", "mean", "std"),
+    "file": ("branch",),
+    "code": ("branch",),
+    "run": ("branch", "layers", "final_norm", "trust"),  # all but the first only where the architecture takes them
+}
 
 _FORMS = (
     "a zoo name (see `neco-bench models`), timm:NAME, hub:OWNER/REPO:ENTRY, hf:ID, path/to/file.py:FACTORY "
@@ -78,10 +49,16 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A parsed spec. `kind` is the adapter ("code" is "module:factory"), `target` what it is to build.
+    """A parsed spec, with the weights given beside it.
 
-    base: the architecture of a run folder, whose layers, final norm and positions hold where the spec says nothing.
+    name: the spec in its standard form: options in alphabetical order, without those that the zoo's entry has itself.
+    kind: what builds it: "timm", "hub", "hf", "file" (a Python file), "code" (a function of a package) or "run".
+    target: what that builds, such as the name in timm, or "module:function".
+    origin: for names, the package that registered it.
+    options: as written, those of the zoo's entry included; the fields after it are their values.
+    base: for a run folder its architecture, whose layers, final norm and positions hold where the spec says nothing.
     takes: the options that such a model has.
+    weights: a file, an index of shards or a folder with one of them, in place of the model's own weights.
     """
 
     name: str
@@ -101,127 +78,188 @@ class ModelSpec:
     trust: bool = False
     base: ModelSpec | None = None
     takes: tuple[str, ...] = ()
+    weights: Path | None = None
 
 
-def parse_spec(spec: str | os.PathLike[str]) -> ModelSpec:
-    """Read a spec. Raises `UsageError` for what is none, an unknown name or option, with the nearest known ones.
+SpecLike = str | os.PathLike[str] | ModelSpec
 
-    Of run folders it reads `encoder.json`: `MissingError` for a folder without, `BadInputError` for a broken one.
+
+def parse_spec(spec: SpecLike, weights: str | Path | None = None) -> ModelSpec:
+    """Parse a spec; one that is parsed already is returned, with `weights` where they are given.
+
+    Raises:
+        UsageError: what is no spec, an unknown name or option (with the nearest known ones), a wrong value.
+        MissingError, BadInputError: a run folder without `encoder.json`, or with a broken one.
     """
+    if isinstance(spec, ModelSpec):
+        return spec if weights is None else replace(spec, weights=Path(weights))
     if not isinstance(spec, str | os.PathLike):
         raise UsageError(
             f"A model is named by a spec, not given as {type(spec).__name__}. Write {_FORMS}. Of a module, name a "
             f"function that returns it."
         )
     spec = os.fspath(spec).strip()
-    body, _, query = spec.partition("?")
-    scheme, _, rest = body.partition(":")
-    entry, origin, base = None, "", None
-    if is_run_folder(body):
-        body = body.rstrip("/") or body
-        kind, target, base = "run", body, base_of(Path(body))
-    elif scheme in ("timm", "hub", "hf"):
-        kind, target = scheme, rest
-        if not rest or (kind == "hub" and not all(rest.rpartition(":"))):
-            raise UsageError(f"Model spec {spec!r} is incomplete: write {_FORMS}.")
-    elif scheme.endswith(".py"):
-        kind, target = "file", body
-        if not rest:
-            raise UsageError(f"Model spec {spec!r} names no factory: write {body}:FACTORY.{functions_in(Path(body))}")
-    elif os.path.isdir(body) and body not in models():
-        raise MissingError(
-            f"Folder {body} holds no trained encoder (no {RUN_FILE}): if a training run writes there, it has not saved "
-            f"a checkpoint yet. A folder of transformers is hf:{body}, one of torch.hub hub:{body}:ENTRY."
-        )
-    elif "/" in body or ":" in body:
-        raise UsageError(f"Model spec {spec!r} is none of the known forms: {_FORMS}.")
-    else:
-        body = aliases().get(body, body)
-        registered = models().entry(body)
-        entry, origin = zoo().get(body), registered.origin
-        if registered.value.startswith("timm:"):
-            inner = parse_spec(registered.value)
-            kind, target = inner.kind, inner.target
-            query = "&".join(filter(None, ["&".join(f"{k}={v}" for k, v in inner.options.items()), query]))
-        else:
-            kind, target = "code", registered.value
-    takes = tuple(o for o in SPEC_OPTIONS[kind] if base is None or o in (*SPEC_OPTIONS[base.kind], "branch"))
-    options = _parse_query(query, takes, spec)
-    own = {k: v for k, v in options.items() if entry is None or f"{k}={v}" not in entry.spec}
-    name = body + ("?" + "&".join(f"{k}={own[k]}" for k in sorted(own)) if own else "")
+    text, _, query = spec.partition("?")
+    body = next((parsed for parser in _PARSERS if (parsed := parser(text, spec))), None)
+    if body is None:
+        raise _unknown_form(text, spec)
+    entry, base = body.entry, body.base
+    takes = tuple(o for o in _OPTIONS[body.kind] if base is None or o in (*_OPTIONS[base.kind], "branch"))
+    options = _split_options("&".join(filter(None, (body.options, query))), takes, spec)
     if "seed" in options and options.get("pretrained") != "false":
         raise UsageError(f"Model spec {spec!r}: seed is for random weights; add pretrained=false.")
-    defaults = entry or base
+    own = {key: text for key, text in sorted(options.items()) if entry is None or f"{key}={text}" not in entry.spec}
+    fields: dict[str, Any] = {"pos_interp": entry.pos_interp} if entry else {}
+    if base:
+        fields = {name: getattr(base, name) for name in ("layers", "final_norm", "pos_interp")}
+    fields |= {key: _READERS[key](key, text, spec) for key, text in options.items()}
     return ModelSpec(
-        name=name,
-        kind=kind,
-        target=target,
+        name=body.name + ("?" + "&".join(f"{key}={text}" for key, text in own.items()) if own else ""),
+        kind=body.kind,
+        target=body.target,
         entry=entry,
-        origin=origin,
+        origin=body.origin,
         options=options,
-        pretrained=options.get("pretrained") != "false",
-        seed=_seed(options.get("seed", "0"), spec),
-        branch=options.get("branch"),
-        layers=parse_layers(options.get("layers")) or (base.layers if base else None),
-        final_norm=base.final_norm if base and "final_norm" not in options else options.get("final_norm") != "false",
-        pos_interp=options.get("pos_interp") or (defaults.pos_interp if defaults else None),
-        mean=_statistic("mean", options.get("mean"), spec),
-        std=_statistic("std", options.get("std"), spec),
-        trust=options.get("trust") == "true",
         base=base,
         takes=takes,
+        weights=None if weights is None else Path(weights),
+        **fields,
     )
 
 
-def _parse_query(query: str, takes: tuple[str, ...], spec: str) -> dict[str, str]:
-    allowed = {
-        "pretrained": ("true", "false"),
-        "final_norm": ("true", "false"),
-        "trust": ("true", "false"),
-        "pos_interp": POS_INTERP,
-    }
+@dataclass(frozen=True)
+class _Body:
+    """What stands before the question mark, parsed. options: those of the zoo's entry."""
+
+    name: str
+    kind: str
+    target: str
+    entry: ZooEntry | None = None
+    origin: str = ""
+    options: str = ""
+    base: ModelSpec | None = None
+
+
+def _parse_run_folder(text: str, spec: str) -> _Body | None:
+    if not is_run_folder(text):
+        return None
+    folder = text.rstrip("/") or text
+    return _Body(folder, "run", folder, base=base_of(Path(folder)))
+
+
+_TARGETS = {"timm": ".+", "hub": ".+:[^:]+", "hf": ".+"}  # by scheme, a pattern of what follows it
+
+
+def _parse_scheme(text: str, spec: str) -> _Body | None:
+    scheme, _, target = text.partition(":")
+    if scheme not in _TARGETS:
+        return None
+    if not re.fullmatch(_TARGETS[scheme], target):
+        raise UsageError(f"Model spec {spec!r} is incomplete: write {_FORMS}.")
+    return _Body(text, scheme, target)
+
+
+def _parse_python_file(text: str, spec: str) -> _Body | None:
+    file, _, factory = text.partition(":")
+    if not file.endswith(".py"):
+        return None
+    if not factory:
+        raise UsageError(f"Model spec {spec!r} names no factory: write {text}:FACTORY.{functions_in(Path(text))}")
+    return _Body(text, "file", text)
+
+
+def _parse_registered_name(text: str, spec: str) -> _Body | None:
+    if "/" in text or ":" in text or (os.path.isdir(text) and text not in models()):
+        return None
+    name = aliases().get(text, text)
+    registered = models().entry(name)
+    entry = zoo().get(name)
+    target, _, options = registered.value.partition("?")
+    if target.startswith("timm:"):
+        return _Body(name, "timm", target.removeprefix("timm:"), entry, registered.origin, options)
+    return _Body(name, "code", registered.value, entry, registered.origin)
+
+
+# Tried in this order. Each gives None for text of another form.
+_PARSERS: Sequence[Callable[[str, str], _Body | None]] = (
+    _parse_run_folder,
+    _parse_scheme,
+    _parse_python_file,
+    _parse_registered_name,
+)
+
+
+def _unknown_form(text: str, spec: str) -> NecoBenchError:
+    if os.path.isdir(text):
+        return MissingError(
+            f"Folder {text} holds no trained encoder (no {RUN_FILE}): if a training run writes there, it has not saved "
+            f"a checkpoint yet. A folder of transformers is hf:{text}, one of torch.hub hub:{text}:ENTRY."
+        )
+    return UsageError(f"Model spec {spec!r} is none of the known forms: {_FORMS}.")
+
+
+def _split_options(query: str, takes: tuple[str, ...], spec: str) -> dict[str, str]:
     options: dict[str, str] = {}
     for part in filter(None, query.split("&")):
-        key, _, value = part.partition("=")
+        key, _, text = part.partition("=")
         if key not in takes:
             raise UsageError(
                 f"Model spec {spec!r}: unknown option {key!r} for this kind of model; "
                 f"it takes {', '.join(takes)}.{did_you_mean(key, takes)}"
             )
-        if key in allowed and value not in allowed[key]:
-            raise UsageError(f"Model spec {spec!r}: {key}={value!r} must be one of {', '.join(allowed[key])}.")
-        options[key] = value
+        options[key] = text
     return options
 
 
-def _statistic(key: str, text: str | None, spec: str) -> tuple[float, float, float] | None:
+def _read_choice(key: str, text: str, spec: str, choices: Sequence[str] = POS_INTERP) -> str:
+    if text not in choices:
+        raise UsageError(f"Model spec {spec!r}: {key}={text!r} must be one of {', '.join(choices)}.")
+    return text
+
+
+def _read_flag(key: str, text: str, spec: str) -> bool:
+    return _read_choice(key, text, spec, ("true", "false")) == "true"
+
+
+def _read_statistic(key: str, text: str, spec: str) -> tuple[float, float, float]:
     """Three numbers for RGB on [0, 1]; those of `std` above 0."""
-    if text is None:
-        return None
     try:
         red, green, blue = map(float, text.split(","))
     except ValueError:
         red = green = blue = -1.0
     if not all((0 <= value <= 1) and (value or key == "mean") for value in (red, green, blue)):
         raise UsageError(
-            f"Model spec {spec!r}: {key}={text!r} must be three numbers for red, green, blue on the scale of 0 to 1, "
-            f"such as {'0.485,0.456,0.406' if key == 'mean' else '0.229,0.224,0.225'}."
+            f"Model spec {spec!r}: {key}={text!r} must be three numbers for red, green and blue on the scale of 0 to "
+            f"1, such as {'0.485,0.456,0.406' if key == 'mean' else '0.229,0.224,0.225'}."
         )
     return red, green, blue
 
 
-def _seed(text: str, spec: str) -> int:
+def _read_seed(key: str, text: str, spec: str) -> int:
     try:
         number = int(text)
     except ValueError:
         number = -1
     if not 0 <= number < 2**63:
-        raise UsageError(f"Model spec {spec!r}: seed={text!r} must be a whole number from 0 to 2^63 - 1.")
+        raise UsageError(f"Model spec {spec!r}: {key}={text!r} must be a whole number from 0 to 2^63 - 1.")
     return number
 
 
+_READERS: Mapping[str, Callable[[str, str, str], Any]] = {
+    "pretrained": _read_flag,
+    "seed": _read_seed,
+    "branch": lambda _key, text, _spec: text,
+    "layers": lambda _key, text, _spec: parse_layers(text),
+    "final_norm": _read_flag,
+    "pos_interp": _read_choice,
+    "mean": _read_statistic,
+    "std": _read_statistic,
+    "trust": _read_flag,
+}
+
+
 def parse_layers(layers: Layers) -> tuple[int, ...] | None:
-    """Layer indices from None, 11, [3, 6, 9, 11] or "3,6,9,11". Raises `UsageError`."""
+    """Read layer indices from None, 11, [3, 6, 9, 11] or "3,6,9,11". Raises `UsageError`."""
     if layers is None:
         return None
     parts = layers.split(",") if isinstance(layers, str) else [layers] if isinstance(layers, int) else layers
@@ -234,51 +272,8 @@ def parse_layers(layers: Layers) -> tuple[int, ...] | None:
     return indices
 
 
-def training_of(request: ModelSpec, weights: Path | None) -> tuple[str, Mapping[str, str]]:
-    """What the weights of a spec were trained on, for people, and its overlap with data sets as in `ZooEntry.overlap`.
-
-    weights: the file given in their place, which is known where it is the official file of an entry of the zoo. Not
-    known is what one's own code loads, unless its encoder declares `training_data`. Raises `MissingError`.
-    """
-    if weights is None and request.kind == "run":
-        from neco_bench.encoders.run_folder import read
-
-        run = read(Path(request.target))
-        return run.training_data, run.overlap
-    if weights is None and request.kind == "timm" and not request.pretrained:
-        return "none", {}
-    if weights is None and request.entry and request.entry.sha256:
-        place = request.entry.weights_file
-        weights = place if place and place.is_file() else None
-    if weights is not None:
-        known = file_sha256(weights) if weights.is_file() else ""
-        found = next((entry for entry in zoo().values() if entry.sha256 == known), None)
-        return (found.training_data, found.overlap) if found else ("", UNKNOWN)
-    return (request.entry.training_data, request.entry.overlap) if request.entry else ("", UNKNOWN)
-
-
-def is_official(request: ModelSpec, weights: Path | None, source: str) -> bool | None:
-    """Are the weights those of the official file of the zoo's entry? False too where its sha256 is not known yet.
-
-    weights: the file given in their place. source: the file that was loaded, where no entry says which. None where the
-    name stands for no official weights.
-    """
-    entry = request.entry
-    if entry is None or (weights is None and not (request.pretrained and entry.has_official_weights)):
-        return None
-    file = weights or entry.weights_file or Path(source)
-    return entry.sha256 is not None and file.is_file() and file_sha256(file) == entry.sha256
-
-
-def needs_loading(request: ModelSpec) -> bool:
-    """Can only loading show what the weights are? So it is where code runs that may read any file."""
-    if request.base is not None:
-        return needs_loading(request.base)
-    return request.kind in ("file", "hub") or (request.kind == "code" and request.origin != BUILTIN)
-
-
 def functions_in(path: Path) -> str:
-    """A sentence with the functions and classes at the top level of a Python file, or an empty string."""
+    """List the functions and classes at the top level of a Python file in a sentence; "" where it cannot be read."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
@@ -287,30 +282,124 @@ def functions_in(path: Path) -> str:
     return f" It defines: {', '.join(names)}." if names else " It defines no function."
 
 
-def model_info(spec: str) -> dict[str, Any]:
-    """Facts about a spec without loading it: name, kind, target, origin, options; for zoo entries all their facts,
-    for run folders all that `encoder.json` says.
+def base_of(folder: Path) -> ModelSpec:
+    """Parse the architecture of a run folder, with the layers that the run read.
 
-    `weights_file` is where the file belongs and `weights_in_place` whether it is there. Raises as `parse_spec`.
+    Raises `MissingError` and `BadInputError`, naming `encoder.json`.
     """
-    request = parse_spec(spec)
+    run, path = read_run(folder), folder / RUN_FILE
+    if is_run_folder(run.base.partition("?")[0]):
+        raise BadInputError(f"{path}: base {run.base!r} is itself a run folder; it must be an architecture.")
+    try:
+        base = parse_spec(run.base)
+    except NecoBenchError as error:
+        raise BadInputError(f"{path}: base: {error}") from error
+    if base.kind == "file" and not Path(base.target.rpartition(":")[0]).is_file():
+        raise MissingError(
+            f"{path}: base {run.base!r} names a file that is not there. Work in the folder in which the encoder was "
+            f"trained, or write where the file is."
+        )
+    return replace(base, layers=run.layers or base.layers)
+
+
+def branch_of(spec: SpecLike) -> str | None:
+    """Say which of a run's two encoders a spec means, "student" or "teacher"; None where there are not two.
+
+    Raises as `parse_spec`.
+    """
+    model = parse_spec(spec)
+    if model.kind != "run" or read_run(Path(model.target)).teacher is None:
+        return None
+    return model.branch or "student"
+
+
+def architecture(spec: SpecLike) -> str:
+    """Write the spec of a model's bare architecture: what `encoder.json` records as `base`.
+
+    Layers, final norm and position interpolation stand in it where they are not the default; what selects weights
+    (pretrained, seed, branch) does not. A zoo name becomes its `timm:` spec, so that later changes of the zoo cannot
+    change it; a run folder becomes its own base. Raises as `parse_spec`.
+    """
+    model = parse_spec(spec)
+    base = model.base or model
+    if base.kind in _TARGETS:
+        body = f"{base.kind}:{base.target}"
+    else:
+        body = base.target if base.kind == "file" else base.name.partition("?")[0]
+    options = {
+        "final_norm": "" if model.final_norm else "false",
+        "layers": ",".join(map(str, model.layers or ())),
+        "pos_interp": model.pos_interp if model.pos_interp in POS_INTERP[1:] else "",
+    }
+    query = "&".join(f"{key}={text}" for key, text in options.items() if text)
+    return body + (f"?{query}" if query else "")
+
+
+def training_of(model: ModelSpec) -> tuple[str, Mapping[str, str]]:
+    """Say what a model's weights were trained on, as text, and their overlap with data sets (`ZooEntry.overlap`).
+
+    Given weights are known where they are the official file of an entry of the zoo. What one's own code loads is not
+    known, unless its encoder declares `training_data`. Raises `MissingError`.
+    """
+    file, entry = model.weights, model.entry
+    if file is None:
+        if model.kind == "run":
+            run = read_run(Path(model.target))
+            return run.training_data, run.overlap
+        if model.kind == "timm" and not model.pretrained:
+            return "none", {}
+        if entry and entry.sha256 and entry.weights_file and entry.weights_file.is_file():
+            file = entry.weights_file
+    if file is not None:
+        sha256 = file_sha256(file) if file.is_file() else ""
+        entry = next((entry for entry in zoo().values() if entry.sha256 == sha256), None)
+    return (entry.training_data, entry.overlap) if entry else ("", UNKNOWN)
+
+
+def is_official(model: ModelSpec, source: str) -> bool | None:
+    """Say whether a model's weights are the official file of the zoo's entry.
+
+    False too where the sha256 of that file is not known yet; None where the name stands for no official weights.
+
+    Args:
+        source: the file that was loaded, where no entry says which.
+    """
+    entry = model.entry
+    if entry is None or (model.weights is None and not (model.pretrained and entry.has_official_weights)):
+        return None
+    file = model.weights or entry.weights_file or Path(source)
+    return entry.sha256 is not None and file.is_file() and file_sha256(file) == entry.sha256
+
+
+def needs_loading(model: ModelSpec) -> bool:
+    """Say whether only loading can show what the weights are, as where code runs that may read any file."""
+    if model.base is not None:
+        return needs_loading(model.base)
+    return model.kind in ("file", "hub") or (model.kind == "code" and model.origin != BUILTIN)
+
+
+def model_info(spec: SpecLike) -> dict[str, Any]:
+    """Collect facts about a spec without loading it: name, kind, target, origin and options.
+
+    For zoo entries it has all their facts, for run folders all that `encoder.json` says. `weights_file` is where the
+    file belongs and `weights_in_place` whether it is there. Raises as `parse_spec`.
+    """
+    model = parse_spec(spec)
     facts: dict[str, Any] = {
-        "name": request.name,
-        "kind": request.kind,
-        "target": request.target,
-        "origin": request.origin,
-        "options": dict(request.options),
+        "name": model.name,
+        "kind": model.kind,
+        "target": model.target,
+        "origin": model.origin,
+        "options": dict(model.options),
     }
     file = None
-    if request.kind == "run":
-        from neco_bench.encoders.run_folder import read
-
-        run = read(Path(request.target))
-        file = run.file_of(Path(request.target), request.branch)
+    if model.kind == "run":
+        run = read_run(Path(model.target))
+        file = run.file_of(Path(model.target), model.branch)
         facts |= run.model_dump()
-    elif request.entry is not None:
-        file = request.entry.weights_file
-        facts |= asdict(request.entry)
-    if request.entry or file:
+    elif model.entry is not None:
+        file = model.entry.weights_file
+        facts |= asdict(model.entry)
+    if model.entry or file:
         facts |= {"weights_file": file and str(file), "weights_in_place": bool(file and file.is_file())}
     return facts

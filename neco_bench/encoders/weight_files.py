@@ -1,8 +1,9 @@
-"""Reading weights files, whatever their names, without running code of theirs.
+"""Read weights files of any name without running their code.
 
-A file is what its first bytes say: safetensors, a checkpoint of PyTorch (zip or the older kind), a TorchScript archive,
-of which only the tensors are read, or an index of shards. Checkpoints are read with `weights_only=True`. Objects in
-them that are not tensors (arguments, configurations, whole modules) are replaced by stand-ins that do nothing.
+The first bytes of a file show what it is: safetensors, a checkpoint of PyTorch (zip or the older kind), a TorchScript
+archive, of which only the tensors are read, or an index of shards. Checkpoints are read with `weights_only=True`.
+Objects in them that are not tensors (arguments, configurations, whole modules) are replaced by placeholders that do
+nothing.
 Importing this module imports no torch.
 """
 
@@ -19,6 +20,7 @@ import pickletools
 import re
 import sys
 import zipfile
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,12 +32,14 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
 
-
-_USUAL = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin", "pytorch_model.bin.index.json")
-
+_STANDARD_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
 
 _UNPACK = "Unpack it and pass the weights file in it."
-
 
 _OTHER_FILES = (
     (b"version https://git-lfs", "a pointer of git-lfs in place of the file. Fetch the file: git lfs pull."),
@@ -50,21 +54,20 @@ _OTHER_FILES = (
     (b"GGUF", "a GGUF file. Pass weights of PyTorch."),
 )
 
-
-# Parts of Python itself whose names stand in checkpoints as data. No other part of it belongs there.
-_HARMLESS = {"argparse", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"}
-
-
-_HARMLESS |= {"functools", "numbers", "pathlib", "random", "types", "typing", "uuid"}
-
+# Modules of the standard library whose classes stand in checkpoints as data. No others belong there.
+_HARMLESS = {
+    *("argparse", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"),
+    *("functools", "numbers", "pathlib", "random", "types", "typing", "uuid"),
+}
 
 _REFUSALS = ("Unsupported", "Can only", "Trying to", "Only persistent", "unsupported")  # of torch's reader
 
 
 def files_of(path: Path) -> list[Path]:
-    """The files that the weights at `path` are in: one, or an index of shards followed by its shards.
+    """Return the files that weights are in: one, or an index of shards followed by its shards.
 
-    path: a file, an index, or a folder with one of them.
+    Args:
+        path: a file, an index, or a folder with one of them.
 
     Raises `MissingError` (a file that is not there) and `BadInputError` (a broken index, a folder without one choice).
     """
@@ -84,7 +87,7 @@ def files_of(path: Path) -> list[Path]:
             f"{path} is not an index of shards (JSON with a weight_map). Pass the weights file."
         ) from error
     if absent := [shard.name for shard in shards if not shard.is_file()]:
-        raise MissingError(f"Shards that {path} names are not beside it: {_some(absent)}.")
+        raise MissingError(f"Shards that {path} names are not beside it: {first_names(absent)}.")
     return [path, *shards]
 
 
@@ -92,18 +95,18 @@ def _in_folder(folder: Path) -> Path:
     """The weights file, or index, of a folder in which there is one choice."""
     if (folder / "encoder.json").is_file():
         raise BadInputError(f"{folder} is the folder of a training run: name it as the model, without --weights.")
-    for name in _USUAL:
+    for name in _STANDARD_NAMES:
         if (folder / name).is_file():
             return folder / name
-    found = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
-    if len(found) != 1:
-        held = f"several weights files ({_some(file.name for file in found)})" if found else "no weights file"
-        raise BadInputError(f"Folder {folder} holds {held}. Name the weights file.")
-    return found[0]
+    files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
+    if len(files) != 1:
+        content = f"several weights files ({first_names(file.name for file in files)})" if files else "no weights file"
+        raise BadInputError(f"Folder {folder} holds {content}. Name the weights file.")
+    return files[0]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of a file, an index of shards or a folder, on the CPU, nested dictionaries flattened to dotted names.
+    """Read all tensors of a file, an index of shards or a folder, on the CPU, by dotted names of nested dictionaries.
 
     Raises `MissingError` (no such file) and `BadInputError` (truncated, something else than weights, or a file that
     wants to run code), naming the file.
@@ -115,7 +118,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if shards:
         names = json.loads(first.read_text(encoding="utf-8"))["weight_map"]
         if absent := [name for name in names if name not in tensors]:
-            raise BadInputError(f"The shards of {first} lack {_some(absent)}. Get them again.")
+            raise BadInputError(f"The shards of {first} lack {first_names(absent)}. Get them again.")
     if not tensors:
         raise BadInputError(f"Weights file {path} holds no named tensors.")
     return tensors
@@ -126,17 +129,19 @@ def _read(path: Path) -> dict[str, Tensor]:
         with path.open("rb") as file:
             start = file.read(512)
         if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < 1 << 27:
-            from safetensors.torch import load_file
+            from safetensors.torch import load_file  # imports torch
 
             return load_file(path)
         if start.startswith(b"PK\x03\x04"):
             content = _read_zip(path)
         elif start.startswith(b"\x80"):
             with path.open("rb") as file:
-                names = set().union(*(_globals(file) for _ in range(5)))  # of the older kind: five pickles, then data
+                names = set().union(
+                    *(_names_in_pickle(file) for _ in range(5))
+                )  # of the older kind: five pickles, then data
             content = _load(path, path, names, start[1])
         else:
-            raise BadInputError(f"Weights file {path} is {_what(start)}")
+            raise BadInputError(f"Weights file {path} is {_other_kind(start)}")
     except NecoBenchError:
         raise
     except Exception as error:  # readers raise many types; whichever it is, this file is at fault
@@ -145,11 +150,11 @@ def _read(path: Path) -> dict[str, Tensor]:
             f"Weights file {path} could not be read; it may be truncated. Get it again. "
             f"({type(error).__name__}: {reason})"
         ) from error
-    return dict(_flat(content, "", ()))
+    return dict(_flatten(content, "", ()))
 
 
-def _what(start: bytes) -> str:
-    """What a file is that is not one of weights, and what to do, from its first bytes."""
+def _other_kind(start: bytes) -> str:
+    """What a file without weights is, from its first bytes, and what to do."""
     if not start:
         return "empty. Get it again."
     for magic, what in _OTHER_FILES:
@@ -165,7 +170,7 @@ def _what(start: bytes) -> str:
 
 
 def _read_zip(path: Path) -> Any:
-    """The content of a checkpoint in zip form; of a TorchScript archive, stand-ins that hold its tensors."""
+    """The content of a checkpoint in zip form; of a TorchScript archive, placeholders that hold its tensors."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         main = next((name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None)
@@ -173,7 +178,7 @@ def _read_zip(path: Path) -> Any:
             if all(name.endswith(".npy") for name in names):
                 what = "a NumPy archive (.npz), as JAX models have. Pass weights of PyTorch."
             else:
-                what = f"a zip archive of {_some(names)}. {_UNPACK}"
+                what = f"a zip archive of {first_names(names)}. {_UNPACK}"
             raise BadInputError(f"Weights file {path} is {what}")
         pickled = archive.read(main)
         root = main.removesuffix("data.pkl")
@@ -184,12 +189,12 @@ def _read_zip(path: Path) -> Any:
                 for name in names:
                     if re.match(r"(data\.pkl|data/[^/]+|version|byteorder)$", name.removeprefix(root)):
                         plain.writestr(name, archive.read(name))
-    return _load(path, source, _globals(io.BytesIO(pickled)), pickled[1] if len(pickled) > 1 else 2)
+    return _load(path, source, _names_in_pickle(io.BytesIO(pickled)), pickled[1] if len(pickled) > 1 else 2)
 
 
-def _globals(stream: Any) -> set[str]:
+def _names_in_pickle(stream: Any) -> set[str]:
     """The functions and classes that the next pickle in a stream names, by today's names. Runs nothing."""
-    found = set()
+    names = set()
     try:
         for operation, argument, _ in pickletools.genops(stream):
             if operation.name == "GLOBAL":
@@ -197,13 +202,13 @@ def _globals(stream: Any) -> set[str]:
                 module, name = _compat_pickle.NAME_MAPPING.get(
                     (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
                 )
-                found.add(f"{module}.{name}")
+                names.add(f"{module}.{name}")
     except ValueError:  # the end of the file, or damage, which torch's own reader reports
         pass
-    return found
+    return names
 
 
-class _StandIn:
+class _Placeholder:
     """An object that is not read: it takes any arguments and any state, and does nothing."""
 
     def __new__(cls, *_args: Any) -> Any:
@@ -217,45 +222,43 @@ class _StandIn:
             self.__dict__.update({key: value for key, value in state.items() if isinstance(key, str)})
 
 
-class _StandInList(_StandIn):
+class _PlaceholderList(_Placeholder):
     def __new__(cls, *_args: Any) -> Any:
         return []
 
 
-class _StandInDict(_StandIn):
+class _PlaceholderDict(_Placeholder):
     def __new__(cls, *_args: Any) -> Any:
-        from collections import OrderedDict
-
         return OrderedDict()  # torch's reader also gives these a state
 
 
 def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int) -> Any:
-    """`torch.load` with stand-ins for all that `names` has and torch does not know.
+    """`torch.load`, with placeholders for the names that torch does not know.
 
-    Whether a stand-in is filled as an object, a list or a dictionary is known once it is filled: then it starts again.
+    Only filling a placeholder shows whether it is an object, a list or a dictionary: then the reading starts again.
     """
-    import torch
+    import torch  # slow to import
 
     for name in sorted(names):
         if name.startswith("torch.distributed."):
             raise BadInputError(
                 f"Weights file {path} holds tensors that are split over processes ({name}). Gather them and save again."
             )
-        if not _may_stand_in(name):
+        if not _may_be_replaced(name):
             raise BadInputError(
                 f"Weights file {path} wants to run code when it is read ({name}), and was not opened. If you trust "
                 f"where it comes from, convert it to .safetensors, or save its state dict alone."
             )
-    kinds: dict[str, type] = dict.fromkeys(names, _StandIn)
+    kinds: dict[str, type] = dict.fromkeys(names, _Placeholder)
     for _ in range(len(names) + 1):
-        stand_ins: list[Any] = [_named(name, kind) for name, kind in kinds.items()]
+        placeholders: list[Any] = [_make_class(name, kind) for name, kind in kinds.items()]
         try:
-            with _opened(source) as stream, torch.serialization.safe_globals(stand_ins):
+            with _open_at_start(source) as stream, torch.serialization.safe_globals(placeholders):
                 return torch.load(stream, map_location="cpu", weights_only=True)
         except pickle.UnpicklingError as error:
             filled = re.search(r"Can only (append|extend|SETITEM)\w* .*got <class '(.+?)'>", str(error))
-            if filled and kinds.get(filled[2]) is _StandIn:
-                kinds[filled[2]] = _StandInDict if filled[1] == "SETITEM" else _StandInList
+            if filled and kinds.get(filled[2]) is _Placeholder:
+                kinds[filled[2]] = _PlaceholderDict if filled[1] == "SETITEM" else _PlaceholderList
             elif protocol > 2:
                 raise BadInputError(
                     f"Weights file {path} is a pickle of protocol {protocol}, which is not read safely. Save its state "
@@ -267,21 +270,21 @@ def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int)
     raise AssertionError("each round settles one kind, or ends")
 
 
-def _opened(source: Path | io.BytesIO) -> Any:
-    """A context with a stream at its start. Of a path, torch would ask the suffix."""
+def _open_at_start(source: Path | io.BytesIO) -> Any:
+    """A context with a stream at its start. Given a path, torch would go by its suffix."""
     if isinstance(source, Path):
         return source.open("rb")
     source.seek(0)
     return contextlib.nullcontext(source)
 
 
-def _named(name: str, kind: type) -> type:
+def _make_class(name: str, kind: type) -> type:
     module, _, short = name.rpartition(".")
     return type(short, (kind,), {"__module__": module, "__qualname__": short})
 
 
-def _may_stand_in(name: str) -> bool:
-    """May an inert object take the place of this class or function, or is the file one that means to run code?"""
+def _may_be_replaced(name: str) -> bool:
+    """Whether a placeholder may replace this class or function; else the file is one that means to run code."""
     module, _, short = name.rpartition(".")
     root = module.partition(".")[0]
     if root == "builtins":
@@ -291,22 +294,23 @@ def _may_stand_in(name: str) -> bool:
     return root in _HARMLESS or root not in sys.stdlib_module_names
 
 
-def _flat(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Dotted names and tensors of dictionaries and stand-ins, however nested; `above` stops at loops."""
-    from torch import Tensor
+def _flatten(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Dotted names and tensors of dictionaries and placeholders, however nested; `above` stops at loops."""
+    from torch import Tensor  # slow to import
 
     if id(content) in above:
         return
     items: Iterable[Any] = content.items() if isinstance(content, Mapping) else ()
-    if isinstance(content, _StandIn | Mapping) and hasattr(content, "__dict__"):
+    if isinstance(content, _Placeholder | Mapping) and hasattr(content, "__dict__"):
         items = itertools.chain(items, vars(content).items())
     for key, value in items:
         if isinstance(value, Tensor):
             yield f"{prefix}{key}", value.detach()
         elif isinstance(key, str):
-            yield from _flat(value, f"{prefix}{key}.", (*above, id(content)))
+            yield from _flatten(value, f"{prefix}{key}.", (*above, id(content)))
 
 
-def _some(names: Iterable[str]) -> str:
-    listed = list(names)
-    return ", ".join(listed[:8]) + (f" and {len(listed) - 8} more" if len(listed) > 8 else "")
+def first_names(names: Iterable[str]) -> str:
+    """Write the first eight names, and how many more there are."""
+    first = list(names)
+    return ", ".join(first[:8]) + (f" and {len(first) - 8} more" if len(first) > 8 else "")

@@ -1,12 +1,12 @@
-"""Fitting the tensors of a file to a model, strictly. `weight_files` reads files, `timm_layouts` converts layouts.
+"""Load the tensors of a file into a model, strictly. `weight_files` reads files, `timm_layouts` converts layouts.
 
 Layouts: timm; DINO (`teacher` / `student` with `module.backbone.`); DINOv2 (plain, or under `teacher.backbone.`); NeCo
 (plain, with `projection_head.*`); Lightning (`state_dict` with `model.*` for the student and `teacher.*`); Leopart (one
-leading component). They differ in what stands before the names and in a few names, so one search for the prefix serves
-all. Where a file holds several copies of a model, `PREFERRED` says which is used, unless `?branch=` does.
+leading component). They differ in the prefix of the names and in a few names, so one search for the prefix serves all.
+Where a file holds several copies of a model, `?branch=` selects one, else `PREFERRED`.
 
-Nothing is skipped in silence: keys that are missing, left over or of another shape are an error, and the few that dense
-features do not need (heads, mask token) are named in the report and in the log.
+Tensors that are missing, left over or of another shape are an error. The few that dense features do not need (heads,
+mask token) are named in the report and in the log.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import hashlib
 import logging
 import re
 from collections.abc import Callable, Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -23,24 +24,22 @@ from torch import Tensor, nn
 
 from neco_bench.core.errors import BadInputError
 from neco_bench.encoders.base import Encoder, WeightsReport
-from neco_bench.encoders.weight_files import read_tensors
+from neco_bench.encoders.weight_files import first_names, read_tensors
 
 log = logging.getLogger("neco_bench")
 
-# What dense features never pass through: classifier and projection heads, pooling, the token for masked patches.
+# Parts that dense features do not use: classifier and projection heads, pooling, the token for masked patches.
 UNUSED = re.compile(
     r"(vision_model\.)?(head|head_dist|projection_head|fc|classifier|fc_norm|attn_pool|pooler)(\.|$)|(.*\.)?mask_token$"
 )
 
-
-# In files alone: decoders and heads of pretraining, tokens for masked patches, counters, the logit scale of CLIP.
+# Parts that only files have: decoders and heads of pretraining, masked patches' tokens, counters, CLIP's logit scale.
 _LEFT_OVER = re.compile(
     r"decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)|masked_embed$|(dino|ibot|rasa|lm)_head\.|pre_logits\.|local_cls_norm\."
     r"|n_averaged$|logit_(scale|bias)$"
 )
 
-
-# What training wraps modules in, and what pickled modules keep their parts in.
+# Names that training adds when it wraps modules, and the attributes of pickled modules.
 _WRAPPERS = (
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -51,7 +50,6 @@ _WRAPPERS = (
     "_parameters",
     "_buffers",
 )
-
 
 # Of two copies in one file, the first is used: what timm, or the authors' own evaluation, takes.
 PREFERRED = (
@@ -68,12 +66,10 @@ PREFERRED = (
     ("backbone", "momentum_backbone"),
 )
 
-
 _LIGHTNING = (("student", "teacher"), ("model", "teacher"))
 
-
 # Layouts that are for another kind of model spec, or for other architectures of timm, by a name in them.
-_BELONGS = (
+_OTHER_LAYOUTS = (
     (
         r"(^|\.)embeddings\.(patch_embeddings?|cls_token|class_embedding)",
         "It has the names of transformers: load it as hf:FOLDER, or hf:ID with --weights.",
@@ -95,8 +91,8 @@ _BELONGS = (
 Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
-def without_wrappers(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """The tensors without `_WRAPPERS` anywhere in their names, but for those that are parts of the model's `names`."""
+def strip_wrappers(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Remove `_WRAPPERS` from the names of tensors, but for those that are parts of the model's `names`."""
     own = {part for name in names for part in name.split(".")}
     result = dict(tensors)
     for wrapper in _WRAPPERS:
@@ -114,80 +110,92 @@ def select(
     branch: str | None = None,
     convert: Convert | None = None,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors under the prefix that covers most of `names`, without it, and what was left outside, for people.
+    """Return the tensors under the prefix that covers most of `names`, without it, and the names of the others as text.
 
     Where a file holds several copies of a model, `branch` names one (a part of its prefix; "." is the top level), and
-    `PREFERRED` does where it is None. convert: gives tensors in a layout of its own the names of the model.
+    `PREFERRED` does where it is None.
 
-    Raises `BadInputError` where nothing fits, or more than one thing does.
+    Args:
+        names: the names of the model's own tensors.
+        convert: renames tensors of another layout to the model's names.
+
+    Raises:
+        BadInputError: no prefix fits, or several do.
     """
     anchors = [name for name in names if not UNUSED.match(name)][:8]
-    found = {key.removesuffix(anchor) for key in tensors for anchor in anchors if key.endswith(anchor)}
-    cover = {p: sum(p + name in tensors for name in names) for p in found if not p or p.endswith(".")}
-    if convert and max(cover.values(), default=0) < len(names):
-        cover = _converted_cover(tensors, names, convert, cover)
-    best = max(cover.values(), default=0)
+    prefixes = {key.removesuffix(anchor) for key in tensors for anchor in anchors if key.endswith(anchor)}
+    coverage = {p: sum(p + name in tensors for name in names) for p in prefixes if not p or p.endswith(".")}
+    if convert and max(coverage.values(), default=0) < len(names):
+        coverage = _converted_coverage(tensors, names, convert, coverage)
+    best = max(coverage.values(), default=0)
     if best < len(names) / 4:
         raise BadInputError(
-            f"Weights file {path} does not fit this architecture: it has {_some(tensors)} "
-            f"where {_some(names)} were expected. {belongs(tensors) or 'Check that model and file belong together.'}"
+            f"Weights file {path} does not fit this architecture: it has {first_names(sorted(tensors))} "
+            f"where {first_names(sorted(names))} were expected. "
+            f"{layout_hint(tensors) or 'Check that model and file belong together.'}"
         )
-    prefix = _choose([p for p, n in cover.items() if n >= (0.25 * len(names) if branch else 0.9 * best)], path, branch)
+    prefix = _select_prefix(
+        [p for p, n in coverage.items() if n >= (0.25 * len(names) if branch else 0.9 * best)], path, branch
+    )
     inside = {key.removeprefix(prefix): value for key, value in tensors.items() if key.startswith(prefix)}
-    return inside, grouped([key for key in tensors if not key.startswith(prefix)], prefix)
+    return inside, group_names([key for key in tensors if not key.startswith(prefix)], prefix)
 
 
-def _converted_cover(
-    tensors: Mapping[str, Tensor], names: Collection[str], convert: Convert, cover: Mapping[str, int]
+def _converted_coverage(
+    tensors: Mapping[str, Tensor], names: Collection[str], convert: Convert, coverage: Mapping[str, int]
 ) -> dict[str, int]:
-    """How many of `names` each prefix covers at best, as it is (`cover`) or converted; of nested prefixes that cover
-    the same by conversion, the longest alone."""
+    """How many of `names` each prefix covers, unchanged (`coverage`) or converted, whichever is more.
+
+    Of nested prefixes that cover the same by conversion only the longest counts.
+    """
     empty = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
     heads = (re.match(r"([^.]*[^.\d][^.]*\.)*", key) for key in tensors)  # up to the first number
     parts = {head[0] for head in heads if head}
-    prefixes = {"", *cover, *(p[: i + 1] for p in parts for i, letter in enumerate(p) if letter == ".")}
-    result = dict(cover)
+    prefixes = {"", *coverage, *(p[: i + 1] for p in parts for i, letter in enumerate(p) if letter == ".")}
+    result = dict(coverage)
     for prefix in sorted(prefixes, key=len, reverse=True):
-        made = convert({key.removeprefix(prefix): value for key, value in empty.items() if key.startswith(prefix)})
-        count = sum(name in made for name in names)
+        converted = convert({key.removeprefix(prefix): value for key, value in empty.items() if key.startswith(prefix)})
+        count = sum(name in converted for name in names)
         longer = max((n for p, n in result.items() if p.startswith(prefix) and p != prefix), default=0)
         if count > max(longer, result.get(prefix, 0)):
             result[prefix] = count
     return result
 
 
-def _choose(prefixes: list[str], path: Path, branch: str | None) -> str:
-    """The prefix of the copy that `branch` names, or that is usual. Raises `BadInputError` listing those there are."""
+def _select_prefix(prefixes: list[str], path: Path, branch: str | None) -> str:
+    """The prefix of the copy that `branch` names, or else of the preferred one. Raises `BadInputError` listing all."""
     parts = {prefix: prefix.split(".") for prefix in prefixes}
     labels = ", ".join(sorted(prefix[:-1] or "." for prefix in prefixes))
-    left = prefixes
+    candidates = prefixes
     if branch:
         name = "model" if branch == "student" and not any("student" in p for p in parts.values()) else branch
-        left = [p for p in prefixes if f".{name}." in f".{p}" or (not p and name == ".")]
+        candidates = [p for p in prefixes if f".{name}." in f".{p}" or (not p and name == ".")]
     lightning = any(prefix.startswith("state_dict.") for prefix in prefixes)
     for first, second in (*(_LIGHTNING if lightning else ()), *PREFERRED):
-        others = [p for p in left if second in parts[p] and first not in parts[p]]
-        if len(others) < len(left) and any(first in parts[p] for p in left):
-            left = [p for p in left if p not in others]
-    if len(left) != 1:
-        what = f"no {branch} branch" if branch and not left else "several copies of the model"
+        others = [p for p in candidates if second in parts[p] and first not in parts[p]]
+        if len(others) < len(candidates) and any(first in parts[p] for p in candidates):
+            candidates = [p for p in candidates if p not in others]
+    if len(candidates) != 1:
+        what = f"no {branch} branch" if branch and not candidates else "several copies of the model"
         raise BadInputError(f"Weights file {path} has {what}. Set ?branch= to one of: {labels}.")
     if len(prefixes) > 1 and not branch:
-        log.warning("%s has several copies of the model, %s: %s is used (?branch=).", path, labels, left[0][:-1] or ".")
-    return left[0]
+        log.warning(
+            "%s has several copies of the model, %s: %s is used (?branch=).", path, labels, candidates[0][:-1] or "."
+        )
+    return candidates[0]
 
 
-def belongs(tensors: Collection[str]) -> str:
-    """A sentence that says what the layout of these names is for, or an empty string."""
-    return next((told for pattern, told in _BELONGS if any(re.search(pattern, key) for key in tensors)), "")
+def layout_hint(tensors: Collection[str]) -> str:
+    """Say in a sentence what the layout of these names is for; "" for unknown ones."""
+    return next((hint for pattern, hint in _OTHER_LAYOUTS if any(re.search(pattern, key) for key in tensors)), "")
 
 
-def grouped(keys: Collection[str], prefix: str = "") -> tuple[str, ...]:
-    """Names, in groups of all that leave `prefix` at the same place."""
+def group_names(keys: Collection[str], prefix: str = "") -> tuple[str, ...]:
+    """Group names by the place where they leave `prefix`: one text for each group."""
     groups: dict[str, list[str]] = {}
     for key in keys:
         groups.setdefault(_group(key, prefix), []).append(key)
-    return tuple(f"{group} ({len(held)} tensors)" if len(held) > 1 else held[0] for group, held in groups.items())
+    return tuple(f"{group} ({len(names)} tensors)" if len(names) > 1 else names[0] for group, names in groups.items())
 
 
 def _group(key: str, prefix: str) -> str:
@@ -197,15 +205,14 @@ def _group(key: str, prefix: str) -> str:
     return ".".join(parts[: shared + 1]) + ".*"
 
 
-def _some(names: Collection[str]) -> str:
-    listed = ", ".join(sorted(names)[:8])
-    return f"{listed} and {len(names) - 8} more" if len(names) > 8 else listed
+def misfits(model: nn.Module, tensors: Mapping[str, Tensor], whole: bool = False) -> dict[str, list[str]]:
+    """Name the tensors that keep `tensors` from being the weights of `model`, by kind of fault; empty where they fit.
 
-
-def faults(model: nn.Module, tensors: Mapping[str, Tensor], whole: bool = False) -> dict[str, list[str]]:
-    """What keeps `tensors` from being the weights of `model`, by kind; empty where they fit."""
+    Args:
+        whole: parts in `UNUSED` and `_LEFT_OVER` must fit too.
+    """
     own = model.state_dict()
-    found = {
+    result = {
         "missing": [key for key in own if key not in tensors and (whole or not UNUSED.match(key))],
         "left over": [
             key for key in tensors if key not in own and (whole or not (UNUSED.match(key) or _LEFT_OVER.match(key)))
@@ -216,63 +223,68 @@ def faults(model: nn.Module, tensors: Mapping[str, Tensor], whole: bool = False)
             if key in tensors and tensors[key].shape != own[key].shape
         ],
         "quantised, complex or not dense": [
-            f"{key} ({value.dtype})" for key, value in tensors.items() if key in own and not _converts(value, own[key])
+            f"{key} ({value.dtype})" for key, value in tensors.items() if key in own and not _same_kind(value, own[key])
         ],
     }
-    return {kind: keys for kind, keys in found.items() if keys}
+    return {kind: keys for kind, keys in result.items() if keys}
 
 
 def load_strictly(
-    model: nn.Module,
-    tensors: Mapping[str, Tensor],
-    path: Path | str,
-    *,
-    renamed: Mapping[str, str] | None = None,
-    dropped: Collection[str] = (),
-    resized: Collection[str] = (),
-    whole: bool = False,
-    hint: str = "",
+    model: nn.Module, tensors: Mapping[str, Tensor], report: WeightsReport, *, whole: bool = False, hint: str = ""
 ) -> WeightsReport:
-    """Copy `tensors` into `model`, every name, shape and kind of number fitting; parts in `UNUSED` may be absent on
-    either side, and parts in `_LEFT_OVER` from the model, but for `whole`.
+    """Copy `tensors` into `model`, where every name, shape and kind of number must fit.
 
-    Raises `BadInputError` listing what does not fit. Reports and logs what was dropped and resized.
+    Parts in `UNUSED` may be absent on either side, and parts in `_LEFT_OVER` from the model. What was dropped and
+    resized is logged.
+
+    Args:
+        report: the file, and what was done to its tensors so far.
+        whole: those parts must fit too.
+        hint: what to do where something does not fit.
+
+    Returns:
+        The report, with the tensors that the model has no place for as dropped.
+
+    Raises:
+        BadInputError: naming what does not fit.
     """
-    if found := faults(model, tensors, whole):
-        refuse(found, path, hint or belongs(tensors))
+    if kinds := misfits(model, tensors, whole):
+        raise_misfits(kinds, report.source, hint or layout_hint(tensors))
     own = model.state_dict()
-    dropped = (*dropped, *(key for key in tensors if key not in own))
+    report = replace(report, dropped=(*report.dropped, *(key for key in tensors if key not in own)))
     model.load_state_dict({**own, **{key: value for key, value in tensors.items() if key in own}})
-    if dropped:
-        log.warning("%s: not used for dense features, dropped: %s", path, _some(dropped))
-    if resized:
-        log.warning("%s: resized as its own code does: %s", path, _some(resized))
-    return WeightsReport(str(path), dict(renamed or {}), tuple(dropped), tuple(resized))
+    if report.dropped:
+        log.warning("%s: not used for dense features, dropped: %s", report.source, first_names(sorted(report.dropped)))
+    if report.resized:
+        log.warning("%s: resized as its own code does: %s", report.source, first_names(sorted(report.resized)))
+    return report
 
 
-def refuse(found: Mapping[str, list[str]], path: Path | str, hint: str = "") -> NoReturn:
-    """Raise the `BadInputError` for faults by kind."""
-    told = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in found.items())
-    raise BadInputError(f"Weights file {path} does not fit this architecture: {told}. {hint}".rstrip())
+def raise_misfits(kinds: Mapping[str, list[str]], path: Path | str, hint: str = "") -> NoReturn:
+    """Raise the `BadInputError` for tensors that do not fit, by kind of fault."""
+    text = "; ".join(f"{len(keys)} {kind}: {first_names(sorted(keys))}" for kind, keys in kinds.items())
+    raise BadInputError(f"Weights file {path} does not fit this architecture: {text}. {hint}".rstrip())
 
 
-def _converts(value: Tensor, own: Tensor) -> bool:
+def _same_kind(value: Tensor, own: Tensor) -> bool:
     """Whether copying means the same numbers: floating point into floating point, whole numbers into whole ones."""
     plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
     return plain and (value.is_floating_point(), value.is_complex()) == (own.is_floating_point(), own.is_complex())
 
 
 def load_file_into(model: nn.Module, path: Path, branch: str | None = None, *, whole: bool = False) -> WeightsReport:
-    """Load a file whose names are those of `model`, but for a prefix. Raises as the steps it is made of."""
+    """Load a file whose names are those of `model`, but for a prefix. Raises as `read_tensors` and `load_strictly`."""
     names = model.state_dict().keys()
-    read = without_chunks(without_wrappers(read_tensors(path), names), names)
-    tensors, outside = select(read, names, path, branch)
-    return load_strictly(model, tensors, path, dropped=outside, whole=whole)
+    tensors = strip_chunks(strip_wrappers(read_tensors(path), names), names)
+    tensors, outside = select(tensors, names, path, branch)
+    return load_strictly(model, tensors, WeightsReport(str(path), dropped=outside), whole=whole)
 
 
-def without_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Block names of DINOv2's training checkpoints, `blocks.CHUNK.5.`, as `blocks.5.`, but where the model's `names`
-    are of that kind themselves."""
+def strip_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
+    """Rename blocks of DINOv2's training checkpoints, `blocks.CHUNK.5.`, to `blocks.5.`.
+
+    Nothing is renamed where the model's `names` are of that kind themselves.
+    """
     chunk = re.compile(r"\bblocks\.\d+\.(\d+)\.")
     if any(chunk.search(name) for name in names):
         return dict(tensors)
@@ -282,7 +294,7 @@ def without_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> dic
 def to_timm(
     tensors: Mapping[str, Tensor], model: nn.Module, path: Path, *, drop_registers: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
-    """Names of DINO, DINOv2 and NeCo as timm's: the tensors, what was renamed, and what was dropped.
+    """Rename tensors of DINO, DINOv2 and NeCo to timm's names; return them, what was renamed, and what was dropped.
 
     timm's models with registers have no class position in `pos_embed`; it is added to the class token instead. SwiGLU's
     w12 and w3 are fc1 and fc2. `drop_registers` allows a file with registers for an architecture without ("XR");
@@ -314,15 +326,16 @@ def to_timm(
 
 
 def inner_module(encoder: Encoder) -> nn.Module:
-    """The model whose state dict is the encoder's weights: what files are loaded into, and what training saves."""
+    """Return the model whose state dict is the encoder's weights: files are loaded into it, and training saves it."""
     inner: nn.Module = getattr(encoder, encoder._inner) if encoder._inner else encoder
     return inner
 
 
 def state_sha256(model: nn.Module, *, whole: bool = False) -> str:
-    """The sha256 of the weights that dense features use: names, types, shapes and bytes, in the order of names.
+    """Compute the sha256 of the weights that dense features use: names, types, shapes and bytes, in the order of names.
 
-    whole: of all weights, where it is not known what `UNUSED` names stand for.
+    Args:
+        whole: of all weights, where it is not known what `UNUSED` names stand for.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

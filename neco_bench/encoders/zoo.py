@@ -1,20 +1,4 @@
-"""The model zoo, and how models are named: reading specs, listing, and the identity of what a spec asks for.
-
-Importing this module imports no torch. `zoo.toml` beside it holds the facts.
-
-    neco_dinov2                                     a zoo name, or a name that an installed package adds
-    timm:NAME                                       any timm model with dense features
-    hub:OWNER/REPO:ENTRY                            a torch.hub entry, or a local folder in place of OWNER/REPO
-    hf:ID                                           a transformers model, or a local folder
-    path/to/file.py:FACTORY                         a function of one's own
-    path/to/run                                     what a training run left in its folder
-
-Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
-
-    pretrained=true|false    seed=N (for pretrained=false)    branch=NAME (of one copy in a file with several)
-    layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
-    mean=R,G,B  std=R,G,B    statistics on [0, 1] of the weights in use       trust=true (hub: runs its code)
-"""
+"""The model zoo: named encoders, whose facts `zoo.toml` beside this file holds, and their listing. Imports no torch."""
 
 from __future__ import annotations
 
@@ -58,30 +42,30 @@ class ZooEntry:
 
     @property
     def weights_file(self) -> Path | None:
-        """Where the weights file belongs, whether or not it is there; None for entries without one."""
+        """Where the weights file belongs, whether or not it exists; None for entries without one."""
         if self.weights is None:
             return None
         return _FILE.parent / self.weights if self.packaged else weights_folder(self.id) / Path(self.weights).name
 
     @property
     def packaged(self) -> bool:
-        """Is the weights file part of this package, beside `zoo.toml`?"""
+        """Whether the weights file is part of this package, beside `zoo.toml`."""
         return self.weights is not None and "://" not in self.weights
 
     @property
     def has_official_weights(self) -> bool:
-        """Are there published weights that the name stands for? False for code and for random weights."""
+        """Whether the name stands for published weights. False for code and for random weights."""
         return self.spec.startswith("timm:") and "pretrained=false" not in self.spec
 
 
 def weights_folder(model: str) -> Path:
-    """The folder for weights files of one model: `<cache>/weights/<model>`."""
+    """Return the folder for weights files of one model: `<cache>/weights/<model>`."""
     return cache_dir() / "weights" / model
 
 
 @cache
 def zoo() -> dict[str, ZooEntry]:
-    """All entries by id. Raises `BadInputError` where `zoo.toml` has an unknown or missing field."""
+    """Read all entries, by id. Raises `BadInputError` where `zoo.toml` has an unknown or missing field."""
     document = read_toml(_FILE)
     known = {f.name for f in fields(ZooEntry)} | {"teacher", "teacher_sha256"}
     entries: dict[str, ZooEntry] = {}
@@ -109,20 +93,20 @@ def zoo() -> dict[str, ZooEntry]:
 
 @cache
 def aliases() -> dict[str, str]:
-    """Other names of zoo entries, to their ids."""
+    """Map other names of zoo entries to their ids."""
     return {alias: entry.id for entry in zoo().values() for alias in entry.aliases}
 
 
 @cache
 def models() -> Registry[Any]:
-    """All model names: the zoo's, their aliases, and those of third-party entry points."""
+    """Return all model names: the zoo's, their aliases, and those of third-party entry points."""
     specs = {entry.id: entry.spec for entry in zoo().values()}
     specs.update({alias: specs[name] for alias, name in aliases().items()})
     return Registry("model", "neco_bench.encoders", specs, listing="neco-bench models")
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """One row for each model name, without loading any: the zoo's entries, then those of installed packages."""
+    """Make one row for each model name, without loading any: the zoo's entries, then those of installed packages."""
     rows = []
     for entry in models().entries().values():
         facts = zoo().get(entry.name)
@@ -151,12 +135,14 @@ UNKNOWN: Mapping[str, str] = {"*": "unknown"}  # the overlap of weights whose tr
 
 
 def declared_overlap(training_data: str) -> Mapping[str, str]:
-    """The overlap of an encoder that declares its training data: names of data sets, such as "imagenet, coco"."""
+    """Return the overlap of an encoder that declares its training data by names of data sets: "imagenet, coco"."""
     names = [part.strip().lower() for part in training_data.split(",") if part.strip()]
     return dict.fromkeys(names, "seen") if names else UNKNOWN
 
 
 def contamination(overlap: Mapping[str, str], names: Iterable[str]) -> str:
-    """What is known of an encoder's training images against a data set of these names: "none known", "seen", "near",
-    "possible" or "unknown"."""
+    """Say what is known of an encoder's training images and a data set of these names.
+
+    Returns "none known", "seen", "near", "possible" or "unknown", as in `zoo.toml`.
+    """
     return next((overlap[name] for name in names if name in overlap), overlap.get("*", "none known"))

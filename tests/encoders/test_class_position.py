@@ -12,7 +12,7 @@ from torch import Tensor
 
 from neco_bench.encoders.weights import to_timm
 
-NARROW = {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 0}
+NARROW: dict[str, Any] = {"embed_dim": 24, "depth": 1, "num_heads": 2, "img_size": 32, "num_classes": 0}
 
 
 def model(**options: Any) -> Any:
@@ -45,7 +45,7 @@ def test_a_model_with_positions_for_all_tokens_keeps_both() -> None:
 
 @pytest.mark.parametrize("absent", ["cls_token", "pos_embed"])
 def test_without_one_of_the_two_nothing_is_folded(absent: str) -> None:
-    """What is absent is told when the tensors are loaded."""
+    """What is absent is message when the tensors are loaded."""
     file = official()
     del file[absent]
     tensors, renamed, _ = to_timm(file, model(reg_tokens=2, no_embed_class=True), Path("file"))

@@ -98,7 +98,7 @@ class _Constant(_Planted):
 
 
 class _StayingInTrainMode(nn.BatchNorm2d):
-    def train(self, mode: bool = True) -> nn.BatchNorm2d:
+    def train(self, mode: bool = True) -> _StayingInTrainMode:
         return super().train(True)
 
 
@@ -112,7 +112,7 @@ class _BatchNorm(_Planted):
 
 
 @pytest.mark.parametrize(
-    ("planted", "names", "told"),
+    ("planted", "names", "message"),
     [
         (_LeftIn, {"prefix tokens"}, "1 class or register tokens are left in"),
         (_Transposed, {"grid orientation"}, "transposed"),
@@ -127,10 +127,10 @@ class _BatchNorm(_Planted):
         (_Constant, {"locality"}, "features do not depend on the image"),
     ],
 )
-def test_planted_defects_are_named(planted: type[Encoder], names: set[str], told: str) -> None:
+def test_planted_defects_are_named(planted: type[Encoder], names: set[str], message: str) -> None:
     failed = {line.name: line.detail for line in check_encoder(planted().eval()) if not line.passed}
     assert names <= failed.keys()
-    assert any(told in failed[name] for name in names), failed
+    assert any(message in failed[name] for name in names), failed
 
 
 def test_registers_left_in() -> None:

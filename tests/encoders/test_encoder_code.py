@@ -115,7 +115,7 @@ def test_no_layer_of_one_s_own_is_taken_for_a_head_without_use(file: Path, tmp_p
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("absent", "module, Headed, headed, Own, own"),
         ("fails", "RuntimeError: no such luck"),
@@ -124,13 +124,13 @@ def test_no_layer_of_one_s_own_is_taken_for_a_head_without_use(file: Path, tmp_p
         ("value", "not a function"),
     ],
 )
-def test_factories_at_fault(file: Path, name: str, told: str) -> None:
-    with pytest.raises(BadInputError, match=told):
+def test_factories_at_fault(file: Path, name: str, message: str) -> None:
+    with pytest.raises(BadInputError, match=message):
         load_encoder(f"{file}:{name}")
 
 
 @pytest.mark.parametrize(
-    ("name", "told"),
+    ("name", "message"),
     [
         ("wrong_dim", "expected"),
         ("list_out", "list|DenseFeatures"),
@@ -138,9 +138,9 @@ def test_factories_at_fault(file: Path, name: str, told: str) -> None:
         ("bare", "Dense"),
     ],
 )
-def test_encoders_at_fault(file: Path, name: str, told: str) -> None:
+def test_encoders_at_fault(file: Path, name: str, message: str) -> None:
     encoder = load_encoder(f"{file}:{name}")
-    with pytest.raises(BadInputError, match=told):
+    with pytest.raises(BadInputError, match=message):
         encoder.encode(torch.rand(1, 3, 32, 32))
     assert not all(line.passed for line in check_encoder(encoder))
 

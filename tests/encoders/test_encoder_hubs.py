@@ -98,7 +98,7 @@ def test_hub_interfaces_agree(repository: Path) -> None:
 
 
 def test_hub_faults(repository: Path, tmp_path: Path) -> None:
-    for spec, kind, told in (
+    for spec, kind, message in (
         (f"hub:{repository}:absent?trust=true", UsageError, "no entry 'absent'"),
         (f"hub:{repository}:v2?trust=true", MissingError, "no file"),
         (f"hub:{repository}:broken?trust=true", BadInputError, "out of order"),
@@ -106,7 +106,7 @@ def test_hub_faults(repository: Path, tmp_path: Path) -> None:
         ("hub:nobody/nothing_at_all:x?trust=true", MissingError, "neither a local folder"),
         (f"hub:{tmp_path}:x?trust=true", MissingError, "hubconf"),
     ):
-        with pytest.raises(kind, match=told):
+        with pytest.raises(kind, match=message):
             load_encoder(spec)
     with pytest.raises(UsageError, match="last block only"):
         load_encoder(f"hub:{repository}:features?trust=true", layers=3)
@@ -280,10 +280,10 @@ def test_hub_entries_that_return_timm_models(tmp_path: Path, name: str) -> None:
         f"    return timm.create_model({name!r}, num_classes=0)\n"
     )
     images = torch.rand(1, 3, 224, 224)
-    seen = load_encoder(f"hub:{tmp_path}:model?trust=true")
+    actual = load_encoder(f"hub:{tmp_path}:model?trust=true")
     plain = load_encoder(f"timm:{name}?pretrained=false&seed=0")
-    torch.testing.assert_close(seen.encode(images).map, plain.encode(images).map, rtol=1e-4, atol=1e-4)
-    assert (seen.mean, seen.std, seen.stride) == (plain.mean, plain.std, plain.stride)
+    torch.testing.assert_close(actual.encode(images).map, plain.encode(images).map, rtol=1e-4, atol=1e-4)
+    assert (actual.mean, actual.std, actual.stride) == (plain.mean, plain.std, plain.stride)
     if plain.only_size is None:
         wide = torch.rand(1, 3, 128, 192)
-        torch.testing.assert_close(seen.encode(wide).map, plain.encode(wide).map, rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(actual.encode(wide).map, plain.encode(wide).map, rtol=1e-3, atol=1e-3)

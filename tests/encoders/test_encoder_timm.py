@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import timm
@@ -28,8 +29,8 @@ def test_position_rules_are_those_of_the_original_codes(size: tuple[int, int]) -
     by_factor = F.interpolate(image, scale_factor=((size[0] + 0.1) / 37, (size[1] + 0.1) / 37), mode="bicubic")
     by_size = F.interpolate(image, size=size, mode="bicubic", antialias=True, align_corners=False)
     for rule, expected in (("scale_offset", by_factor), ("size_antialias", by_size)):
-        seen = interpolate_positions(positions, (37, 37), size, rule)
-        torch.testing.assert_close(seen, expected.permute(0, 2, 3, 1).reshape(1, -1, 6), rtol=0, atol=0)
+        actual = interpolate_positions(positions, (37, 37), size, rule)
+        torch.testing.assert_close(actual, expected.permute(0, 2, 3, 1).reshape(1, -1, 6), rtol=0, atol=0)
     assert not torch.equal(by_factor, by_size)
     assert interpolate_positions(positions, (37, 37), (37, 37), "scale_offset") is positions
 
@@ -41,19 +42,19 @@ def test_positions_reach_the_features(
 ) -> None:
     state = states(name)
     save_file(state, tmp_path / "w.safetensors")
-    seen = load_encoder(f"timm:{name}?pos_interp={rule}", weights=tmp_path / "w.safetensors")
+    actual = load_encoder(f"timm:{name}?pos_interp={rule}", weights=tmp_path / "w.safetensors")
     # The same through timm alone: positions brought to the grid here, in a model built for that grid.
-    kept = state["pos_embed"].shape[1] - 37 * 37
+    prefix_count = state["pos_embed"].shape[1] - 37 * 37
     options = {"scale_offset": {"scale_factor": (8.1 / 37, 12.1 / 37)}}.get(rule, {"size": (8, 12), "antialias": True})
-    grid = state["pos_embed"][:, kept:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, mode="bicubic", **options).flatten(2).transpose(1, 2)  # type: ignore[arg-type]
-    model = timm.create_model(name, num_classes=0, img_size=(112, 168)).eval()
-    model.load_state_dict(state | {"pos_embed": torch.cat([state["pos_embed"][:, :kept], grid], 1)})
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (seen.mean, seen.std))
+    grid = state["pos_embed"][:, prefix_count:].reshape(1, 37, 37, -1).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, mode="bicubic", **options).flatten(2).transpose(1, 2)
+    model: Any = timm.create_model(name, num_classes=0, img_size=(112, 168)).eval()
+    model.load_state_dict(state | {"pos_embed": torch.cat([state["pos_embed"][:, :prefix_count], grid], 1)})
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (actual.mean, actual.std))
     with torch.inference_mode():
         expected = model.forward_intermediates((images - mean) / std, indices=1, norm=True, intermediates_only=True)[0]
-    torch.testing.assert_close(seen.encode(images).map, expected, rtol=1e-4, atol=1e-4)
-    assert seen.pos_interp == rule
+    torch.testing.assert_close(actual.encode(images).map, expected, rtol=1e-4, atol=1e-4)
+    assert actual.pos_interp == rule
 
 
 @pytest.mark.parametrize(
@@ -85,11 +86,11 @@ def test_layers_and_norm_against_timm() -> None:
     encoder = load_encoder(TINY, layers="3,-1")
     assert (encoder.embed_dim, encoder.layer) == (384, "blocks 3,11")
     images = torch.rand(1, 3, 224, 224)
-    model = encoder.model
+    model: Any = encoder.model
     inputs = (images - 0.5) / 0.5
     for norm in (True, False):
         with torch.inference_mode():
-            parts = model.forward_intermediates(inputs, indices=[3, 11], norm=norm, intermediates_only=True)  # type: ignore[operator]
+            parts = model.forward_intermediates(inputs, indices=[3, 11], norm=norm, intermediates_only=True)
         features = encoder.encode(images, final_norm=norm)
         torch.testing.assert_close(features.map, torch.cat(parts, 1), rtol=1e-4, atol=1e-5)
         assert features.final_norm is norm
@@ -114,16 +115,16 @@ def test_layers_out_of_range(layers: object) -> None:
 def test_attention_is_that_of_the_last_block() -> None:
     encoder = load_encoder(TINY)
     images = torch.rand(2, 3, 64, 96)
-    seen = encoder.encode(images, attention=True)
+    actual = encoder.encode(images, attention=True)
     caught: list[Tensor] = []
-    block = encoder.model.blocks[-1]  # type: ignore[union-attr, index]
+    block: Any = encoder.model.blocks[-1]  # type: ignore[union-attr, index]
     hook = block.attn.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
     encoder.encode(images)
     hook.remove()
     with torch.inference_mode():
         query, key, _ = block.attn.qkv(caught[0]).reshape(2, 25, 3, 3, 64).permute(2, 0, 3, 1, 4)
         full = (query @ key.transpose(-2, -1) / 8).softmax(-1)
-    torch.testing.assert_close(seen.attention, full[:, :, 0, 1:].reshape(2, 3, 4, 6), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(actual.attention, full[:, :, 0, 1:].reshape(2, 3, 4, 6), rtol=1e-4, atol=1e-6)
     with pytest.raises(UsageError, match="attention"):
         load_encoder("timm:resnet18?pretrained=false").encode(images, attention=True)
 
@@ -142,9 +143,9 @@ def test_seeds_and_the_global_generator() -> None:
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 def test_half_precision(precision: str) -> None:
     images = torch.rand(1, 3, 64, 64)
-    seen = load_encoder(TINY, precision=precision).encode(images).map
-    torch.testing.assert_close(seen, load_encoder(TINY).encode(images).map, rtol=0.1, atol=0.1)
-    assert seen.dtype == torch.float32
+    actual = load_encoder(TINY, precision=precision).encode(images).map
+    torch.testing.assert_close(actual, load_encoder(TINY).encode(images).map, rtol=0.1, atol=0.1)
+    assert actual.dtype == torch.float32
 
 
 def test_pretrained_weights_in_the_cache_folder(tmp_path: Path, images: Tensor) -> None:
@@ -155,7 +156,7 @@ def test_pretrained_weights_in_the_cache_folder(tmp_path: Path, images: Tensor) 
     assert str(folder / "model.safetensors") in str(caught.value)
     assert "https://huggingface.co/timm/" in str(caught.value)
     folder.mkdir(parents=True)
-    model = timm.create_model(name.partition(".")[0])
+    model: Any = timm.create_model(name.partition(".")[0])
     save_file(model.state_dict(), folder / "model.safetensors")
     encoder = load_encoder(f"timm:{name}")
     model.reset_classifier(0)
@@ -169,10 +170,10 @@ def test_pretrained_weights_in_the_cache_folder(tmp_path: Path, images: Tensor) 
 def test_zoo_weights_that_are_not_here(tmp_path: Path) -> None:
     with pytest.raises(MissingError) as caught:
         load_encoder("neco_dinov2_teacher")
-    told = str(caught.value)
-    assert "FunAILab/NeCo" in told
-    assert str(tmp_path / "cache" / "weights" / "neco_dinov2_teacher" / "neco_on_dinov2_vit14_teacher.ckpt") in told
-    assert "--weights" in told
+    message = str(caught.value)
+    assert "FunAILab/NeCo" in message
+    assert str(tmp_path / "cache" / "weights" / "neco_dinov2_teacher" / "neco_on_dinov2_vit14_teacher.ckpt") in message
+    assert "--weights" in message
 
 
 def test_wrong_names() -> None:

@@ -115,7 +115,7 @@ def test_files_as_neco_writes_them(states: States, images: Tensor, tmp_path: Pat
         encoder = load_encoder(f"neco_dinov2r?branch={branch}", weights=tmp_path / "l")
         assert encoder.weights_id == released.weights_id
         token = state["cls_token"] + state["pos_embed"][:, :1]
-        assert torch.equal(released.model.cls_token, token)  # type: ignore[union-attr]
+        assert torch.equal(released.model.cls_token, token)  # type: ignore[union-attr, arg-type]
     assert load_encoder("neco_dinov2r", weights=tmp_path / "l").weights_id != encoder.weights_id  # the student's
 
 
@@ -146,7 +146,7 @@ def test_the_grid_is_that_of_the_file(states: States, images: Tensor, tmp_path: 
 
 
 @pytest.mark.parametrize(
-    ("change", "told"),
+    ("change", "message"),
     [
         (lambda s: s.pop("blocks.3.attn.qkv.weight"), "1 missing: blocks.3.attn.qkv.weight"),
         (lambda s: s.update({"blocks.12.norm1.weight": torch.ones(3)}), "1 left over: blocks.12.norm1.weight"),
@@ -156,12 +156,12 @@ def test_the_grid_is_that_of_the_file(states: States, images: Tensor, tmp_path: 
     ],
 )
 def test_what_does_not_fit_is_named(
-    states: States, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], told: str
+    states: States, tmp_path: Path, change: Callable[[dict[str, Tensor]], object], message: str
 ) -> None:
     state = dict(states(DINO))
     change(state)
     save_file(state, tmp_path / "w.safetensors")
-    with pytest.raises(BadInputError, match=told) as caught:
+    with pytest.raises(BadInputError, match=message) as caught:
         load_encoder(f"timm:{DINO}", weights=tmp_path / "w.safetensors")
     assert "w.safetensors" in str(caught.value)
 

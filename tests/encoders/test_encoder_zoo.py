@@ -97,7 +97,7 @@ def test_weights_that_are_part_of_the_package(own_zoo: Path) -> None:
     before = content_id("small")
     place.parent.mkdir()
     made = load_encoder("timm:test_vit3?pretrained=false&seed=4")
-    save_file(made.model.state_dict(), place)  # type: ignore[union-attr, operator, arg-type]
+    save_file(made.model.state_dict(), place)  # type: ignore[union-attr]
     encoder = load_encoder("small")
     assert encoder.weights_id == made.weights_id
     assert encoder.mean == (0.485, 0.456, 0.406)
@@ -124,7 +124,7 @@ def test_specs() -> None:
 
 
 @pytest.mark.parametrize(
-    ("spec", "told"),
+    ("spec", "message"),
     [
         ("neco_dinov3", "neco_dinov2"),
         ("timm:x?pretraind=false", "pretrained"),
@@ -140,16 +140,16 @@ def test_specs() -> None:
         ("baseline_rgb?layers=3", "layers"),
     ],
 )
-def test_wrong_specs(spec: str, told: str) -> None:
-    for ask in (content_id, model_info):
-        with pytest.raises(UsageError, match=told):
-            ask(spec)
+def test_wrong_specs(spec: str, message: str) -> None:
+    for function in (content_id, model_info):
+        with pytest.raises(UsageError, match=message):
+            function(spec)
 
 
 def test_device_and_precision() -> None:
     for options in ({"device": "tpu"}, {"device": "nonsense"}, {"precision": "fp8"}, {"layers": 3}):
         with pytest.raises(UsageError):
-            load_encoder("baseline_rgb", **options)  # type: ignore[arg-type]
+            load_encoder("baseline_rgb", **options)
     if not torch.cuda.is_available():
         with pytest.raises(UsageError, match="not available"):
             load_encoder("baseline_rgb", device="cuda:0")
@@ -158,7 +158,7 @@ def test_device_and_precision() -> None:
         load_encoder("neco_dinov2", weights="nowhere.pth")
 
 
-def test_request_id_follows_content(tmp_path: Path) -> None:
+def test_content_id_follows_content(tmp_path: Path) -> None:
     file = tmp_path / "enc.py"
     file.write_text("def make(): ...")
     first = content_id(f"{file}:make")
@@ -187,6 +187,8 @@ def test_request_id_follows_content(tmp_path: Path) -> None:
     (tmp_path / "cache" / "weights" / "vit_x.tag" / "model.safetensors").write_bytes(b"3")
     assert not {content_id(f"timm:{name}") for name in ("vit_x", "vit_x.tag")} & set(own)
     assert content_id("timm:x?seed=1&pretrained=false") == content_id("timm:x?pretrained=false&seed=1")
+    given = content_id("neco_dinov2", weights)
+    assert content_id(parse_spec("neco_dinov2", weights)) == content_id(parse_spec("neco_dinov2"), weights) == given
     with pytest.raises(MissingError):
         content_id("neco_dinov2", tmp_path / "absent.pth")
     with pytest.raises(MissingError):
@@ -231,12 +233,12 @@ def test_listing() -> None:
         ("mine.py:make", None, "coco", "unknown"),
     ],
 )
-def test_contamination(spec, weights, images_from, known):
-    _, overlap = training_of(parse_spec(spec), weights and Path(weights))
+def test_contamination(spec: str, weights: str | None, images_from: str, known: str) -> None:
+    _, overlap = training_of(parse_spec(spec, weights))
     assert contamination(overlap, [images_from]) == known
 
 
-def test_overlaps_are_of_the_known_kinds():
+def test_overlaps_are_of_the_known_kinds() -> None:
     kinds = {kind for entry in zoo().values() for kind in entry.overlap.values()}
     assert kinds == {"seen", "near", "possible"}
     sources = {cls.images_from or cls.folder_name or cls.name for cls in map(DATASETS.load, DATASETS)}

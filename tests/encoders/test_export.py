@@ -1,4 +1,4 @@
-"""Exported files: the official names with the very same tensors, and what has no such layout is told so."""
+"""Exported files: the official names with the very same tensors, and what has no such layout is message so."""
 
 from __future__ import annotations
 
@@ -64,8 +64,8 @@ def test_registers(states: States, images: Tensor, tmp_path: Path) -> None:
 
 
 def test_the_gated_mlp_of_the_largest_models(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    create, small = timm_models._create, {"depth": 2, "embed_dim": 48, "num_heads": 2}
-    monkeypatch.setattr(timm_models, "_create", lambda name, seed, **options: create(name, seed, **options, **small))
+    create, small = timm_models.create, {"depth": 2, "embed_dim": 48, "num_heads": 2}
+    monkeypatch.setattr(timm_models, "create", lambda name, seed, **options: create(name, seed, **options, **small))
     encoder = load_encoder("dinov2_vitg14_reg?pretrained=false")
     written = load_file(export(encoder, "dinov2", tmp_path / "out.safetensors"))
     assert {name for name in written if ".0.mlp." in name} == {
@@ -77,7 +77,7 @@ def test_the_gated_mlp_of_the_largest_models(tmp_path: Path, monkeypatch: pytest
     mlp = [written[f"blocks.1.mlp.{name}"] for name in ("w12.weight", "w12.bias", "w3.weight", "w3.bias")]
     gate, value = F.linear(tokens, *mlp[:2]).chunk(2, dim=-1)  # DINOv2's SwiGLUFFN
     expected = F.linear(F.silu(gate) * value, *mlp[2:])
-    torch.testing.assert_close(again.model.blocks[1].mlp(tokens), expected)  # type: ignore[union-attr, index, operator]
+    torch.testing.assert_close(again.model.blocks[1].mlp(tokens), expected)  # type: ignore[union-attr, index]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_timm_layout(states: States, tmp_path: Path, spec: str, options: dict[st
 
 
 @pytest.mark.parametrize(
-    ("spec", "layout", "told"),
+    ("spec", "layout", "message"),
     [
         ("timm:resnet18?pretrained=false", "dinov2", "only plain ViTs"),
         ("timm:test_vit3?pretrained=false", "dinov2", "no class token"),
@@ -113,8 +113,8 @@ def test_timm_layout(states: States, tmp_path: Path, spec: str, options: dict[st
         (TINY, "dinov", "Did you mean 'dinov2'"),
     ],
 )
-def test_no_such_layout(tmp_path: Path, spec: str, layout: str, told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_no_such_layout(tmp_path: Path, spec: str, layout: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         export(load_encoder(spec), layout, tmp_path / "out.pth")
     assert not any(tmp_path.iterdir())
 
@@ -147,7 +147,7 @@ def test_only_whole_files_are_written(tmp_path: Path, monkeypatch: pytest.Monkey
         ("timm:vit_small_patch14_dinov2", "timm", None),
     ],
 )
-def test_another_rule_for_positions_is_told(
+def test_another_rule_for_positions_is_reported(
     spec: str,
     layout: str,
     reader: str | None,
@@ -156,12 +156,10 @@ def test_another_rule_for_positions_is_told(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     """`reader` has the rule of the code that the layout belongs to: the same features at 98 pixels and not at 56."""
-    create, small = timm_models._create, {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 98}
-    monkeypatch.setattr(
-        timm_models, "_create", lambda name, seed, **options: create(name, seed, **{**options, **small})
-    )
+    create, small = timm_models.create, {"depth": 1, "embed_dim": 24, "num_heads": 2, "img_size": 98}
+    monkeypatch.setattr(timm_models, "create", lambda name, seed, **options: create(name, seed, **{**options, **small}))
     encoder = load_encoder(f"{spec}{'&' if '?' in spec else '?'}pretrained=false", device="cpu")
-    inner_module(encoder).pos_embed.data.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[operator, union-attr]
+    inner_module(encoder).pos_embed.data.normal_(generator=torch.Generator().manual_seed(0))  # type: ignore[operator]
     with caplog.at_level(logging.WARNING, "neco_bench"):
         path = export(encoder, layout, tmp_path / "out.safetensors")
     assert ("resizes position embeddings" in caplog.text) is (reader is not None)
@@ -171,22 +169,24 @@ def test_another_rule_for_positions_is_told(
     theirs = load_encoder(reader, weights=path, device="cpu")
     for size, equal in ((98, True), (56, False)):
         image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1))
-        features = (model.encode(image, mean=encoder.mean, std=encoder.std).map.double() for model in (encoder, theirs))
-        assert torch.allclose(*features, rtol=1e-4, atol=1e-4) is equal
+        own, read = (
+            model.encode(image, mean=encoder.mean, std=encoder.std).map.double() for model in (encoder, theirs)
+        )
+        assert torch.allclose(own.double(), read.double(), rtol=1e-4, atol=1e-4) is equal
 
 
-def test_which_of_a_run_is_exported_is_told(tmp_path: Path) -> None:
+def test_which_of_a_run_is_exported_is_reported(tmp_path: Path) -> None:
     for name, facts in (("both", {}), ("one", {"teacher": None})):
         leave_run(tmp_path / name, load_encoder(SMALL, device="cpu"), SMALL, **facts)
-    for spec, role, told in (
+    for spec, role, message in (
         ("both", "student", "the student's weights; ?branch=teacher exports the teacher's"),
         ("both?branch=teacher", "teacher", "the teacher's weights; ?branch=student exports the student's"),
         ("one", "student", ""),
     ):
         answer = neco("export", f"{tmp_path}/{spec}", "--out", tmp_path / "out.pth", "--overwrite")
         assert (answer.code, answer.out.strip()) == (0, str(tmp_path / "out.pth")), answer.err
-        assert told in answer.err
-        assert ("branch" in answer.err) is bool(told)
+        assert message in answer.err
+        assert ("branch" in answer.err) is bool(message)
         stored = load_file(tmp_path / spec.partition("?")[0] / f"checkpoint-0000500/{role}.safetensors")
         assert same(torch.load(tmp_path / "out.pth", weights_only=True), stored)
 
@@ -196,7 +196,7 @@ def test_command(tmp_path: Path) -> None:
     answer = neco(*command)
     assert (answer.code, answer.out.strip()) == (0, str(tmp_path / "out.safetensors")), answer.err
     assert load_encoder(TINY, weights=tmp_path / "out.safetensors").weights_id == load_encoder(TINY).weights_id
-    for arguments, told in (
+    for arguments, message in (
         (command, "--overwrite"),
         ((*command[:-1], tmp_path / "out.ckpt"), ".safetensors or .pth"),
         ((*command[:-1], tmp_path), ".safetensors or .pth"),
@@ -204,6 +204,6 @@ def test_command(tmp_path: Path) -> None:
     ):
         answer = neco(*arguments)
         assert (answer.code, answer.out) == (2, "")
-        assert told in answer.err
+        assert message in answer.err
     assert neco(*command, "--overwrite", "--weights", tmp_path / "out.safetensors").code == 0
     assert neco("export", TINY, "--out", tmp_path / "timm.pth").code == 0

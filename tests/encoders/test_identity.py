@@ -86,20 +86,20 @@ def test_code_that_reads_other_weights_is_another_encoder(tmp_path: Path, monkey
         (tmp_path / name).mkdir()
         (tmp_path / name / "enc.py").write_text(READING)
         save_weights(tmp_path / name, seed)
-    found = {}
+    by_folder = {}
     for name in "AB":  # one spec, one code: only the weights differ
         monkeypatch.chdir(tmp_path / name)
-        found[name] = score("enc.py:f", out)
-    assert found["A"].provenance["weights_id"] != found["B"].provenance["weights_id"]
-    assert found["A"].metrics != found["B"].metrics
+        by_folder[name] = score("enc.py:f", out)
+    assert by_folder["A"].provenance["weights_id"] != by_folder["B"].provenance["weights_id"]
+    assert by_folder["A"].metrics != by_folder["B"].metrics
     replaced = score("enc.py:f", out, overwrite=True)
-    assert (replaced.key, replaced.metrics) == (found["B"].key, found["B"].metrics)
+    assert (replaced.key, replaced.metrics) == (by_folder["B"].key, by_folder["B"].metrics)
     monkeypatch.chdir(tmp_path / "A")
     again = score("enc.py:f", out)
-    assert (again.key, again.timing) == (found["A"].key, found["A"].timing)  # the stored one
+    assert (again.key, again.timing) == (by_folder["A"].key, by_folder["A"].timing)  # the stored one
     assert len(ResultStore(out).load_all()) == 2
     save_weights(tmp_path / "A", 2)
-    assert score("enc.py:f", out).metrics not in [result.metrics for result in found.values()]
+    assert score("enc.py:f", out).metrics not in [result.metrics for result in by_folder.values()]
     assert len(ResultStore(out).load_all()) == 3
 
 
@@ -114,7 +114,13 @@ def test_an_encoder_that_can_no_longer_be_loaded_gets_no_stored_result(tmp_path:
 
 def test_where_loading_alone_shows_the_weights(tmp_path: Path) -> None:
     (tmp_path / "enc.py").write_text(READING)
-    content = {"base": f"{tmp_path}/enc.py:f", "student": "s", "teacher": None, "mean": [0.5] * 3, "std": [0.5] * 3}
+    content: dict[str, Any] = {
+        "base": f"{tmp_path}/enc.py:f",
+        "student": "s",
+        "teacher": None,
+        "mean": [0.5] * 3,
+        "std": [0.5] * 3,
+    }
     content |= {"layers": None, "embed_dim": 4, "stride": 8, "step": 1, "training_data": ""}
     (tmp_path / "encoder.json").write_text(json.dumps(content))
     known = {
@@ -218,8 +224,8 @@ def test_what_is_no_spec_is_one_short_error(tmp_path: Path) -> None:
 def test_a_factory_that_ends_python_ends_its_own_job_only(tmp_path: Path) -> None:
     (tmp_path / "enc.py").write_text("import sys\n\n\ndef f():\n    sys.exit('no weights here')\n")
     (tmp_path / "end.py").write_text("raise SystemExit(3)\n")
-    for name, told in (("enc", "SystemExit: no weights here"), ("end", "SystemExit: 3")):
-        with pytest.raises(BadInputError, match=told):
+    for name, message in (("enc", "SystemExit: no weights here"), ("end", "SystemExit: 3")):
+        with pytest.raises(BadInputError, match=message):
             load_encoder(f"{tmp_path}/{name}.py:f")
 
 
@@ -315,4 +321,4 @@ def test_a_declaration_of_another_kind_is_refused(tmp_path: Path) -> None:
 def test_other_weights_have_seen_what_nobody_knows(tmp_path: Path) -> None:
     other = tmp_path / "w.safetensors"
     other.write_bytes(b"no official file")
-    assert training_of(parse_spec("dinov2_vits14"), other) == ("", {"*": "unknown"})
+    assert training_of(parse_spec("dinov2_vits14", other)) == ("", {"*": "unknown"})

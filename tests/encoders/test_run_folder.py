@@ -179,7 +179,7 @@ def test_another_weights_file(run: Path, states: States, tmp_path: Path) -> None
     change(run, teacher=None)
     for branch, factor in (("", 2), ("?branch=teacher", 3)):
         encoder = load_encoder(f"{run}{branch}", weights=tmp_path / "lightning.ckpt")
-        assert torch.equal(encoder.model.norm.weight, factor * state["norm.weight"])  # type: ignore[union-attr]
+        assert torch.equal(encoder.model.norm.weight, factor * state["norm.weight"])  # type: ignore[union-attr, arg-type]
     save_file(official_registers(states(REG)), tmp_path / "official.safetensors")
     with pytest.raises(BadInputError, match=r"official\.safetensors has register tokens"):
         load_encoder(str(run), weights=tmp_path / "official.safetensors")
@@ -235,8 +235,8 @@ def test_identity_and_facts(run: Path, tmp_path: Path) -> None:
     students.write_bytes(b"2")
     ids.add(content_id(spec))
     assert len(ids) == 6
-    seen = training_of(parse_spec(spec), None)[1]
-    assert [contamination(seen, [name]) for name in ("shapes", "voc", "coco")] == ["seen", "near", "none known"]
+    overlap = training_of(parse_spec(spec))[1]
+    assert [contamination(overlap, [name]) for name in ("shapes", "voc", "coco")] == ["seen", "near", "none known"]
     assert load_encoder(TINY, weights=students.with_name("teacher.safetensors")).overlap == {"*": "unknown"}
     facts = model_info(f"{spec}?branch=teacher")
     assert (facts["name"], facts["kind"], facts["step"]) == (f"{spec}?branch=teacher", "run", 1000)
@@ -250,7 +250,7 @@ def test_identity_and_facts(run: Path, tmp_path: Path) -> None:
 def test_naming_a_run_imports_no_torch(run: Path) -> None:
     code = (
         "import sys, neco_bench.encoders as e\n"
-        "from neco_bench.encoders.run_folder import architecture\n"
+        "from neco_bench.encoders.spec import architecture\n"
         "e.model_info(sys.argv[1]); e.content_id(sys.argv[1]); architecture(sys.argv[1])\n"
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     )
@@ -265,7 +265,7 @@ def test_a_run_comes_before_a_zoo_name_and_a_folder_after(
     assert parse_spec("dinov2_vits14").kind == "timm"
     shutil.copy(run / "encoder.json", "dinov2_vits14")
     assert (parse_spec("dinov2_vits14").kind, parse_spec("dinov2_vits14").name) == ("run", "dinov2_vits14")
-    assert training_of(parse_spec("dinov2_vits14"), None)[1] == {"shapes": "seen", "voc": "near"}
+    assert training_of(parse_spec("dinov2_vits14"))[1] == {"shapes": "seen", "voc": "near"}
     monkeypatch.chdir(run)
     assert load_encoder(".").name == "."
 
@@ -309,13 +309,13 @@ def test_a_folder_without_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "begun").mkdir()
     monkeypatch.chdir(tmp_path)
     for spec in ("begun", f"{tmp_path}/begun/", "begun?branch=teacher"):
-        for ask in (content_id, model_info, load_encoder, architecture):
+        for function in (content_id, model_info, load_encoder, architecture):
             with pytest.raises(MissingError, match=r"begun.* holds no trained encoder .*not saved a checkpoint"):
-                ask(spec)
+                function(spec)
 
 
 @pytest.mark.parametrize(
-    ("facts", "told"),
+    ("facts", "message"),
     [
         ({"format": 2}, "format 2; this neco-bench reads up to 1"),
         ({"format": "x"}, "format: Input should be 1"),
@@ -330,12 +330,12 @@ def test_a_folder_without_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyP
         ({"more": 1}, "more: Extra inputs"),
     ],
 )
-def test_wrong_descriptions(run: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], told: str) -> None:
+def test_wrong_descriptions(run: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], message: str) -> None:
     change(run, **facts)
     monkeypatch.chdir(run)
-    for ask in (content_id, load_encoder):
-        with pytest.raises(BadInputError, match=told) as caught:
-            ask(str(run))
+    for function in (content_id, load_encoder):
+        with pytest.raises(BadInputError, match=message) as caught:
+            function(str(run))
         assert str(run / "encoder.json") in str(caught.value)
 
 
@@ -359,15 +359,15 @@ def test_files_that_are_not_there(run: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MissingError, match=r"absent\.pth"):
         load_encoder(str(run), weights=tmp_path / "absent.pth")
     student.unlink()
-    for ask in (content_id, load_encoder):
+    for function in (content_id, load_encoder):
         with pytest.raises(
             MissingError, match=r"student\.safetensors, the weights that .*encoder\.json.*--weights FILE"
         ):
-            ask(str(run))
+            function(str(run))
     change(run, teacher=None)
-    for ask in (content_id, model_info, load_encoder):
+    for of_teacher in (content_id, model_info, load_encoder):
         with pytest.raises(UsageError, match="no teacher's weights"):
-            ask(f"{run}?branch=teacher")
+            of_teacher(f"{run}?branch=teacher")
     change(run, base="mine.py:own")
     with pytest.raises(MissingError, match=r"encoder\.json: base 'mine\.py:own' names a file that is not there"):
         parse_spec(str(run))

@@ -1,4 +1,4 @@
-"""Statistics follow the weights: which are used, that they can be given, and that people are told."""
+"""Statistics follow the weights: which are used, that they can be given, and that people are message."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def file(tmp_path: Path) -> Path:
     return tmp_path / "w.safetensors"
 
 
-def test_a_file_from_elsewhere_is_told_what_it_is_fed(file: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_file_from_elsewhere_says_how_images_are_normalised(file: Path, caplog: pytest.LogCaptureFixture) -> None:
     encoder = load_encoder(TINY, weights=file)
     assert (encoder.mean, encoder.std) == ((0.5,) * 3, (0.5,) * 3)
     assert encoder.statistics == "timm's for vit_tiny_patch16_224.augreg_in21k_ft_in1k"
-    (told,) = [record.message for record in caplog.records if "normalised" in record.message]
-    assert str(file) in told
-    assert "mean=0.5,0.5,0.5 std=0.5,0.5,0.5" in told
-    assert "?mean=R,G,B&std=R,G,B" in told
+    (message,) = [record.message for record in caplog.records if "normalised" in record.message]
+    assert str(file) in message
+    assert "mean=0.5,0.5,0.5 std=0.5,0.5,0.5" in message
+    assert "?mean=R,G,B&std=R,G,B" in message
     caplog.clear()
     load_encoder(f"{TINY}?pretrained=false")
     assert not caplog.records
@@ -68,6 +68,7 @@ def test_satellite_weights(file: Path) -> None:
     assert (encoder.mean, encoder.std) == SATELLITE
     assert "SAT-493M" in encoder.statistics
     known = timm.get_pretrained_cfg("vit_large_patch16_dinov3.sat493m")
+    assert known is not None
     assert (known.mean, known.std) == SATELLITE
     assert load_encoder(f"{TINY}?mean=0.5,0.5,0.5&std=0.5,0.5,0.5", weights=renamed).mean == (0.5, 0.5, 0.5)
 

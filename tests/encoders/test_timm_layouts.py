@@ -294,7 +294,7 @@ def change_mask(state: State) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "layout", "change", "told"),
+    ("name", "layout", "change", "message"),
     [
         (V3, dinov3, change_bias, rf"no place for: blocks\.1\.attn\.qkv\.bias\. Use timm:{V3B}"),
         (V3B, dinov3, change_mask, r"1 with numbers that it has no place for: blocks\.0\.attn\.qkv\.bias"),
@@ -326,31 +326,32 @@ def change_mask(state: State) -> None:
     ],
 )
 def test_what_a_conversion_loses_is_an_error(
-    name: str, layout: Callable[[State], State], change: Callable[[State], object], told: str, tmp_path: Path
+    name: str, layout: Callable[[State], State], change: Callable[[State], object], message: str, tmp_path: Path
 ) -> None:
-    own = {dinov3: V3, clip: CLIP, radio: RADIO}.get(layout, name)  # type: ignore[call-overload]
+    architectures: dict[Any, str] = {dinov3: V3, clip: CLIP, radio: RADIO}
+    own = architectures.get(layout, name)
     official = layout(state_of(own))
     if own == V3:
         official = {k: torch.zeros_like(v) if k.endswith("qkv.bias") else v for k, v in official.items()}
     change(official)
     torch.save(nested(official), tmp_path / "official.pth")
-    with pytest.raises(BadInputError, match=told):
+    with pytest.raises(BadInputError, match=message):
         load(name, tmp_path / "official.pth")
 
 
 @pytest.mark.parametrize(
-    ("key", "told"),
+    ("key", "message"),
     [
         ("encoder.layer.0.attention.attention.query.weight", "load it as hf:FOLDER"),
         ("encoder.blocks.0.residual1.fn.q_proj.weight", "names of CAPI"),
     ],
 )
-def test_layouts_of_other_kinds_of_models_are_pointed_there(key: str, told: str, tmp_path: Path) -> None:
+def test_layouts_of_other_kinds_of_models_are_pointed_there(key: str, message: str, tmp_path: Path) -> None:
     torch.save(
         {key: random(64, 64), "embeddings.cls_token" if "layer" in key else "registers": random(1, 1, 64)},
         tmp_path / "w",
     )
-    with pytest.raises(BadInputError, match=told):
+    with pytest.raises(BadInputError, match=message):
         load(VIT, tmp_path / "w")
 
 

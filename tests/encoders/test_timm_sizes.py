@@ -1,4 +1,4 @@
-"""Sizes and levels of timm's architectures: the table in docs/pages/encoders.md holds, and what is behind it is right."""
+"""Sizes and levels of timm architectures: the table in docs/pages/encoders.md holds, and what is behind it is right."""
 
 from __future__ import annotations
 
@@ -57,8 +57,8 @@ def test_architectures(name: str) -> None:
     ],
 )
 def test_inner_levels(name: str, index: int, stride: int, multiple: int, padding: int) -> None:
-    found = level(name, index)
-    assert (found.stride, found.multiple, found.padding, found.size) == (stride, multiple, padding, None)
+    actual = level(name, index)
+    assert (actual.stride, actual.multiple, actual.padding, actual.size) == (stride, multiple, padding, None)
 
 
 def test_a_level_of_no_whole_stride() -> None:
@@ -83,9 +83,9 @@ def test_the_last_norm_and_the_last_convolution() -> None:
 @pytest.mark.slow
 def test_padding_keeps_cells_in_place() -> None:
     encoder = load_encoder("timm:inception_v4?pretrained=false", layers=2)
-    found = {line.name: line.passed for line in check_encoder(encoder)}
-    assert found["shape and stride"]
-    assert found["locality"]
+    passed = {line.name: line.passed for line in check_encoder(encoder)}
+    assert passed["shape and stride"]
+    assert passed["locality"]
 
 
 def test_models_built_for_each_size_are_those_of_timm() -> None:
@@ -94,7 +94,7 @@ def test_models_built_for_each_size_are_those_of_timm() -> None:
     own, wide = torch.rand(1, 3, 224, 224), torch.rand(1, 3, 128, 192)
     before = encoder.encode(own).map
     names, identity = list(encoder.state_dict()), encoder.weights_id
-    found = encoder.encode(wide).map
+    actual = encoder.encode(wide).map
     expected = create(name, 0, num_classes=0).eval()
     expected.load_state_dict(encoder.model.state_dict())
     expected.set_input_size(img_size=(128, 192))
@@ -103,7 +103,7 @@ def test_models_built_for_each_size_are_those_of_timm() -> None:
         (reference,) = expected.forward_intermediates(
             (wide - mean) / std, indices=1, norm=True, intermediates_only=True
         )
-    torch.testing.assert_close(found, reference, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(actual, reference, rtol=1e-4, atol=1e-4)
     assert torch.equal(encoder.encode(own).map, before)  # the original is as it was
     assert (list(encoder.state_dict()), encoder.weights_id) == (names, identity)
     with pytest.raises(UsageError, match="cannot be trained at 128x192"):

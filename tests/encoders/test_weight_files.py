@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.encoders.weight_files import files_of, read_tensors
-from neco_bench.encoders.weights import select, without_wrappers
+from neco_bench.encoders.weights import select, strip_wrappers
 
 STATE = {"blocks.0.weight": torch.arange(6.0).view(2, 3), "norm.weight": torch.ones(3)}
 
@@ -38,7 +38,7 @@ def same(read: dict[str, Tensor]) -> bool:
 @contextmanager
 def packages(**classes: type) -> Iterator[None]:
     """Classes of packages that are there while a file is written, and gone when it is read: `a__b` for `a.b`."""
-    made = {}
+    made: dict[str, types.ModuleType] = {}
     for name, kind in classes.items():
         module = types.ModuleType(name.replace("__", "."))
         made |= {module.__name__.partition(".")[0]: types.ModuleType("parent"), module.__name__: module}
@@ -52,11 +52,11 @@ def packages(**classes: type) -> Iterator[None]:
             del sys.modules[name]
 
 
-class ReadOnlyList(list):  # type: ignore[type-arg]
+class ReadOnlyList(list):
     pass
 
 
-class CfgNode(dict):  # type: ignore[type-arg]
+class CfgNode(dict):
     pass
 
 
@@ -104,7 +104,7 @@ def test_a_module_saved_whole(tmp_path: Path) -> None:
     with packages(research__models=Block):
         torch.save({"model": model}, tmp_path / "m.pth")
     names = {f"model.{key}" for key in model.state_dict()}
-    read = without_wrappers(read_tensors(tmp_path / "m.pth"), names)
+    read = strip_wrappers(read_tensors(tmp_path / "m.pth"), names)
     assert read.keys() == names
     assert all(torch.equal(read[f"model.{key}"], value) for key, value in model.state_dict().items())
 
@@ -118,7 +118,7 @@ class Attack:
 
 
 @pytest.mark.parametrize(
-    ("call", "argument", "told"),
+    ("call", "argument", "message"),
     [
         (Path.touch, Path("attacked"), r"builtins\.getattr"),
         (eval, "open('attacked', 'w')", r"builtins\.eval"),
@@ -128,7 +128,7 @@ class Attack:
 )
 @pytest.mark.parametrize("form", ["zip", "old", "pickle"])
 def test_code_is_refused_by_name(
-    call: Any, argument: Any, told: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    call: Any, argument: Any, message: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     content = {"args": Attack(call, argument), **STATE}
@@ -136,7 +136,7 @@ def test_code_is_refused_by_name(
         Path("bad.pth").write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, "bad.pth", _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(BadInputError, match=rf"bad\.pth wants to run code when it is read \({told}\)"):
+    with pytest.raises(BadInputError, match=rf"bad\.pth wants to run code when it is read \({message}\)"):
         read_tensors(Path("bad.pth"))
     assert not Path("attacked").exists()
 
@@ -167,7 +167,7 @@ def npz() -> bytes:
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "message"),
     [
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of git-lfs.*git lfs pull"),
         (b"<!DOCTYPE html><html></html>", "a web page"),
@@ -187,9 +187,9 @@ def npz() -> bytes:
     ],
 )
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
-def test_other_files_are_named_for_what_they_are(content: bytes, told: str, name: str, tmp_path: Path) -> None:
+def test_other_files_are_named_for_what_they_are(content: bytes, message: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(BadInputError, match=rf"(?s){name} .*{told}") as caught:
+    with pytest.raises(BadInputError, match=rf"(?s){name} .*{message}") as caught:
         read_tensors(tmp_path / name)
     assert "truncated" not in str(caught.value) or "begins with" in str(caught.value)
 
@@ -280,7 +280,7 @@ def copies(**prefixes: float) -> dict[str, Tensor]:
 def test_copies_of_a_model_in_one_file(
     prefixes: tuple[str, ...], used: int, other: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    tensors = without_wrappers(copies(**{prefix: float(i) for i, prefix in enumerate(prefixes)}), NAMES)
+    tensors = strip_wrappers(copies(**{prefix: float(i) for i, prefix in enumerate(prefixes)}), NAMES)
     with caplog.at_level(logging.WARNING, "neco_bench"):
         inside, outside = select(tensors, NAMES, Path("f"))
     assert inside.keys() == set(NAMES)
@@ -319,7 +319,7 @@ def test_the_top_level_is_a_copy_too() -> None:
 )
 def test_wrappers_anywhere_in_a_name(rename: Callable[[str], str]) -> None:
     tensors = {rename(name): torch.ones(2) for name in NAMES}
-    inside, outside = select(without_wrappers(tensors, NAMES), NAMES, Path("f"))
+    inside, outside = select(strip_wrappers(tensors, NAMES), NAMES, Path("f"))
     assert inside.keys() == set(NAMES)
     assert outside == ()
 
@@ -327,5 +327,5 @@ def test_wrappers_anywhere_in_a_name(rename: Callable[[str], str]) -> None:
 def test_a_model_s_own_parts_are_no_wrappers() -> None:
     names = ["module.weight", "weight"]
     tensors = {name: torch.ones(1) for name in names}
-    assert without_wrappers(tensors, names).keys() == set(names)
-    assert without_wrappers(tensors, ["weight"]).keys() == set(names)  # two tensors never become one
+    assert strip_wrappers(tensors, names).keys() == set(names)
+    assert strip_wrappers(tensors, ["weight"]).keys() == set(names)  # two tensors never become one

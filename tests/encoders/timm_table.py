@@ -38,9 +38,9 @@ def row_of(name: str) -> str:
     size = encoder.nearest_size(448)
     with torch.inference_mode(), torch.device("meta"):
         images = torch.empty(1, 3, size, size)
-        found = encoder._encode(images, final_norm=encoder.has_final_norm, attention=False).map
-    if found.shape != (1, encoder.embed_dim, size // encoder.stride, size // encoder.stride):
-        raise AssertionError(f"{name}: {tuple(found.shape)} at {size}, stride {encoder.stride}")
+        features = encoder._encode(images, final_norm=encoder.has_final_norm, attention=False).map
+    if features.shape != (1, encoder.embed_dim, size // encoder.stride, size // encoder.stride):
+        raise AssertionError(f"{name}: {tuple(features.shape)} at {size}, stride {encoder.stride}")
     takes = f"multiples of {encoder.size_multiple or encoder.stride}"
     if encoder.only_size:
         takes = f"{encoder.only_size} only"

@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from neco_bench.core.errors import NecoBenchError, UsageError
-from neco_bench.encoders.run_folder import read
+from neco_bench.encoders.run_folder import read_run
 from neco_bench.training import checkpoints
 from tests.command import neco
 
@@ -100,8 +100,8 @@ def test_a_kill_at_any_point_loses_nothing(step: int, tmp_path: Path) -> None:
         run.save(2)
         with killed_at(point) as reached, contextlib.suppress(Killed):
             run.save(step)
-        assert read(run.folder).step in (2, step)
-        assert (load_file(run.folder / read(run.folder).student)["weight"] == read(run.folder).step).all()
+        assert read_run(run.folder).step in (2, step)
+        assert (load_file(run.folder / read_run(run.folder).student)["weight"] == read_run(run.folder).step).all()
         checkpoints.clear(run.folder)
         newest = run.restore()
         assert newest in (2, step)

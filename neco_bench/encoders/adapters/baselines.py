@@ -15,17 +15,16 @@ from neco_bench.encoders.base import DenseFeatures, Encoder
 
 CELL = 8  # pixels
 
-
 BINS = 9  # unsigned orientations over 180 degrees, as Dalal and Triggs (CVPR 2005)
 
 
 def rgb() -> Encoder:
-    """Mean and spread of each colour in the cell and in its 3x3 neighbourhood: 12 numbers."""
+    """Make the encoder of mean and spread of each colour in the cell and in its 3x3 neighbourhood: 12 numbers."""
     return _Colour()
 
 
 def hog() -> Encoder:
-    """Colour at three scales, gradient histograms of the 3x3 cells around, and of wider surroundings: 120 numbers."""
+    """Make the encoder of colour at three scales and of gradient histograms, near and wide: 120 numbers."""
     return _Gradients()
 
 
@@ -45,8 +44,10 @@ def _colour(images: Tensor, reaches: tuple[int, ...]) -> list[Tensor]:
 
 
 def orientations(images: Tensor) -> Tensor:
-    """Gradient strength of images (B, 3, H, W) by orientation, (B, BINS, H, W): each pixel votes for its two nearest
-    orientations, in proportion to nearness."""
+    """Compute gradient strength by orientation, (B, BINS, H, W), of images (B, 3, H, W).
+
+    Each pixel votes for its two nearest orientations, in proportion to nearness.
+    """
     grey = F.pad(images.mean(1, keepdim=True), (1, 1, 1, 1), mode="replicate")
     across = grey[..., 1:-1, 2:] - grey[..., 1:-1, :-2]
     down = grey[..., 2:, 1:-1] - grey[..., :-2, 1:-1]
@@ -73,7 +74,7 @@ class _Gradients(Encoder):
         images = images.float()
         cells = F.avg_pool2d(orientations(images), CELL)
         near, wide = _around(cells, 1), _around(cells, 3)
-        # Histograms relative to the strength of their block, so that contrast does not decide; it is kept beside them.
+        # Histograms relative to the strength of their block; that strength, the contrast, has features of its own.
         block = near.norm(dim=1, keepdim=True) + 0.02
         neighbours = F.unfold(F.pad(cells / block, (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, cells.shape[-2:])
         energy = [h.sum(1, keepdim=True).sqrt() for h in (cells, near, wide)]

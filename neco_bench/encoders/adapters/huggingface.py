@@ -18,9 +18,10 @@ from torch import Tensor, nn
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.encoders import fetch, weights
-from neco_bench.encoders.adapters.layers import layer_name, take_layers
+from neco_bench.encoders.adapters.layers import layer_indices, layer_name
 from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.spec import ModelSpec
+from neco_bench.encoders.weight_files import first_names
 
 
 class Type(NamedTuple):
@@ -34,16 +35,12 @@ class Type(NamedTuple):
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
-
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
-
 
 # Of the text side and heads, which checkpoints of whole models have beside the vision model.
 _ELSEWHERE = re.compile(r"(text_model|text_projection|visual_projection|logit_scale|logit_bias|decoder)(\.|$)")
 
-
 _POST = ("post_layernorm", "vision_model.post_layernorm")
-
 
 TYPES = {
     "dinov2": Type("Dinov2Model", 1),
@@ -59,66 +56,75 @@ TYPES = {
 }
 
 
-def build(request: ModelSpec, file: Path | None) -> Encoder:
-    """The encoder of a transformers model. Raises `MissingError`, `BadInputError`, `UsageError` (not in `TYPES`)."""
+def build(spec: ModelSpec) -> Encoder:
+    """Build the encoder of a transformers model. Raises `MissingError`, `BadInputError`, `UsageError`."""
     try:
         import transformers
     except ImportError as error:
         raise UsageError("hf: models need transformers: pip install 'neco-bench[hf]'.") from error
-    source = request.target
+    source, file = spec.target, spec.weights
     if source.startswith((".", "/", "~")) and not Path(source).expanduser().is_dir():
         raise MissingError(f"Folder {source} does not exist.")
     local = Path(source).expanduser().is_dir()
     where: dict[str, Any] = {"local_files_only": local or not fetch.hub_reachable(), "trust_remote_code": False}
     source = str(Path(source).expanduser()) if local else source
-    outside: tuple[str, ...] = ()
     try:
-        config = transformers.AutoConfig.from_pretrained(source, **where)
-        kind = TYPES.get(config.model_type)
-        if kind is None:
-            raise UsageError(
-                f"Model {request.name!r} is of type {config.model_type!r}; known are {', '.join(sorted(TYPES))}. "
-                f"Wrap it in a function of your own: path/to/file.py:FACTORY."
-            )
-        cls = getattr(transformers, kind.model, None)
-        if cls is None:
-            raise UsageError(f"transformers {transformers.__version__} has no {kind.model}; install a newer one.")
-        if file is None:
-            given: dict[str, Any] = {"pretrained_model_name_or_path": source, **where}
-        else:
-            config = getattr(config, "vision_config", config)
-            tensors, outside = _of_file(cls, config, file, request.branch)
-            given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
-        precision = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
-        model, notes = cls.from_pretrained(**given, **{precision: torch.float32}, output_loading_info=True)
-        unused = {"missing": weights.UNUSED, "unexpected": re.compile(f"{weights.UNUSED.pattern}|{_ELSEWHERE.pattern}")}
-        faults = {why: sorted(k for k in notes[f"{why}_keys"] if not known.match(k)) for why, known in unused.items()}
-        if any(faults.values()):
-            told = "; ".join(f"{len(keys)} {why}: {', '.join(keys[:8])}" for why, keys in faults.items() if keys)
-            raise BadInputError(f"Weights {file or source} do not fit {kind.model}: {told}.")
-        report = WeightsReport(source=str(file or source), dropped=(*sorted(notes["unexpected_keys"]), *outside))
-        if report.dropped:
-            weights.log.warning("%s: not used, dropped: %s", report.source, ", ".join(report.dropped[:8]))
+        model, kind, report = _load_model(transformers, source, where, spec)
     except NecoBenchError:
         raise
     except OSError as error:
         if local:
             raise BadInputError(f"Model folder {source} lacks a file, or has a damaged one: {error}") from error
         raise MissingError(
-            f"transformers model {request.target!r} is not on this machine and could not be fetched. "
-            f"Download https://huggingface.co/{request.target} and give hf:FOLDER. "
+            f"transformers model {spec.target!r} is not on this machine and could not be fetched. "
+            f"Download https://huggingface.co/{spec.target} and give hf:FOLDER. "
             f"({str(error).splitlines()[0]})"
         ) from error
     except ValueError as error:  # an id or a type that transformers does not know, or code of the repository's own
-        raise UsageError(f"transformers cannot load {request.target!r}: {error}") from error
+        raise UsageError(f"transformers cannot load {spec.target!r}: {error}") from error
     except Exception as error:  # shapes that differ, a truncated file: whichever it is, these weights are at fault
         raise BadInputError(f"Weights {file or source} do not fit: {type(error).__name__}: {error}") from error
-    encoder = HFEncoder(model, kind, request)
+    encoder = HFEncoder(model, kind, spec)
     encoder.mean, encoder.std = _statistics(source, where, kind)
-    encoder.statistics = f"those of {request.target}"
+    encoder.statistics = f"those of {spec.target}"
     encoder.weights_report = report
     encoder.weights_id = weights.state_sha256(model)
     return encoder
+
+
+def _load_model(
+    transformers: Any, source: str, where: dict[str, Any], spec: ModelSpec
+) -> tuple[Any, Type, WeightsReport]:
+    """The model of an id or a folder, with its own weights or the spec's. where: how transformers looks for files."""
+    file = spec.weights
+    outside: tuple[str, ...] = ()
+    config = transformers.AutoConfig.from_pretrained(source, **where)
+    kind = TYPES.get(config.model_type)
+    if kind is None:
+        raise UsageError(
+            f"Model {spec.name!r} is of type {config.model_type!r}; known are {', '.join(sorted(TYPES))}. "
+            f"Wrap it in a function of your own: path/to/file.py:FACTORY."
+        )
+    cls = getattr(transformers, kind.model, None)
+    if cls is None:
+        raise UsageError(f"transformers {transformers.__version__} has no {kind.model}; install a newer one.")
+    if file is None:
+        given: dict[str, Any] = {"pretrained_model_name_or_path": source, **where}
+    else:
+        config = getattr(config, "vision_config", config)
+        tensors, outside = _of_file(cls, config, file, spec.branch)
+        given = {"pretrained_model_name_or_path": None, "config": config, "state_dict": tensors}
+    precision = "dtype" if int(transformers.__version__.partition(".")[0]) >= 5 else "torch_dtype"
+    model, notes = cls.from_pretrained(**given, **{precision: torch.float32}, output_loading_info=True)
+    unused = {"missing": weights.UNUSED, "unexpected": re.compile(f"{weights.UNUSED.pattern}|{_ELSEWHERE.pattern}")}
+    faults = {why: sorted(k for k in notes[f"{why}_keys"] if not known.match(k)) for why, known in unused.items()}
+    if any(faults.values()):
+        text = "; ".join(f"{len(keys)} {why}: {first_names(keys)}" for why, keys in faults.items() if keys)
+        raise BadInputError(f"Weights {file or source} do not fit {kind.model}: {text}.")
+    report = WeightsReport(source=str(file or source), dropped=(*sorted(notes["unexpected_keys"]), *outside))
+    if report.dropped:
+        weights.log.warning("%s: not used, dropped: %s", report.source, first_names(report.dropped))
+    return model, kind, report
 
 
 def _of_file(cls: Any, config: Any, file: Path, branch: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
@@ -128,7 +134,7 @@ def _of_file(cls: Any, config: Any, file: Path, branch: str | None) -> tuple[dic
     """
     with torch.device("meta"):
         names = cls(config).state_dict().keys()
-    read = weights.without_wrappers(weights.read_tensors(file), names)
+    read = weights.strip_wrappers(weights.read_tensors(file), names)
     if any(re.search(r"(^|\.)blocks\.\d+\.(\d+\.)?attn\.|(^|\.)resblocks\.", key) for key in read):
         raise BadInputError(
             f"Weights file {file} has the names of timm or of the authors' own code, not of transformers: give it to "
@@ -147,17 +153,17 @@ def _statistics(source: str, where: dict[str, Any], kind: Type) -> tuple[Any, An
     from transformers.utils import cached_file
 
     for name in ("preprocessor_config.json", "processor_config.json"):  # the second as of transformers 5
-        found = cached_file(
+        path = cached_file(
             source,
             name,
             local_files_only=where["local_files_only"],
             _raise_exceptions_for_missing_entries=False,
             _raise_exceptions_for_connection_errors=False,
         )
-        if found is None:
+        if path is None:
             continue
         try:
-            facts = json.loads(Path(found).read_text(encoding="utf-8"))
+            facts = json.loads(Path(path).read_text(encoding="utf-8"))
             facts = facts.get("image_processor") or facts
             given = [facts.get(key) for key in ("image_mean", "image_std")]
             mean, std = (
@@ -167,7 +173,7 @@ def _statistics(source: str, where: dict[str, Any], kind: Type) -> tuple[Any, An
             if not len(mean) == len(std) == 3:
                 raise ValueError("image_mean and image_std need three numbers each")
         except (ValueError, AttributeError, TypeError) as error:
-            raise BadInputError(f"{found} is not a preprocessor configuration: {error}.") from error
+            raise BadInputError(f"{path} is not a preprocessor configuration: {error}.") from error
         if any(values is not None for values in given):
             return mean, std
     return kind.statistics
@@ -178,19 +184,19 @@ class HFEncoder(Encoder):
 
     _inner = "model"
 
-    def __init__(self, model: Any, kind: Type, request: ModelSpec) -> None:
+    def __init__(self, model: Any, kind: Type, spec: ModelSpec) -> None:
         super().__init__()
         config = model.config
-        self.name, self.model = request.name, model
+        self.name, self.model = spec.name, model
         count = config.num_hidden_layers
         self.blocks = next(m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == count)
         norms = dict(model.named_modules())
         self.norm = next(norms[name] for name in kind.norms if name in norms)
-        self.taken = take_layers(request.layers, count, request.name)
-        self.layer = layer_name(self.taken, count)
-        self.embed_dim = config.hidden_size * len(self.taken)
+        self.indices = layer_indices(spec.layers, count, spec.name)
+        self.layer = layer_name(self.indices, count)
+        self.embed_dim = config.hidden_size * len(self.indices)
         self.stride = config.patch_size
-        self.count = kind.tokens + getattr(config, "num_register_tokens", 0)
+        self.prefix_count = kind.tokens + getattr(config, "num_register_tokens", 0)
         self.has_final_norm = True
         self.pos_interp = "native"
         takes = inspect.signature(model.forward).parameters
@@ -202,7 +208,7 @@ class HFEncoder(Encoder):
             self.blocks[i].register_forward_hook(
                 lambda _module, _inputs, output: levels.append(output if isinstance(output, Tensor) else output[0])
             )
-            for i in self.taken
+            for i in self.indices
         ]
         try:
             self.model(pixel_values=images, **self.options)
@@ -211,11 +217,11 @@ class HFEncoder(Encoder):
                 hook.remove()
         tokens = torch.cat([self.norm(level) if final_norm else level for level in levels], -1)
         size = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
-        patches = tokens[:, self.count :]
+        patches = tokens[:, self.prefix_count :]
         if patches.shape[1] != size[0] * size[1]:
             raise BadInputError(
                 f"Model {self.name!r} gave {patches.shape[1]} patch tokens for a grid of {size[0]}x{size[1]}."
             )
         grid = patches.transpose(1, 2).unflatten(2, size)
-        prefix = tokens[:, : self.count] if self.count else None
+        prefix = tokens[:, : self.prefix_count] if self.prefix_count else None
         return DenseFeatures(grid, self.stride, self.layer, final_norm, prefix)

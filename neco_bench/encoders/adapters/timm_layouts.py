@@ -1,8 +1,8 @@
 """Official layouts as timm's names, by timm's own conversions, with an account of what these do to each tensor.
 
 timm has a function per family for files in their authors' layouts (`pretrained_filter_fn`): CLIP, DINOv3, RADIO and
-many more. They also resize and drop tensors without a word. Here every number of a file that is dropped or computed
-anew is found, from the gradients of what comes out, and is an error or is named.
+many more. They also resize and drop tensors without saying so. Here the gradients of what they return show which
+numbers of a file were dropped or recomputed: that is an error, or is named in the report.
 """
 
 from __future__ import annotations
@@ -30,12 +30,9 @@ Filter = Callable[..., Any] | None
 
 _RADIO = "radio_model.model."
 
-
 _RESIZED_BY_DESIGN = f"{_RADIO}patch_generator.pos_embed"
 
-
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}  # stand in OpenAI's own archives alone
-
 
 _LOST = "with numbers that it has no place for"
 
@@ -55,14 +52,14 @@ class Converted:
 def load(
     make: Callable[..., Any], path: Path, branch: str | None, *, drop_registers: bool = False
 ) -> tuple[Any, WeightsReport]:
-    """The model of `make(**options)` with the weights of a file, in timm's or an official layout, and what was done.
+    """Load a file in timm's or an official layout into the model of `make(**options)`; return it, and what was done.
 
     The model is built at the file's own grid of positions. Raises `MissingError` and `BadInputError`.
     """
     model, filter_fn = _with_filter(make)
     names = model.state_dict().keys()
-    read = weights.without_wrappers(weights.read_tensors(path), names)
-    read = weights.without_chunks(read, names)
+    read = weights.strip_wrappers(weights.read_tensors(path), names)
+    read = weights.strip_chunks(read, names)
     tensors, outside = weights.select(read, names, path, branch, lambda part: _as_timm(part, model, filter_fn))
     _check_activation(read, model, path)
     renamed: dict[str, str] = {}
@@ -74,34 +71,33 @@ def load(
         model = make(img_size=size)
         fitted = _fit(tensors, model, filter_fn)
     if fitted.faults:
-        weights.refuse(fitted.faults, path, _advice(fitted, model) or weights.belongs(read))
+        weights.raise_misfits(fitted.faults, path, _advice(fitted, model) or weights.layout_hint(read))
     report = weights.load_strictly(
         model,
         fitted.tensors,
-        path,
-        renamed={**renamed, **fitted.renamed},
-        dropped=(*outside, *dropped, *fitted.dropped),
-        resized=fitted.resized,
-        hint=weights.belongs(read),
+        WeightsReport(
+            str(path), {**renamed, **fitted.renamed}, (*outside, *dropped, *fitted.dropped), tuple(fitted.resized)
+        ),
+        hint=weights.layout_hint(read),
     )
     return model, report
 
 
 def _with_filter(make: Callable[..., Any]) -> tuple[Any, Filter]:
     """The model of `make(pretrained=True)`, without weights, and timm's conversion for its files, or None."""
-    found: list[Any] = []
+    filters: list[Any] = []
     before = builder.load_pretrained
-    builder.load_pretrained = lambda *_, filter_fn=None, **__: found.append(filter_fn)
+    builder.load_pretrained = lambda *_, filter_fn=None, **__: filters.append(filter_fn)
     try:
         model = make(pretrained=True)
     finally:
         builder.load_pretrained = before
-    return model, found[0] if found else None
+    return model, filters[0] if filters else None
 
 
 def _fit(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) -> Converted:
     """The tensors as they are where they fit, else converted."""
-    if not weights.faults(model, tensors):
+    if not weights.misfits(model, tensors):
         return Converted(dict(tensors), {}, positions=tensors.get("pos_embed"))
     return convert(tensors, model, filter_fn)
 
@@ -145,7 +141,7 @@ def _as_timm(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter)
 
 
 def convert(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) -> Converted:
-    """The tensors in timm's names. What is lost or computed anew on the way is a fault, or named."""
+    """Convert tensors to timm's names. What is lost or recomputed on the way is a fault, or is named."""
     given, folded = _masked_biases(tensors)
     if "patch_generator.embedder.weight" in given:
         given = {f"{_RADIO}{key}": value for key, value in given.items()}
@@ -154,13 +150,13 @@ def convert(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) 
         if value.is_floating_point() and value.layout == torch.strided:
             value.requires_grad_()
     with torch.enable_grad():
-        made = _as_timm(leaves, model, filter_fn)
+        converted = _as_timm(leaves, model, filter_fn)
     sources = {id(value): key for key, value in leaves.items()}
     renamed = dict(folded)
     used: dict[str, Tensor | int] = {}  # per tensor of the file, in how many places each of its numbers stands
     derived: list[Tensor] = []
     positions = None
-    for name, value in made.items():
+    for name, value in converted.items():
         origins = [sources[id(value)]] if id(value) in sources else [sources[i] for i in _inputs(value) if i in sources]
         if id(value) in sources:
             used[origins[0]] = 1
@@ -171,23 +167,11 @@ def convert(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) 
                 renamed[origin] = f"{renamed[origin]}, {name}" if origin in renamed else name
         if name == "pos_embed" and origins and origins[0] != _RESIZED_BY_DESIGN:
             positions = given[origins[0]]
-    inputs = [key for key, value in leaves.items() if value.requires_grad]
-    if derived and inputs:
-        ones = [torch.ones_like(value) for value in derived]
-        counts = torch.autograd.grad(derived, [leaves[key] for key in inputs], ones, allow_unused=True)
-        for key, count in zip(inputs, counts, strict=True):
-            if count is not None:
-                used[key] = count + used.get(key, 0)
+    _count_uses(used, leaves, derived)
     counted = {key: count for key, count in used.items() if isinstance(count, Tensor) and key != _RESIZED_BY_DESIGN}
     dropped = [key for key in given if key not in used]
-    lost = [key for key, count in counted.items() if bool(((count == 0) & (given[key] != 0)).any())]
-    lost += [
-        key
-        for key in dropped
-        if key.endswith(".bias") and f"{key.removesuffix('bias')}weight" in used and bool(given[key].ne(0).any())
-    ]
-    found = {
-        _LOST: lost,
+    faults = {
+        _LOST: _lost(counted, dropped, used, given),
         "of another value here": _other_values(dropped, given, model),
         "to be resized": [
             f"{key} {tuple(given[key].shape)}" for key, count in counted.items() if bool((count != count.round()).any())
@@ -196,15 +180,35 @@ def convert(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) 
     resized = [f"{_RESIZED_BY_DESIGN} {tuple(given[_RESIZED_BY_DESIGN].shape)}"] if _RESIZED_BY_DESIGN in used else []
     trunk = {key.partition(".")[0] for key in used}
     listed = [key for key in dropped if key.partition(".")[0] in trunk]
-    outside = weights.grouped([key for key in dropped if key not in listed])
+    outside = weights.group_names([key for key in dropped if key not in listed])
     return Converted(
-        {name: value.detach() for name, value in made.items()},
+        {name: value.detach() for name, value in converted.items()},
         renamed,
         (*listed, *outside),
         tuple(resized),
-        {kind: keys for kind, keys in found.items() if keys},
+        {kind: keys for kind, keys in faults.items() if keys},
         positions,
     )
+
+
+def _count_uses(used: dict[str, Tensor | int], leaves: Mapping[str, Tensor], derived: list[Tensor]) -> None:
+    """Add to `used` in how many places of `derived` each number of a tensor stands: the gradient of their sum."""
+    inputs = [key for key, value in leaves.items() if value.requires_grad]
+    if derived and inputs:
+        ones = [torch.ones_like(value) for value in derived]
+        counts = torch.autograd.grad(derived, [leaves[key] for key in inputs], ones, allow_unused=True)
+        for key, count in zip(inputs, counts, strict=True):
+            if count is not None:
+                used[key] = count + used.get(key, 0)
+
+
+def _lost(
+    counted: Mapping[str, Tensor], dropped: Collection[str], used: Collection[str], given: Mapping[str, Tensor]
+) -> list[str]:
+    """Tensors of which numbers other than 0 stand nowhere: parts of used ones, and dropped biases of used weights."""
+    parts = [key for key, count in counted.items() if bool(((count == 0) & (given[key] != 0)).any())]
+    biases = [key for key in dropped if key.endswith(".bias") and f"{key.removesuffix('bias')}weight" in used]
+    return parts + [key for key in biases if bool(given[key].ne(0).any())]
 
 
 def _masked_biases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -221,29 +225,29 @@ def _masked_biases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 def _inputs(value: Tensor) -> list[int]:
     """The ids of the tensors that a tensor was computed from."""
-    found, todo, seen = [], [value.grad_fn], set()
+    ids, todo, visited = [], [value.grad_fn], set()
     while todo:
         node = todo.pop()
-        if node is None or node in seen:
+        if node is None or node in visited:
             continue
-        seen.add(node)
+        visited.add(node)
         if hasattr(node, "variable"):
-            found.append(id(node.variable))
+            ids.append(id(node.variable))
         todo += [before for before, _ in node.next_functions]
-    return found
+    return ids
 
 
 def _other_values(dropped: Collection[str], given: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     """Dropped tensors, such as the periods of rotary positions, that the model computes itself as other numbers."""
     own = {name.rpartition(".")[2]: buffer for name, buffer in model.named_buffers()}
-    found = []
+    result = []
     for key in dropped:
-        there, here = given[key], own.get(key.rpartition(".")[2])
-        if here is None or here.shape != there.shape or not here.is_floating_point():
+        stored, computed = given[key], own.get(key.rpartition(".")[2])
+        if computed is None or computed.shape != stored.shape or not computed.is_floating_point():
             continue
-        if not torch.allclose(there.float(), here.float(), rtol=1e-2):
-            found.append(key)
-    return found
+        if not torch.allclose(stored.float(), computed.float(), rtol=1e-2):
+            result.append(key)
+    return result
 
 
 def _check_activation(tensors: Collection[str], model: Any, path: Path) -> None:

@@ -1,8 +1,8 @@
 """Encoders from timm: plain ViTs, other token models (EVA, DINOv3, SigLIP, ...), and hierarchical networks and CNNs.
 
 Plain ViTs are run here block by block, for the choice of position interpolation and for class-token attention; all
-others through timm's `forward_intermediates`. Inner blocks pass the final norm too unless asked otherwise, as DINOv2's
-`get_intermediate_layers` does.
+others through timm's `forward_intermediates`. Inner blocks pass the final norm too by default, as in DINOv2's
+`get_intermediate_layers`.
 """
 
 from __future__ import annotations
@@ -22,21 +22,21 @@ from torch import Tensor, nn
 
 from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean
 from neco_bench.encoders import fetch, weights
-from neco_bench.encoders.adapters import timm_layouts, tiny
-from neco_bench.encoders.adapters.layers import layer_name, take_layers
-from neco_bench.encoders.adapters.timm_sizes import build_for, measure
-from neco_bench.encoders.adapters.timm_sizes import create as _create
+from neco_bench.encoders.adapters import (
+    timm_layouts,
+    tiny,  # noqa: F401 makes its model known to timm
+)
+from neco_bench.encoders.adapters.layers import layer_indices, layer_name
+from neco_bench.encoders.adapters.timm_sizes import build_for, create, measure
 from neco_bench.encoders.base import IMAGENET_MEAN, IMAGENET_STD, DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.options import POS_INTERP
 from neco_bench.encoders.spec import ModelSpec
 from neco_bench.encoders.zoo import ZooEntry, weights_folder
 
-assert tiny  # importing it makes its model known to timm
 
-
-def build(request: ModelSpec, file: Path | None) -> Encoder:
-    """The encoder for a timm model, with weights from `file`, the zoo's address, timm's own, or seeded random ones."""
-    name, entry = request.target, request.entry
+def build(spec: ModelSpec) -> Encoder:
+    """Build the encoder of a timm model, with the spec's weights, the zoo's, timm's own, or seeded random ones."""
+    name, entry, file = spec.target, spec.entry, spec.weights
     architecture, _, tag = name.partition(".")
     if not timm.is_model(architecture):
         raise UsageError(
@@ -45,19 +45,19 @@ def build(request: ModelSpec, file: Path | None) -> Encoder:
     if tag and not timm.is_model_pretrained(name):
         known = timm.list_pretrained(f"{architecture}.*")
         raise UsageError(f"timm {timm.__version__} has no weights {name!r}; it has {', '.join(known) or 'none'}.")
-    if file is None and entry and request.pretrained:
+    if file is None and entry and spec.pretrained:
         file = _zoo_file(entry)
     report: WeightsReport
     if file is not None:
-        model, report = _from_file(request, file)
+        model, report = _from_file(spec, file)
         if entry and entry.packaged and file == entry.weights_file:
             report = replace(report, source=f"neco-bench: {entry.weights}")
-    elif request.pretrained:
-        model, report = _from_timm(request)
+    elif spec.pretrained:
+        model, report = _from_timm(spec)
     else:
-        model = _create(name, request.seed, num_classes=0)
-        report = WeightsReport(source=f"random, seed {request.seed}")
-    encoder = wrap(model, request)
+        model = create(name, spec.seed, num_classes=0)
+        report = WeightsReport(source=f"random, seed {spec.seed}")
+    encoder = wrap(model, spec)
     if entry is None:
         encoder.mean, encoder.std, encoder.statistics = statistics_of(model)
     else:  # the zoo's weights are not always those that timm's statistics belong to
@@ -69,7 +69,7 @@ def build(request: ModelSpec, file: Path | None) -> Encoder:
 
 
 def statistics_of(model: Any) -> tuple[Any, Any, str]:
-    """Mean and std of a timm model's own weights, and where they are from, for people."""
+    """Return mean and std of a timm model's own weights, and where they are from, as text."""
     facts = model.pretrained_cfg
     tag = ".".join(filter(None, (facts.get("architecture"), facts.get("tag"))))
     return tuple(facts["mean"]), tuple(facts["std"]), f"timm's for {tag}"
@@ -87,9 +87,9 @@ def _zoo_file(entry: ZooEntry) -> Path | None:
     return path
 
 
-def _from_timm(request: ModelSpec) -> tuple[Any, WeightsReport]:
+def _from_timm(spec: ModelSpec) -> tuple[Any, WeightsReport]:
     """timm's own pretrained weights, loaded by timm with all names fitting (heads included, then removed)."""
-    name = request.target
+    name = spec.target
     config = timm.get_pretrained_cfg(name)
     if config is None or not (config.hf_hub_id or config.url):
         raise UsageError(f"timm has no weights for {name!r}. Add ?pretrained=false&seed=0, or pass --weights FILE.")
@@ -106,37 +106,36 @@ def _from_timm(request: ModelSpec) -> tuple[Any, WeightsReport]:
     else:
         overlay = {"state_dict": weights.read_tensors(path)}
     try:
-        model = _create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
+        model = create(name, 0, pretrained=True, pretrained_cfg_overlay=overlay)
     except (RuntimeError, KeyError) as error:
         raise BadInputError(f"Weights file {path} does not fit timm's {name!r}: {error}") from error
     model.reset_classifier(0)
     return model, WeightsReport(source=str(path))
 
 
-def _from_file(request: ModelSpec, path: Path) -> tuple[Any, WeightsReport]:
+def _from_file(spec: ModelSpec, path: Path) -> tuple[Any, WeightsReport]:
     """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
-    drop_registers = request.entry is not None and request.entry.drop_registers
-    make = partial(_create, request.target, 0, num_classes=0)
-    return timm_layouts.load(make, path, request.branch, drop_registers=drop_registers)
+    drop_registers = spec.entry is not None and spec.entry.drop_registers
+    make = partial(create, spec.target, 0, num_classes=0)
+    return timm_layouts.load(make, path, spec.branch, drop_registers=drop_registers)
 
 
-def wrap(model: Any, request: ModelSpec, *, twin: Any = None) -> Encoder:
-    """The encoder that reads a timm model. twin: a copy on the meta device, which is made where it is not given."""
+def wrap(model: Any, spec: ModelSpec, *, twin: Any = None) -> Encoder:
+    """Make the encoder that reads a timm model. twin: a copy on the meta device, made where it is not given."""
     if not hasattr(model, "forward_intermediates"):
-        raise UsageError(f"timm's {request.target!r} gives no dense features (it has no forward_intermediates).")
+        raise UsageError(f"timm's {spec.target!r} gives no dense features (it has no forward_intermediates).")
     plain = type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.pos_embed is not None
     if plain and model.dynamic_img_size:
-        return TimmViT(model, request)
-    if request.pos_interp not in (None, "timm", "none"):
+        return TimmViT(model, spec)
+    if spec.pos_interp not in (None, "timm", "none"):
         raise UsageError(
-            f"pos_interp={request.pos_interp} is for plain ViTs with learned positions; "
-            f"{request.target!r} takes timm only."
+            f"pos_interp={spec.pos_interp} is for plain ViTs with learned positions; {spec.target!r} takes timm only."
         )
     if twin is None:
         with torch.device("meta"):
-            twin = _create(request.target, 0, num_classes=0)
+            twin = create(spec.target, 0, num_classes=0)
     tokens = "return_prefix_tokens" in inspect.signature(model.forward_intermediates).parameters
-    return TimmTokens(model, request, twin) if tokens else TimmStages(model, request, twin)
+    return TimmTokens(model, spec, twin) if tokens else TimmStages(model, spec, twin)
 
 
 class _Timm(Encoder):
@@ -144,21 +143,21 @@ class _Timm(Encoder):
 
     _inner = "model"
 
-    def __init__(self, model: Any, request: ModelSpec, count: int, what: str) -> None:
+    def __init__(self, model: Any, spec: ModelSpec, count: int, what: str) -> None:
         super().__init__()
-        self.name = request.name
+        self.name = spec.name
         self.model = model
-        self.taken = take_layers(request.layers, count, request.name, f"{what}s")
-        self.layer = layer_name(self.taken, count, what)
+        self.indices = layer_indices(spec.layers, count, spec.name, f"{what}s")
+        self.layer = layer_name(self.indices, count, what)
 
 
 class _Measured(_Timm):
     """A timm model read through `forward_intermediates`, at the sizes that `timm_sizes` finds it to take."""
 
-    def __init__(self, model: Any, request: ModelSpec, twin: Any, what: str) -> None:
-        super().__init__(model, request, len(model.feature_info), what)
-        self.level = measure(twin, self.taken[-1], request.name)
-        self.embed_dim = self.level.embed_dim * len(self.taken)
+    def __init__(self, model: Any, spec: ModelSpec, twin: Any, what: str) -> None:
+        super().__init__(model, spec, len(model.feature_info), what)
+        self.level = measure(twin, self.indices[-1], spec.name)
+        self.embed_dim = self.level.embed_dim * len(self.indices)
         self.stride, self.size_multiple = self.level.stride, self.level.multiple
         self.only_size, self.has_final_norm = self.level.size, self.level.final_norm
         self._rebuilt: tuple[tuple[int, int], list[Any]] | None = None  # in a list: no part of this module
@@ -179,7 +178,9 @@ class _Measured(_Timm):
         if padding := self.level.padding:
             before, after = padding // 2, padding - padding // 2
             images = F.pad(images, (before, after, before, after))
-        return model, model.forward_intermediates(images, indices=list(self.taken), intermediates_only=True, **options)
+        return model, model.forward_intermediates(
+            images, indices=list(self.indices), intermediates_only=True, **options
+        )
 
     def _build_for(self, size: tuple[int, int]) -> Any:
         try:
@@ -194,8 +195,8 @@ class _Measured(_Timm):
 class TimmTokens(_Measured):
     """A timm model of equal token grids in all blocks, through `forward_intermediates`."""
 
-    def __init__(self, model: Any, request: ModelSpec, twin: Any) -> None:
-        super().__init__(model, request, twin, "block")
+    def __init__(self, model: Any, spec: ModelSpec, twin: Any) -> None:
+        super().__init__(model, spec, twin, "block")
         self.pos_interp = "timm"
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
@@ -211,12 +212,10 @@ class TimmTokens(_Measured):
 class TimmStages(_Measured):
     """A hierarchical network or CNN of timm, read at one feature level; the stride follows from the level."""
 
-    def __init__(self, model: Any, request: ModelSpec, twin: Any) -> None:
-        super().__init__(model, request, twin, "stage")
-        if len(self.taken) > 1:
-            raise UsageError(
-                f"Model {request.name!r} is hierarchical: its stages differ in size, so read one at a time."
-            )
+    def __init__(self, model: Any, spec: ModelSpec, twin: Any) -> None:
+        super().__init__(model, spec, twin, "stage")
+        if len(self.indices) > 1:
+            raise UsageError(f"Model {spec.name!r} is hierarchical: its stages differ in size, so read one at a time.")
         self.pos_interp = "timm" if self.level.rebuilt else "none"
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
@@ -229,14 +228,14 @@ class TimmStages(_Measured):
 class TimmViT(_Timm):
     """A plain Vision Transformer of timm, with or without class token and registers."""
 
-    def __init__(self, model: VisionTransformer, request: ModelSpec) -> None:
-        super().__init__(model, request, len(model.blocks), "block")
-        self.embed_dim = model.embed_dim * len(self.taken)
+    def __init__(self, model: VisionTransformer, spec: ModelSpec) -> None:
+        super().__init__(model, spec, len(model.blocks), "block")
+        self.embed_dim = model.embed_dim * len(self.indices)
         self.stride = model.patch_embed.patch_size[0]
         self.has_final_norm = isinstance(model.norm, nn.Module) and not isinstance(model.norm, nn.Identity)
-        self.pos_interp = request.pos_interp or "timm"
+        self.pos_interp = spec.pos_interp or "timm"
         if self.pos_interp not in POS_INTERP:
-            raise UsageError(f"Model {request.name!r}: pos_interp must be one of {', '.join(POS_INTERP)}.")
+            raise UsageError(f"Model {spec.name!r}: pos_interp must be one of {', '.join(POS_INTERP)}.")
         last: Any = model.blocks[-1]
         self.attentions = model.cls_token is not None and type(last) is Block and type(last.attn) is Attention
 
@@ -259,12 +258,12 @@ class TimmViT(_Timm):
             x = torch.cat([*prefix, x], 1) + self._positions(size)
         x = model.norm_pre(x)
         levels, weights_of_class = [], None
-        depth = len(model.blocks) if attention else self.taken[-1] + 1
+        depth = len(model.blocks) if attention else self.indices[-1] + 1
         for i, block in enumerate(model.blocks[:depth]):
             if attention and i == depth - 1:
                 weights_of_class = self._class_attention(block, x, size)
             x = block(x)
-            if i in self.taken:
+            if i in self.indices:
                 levels.append(model.norm(x) if final_norm else x)
         tokens = torch.cat(levels, dim=-1)
         count = model.num_prefix_tokens
@@ -283,7 +282,7 @@ class TimmViT(_Timm):
 
 
 def interpolate_positions(positions: Tensor, grid: tuple[int, int], size: tuple[int, int], rule: str) -> Tensor:
-    """Patch positions (1, rows * columns of `grid`, D) at another `size` (rows, columns): (1, rows * columns, D)."""
+    """Resize patch positions (1, rows * columns of `grid`, D) to `size` (rows, columns): (1, rows * columns, D)."""
     if size == grid:
         return positions
     image = positions.float().unflatten(1, grid).permute(0, 3, 1, 2)

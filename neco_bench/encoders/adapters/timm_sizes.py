@@ -48,7 +48,7 @@ class Level(NamedTuple):
 
 
 def create(name: str, seed: int, **options: Any) -> Any:
-    """The timm model, able to take any input size where timm offers that; the same weights for the same seed."""
+    """Create a timm model that takes any input size where timm offers that, with the same weights for the same seed."""
     attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for sizes in attempts:
         with torch.random.fork_rng(devices=[]):
@@ -62,7 +62,7 @@ def create(name: str, seed: int, **options: Any) -> Any:
 
 
 def build_for(model: Any, size: tuple[int, int]) -> Any:
-    """A copy of a one-size model for inputs of `size` (height, width), its positions resampled by timm.
+    """Copy a one-size model for inputs of `size` (height, width), its positions resampled by timm.
 
     Raises whatever timm does where it cannot convert the weights.
     """
@@ -86,13 +86,13 @@ def build_for(model: Any, size: tuple[int, int]) -> Any:
 
 
 def read_level(model: Any, images: Tensor, index: int, norm: bool) -> Tensor:
-    """The map (B, D, h, w) of one level, by timm's `forward_intermediates`."""
+    """Return the map (B, D, h, w) of one level, by timm's `forward_intermediates`."""
     (level,) = model.forward_intermediates(images, indices=[index], intermediates_only=True, norm=norm)
     return level[0] if isinstance(level, tuple) else level
 
 
 def measure(model: Any, index: int, name: str) -> Level:
-    """What level `index` of a model on the meta device is. name: for messages.
+    """Measure level `index` of a model on the meta device. name: for messages.
 
     Raises `UsageError` where the grid of the level fits no whole number of pixels.
     """
@@ -118,29 +118,21 @@ def _measured(model: Any, index: int, name: str) -> Level:
         try:
             with torch.inference_mode():
                 if rebuilt:
-                    found = read_level(build_for(model, (padded, padded)).eval(), _images(padded), index, False)
+                    features = read_level(build_for(model, (padded, padded)).eval(), _images(padded), index, False)
                 else:
                     reads[padded] = _called(model, _images(padded), index, norm=False)
-                    found = reads[padded][0]
+                    features = reads[padded][0]
         except Exception as error:  # models fail in ways of their own; whichever it is, they do not take this size
             if "meta tensor" in str(error):
                 raise _NeedsDataError from error
             return 0
-        return int(found.shape[-1]) if found.shape[-1] == found.shape[-2] else 0
+        return int(features.shape[-1]) if features.shape[-1] == features.shape[-2] else 0
 
     def level(stride: int, multiple: int, side: int, **how: Any) -> Level:
-        """The level with its channels, and whether a norm or a last convolution is behind it."""
         with torch.inference_mode():
-            found, before = reads.get(side) or _called(model, _images(side), index, norm=False)
-            try:
-                normed, after = _called(model, _images(side), index, norm=True)
-                norm = bool(after - before) and normed.shape == found.shape  # SAM's neck makes other channels
-            except AssertionError:  # "normalization of features not supported"
-                norm = False
-            last = getattr(model, "final_conv", nn.Identity())
-            final = index == len(facts) - 1 and any(True for _ in last.parameters()) and last not in before
-            channels = last(found).shape[1] if final else found.shape[1]
-        return Level(int(channels), stride, multiple, **how, final_norm=norm, final_conv=final)
+            read = reads.get(side) or _called(model, _images(side), index, norm=False)
+            channels, norm, final = _end_of_level(model, index, side, *read)
+        return Level(channels, stride, multiple, **how, final_norm=norm, final_conv=final)
 
     attempts = [(stride, False), (deepest, False), (deepest, True)]
     attempts += [(deepest * 2**i, False) for i in range(1, _LARGEST_BLOCK.bit_length())]
@@ -192,12 +184,26 @@ def _least(holds: Callable[[int], bool], most: int) -> int:
     return high
 
 
+def _end_of_level(
+    model: Any, index: int, side: int, features: Tensor, called: set[nn.Module]
+) -> tuple[int, bool, bool]:
+    """Channels of a level, and whether a norm and a last convolution are behind it. called: modules run up to it."""
+    try:
+        normed, with_norm = _called(model, _images(side), index, norm=True)
+        norm = bool(with_norm - called) and normed.shape == features.shape  # SAM's neck makes other channels
+    except AssertionError:  # "normalization of features not supported"
+        norm = False
+    last = getattr(model, "final_conv", nn.Identity())
+    final = index == len(model.feature_info) - 1 and any(True for _ in last.parameters()) and last not in called
+    return int((last(features) if final else features).shape[1]), norm, final
+
+
 def _called(model: nn.Module, images: Tensor, index: int, *, norm: bool) -> tuple[Tensor, set[nn.Module]]:
     """A level, and the modules that were called for it."""
-    seen: set[nn.Module] = set()
-    hooks = [m.register_forward_hook(lambda m, _inputs, _output: seen.add(m)) for m in model.modules()]
+    called: set[nn.Module] = set()
+    hooks = [m.register_forward_hook(lambda m, _inputs, _output: called.add(m)) for m in model.modules()]
     try:
-        return read_level(model, images, index, norm), seen
+        return read_level(model, images, index, norm), called
     finally:
         for hook in hooks:
             hook.remove()

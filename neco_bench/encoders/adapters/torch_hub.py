@@ -21,22 +21,24 @@ from torch import Tensor
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.encoders import fetch, weights
-from neco_bench.encoders.adapters.layers import layer_name, take_layers
+from neco_bench.encoders.adapters import timm_models
+from neco_bench.encoders.adapters.layers import layer_indices, layer_name
 from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.spec import ModelSpec
 
 
-def build(request: ModelSpec, file: Path | None) -> Encoder:
-    """The encoder of a hub entry. Raises `MissingError` (nothing to be had), `UsageError` and `BadInputError`."""
-    repository, _, entry = request.target.rpartition(":")
-    if not request.trust:
+def build(spec: ModelSpec) -> Encoder:
+    """Build the encoder of a hub entry. Raises `MissingError`, `UsageError` and `BadInputError`."""
+    file = spec.weights
+    repository, _, entry = spec.target.rpartition(":")
+    if not spec.trust:
         raise UsageError(
-            f"hub:{request.target} runs the code of {repository!r}, as torch.hub does. "
-            f"If you trust it, add ?trust=true to the model's spec."
+            f"hub:{spec.target} runs the code of {repository!r}, as torch.hub does. If you trust it, add ?trust=true "
+            f"to the model's spec."
         )
     local = Path(repository).expanduser().is_dir()
     repository = str(Path(repository).expanduser()) if local else repository
-    options = {} if request.pretrained and file is None else {"pretrained": False}
+    options = {} if spec.pretrained and file is None else {"pretrained": False}
     cached = Path(torch.hub.get_dir()) / "_".join(repository.partition(":")[0].split("/"))
     if not local and not list(cached.parent.glob(f"{cached.name}_*")) and not fetch.reachable("https://github.com"):
         raise MissingError(
@@ -51,16 +53,16 @@ def build(request: ModelSpec, file: Path | None) -> Encoder:
         raise
     except OSError as error:
         raise MissingError(
-            f"Hub model {request.target!r} needs a file that could not be fetched: {error}. Pass --weights FILE."
+            f"Hub model {spec.target!r} needs a file that could not be fetched: {error}. Pass --weights FILE."
         ) from error
     except Exception as error:  # someone else's code may fail in any way
         if "Cannot find callable" in str(error):
             raise UsageError(f"Hub repository {repository!r} has no entry {entry!r}.") from error
-        raise BadInputError(f"Hub model {request.target!r} failed: {type(error).__name__}: {error}") from error
+        raise BadInputError(f"Hub model {spec.target!r} failed: {type(error).__name__}: {error}") from error
     report = WeightsReport(source=f"torch.hub {repository}")
     if file is not None:
-        report = weights.load_file_into(model, file, request.branch)
-    encoder = _wrap(model, request)
+        report = weights.load_file_into(model, file, spec.branch)
+    encoder = _wrap(model, spec)
     encoder.weights_report = report
     encoder.weights_id = weights.state_sha256(model)
     return encoder
@@ -77,15 +79,13 @@ def _timeout() -> Iterator[None]:
         socket.setdefaulttimeout(before)
 
 
-def _wrap(model: Any, request: ModelSpec) -> Encoder:
+def _wrap(model: Any, spec: ModelSpec) -> Encoder:
     if (
         isinstance(model, torch.nn.Module)
         and hasattr(model, "forward_intermediates")
         and hasattr(model, "feature_info")
     ):
-        from neco_bench.encoders.adapters import timm_models
-
-        encoder = timm_models.wrap(model, request, twin=copy.deepcopy(model).to("meta"))
+        encoder = timm_models.wrap(model, spec, twin=copy.deepcopy(model).to("meta"))
         encoder.mean, encoder.std, encoder.statistics = timm_models.statistics_of(model)
         return encoder
     absent = [name for name in ("embed_dim", "blocks") if not hasattr(model, name)]
@@ -93,15 +93,15 @@ def _wrap(model: Any, request: ModelSpec) -> Encoder:
     inner = getattr(model, "get_intermediate_layers", None)
     if absent or not (inner or hasattr(model, "forward_features")):
         raise BadInputError(
-            f"Hub model {request.target!r} is not in the style of DINO or DINOv2 "
+            f"Hub model {spec.target!r} is not in the style of DINO or DINOv2 "
             f"(without {', '.join(absent) or 'get_intermediate_layers and forward_features'}). "
             f"Wrap it in a function of your own: path/to/file.py:FACTORY."
         )
     if inner and "norm" in inspect.signature(inner).parameters:
-        return HubDINOv2(model, request)
+        return HubDINOv2(model, spec)
     if inner:
-        return HubDINO(model, request)
-    return HubDictionary(model, request)
+        return HubDINO(model, spec)
+    return HubDictionary(model, spec)
 
 
 def _patch_size(model: Any) -> Any:
@@ -112,15 +112,15 @@ def _patch_size(model: Any) -> Any:
 class _Hub(Encoder):
     _inner = "model"
 
-    def __init__(self, model: Any, request: ModelSpec) -> None:
+    def __init__(self, model: Any, spec: ModelSpec) -> None:
         super().__init__()
-        self.name, self.model = request.name, model
+        self.name, self.model = spec.name, model
         self.statistics = "ImageNet's, as of DINO and DINOv2"
         count = model.n_blocks if hasattr(model, "n_blocks") else len(model.blocks)
-        self.count = count
-        self.taken = take_layers(request.layers, count, request.name)
-        self.layer = layer_name(self.taken, count)
-        self.embed_dim = model.embed_dim * len(self.taken)
+        self.depth = count
+        self.indices = layer_indices(spec.layers, count, spec.name)
+        self.layer = layer_name(self.indices, count)
+        self.embed_dim = model.embed_dim * len(self.indices)
         patch = _patch_size(model)
         self.stride = patch if isinstance(patch, int) else patch[0]
         self.pos_interp = "native"
@@ -135,13 +135,13 @@ class _Hub(Encoder):
 
 
 class HubDINOv2(_Hub):
-    """DINOv2's interface. `prefix` is the class token; registers are not handed out by it."""
+    """DINOv2's interface. `prefix` is the class token; it gives no registers."""
 
     has_final_norm = True
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         levels = self.model.get_intermediate_layers(
-            images, n=list(self.taken), reshape=False, return_class_token=True, norm=final_norm
+            images, n=list(self.indices), reshape=False, return_class_token=True, norm=final_norm
         )
         grid = self._grid(torch.cat([patches for patches, _ in levels], -1), images)
         prefix = torch.cat([token for _, token in levels], -1)[:, None]
@@ -151,14 +151,14 @@ class HubDINOv2(_Hub):
 class HubDINO(_Hub):
     """DINO's interface: blocks always after the norm, class token first."""
 
-    def __init__(self, model: Any, request: ModelSpec) -> None:
-        super().__init__(model, request)
+    def __init__(self, model: Any, spec: ModelSpec) -> None:
+        super().__init__(model, spec)
         self.attentions = hasattr(model, "get_last_selfattention")
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        first = self.taken[0]
-        levels = self.model.get_intermediate_layers(images, self.count - first)
-        tokens = torch.cat([levels[i - first] for i in self.taken], -1)
+        first = self.indices[0]
+        levels = self.model.get_intermediate_layers(images, self.depth - first)
+        tokens = torch.cat([levels[i - first] for i in self.indices], -1)
         grid = self._grid(tokens[:, 1:], images)
         of_class = None
         if attention:
@@ -169,13 +169,13 @@ class HubDINO(_Hub):
 class HubDictionary(_Hub):
     """`forward_features` alone: the last block after the norm."""
 
-    def __init__(self, model: Any, request: ModelSpec) -> None:
-        super().__init__(model, request)
+    def __init__(self, model: Any, spec: ModelSpec) -> None:
+        super().__init__(model, spec)
         if self.layer != "last":
-            raise UsageError(f"Model {request.name!r} gives its last block only; leave out layers.")
+            raise UsageError(f"Model {spec.name!r} gives its last block only; leave out layers.")
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        found = self.model.forward_features(images)
-        if not isinstance(found, dict) or "x_norm_patchtokens" not in found:
+        output = self.model.forward_features(images)
+        if not isinstance(output, dict) or "x_norm_patchtokens" not in output:
             raise BadInputError(f"Hub model {self.name!r}: forward_features gave no x_norm_patchtokens.")
-        return DenseFeatures(self._grid(found["x_norm_patchtokens"], images), self.stride, self.layer, True)
+        return DenseFeatures(self._grid(output["x_norm_patchtokens"], images), self.stride, self.layer, True)

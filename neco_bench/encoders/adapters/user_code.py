@@ -27,59 +27,60 @@ from neco_bench.encoders.spec import ModelSpec, functions_in
 from neco_bench.encoders.zoo import models
 
 
-def build(request: ModelSpec, file: Path | None) -> Encoder:
-    """The encoder that a factory makes, with `file` loaded into it strictly where one is given.
+def build(spec: ModelSpec) -> Encoder:
+    """Build the encoder that a factory makes, and load the spec's weights into it strictly where they are given.
 
     Raises `MissingError` (no such file) and `BadInputError` (no such factory, a factory that fails, a wrong result).
     """
     factory: Any
-    if request.kind == "file":
-        path, _, attribute = request.target.rpartition(":")
+    if spec.kind == "file":
+        path, _, attribute = spec.target.rpartition(":")
         factory, source = _factory_in(Path(path), attribute), Path(path)
     else:
-        factory = models().load(request.name.partition("?")[0])
-        found = inspect.getsourcefile(factory) if callable(factory) else None
-        source = Path(found) if found else Path(__file__)
+        factory = models().load(spec.name.partition("?")[0])
+        defined_in = inspect.getsourcefile(factory) if callable(factory) else None
+        source = Path(defined_in or __file__)
     if not callable(factory):
-        raise BadInputError(f"{request.target} is {type(factory).__name__}, not a function that makes an encoder.")
+        raise BadInputError(f"{spec.target} is {type(factory).__name__}, not a function that makes an encoder.")
     try:
         made = factory()
     except NecoBenchError:
         raise
     except (Exception, SystemExit) as error:  # someone else's code may fail in any way
-        raise BadInputError(f"{request.target} failed: {type(error).__name__}: {error}") from error
-    encoder = made if isinstance(made, Encoder) else ModuleEncoder(_checked_module(made, request.target))
-    encoder.name = request.name
+        raise BadInputError(f"{spec.target} failed: {type(error).__name__}: {error}") from error
+    encoder = made if isinstance(made, Encoder) else ModuleEncoder(_checked_module(made, spec.target))
+    encoder.name = spec.name
     for fact in ("embed_dim", "stride"):
         if not isinstance(getattr(encoder, fact, None), int):
-            raise BadInputError(f"{request.target} made an encoder whose {fact} is not a whole number.")
+            raise BadInputError(f"{spec.target} made an encoder whose {fact} is not a whole number.")
     if not isinstance(encoder.training_data, str):
         raise BadInputError(
-            f"{request.target} made an encoder whose training_data is {type(encoder.training_data).__name__}; write "
+            f"{spec.target} made an encoder whose training_data is {type(encoder.training_data).__name__}; write "
             f'the names of data sets as one text, such as "imagenet, coco".'
         )
-    check_has_values(encoder, request.target)
-    if file is not None:
+    check_has_values(encoder, spec.target)
+    if spec.weights is not None:
         if not encoder.state_dict():
-            raise UsageError(f"Model {request.name!r} has no weights to load; leave out --weights.")
-        encoder.weights_report = weights.load_file_into(weights.inner_module(encoder), file, request.branch, whole=True)
+            raise UsageError(f"Model {spec.name!r} has no weights to load; leave out --weights.")
+        encoder.weights_report = weights.load_file_into(
+            weights.inner_module(encoder), spec.weights, spec.branch, whole=True
+        )
     elif encoder.weights_report is None:
-        encoder.weights_report = WeightsReport(source=request.target)
+        encoder.weights_report = WeightsReport(source=spec.target)
     encoder.weights_id = whole_sha256(encoder) or file_sha256(source)
     return encoder
 
 
 def whole_sha256(encoder: nn.Module) -> str:
-    """The sha256 of all weights and of the tensors and arrays that modules keep besides them; "" where there are none.
+    """Compute the sha256 of all weights and of other tensors and arrays in modules; "" where there are none.
 
     Those of non-persistent buffers and plain attributes are in no state dict, and move the features as weights do.
     """
     known = {id(value) for value in encoder.state_dict(keep_vars=True).values()}
     others: dict[str, Any] = {}
     for place, module in encoder.named_modules():
-        kept = {**module._buffers, **vars(module)}
-        found = {name: value for name, value in kept.items() if _has_bytes(value)}
-        others |= {f"{place}.{name}": value for name, value in sorted(found.items()) if id(value) not in known}
+        arrays = {name: v for name, v in {**module._buffers, **vars(module)}.items() if _has_bytes(v)}
+        others |= {f"{place}.{name}": v for name, v in sorted(arrays.items()) if id(v) not in known}
     if not (known or others):
         return ""
     state = weights.state_sha256(encoder, whole=True)
@@ -116,13 +117,13 @@ def _factory_in(path: Path, attribute: str) -> Any:
     if not path.is_file():
         raise MissingError(f"Encoder file {path} does not exist.")
     name = f"neco_bench_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
-    spec = importlib.util.spec_from_file_location(name, path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module_spec = importlib.util.spec_from_file_location(name, path)
+    if module_spec is None or module_spec.loader is None:
+        raise BadInputError(f"Encoder file {path} is no Python file.")
+    module = importlib.util.module_from_spec(module_spec)
     sys.modules[name] = module  # dataclasses and pickling look a class's module up here
     try:
-        spec.loader.exec_module(module)
+        module_spec.loader.exec_module(module)
     except (Exception, SystemExit) as error:  # someone else's code may fail in any way
         raise BadInputError(f"Encoder file {path} could not be run: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
