@@ -84,7 +84,7 @@ def test_no_failure_of_an_encoder_stops_the_next_job(tmp_path: Path, encoders: P
     }
     assert answer.code == 4  # that of the first failure
     assert "Traceback" not in answer.err
-    assert "called sys.exit('no licence')" in rows["exits"]["error"]
+    assert "failed: SystemExit: no licence" in rows["exits"]["error"]
     for name in ("out_of_gpu", "out_of_cpu"):
         assert "Out of memory" in rows[name]["error"]
         assert "--batch-size" in rows[name]["error"]
@@ -120,7 +120,7 @@ def test_no_failure_of_a_data_set_stops_the_next_job(
             left.pop(0)
 
     monkeypatch.setattr(Shapes, "__getitem__", fails)
-    monkeypatch.setattr(execute, "_glance", lambda job: None)
+    monkeypatch.setattr(execute, "_check_masks", lambda job: None)
     monkeypatch.setattr(execute, "execute", counted)
     answer, rows = run(tmp_path, "baseline_rgb,baseline_hog")
     assert (answer.code, rows["baseline_rgb"]["status"], rows["baseline_hog"]["status"]) == (code, "failed", "ok")
@@ -200,7 +200,7 @@ def test_a_result_that_cannot_be_stored_is_still_shown(tmp_path: Path, monkeypat
 def test_a_command_that_is_not_run(tmp_path: Path, encoders: Path) -> None:
     answer = neco("check", f"{encoders}:exits", "--json")
     assert (answer.code, answer.out) == (4, "")
-    assert "called sys.exit('no licence')" in answer.err
+    assert "failed: SystemExit: no licence" in answer.err
 
 
 @pytest.mark.timeout(120)

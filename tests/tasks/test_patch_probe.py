@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from neco_bench.tasks.patch_probe import knn, logistic
 from neco_bench.tasks.patch_probe import task as probe
 from neco_bench.tasks.patch_probe.knn import nearest_rows, vote
 from neco_bench.tasks.patch_probe.logistic import Logistic, fit_logistic, fit_on_device
@@ -125,7 +126,7 @@ def test_votes_equal_a_loop(blocks: np.ndarray, ids: np.ndarray) -> None:
             expected = np.where(expected == IGNORE, np.array(fallback)[:, None], expected)
         whole = vote(patches, torch.from_numpy(ids), 5, void, CPU)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(probe, "VOTE_BYTES", 1)
+            patch.setattr(knn, "VOTE_BYTES", 1)
             one_by_one = vote(patches, torch.from_numpy(ids), 5, void, CPU)
         np.testing.assert_array_equal(whole.numpy(), expected)
         np.testing.assert_array_equal(one_by_one.numpy(), expected)
@@ -157,7 +158,7 @@ def test_squash_is_bicubic_and_takes_the_mask_along_or_not() -> None:
 @pytest.mark.parametrize("chunk", [7, 64, 1000])
 def test_neighbours_equal_brute_force(distance: Distance, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Chunks smaller than k, chunks that do not divide, and one chunk. Lengths differ, so the two distances do too."""
-    monkeypatch.setattr(probe, "CHUNK", chunk)
+    monkeypatch.setattr(knn, "CHUNK", chunk)
     rng = np.random.default_rng(1)
     offset = {"cosine": 1, "l2": 1000}[distance]  # which must not cost digits
     keys, queries = (rng.normal(1, 1, (n, 9)) * rng.uniform(0.5, 2, (n, 1)) + offset - 1 for n in (300, 90))
@@ -188,7 +189,7 @@ def test_logistic_regression_is_that_of_scikit_learn(
     c: float, ids: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over chunks, for class ids with gaps, and for two classes; at the smallest C the free intercepts decide."""
-    monkeypatch.setattr(probe, "CHUNK", 400)
+    monkeypatch.setattr(logistic, "CHUNK", 400)
     rng = np.random.default_rng(0)
     shares = np.array([0.5, 0.3, 0.15, 0.05][: len(ids)])
     labels = rng.choice(ids, 1500, p=shares / shares.sum()).astype(np.uint8)

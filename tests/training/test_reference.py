@@ -56,7 +56,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 @pytest.fixture(autouse=True)
 def _small(monkeypatch: pytest.MonkeyPatch) -> None:
     """DINOv2's architectures with two narrow blocks, and position embeddings of random values."""
-    create = timm_models._create
+    create = timm_models.create
 
     def small(name: str, seed: int, **options: Any) -> Any:
         model = create(name, seed, **options, depth=2, embed_dim=24, num_heads=2, img_size=98)
@@ -67,7 +67,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> None:
                 value.fill_(0.9)
         return model
 
-    monkeypatch.setattr(timm_models, "_create", small)
+    monkeypatch.setattr(timm_models, "create", small)
 
 
 def plain_features(state: State, images: Tensor) -> Tensor:
