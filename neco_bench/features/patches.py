@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,10 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from neco_bench.data.base import IGNORE, Sample
+from neco_bench.data.base import IGNORE, Sample, Void
 from neco_bench.features.transforms import resize_nearest_pil, to_tensor
-
-Void = Literal["wins ties", "loses ties", "never votes"]
 
 
 @dataclass(frozen=True)
