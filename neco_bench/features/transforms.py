@@ -10,6 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import torch
@@ -29,14 +30,14 @@ Transform = Callable[[Sample, np.random.Generator], tuple[Tensor, np.ndarray]]
 
 
 @functools.lru_cache(maxsize=256)
-def _legacy_index(source: int, target: int) -> np.ndarray:
+def _torch_index(source: int, target: int) -> np.ndarray:
     scale = np.float32(source) / np.float32(target)
     return np.minimum((np.arange(target, dtype=np.float32) * scale).astype(np.int64), source - 1)
 
 
 def resize_nearest_torch(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     """(..., H, W) -> (..., height, width) by PyTorch's `nearest` rule."""
-    return mask[..., _legacy_index(mask.shape[-2], height), :][..., _legacy_index(mask.shape[-1], width)]
+    return mask[..., _torch_index(mask.shape[-2], height), :][..., _torch_index(mask.shape[-1], width)]
 
 
 def resize_nearest_pil(mask: np.ndarray, height: int, width: int) -> np.ndarray:
@@ -113,11 +114,11 @@ class ResizeSquare:
     """Resize image and mask to a size x size square, aspect ratio not kept, or leave the mask at native resolution."""
 
     size: int
-    mask: str  # "legacy", "centre" (the two nearest rules) or "native"
+    mask: Literal["torch", "pil", "native"]  # a nearest rule, or the mask as it is
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         image = resize_image(sample.image, self.size, self.size)
         if self.mask == "native":
             return image, sample.mask
-        resize = resize_nearest_torch if self.mask == "legacy" else resize_nearest_pil
+        resize = resize_nearest_torch if self.mask == "torch" else resize_nearest_pil
         return image, resize(sample.mask, self.size, self.size)

@@ -110,7 +110,7 @@ class _InvertedFile:
         kmeans = faiss.Kmeans(
             self.width, self.lists, niter=6, seed=SEED, spherical=True, max_points_per_centroid=TRAINING
         )
-        points = rows.drawn(TRAINING * self.lists, SEED)
+        points = rows.faiss_subsample(TRAINING * self.lists, SEED)
         kmeans.train(points)
         assert kmeans.centroids is not None
         self._quantizer = faiss.IndexFlatIP(self.width)

@@ -181,7 +181,7 @@ def test_probe3d_ceilings(
             ("best", np.clip(np.round(truth * side), 0, side - 1)),
         ):
             answer = torch.from_numpy(cells.astype(np.int64))
-            monkeypatch.setattr("neco_bench.tasks.correspondence.task.nearest_cells", lambda *_, a=answer, **__: a)
+            monkeypatch.setattr("neco_bench.tasks.correspondence.geometry.nearest_cells", lambda *_, a=answer, **__: a)
             errors = match_probe3d([pair], [view], view, size, stride)[1] / box_side(pair.target_box)
             by_hand = np.linalg.norm(cells / side - truth, axis=1) * 500 / box_side(pair.target_box)
             np.testing.assert_allclose(errors, by_hand, atol=1e-4)
