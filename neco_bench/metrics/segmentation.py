@@ -23,9 +23,11 @@ def confusion_matrix(
     """Count pixels by class and prediction.
 
     Args:
-        truth: integer class ids of any shape; `ignore` for pixels that are not counted.
+        truth: integer class ids of any shape.
         prediction: integer ids of the same shape.
-        classes: C. clusters: K, where predictions are cluster ids; None takes C.
+        classes: C.
+        clusters: K, where predictions are cluster ids; None takes C.
+        ignore: id in `truth` of pixels that are not counted.
 
     Returns:
         (C, K) int64.

@@ -39,6 +39,7 @@ class View:
 
     @property
     def longest(self) -> int:
+        """The longer side in original pixels."""
         return max(self.width, self.height)
 
     @cached_property

@@ -33,13 +33,13 @@ from neco_bench.features.transforms import to_tensor, upsample_argmax
 
 
 def window_starts(length: int, window: int, step: int) -> list[int]:
-    """First pixels of the windows along an axis of `length` >= `window` pixels; the last one ends with the axis."""
+    """Place windows along an axis of `length` >= `window` pixels: first pixels of each; the last ends with the axis."""
     count = max(length - window + step - 1, 0) // step + 1
     return [min(k * step, length - window) for k in range(count)]
 
 
 def merge_windows(logits: Tensor, corners: list[tuple[int, int]], window: int) -> Tensor:
-    """(C, H, W) mean of the logits (n, C, h, w) of windows, upsampled to their place; corners: (top, left) of each."""
+    """Average the logits (n, C, h, w) of windows, upsampled to their place: (C, H, W); corners: (top, left) of each."""
     height, width = (max(side) + window for side in zip(*corners, strict=True))
     total, visits = logits.new_zeros(logits.shape[1], height, width), logits.new_zeros(height, width)
     for part, (top, left) in zip(logits, corners, strict=True):
@@ -52,7 +52,7 @@ def merge_windows(logits: Tensor, corners: list[tuple[int, int]], window: int) -
 def encode_windows(
     encoder: Encoder, image: np.ndarray, window: int, settings: Settings, context: Context
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Features (n, D, h, w) and (top, left) of the windows over an image (H, W, 3) uint8, its short side resized."""
+    """Encode windows over an image (H, W, 3) uint8, its short side resized: features (n, D, h, w) and corners."""
     resized = to_tensor(resize_short_side(image, window))
     step = max(1, int(window * settings.window_step))
     rows, columns = (window_starts(side, window, step) for side in resized.shape[1:])
@@ -67,7 +67,7 @@ def encode_windows(
 def classify_windows(
     head: BnHead, features: Tensor, corners: list[tuple[int, int]], window: int, shape: tuple[int, ...]
 ) -> Tensor:
-    """Class ids of an image of `shape` (H, W) from what `encode_windows` gives: mean logits, upsampled, argmax."""
+    """Classify the pixels of an image of `shape` (H, W) from what `encode_windows` returns, by mean logits."""
     merged = merge_windows(head(features), corners, window)
     return upsample_argmax(merged, *shape)
 
@@ -122,7 +122,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
 
 def training_order(count: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
-    """(epoch, index) of all items of all iterations: each epoch a permutation; batches run on over their ends."""
+    """Order the items (epoch, index) of all iterations: each epoch is a permutation; batches may span two epochs."""
     total = settings.iterations * settings.batch_size
     items: list[tuple[int, int]] = []
     for epoch in range(-(-total // count)):
@@ -133,7 +133,7 @@ def training_order(count: int, settings: Settings, seed: int) -> list[tuple[int,
 def training_batches(
     encoder: Encoder, train: SegmentationDataset, size: int, settings: Settings, context: Context
 ) -> Batches:
-    """Features (B, D, h, w) and targets (B, size, size) of the probe's batches, one for each iteration."""
+    """Yield features (B, D, h, w) and targets (B, size, size) of the probe's batches, one for each iteration."""
     s = settings
     distortion = Distortion(s.distortion_probability, s.brightness, s.contrast, s.saturation, s.hue)
     fill = s.mean or encoder.mean

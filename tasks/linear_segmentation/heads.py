@@ -1,7 +1,7 @@
 """The linear probe: one 1x1 convolution on patch features, trained by SGD. Pure functions on tensors.
 
 Upsampling the C logits instead of the D features before the head, as the reference does, is the same function (a 1x1
-convolution and bilinear interpolation commute, and the interpolation weights sum to 1, so the bias is kept).
+convolution and bilinear interpolation commute, and the interpolation weights sum to 1, so the bias stays the same).
 """
 
 from __future__ import annotations

@@ -154,6 +154,21 @@ def test_checking_settings_imports_no_torch() -> None:
     assert done.stdout.split() == []
 
 
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from neco_bench.core.protocol import find_tasks\n"
+        "from neco_bench.results.store import ResultStore\n"
+        "from neco_bench.runner.job import plan_all\n"
+        "from neco_bench.runner.options import RunOptions\n"
+        f"jobs = plan_all(['baseline_rgb'], find_tasks(['shapes_*']), RunOptions(), ResultStore({str(tmp_path)!r}))\n"
+        "print(len(jobs), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[0]) > 5
+    assert done.stdout.split()[1] == "False"
+
+
 def test_a_family_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cards are found, so it shows only when it is to run."""
     monkeypatch.setitem(sys.modules, "neco_bench.tasks.in_context.task", None)
