@@ -92,8 +92,7 @@ def kmeans(
 
     if on_gpu:  # whose scratch memory serves one thread at a time
         return map(fit, seeds)
-    # On cores that others use too, FAISS's own threads wait for each other: with 21 clusters and two busy cores, four
-    # seeds took 35 times as long one after the other.
+    # Small fits gain little from several threads each, so each seed gets its own share of the cores.
     cores = faiss.omp_get_max_threads()
     threads = min(cores, len(seeds))
     pool = ThreadPool(threads, faiss.omp_set_num_threads, (cores // threads,))  # sets that of the new thread
