@@ -104,7 +104,8 @@ Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending
 class Protocol:
     """id, all constants, and the hash over both. A changed constant demands a new id (a test holds the hashes).
 
-    module: of the family's package, with the `Settings` and `run` of this protocol. citation: the family's where empty.
+    module: of the family's package, with the `run` of this protocol; its `Settings` are in the module of that name with
+    "_settings" ("settings" for "task"), which imports no torch. citation: the family's where empty.
     """
 
     id: str
@@ -183,8 +184,8 @@ class Task:
 
     @property
     def module(self) -> Any:
-        """The module with `Settings` and `run`. Imports it; raises BadInputError where a plug-in is broken."""
-        return family_module(self.card.family, self.protocol.module)
+        """The module with `run`. Imports it; raises BadInputError where a plug-in is broken."""
+        return family_module(self.card.family, self.protocol.module, "run")
 
     @property
     def hash(self) -> str:
@@ -192,8 +193,11 @@ class Task:
         return self.protocol.hash if not self.changed else digest([self.protocol.hash, dict(self.changed)])
 
     def settings(self) -> Settings:
-        """The family's frozen settings object. Raises UsageError for an unknown key or a value of the wrong type."""
-        schema: type[Settings] = self.module.Settings
+        """Check all constants: the family's frozen settings object. Imports no torch for families of this package.
+
+        Raises UsageError for an unknown key or a value of the wrong type.
+        """
+        schema = settings_schema(self.card.family, self.protocol.module)
         try:
             return schema(**self.constants)
         except ValidationError as error:
@@ -209,12 +213,21 @@ class Task:
             ) from error
 
 
-def family_module(family: str, name: str = "task") -> Any:
-    """A module of a family, with `Settings` and `run`. Imports it; raises BadInputError where a plug-in is broken."""
+def settings_schema(family: str, module: str) -> type[Settings]:
+    """The `Settings` of a protocol whose `run` is in `module`: of its settings module, or of `module` in plug-ins
+    without one. Raises BadInputError where a plug-in is broken."""
+    name = "settings" if module == "task" else f"{module}_settings"
+    has_own = (_family_folder(family) / f"{name}.py").exists()
+    return family_module(family, name if has_own else module, "Settings").Settings
+
+
+def family_module(family: str, name: str, *needed: str) -> Any:
+    """Import a module of a family. Raises BadInputError where that fails, or it lacks one of the names `needed`."""
     entry = FAMILIES.entry(family)
     try:
         module = importlib.import_module(f"{entry.value}.{name}")
-        _ = module.Settings, module.run
+        for attribute in needed:
+            getattr(module, attribute)
     except Exception as error:  # a plug-in may fail in any way
         raise BadInputError(
             f"task family {family!r} of {entry.origin} ({entry.value}.{name}) could not be loaded: "

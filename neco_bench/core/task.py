@@ -1,4 +1,4 @@
-"""What a task is handed besides encoder, data and settings, and what it hands back. Imports no torch."""
+"""What a task gets besides encoder, data and settings, and what it returns. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,12 +19,9 @@ class Context:
     """One run: seed, loading and batch settings, and what is measured on the way.
 
     batch_size: images per encoder forward; halved when the device runs out of memory. timing: seconds per phase.
-    notes: facts of the run that belong in its provenance. store: where features are kept; None keeps none. reused:
+    notes: facts of the run that belong in its provenance. store: where features are stored; None stores none. reused:
     images whose features came from it.
-    watched: ids of items that `show` will draw. seen: what the family hands over of them, by id: `truth` and
-    `prediction` (H, W); where it has them `clusters` (H, W), `features` (D, h, w), of equal shape for all images, and
-    `neighbours`, a function from a patch's number to its `Neighbour`s; of
-    pairs `points` (P, 2), the predicted pixels (x, y) of the target, their `errors` and the longest `side` of its box.
+    recorded_ids: ids of items that `show` will draw. predictions: what `record` stored of them, by id.
     """
 
     seed: int = 0
@@ -35,8 +32,8 @@ class Context:
     notes: dict[str, Any] = field(default_factory=dict)
     store: Any = None
     reused: int = 0
-    watched: frozenset[str] = frozenset()
-    seen: dict[str, dict[str, Any]] = field(default_factory=dict)
+    recorded_ids: frozenset[str] = frozenset()
+    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
@@ -47,8 +44,21 @@ class Context:
         finally:
             self.timing[name] += time.perf_counter() - start
 
+    def record(self, item_id: str, **values: Any) -> None:
+        """Store what `show` draws of an item, if it is one of `recorded_ids`; a function is called for its value.
+
+        Args:
+            item_id: of an image or a pair.
+            values: of images `truth` and `prediction` (H, W), and where the family has them `clusters` (H, W),
+                `features` (D, h, w), of equal shape for all images, and `neighbours`, a function (passed as the value
+                of a function) from a patch's number to its `Neighbour`s. Of pairs `points` (P, 2), the predicted pixels
+                (x, y) of the target, their `errors` (P,) and the longest `side` of the target's box, in pixels.
+        """
+        if item_id in self.recorded_ids:
+            self.predictions[item_id] = {name: value() if callable(value) else value for name, value in values.items()}
+
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-        """`items` with a progress bar on stderr where that is a terminal."""
+        """Iterate over `items`, with a progress bar on stderr where that is a terminal."""
         if not self.progress:
             return items
         from tqdm import tqdm
@@ -58,7 +68,7 @@ class Context:
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A patch of a memory: its cosine with a query, its most frequent class, and `view`, the patch amid its image.
+    """A patch of a memory: its cosine with a query, its most frequent class, and `view`, the patch in its image.
 
     view: (3 s, 3 s, 3) uint8 for a patch of side s, black beyond the image.
     """
@@ -70,8 +80,12 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task family returns. Metrics are fractions; statistics go beside the result as arrays. ci95: None where
-    an interval cannot be had, as from a single image."""
+    """What a task family returns.
+
+    metrics: fractions. per_class: by metric and class, None for a class without a value. ci95: intervals by metric,
+    None where there can be none, as from a single image. statistics: per-image arrays, stored beside the result.
+    features: how inputs were prepared, for the provenance.
+    """
 
     metrics: dict[str, float]
     per_class: dict[str, dict[str, float | None]]
@@ -83,8 +97,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run will take, known before it. images: through the encoder, each `size` pixels a side. operations:
-    floating-point ones besides, in inner products of vectors of `width`. memory, disk: bytes held at once."""
+    """What a run will take, known before it.
+
+    images: through the encoder, each `size` pixels a side. operations: further floating-point operations, in inner
+    products of vectors of `width`. memory, disk: the largest number of bytes in use.
+    """
 
     images: int
     size: int

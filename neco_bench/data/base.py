@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import numpy as np
 
@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 IGNORE = 255
+
+# What IGNORE does where labels vote: it counts as a label that wins or loses ties, or it has no vote.
+Void = Literal["wins ties", "loses ties", "never votes"]
 
 
 FEW, MANY = 4, 16  # masks from which on their statistics, and their sizes, mean something

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
@@ -11,10 +10,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from neco_bench.data.base import IGNORE, Sample
+from neco_bench.data.base import IGNORE, Sample, Void
 from neco_bench.features.transforms import resize_nearest_pil, to_tensor
-
-Void = Literal["wins ties", "loses ties", "never votes"]
 
 
 @dataclass(frozen=True)
@@ -25,6 +22,7 @@ class BicubicResizeSquare:
     resize_mask: bool
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        """Return the image (3, size, size) and the mask; `rng` is not used."""
         image, mask = sample.image, sample.mask
         if image.shape[:2] != (self.size, self.size):
             image = np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BICUBIC))
@@ -34,21 +32,21 @@ class BicubicResizeSquare:
 
 
 def patchify(mask: np.ndarray, side: int) -> Tensor:
-    """(N, side²) uint8 pixel labels of the side x side blocks of a mask, row-major; `paste` undoes it."""
+    """Cut a mask into side x side blocks, row-major: (N, side²) uint8 pixel labels; `unpatchify` undoes it."""
     rows, columns = mask.shape[0] // side, mask.shape[1] // side
     blocks = mask.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, side**2)
     return torch.from_numpy(blocks.astype(np.uint8))
 
 
 def unpatchify(blocks: Tensor, columns: int) -> np.ndarray:
-    """The mask whose blocks (N, side²) lie row-major in `columns` columns."""
+    """Put blocks (N, side²), row-major in `columns` columns, together to a mask."""
     side = round(blocks.shape[1] ** 0.5)
     grid = blocks.view(-1, columns, side, side).transpose(1, 2)
     return grid.reshape(-1, columns * side).cpu().numpy()
 
 
 def rescaled(features: Tensor, dim: int | None) -> Tensor:
-    """The features (float32) with the largest value along `dim` in [1, 2), where it is not 0; None: of all of them.
+    """Scale features (float32) so that the largest along `dim` (None: of all) is in [1, 2), where it is not 0.
 
     By a power of two, which rounds nothing: squares of very large or small numbers leave the range of float32.
     """
@@ -59,13 +57,15 @@ def rescaled(features: Tensor, dim: int | None) -> Tensor:
 
 
 def unit_length(features: Tensor, dim: int) -> Tensor:
-    """The features scaled to length 1 along `dim`, whatever their length before; 0 stays 0."""
+    """Scale features to length 1 along `dim`, whatever their length before; 0 stays 0."""
     return F.normalize(rescaled(features, dim), dim=dim)
 
 
 def patch_view(image: Tensor, stride: int, patch: int) -> np.ndarray:
-    """(3 s, 3 s, 3) uint8: patch number `patch` (row-major, side s) of an image (3, H, W) in [0, 1] amid what is around
-    it, black beyond the image."""
+    """Cut out a patch and the eight around it: (3 s, 3 s, 3) uint8, black beyond the image.
+
+    image: (3, H, W) in [0, 1]; stride: s, the side of a patch; patch: its row-major number.
+    """
     pixels = (image.permute(1, 2, 0).clamp(0, 1).numpy() * 255).round().astype(np.uint8)
     row, column = divmod(patch, image.shape[2] // stride)
     padded = np.pad(pixels, ((stride, stride), (stride, stride), (0, 0)))
@@ -73,7 +73,7 @@ def patch_view(image: Tensor, stride: int, patch: int) -> np.ndarray:
 
 
 def majority_label(labels: Tensor, classes: int, void: Void) -> Tensor:
-    """(M,) uint8 most frequent of the labels (M, V) uint8 of each row, the smallest class id on ties.
+    """Find the most frequent of the labels (M, V) uint8 of each row, the smallest class id on ties: (M,) uint8.
 
     IGNORE counts as a label: it wins ties where the reference stores it as 0, loses them where it is 255, and never
     votes (it is then the answer only where there is nothing else).

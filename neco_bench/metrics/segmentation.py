@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from typing import Literal
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 from neco_bench.core.errors import BadInputError
 
@@ -21,9 +20,24 @@ AbsentClasses = Literal["zero", "exclude", "union"]
 def confusion_matrix(
     truth: np.ndarray, prediction: np.ndarray, classes: int, *, clusters: int | None = None, ignore: int = 255
 ) -> np.ndarray:
-    """(C, K) int64 counts of equal-shaped integer arrays; K = `clusters`, else C.
+    """Count pixels by class and prediction.
 
-    Raises BadInputError for a truth id outside 0..C-1 that is not `ignore`, or a prediction outside 0..K-1.
+    Args:
+        truth: integer class ids of any shape.
+        prediction: integer ids of the same shape.
+        classes: C.
+        clusters: K, where predictions are cluster ids; None takes C.
+        ignore: id in `truth` of pixels that are not counted.
+
+    Returns:
+        (C, K) int64.
+
+    Raises:
+        BadInputError: for a truth id outside 0..C-1 that is not `ignore`, or a prediction outside 0..K-1.
+
+    >>> confusion_matrix(np.array([0, 0, 1, 255]), np.array([0, 1, 1, 0]), 2)
+    array([[1, 1],
+           [0, 1]])
     """
     columns = classes if clusters is None else clusters
     keep = truth != ignore
@@ -38,14 +52,20 @@ def confusion_matrix(
 
 
 def iou_per_class(confusion: np.ndarray) -> np.ndarray:
-    """(C,) float64 IoU = TP / (TP + FP + FN) of a (C, C) matrix; NaN for a class in neither truth nor prediction."""
+    """Compute the IoU of each class, TP / (TP + FP + FN), of a (C, C) matrix.
+
+    Returns (C,) float64 in [0, 1]; NaN for a class in neither truth nor prediction.
+
+    >>> iou_per_class(np.array([[3, 1], [0, 4]])).tolist()
+    [0.75, 0.8]
+    """
     hits = np.diag(confusion).astype(np.float64)
     union = confusion.sum(0) + confusion.sum(1) - hits
     return np.divide(hits, union, out=np.full(len(hits), np.nan), where=union > 0)
 
 
 def mean_iou(confusion: np.ndarray, *, absent: AbsentClasses) -> float:
-    """mIoU of a (C, C) matrix, of which `absent` says what classes count: NaN where none does.
+    """Compute the mIoU of a (C, C) matrix, a fraction; `absent` says which classes count. NaN where none does.
 
     "zero": all C, one in neither truth nor prediction as 0, as in open-hummingbird-eval and NeCo. "union": those in
     truth or prediction, as in mmseg and DINOv3. "exclude": those with ground truth; one that is only predicted has IoU
@@ -59,10 +79,12 @@ def mean_iou(confusion: np.ndarray, *, absent: AbsentClasses) -> float:
 
 
 def hungarian_match(confusion: np.ndarray) -> np.ndarray:
-    """(K,) class of each cluster: the one-to-one assignment with the largest sum of IoU.
+    """Match clusters of a (C, K) matrix to classes one to one, with the largest sum of IoU: (K,) class of each.
 
     Clusters without a partner (K > C) go to class 0. NeCo's clustering with K = classes, and open-hummingbird-eval.
     """
+    from scipy.optimize import linear_sum_assignment  # settings of tasks are checked without it, in a third of the time
+
     counts = confusion.astype(np.float64)
     union = counts.sum(0, keepdims=True) + counts.sum(1, keepdims=True) - counts
     rows, columns = linear_sum_assignment(counts / np.maximum(union, 1e-8), maximize=True)
@@ -72,12 +94,17 @@ def hungarian_match(confusion: np.ndarray) -> np.ndarray:
 
 
 def majority_match(confusion: np.ndarray) -> np.ndarray:
-    """(K,) class of each cluster by precision: the class with most of its pixels, lowest id on ties, 0 if empty."""
+    """Give each cluster of a (C, K) matrix the class with most of its pixels: (K,), the lowest on ties, 0 if empty."""
     return confusion.argmax(0)
 
 
+def identity_match(confusion: np.ndarray) -> np.ndarray:
+    """Take predicted ids for class ids: (C,) of a (C, C) matrix."""
+    return np.arange(confusion.shape[1])
+
+
 def merge_clusters(confusion: np.ndarray, mapping: np.ndarray) -> np.ndarray:
-    """(..., C, C) matrix of a (..., C, K) one with its K clusters sent to classes by `mapping` (K,)."""
+    """Add up the columns of a (..., C, K) matrix by the class of each cluster, `mapping` (K,): (..., C, C)."""
     classes = confusion.shape[-2]
     one_hot = np.zeros((confusion.shape[-1], classes), np.int64)
     one_hot[np.arange(len(mapping)), mapping] = 1
@@ -85,7 +112,7 @@ def merge_clusters(confusion: np.ndarray, mapping: np.ndarray) -> np.ndarray:
 
 
 class ImageConfusions:
-    """(C, K) confusion counts per image, kept sparse: an image touches few of the C*K cells."""
+    """(C, K) confusion counts per image, stored sparse: an image has few of the C*K cells."""
 
     def __init__(self, classes: int, clusters: int | None = None) -> None:
         self.classes = classes
@@ -94,16 +121,8 @@ class ImageConfusions:
         self._cells, self._counts, self._lengths = array("q"), array("q"), array("q")
 
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Count one image; arrays of equal shape, `ignore` pixels of the truth dropped."""
-        counts = confusion_matrix(truth, prediction, self.classes, clusters=self.clusters)
-        labels, found = counts.nonzero()
-        self.add_counts(labels, found, counts[labels, found])
-
-    def add_counts(self, labels: np.ndarray, predicted: np.ndarray, pixels: np.ndarray) -> None:
-        """Count one image, given as (n,) classes, predictions and how many pixels have both; repeats add up."""
-        counts = np.bincount(
-            labels * self.clusters + predicted, weights=pixels, minlength=self.classes * self.clusters
-        ).astype(np.int64)
+        """Count one image, given as in `confusion_matrix`."""
+        counts = confusion_matrix(truth, prediction, self.classes, clusters=self.clusters).ravel()
         cells = np.flatnonzero(counts)
         self._cells.frombytes(cells.astype(np.int64).tobytes())
         self._counts.frombytes(counts[cells].tobytes())
@@ -114,11 +133,11 @@ class ImageConfusions:
 
     @classmethod
     def joined(cls, parts: Sequence[ImageConfusions], positions: Sequence[Sequence[int]]) -> ImageConfusions:
-        """Those of several processes as one, in the order of the positions of their images."""
+        """Join counts of several processes, in the order of the positions of their images, each of them once."""
         whole = cls(parts[0].classes, parts[0].clusters)
         ends = [np.concatenate([[0], np.cumsum(np.array(part._lengths))]).astype(int) for part in parts]
-        places = [(position, p, i) for p, of_part in enumerate(positions) for i, position in enumerate(of_part)]
-        for _, p, i in sorted(places):
+        rows = {position: (p, i) for p, of_part in enumerate(positions) for i, position in enumerate(of_part)}
+        for _, (p, i) in sorted(rows.items()):
             start, stop = ends[p][i : i + 2]
             whole._cells.extend(parts[p]._cells[start:stop])
             whole._counts.extend(parts[p]._counts[start:stop])
@@ -126,13 +145,13 @@ class ImageConfusions:
         return whole
 
     def total(self) -> np.ndarray:
-        """(C, K) int64 over all images."""
+        """Add up the counts of all images: (C, K) int64."""
         total = np.zeros(self.classes * self.clusters, np.int64)
         np.add.at(total, np.array(self._cells), np.array(self._counts))
         return total.reshape(self.classes, self.clusters)
 
     def per_image(self, mapping: np.ndarray | None = None) -> np.ndarray:
-        """(n, C, C) int32, clusters sent to classes by `mapping` (K,); None: prediction ids are class ids."""
+        """Return (n, C, C) int32 counts; mapping: (K,) class of each cluster, None where ids are class ids."""
         rows, columns = np.divmod(np.array(self._cells), self.clusters)
         columns = columns if mapping is None else mapping[columns]
         images = np.repeat(np.arange(len(self)), np.array(self._lengths))
@@ -142,5 +161,5 @@ class ImageConfusions:
 
 
 def by_class(values: np.ndarray, names: Sequence[str]) -> dict[str, float | None]:
-    """{name: value}, None where the value is NaN."""
+    """Return {name: value}, None where the value is NaN."""
     return {name: None if np.isnan(value) else float(value) for name, value in zip(names, values, strict=True)}

@@ -197,16 +197,17 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, En
 
 
 def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Run a job for what it sees of some items (`Context.seen`); of a fraction's draws the first.
+    """Run a job again and return what `show` draws of some items (`Context.record`); of a fraction's draws the first.
 
     Pairs are computed alone; images within their whole split, on which clusters and heads hang.
     """
     options = job.options
-    context = Context(options.seed, options.batch_size, options.workers_used, options.progress, watched=frozenset(ids))
+    chosen = frozenset(ids)
+    context = Context(options.seed, options.batch_size, options.workers_used, options.progress, recorded_ids=chosen)
     job, encoder = _ready(job, None, context)
-    data = {role: d.chosen(context.watched) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
+    data = {role: d.chosen(chosen) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
     job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
-    return context.seen
+    return context.predictions
 
 
 def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None) -> Result:

@@ -131,16 +131,17 @@ def identify(model: str, options: RunOptions, store: ResultStore) -> str:
 def plan_all(models: Iterable[str], tasks: Iterable[Task], options: RunOptions, store: ResultStore) -> list[Job]:
     """Jobs of every model on every task. Names, settings and data are checked before anything runs.
 
-    Settings of stored results were checked when they were made: torch is imported only where something will run.
+    Imports no torch, unless an encoder must be loaded to know what it is.
     """
     tasks = list(tasks)
+    for task in tasks:
+        task.settings()
     jobs = []
     for model in models:
         identity = identify(model, options, store)
         jobs += [plan(model, task, options, identity=identity) for task in tasks]
     for job in jobs:
         if stored(job, store) is None:
-            job.task.settings()
             store.check_writable()
     return jobs
 

@@ -106,7 +106,7 @@ class ApproximateIndex:
         inverted = faiss.try_extract_index_ivf(index)
         wanted = TRAINING * max(1000, inverted.nlist if inverted else 0)
         try:
-            index.train(self._rows.drawn(wanted, SEED))
+            index.train(self._rows.faiss_subsample(wanted, SEED))
         except RuntimeError as error:
             raise UsageError(
                 f"search={self.kind} cannot be built over {self.rows} patches: {_reason(error)} Use search=exact, or "

@@ -86,12 +86,12 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
     return [int(i) for i in dict.fromkeys([wrong, right]) if i == right or share[i] > 0]
 
 
-def draw_segmentation(dataset: SegmentationDataset, name: str, seen: dict[str, Any], caption: str) -> PictureRow:
+def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[str, Any], caption: str) -> PictureRow:
     image = dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
     image = _fitted(image, (side, side), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
-    truth, prediction = (_enlarged(seen[kind], height, width) for kind in ("truth", "prediction"))
+    truth, prediction = (_enlarged(predicted[kind], height, width) for kind in ("truth", "prediction"))
     palette = np.full((256, 3), 128, np.uint8)
     palette[: len(dataset.classes)] = dataset.palette
     palette[IGNORE] = VOID
@@ -101,24 +101,24 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, seen: dict[str, A
         Tile("prediction", palette[prediction], "map"),
         Tile("errors", error_map(image, truth, prediction), "map"),
     ]
-    if "colours" in seen:
-        tiles.append(Tile("features (PCA)", _enlarged(seen["colours"], height, width), "map"))
-    if "clusters" in seen:
-        clusters = seen["clusters"]
+    if "colours" in predicted:
+        tiles.append(Tile("features (PCA)", _enlarged(predicted["colours"], height, width), "map"))
+    if "clusters" in predicted:
+        clusters = predicted["clusters"]
         found = distinct_colours(int(clusters.max()) + 1)[clusters]
         tiles.append(Tile("clusters", _enlarged(found, height, width), "map"))
-    if "neighbours" in seen:
-        rows, columns = seen["features"].shape[1:]
-        chosen = query_patches(seen["truth"], seen["prediction"], rows, columns)
+    if "neighbours" in predicted:
+        rows, columns = predicted["features"].shape[1:]
+        chosen = query_patches(predicted["truth"], predicted["prediction"], rows, columns)
         tiles[0] = Tile("image", _outlined(image, chosen, rows, columns), "photo")
-        strips = [_strip(image, seen, patch, rows, columns, dataset.classes) for patch in chosen]
+        strips = [_strip(image, predicted, patch, rows, columns, dataset.classes) for patch in chosen]
         if strips:
             tiles.append(Tile("nearest patches in memory", np.concatenate(strips), "wide"))
     return PictureRow(name, caption, tiles)
 
 
 def _strip(
-    image: np.ndarray, seen: dict[str, Any], patch: int, rows: int, columns: int, classes: Sequence[str]
+    image: np.ndarray, predicted: dict[str, Any], patch: int, rows: int, columns: int, classes: Sequence[str]
 ) -> np.ndarray:
     """A patch and its nearest neighbours, each amid what is around it, the frame saying whether the class is right."""
     height, width = image.shape[0] / rows, image.shape[1] / columns
@@ -126,9 +126,9 @@ def _strip(
     canvas = np.pad(image, ((round(height),) * 2, (round(width),) * 2, (0, 0)))
     top, left = round(row * height), round(column * width)
     around = canvas[top : top + round(3 * height), left : left + round(3 * width)]
-    small = resize_nearest_pil(seen["truth"].astype(np.uint8), rows * PARTS, columns * PARTS)
+    small = resize_nearest_pil(predicted["truth"].astype(np.uint8), rows * PARTS, columns * PARTS)
     label = int(majority_label(patchify(small, PARTS)[patch][None], len(classes), "never votes")[0])
-    neighbours: list[Neighbour] = seen["neighbours"](patch)[:NEIGHBOURS]
+    neighbours: list[Neighbour] = predicted["neighbours"](patch)[:NEIGHBOURS]
     views = [(around, classes[label], (90, 90, 90))]
     views += [(n.view, f"{n.cosine:.2f}: {classes[n.label]}", RIGHT if n.label == label else WRONG) for n in neighbours]
     step = VIEW + 18
@@ -157,12 +157,12 @@ def _outlined(image: np.ndarray, patches: Sequence[int], rows: int, columns: int
     return np.asarray(drawn)
 
 
-def draw_hits(seen: dict[str, Any], alpha: float, strict: bool) -> np.ndarray:
-    limit = alpha * seen["side"]
-    return seen["errors"] < limit if strict else seen["errors"] <= limit
+def draw_hits(predicted: dict[str, Any], alpha: float, strict: bool) -> np.ndarray:
+    limit = alpha * predicted["side"]
+    return predicted["errors"] < limit if strict else predicted["errors"] <= limit
 
 
-def draw_pair(dataset: PairDataset, name: str, seen: dict[str, Any], hits: np.ndarray) -> PictureRow:
+def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: np.ndarray) -> PictureRow:
     """Both images side by side, a line from each point to where it was found, a ring where a missed one should be."""
     sample = dataset[dataset.ids.index(name)]
     half = (LARGE // 2, LARGE // 2)
@@ -181,7 +181,7 @@ def draw_pair(dataset: PairDataset, name: str, seen: dict[str, Any], hits: np.nd
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
 
     for start, found, end, hit in zip(
-        sample.pair.source_points, seen["points"], sample.pair.target_points, hits, strict=True
+        sample.pair.source_points, predicted["points"], sample.pair.target_points, hits, strict=True
     ):
         (x0, y0), (x1, y1), (x2, y2) = start * scales[0], found * scales[1], end * scales[1]
         colour = RIGHT if hit else WRONG

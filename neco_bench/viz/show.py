@@ -61,45 +61,46 @@ def choose(scores: dict[str, float], worst: int, best: int, named: Sequence[str]
 def show(
     result: Result, arrays: dict[str, np.ndarray], job: Job, out: Path, *, worst: int, best: int, named: Sequence[str]
 ) -> Shown:
-    """Run the job of a stored result again for what it sees of some items, and write `index.html`, `grid.png` and
-    `pictures/` into `out`.
+    """Run the job of a stored result again and write `index.html`, `grid.png` and `pictures/` of some items into `out`.
 
     arrays: the statistics stored with the result; predictions are counted again and compared with them. Raises
-    UsageError for a family that hands no predictions over, and what running the job raises.
+    UsageError for a family that records no predictions, and what running the job raises.
     """
     scores = item_scores(result, arrays)
     chosen = choose(scores, worst, best, named)
-    seen = record_predictions(job, chosen)
-    absent = [name for name in chosen if name not in seen]
+    predictions = record_predictions(job, chosen)
+    absent = [name for name in chosen if name not in predictions]
     if absent:
-        raise UsageError(f"Task family {result.family!r} hands nothing over to be shown (no `Context.seen`).")
+        raise UsageError(f"Task family {result.family!r} records no predictions to be shown (no `Context.record`).")
     data = job.draws[0]
     ids = [str(name) for name in arrays["image_id" if "image_id" in arrays else "pair_id"]]
     legend: list[tuple[str, tuple[int, int, int]]] = []
     dataset = data["test"] if "test" in data else data["val"]
     if isinstance(dataset, SegmentationDataset):
-        if all("features" in seen[name] for name in chosen):
-            colours = principal_colours(torch.stack([seen[name]["features"] for name in chosen]))
+        if all("features" in predictions[name] for name in chosen):
+            colours = principal_colours(torch.stack([predictions[name]["features"] for name in chosen]))
             for name, own in zip(chosen, colours, strict=True):
-                seen[name]["colours"] = own
-        rows = [draw_segmentation(dataset, name, seen[name], f"mIoU {100 * scores[name]:.1f}") for name in chosen]
+                predictions[name]["colours"] = own
+        rows = [
+            draw_segmentation(dataset, name, predictions[name], f"mIoU {100 * scores[name]:.1f}") for name in chosen
+        ]
         stored = arrays["confusion"]
         stored = stored.reshape(-1, *stored.shape[-3:])[0]
         size = stored.shape[-1]
         differing = sum(
             not np.array_equal(
-                segmentation.confusion_matrix(seen[name]["truth"], seen[name]["prediction"], size),
+                segmentation.confusion_matrix(predictions[name]["truth"], predictions[name]["prediction"], size),
                 stored[ids.index(name)],
             )
             for name in chosen
         )
-        present = np.unique([c for name in chosen for c in np.unique(seen[name]["truth"]) if c != IGNORE])
+        present = np.unique([c for name in chosen for c in np.unique(predictions[name]["truth"]) if c != IGNORE])
         legend = [(dataset.classes[c], tuple(dataset.palette[c].tolist())) for c in present]
     else:
         assert isinstance(dataset, PairDataset)
         column, settings = hits_column(result), result.provenance["settings"]
-        hits = {name: draw_hits(seen[name], settings["alphas"][column], settings["strict"]) for name in chosen}
-        rows = [draw_pair(dataset, name, seen[name], hits[name]) for name in chosen]
+        hits = {name: draw_hits(predictions[name], settings["alphas"][column], settings["strict"]) for name in chosen}
+        rows = [draw_pair(dataset, name, predictions[name], hits[name]) for name in chosen]
         differing = sum(int(hits[name].sum()) != arrays["hits"][ids.index(name), column] for name in chosen)
         legend = [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)]
     several = "confusion" in arrays and arrays["confusion"].ndim > 3

@@ -39,6 +39,7 @@ class View:
 
     @property
     def longest(self) -> int:
+        """The longer side in original pixels."""
         return max(self.width, self.height)
 
     @cached_property
@@ -48,9 +49,10 @@ class View:
 
 
 def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """(3, S', S') in [0, 1]: white right and bottom padding to a square, bicubic to `size`, padded to the stride.
+    """Prepare (3, S', S') in [0, 1]: padded white to a square, bicubic to `size`, padded to the stride.
 
-    The last padding is zero after normalisation (the mean before it), the smaller half at the low side.
+    The first padding is right and bottom; the last one is zero after normalisation (the mean before it), the smaller
+    half at the low side.
     """
     longest = max(image.shape[:2])
     square = np.full((longest, longest, 3), 255, np.uint8)
@@ -62,7 +64,7 @@ def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
 
 
 def integer_points(points: np.ndarray, longest: int, size: int) -> Tensor:
-    """(P, 2) float: integer pixels (P, 2) of an image whose longest side becomes `size`, truncated toward zero there.
+    """Scale integer pixels (P, 2) of an image whose longest side becomes `size`, truncated toward zero: (P, 2) float.
 
     Multiplied first, then divided, in single precision: a factor size / longest would lose a pixel where it is exact.
     """
@@ -70,7 +72,7 @@ def integer_points(points: np.ndarray, longest: int, size: int) -> Tensor:
 
 
 def match_probe3d(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
-    """By probe3d's integer points and corner read-out."""
+    """Match by probe3d's integer points and corner read-out."""
 
     def scaled(points: np.ndarray, view: View) -> Tensor:
         return integer_points(points, view.longest, size) / size
@@ -91,7 +93,7 @@ def _at(views: Sequence[View], grids: Sequence[Tensor], *, align_corners: bool) 
 
 
 def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """(3, S, S) in [0, 1]: longer side to `size`, aspect kept, padded right and bottom with the mean."""
+    """Prepare (3, S, S) in [0, 1]: longer side to `size`, aspect kept, padded right and bottom with the mean."""
     height, width = image.shape[:2]
     scale = size / max(height, width)
     new = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -102,7 +104,7 @@ def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
 
 
 def match_centres(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
-    """Pixel i spans [i, i + 1), a cell predicts its centre."""
+    """Match by exact points: pixel i spans [i, i + 1), a cell predicts its centre."""
     grids = [
         torch.from_numpy((pair.source_points + 0.5) / view.longest * 2 - 1).float()
         for pair, view in zip(pairs, sources, strict=True)
@@ -120,21 +122,20 @@ def _ends(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """(3, S, S) in [0, 1]: longer side to `size` (Lanczos), aspect kept, in the middle of a black square."""
+    """Prepare (3, S, S) in [0, 1]: longer side to `size` (Lanczos), aspect kept, in the middle of a black square."""
     height, width = image.shape[:2]
     new_width, new_height = (_resized(side, max(height, width), size) for side in (width, height))
     canvas = np.zeros((size, size, 3), np.uint8)
     left, top = (size - new_width) // 2, (size - new_height) // 2
-    canvas[top : top + new_height, left : left + new_width] = Image.fromarray(image).resize(
-        (new_width, new_height), Image.Resampling.LANCZOS
-    )
+    resized = Image.fromarray(image).resize((new_width, new_height), Image.Resampling.LANCZOS)
+    canvas[top : top + new_height, left : left + new_width] = np.asarray(resized)
     return to_tensor(canvas)
 
 
 def match_padded_centre(
     pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int, settings: Settings
 ) -> Match:
-    """Points in single precision, as sd-dino has them."""
+    """Match from the source cell that has the point, in single precision, as sd-dino does."""
 
     def border(view: View) -> np.ndarray:
         return np.array(
@@ -151,10 +152,10 @@ def match_padded_centre(
         points.append(view.map[:, y, x].T)
     similarity = cell_similarity(torch.cat(points), target.map)
     if settings.readout == "nearest":
-        found = peak_cells(similarity)
+        cells = peak_cells(similarity)
     else:
-        found = window_softargmax(similarity, settings.half_window, settings.temperature)
-    predicted = (found.cpu().double().numpy() + 0.5) * stride + settings.centre_shift
+        cells = window_softargmax(similarity, settings.half_window, settings.temperature)
+    predicted = (cells.cpu().double().numpy() + 0.5) * stride + settings.centre_shift
     scale, end = target.longest / size, placed(_ends(pairs), target)
     return (predicted - border(target)) * scale, np.linalg.norm(predicted - end, axis=1) * scale
 
@@ -165,19 +166,19 @@ def _resized(side: int, longest: int, size: int) -> int:
 
 
 def prepare_squash(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """(3, S, S) in [0, 1]: both sides to `size` (bicubic), aspect not kept."""
+    """Prepare (3, S, S) in [0, 1]: both sides to `size` (bicubic), aspect not kept."""
     return to_tensor(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
 
 
 def match_squash(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
-    """Integer points, the nearest of all pixels of the target; pair by pair, as all pixels take much memory."""
-    found = []
+    """Match integer points to the nearest of all pixels of the target; pair by pair, as all pixels take much memory."""
+    pixels = []
     for pair, source in zip(pairs, sources, strict=True):
         limits = (source.width - 1, source.height - 1)
         start = torch.from_numpy(pair.source_points.astype(np.int64).clip(0, limits))
         sizes = (source.height, source.width), (target.height, target.width)
-        found.append(nearest_pixels(source.map, target.map, start, *sizes, target.norms).cpu().numpy())
-    predicted = np.concatenate(found)
+        pixels.append(nearest_pixels(source.map, target.map, start, *sizes, target.norms).cpu().numpy())
+    predicted = np.concatenate(pixels)
     return predicted, np.linalg.norm(predicted - _ends(pairs), axis=1)
 
 

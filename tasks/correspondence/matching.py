@@ -16,7 +16,7 @@ from neco_bench.data.base import Pair
 
 
 def sampled(features: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
-    """(P, D) features at points of a map; grid: (P, 2) in [-1, 1], sampled bilinearly with `align_corners`."""
+    """Sample a map (D, h, w) bilinearly at points: (P, D); grid: (P, 2) in [-1, 1], with `align_corners`."""
     return F.grid_sample(
         features[None],
         grid.to(features)[None, None],
@@ -27,15 +27,15 @@ def sampled(features: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
 
 
 def cell_similarity(points: Tensor, target: Tensor) -> Tensor:
-    """(P, h, w) inner products of features (P, D) with those of every cell of the target."""
+    """Compute inner products (P, h, w) of features (P, D) with those of every cell of the target."""
     return (points @ target.flatten(1)).unflatten(1, target.shape[1:])
 
 
 def nearest_cells(points: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """(P, 2) int64 (column, row) of the cell of the target, whose features have unit length, that is most similar
-    (cosine) to each of the features (P, D).
+    """Find the cell of the target that is most similar to each of the features (P, D): (P, 2) int64 (column, row).
 
-    valid: (h, w) bool, the cells that may be chosen. Ties go to the first cell in row-major order.
+    Similarity is the inner product, the cosine where features have unit length. valid: (h, w) bool, the cells that may
+    be chosen. Ties go to the first cell in row-major order.
     """
     similarity = cell_similarity(points, target)
     if valid is not None:
@@ -44,13 +44,13 @@ def nearest_cells(points: Tensor, target: Tensor, valid: Tensor | None = None) -
 
 
 def peak_cells(similarity: Tensor) -> Tensor:
-    """(P, 2) int64 (column, row) of the largest of each (h, w); ties go to the first cell in row-major order."""
+    """Find the largest of each (h, w): (P, 2) int64 (column, row); ties go to the first cell in row-major order."""
     best, width = similarity.flatten(1).argmax(1), similarity.shape[2]
     return torch.stack([best % width, best // width], dim=1)
 
 
 def window_softargmax(similarity: Tensor, half_window: int, temperature: float) -> Tensor:
-    """(P, 2) float (column, row): mean cell under the softmax of similarity (P, h, w) / temperature.
+    """Compute the mean cell under the softmax of similarity (P, h, w) / temperature: (P, 2) float (column, row).
 
     The window around each peak has (2 half_window + 1)^2 cells, fewer at the border. Outside it similarities are 0 and
     not -inf, so every cell of the map keeps some weight: a quirk of GeoAware-SC (Zhang et al., CVPR 2024).
@@ -59,8 +59,8 @@ def window_softargmax(similarity: Tensor, half_window: int, temperature: float) 
     rows, columns = (torch.arange(side, device=similarity.device) for side in similarity.shape[1:])
     inside_rows = (rows - peaks[:, 1:]).abs() <= half_window
     inside_columns = (columns - peaks[:, :1]).abs() <= half_window
-    kept = similarity * (inside_rows[:, :, None] & inside_columns[:, None])
-    weights = (kept.flatten(1) / temperature).softmax(1).view_as(kept)
+    inside = similarity * (inside_rows[:, :, None] & inside_columns[:, None])
+    weights = (inside.flatten(1) / temperature).softmax(1).view_as(inside)
     return torch.stack([(weights.sum(1) * columns).sum(1), (weights.sum(2) * rows).sum(1)], dim=1)
 
 
@@ -72,7 +72,7 @@ def nearest_pixels(
     target_size: tuple[int, int],
     norms: Tensor | None = None,
 ) -> Tensor:
-    """(P, 2) int64 (x, y) of the target pixel most similar (cosine) to the source feature at each pixel of `points`.
+    """Find the target pixel most similar (cosine) to the source feature at each of `points`: (P, 2) int64 (x, y).
 
     Sizes are (height, width) in pixels, to which the maps are upsampled bilinearly (corners not aligned); points:
     (P, 2) int64 (x, y); norms: `pixel_norms` of the target, where they are known. The upsampled maps are never made: an
@@ -92,7 +92,7 @@ def nearest_pixels(
 
 
 def pixel_norms(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """(H, W) float64 lengths of the features (D, h, w) of each pixel, upsampled bilinearly to `size`, (H, W)."""
+    """Compute the length of each pixel's feature, of (D, h, w) upsampled bilinearly to `size`: (H, W) float64."""
     features = _double(features)
     height, width = features.shape[1:]
     rows, columns = _mixture(features.shape[1:], size, features.device)
@@ -101,8 +101,8 @@ def pixel_norms(features: Tensor, size: tuple[int, int]) -> Tensor:
     # A pixel mixes neighbours: the products of a cell with itself, and with its neighbours in four directions.
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1)):
         product = (features * padded[:, down : down + height, 1 + right : 1 + right + width]).sum(0)
-        by_rows = rows * _moved(rows, down)
-        by_columns = columns * _moved(columns, right)
+        by_rows = rows * _shifted(rows, down)
+        by_columns = columns * _shifted(columns, right)
         squared += (2 if down or right else 1) * (by_rows @ product @ by_columns.T)
     return squared.clamp_(min=1e-24).sqrt_()
 
@@ -112,7 +112,7 @@ def _double(features: Tensor) -> Tensor:
     return (features.cpu() if features.device.type == "mps" else features).double()
 
 
-def _moved(shares: Tensor, by: int) -> Tensor:
+def _shifted(shares: Tensor, by: int) -> Tensor:
     """The share of the cell that lies `by` after each one (0 beyond the end), (n, cells)."""
     return shares if by == 0 else F.pad(shares, (0, 1))[:, 1:] if by > 0 else F.pad(shares, (1, 0))[:, :-1]
 
@@ -128,10 +128,10 @@ def _mixture(cells: Sequence[int], size: tuple[int, int], device: torch.device) 
 
 
 def draw_pairs(pairs: Sequence[Pair], attribute: str, level: int | None, count: int, seed: int) -> list[Pair]:
-    """Up to `count` pairs of one attribute level (None: any), shuffled by Python's generator seeded anew.
+    """Draw up to `count` pairs of one attribute level (None: any), shuffled by Python's generator of this seed.
 
     probe3d's draw; it shuffles in directory order, which differs between machines, and we in order of file names.
     """
-    chosen = sorted((p for p in pairs if level is None or p.attributes[attribute] == level), key=lambda p: p.id)
-    random.Random(seed).shuffle(chosen)
-    return chosen[:count]
+    drawn = sorted((p for p in pairs if level is None or p.attributes[attribute] == level), key=lambda p: p.id)
+    random.Random(seed).shuffle(drawn)
+    return drawn[:count]

@@ -17,7 +17,7 @@ class Settings(BaseSettings):
 
     geometry: "probe3d" (white padding right and bottom, integer keypoints, corner read-out, zero padding to the
     stride), "centres" (exact points, cell centres, padded cells never chosen), "padded_centre" (centred on black, the
-    source cell that holds the point) or "squash" (aspect not kept, features upsampled to the original pixels).
+    source cell that contains the point) or "squash" (aspect changed, features upsampled to the original pixels).
     readout: "nearest" cell or pixel; for "padded_centre" also "window_softargmax" with half_window cells and
     temperature. centre_shift: added there to the cell centre that is the prediction. alphas: thresholds as shares of
     the longest side of the target box. average: of the primary metric, see `pck_averages`; None is "class_mean" where
@@ -52,4 +52,5 @@ class Settings(BaseSettings):
 
     @property
     def average_used(self) -> Average:
+        """The average of the primary metric."""
         return self.average or ("points" if self.pairs_per_bin is None else "class_mean")

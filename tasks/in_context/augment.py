@@ -28,6 +28,7 @@ class HummingbirdTrain:
     crop_ratio: tuple[float, float]
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        """Return the image (3, size, size) in [0, 1] and the mask (size, size) of one draw of `rng`."""
         jitters = [
             (adjust, rng.random() < self.jitter_probability, centre + rng.uniform(-self.jitter, self.jitter))
             for adjust, centre in (
@@ -39,8 +40,8 @@ class HummingbirdTrain:
         ]
         top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
         image = Image.fromarray(sample.image)
-        for turn, (adjust, apply, factor) in enumerate(jitters):
-            if turn == 2:  # contrast looks at the mean of the whole image, what follows at each pixel by itself
+        for step, (adjust, apply, factor) in enumerate(jitters):
+            if step == 2:  # contrast depends on the mean of the whole image, the later steps on each pixel alone
                 image = image.crop((left, top, left + width, top + height))
             if apply:
                 image = adjust(image, factor)

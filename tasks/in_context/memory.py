@@ -1,9 +1,10 @@
-"""The memory bank: labelled patches, how they are chosen and searched."""
+"""The memory bank: labelled patches, which of them are stored, and how they are searched."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -25,7 +26,7 @@ from neco_bench.search.exact import ExactIndex, SharedIndex
 
 
 def patch_labels(mask: np.ndarray, stride: int, classes: int) -> np.ndarray:
-    """(N, C) float32 class shares of each stride x stride patch, row-major; void pixels count for no class."""
+    """Count class shares (N, C) float32 of the stride x stride patches, row-major; void pixels count for no class."""
     rows, columns = mask.shape[0] // stride, mask.shape[1] // stride
     patches = mask.reshape(rows, stride, columns, stride).swapaxes(1, 2).reshape(rows * columns, -1).astype(np.int64)
     cells = np.arange(rows * columns)[:, None] * (classes + 1) + np.where(patches == IGNORE, classes, patches)
@@ -34,10 +35,10 @@ def patch_labels(mask: np.ndarray, stride: int, classes: int) -> np.ndarray:
 
 
 def choose_patches(labels: np.ndarray, noise: np.ndarray, count: int) -> np.ndarray:
-    """Ids of at most `count` patches of one image, rare classes favoured, by increasing noisy score.
+    """Choose at most `count` patches of one image, rare classes favoured: their ids by increasing noisy score.
 
-    score = sum over the classes in the patch of how many patches of this image hold that class; the patches with the
-    smallest score * noise are kept. labels (N, C), noise (N,) in [0, 1). Patches without any label are never chosen.
+    score = sum over the classes in the patch of how many patches of this image have that class; the patches with the
+    smallest score * noise are chosen. labels (N, C), noise (N,) in [0, 1). Patches without any label are never chosen.
     """
     present = labels > 0
     score = (present * present.sum(0)).sum(1).astype(np.float32) * noise
@@ -51,17 +52,46 @@ Index = ExactIndex | ApproximateIndex | SharedIndex
 
 @dataclass
 class Memory:
-    """Labelled patches: the index over their unit-length features, their class shares (M, C) float32, and where they
-    come from: (epoch, image, its patches) of each augmented training image, in the order of the rows. Of several
-    processes each has its own part of the index."""
+    """Labelled patches, and where they are from.
+
+    index: over their unit-length features; of several processes each has its own part of it. labels: (M, C) float32
+    class shares. origins: (epoch, image, its patches) of each augmented training image, in the order of the rows.
+    view: the input (3, H, W) of an image in an epoch. stride: side of a patch in pixels.
+    """
 
     index: Index
     labels: csr_matrix
     origins: list[tuple[int, int, np.ndarray]]
+    view: Callable[[int, int], Tensor]
+    stride: int
+
+    def nearest(self, features: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Find the k rows nearest to each patch of features (B, D, h, w): cosines and row ids, (B, h*w, k) each."""
+        queries = features.flatten(2).transpose(1, 2)
+        cosines, rows = retrieve(self.index, queries.flatten(0, 1), k)
+        return cosines.view(*queries.shape[:2], k), rows.view(*queries.shape[:2], k)
+
+    def neighbours_of(self, cosines: Tensor, rows: Tensor) -> Callable[[], Callable[[int], list[Neighbour]]]:
+        """For `Context.record`: what each patch of an image with cosines and rows (N, k) has as its neighbours.
+
+        Training images are augmented again for it.
+        """
+        return lambda: partial(self._neighbours, cosines, rows)
+
+    def _neighbours(self, cosines: Tensor, rows: Tensor, patch: int) -> list[Neighbour]:
+        ends = np.cumsum([len(patches) for _, _, patches in self.origins])
+        neighbours = []
+        for cosine, row in zip(cosines[patch].tolist(), rows[patch].tolist(), strict=True):
+            place = int(np.searchsorted(ends, row, side="right"))
+            epoch, image, patches = self.origins[place]
+            origin = int(patches[row - int(ends[place])])  # counted from the end of its image
+            label = int(self.labels[row].toarray().argmax())
+            neighbours.append(Neighbour(cosine, label, patch_view(self.view(epoch, image), self.stride, origin)))
+        return neighbours
 
 
 def retrieve(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Cosines and row ids (Q, k) of the nearest memory rows, which have unit length; queries (Q, D) as they are.
+    """Find the memory rows nearest to queries (Q, D), which are taken as they are: cosines and row ids (Q, k).
 
     Queries are not normalised before the search, as in the reference: the order is the same, but where two rows tie the
     rounding decides, and so decides alike. They are divided by powers of two, which alters no digit.
@@ -72,7 +102,7 @@ def retrieve(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 
 
 def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: float) -> Tensor:
-    """(Q, C) predicted class shares: softmax over the k cosines (Q, k) / temperature, times the neighbours' labels.
+    """Predict class shares (Q, C): softmax over the k cosines (Q, k) / temperature, times the neighbours' labels.
 
     labels: (M, C) float32 shares, sparse, as a patch holds few classes.
     """
@@ -85,11 +115,13 @@ def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: fl
 def build_memory(
     encoder: Encoder, train: SegmentationDataset, settings: Settings, context: Context, size: int
 ) -> Memory:
-    """The memory of `settings.passes` augmented copies of each training image, size x size pixels each.
+    """Make the memory of `settings.passes` augmented copies of each training image, size x size pixels each.
 
     Raises BadInputError where they have no labelled pixel.
     """
-    transform = _augmentation(settings, size)
+    transform = HummingbirdTrain(
+        size, settings.jitter, settings.jitter_probability, settings.crop_scale, settings.crop_ratio
+    )
     items = [(epoch, i) for epoch in range(settings.passes) for i in range(len(train))]
     per_image = None if settings.memory_size is None else max(1, settings.memory_size // len(items))
     patches = (size // encoder.stride) ** 2
@@ -119,42 +151,11 @@ def build_memory(
                 index.add(tokens[torch.from_numpy(chosen).to(tokens.device)])
     if not any(distributed.gather(labelled)):
         raise BadInputError(NOTHING_LABELLED)
-    if distributed.world() == 1:
-        return Memory(index, vstack(labels, format="csr"), origins)
     every = [row for part in distributed.gather(labels) for row in part]
-    return Memory(
-        SharedIndex(index), vstack(every, format="csr"), [row for part in distributed.gather(origins) for row in part]
-    )
+    places = [row for part in distributed.gather(origins) for row in part]
 
+    def view(epoch: int, image: int) -> Tensor:
+        return transform(train[image], item_rng(context.seed, "augment", epoch, train.ids[image]))[0]
 
-def _augmentation(settings: Settings, size: int) -> HummingbirdTrain:
-    return HummingbirdTrain(
-        size, settings.jitter, settings.jitter_probability, settings.crop_scale, settings.crop_ratio
-    )
-
-
-def find_neighbours(
-    memory: Memory,
-    scores: Tensor,
-    ids: Tensor,
-    train: SegmentationDataset,
-    settings: Settings,
-    size: int,
-    stride: int,
-    seed: int,
-) -> Callable[[int], list[Neighbour]]:
-    """What a patch of an image with scores and ids (N, k) found; to be looked at, images are augmented again."""
-    ends = np.cumsum([len(patches) for _, _, patches in memory.origins])
-
-    def found(patch: int) -> list[Neighbour]:
-        rows = []
-        for cosine, row in zip(scores[patch].tolist(), ids[patch].tolist(), strict=True):
-            place = int(np.searchsorted(ends, row, side="right"))
-            epoch, number, patches = memory.origins[place]
-            image, _ = _augmentation(settings, size)(train[number], item_rng(seed, "augment", epoch, train.ids[number]))
-            origin = int(patches[row - int(ends[place])])  # counted from the end of its image
-            label = int(memory.labels[row].toarray().argmax())
-            rows.append(Neighbour(cosine, label, patch_view(image, stride, origin)))
-        return rows
-
-    return found
+    whole = index if distributed.world() == 1 else SharedIndex(index)
+    return Memory(whole, vstack(every, format="csr"), places, view, encoder.stride)

@@ -21,6 +21,7 @@ class CropFlip:
     flip_probability: float
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        """Return the image (3, size, size) in [0, 1] and the mask (size, size) of one draw of `rng`."""
         top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
         image = resize_image(sample.image[top : top + height, left : left + width], self.size, self.size)
         mask = resize_nearest_pil(sample.mask[top : top + height, left : left + width], self.size, self.size)

@@ -11,14 +11,16 @@ proportion; data sets other than ADE20K take the same constants.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from neco_bench.tasks.linear_segmentation.batches import batched, labelled
 from neco_bench.tasks.linear_segmentation.dinov3_augment import Distortion, ScaleCropDistort, resize_short_side
 from neco_bench.tasks.linear_segmentation.dinov3_head import BnHead, BnProbeOptions, train_bn_probe
 from neco_bench.tasks.linear_segmentation.dinov3_settings import Settings
+from neco_bench.tasks.linear_segmentation.heads import Batches
+from neco_bench.tasks.segmentation import SegmentationScore
 from torch import Tensor
 
 from neco_bench.core.errors import UsageError
@@ -28,17 +30,16 @@ from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import encode_within_memory, stream
 from neco_bench.features.transforms import to_tensor, upsample_argmax
-from neco_bench.metrics import bootstrap, segmentation
 
 
 def window_starts(length: int, window: int, step: int) -> list[int]:
-    """First pixels of the windows along an axis of `length` >= `window` pixels; the last one ends with the axis."""
+    """Place windows along an axis of `length` >= `window` pixels: first pixels of each; the last ends with the axis."""
     count = max(length - window + step - 1, 0) // step + 1
     return [min(k * step, length - window) for k in range(count)]
 
 
 def merge_windows(logits: Tensor, corners: list[tuple[int, int]], window: int) -> Tensor:
-    """(C, H, W) mean of the logits (n, C, h, w) of windows, upsampled to their place; corners: (top, left) of each."""
+    """Average the logits (n, C, h, w) of windows, upsampled to their place: (C, H, W); corners: (top, left) of each."""
     height, width = (max(side) + window for side in zip(*corners, strict=True))
     total, visits = logits.new_zeros(logits.shape[1], height, width), logits.new_zeros(height, width)
     for part, (top, left) in zip(logits, corners, strict=True):
@@ -51,7 +52,7 @@ def merge_windows(logits: Tensor, corners: list[tuple[int, int]], window: int) -
 def encode_windows(
     encoder: Encoder, image: np.ndarray, window: int, settings: Settings, context: Context
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Features (n, D, h, w) and (top, left) of the windows over an image (H, W, 3) uint8, its short side resized."""
+    """Encode windows over an image (H, W, 3) uint8, its short side resized: features (n, D, h, w) and corners."""
     resized = to_tensor(resize_short_side(image, window))
     step = max(1, int(window * settings.window_step))
     rows, columns = (window_starts(side, window, step) for side in resized.shape[1:])
@@ -66,13 +67,13 @@ def encode_windows(
 def classify_windows(
     head: BnHead, features: Tensor, corners: list[tuple[int, int]], window: int, shape: tuple[int, ...]
 ) -> Tensor:
-    """Class ids of an image of `shape` (H, W) from what `encode_windows` gives: mean logits, upsampled, argmax."""
+    """Classify the pixels of an image of `shape` (H, W) from what `encode_windows` returns, by mean logits."""
     merged = merge_windows(head(features), corners, window)
     return upsample_argmax(merged, *shape)
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
-    """What `run` will take: crops for every iteration, about two windows per val image."""
+    """Estimate a run: crops for every iteration, about two windows per val image."""
     window, classes = settings.used_size(stride), len(data["val"].classes)
     crops = settings.iterations * settings.batch_size
     return Cost(
@@ -87,81 +88,56 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
-    """mIoU of a linear head trained on data["train"], scored on data["val"]."""
-    train, val = data["train"], data["val"]
-    classes = len(train.classes)
-    window = settings.used_size(encoder.stride)
+    """Measure the mIoU of a linear head trained on data["train"], scored on data["val"]."""
+    val, window = data["val"], settings.used_size(encoder.stride)
     if settings.batch_size == 1 and window == encoder.stride:
         raise UsageError(
             "BatchNorm needs more than one patch in a batch: use --set batch_size=2, or a larger input_size."
         )
-    head = BnHead(encoder.embed_dim, classes, context.seed).to(encoder.device)
+    head = BnHead(encoder.embed_dim, len(val.classes), context.seed).to(encoder.device)
     options = BnProbeOptions(**settings.model_dump(include=set(BnProbeOptions.__dataclass_fields__)))
-    batches = _batches(encoder, train, window, settings, context)
+    batches = training_batches(encoder, data["train"], window, settings, context)
     trained = train_bn_probe(head, batches, options, context.seed, ignore=IGNORE)
-
     iterations = list(trained) if settings.select == "best" else list(trained)[-1:]
-    confusions = [segmentation.ImageConfusions(classes) for _ in iterations]
-    for index in context.track(range(len(val)), "score"):
+
+    score = SegmentationScore(val, settings, context, shape=(len(iterations),))
+    for item in context.track(range(len(val)), "score"):
         with context.phase("load"):
-            sample = val[index]
+            sample = val[item]
         features, corners = encode_windows(encoder, sample.image, window, settings, context)
         with context.phase("predict"):
-            predictions = []
-            for iteration, confusion in zip(iterations, confusions, strict=True):
-                predicted = classify_windows(trained[iteration], features, corners, window, sample.mask.shape)
-                predictions.append(predicted.cpu().numpy())
-                confusion.add(val.scored(sample.mask), predictions[-1])
-            if sample.id in context.watched:
-                context.seen[sample.id] = {"truth": val.scored(sample.mask), "prediction": predictions}
+            shape = sample.mask.shape
+            maps = [classify_windows(trained[i], features, corners, window, shape).cpu().numpy() for i in iterations]
+            score.add(item, sample.mask, np.stack(maps))
 
-    scores = [segmentation.mean_iou(c.total(), absent=settings.absent) for c in confusions]
-    best = int(np.argmax(scores))
-    for seen in context.seen.values():
-        seen["prediction"] = seen["prediction"][best]
-    total, per_image = confusions[best].total(), confusions[best].per_image()
+    scores = score.mean_ious()
+    best = int(scores.argmax())
     context.notes |= {"iteration_reported": iterations[best], "scored_images": len(val)}
-    return Outcome(
-        metrics={
-            "mIoU": scores[best],
-            "mIoU_last": scores[-1],
-            "mIoU_present": segmentation.mean_iou(total, absent="exclude"),
-            "pixel_accuracy": float(np.trace(total) / max(1, total.sum())),
-        },
-        per_class={"IoU": segmentation.by_class(segmentation.iou_per_class(total), train.classes)},
-        ci95={"mIoU": bootstrap.bootstrap_miou(per_image, absent=settings.absent, seed=context.seed)},
-        n_images=len(val),
-        statistics={"confusion": per_image},
-        features={
-            "input_size": settings.input_size,
-            "used_size": window,
-            "resize": "short side, sliding window",
-            "final_norm": True,
-        },
+    return score.outcome(
+        used_size=window,
+        resize="short side, sliding window",
+        select=(best,),
+        metrics={"mIoU_last": float(scores[-1])},
     )
 
 
 def training_order(count: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
-    """(epoch, index) of all items of all iterations: each epoch a permutation; batches run on over their ends."""
-    wanted = settings.iterations * settings.batch_size
+    """Order the items (epoch, index) of all iterations: each epoch is a permutation; batches may span two epochs."""
+    total = settings.iterations * settings.batch_size
     items: list[tuple[int, int]] = []
-    for epoch in range(-(-wanted // count)):
+    for epoch in range(-(-total // count)):
         items += [(epoch, int(i)) for i in item_rng(seed, "order", epoch).permutation(count)]
-    return items[:wanted]
+    return items[:total]
 
 
-def _batches(
+def training_batches(
     encoder: Encoder, train: SegmentationDataset, size: int, settings: Settings, context: Context
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Features (B, D, h, w) and targets (B, size, size) int64 of the probe's batches."""
+) -> Batches:
+    """Yield features (B, D, h, w) and targets (B, size, size) of the probe's batches, one for each iteration."""
     s = settings
     distortion = Distortion(s.distortion_probability, s.brightness, s.contrast, s.saturation, s.hue)
     fill = s.mean or encoder.mean
     transform = ScaleCropDistort(size, s.scale, s.max_class_share, s.crop_tries, s.flip_probability, distortion, fill)
     items = training_order(len(train), s, context.seed)
     batches = stream(encoder, train, transform, context, "train", items=items, final_norm=True, mean=s.mean, std=s.std)
-    rows = (row for batch in batches for row in zip(batch.features, batch.masks, strict=True))
-    while chunk := list(itertools.islice(rows, s.batch_size)):
-        features, masks = zip(*chunk, strict=True)
-        targets = torch.from_numpy(train.scored(np.stack(masks)).astype(np.int64))
-        yield torch.stack(features), targets.to(encoder.device, non_blocking=True)
+    return batched(labelled(batches, train.scored), s.batch_size)

@@ -19,20 +19,20 @@ from neco_bench.features.transforms import resize_nearest_torch
 
 
 def short_side_size(height: int, width: int, short: int) -> tuple[int, int]:
-    """(height, width) with the short side `short` pixels and the long one in proportion, halves rounded up."""
+    """Scale (height, width) to a short side of `short` pixels, the long one in proportion, halves rounded up."""
     low, high = sorted((height, width))
     long = (2 * short * high + low) // (2 * low)
     return (short, long) if height <= width else (long, short)
 
 
 def resize_short_side(image: np.ndarray, short: int) -> np.ndarray:
-    """(H, W, 3) uint8 RGB with the short side `short` pixels, Pillow bilinear (antialiased)."""
+    """Resize an image (H, W, 3) uint8 to a short side of `short` pixels, Pillow bilinear (antialiased)."""
     height, width = short_side_size(image.shape[0], image.shape[1], short)
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
 
 
 def varied(mask: np.ndarray, max_share: float) -> bool:
-    """Whether a mask holds two classes or more, none with `max_share` or more of the pixels that are not void."""
+    """Say whether a mask has two classes or more, none with `max_share` or more of the pixels that are not void."""
     counts = np.bincount(mask[mask != IGNORE])
     return bool(np.count_nonzero(counts) >= 2 and counts.max() < max_share * counts.sum())
 
@@ -40,9 +40,9 @@ def varied(mask: np.ndarray, max_share: float) -> bool:
 def choose_crop(
     mask: np.ndarray, size: int, max_share: float, tries: int, rng: np.random.Generator
 ) -> tuple[slice, slice]:
-    """Rows and columns of a size x size crop (a side shorter than `size`: all of it), uniform in its place.
+    """Draw the rows and columns of a size x size crop (a side shorter than `size`: all of it), uniform in its place.
 
-    Drawn anew until it is `varied`, `tries` times at most; the last one is taken as it is.
+    Drawn again until it is `varied`, `tries` times at most; the last one is taken as it is.
     """
     height, width = mask.shape
 
@@ -63,7 +63,7 @@ class Distortion:
     """Photometric distortion of uint8 images: each step with `probability`, its result cut down to uint8.
 
     brightness: half-range of what is added, of 255. contrast, saturation: ranges of factors. hue: half-range in turns.
-    Contrast comes before or after the two steps on colours, by the toss of a coin.
+    Contrast comes before or after the two steps on colours, with equal probability.
     """
 
     probability: float
@@ -73,7 +73,7 @@ class Distortion:
     hue: float
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
-        """(3, H, W) uint8 -> the same."""
+        """Distort an image (3, H, W) uint8."""
         if self._chance(rng):
             image = _linear(image, 1, rng.uniform(-self.brightness, self.brightness))
         contrast_first = rng.random() < 0.5
@@ -112,6 +112,7 @@ class ScaleCropDistort:
     fill: tuple[float, float, float]
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
+        """Return the image (3, size, size) in [0, 1] and the mask (size, size) of one draw of `rng`."""
         image = resize_short_side(sample.image, max(1, int(self.size * rng.uniform(*self.scale))))
         mask = resize_nearest_torch(sample.mask, image.shape[0], image.shape[1])
         crop = choose_crop(mask, self.size, self.max_class_share, self.crop_tries, rng)

@@ -33,10 +33,10 @@ class BnProbeOptions:
 
 
 def learning_rate(step: int, options: BnProbeOptions) -> float:
-    """The rate at step 0..iterations-1 of the schedule.
+    """Compute the rate at step 0..iterations-1 of the schedule.
 
     The warm-up is linear, times a linear decay to 0 over all iterations; then follows a cosine from the peak at step
-    -1 to 0 at the last step. So the rate leaps where they meet.
+    -1 to 0 at the last step. So the rate jumps where they meet.
     """
     done = step / options.iterations
     if step < options.warmup:
@@ -62,14 +62,14 @@ class BnHead(nn.Module):
 
 
 def drop_channels(features: Tensor, probability: float, seed: int, iteration: int) -> Tensor:
-    """(B, D, h, w) with whole channels of an image set to 0, the others times 1 / (1 - probability).
+    """Set whole channels of images (B, D, h, w) to 0, and scale the others by 1 / (1 - probability).
 
     Which ones depends on (seed, iteration) alone, on every device.
     """
     if not probability:
         return features
-    kept = item_rng(seed, "dropout", iteration).random(features.shape[:2]) >= probability
-    scale = torch.from_numpy(kept / (1 - probability)).to(features)
+    stays = item_rng(seed, "dropout", iteration).random(features.shape[:2]) >= probability
+    scale = torch.from_numpy(stays / (1 - probability)).to(features)
     return features * scale[:, :, None, None]
 
 
@@ -98,10 +98,21 @@ def train_bn_probe(
     *,
     ignore: int = 255,
 ) -> dict[int, BnHead]:
-    """{iterations done: copy of the head, in eval mode} at multiples of `evaluate_every` and at the end.
+    """Train `head` in place, one batch for each iteration.
 
-    Trains `head` in place. batches: features (B, D, h, w) with targets (B, H, W) int64, one for each iteration.
-    Raises NumericalError where the loss is not finite, BadInputError where no target has anything but `ignore`.
+    Args:
+        head: the head to train.
+        batches: features (B, D, h, w) with targets (B, H, W) int64.
+        options: of the optimiser and its schedule.
+        seed: of the dropout.
+        ignore: id in the targets that is left out of the loss.
+
+    Returns:
+        {iterations done: copy of the head, in eval mode} at multiples of `evaluate_every` and at the end.
+
+    Raises:
+        NumericalError: where the loss is not finite.
+        BadInputError: where no target has anything but `ignore`.
     """
     optimizer = torch.optim.AdamW(head.parameters(), options.learning_rate, weight_decay=options.weight_decay)
     heads, learned = {}, False

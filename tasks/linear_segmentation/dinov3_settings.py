@@ -15,7 +15,7 @@ class Settings(BaseSettings):
     """Constants of a protocol and a card. input_size is the side of crops and windows in pixels.
 
     scale: range of the short side in training, in crops. max_class_share, crop_tries: a crop where one class has this
-    share of the labelled pixels, or all of them, is drawn anew so many times. brightness of 255, hue in turns (half-
+    share of the labelled pixels, or all of them, is drawn again so many times. brightness of 255, hue in turns (half-
     ranges). warmup, evaluate_every: in iterations; where there are fewer iterations than warmup, the rate stays low.
     warmup_start: share of the rate at the first one. select: which head is reported; "best" picks it on val.
     window_step: distance of windows as a share of their side, rounded down to pixels.

@@ -43,4 +43,5 @@ class Settings(BaseSettings):
 
     @property
     def rates(self) -> tuple[float, ...]:
+        """The learning rates that heads are trained with."""
         return self.learning_rates or (self.learning_rate,)

@@ -1,4 +1,4 @@
-"""Clustering of patch features: standardise, PCA, k-means, with FAISS's own sub-sampling, on rows kept in a file.
+"""Clustering of patch features: standardise, PCA, k-means, with FAISS's own sub-sampling, on rows stored in a file.
 
 FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K, drawn with its fixed seeds; the reference
 (NeCo's overclustering) inherits that, and so do we. So only those points are ever in memory, however many rows there
@@ -7,18 +7,18 @@ are.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future
-from threading import Lock, Thread
+from multiprocessing.pool import ThreadPool
+from threading import Lock
 
 import faiss
 import numpy as np
 import torch
+from sklearn.preprocessing import StandardScaler
 
 from neco_bench.core.errors import UsageError
 from neco_bench.search.faiss_gpu import faiss_sees_gpu, to_gpu
-from neco_bench.search.row_file import RowFile
+from neco_bench.search.row_file import CHUNK, RowFile
 
 CPU = torch.device("cpu")
 
@@ -42,16 +42,25 @@ def check_enough(patches: int, setting: str, count: int) -> None:
         )
 
 
-def reduce_dimensions(features: RowFile, dimensions: int) -> RowFile:
-    """(N, d) principal components, centred, not whitened; the rows as given where D <= `dimensions`.
+def standardise(features: RowFile) -> None:
+    """Read rows from now on with population mean 0 and deviation 1 in each dimension, constant ones as 0."""
+    scaler = StandardScaler()
+    for part in features.chunks():
+        scaler.partial_fit(part)
+    features.rescale(scaler.mean_, scaler.scale_)
 
-    Raises UsageError where there are fewer rows than components.
+
+def reduce_dimensions(features: RowFile, dimensions: int) -> RowFile:
+    """Project rows on their principal components, centred, not whitened: (N, d).
+
+    By FAISS, as in the reference, on its own sub-sample. Returns the rows as given where D <= `dimensions`. Raises
+    UsageError where there are fewer rows than components.
     """
     if features.dimension <= dimensions:
         return features
     check_enough(len(features), "components", dimensions)
     pca = faiss.PCAMatrix(features.dimension, dimensions)
-    pca.train(features.drawn(PCA_POINTS * features.dimension, PCA_SEED))
+    pca.train(features.faiss_subsample(PCA_POINTS * features.dimension, PCA_SEED))
     reduced = RowFile(dimensions)
     for part in features.chunks():
         reduced.append(pca.apply(part))
@@ -61,18 +70,18 @@ def reduce_dimensions(features: RowFile, dimensions: int) -> RowFile:
 def kmeans(
     features: RowFile, clusters: int, *, seeds: Sequence[int], iterations: int, redos: int, device: torch.device = CPU
 ) -> Iterator[faiss.Index]:
-    """For each seed, in order, the index over the (K, d) centroids of FAISS k-means (L2) with `redos` restarts;
-    `nearest` reads it. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each
-    with its share of the cores.
+    """Fit FAISS k-means (L2) with `redos` restarts: for each seed, in order, an index over the (K, d) centroids.
 
-    Raises UsageError where there are fewer points than clusters.
+    `nearest` reads it. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each
+    with its share of the cores. Raises UsageError where there are fewer points than clusters.
     """
     check_enough(len(features), "clusters", clusters)
+    on_gpu = device.type == "cuda" and faiss_sees_gpu()
     reading = Lock()
 
     def fit(seed: int) -> faiss.Index:
         with reading:
-            points = features.drawn(KMEANS_POINTS * clusters, seed)
+            points = features.faiss_subsample(KMEANS_POINTS * clusters, seed)
         model = faiss.Kmeans(
             features.dimension, clusters, niter=iterations, nredo=redos, seed=seed, min_points_per_centroid=1
         )
@@ -81,31 +90,26 @@ def kmeans(
         model.train(points)
         return model.index
 
-    on_gpu = device.type == "cuda" and faiss_sees_gpu()
     if on_gpu:  # whose scratch memory serves one thread at a time
         return map(fit, seeds)
+    # Small fits gain little from several threads each, so each seed gets its own share of the cores.
     cores = faiss.omp_get_max_threads()
     threads = min(cores, len(seeds))
-    fitted: list[Future[faiss.Index]] = [Future() for _ in seeds]
-    waiting = deque(zip(seeds, fitted, strict=True))
-
-    def fit_waiting() -> None:
-        faiss.omp_set_num_threads(cores // threads)  # of this thread
-        while waiting:
-            try:
-                seed, result = waiting.popleft()
-            except IndexError:  # another thread was faster
-                return
-            try:
-                result.set_result(fit(seed))
-            except Exception as error:
-                result.set_exception(error)
-
-    for _ in range(threads):
-        Thread(target=fit_waiting, daemon=True).start()  # an interruption does not wait for it
-    return (result.result() for result in fitted)
+    pool = ThreadPool(threads, faiss.omp_set_num_threads, (cores // threads,))  # sets that of the new thread
+    models = pool.imap(fit, seeds)
+    pool.close()  # an interruption does not wait for its threads
+    return models
 
 
 def nearest(centroids: faiss.Index, rows: np.ndarray) -> np.ndarray:
-    """(n,) int64 id of the nearest centroid of each row (n, d)."""
+    """Find the nearest centroid of each row (n, d): (n,) int64 ids."""
     return centroids.search(rows, 1)[1][:, 0]
+
+
+def assign(models: Sequence[faiss.Index], features: RowFile, size: int) -> Iterator[np.ndarray]:
+    """Yield, of each `size` rows in order, the ids of the nearest centroids by each of M models: (M, size) int64."""
+    step = max(1, CHUNK // size) * size
+    for start in range(0, len(features), step):
+        rows = features.read(start, start + step)
+        ids = np.stack([nearest(model, rows) for model in models])
+        yield from ids.reshape(len(models), -1, size).swapaxes(0, 1)

@@ -9,21 +9,22 @@ from neco_bench.tasks.patch_probe.settings import Distance
 from torch import Tensor
 
 from neco_bench.core.errors import UsageError
-from neco_bench.data.base import IGNORE
-from neco_bench.features.patches import Void, majority_label, rescaled, unit_length
+from neco_bench.data.base import IGNORE, Void
+from neco_bench.features.patches import majority_label, rescaled, unit_length
 from neco_bench.search.exact import ExactIndex
 
 VOTE_BYTES = 128 * 2**20
 
 
 def search_keys(features: Tensor, distance: Distance) -> Tensor:
-    """Rows whose inner product with `search_queries` of a query falls with its distance to the features (n, D)."""
+    """Make rows whose inner product with `search_queries` of a query falls with its distance to the features (n, D)."""
     if distance == "cosine":
         return unit_length(features, 1)
     return torch.cat([features, features.square().sum(1, keepdim=True) / -2], 1)
 
 
 def search_queries(features: Tensor, distance: Distance) -> Tensor:
+    """Make queries for the rows of `search_keys` from features (n, D)."""
     return F.pad(features, (0, 1), value=1.0) if distance == "l2" else rescaled(features, 1)
 
 
@@ -31,13 +32,13 @@ def check_ks(k: int, patches: int) -> None:
     """Raise UsageError where k exceeds the number of training patches."""
     if k > patches:
         raise UsageError(
-            f"{k} neighbours were asked for, but there are {patches} training patches. Use smaller numbers in "
+            f"{k} neighbours are requested, but there are {patches} training patches. Use smaller numbers in "
             f"--set 'ks=[1, 3]', or more images."
         )
 
 
 def nearest_rows(keys: Tensor, queries: Tensor, k: int, distance: Distance, device: torch.device) -> Tensor:
-    """(Q, k) int64 ids of the rows of `keys` (N, D) nearest to each query (Q, D), nearest first; exact.
+    """Find the rows of `keys` (N, D) nearest to each query (Q, D): (Q, k) int64 ids, nearest first; exact.
 
     Both stay where they are, CHUNK rows of each go to the device. Raises UsageError where k exceeds N.
     """
@@ -50,14 +51,14 @@ def nearest_rows(keys: Tensor, queries: Tensor, k: int, distance: Distance, devi
         index = ExactIndex(rows.shape[1], device)
         index.add(rows)
         for s, i, part in zip(scores.split(CHUNK), ids.split(CHUNK), queries.split(CHUNK), strict=True):
-            found, where = index.search(search_queries(part - offset, distance), min(k, len(rows)))
-            s[:], order = torch.cat([s, found], 1).topk(k)
+            close, where = index.search(search_queries(part - offset, distance), min(k, len(rows)))
+            s[:], order = torch.cat([s, close], 1).topk(k)
             i[:] = torch.cat([i, where + start], 1).gather(1, order)
     return ids
 
 
 def vote(patches: Patches, ids: Tensor, classes: int, void: Void, device: torch.device) -> Tensor:
-    """(Q, A) uint8 most frequent label of the neighbours `ids` (Q, k), for each pixel of the block on its own.
+    """Take the most frequent label of the neighbours `ids` (Q, k), for each pixel of the block: (Q, A) uint8.
 
     IGNORE where void won. Where void never votes and no neighbour has a label at a pixel, their majority labels vote.
     """

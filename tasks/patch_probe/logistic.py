@@ -58,7 +58,7 @@ def fit_logistic(
     from sklearn.exceptions import ConvergenceWarning  # takes a second
     from sklearn.linear_model import LogisticRegression
 
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", ConvergenceWarning)
         model = LogisticRegression(C=c, max_iter=max_iterations, tol=tolerance).fit(
             features.double().numpy(), target.numpy()
@@ -66,8 +66,8 @@ def fit_logistic(
     weights = torch.from_numpy(np.column_stack([model.coef_, model.intercept_]))
     if len(present) == 2:  # of the second class alone
         weights = torch.cat([torch.zeros_like(weights), weights])
-    stopped = any(issubclass(warning.category, ConvergenceWarning) for warning in told)
-    return Logistic(weights, present, int(model.n_iter_[0]), converged=not stopped)
+    stopped_early = any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
+    return Logistic(weights, present, int(model.n_iter_[0]), converged=not stopped_early)
 
 
 def fit_on_device(
@@ -101,7 +101,7 @@ def fit_on_device(
         assert weights.grad is not None
         return total, weights.grad.cpu().numpy().ravel()
 
-    found = minimize(
+    fitted = minimize(
         objective,
         np.zeros(shape).ravel(),
         jac=True,
@@ -114,5 +114,5 @@ def fit_on_device(
             "ftol": 64 * np.finfo(float).eps,
         },
     )
-    weights = torch.from_numpy(found.x.reshape(shape)).to(device)
-    return Logistic(weights, present, found.nit, found.success)
+    weights = torch.from_numpy(fitted.x.reshape(shape)).to(device)
+    return Logistic(weights, present, fitted.nit, fitted.success)

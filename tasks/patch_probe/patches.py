@@ -1,10 +1,11 @@
-"""Patches with one label each, and their moments."""
+"""Patches with their labels."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 import torch
+from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 CHUNK = 262144  # rows searched, multiplied or standardised at once
@@ -21,6 +22,12 @@ class Patches:
     blocks: Tensor
     labels: Tensor
 
+    @classmethod
+    def empty(cls, rows: int, dimension: int, area: int) -> Patches:
+        """Reserve memory for that many rows, of `dimension` features and `area` pixels each."""
+        blocks, labels = torch.empty(rows, area, dtype=torch.uint8), torch.empty(rows, dtype=torch.uint8)
+        return cls(torch.empty(rows, dimension), blocks, labels)
+
     def __getitem__(self, rows: slice | Tensor) -> Patches:
         return Patches(self.features[rows], self.blocks[rows], self.labels[rows])
 
@@ -31,24 +38,8 @@ class Patches:
         return len(self.labels)
 
 
-class Moments:
-    """Mean and population deviation of rows (n, D) as they come, in float64 (Chan et al. 1979)."""
-
-    def __init__(self, dimension: int) -> None:
-        self.count = 0
-        self.mean, self._squares = torch.zeros(2, dimension, dtype=torch.float64)
-
-    def add(self, rows: Tensor) -> None:
-        rows = rows.double()
-        total, mean = self.count + len(rows), rows.mean(0)
-        shift = mean - self.mean
-        self._squares += (rows - mean).square().sum(0) + shift.square() * (self.count * len(rows) / total)
-        self.mean += shift * (len(rows) / total)
-        self.count = total
-
-    def standardise(self, features: Tensor) -> None:
-        """(N, D) float32 in place: mean 0, deviation 1; dimensions that were constant are only shifted."""
-        deviation = (self._squares / self.count).sqrt().float()
-        deviation[deviation == 0] = 1
-        for part in features.split(CHUNK):
-            part.sub_(self.mean.float()).div_(deviation)
+def standardise(features: Tensor, scaler: StandardScaler) -> None:
+    """Standardise features (..., D) float32 in place, with the mean and deviation of a fitted scaler."""
+    mean, deviation = torch.from_numpy(scaler.mean_).float(), torch.from_numpy(scaler.scale_).float()
+    for part in features.view(-1, features.shape[-1]).split(CHUNK):
+        part.sub_(mean).div_(deviation)

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from neco_bench.core.protocol import Settings as BaseSettings
-from neco_bench.features.patches import Void
+from neco_bench.data.base import Void
 from neco_bench.metrics import segmentation
 
 Distance = Literal["cosine", "l2"]

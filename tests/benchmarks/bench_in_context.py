@@ -84,7 +84,7 @@ def baseline(encoder, train, val, settings) -> float:
     index = faiss.IndexFlatIP(keys.shape[1])
     index.add(keys.numpy())
     predictions, truths = [], []
-    for samples, features, masks in batches(val, ResizeSquare(size, "legacy")):
+    for samples, features, masks in batches(val, ResizeSquare(size, "torch")):
         queries = features.flatten(0, 1).contiguous()
         _, ids = index.search(queries.numpy(), settings.neighbours)
         neighbours = keys[torch.from_numpy(ids)]

@@ -140,12 +140,41 @@ def test_finding_tasks_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def test_checking_settings_imports_no_torch() -> None:
+    """Of every card under each of its protocols, so that a wrong `--set` is an error at once."""
+    code = (
+        "import sys\n"
+        "from neco_bench.core.protocol import all_cards, find_tasks\n"
+        "for card in all_cards()[0].values():\n"
+        "    for task in find_tasks([f'{card.name}@{name}' for name in card.protocols]):\n"
+        "        task.settings()\n"
+        "print(*{'torch', 'scipy', 'sklearn', 'faiss'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == []
+
+
+def test_planning_imports_no_torch(tmp_path: Path) -> None:
+    code = (
+        "import sys\n"
+        "from neco_bench.core.protocol import find_tasks\n"
+        "from neco_bench.results.store import ResultStore\n"
+        "from neco_bench.runner.job import plan_all\n"
+        "from neco_bench.runner.options import RunOptions\n"
+        f"jobs = plan_all(['baseline_rgb'], find_tasks(['shapes_*']), RunOptions(), ResultStore({str(tmp_path)!r}))\n"
+        "print(len(jobs), 'torch' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout.split()[0]) > 5
+    assert done.stdout.split()[1] == "False"
+
+
 def test_a_family_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its cards are found, so it shows only when it is to run."""
     monkeypatch.setitem(sys.modules, "neco_bench.tasks.in_context.task", None)
     (task,) = find_tasks(["shapes_ic"])
     with pytest.raises(BadInputError, match=r"'in_context' of neco-bench .*could not be loaded: ModuleNotFoundError"):
-        task.settings()
+        _ = task.module
     assert set(FAMILIES) == {card.family for card in CARDS.values()}
 
 

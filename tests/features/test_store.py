@@ -50,9 +50,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def batches(context: Context, transform: object = None, count: int = 20, epochs: int = 1) -> list[FeatureBatch]:
     dataset = load_dataset("shapes", "val", limit=count)
     items = [(epoch, i) for epoch in range(epochs) for i in range(count)]
-    return list(
-        stream(load_encoder(MODEL), dataset, transform or ResizeSquare(64, "centre"), context, "x", items=items)
-    )
+    return list(stream(load_encoder(MODEL), dataset, transform or ResizeSquare(64, "pil"), context, "x", items=items))
 
 
 def with_store(kept_as: str = "fp32", batch_size: int = 8) -> Context:
@@ -69,7 +67,7 @@ def assert_same(a: list[FeatureBatch], b: list[FeatureBatch]) -> None:
         np.testing.assert_array_equal(first, second)
 
 
-@pytest.mark.parametrize("transform", [ResizeSquare(64, "centre"), CropFlip(64, (0.2, 1.0), (0.75, 1.3), 0.5)])
+@pytest.mark.parametrize("transform", [ResizeSquare(64, "pil"), CropFlip(64, (0.2, 1.0), (0.75, 1.3), 0.5)])
 def test_what_comes_back_is_what_was_computed(transform: object, encoded: list[int]) -> None:
     plain = batches(Context(batch_size=8), transform, epochs=2)
     first, context = batches(with_store(), transform, epochs=2), with_store(batch_size=7)
@@ -83,8 +81,8 @@ def test_what_comes_back_is_what_was_computed(transform: object, encoded: list[i
 
 def test_what_another_number_would_need_is_not_shared(encoded: list[int]) -> None:
     batches(with_store())
-    batches(with_store(), ResizeSquare(80, "centre"))
-    batches(with_store(), ResizeSquare(64, "legacy"))
+    batches(with_store(), ResizeSquare(80, "pil"))
+    batches(with_store(), ResizeSquare(64, "torch"))
     batches(Context(batch_size=8, seed=1, store=FeatureStore(identity="one")))
     assert (sum(encoded), len(stored_files())) == (80, 4)
 
@@ -102,7 +100,7 @@ def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]
     encoded.clear()
     dataset, items = load_dataset("shapes", "val", limit=20), [(0, i) for i in range(20)]
     context = with_store(batch_size=4)
-    started = stream(load_encoder(MODEL), dataset, ResizeSquare(64, "centre"), context, "x", items=items)
+    started = stream(load_encoder(MODEL), dataset, ResizeSquare(64, "pil"), context, "x", items=items)
     for _ in range(3):  # the third is appended when the fourth is asked for
         next(started)
     started.close()
@@ -298,7 +296,7 @@ def test_features_that_another_process_deleted_are_computed(encoded: list[int]) 
     folder = Path(stored_files()[0]["folder"])
     encoded.clear()
     reading = stream(
-        load_encoder(MODEL), load_dataset("shapes", "val", limit=20), ResizeSquare(64, "centre"), with_store(), "x"
+        load_encoder(MODEL), load_dataset("shapes", "val", limit=20), ResizeSquare(64, "pil"), with_store(), "x"
     )
     found = [next(reading)]
     (folder / "features.bin").unlink()

@@ -123,7 +123,7 @@ def sample() -> Sample:
 @pytest.mark.parametrize(
     "transform",
     [
-        ResizeSquare(48, "legacy"),
+        ResizeSquare(48, "torch"),
         HummingbirdTrain(48, 0.1, 0.5, (0.5, 2.0), (0.75, 4 / 3)),
         CropFlip(48, (0.8, 1), (0.75, 4 / 3), 0.5),
     ],

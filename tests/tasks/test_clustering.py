@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from neco_bench.tasks.overclustering import clustering
-from neco_bench.tasks.overclustering.clustering import kmeans, nearest, reduce_dimensions
+from neco_bench.tasks.overclustering.clustering import assign, kmeans, nearest, reduce_dimensions, standardise
 from sklearn.decomposition import PCA
 from sklearn.metrics import jaccard_score
 from sklearn.metrics.cluster import contingency_matrix
@@ -21,7 +21,8 @@ from neco_bench.core.protocol import find_tasks
 from neco_bench.core.task import Context
 from neco_bench.data.base import Sample
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.search.row_file import RowFile
+from neco_bench.search import row_file
+from neco_bench.search.row_file import ArrayFile, RowFile
 
 
 def features(rows: int = 3000, columns: int = 24) -> np.ndarray:
@@ -33,6 +34,7 @@ def features(rows: int = 3000, columns: int = 24) -> np.ndarray:
 @pytest.fixture(autouse=True)
 def _small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clustering, "CHUNK", 700)
+    monkeypatch.setattr(row_file, "CHUNK", 700)
 
 
 def stored(x: np.ndarray) -> RowFile:
@@ -44,7 +46,7 @@ def stored(x: np.ndarray) -> RowFile:
 
 def standardised(x: np.ndarray) -> RowFile:
     rows = stored(x)
-    rows.standardise()
+    standardise(rows)
     return rows
 
 
@@ -59,8 +61,27 @@ def test_rows_come_back_in_parts_and_in_faiss_order() -> None:
     np.testing.assert_array_equal(rows.read(10, 20), x[10:20])
     permutation = np.empty(3000, np.int32)
     faiss.rand_perm(faiss.swig_ptr(permutation), 3000, 5)
-    np.testing.assert_array_equal(rows.drawn(1900, 5), x[permutation[:1900]])
-    np.testing.assert_array_equal(rows.drawn(3000, 5), x)
+    np.testing.assert_array_equal(rows.faiss_subsample(1900, 5), x[permutation[:1900]])
+    np.testing.assert_array_equal(rows.faiss_subsample(3000, 5), x)
+
+
+def test_arrays_of_any_shape_come_back_in_order() -> None:
+    arrays = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.zeros((0, 4), np.int64), np.array(5.5)]
+    stored = ArrayFile()
+    for array in arrays:
+        stored.append(array)
+    for _ in range(2):
+        for array, again in zip(arrays, stored, strict=True):
+            assert array.dtype == again.dtype
+            np.testing.assert_array_equal(array, again)
+
+
+def test_assignments_do_not_depend_on_how_rows_are_read() -> None:
+    x = features(8000, 8)
+    models = list(kmeans(stored(x), 5, seeds=range(2), iterations=3, redos=1))
+    of_images = list(assign(models, stored(x), 100))  # 7 images at a time, and 3 in the end
+    assert len(of_images) == 80
+    np.testing.assert_array_equal(np.concatenate(of_images, 1), [nearest(model, x) for model in models])
 
 
 def test_standardise_equals_scikit_learn() -> None:
@@ -106,7 +127,7 @@ def test_kmeans_is_faiss_with_its_own_sub_sampling() -> None:
 
 def test_an_error_while_fitting_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = stored(features(8000, 8))
-    monkeypatch.setattr(RowFile, "drawn", lambda self, count, seed: 1 / (seed - 4))
+    monkeypatch.setattr(RowFile, "faiss_subsample", lambda self, count, seed: 1 / (seed - 4))
     with pytest.raises(ZeroDivisionError):
         list(kmeans(rows, 5, seeds=[4], iterations=1, redos=1))
 
@@ -181,8 +202,8 @@ def test_clustering_of_given_features_equals_an_independent_computation(clusters
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
-def test_a_full_disk_is_told() -> None:
-    rows = RowFile(4)
-    rows._file = open("/dev/full", "wb")  # noqa: SIM115
-    with pytest.raises(NecoBenchError, match=r"No space left.*NECO_BENCH_CACHE"):
-        rows.append(np.zeros((3, 4), np.float32))
+def test_a_full_disk_is_an_error_with_the_fix() -> None:
+    for file in (RowFile(4), ArrayFile()):
+        file._file = open("/dev/full", "wb")  # noqa: SIM115
+        with pytest.raises(NecoBenchError, match=r"NECO_BENCH_CACHE"):
+            file.append(np.zeros((3, 4), np.float32))

@@ -18,7 +18,7 @@ from neco_bench.tasks.patch_probe import knn, logistic
 from neco_bench.tasks.patch_probe import task as probe
 from neco_bench.tasks.patch_probe.knn import nearest_rows, vote
 from neco_bench.tasks.patch_probe.logistic import Logistic, fit_logistic, fit_on_device
-from neco_bench.tasks.patch_probe.patches import Patches
+from neco_bench.tasks.patch_probe.patches import Patches, standardise
 from neco_bench.tasks.patch_probe.settings import Distance, Settings
 from PIL import Image
 from sklearn.exceptions import ConvergenceWarning
@@ -31,10 +31,10 @@ import neco_bench
 from neco_bench.core.config import read_toml
 from neco_bench.core.errors import BadInputError, NumericalError, UsageError
 from neco_bench.core.task import Context
-from neco_bench.data.base import IGNORE, Sample, SegmentationDataset
+from neco_bench.data.base import IGNORE, Sample, SegmentationDataset, Void
 from neco_bench.data.load import DATASETS
 from neco_bench.encoders import DenseFeatures, Encoder
-from neco_bench.features.patches import BicubicResizeSquare, Void, majority_label, patchify, unpatchify
+from neco_bench.features.patches import BicubicResizeSquare, majority_label, patchify, unpatchify
 from tests.tasks.test_shapes import Oracle, Painted
 
 CPU = torch.device("cpu")
@@ -264,7 +264,7 @@ def test_patches_that_are_mostly_void_are_dropped_and_the_rest_counts() -> None:
     for void, dropped in (("wins ties", 4), ("loses ties", 3), ("never votes", 3)):
         context = Context(batch_size=3)
         options = some_settings(void=void)
-        patches, split, moments = probe.read_train(Cells(), data, options, context, 16)
+        patches, split, scaler = probe.read_train(Cells(), data, options, context, 16)
         assert context.notes["dropped_patches"] == dropped
         assert (split, len(patches)) == (9 * 16 - dropped + 1, 10 * 16 - dropped + 1)
         assert context.notes["training_patches"] == 160 - dropped
@@ -272,7 +272,7 @@ def test_patches_that_are_mostly_void_are_dropped_and_the_rest_counts() -> None:
         rows = Cells().encode(images).map.permute(0, 2, 3, 1).reshape(-1, 3)
         expected = StandardScaler().fit_transform(rows.double().numpy())
         rows = rows.clone()
-        moments.standardise(rows)
+        standardise(rows, scaler)
         np.testing.assert_allclose(rows, expected, atol=1e-5)
         everything = probe.refit_rows(patches, split)
         assert len(everything) == 160 - dropped
@@ -283,8 +283,8 @@ def test_max_patches_takes_as_many_of_each_image() -> None:
     rng = np.random.default_rng(0)
     data = Given(np.ones((10, 16, 16), np.uint8), rng.integers(0, 256, (10, 16, 16)))
     context = Context()
-    patches, split, moments = probe.read_train(Cells(), data, some_settings(max_patches=50), context, 16)
-    assert (split, len(patches), moments.count) == (9 * 5, 9 * 5 + 16, 9 * 16)
+    patches, split, scaler = probe.read_train(Cells(), data, some_settings(max_patches=50), context, 16)
+    assert (split, len(patches), scaler.n_samples_seen_) == (9 * 5, 9 * 5 + 16, 9 * 16)
     assert context.notes["training_patches"] == 50
     assert len(probe.refit_rows(patches, split)) == 50
 

@@ -74,18 +74,18 @@ def test_features_of_windows_are_not_drawn(tmp_path: Path) -> None:
 
 
 def test_neighbours_are_the_patches_of_the_memory(store: ResultStore) -> None:
-    """The middle of each view, encoded anew, has the cosine that the search found: baseline_rgb sees 3 x 3 cells."""
+    """The middle of each view, encoded again, has the cosine that the search found: baseline_rgb sees 3 x 3 cells."""
     (result,) = (r for r in store.load_all() if r.task == "shapes_ic")
     job = job_of(result)
     name = job.data["val"].ids[3]
-    seen = record_predictions(job, [name])
-    assert set(seen) == {name}
-    rows, columns = seen[name]["features"].shape[1:]
+    predictions = record_predictions(job, [name])
+    assert set(predictions) == {name}
+    rows, columns = predictions[name]["features"].shape[1:]
     patch = rows // 2 * columns + columns // 2
-    found = seen[name]["neighbours"](patch)
+    found = predictions[name]["neighbours"](patch)
     assert [n.cosine for n in found] == sorted((n.cosine for n in found), reverse=True)
     encoder = load_job_encoder(job)
-    feature = seen[name]["features"][:, rows // 2, columns // 2]
+    feature = predictions[name]["features"][:, rows // 2, columns // 2]
     settings = job.task.settings()
     whole = [n for n in found if not (n.view == 0).all(2).any()]  # none that the border of its image cuts
     assert len(whole) > 5

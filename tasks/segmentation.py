@@ -1,0 +1,149 @@
+"""What all segmentation families share: the score of predicted class maps, image by image, and the Outcome from it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from neco_bench.core import distributed
+from neco_bench.core.protocol import Settings
+from neco_bench.core.task import Context, Outcome
+from neco_bench.data.base import SegmentationDataset
+from neco_bench.metrics import bootstrap, segmentation
+
+
+class SegmentationScore:
+    """Confusion counts of the images of a data set, for one prediction of each image or for an array of them.
+
+    Where several processes share the images out, each adds those that it has predicted, and all get the same outcome.
+    Predictions of the images that `show` draws are recorded.
+
+    Args:
+        dataset: whose masks are the ground truth.
+        settings: of the protocol, with `absent`, the classes that count (see `mean_iou`).
+        context: of the run.
+        shape: of the array of predictions of an image, as (epochs, rates, seeds) of heads; () for a single one.
+        clusters: K, where predictions are ids of clusters 0..K-1; None where they are class ids.
+        extra_classes: names of further ids that may be predicted, after those of the classes.
+    """
+
+    def __init__(
+        self,
+        dataset: SegmentationDataset,
+        settings: Settings,
+        context: Context,
+        *,
+        shape: tuple[int, ...] = (),
+        clusters: int | None = None,
+        extra_classes: Sequence[str] = (),
+    ) -> None:
+        self.dataset, self.settings, self.context = dataset, settings, context
+        self.shape, self.clusters = shape, clusters
+        self.names = (*dataset.classes, *extra_classes)
+        self.absent: segmentation.AbsentClasses = settings.absent  # type: ignore[attr-defined]
+        self._items: list[int] = []
+        self._mappings: list[np.ndarray] = []
+        self._counts = [segmentation.ImageConfusions(len(self.names), clusters) for _ in range(math.prod(shape))]
+
+    def to_predict(self, items: Sequence[int]) -> Iterator[tuple[int, int]]:
+        """(row, item) of the images of a batch that are to be predicted and added here; other processes do the rest."""
+        return ((row, i) for row, i in enumerate(items) if i % distributed.world() == distributed.rank())
+
+    def add(self, item: int, mask: np.ndarray, prediction: np.ndarray, **shown: Any) -> None:
+        """Count one image.
+
+        Args:
+            item: its number in the data set.
+            mask: (H, W) ground truth as the data set or a transform gives it.
+            prediction: (*shape, H, W) predicted ids.
+            shown: what else `show` draws, see `Context.record`.
+
+        Raises:
+            BadInputError: for ids that no class or cluster has.
+        """
+        truth = self.dataset.scored(mask)
+        flat = prediction.reshape(-1, *truth.shape)
+        for counts, own in zip(self._counts, flat, strict=True):
+            counts.add(truth, own)
+        self._items.append(item)
+        self.context.record(self.dataset.ids[item], truth=truth, prediction=flat, **shown)
+
+    @cached_property
+    def counts(self) -> list[segmentation.ImageConfusions]:
+        """Counts of all predictions, shape () to (n,), over all images in their order. Nothing can be added after."""
+        items = distributed.gather(self._items)
+        return [segmentation.ImageConfusions.joined(distributed.gather(counts), items) for counts in self._counts]
+
+    def match(self, method: Callable[[np.ndarray], np.ndarray]) -> None:
+        """Give each predicted id a class, from the (C, K) counts of all images; each prediction is matched alone."""
+        self._mappings = [method(counts.total()) for counts in self.counts]
+
+    def mean_ious(self) -> np.ndarray:
+        """The mIoU of each prediction, an array of the given shape, of fractions; before `match` of ids as they are."""
+        totals = [counts.total() for counts in self.counts]
+        if self._mappings:
+            pairs = zip(totals, self._mappings, strict=True)
+            totals = [segmentation.merge_clusters(total, mapping) for total, mapping in pairs]
+        return np.array([segmentation.mean_iou(total, absent=self.absent) for total in totals]).reshape(self.shape)
+
+    def outcome(
+        self,
+        *,
+        used_size: int,
+        resize: str,
+        select: tuple[int, ...] = (),
+        metrics: Mapping[str, float] | None = None,
+        statistics: Mapping[str, np.ndarray] | None = None,
+    ) -> Outcome:
+        """Report the predictions at `select`: metrics are means over them, and the interval is that of the mean mIoU.
+
+        Args:
+            used_size: side of the inputs in pixels.
+            resize: how images came to it.
+            select: the first indices into the array of predictions; all of its axes, or all but the last.
+            metrics: further metrics of the family.
+            statistics: its further arrays.
+        """
+        numbers = np.arange(len(self.counts)).reshape(self.shape)[select]
+        mappings = [self._mappings[i] if self._mappings else None for i in numbers.flat]
+        per_image = [self.counts[i].per_image(own) for i, own in zip(numbers.flat, mappings, strict=True)]
+        self._select_recorded(numbers.flat[0], mappings[0])
+        totals = [counts.sum(0) for counts in per_image]
+        confusion = per_image[0][None] if len(per_image) == 1 else np.stack(per_image)  # without a copy where it can
+        values = {
+            "mIoU": float(self.mean_ious()[select].mean()),
+            **(metrics or {}),
+            "mIoU_present": float(np.mean([segmentation.mean_iou(total, absent="exclude") for total in totals])),
+        }
+        if self.clusters is None:
+            values["pixel_accuracy"] = float(np.mean([np.trace(total) / max(1, total.sum()) for total in totals]))
+        iou = np.mean([segmentation.iou_per_class(total) for total in totals], axis=0)
+        arrays = {"confusion": confusion}
+        if self._mappings:
+            arrays["mapping"] = np.stack([self._mappings[i] for i in numbers.flat])
+        return Outcome(
+            metrics=values,
+            per_class={"IoU": segmentation.by_class(iou, self.names)},
+            ci95={"mIoU": bootstrap.bootstrap_miou(confusion, absent=self.absent, seed=self.context.seed)},
+            n_images=confusion.shape[1],
+            statistics={name: array.reshape(*numbers.shape, *array.shape[1:]) for name, array in arrays.items()}
+            | dict(statistics or {}),
+            features={
+                "input_size": self.settings.input_size,
+                "used_size": used_size,
+                "resize": resize,
+                "final_norm": True,
+            },
+        )
+
+    def _select_recorded(self, number: int, mapping: np.ndarray | None) -> None:
+        """Leave one of the recorded predictions of each image, as class ids."""
+        for values in self.context.predictions.values():
+            ids = values["prediction"][number]
+            if self.clusters is not None:
+                values["clusters"] = ids
+            values["prediction"] = ids if mapping is None else mapping[ids]
