@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from neco_bench.cli.output import print_rows, summary
 from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.reports import compare as comparing
 from neco_bench.reports.leaderboard import write_leaderboard
-from neco_bench.reports.tables import build_tables
+from neco_bench.reports.tables import Table, build_tables
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from tests.command import neco
@@ -214,5 +215,5 @@ def test_cells_that_look_like_formulas_are_text(make_result: Make) -> None:
     (wide,) = (table for table in build_tables(results) if table.name == "in_context")
     assert "'=HYPERLINK(1)" in wide.to_csv()
     assert "plain" in wide.to_csv().replace("'plain", "")
-    difference = type(wide)("x", "", ("model", "difference"), (("m", "-0.5"), ("n", "+77.0"), ("o", "1e-05")))
+    difference = Table("x", "", pd.DataFrame({"model": ["m", "n", "o"], "difference": ["-0.5", "+77.0", "1e-05"]}))
     assert difference.to_csv() == "model,difference\nm,-0.5\nn,+77.0\no,1e-05\n"
