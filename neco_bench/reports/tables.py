@@ -17,6 +17,7 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from neco_bench.core.files import slug
 from neco_bench.reports.grid import KINDS, Grid, cells_of, grids_of, percent, ranks, runs_frame
@@ -33,16 +34,7 @@ FULL_COLUMNS = [name for name in COLUMNS if name not in ("family", "rankable")]
 CONDITIONS_COLUMNS = ["model", "task", "input_size", "used_size", "tokens", "contamination", "training_data"]
 
 PUBLISHED_COLUMNS = [
-    "model",
-    "task",
-    "protocol",
-    "metric",
-    "measured",
-    "published",
-    "difference",
-    "quality",
-    "setting",
-    "source",
+    *("model", "task", "protocol", "metric", "measured", "published", "difference", "quality", "setting", "source")
 ]
 
 
@@ -62,8 +54,9 @@ class Table:
 
     def to_csv(self) -> str:
         """Write the table as CSV with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
-        text: str = self.frame.map(_no_formula).rename(columns=_no_formula).to_csv(index=False, lineterminator="\n")
-        return text
+        text = self.frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_no_formula))
+        csv: str = text.rename(columns=_no_formula).to_csv(index=False, lineterminator="\n")
+        return csv
 
     def to_latex(self, intervals: bool = False) -> str:
         """Write the table for booktabs: the best of each column bold, the second underlined, equal ones alike.
