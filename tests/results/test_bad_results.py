@@ -53,7 +53,7 @@ def full(make: Make, model: str, key: str, **changes: Any) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("metrics", {"miou": 1e308}, "metrics.miou: Input should be less than or equal to 1"),
         ("metrics", {"miou": -0.2}, "metrics.miou: Input should be greater"),
@@ -74,7 +74,7 @@ def full(make: Make, model: str, key: str, **changes: Any) -> Result:
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 40 else "",
 )
-def test_one_bad_result_hides_no_other(field: str, value: Any, told: str, tmp_path: Path, make_result: Make) -> None:
+def test_one_bad_result_hides_no_other(field: str, value: Any, message: str, tmp_path: Path, make_result: Make) -> None:
     store = ResultStore(tmp_path / "r")
     good = full(make_result, "good", "a")
     document = json.loads(store.save(good).read_text()) | {"key": "b" * 16, field: "PLACE"}
@@ -84,7 +84,7 @@ def test_one_bad_result_hides_no_other(field: str, value: Any, told: str, tmp_pa
     answer = neco("leaderboard", "--results", tmp_path / "r", "--out", tmp_path / "out")
     assert answer.code == 0
     assert f"warning: {tmp_path / 'r' / 'bad.json'}: " in answer.err
-    assert told in answer.err
+    assert message in answer.err
     assert "good" in (tmp_path / "out" / "in_context.csv").read_text()
 
 
@@ -155,7 +155,7 @@ def test_statistics_of_another_kind_are_refused(
     for result in results:
         store.save(result, STATISTICS)
     assert len(comparing.find_pairs([store], "a", "b", [])) == 2
-    path = store._of_key(results[0].key)[0][0].with_suffix(".npz")
+    path = store._with_key(results[0].key)[0][0].with_suffix(".npz")
     np.savez_compressed(path, **{**STATISTICS, **changed})  # type: ignore[arg-type]
     with pytest.raises(BadInputError, match=r"npz: the stored statistics cannot be read .*--overwrite"):
         store.statistics(results[0])
