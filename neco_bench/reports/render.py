@@ -6,7 +6,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, select_autoescape
 
-_LATEX: dict[str, str | int | None] = {c: "\\" + c for c in "&%$#_{}"} | {
+_LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "\\": r"\textbackslash{}",
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -19,7 +19,7 @@ _LATEX: dict[str, str | int | None] = {c: "\\" + c for c in "&%$#_{}"} | {
 
 def latex(text: str) -> str:
     """Escape text for LaTeX."""
-    return text.translate(str.maketrans(_LATEX))
+    return "".join(_LATEX.get(character, character) for character in text)
 
 
 def markdown_cell(text: str) -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
@@ -86,13 +87,15 @@ def build_tables(results: Iterable[Result], published: Iterable[Published] = ())
     runs = runs_frame(results)
     papers = pd.DataFrame([row.model_dump() for row in published], columns=list(Published.model_fields))
     tables = []
-    for family, members in runs.groupby("family"):
-        for grid in grids_of(cells_of(members)):
+    for family, grids in groupby(grids_of(cells_of(runs)), key=attrgetter("family")):
+        members = runs[runs.family == family]
+        for grid in grids:
             tables.append(_wide_table(grid))
             if not grid.kind and len(grid.models) > 1:
                 tables.append(_text_table(family, "ranking", _ranking(grid)))
         tables.append(_text_table(family, "conditions", _conditions(members)))
-        tables.append(_text_table(family, "published", _published(members, papers), "published beside measured"))
+        if len(papers):
+            tables.append(_text_table(family, "published", _published(members, papers), "published beside measured"))
         full = results_frame(members.result)[FULL_COLUMNS].sort_values(FULL_COLUMNS, na_position="first")
         tables.append(Table(f"{slug(family)}.full", "", full))
     return [table for table in tables if len(table.frame)]
