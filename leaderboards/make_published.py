@@ -3,18 +3,19 @@
     python leaderboards/make_published.py FOLDER leaderboards/published.csv
 
 Prints how many rows were read, kept and dropped, by reason. The rules below are the documentation of every choice; the
-README beside this file says them in words. Only the standard library is used.
+README beside this file says them in words.
 """
 
 from __future__ import annotations
 
-import csv
 import re
 import sys
 from collections import Counter
 from collections.abc import Callable
 from decimal import Decimal
 from pathlib import Path
+
+import pandas as pd
 
 Row = dict[str, str]
 
@@ -187,27 +188,24 @@ def convert(row: Row) -> tuple[Row, tuple]:
 
 
 def main(folder: Path, out: Path) -> None:
-    read, dropped, kept = 0, Counter[str](), []
-    seen: set[tuple] = set()
-    for path in sorted(folder.glob("published_*.csv")):
-        with open(path, newline="", encoding="utf-8") as file:
-            for row in csv.DictReader(file):
-                read += 1
-                reason = next((why for why, column, text in DROPPED if re.search(text, row[column])), None)
-                if reason is None:
-                    made, same = convert(row)
-                    reason = "duplicate" if same in seen else None
-                    seen.add(same)
-                if reason is None:
-                    kept.append(made)
-                else:
-                    dropped[reason] += 1
-    with open(out, "w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(sorted(kept, key=lambda made: tuple(made[column] for column in COLUMNS)))
-    print(f"read {read}, kept {len(kept)}")
-    for reason, count in dropped.most_common():
+    """Convert all files of a folder, and write the rows that no rule drops."""
+    files = sorted(folder.glob("published_*.csv"))
+    rows = pd.concat([pd.read_csv(path, dtype="object", keep_default_na=False) for path in files]).to_dict("records")
+    reasons, converted, keys = [], [], set()
+    for row in rows:
+        reason = next((why for why, column, text in DROPPED if re.search(text, row[column])), None)
+        if reason is None:
+            made, key = convert(row)
+            reason = "duplicate" if key in keys else None
+            keys.add(key)
+        if reason is None:
+            converted.append(made)
+        else:
+            reasons.append(reason)
+    table = pd.DataFrame(converted, columns=list(COLUMNS)).sort_values(list(COLUMNS))
+    table.to_csv(out, index=False, lineterminator="\n")
+    print(f"read {len(rows)}, kept {len(table)}")
+    for reason, count in Counter(reasons).most_common():
         print(f"dropped {count}: {reason}")
 
 

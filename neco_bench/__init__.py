@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from neco_bench.core.protocol import find_tasks
     from neco_bench.data.load import load_dataset
     from neco_bench.encoders import DenseFeatures, Encoder, check_encoder, load_encoder
+    from neco_bench.results.frame import load_results
     from neco_bench.results.schema import Result
     from neco_bench.results.store import ResultStore
     from neco_bench.runner.api import run
@@ -36,6 +37,7 @@ _HOMES = {
     "DenseFeatures": "neco_bench.encoders",
     "load_dataset": "neco_bench.data.load",
     "find_tasks": "neco_bench.core.protocol",
+    "load_results": "neco_bench.results.frame",
     "Result": "neco_bench.results.schema",
     "ResultStore": "neco_bench.results.store",
     "NecoBenchError": "neco_bench.core.errors",
@@ -53,6 +55,7 @@ __all__ = [
     "find_tasks",
     "load_dataset",
     "load_encoder",
+    "load_results",
     "run",
 ]
 

@@ -1,4 +1,4 @@
-"""What the command line prints: results and comparisons as rows, and rows as a table for people or as JSON."""
+"""What the command line prints: results and comparisons as rows, and rows as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -19,8 +19,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def foreign_code() -> Iterator[None]:
-    """While code of others may run: what it prints on stdout, from Python or C, goes to stderr, and its `sys.exit()`
-    is a BadInputError. stdout is for results alone.
+    """Keep stdout for results while code of users may run.
+
+    What that code prints on stdout, from Python or C, goes to stderr, and its `sys.exit()` is a BadInputError.
     """
     sys.stdout.flush()
     stdout = os.dup(1)
@@ -39,7 +40,7 @@ def foreign_code() -> Iterator[None]:
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """A result in one row: value and interval in percent, and what part of the data it is of."""
+    """Write a result as a row: value and interval in percent, and the part of the data it was measured on."""
     value = result.metrics.get(result.primary_metric)
     low, high = result.ci95.get(result.primary_metric, (None, None))
     notes = result.subset_notes
@@ -56,44 +57,44 @@ def summary(result: Result) -> dict[str, Any]:
     }
 
 
-def numbers(row: ComparisonRow) -> dict[str, Any]:
-    """A row of a comparison as fractions, None where there is no number."""
-    low, value, high, p = row.difference.low, row.difference.value, row.difference.high, row.difference.p
-    known: dict[str, Any] = {
+def comparison_fractions(row: ComparisonRow) -> dict[str, Any]:
+    """Write a row of a comparison for JSON: fractions, None where there is no number."""
+    difference = row.difference
+    values: dict[str, Any] = {
         "first": row.first,
         "second": row.second,
-        "difference": value,
-        "low": low,
-        "high": high,
-        "p": p,
+        "difference": difference.value,
+        "low": difference.low,
+        "high": difference.high,
+        "p": difference.p,
         "p_holm": row.p_holm,
     }
-    known = {name: None if number is None or number != number else float(number) for name, number in known.items()}
-    return {"name": row.name, **known, "items": row.items}
+    values = {name: None if value is None or value != value else float(value) for name, value in values.items()}
+    return {"name": row.name, **values, "items": row.items}
 
 
-def compared(row: ComparisonRow) -> dict[str, Any]:
-    """A row of a comparison in percent points."""
+def comparison_percent(row: ComparisonRow) -> dict[str, Any]:
+    """Write a row of a comparison for a table: percent points, empty where there is no number."""
 
     def percent(value: float | None, sign: str = "") -> str:
         return "" if value is None or value != value else f"{100 * value:{sign}.1f}"
 
     difference = row.difference
-    known = difference.p == difference.p
+    defined = difference.p == difference.p
     return {
         "name": row.name,
         "first": percent(row.first),
         "second": percent(row.second),
         "difference": percent(difference.value, "+"),
-        "95 % interval": f"[{percent(difference.low, '+')}, {percent(difference.high, '+')}]" if known else "",
-        "p": f"{difference.p:.4f}" if known else "",
-        "p (Holm)": f"{row.p_holm:.4f}" if known else "",
+        "95 % interval": f"[{percent(difference.low, '+')}, {percent(difference.high, '+')}]" if defined else "",
+        "p": f"{difference.p:.4f}" if defined else "",
+        "p (Holm)": f"{row.p_holm:.4f}" if defined else "",
         "items": row.items,
     }
 
 
-def images_compared(rows: list[tuple[str, float, float]], most: int, as_json: bool) -> list[dict[str, Any]]:
-    """The first and the last `most` of (id, first, second), as fractions, or in percent for people."""
+def comparison_images(rows: list[tuple[str, float, float]], most: int, as_json: bool) -> list[dict[str, Any]]:
+    """Write the first and the last `most` of (id, first, second), as fractions for JSON, in percent for a table."""
     rows = rows if len(rows) <= 2 * most else [*rows[:most], *rows[-most:]]
     if as_json:
         return [{"image": name, "first": a, "second": b, "difference": b - a} for name, a, b in rows]
@@ -104,7 +105,7 @@ def images_compared(rows: list[tuple[str, float, float]], most: int, as_json: bo
 
 
 def phases(result: Result) -> list[dict[str, Any]]:
-    """Seconds and share of each phase, the longest first, and what none of them covers."""
+    """Write the seconds and the share of each phase, the longest first, then of what is in no phase."""
     total = result.timing.get("total", 0.0)
     parts = {name: seconds for name, seconds in result.timing.items() if name != "total"}
     rows = [
@@ -120,17 +121,37 @@ def phases(result: Result) -> list[dict[str, Any]]:
 
 
 def print_rows(rows: Sequence[dict[str, Any]], as_json: bool, file: TextIO | None = None) -> None:
-    """Rows as a table for people, or as one JSON list; on stdout, or on `file`."""
+    """Print rows as a table, or as one JSON list.
+
+    On a terminal the table is laid out by rich in its width; elsewhere it is plain text, one line per row, columns
+    two or more spaces apart. file: where the table goes; default: stdout.
+    """
+    file = file or sys.stdout
     if as_json:
         print(json.dumps(list(rows), indent=2, default=str))
         return
     if not rows:
-        print("nothing")
+        print("nothing", file=file)
         return
-    table = [[*rows[0]], *([_text(value) for value in row.values()] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
-    for line in table:
+    header, lines = list(rows[0]), [[_text(value) for value in row.values()] for row in rows]
+    if file.isatty():
+        _print_in_width(header, lines, file)
+        return
+    widths = [max(map(len, column)) for column in zip(header, *lines, strict=True)]
+    for line in [header, *lines]:
         print("  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip(), file=file)
+
+
+def _print_in_width(header: Sequence[str], lines: Sequence[Sequence[str]], file: TextIO) -> None:
+    from rich.console import Console  # here, as these take a tenth of a second to import
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False)
+    for name in header:
+        table.add_column(name, overflow="fold")
+    for line in lines:
+        table.add_row(*line)
+    Console(file=file, markup=False, highlight=False, emoji=False).print(table)
 
 
 def _text(value: Any) -> str:

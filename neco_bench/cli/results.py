@@ -10,7 +10,13 @@ from typing import Annotated, Any
 import typer
 
 from neco_bench.cli.common import DataRoot, Device, Json, Weights, app, not_negative, open_stores
-from neco_bench.cli.output import compared, foreign_code, images_compared, numbers, print_rows
+from neco_bench.cli.output import (
+    comparison_fractions,
+    comparison_images,
+    comparison_percent,
+    foreign_code,
+    print_rows,
+)
 from neco_bench.core.errors import MissingError, user_error
 
 
@@ -26,10 +32,13 @@ def leaderboard(
 ) -> None:
     """Write one CSV per task family and a Markdown page from stored results, published numbers beside measured ones.
 
+    The page is printed too; on a terminal, its ranked tables.
+
     Example: neco-bench leaderboard --results results --out leaderboards/local
     """
     import neco_bench.leaderboards
     from neco_bench.reports.leaderboard import write_leaderboard
+    from neco_bench.reports.tables import build_tables
 
     with open_stores(results) as stores:
         found = [result for store in stores for result in store.load_all()]
@@ -40,7 +49,13 @@ def leaderboard(
     if as_json:
         print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return
-    print((out / "leaderboard.md").read_text(encoding="utf-8"))
+    if sys.stdout.isatty():
+        for table in build_tables(found):
+            if table.ranked and table.detailed is not None:
+                print(f"\n{table.title}")
+                print_rows(table.detailed.to_dict("records"), False)
+    else:
+        print((out / "leaderboard.md").read_text(encoding="utf-8"))
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
 
 
@@ -54,10 +69,12 @@ def compare(
     per_size: Annotated[
         bool, typer.Option("--per-size", help="Compare small, medium and large regions of each segmentation task too.")
     ] = False,
-    images: Annotated[int, typer.Option(help="Show so many of the most gained and most lost images of each task.")] = 0,
+    images: Annotated[
+        int, typer.Option(help="Show this many images that gain most, and that lose most, per task.")
+    ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Difference of two models, second less first, by paired bootstrap over images: interval, p, and p after Holm.
+    """Compare two models, second minus first, by paired bootstrap over images: interval, p, and p after Holm.
 
     Example: neco-bench compare baseline_rgb baseline_hog --task 'shapes_*'
     """
@@ -65,17 +82,17 @@ def compare(
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
     not_negative("--images", images)
-    told = numbers if as_json else compared
+    as_row = comparison_fractions if as_json else comparison_percent
     with open_stores(results) as stores:
         pairs = comparing.find_pairs(stores, first, second, patterns)
-    tables: dict[str, list[dict[str, Any]]] = {"tasks": [told(row) for row in comparing.compare_tasks(pairs)]}
+    tables: dict[str, list[dict[str, Any]]] = {"tasks": [as_row(row) for row in comparing.compare_tasks(pairs)]}
     for pair in pairs:
         if per_class:
-            tables[f"{pair.name} by class"] = [told(row) for row in comparing.compare_classes(pair)]
+            tables[f"{pair.name} by class"] = [as_row(row) for row in comparing.compare_classes(pair)]
         if per_size and "confusion" in pair.first_arrays:
-            tables[f"{pair.name} by size"] = [told(row) for row in comparing.compare_sizes(pair)]
+            tables[f"{pair.name} by size"] = [as_row(row) for row in comparing.compare_sizes(pair)]
         if images > 0:
-            tables[f"{pair.name} by image"] = images_compared(comparing.compare_images(pair), images, as_json)
+            tables[f"{pair.name} by image"] = comparison_images(comparing.compare_images(pair), images, as_json)
     if as_json:
         print(json.dumps(tables, indent=2))
         return
@@ -90,18 +107,18 @@ def show(
     task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
     out: Annotated[Path, typer.Option(help="Where the pages go, one folder per result.")] = Path("pictures"),
-    worst: Annotated[int, typer.Option(help="So many images or pairs with the lowest scores.")] = 4,
-    best: Annotated[int, typer.Option(help="So many with the highest scores.")] = 4,
+    worst: Annotated[int, typer.Option(help="Number of images or pairs with the lowest scores.")] = 4,
+    best: Annotated[int, typer.Option(help="Number of those with the highest scores.")] = 4,
     image: Annotated[list[str] | None, typer.Option(help="Ids to show instead; repeatable.")] = None,
     data_root: DataRoot = None,
     weights: Weights = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Pictures for stored results: predictions and errors, nearest patches, clusters, found points; a page and a PNG.
+    """Draw stored results: predictions and errors, nearest patches, clusters, matched points; a page and a PNG.
 
-    The task runs again for them, on kept features where there are, and its predictions are held against the stored
-    counts.
+    The task runs again for them, on stored features where there are any, and its predictions are compared with the
+    stored counts.
 
     Example: neco-bench show baseline_hog --task shapes_ic
     """

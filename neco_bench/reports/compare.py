@@ -25,58 +25,68 @@ from neco_bench.metrics.bootstrap import (
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 
-# Share of an image's labelled pixels that a class covers in it, from and up to.
+# Sizes of regions: the share of an image's labelled pixels that a class covers, from and below.
 SIZES = {"small (below 1 %)": (0.0, 0.01), "medium (1 to 10 %)": (0.01, 0.1), "large (from 10 %)": (0.1, 1.1)}
 
 
-LISTED = 8  # results in a message
+MOST_LISTED = 8  # results in a message
 
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """One comparison: of a task, or of a class of it. p_holm: p adjusted for the number of rows compared together."""
+    """The comparison of two models on a task, or on one class or size of it."""
 
     name: str
-    first: float | None
+    first: float | None  # fractions; None: undefined
     second: float | None
-    difference: Difference
-    p_holm: float
-    items: int
+    difference: Difference  # second minus first
+    p_holm: float  # p adjusted for the number of rows compared together
+    items: int  # images or pairs
 
 
 ResultKey = tuple[object, ...]
+StoredResult = tuple[Result, ResultStore]
 
 
-def results_of(
-    folders: Iterable[ResultStore], model: str, tasks: Sequence[str]
-) -> dict[ResultKey, tuple[Result, ResultStore]]:
-    """The finished results of a model, by task, protocol, settings, seed and limit; tasks are globs, none means all.
+def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str]) -> dict[ResultKey, StoredResult]:
+    """Find the finished results of a model, by task, protocol, settings, seed and limit.
 
-    A model is named as in the results, or by the start of a result's key where equal names have several weights.
-    Raises MissingError where there are none, UsageError where the name stands for several.
+    Args:
+        folders: where to look.
+        model: its name in the results, or the start of a result's key where equal names have several weights.
+        tasks: names or globs; none means all.
+
+    Raises:
+        MissingError: where there are no results.
+        UsageError: where the name stands for several.
     """
-    found = [(result, store) for store in folders for result in store.load_all() if result.status == "ok"]
-    chosen: dict[ResultKey, tuple[Result, ResultStore]] = {}
-    for result, store in found:
-        named = result.model == model or (len(model) >= 6 and result.key.startswith(model))
-        if named and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
+    finished = [(result, store) for store in folders for result in store.load_all() if result.status == "ok"]
+    matching: dict[ResultKey, StoredResult] = {}
+    for result, store in finished:
+        of_model = result.model == model or (len(model) >= 6 and result.key.startswith(model))
+        if of_model and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
             changed = json.dumps(result.changed, sort_keys=True, default=str)
             place = (result.task, result.protocol, changed, result.seed, result.limit)
-            other = chosen.setdefault(place, (result, store))[0]
+            other = matching.setdefault(place, (result, store))[0]
             if other.key != result.key:
                 raise UsageError(
                     f"{model!r} has several results of {result.task}@{result.protocol}: name one by the start of "
                     f"its key, {other.key[:8]} or {result.key[:8]}."
                 )
-    if not chosen:
-        names = sorted({result.model for result, _ in found})
-        raise MissingError(f"No result of {model!r}{_of(tasks)}. There are results of: {', '.join(names) or 'none'}.")
-    return chosen
+    if not matching:
+        names = ", ".join(sorted({result.model for result, _ in finished})) or "none"
+        raise MissingError(f"No result of {model!r}{_for_tasks(tasks)}. There are results of: {names}.")
+    return matching
 
 
 def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, float]:
-    """{id: score} of each image or pair: mIoU over the classes in it (of seeds and draws the mean), or the share of
-    points found. Images without ground truth are left out. Raises MissingError where a result stores no ids.
+    """Score each image or pair by its id: mIoU over the classes in it, the mean over seeds and draws, or PCK.
+
+    Images without ground truth are left out.
+
+    Raises:
+        MissingError: where a result stores no ids.
+        BadInputError: where it stores no counts.
     """
     ids = arrays.get("image_id", arrays.get("pair_id"))
     if ids is None:
@@ -96,24 +106,24 @@ def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, floa
 
 
 def hits_column(result: Result) -> int:
-    """The column of hits that the primary metric, PCK@alpha, reads."""
+    """Find the column of the stored hits that belongs to the primary metric, PCK@alpha."""
     try:
         alphas = [f"PCK@{alpha:.2f}" for alpha in _setting(result, "alphas")]
         return alphas.index(result.primary_metric)
     except (TypeError, ValueError) as error:
         raise BadInputError(
-            f"The result of {result.model} on {result.column} is not whole: its settings do not name "
+            f"The result of {result.model} on {result.column} is not complete: its settings do not name "
             f"{result.primary_metric}. Run it again with --overwrite."
         ) from error
 
 
 def _setting(result: Result, name: str) -> Any:
-    """A constant that a result was measured with. Raises BadInputError where it is not recorded."""
+    """Read a constant that a result was measured with. Raises BadInputError where it is not recorded."""
     try:
         return result.provenance["settings"][name]
     except KeyError as error:
         raise BadInputError(
-            f"The result of {result.model} on {result.column} is not whole: it does not record {name}. Run it again "
+            f"The result of {result.model} on {result.column} is not complete: it does not record {name}. Run it again "
             f"with --overwrite."
         ) from error
 
@@ -129,49 +139,58 @@ class ResultPair:
 
     @property
     def name(self) -> str:
-        """What was measured, with the seed where it is not 0."""
+        """The task with its protocol and what was changed, and the seed where it is not 0."""
         return _measured(self.first)
 
 
 def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[ResultPair]:
-    """What both models have results of, same task, protocol, seed and settings; tasks are globs, none means all.
+    """Pair the results of two models of the same task, protocol, seed and settings.
 
-    Raises what `results_of` raises, MissingError where there is nothing to compare, BadInputError where two
-    results were not measured on the same images.
+    Args:
+        folders: where to look.
+        first: a model, named as for `results_of`.
+        second: the model to compare with it.
+        tasks: names or globs; none means all.
+
+    Raises:
+        MissingError: where there is nothing to compare.
+        UsageError: where a name stands for several results.
+        BadInputError: where two results were not measured on the same images.
     """
     stores = list(folders)
-    left, right = (results_of(stores, model, tasks) for model in (first, second))
-    shared = sorted(set(left) & set(right), key=str)
+    of_first, of_second = (results_of(stores, model, tasks) for model in (first, second))
+    shared = sorted(set(of_first) & set(of_second), key=str)
     if not shared:
         raise MissingError(
-            f"{first!r} and {second!r} have nothing in common{_of(tasks)}: task, protocol, settings, limit and seed "
-            f"must be the same. {first!r} has {_listed(left)}; {second!r} has {_listed(right)}."
+            f"{first!r} and {second!r} have nothing in common{_for_tasks(tasks)}: task, protocol, settings, limit and "
+            f"seed must be the same. {first!r} has {_listed(of_first)}; {second!r} has {_listed(of_second)}."
         )
     pairs, failure = [], None
     for place in shared:
-        (a, in_a), (b, in_b) = left[place], right[place]
+        (one, store), (other, other_store) = of_first[place], of_second[place]
         try:
-            pairs.append(_pair(a, b, in_a.statistics(a), in_b.statistics(b)))
-        except NecoBenchError as error:  # hides no other pair
+            pairs.append(_pair(one, other, store.statistics(one), other_store.statistics(other)))
+        except NecoBenchError as error:  # the other pairs are compared all the same
             failure = error
-            in_a.problems.append(str(error))
+            store.problems.append(str(error))
     if failure and not pairs:
         raise failure
     return pairs
 
 
 def _pair(first: Result, second: Result, *arrays: dict[str, np.ndarray]) -> ResultPair:
-    """Two results of the same images and settings, else BadInputError."""
+    """Pair two results. Raises BadInputError where their images or settings are not the same."""
     for fact in ("dataset_fingerprint", "card_hash", "protocol_hash"):  # input sizes may differ, as strides do
         if first.provenance.get(fact) != second.provenance.get(fact):
             raise BadInputError(
                 f"{first.task}@{first.protocol}: the two results differ in {fact}, so their images or settings are not "
                 f"the same. Run one of them again with --overwrite."
             )
-    shapes = [{name: own[name].shape for name in ("confusion", "hits", "totals") if name in own} for own in arrays]
+    counts = ("confusion", "hits", "totals")
+    shapes = [{name: side[name].shape for name in counts if name in side} for side in arrays]
     if shapes[0] != shapes[1]:
         raise BadInputError(
-            f"{first.task}@{first.protocol}: the statistics of the two results have other shapes, {shapes[0]} and "
+            f"{first.task}@{first.protocol}: the statistics of the two results have different shapes, {shapes[0]} and "
             f"{shapes[1]}. Run both again with --overwrite."
         )
     return ResultPair(first, second, *arrays)
@@ -181,17 +200,19 @@ def _measured(result: Result) -> str:
     return result.column + (f" seed {result.seed}" if result.seed else "")
 
 
-def _listed(chosen: dict[ResultKey, tuple[Result, ResultStore]]) -> str:
-    names = sorted({_measured(result) for result, _ in chosen.values()})
-    return ", ".join(names[:LISTED]) + (f" and {len(names) - LISTED} more" if len(names) > LISTED else "")
+def _listed(results: dict[ResultKey, StoredResult]) -> str:
+    names = sorted({_measured(result) for result, _ in results.values()})
+    return ", ".join(names[:MOST_LISTED]) + (
+        f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
+    )
 
 
-def _of(tasks: Sequence[str]) -> str:
+def _for_tasks(tasks: Sequence[str]) -> str:
     return f" for {', '.join(tasks)}" if tasks else ""
 
 
 def compare_tasks(pairs: Sequence[ResultPair], *, draws: int = 10_000) -> list[ComparisonRow]:
-    """One row per pair, on its primary metric; p adjusted over the rows."""
+    """Compare the primary metric of each pair; p is adjusted over the rows."""
     rows = []
     for pair in pairs:
         (difference,) = paired_difference(*_sums(pair), draws=draws, seed=pair.first.seed)
@@ -202,7 +223,11 @@ def compare_tasks(pairs: Sequence[ResultPair], *, draws: int = 10_000) -> list[C
 
 
 def compare_classes(pair: ResultPair, *, draws: int = 10_000) -> list[ComparisonRow]:
-    """One row per class of pixels or category of pairs, the largest gain first; p adjusted over them."""
+    """Compare the classes of pixels or categories of pairs, the largest gain first; p is adjusted over them.
+
+    Raises:
+        BadInputError: for a result that does not name them.
+    """
     if "confusion" in pair.first_arrays:
         first, second = (class_iou_sums(arrays["confusion"]) for arrays in (pair.first_arrays, pair.second_arrays))
         names = list(next(iter(pair.first.per_class.values()), ()))
@@ -226,9 +251,12 @@ def compare_classes(pair: ResultPair, *, draws: int = 10_000) -> list[Comparison
 
 
 def compare_sizes(pair: ResultPair, *, draws: int = 10_000) -> list[ComparisonRow]:
-    """One row per size of region: mIoU over what a class covers of an image, small, medium and large (SIZES).
+    """Compare mIoU on small, medium and large regions (SIZES); p is adjusted over them.
 
-    p adjusted over the sizes. Raises UsageError for results without confusion counts.
+    A region is all that one class covers in one image.
+
+    Raises:
+        UsageError: for results without confusion counts.
     """
     if "confusion" not in pair.first_arrays:
         raise UsageError(f"{pair.name} has no regions of pixels to compare.")
@@ -245,9 +273,10 @@ def compare_sizes(pair: ResultPair, *, draws: int = 10_000) -> list[ComparisonRo
 
 
 def compare_images(pair: ResultPair) -> list[tuple[str, float, float]]:
-    """(id, first, second) of each image, the largest gain first: mIoU over the classes in it, or the share of points.
+    """Compare each image or pair: (id, first, second) as in `item_scores`, the largest gain first.
 
-    Raises MissingError where a result stores no image ids.
+    Raises:
+        MissingError: where a result stores no ids.
     """
     first, second = item_scores(pair.first, pair.first_arrays), item_scores(pair.second, pair.second_arrays)
     rows = [(name, first[name], second[name]) for name in first if name in second]
@@ -256,11 +285,11 @@ def compare_images(pair: ResultPair) -> list[tuple[str, float, float]]:
 
 def _sums(pair: ResultPair) -> tuple[BootstrapMetric, BootstrapMetric]:
     """The primary metric of the two, over the same items. Raises BadInputError for statistics of another kind."""
-    both = (pair.first_arrays, pair.second_arrays)
-    if all("confusion" in arrays for arrays in both):
-        first, second = (miou_sums(arrays["confusion"], _setting(pair.first, "absent")) for arrays in both)
+    sides = (pair.first_arrays, pair.second_arrays)
+    if all("confusion" in arrays for arrays in sides):
+        first, second = (miou_sums(arrays["confusion"], _setting(pair.first, "absent")) for arrays in sides)
         return first, second
-    if all("hits" in arrays for arrays in both):
+    if all("hits" in arrays for arrays in sides):
         first, second = _point_sums(pair)
         return first, second
     raise BadInputError(f"{pair.name}: the stored statistics are not of a kind that can be compared.")

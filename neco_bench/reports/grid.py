@@ -1,168 +1,175 @@
-"""Results arranged as models by columns (task@protocol), their ranks and Borda counts."""
+"""Results arranged as models by columns (task@protocol), and their ranks."""
 
 from __future__ import annotations
 
 import json
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
 
 from neco_bench.results.schema import Result
 
 # Provenance entries in which the results of one cell (the seeds) must agree; otherwise the cell reads "ambiguous".
 SETTINGS = ("dataset_fingerprint", "card_hash", "features", "precision")
 
-
+# Results that stand in a table of their own, by the ending of its name.
 KINDS = {"": "", ".subset": "parts of the data sets", ".unranked": "--limit or --set, never ranked"}
 
+RUN_COLUMNS = {
+    "family": "object",
+    "kind": "object",  # of KINDS
+    "model": "object",  # names in all tables
+    "column": "object",
+    "weights_id": "object",
+    "protocol_hash": "object",
+    "official": "object",  # are these the weights that a name of the zoo stands for? None: it stands for none
+    "seed": "int64",
+    "settings": "object",  # as JSON
+    "ok": "bool",
+    "value": "float64",  # of the primary metric, a fraction, with its interval
+    "low": "float64",
+    "high": "float64",
+    "draws": "int64",  # of the training set, and the deviation over them
+    "deviation": "float64",
+    "result": "object",
+}
 
-def _kind(result: Result) -> str:
-    if result.is_changed:
-        return ".unranked"
-    return ".subset" if result.subset else ""
+
+def runs_frame(results: Iterable[Result]) -> pd.DataFrame:
+    """Arrange results as a table with RUN_COLUMNS, one row each, under the names that they have in all tables.
+
+    Results of equal key and metrics (copies in several folders) count once. The rows do not depend on the order of the
+    results.
+    """
+    ordered = sorted(results, key=lambda result: json.dumps(result.model_dump(), sort_keys=True, default=str))
+    distinct = {(r.key, r.status, json.dumps(r.metrics, sort_keys=True)): r for r in ordered}
+    rows = [_run(result) for result in distinct.values()]
+    runs = pd.DataFrame(rows, columns=list(RUN_COLUMNS), dtype="object").astype(RUN_COLUMNS)
+    weights = runs.groupby(["model", "weights_id"], dropna=False).official
+    other = weights.transform(lambda known: False in set(known) and True not in set(known)).astype(bool)
+    several_weights = runs.groupby("model").weights_id.transform("nunique") > 1
+    several_hashes = runs.groupby(["family", "column"]).protocol_hash.transform("nunique") > 1
+    return runs.assign(
+        model=runs.model.mask(other | several_weights, _with_id(runs.model, "weights", runs.weights_id)),
+        column=runs.column.mask(several_hashes, _with_id(runs.column, "hash", runs.protocol_hash)),
+    )
 
 
-def distinct_labels(
-    names: Sequence[str], ids: Sequence[str | None], word: str, always: Sequence[bool] = ()
-) -> list[str]:
-    """`names`, with the start of its id added to each that stands for several ids (None: not known), or is `always`."""
-    known = defaultdict(set)
-    for name, identity in zip(names, ids, strict=True):
-        if identity:
-            known[name].add(identity)
-    return [
-        f"{name} ({word} {identity[:8] if identity else 'unknown'})" if len(known[name]) > 1 or marked else name
-        for name, identity, marked in zip(names, ids, always or [False] * len(names), strict=True)
-    ]
+def _run(result: Result) -> dict[str, Any]:
+    metric, provenance = result.primary_metric, result.provenance
+    low, high = result.ci95.get(metric, (None, None))
+    given = "weights" in (provenance.get("arguments") or {})  # all that earlier versions recorded of the weights
+    official = provenance.get("official", False if given else None)
+    return {
+        "family": result.family,
+        "kind": ".unranked" if result.is_changed else ".subset" if result.subset else "",
+        "model": result.model,
+        "column": result.column,
+        "weights_id": provenance.get("weights_id") or None,
+        "protocol_hash": provenance.get("protocol_hash") or None,
+        "official": official if isinstance(official, bool) else None,
+        "seed": result.seed,
+        "settings": json.dumps([provenance.get(name) for name in SETTINGS], sort_keys=True, default=str),
+        "ok": result.status == "ok",
+        "value": result.metrics[metric] if result.status == "ok" else None,
+        "low": low,
+        "high": high,
+        "draws": sum(role.startswith("train/") for role in provenance.get("dataset", {})),
+        "deviation": result.metrics.get(f"{metric}_std"),
+        "result": result,
+    }
 
 
-@dataclass(frozen=True)
-class Cell:
-    """The results of one model in one column; `mean` of their primary metric, None where there is no one number."""
+def _with_id(names: pd.Series, word: str, ids: pd.Series) -> pd.Series:
+    return names + f" ({word} " + ids.map(lambda identity: identity[:8] if identity else "unknown") + ")"
 
-    results: tuple[Result, ...]
-    mean: float | None
+
+def cells_of(runs: pd.DataFrame) -> pd.DataFrame:
+    """Summarise the runs of each cell of the tables.
+
+    Returns:
+        A table indexed by family, kind, model and column, of `value` (mean over seeds; NaN where the cell has no one
+        number), `low` and `high` (means too; NaN without intervals), `deviation` (over `repeats` seeds, or draws of the
+        training set, as `over` says; NaN for one), `usable` (number of results that did not fail), and `results` (these
+        first, by seed).
+    """
+    cell = ["family", "kind", "model", "column"]
+    runs = runs.sort_values(["ok", "seed"], ascending=[False, True], kind="stable")
+    good = runs[runs.ok]
+    mean = good.groupby(cell).value.transform("mean")
+    # A seed without an interval counts as a point, where others have one.
+    good = good.assign(low=good.low.fillna(mean), high=good.high.fillna(mean), interval=good.low.notna())
+    groups = good.groupby(cell)
+    cells = groups.agg(
+        value=("value", "mean"),
+        low=("low", "mean"),
+        high=("high", "mean"),
+        interval=("interval", "any"),
+        over_seeds=("value", "std"),
+        over_draws=("deviation", "first"),
+        draws=("draws", "first"),
+        usable=("seed", "size"),
+        seeds=("seed", "nunique"),
+        settings=("settings", "nunique"),
+    )
+    cells = runs.groupby(cell).result.agg(list).to_frame("results").join(cells)
+    several = cells.usable > 1
+    return pd.DataFrame(
+        {
+            "value": cells.value.where((cells.settings == 1) & (cells.seeds == cells.usable)),
+            "low": cells.low.where(cells.interval.eq(True)),
+            "high": cells.high.where(cells.interval.eq(True)),
+            "deviation": cells.over_seeds.where(several, cells.over_draws.where(cells.draws > 0)),
+            "repeats": cells.usable.where(several, cells.draws).fillna(0).astype(int),
+            "over": np.where(several, "seeds", "draws"),
+            "usable": cells.usable.fillna(0).astype(int),
+            "results": cells.results,
+        }
+    )
 
 
 @dataclass(frozen=True)
 class Grid:
-    """Models by columns of one family and kind (of KINDS), in the order of its table."""
+    """Models by columns of one family and kind (of KINDS), in the order of its table.
+
+    cells: rows of `cells_of`, indexed by model and column.
+    """
 
     family: str
     kind: str
-    models: tuple[str, ...]
-    columns: tuple[str, ...]
-    cells: dict[tuple[str, str], Cell]
+    models: Sequence[str]
+    columns: Sequence[str]
+    cells: pd.DataFrame
+
+    def wide(self, values: pd.Series) -> pd.DataFrame:
+        """Spread values of the cells to a table of models by columns; NaN where there is no cell."""
+        return values.unstack("column").reindex(index=self.models, columns=self.columns)
 
 
-def grids(results: Iterable[Result]) -> list[Grid]:
-    """What stands in the wide tables, family by family."""
-    families, names = by_family(results)
-    return [grid for family, members in families for grid in family_grids(family, members, names)]
+def grids_of(cells: pd.DataFrame) -> Iterator[Grid]:
+    """Arrange cells as grids, family by family.
 
-
-Names = dict[tuple[str, str | None], str]
-
-
-def by_family(results: Iterable[Result]) -> tuple[list[tuple[str, list[Result]]], Names]:
-    """Results by family, those of equal key and metrics once; and the name in all tables of (model, weights)."""
-    distinct = {
-        (result.key, result.status, json.dumps(result.metrics, sort_keys=True)): result
-        for result in sorted(results, key=lambda result: json.dumps(result.model_dump(), sort_keys=True, default=str))
-    }
-    families = defaultdict(list)
-    for result in distinct.values():
-        families[result.family].append(result)
-    official = defaultdict(set)
-    for result in distinct.values():
-        official[model_label(result)].add(_official(result))
-    known = sorted(official, key=str)
-    others = [False in official[place] and True not in official[place] for place in known]
-    names = distinct_labels([model for model, _ in known], [weights for _, weights in known], "weights", others)
-    return sorted(families.items()), dict(zip(known, names, strict=True))
-
-
-def _official(result: Result) -> bool | None:
-    """Are the weights those that a name of the zoo stands for? None where it stands for none."""
-    given = "weights" in (result.provenance.get("arguments") or {})  # all that is known of earlier results
-    official: bool | None = result.provenance.get("official", False if given else None)
-    return official
-
-
-def model_label(result: Result) -> tuple[str, str | None]:
-    return result.model, result.provenance.get("weights_id")
-
-
-def family_grids(family: str, members: Sequence[Result], known: Names) -> list[Grid]:
-    """Equal names with other weights, or another protocol hash, are rows or columns of their own."""
-    found = []
-    for kind in KINDS:
-        results = [result for result in members if _kind(result) == kind]
-        if not results:
-            continue
-        models = [known[model_label(result)] for result in results]
-        names = distinct_labels(
-            [r.column for r in results], [r.provenance.get("protocol_hash") for r in results], "hash"
-        )
-        gathered = defaultdict(list)
-        for result, model, column in zip(results, models, names, strict=True):
-            gathered[model, column].append(result)
-        cells = {place: Cell(tuple(group), mean_value(group)) for place, group in gathered.items()}
-        columns, order = sorted(set(names)), sorted(set(models))
+    Models of a ranked grid that have every column come first, by mean rank; ties, and all others, are in order of name.
+    """
+    for (family, kind), part in cells.groupby(level=["family", "kind"]):
+        part = part.droplevel(["family", "kind"])
+        models, columns = (sorted(part.index.unique(level)) for level in ("model", "column"))
+        grid = Grid(family, kind, models, columns, part)
         if not kind:
-            values = {place: cell.mean for place, cell in cells.items() if cell.mean is not None}
-            order = _ranked(order, columns, values)
-        found.append(Grid(family, kind, tuple(order), tuple(columns), cells))
-    return found
+            mean_ranks = ranks(grid.wide(part.value)).mean(axis=1)
+            models = list(mean_ranks.reindex(models).sort_values(kind="stable").index)
+            grid = Grid(family, kind, models, columns, part)
+        yield grid
 
 
-def _ranked(models: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]) -> list[str]:
-    """Models with all columns first, by mean rank among them; ties, and the others, by name."""
-    complete = complete_models(models, columns, values)
-    borda = borda_counts(complete, columns, values)
-    return [*sorted(complete, key=lambda m: (-borda[m], m)), *sorted(set(models) - set(complete))]
-
-
-def complete_models(
-    models: Iterable[str], columns: Iterable[str], values: Mapping[tuple[str, str], float]
-) -> list[str]:
-    return [model for model in models if all((model, column) in values for column in columns)]
-
-
-def borda_counts(
-    models: Sequence[str], columns: Sequence[str], values: Mapping[tuple[str, str], float]
-) -> dict[str, float]:
-    """How many models each one beats, over all columns; a tie counts half."""
-    return {
-        model: sum(
-            (values[model, c] > values[other, c]) + (values[model, c] == values[other, c]) / 2
-            for c in columns
-            for other in models
-            if other != model
-        )
-        for model in models
-    }
-
-
-def usable(results: Iterable[Result]) -> list[Result]:
-    """Those that did not fail, by seed."""
-    return sorted((result for result in results if result.status == "ok"), key=lambda result: result.seed)
-
-
-def _ambiguous(results: Sequence[Result]) -> bool:
-    settings = {json.dumps([r.provenance.get(k) for k in SETTINGS], sort_keys=True, default=str) for r in results}
-    return len(settings) > 1 or len({result.seed for result in results}) < len(results)
-
-
-def mean_value(results: Iterable[Result]) -> float | None:
-    """Mean of the primary metric over seeds; None where the cell has no one number."""
-    found = usable(results)
-    if not found or _ambiguous(found):
-        return None
-    return statistics.fmean(result.metrics[result.primary_metric] for result in found)
+def ranks(values: pd.DataFrame) -> pd.DataFrame:
+    """Rank the models that have every column, 1 for the best; ties share the mean of their ranks."""
+    return values.dropna().rank(ascending=False)
 
 
 def percent(fraction: float) -> str:
-    """As all tables print it."""
+    """Format a fraction as all tables print it."""
     return f"{100 * fraction:.1f}"

@@ -2,66 +2,68 @@
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 import statistics
+from collections import defaultdict
 from collections.abc import Iterable
 from typing import Any
 
-from neco_bench.reports.grid import KINDS, Cell, Grid, grids, percent, usable
+import numpy as np
+
+from neco_bench.reports.grid import KINDS, Grid, cells_of, grids_of, percent, runs_frame
+from neco_bench.reports.render import render
 from neco_bench.results.schema import Result
 
-_SHARED = ("environment", "packages", "python", "platform", "cpu", "git_commit", "git_dirty", "device", "precision")
+# Provenance that is the same for many results: the page holds each of its versions once.
+SHARED = ("environment", "packages", "python", "platform", "cpu", "git_commit", "git_dirty", "device", "precision")
+
+# Provenance of one result.
+OWN = ("weights_id", "protocol_hash", "features", "training", "dataset")
 
 
 def report_page(results: Iterable[Result]) -> str:
-    """The page as text: tables by family, a section per model with intervals, classes and provenance, and plots."""
-    content = _content(list(results))
-    text = json.dumps(content, ensure_ascii=False, separators=(",", ":"), sort_keys=True, default=str)
-    page = importlib.resources.files("neco_bench.reports").joinpath("report.html").read_text(encoding="utf-8")
-    return page.replace("__DATA__", text.replace("<", "\\u003c"))
+    """Make the page: tables by family, a section per model with intervals, classes and provenance, and plots."""
+    return render("report.html", content=_content(results))
 
 
-def _content(results: list[Result]) -> dict[str, Any]:
+def _content(results: Iterable[Result]) -> dict[str, Any]:
     """columns, models, their order in each table, results, and provenance that many of them share, each once.
 
     Values are integers, in tenths of a percent point.
     """
     columns: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    order: dict[str, None] = {}
     shared: dict[str, int] = {}
-    orders: dict[str, list[str]] = {}
-    for grid in grids(results):
-        orders[grid.family + KINDS[grid.kind]] = list(grid.models)
-        places = {}
-        for name in grid.columns:
-            found = [cell for (_, column), cell in grid.cells.items() if column == name]
-            places[name] = len(columns)
-            columns.append(_column(grid, name, found))
+    grids = list(grids_of(cells_of(runs_frame(results))))
+    for grid in grids:
+        first = len(columns)
+        columns += [_column(grid, name) for name in grid.columns]
+        cells = {cell.Index: cell for cell in grid.cells.itertuples()}
         for model in grid.models:
-            order.setdefault(model)
-            for name in grid.columns:
-                if (model, name) in grid.cells:
-                    rows.append(_row(model, places[name], grid.cells[model, name], columns[places[name]], shared))
+            for number, name in enumerate(grid.columns, first):
+                if (model, name) in cells:
+                    row = _row(cells[model, name], columns[number]["classes"], shared)
+                    rows.append({"model": model, "column": number, **row})
     return {
         "columns": columns,
-        "models": list(order),
-        "orders": orders,
+        "models": list(dict.fromkeys(model for grid in grids for model in grid.models)),
+        "orders": {grid.family + KINDS[grid.kind]: list(grid.models) for grid in grids},
         "results": rows,
         "provenance": [json.loads(text) for text in shared],
     }
 
 
-def _column(grid: Grid, name: str, cells: list[Cell]) -> dict[str, Any]:
-    result = cells[0].results[0]
-    classes: dict[str, None] = {}
-    for cell in cells:
-        classes |= dict.fromkeys(_classes(usable(cell.results)))
+def _column(grid: Grid, name: str) -> dict[str, Any]:
+    cells = grid.cells.xs(name, level="column")
+    result = cells.results.iloc[0][0]
+    classes = dict.fromkeys(name for cell in cells.itertuples() for name in _per_class(cell.results[: cell.usable]))
     return {
         "name": name,
         "family": grid.family,
-        "dataset": next((d["name"] for d in result.provenance.get("dataset", {}).values()), result.task),
+        "dataset": next(
+            (d["name"] for results in cells.results for r in results for d in r.provenance.get("dataset", {}).values()),
+            result.task,
+        ),
         "protocol": result.protocol,
         "metric": result.primary_metric,
         "kind": KINDS[grid.kind],
@@ -69,38 +71,34 @@ def _column(grid: Grid, name: str, cells: list[Cell]) -> dict[str, Any]:
     }
 
 
-def _classes(results: list[Result]) -> dict[str, float | None]:
-    """What the primary metric is per class (of mIoU: IoU), the mean over seeds."""
+def _per_class(results: list[Result]) -> dict[str, float]:
+    """The primary metric of each class (of mIoU: IoU), the mean over seeds; NaN where it is undefined."""
     rows = [r.per_class.get(r.primary_metric) or next(iter(r.per_class.values()), {}) for r in results]
-    found: dict[str, float | None] = {}
-    for name in dict.fromkeys(name for row in rows for name in row):
-        known = [value for row in rows if (value := row.get(name)) is not None]
-        found[name] = statistics.fmean(known) if known else None
-    return found
+    values: dict[str, list[float]] = defaultdict(list)
+    for name, value in (item for row in rows for item in row.items()):
+        values[name] += [] if value is None else [value]
+    return {name: statistics.fmean(known) if known else np.nan for name, known in values.items()}
 
 
-def _tenths(value: float | None) -> int | None:
-    return None if value is None else round(10 * float(percent(value)))
+def _tenths(value: float) -> int | None:
+    return None if np.isnan(value) else round(10 * float(percent(value)))
 
 
-def _row(model: str, column: int, cell: Cell, about: dict[str, Any], shared: dict[str, int]) -> dict[str, Any]:
-    found = usable(cell.results)
-    result = (found or cell.results)[0]
-    low, high = result.ci95.get(result.primary_metric, (None, None)) if len(found) == 1 else (None, None)
-    per_class = {} if cell.mean is None else _classes(found)
-    common = json.dumps({k: v for k, v in result.provenance.items() if k in _SHARED}, sort_keys=True, default=str)
-    keep = ("weights_id", "protocol_hash", "features", "training", "dataset")
+def _row(cell: Any, classes: list[str], shared: dict[str, int]) -> dict[str, Any]:
+    """What the page holds of a row of `cells_of`."""
+    result, usable = cell.results[0], cell.results[: cell.usable]
+    per_class = {} if np.isnan(cell.value) else _per_class(usable)
+    common = {name: value for name, value in result.provenance.items() if name in SHARED}
+    own = {name: result.provenance[name] for name in OWN if name in result.provenance}
+    single = cell.usable == 1
     return {
-        "model": model,
-        "column": column,
-        "value": _tenths(cell.mean),
-        "low": _tenths(low),
-        "high": _tenths(high),
-        "error": result.error if result.error else None if cell.mean is not None else "ambiguous",
+        "value": _tenths(cell.value),
+        "low": _tenths(cell.low) if single else None,
+        "high": _tenths(cell.high) if single else None,
+        "error": result.error or ("ambiguous" if np.isnan(cell.value) else None),
         "seconds": round(result.timing.get("total", 0.0), 1),
         "params": result.provenance.get("encoder", {}).get("parameters", 0) / 1e6 or None,
-        "classes": [_tenths(per_class.get(name)) for name in about["classes"]] if per_class else None,
-        "provenance": shared.setdefault(common, len(shared)),
-        "own": {"key": result.key, "seeds": [r.seed for r in found]}
-        | {name: result.provenance[name] for name in keep if name in result.provenance},
+        "classes": [_tenths(per_class.get(name, np.nan)) for name in classes] if per_class else None,
+        "provenance": shared.setdefault(json.dumps(common, sort_keys=True, default=str), len(shared)),
+        "own": {"key": result.key, "seeds": [r.seed for r in usable], **own},
     }

@@ -9,366 +9,204 @@ Beside them, one table per family sets published numbers (`leaderboards/publishe
 
 from __future__ import annotations
 
-import csv
-import io
-import json
 import re
-import statistics
-from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import groupby
+from operator import attrgetter
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pandas.api.types import is_numeric_dtype
 
 from neco_bench.core.files import slug
-from neco_bench.reports.grid import (
-    KINDS,
-    Cell,
-    Grid,
-    Names,
-    _official,
-    borda_counts,
-    by_family,
-    complete_models,
-    distinct_labels,
-    family_grids,
-    mean_value,
-    model_label,
-    percent,
-    usable,
-)
+from neco_bench.reports.grid import KINDS, Grid, cells_of, grids_of, percent, ranks, runs_frame
 from neco_bench.reports.published import Published
+from neco_bench.reports.render import render
+from neco_bench.results.frame import COLUMNS, results_frame
 from neco_bench.results.schema import Result
 
-FULL_HEADER = (
-    "model",
-    "task",
-    "protocol",
-    "seed",
-    "status",
-    "metric",
-    "primary",
-    "value",
-    "ci95_low",
-    "ci95_high",
-    "n_images",
-    "subset",
-    "limit",
-    "changed",
-    "weights_id",
-    "protocol_hash",
-    "seconds",
-    "peak_memory_mb",
-    "key",
-    "error",
-)
-
-
-PUBLISHED_HEADER = (
-    "model",
-    "task",
-    "protocol",
-    "metric",
-    "measured",
-    "published",
-    "difference",
-    "quality",
-    "setting",
-    "source",
-)
-
-
+# Endings of the names of tables beside the wide ones (KINDS).
 BESIDE = (".ranking", ".conditions", ".published", ".full")
 
+FULL_COLUMNS = [name for name in COLUMNS if name not in ("family", "rankable")]
 
-CONDITIONS_HEADER = (
-    "model",
-    "task",
-    "input_size",
-    "used_size",
-    "tokens",
-    "contamination",
-    "training_data",
-)
+CONDITIONS_COLUMNS = ["model", "task", "input_size", "used_size", "tokens", "contamination", "training_data"]
 
-
-RANKING_HEADER = ("model", "group", "mean_rank", "borda", "lacking")
+PUBLISHED_COLUMNS = [
+    *("model", "task", "protocol", "metric", "measured", "published", "difference", "quality", "setting", "source")
+]
 
 
 @dataclass(frozen=True)
 class Table:
-    """One table as text. `name`: file name without ".csv". `markdown`: `rows` with intervals; empty for full tables."""
+    """One table as it is written; all but the `.full` ones hold text.
+
+    name: file name without ".csv". frame: its first column names the model. detailed: the same with intervals, as it
+    stands on the page; None for a table that does not. ranked: is it the leaderboard of its family?
+    """
 
     name: str
     title: str
-    header: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    markdown: tuple[tuple[str, ...], ...] = ()
+    frame: pd.DataFrame
+    detailed: pd.DataFrame | None = None
     ranked: bool = False
 
     def to_csv(self) -> str:
-        """The table as CSV text with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
-        buffer = io.StringIO()
-        rows = ([_as_text(cell) for cell in row] for row in (self.header, *self.rows))
-        csv.writer(buffer, lineterminator="\n").writerows(rows)
-        return buffer.getvalue()
-
-    def to_markdown(self) -> str:
-        """Title and table in Markdown, with intervals."""
-
-        def line(cells: Iterable[str]) -> str:
-            return f"| {' | '.join(cells)} |"
-
-        def code(text: str) -> str:
-            return "`" + " ".join(text.split()).replace("|", "\\|").replace("`", "'") + "`"
-
-        head = [line(["model", *map(code, self.header[1:])]), line(["---"] + ["---:"] * (len(self.header) - 1))]
-        body = [line([code(row[0]), *(cell.replace("|", "\\|") for cell in row[1:])]) for row in self.markdown]
-        return "\n".join([f"## {self.title}", "", *head, *body]) + "\n"
+        """Write the table as CSV with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
+        text = self.frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_no_formula))
+        csv: str = text.rename(columns=_no_formula).to_csv(index=False, lineterminator="\n")
+        return csv
 
     def to_latex(self, intervals: bool = False) -> str:
-        """A table for booktabs: the best of each column bold, the second underlined, equal ones alike.
+        """Write the table for booktabs: the best of each column bold, the second underlined, equal ones alike.
 
         intervals: beside each value, small.
         """
-        rows = self.markdown if intervals else self.rows
-        marked = [[_latex(row[0]) for row in rows]]
-        for cells in list(zip(*rows, strict=True))[1:]:
-            numbers = [float(cell.split()[0]) if cell[:1].isdigit() else None for cell in cells]
-            first, second = ([*sorted({n for n in numbers if n is not None}, reverse=True), None, None])[:2]
-            styles = [
-                "\\textbf{%s}"
-                if n is not None and n == first
-                else "\\underline{%s}"
-                if n is not None and n == second
-                else "%s"
-                for n in numbers
-            ]
-            marked.append([_marked(cell, style) for style, cell in zip(styles, cells, strict=True)])
-        lines = [" & ".join(row) + r" \\" for row in zip(*marked, strict=True)]
-        head = " & ".join(_latex(cell) for cell in self.header) + r" \\"
-        columns = "l" + "r" * (len(self.header) - 1)
-        return "\n".join(
-            [
-                f"% {self.title}; generated by neco-bench leaderboard; needs \\usepackage{{booktabs}}",
-                rf"\begin{{tabular}}{{{columns}}}",
-                r"\toprule",
-                head,
-                r"\midrule",
-                *lines,
-                r"\bottomrule",
-                r"\end{tabular}",
-                "",
-            ]
-        )
+        frame = self.detailed if intervals and self.detailed is not None else self.frame
+        values = frame.iloc[:, 1:].apply(lambda cells: cells.str.extract(r"^([\d.]+)", expand=False)).astype(float)
+        places = values.rank(method="dense", ascending=False)
+        rows = zip(frame.itertuples(index=False, name=None), places.itertuples(index=False, name=None), strict=True)
+        return render("table.tex", title=self.title, header=list(frame.columns), rows=rows)
 
 
-def _as_text(cell: str) -> str:
-    """A cell that is no number and begins like a formula, escaped for spreadsheets (OWASP, CSV injection)."""
-    is_number = re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell)
-    return cell if is_number or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) else f"'{cell}"
-
-
-_LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
-    "\\": r"\textbackslash{}",
-    "~": r"\textasciitilde{}",
-    "^": r"\textasciicircum{}",
-    "±": r"$\pm$",
-    "|": r"\textbar{}",
-    "<": r"\textless{}",
-    ">": r"\textgreater{}",
-}
-
-
-def _marked(cell: str, style: str) -> str:
-    """A cell for LaTeX: its value in a style, and behind it, small, the interval in brackets."""
-    value, bracket, rest = cell.partition(" [")
-    small = rf" {{\scriptsize [{_latex(rest)}}}" if bracket else ""
-    return style % _latex(value) + small if cell else "--"
-
-
-def _latex(text: str) -> str:
-    return "".join(_LATEX.get(letter, letter) for letter in text)
+def _no_formula(cell: Any) -> Any:
+    """Put ' before text that begins like a formula and is no number (OWASP, CSV injection)."""
+    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+        return cell
+    return cell if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell) else f"'{cell}"
 
 
 def build_tables(results: Iterable[Result], published: Iterable[Published] = ()) -> list[Table]:
-    """The tables of all families: `<family>`, `.subset`, `.unranked`, `.conditions`, `.published` where they have
-    rows, and `.full`.
+    """Make the tables of all families.
 
-    Results of equal key and metrics (copies in several folders) count once.
+    They are `<family>` and `.ranking`, `.subset`, `.unranked`, `.conditions`, `.published` where they have rows, and
+    `.full`. Results of equal key and metrics (copies in several folders) count once.
     """
-    papers = defaultdict(list)
-    for row in published:
-        papers[row.model, row.task].append(row)
+    runs = runs_frame(results)
+    papers = pd.DataFrame([row.model_dump() for row in published], columns=list(Published.model_fields))
     tables = []
-    families, names = by_family(results)
-    for family, members in families:
-        for grid in family_grids(family, members, names):
+    for family, grids in groupby(grids_of(cells_of(runs)), key=attrgetter("family")):
+        members = runs[runs.family == family]
+        for grid in grids:
             tables.append(_wide_table(grid))
             if not grid.kind and len(grid.models) > 1:
-                tables.append(_ranking(grid))
-        conditions = _conditions(members, names)
-        if conditions:
-            title = f"{family.replace('_', ' ')}: conditions"
-            tables.append(Table(f"{slug(family)}.conditions", title, CONDITIONS_HEADER, conditions, conditions))
-        beside = _published_rows(members, papers, names)
-        if beside:
-            title = f"{family.replace('_', ' ')}: published beside measured"
-            tables.append(Table(f"{slug(family)}.published", title, PUBLISHED_HEADER, beside, beside))
-        tables.append(_full_table(f"{slug(family)}.full", members))
-    return tables
+                tables.append(_text_table(family, "ranking", _ranking(grid)))
+        tables.append(_text_table(family, "conditions", _conditions(members)))
+        if len(papers):
+            tables.append(_text_table(family, "published", _published(members, papers), "published beside measured"))
+        full = results_frame(members.result)[FULL_COLUMNS].sort_values(FULL_COLUMNS, na_position="first")
+        tables.append(Table(f"{slug(family)}.full", "", full))
+    return [table for table in tables if len(table.frame)]
+
+
+def _text_table(family: str, ending: str, frame: pd.DataFrame, title: str = "") -> Table:
+    title = f"{family.replace('_', ' ')}: {title or ending}"
+    return Table(f"{slug(family)}.{ending}", title, frame, frame)
 
 
 def _wide_table(grid: Grid) -> Table:
     title = grid.family.replace("_", " ") + (f" ({KINDS[grid.kind]})" if grid.kind else "")
-    empty = Cell((), None)
-
-    def rows(with_interval: bool) -> tuple[tuple[str, ...], ...]:
-        return tuple(
-            (model, *(_cell(grid.cells.get((model, c), empty).results, with_interval) for c in grid.columns))
-            for model in grid.models
-        )
-
+    short, detailed = (grid.wide(_cell_texts(grid.cells, detailed)).fillna("") for detailed in (False, True))
     name = f"{slug(grid.family)}{grid.kind}"
-    return Table(name, title, ("model", *grid.columns), rows(False), rows(True), ranked=not grid.kind)
+    return Table(name, title, _with_models(short), _with_models(detailed), ranked=not grid.kind)
 
 
-def _published_rows(
-    results: Sequence[Result], papers: Mapping[tuple[str, str], Sequence[Published]], known: Names
-) -> tuple[tuple[str, ...], ...]:
-    """Rows under PUBLISHED_HEADER: all measured and published numbers of each model and task that has both. What was
-    measured with other weights than the official ones is another model's.
-
-    The two share a row where protocol and metric agree; a difference stands there if the result is rankable.
-    """
-    found = [r for r in results if r.status == "ok" and (r.model, r.task) in papers and _official(r) is not False]
-    models = [known[model_label(result)] for result in found]
-    columns = distinct_labels([r.column for r in found], [r.provenance.get("protocol_hash") for r in found], "hash")
-    cells = defaultdict(list)
-    for result, model, column in zip(found, models, columns, strict=True):
-        cells[model, column, result.primary_metric].append(result)
-    rows: list[tuple[str, ...]] = []
-    joined = set()
-    for (model, column, metric), members in cells.items():
-        result = members[0]
-        measured = (model, result.task, column.removeprefix(f"{result.task}@"), metric, _cell(members, True))
-        mean = mean_value(members) if result.rankable else None
-        same = (result.protocol, metric)
-        agreeing = [row for row in papers[result.model, result.task] if (row.protocol, row.metric) == same]
-        for row in agreeing:
-            difference = "" if mean is None else f"{round(float(row.value) - 100 * mean, 1) + 0.0:+.1f}"
-            rows.append((*measured, str(row.value), difference, row.quality, row.setting, row.source))
-        rows += [] if agreeing else [(*measured, "", "", "", "", "")]
-        joined.update(agreeing)
-    for place in {(result.model, result.task) for result in found}:
-        for row in papers[place]:
-            if row not in joined:
-                printed = (row.model, row.task, row.protocol, row.metric, "", str(row.value), "")
-                rows.append((*printed, row.quality, row.setting, row.source))
-    return tuple(sorted(rows))
+def _with_models(frame: pd.DataFrame) -> pd.DataFrame:
+    """Make a column of the models that index a table."""
+    return frame.rename_axis(index="model", columns=None).reset_index()
 
 
-def _conditions(results: Iterable[Result], names: Names) -> tuple[tuple[str, ...], ...]:
-    """Rows under CONDITIONS_HEADER: what each model was given in each column, and what it has seen before."""
-    rows = set()
-    for result in usable(results):
-        features, training = (result.provenance.get(name) or {} for name in ("features", "training"))
-        given = (features.get("input_size"), features.get("used_size"), features.get("tokens"))
-        known = (training.get("contamination"), training.get("data"))
-        if any((*given, *known)):
-            rows.add(
-                (
-                    names[model_label(result)],
-                    result.column,
-                    *("" if cell is None else str(cell) for cell in (*given, *known)),
-                )
-            )
-    return tuple(sorted(rows))
+def _cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
+    """Write `cells_of`: in percent, with the deviation where there is one, else, if detailed, with the interval."""
+
+    def text(cell: Any) -> str:
+        if np.isnan(cell.value):
+            return "ambiguous" if cell.usable else "failed"
+        if not np.isnan(cell.deviation):
+            repeats = f" ({cell.repeats} {cell.over})" if detailed else ""
+            return f"{percent(cell.value)} ± {percent(cell.deviation)}{repeats}"
+        if detailed and not np.isnan(cell.low):
+            return f"{percent(cell.value)} [{percent(cell.low)}, {percent(cell.high)}]"
+        return percent(cell.value)
+
+    return pd.Series([text(cell) for cell in cells.itertuples()], index=cells.index, dtype="object")
 
 
-def _ranking(grid: Grid) -> Table:
+def _ranking(grid: Grid) -> pd.DataFrame:
     """Mean rank, Borda count and tie groups of the models that have every column; below, those that lack some."""
-    values = {place: cell.mean for place, cell in grid.cells.items() if cell.mean is not None}
-    bounds = {place: _bounds(grid.cells[place], mean) for place, mean in values.items()}
-    complete = complete_models(grid.models, grid.columns, values)
-
-    def clearly(better: str, worse: str) -> list[bool]:
-        return [bounds[better, c][0] > bounds[worse, c][1] for c in grid.columns]
-
-    borda = borda_counts(complete, grid.columns, values)
-    leader, group = "", 0
-    rows: list[tuple[str, ...]] = []
-    for model in complete:
-        if not leader or sum(clearly(leader, model)) > sum(clearly(model, leader)):
+    values = grid.wide(grid.cells.value)
+    ranked = ranks(values)
+    low, high = (
+        grid.wide(grid.cells[end].fillna(grid.cells.value)).loc[ranked.index].to_numpy() for end in ("low", "high")
+    )
+    ahead = low[:, None] > high[None]  # (model, other, column): the model's interval lies wholly above the other's
+    best, worst = 1 + ahead.sum(0), len(ranked) - ahead.sum(1)
+    span = np.vectorize(lambda best, worst: f"{best}" if best == worst else f"{best}..{worst}", otypes=["object"])
+    wins = ahead.sum(2)
+    leader, group, groups = -1, 0, []
+    for model in range(len(ranked)):
+        if leader < 0 or wins[leader, model] > wins[model, leader]:
             leader, group = model, group + 1
-        ahead = [sum(column) for column in zip(*(clearly(other, model) for other in complete), strict=True)]
-        behind = [sum(column) for column in zip(*(clearly(model, other) for other in complete), strict=True)]
-        places = [(1 + a, len(complete) - b) for a, b in zip(ahead, behind, strict=True)]
-        ranks = (str(first) if first == last else f"{first}..{last}" for first, last in places)
-        mean_rank = len(complete) - borda[model] / len(grid.columns)
-        rows.append((model, str(group), f"{mean_rank:.2f}", f"{borda[model]:g}", "", *ranks))
-    for model in grid.models[len(complete) :]:
-        lacking = sum((model, column) not in values for column in grid.columns)
-        rows.append((model, "", "", "", str(lacking), *("" for _ in grid.columns)))
-    title = f"{grid.family.replace('_', ' ')}: ranking"
-    return Table(f"{slug(grid.family)}.ranking", title, (*RANKING_HEADER, *grid.columns), tuple(rows), tuple(rows))
+        groups.append(str(group))
+    lacking = values.isna().sum(axis=1)
+    table = pd.DataFrame(
+        {
+            "group": pd.Series(groups, ranked.index, dtype="object"),
+            "mean_rank": ranked.mean(axis=1).map("{:.2f}".format),
+            "borda": (len(ranked) - ranked).sum(axis=1).map("{:g}".format),
+            "lacking": lacking[lacking > 0].map(str),
+        },
+        index=values.index,
+        dtype="object",
+    )
+    places = pd.DataFrame(span(best, worst), ranked.index, values.columns, dtype="object")
+    return _with_models(table.join(places).fillna(""))
 
 
-def _bounds(cell: Cell, mean: float) -> tuple[float, float]:
-    """The interval of a cell, of several seeds the mean of theirs; where one has none, their mean twice."""
-    ends = [result.ci95.get(result.primary_metric) for result in usable(cell.results)]
-    low, high = (statistics.fmean(end) for end in zip(*(end or (mean, mean) for end in ends), strict=True))
-    return low, high
-
-
-def _cell(results: Sequence[Result], with_interval: bool) -> str:
-    if not results:
-        return ""
-    found = usable(results)
-    mean = mean_value(results)
-    if mean is None:
-        return "ambiguous" if found else "failed"
-    if len(found) > 1:
-        deviation = statistics.stdev(result.metrics[result.primary_metric] for result in found)
-        seeds = f" ({len(found)} seeds)" if with_interval else ""
-        return f"{percent(mean)} ± {percent(deviation)}{seeds}"
-    metric = found[0].primary_metric
-    draws = sum(role.startswith("train/") for role in found[0].provenance.get("dataset", {}))
-    if draws and f"{metric}_std" in found[0].metrics:
-        count = f" ({draws} draws)" if with_interval else ""
-        return f"{percent(mean)} ± {percent(found[0].metrics[f'{metric}_std'])}{count}"
-    interval = found[0].ci95.get(metric)
-    if with_interval and interval:
-        return f"{percent(mean)} [{percent(interval[0])}, {percent(interval[1])}]"
-    return percent(mean)
-
-
-def _full_table(name: str, results: Iterable[Result]) -> Table:
-    """One row per result and metric; a failed result has one row, its value empty."""
+def _conditions(runs: pd.DataFrame) -> pd.DataFrame:
+    """What each model was given in each column, and what is known of its training images."""
     rows = []
-    for result in results:
-        metrics: dict[str, float | None] = {**result.metrics} or {result.primary_metric: None}
-        for metric, value in metrics.items():
-            low, high = result.ci95.get(metric, (None, None))
-            cells = (
-                result.model,
-                result.task,
-                result.protocol,
-                result.seed,
-                result.status,
-                metric,
-                metric == result.primary_metric,
-                value,
-                low,
-                high,
-                result.n_images,
-                "; ".join(result.subset_notes),
-                result.limit,
-                json.dumps(result.changed, sort_keys=True) if result.changed else None,
-                result.provenance.get("weights_id"),
-                result.provenance.get("protocol_hash"),
-                result.timing.get("total"),
-                result.peak_memory_mb,
-                result.key,
-                result.error,
-            )
-            rows.append(tuple("" if cell is None else str(cell) for cell in cells))
-    return Table(name, "", FULL_HEADER, tuple(sorted(rows)))
+    for run in runs[runs.ok].itertuples():
+        features, training = (run.result.provenance.get(name) or {} for name in ("features", "training"))
+        known = [features.get("input_size"), features.get("used_size"), features.get("tokens")]
+        known += [training.get("contamination"), training.get("data")]
+        if any(known):
+            rows.append([run.model, run.column, *("" if cell is None else str(cell) for cell in known)])
+    return pd.DataFrame(rows, columns=CONDITIONS_COLUMNS).drop_duplicates().sort_values(CONDITIONS_COLUMNS)
+
+
+def _published(runs: pd.DataFrame, papers: pd.DataFrame) -> pd.DataFrame:
+    """All measured and published numbers of each model and task that has both.
+
+    The two share a row where protocol and metric agree; a difference stands there if the result is rankable. What was
+    measured with other weights than the official ones is another model's.
+    """
+    cells = cells_of(runs[runs.ok & runs.official.ne(False)])
+    cells = cells.assign(text=_cell_texts(cells, detailed=True)).reset_index()
+    result = cells.results.str[0]
+    measured = pd.DataFrame(
+        {
+            "spec": result.map(attrgetter("model")),
+            "task": result.map(attrgetter("task")),
+            "protocol_id": result.map(attrgetter("protocol")),
+            "metric": result.map(attrgetter("primary_metric")),
+            "model": cells.model,
+            "protocol": cells.column.str.split("@", n=1).str[1],
+            "measured": cells.text,
+            "mean": cells.value.where(result.map(attrgetter("rankable")).astype(bool)),
+        }
+    )
+    papers = papers.rename(columns={"model": "spec", "protocol": "protocol_id", "value": "published"})
+    # Models and tasks that have both numbers:
+    both = measured[["spec", "task"]].merge(papers[["spec", "task"]]).drop_duplicates()
+    rows = measured.merge(papers, how="outer", on=["spec", "task", "protocol_id", "metric"]).merge(both)
+    points = rows.published.astype(float) - 100 * rows["mean"]
+    rows = rows.assign(
+        model=rows.model.fillna(rows.spec),
+        protocol=rows.protocol.fillna(rows.protocol_id),
+        published=rows.published.map(str, na_action="ignore"),
+        difference=[None if np.isnan(value) else f"{round(value, 1) + 0.0:+.1f}" for value in points],
+    )
+    return rows[PUBLISHED_COLUMNS].fillna("").sort_values(PUBLISHED_COLUMNS)

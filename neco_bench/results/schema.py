@@ -26,21 +26,21 @@ Count = Annotated[int, Field(ge=0, le=10**15)]
 Measured = Annotated[float, Field(ge=0, le=1e12, allow_inf_nan=False)]  # seconds, or MiB
 
 
-class _Named(BaseModel):
+class _DatasetFacts(BaseModel):
     name: str
 
 
-class _Facts(BaseModel):
+class _EncoderFacts(BaseModel):
     parameters: Count = 0
 
 
-class _Read(BaseModel):
-    """What tables and comparisons read of `provenance`; anything else in it is free."""
+class _ProvenanceFacts(BaseModel):
+    """The entries of `provenance` that tables and comparisons read; others are free."""
 
     weights_id: str | None = None
     protocol_hash: str | None = None
-    encoder: _Facts = _Facts()
-    dataset: dict[str, _Named] = {}
+    encoder: _EncoderFacts = _EncoderFacts()
+    dataset: dict[str, _DatasetFacts] = {}
     features: dict[str, Any] | None = None
     training: dict[str, Any] | None = None
     settings: dict[str, Any] = {}
@@ -48,13 +48,13 @@ class _Read(BaseModel):
 
 
 class Result(BaseModel):
-    """What one run of one task gives. Beside it, in `<same name>.npz`, lie the per-image sufficient statistics."""
+    """Result of one run of one task. The per-image sufficient statistics are in `<same name>.npz` beside it."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int = SCHEMA_VERSION
     key: str  # content key (hex): what the number depends on; resume looks results up by it
-    model: str  # model spec as given, with "[layers=...]" where inner layers were asked for
+    model: str  # model spec as given, with "[layers=...]" where inner layers were requested
     task: str  # task name, e.g. "ade20k_ic"
     family: str  # task family, e.g. "in_context"; one leaderboard table each
     protocol: str  # protocol id, with "*" appended where --set changed a constant
@@ -70,14 +70,14 @@ class Result(BaseModel):
     subset: dict[str, dict[str, Count]] | None = None  # split -> {"found", "expected"} where a split is not whole
     limit: Count | None = None  # --limit; such a result is never ranked
     changed: dict[str, Any] = {}  # what --set changed, key -> value
-    provenance: dict[str, Any]  # leaderboards read "weights_id", "protocol_hash" and SETTINGS of leaderboard.py
+    provenance: dict[str, Any]  # leaderboards read "weights_id", "protocol_hash" and the SETTINGS of reports/grid.py
     timing: dict[str, Measured]  # seconds per phase, and "total"
     peak_memory_mb: Measured  # 0.0: not measured on this platform
 
     @field_validator("provenance")
     @classmethod
     def _can_be_read(cls, provenance: dict[str, Any]) -> dict[str, Any]:
-        _Read.model_validate(provenance)
+        _ProvenanceFacts.model_validate(provenance)
         return provenance
 
     @model_validator(mode="after")
@@ -88,7 +88,7 @@ class Result(BaseModel):
 
     @classmethod
     def of_run(cls, **fields: Any) -> Result:
-        """What a run gave. Raises NumericalError for metrics that are no fractions, NaN among them."""
+        """Make the result of a run. Raises NumericalError for metrics that are no fractions, such as NaN."""
         try:
             return cls(**fields)
         except ValidationError as error:
@@ -100,7 +100,7 @@ class Result(BaseModel):
 
     @property
     def column(self) -> str:
-        """What was measured: task@protocol, with what was changed, the limit, and the counts of a part of the data."""
+        """Column in tables: task@protocol, with what --set changed, the limit, and the counts of a part of the data."""
         notes = [f"{key}={value}" for key, value in sorted(self.changed.items())]
         notes += [f"limit {self.limit}"] if self.limit is not None else []
         notes += self.subset_notes
@@ -108,16 +108,16 @@ class Result(BaseModel):
 
     @property
     def subset_notes(self) -> list[str]:
-        """split found/expected, of splits that are not whole"""
+        """`split found/expected` of each split that is not whole."""
         subset = sorted((self.subset or {}).items())
         return [f"{split} {counts.get('found', '?')}/{counts.get('expected', '?')}" for split, counts in subset]
 
     @property
     def rankable(self) -> bool:
-        """May stand in a ranked table beside full-set results."""
+        """Whether it may stand in a ranked table: of the whole data set, with an unchanged protocol."""
         return self.status == "ok" and not (self.subset or self.is_changed)
 
     @property
     def is_changed(self) -> bool:
-        """Measured otherwise than the protocol says: --limit or --set was given."""
+        """Whether --limit or --set changed the protocol."""
         return self.limit is not None or bool(self.changed) or self.protocol.endswith("*")

@@ -1,7 +1,6 @@
 """A folder of results: one JSON document each, and beside it `<same name>.npz` with its per-image statistics.
 
-A result is known by the content key inside its document; file names are for people and may be changed. One bad file
-never hides the others.
+A result is identified by the content key in its document; files may be renamed. One bad file never hides the others.
 """
 
 from __future__ import annotations
@@ -23,30 +22,36 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-DEPTH = 32  # of nesting in a document: ours have 7
+MAX_DEPTH = 32  # of nesting in a document: ours have 7
 
 
 class ResultStore:
-    """The results under `folder`, subfolders included. `problems`: what the last `load_all` could not use, and why."""
+    """Store results in a folder and load them, subfolders included.
+
+    problems: the files that the last `load_all` could not use, with the reason.
+    """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.problems: list[str] = []
 
     def save(self, result: Result, statistics: dict[str, np.ndarray] | None = None) -> Path:
-        """Write a result and its statistics whole; returns the path of the JSON document.
+        """Write a result and its statistics, each file whole; returns the path of the JSON document.
 
-        A stored result of the same key is overwritten where it lies, also when it was renamed. The arrays are written
-        first, so that a document never lacks its own. Raises NumericalError for NaN or infinite values, NecoBenchError
-        where the folder cannot be written.
+        A stored result of the same key is overwritten in its place, also when it was renamed. The arrays are written
+        first, so that a document never lacks them.
+
+        Raises:
+            NumericalError: for NaN or infinite values.
+            NecoBenchError: where the folder cannot be written.
         """
         try:
-            text = json.dumps(result.model_dump(), indent=2, ensure_ascii=False, allow_nan=False, default=_plain)
+            text = json.dumps(result.model_dump(), indent=2, ensure_ascii=False, allow_nan=False, default=_to_json)
         except ValueError as error:
             raise NumericalError(
                 f"The result of {result.model} on {result.task}@{result.protocol} holds NaN or infinite values."
             ) from error
-        stored = self._of_key(result.key)
+        stored = self._with_key(result.key)
         path = stored[0][0] if stored else self._default_path(result)
         if statistics is not None:
             import numpy as np
@@ -61,13 +66,14 @@ class ResultStore:
 
     @property
     def is_empty(self) -> bool:
-        """Are there no documents, readable or not?"""
+        """Whether there are no documents, readable or not."""
         return next(self.folder.rglob("*.json"), None) is None
 
     def check_writable(self) -> None:
-        """Raise NecoBenchError where results could not be written, without writing any.
+        """Check that results can be written, and delete temporary files of killed processes.
 
-        Clears what killed processes left, as a run may not write to the folders they wrote to.
+        Raises:
+            NecoBenchError: where they cannot.
         """
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
@@ -77,13 +83,16 @@ class ResultStore:
             clear_leftovers(folder)
 
     def find(self, key: str) -> Result | None:
-        """The successful result with this content key, wherever it lies; None for none, or a failed one."""
-        return next((result for _, result in self._of_key(key) if result.status == "ok"), None)
+        """Find the successful result with this content key; None where there is none."""
+        return next((result for _, result in self._with_key(key) if result.status == "ok"), None)
 
     def load_all(self) -> list[Result]:
-        """Every readable result, ordered by path; one per key, a successful one before a failed one.
+        """Load every readable result, ordered by path; one per key, a successful one before a failed one.
 
-        What cannot be used is named in `problems`. Raises MissingError where there is no such folder.
+        Files that cannot be used are named in `problems`.
+
+        Raises:
+            MissingError: where there is no such folder.
         """
         if not self.folder.is_dir():
             raise MissingError(f"{self.folder}: no such results folder. `neco-bench run --out {self.folder}` makes it.")
@@ -98,31 +107,33 @@ class ResultStore:
             except OSError as error:
                 self.problems.append(f"{path}: could not be read ({error.strerror or error}).")
                 continue
-            kept_path, kept = by_key.setdefault(result.key, (path, result))
-            if kept_path == path:
+            first_path, first = by_key.setdefault(result.key, (path, result))
+            if first_path == path:
                 continue
-            ignored = path
-            if kept.status != "ok" and result.status == "ok":
-                by_key[result.key], ignored = (path, result), kept_path
+            unused = path
+            if first.status != "ok" and result.status == "ok":
+                by_key[result.key], unused = (path, result), first_path
             self.problems.append(
-                f"{ignored}: is not used, {by_key[result.key][0]} has the same key. Delete one of the two."
+                f"{unused}: is not used, {by_key[result.key][0]} has the same key. Delete one of the two."
             )
         return [result for _, result in sorted(by_key.values(), key=lambda item: item[0])]
 
     def statistics(self, result: Result) -> dict[str, np.ndarray]:
-        """The per-image arrays stored beside a result, by name.
+        """Load the per-image arrays stored beside a result, by name.
 
-        Raises MissingError where there are none, BadInputError for a damaged file.
+        Raises:
+            MissingError: where there are none.
+            BadInputError: for a damaged file, or arrays that are not those of this result.
         """
         import numpy as np
 
-        stored = self._of_key(result.key)
+        stored = self._with_key(result.key)
         path = (stored[0][0] if stored else self._default_path(result)).with_suffix(".npz")
         try:
             with np.load(path, allow_pickle=False) as arrays:
-                found = {name: arrays[name] for name in arrays.files}
-                _check_statistics(result, found)
-                return found
+                statistics = {name: arrays[name] for name in arrays.files}
+                _check_statistics(result, statistics)
+                return statistics
         except FileNotFoundError as error:
             raise MissingError(
                 f"{path}: no statistics are stored for {result.model} on {result.task}@{result.protocol}. "
@@ -139,11 +150,11 @@ class ResultStore:
         return self.folder / slug(result.family) / slug(result.task) / name
 
     def _documents(self) -> list[Path]:
-        return sorted(path for path in self.folder.rglob("*.json") if not _blocks(path))
+        return sorted(path for path in self.folder.rglob("*.json") if not _may_block(path))
 
-    def _of_key(self, key: str) -> list[tuple[Path, Result]]:
-        """Documents with this key, successful ones first, then by path. Unreadable ones are passed over."""
-        found = []
+    def _with_key(self, key: str) -> list[tuple[Path, Result]]:
+        """Documents with this key, successful ones first, then by path; unreadable ones are ignored."""
+        matching = []
         for path in self._documents():
             try:
                 content = path.read_bytes()
@@ -153,21 +164,21 @@ class ResultStore:
             except (OSError, NecoBenchError):
                 continue
             if result.key == key:
-                found.append((path, result))
-        return sorted(found, key=lambda item: (item[1].status != "ok", item[0]))
+                matching.append((path, result))
+        return sorted(matching, key=lambda item: (item[1].status != "ok", item[0]))
 
 
-def _blocks(path: Path) -> bool:
-    """Whether reading might never end: a pipe or a device."""
+def _may_block(path: Path) -> bool:
+    """Whether reading might never end, as of a pipe or a device."""
     try:
         mode = path.stat().st_mode
     except OSError:
-        return False  # the reader says what is wrong
+        return False  # reading it gives the error message
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
 def _check_statistics(result: Result, arrays: dict[str, np.ndarray]) -> None:
-    """Raise ValueError for statistics that are not those of this result: shapes, counts, numbers that are none."""
+    """Raise ValueError for statistics whose shapes or values cannot be those of this result."""
     import numpy as np
 
     for name, array in arrays.items():
@@ -187,13 +198,13 @@ def _check_statistics(result: Result, arrays: dict[str, np.ndarray]) -> None:
     if "hits" in arrays:
         hits, totals = arrays["hits"], arrays["totals"]
         if hits.ndim != 2 or totals.ndim != 1 or (totals == 0).any() or (hits > totals[:, None]).any():
-            raise ValueError("hits and totals are not those of points")
+            raise ValueError("hits and totals do not fit each other")
 
 
 def _parse(path: Path, content: bytes) -> Result:
-    """The result of a document. Raises BadInputError with the file and the mend."""
+    """Read the result of a document. Raises BadInputError that names the file and what to do."""
     try:
-        document = json.loads(content, parse_constant=_refuse)
+        document = json.loads(content, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise BadInputError(
             f"{path}: is not a whole JSON document ({error}). Delete it and run its task again."
@@ -207,9 +218,9 @@ def _parse(path: Path, content: bytes) -> Result:
         )
     try:
         result = Result.model_validate(document)
-        # Whatever makes tables of it writes it as text: no infinite numbers, no deep nesting, no half characters.
-        if _depth(document) > DEPTH:
-            raise ValueError(f"it is nested more than {DEPTH} deep")
+        # Tables and pages write it as text: that must not fail on infinite numbers, deep nesting or lone surrogates.
+        if _depth(document) > MAX_DEPTH:
+            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
         json.dumps(result.model_dump(), ensure_ascii=False, allow_nan=False).encode()
     except ValidationError as error:
         item = error.errors()[0]
@@ -227,10 +238,10 @@ def _depth(value: Any) -> int:
     return 1 + max(map(_depth, inner), default=0)
 
 
-def _refuse(constant: str) -> None:
+def _reject_constant(constant: str) -> None:
     raise ValueError(f"it holds {constant}")
 
 
-def _plain(value: Any) -> Any:
-    """What JSON lacks: numpy scalars and arrays as numbers and lists, anything else (paths, dtypes) as text."""
+def _to_json(value: Any) -> Any:
+    """Convert what JSON lacks: numpy scalars and arrays to numbers and lists, anything else (paths, dtypes) to text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from neco_bench.core.files import slug, write_whole
 from neco_bench.data.base import IGNORE, PairDataset, SegmentationDataset
 from neco_bench.metrics import segmentation
 from neco_bench.reports.compare import hits_column, item_scores
+from neco_bench.reports.render import render
 from neco_bench.results.schema import Result
 from neco_bench.runner.execute import record_predictions
 from neco_bench.runner.job import Job
@@ -23,6 +24,7 @@ from neco_bench.viz.draw import (
     RIGHT,
     WRONG,
     PictureRow,
+    Tile,
     draw_grid,
     draw_hits,
     draw_pair,
@@ -34,17 +36,18 @@ from neco_bench.viz.draw import (
 
 @dataclass(frozen=True)
 class Shown:
-    """What was written, of how many items, and of how many the counts are not the stored ones."""
+    """What `show` wrote."""
 
     page: Path
-    items: int
-    differing: int
+    items: int  # images or pairs drawn
+    differing: int  # items whose counts are not the stored ones
 
 
 def choose(scores: dict[str, float], worst: int, best: int, named: Sequence[str]) -> list[str]:
-    """Ids: those named, else the `worst` with the lowest scores, from the lowest on, then the `best`, from the highest.
+    """Choose ids: those named, else the `worst` with the lowest scores, then the `best` with the highest.
 
-    Raises UsageError for a name that is not there, or where nothing is asked for.
+    Raises:
+        UsageError: for a name without a score, or where nothing is requested.
     """
     if named:
         absent = [name for name in named if name not in scores]
@@ -52,122 +55,138 @@ def choose(scores: dict[str, float], worst: int, best: int, named: Sequence[str]
             raise UsageError(f"No scored item {absent[0]!r}. Ids look like {', '.join(map(repr, list(scores)[:3]))}.")
         return list(dict.fromkeys(named))
     order = sorted(scores, key=lambda name: (scores[name], name))
-    chosen = list(dict.fromkeys([*order[: max(0, worst)], *order[::-1][: max(0, best)]]))
-    if not chosen:
+    ids = list(dict.fromkeys([*order[: max(0, worst)], *order[::-1][: max(0, best)]]))
+    if not ids:
         raise UsageError("Nothing to show: give --worst or --best a number above 0, or name an --image.")
-    return chosen
+    return ids
 
 
 def show(
     result: Result, arrays: dict[str, np.ndarray], job: Job, out: Path, *, worst: int, best: int, named: Sequence[str]
 ) -> Shown:
-    """Run the job of a stored result again and write `index.html`, `grid.png` and `pictures/` of some items into `out`.
+    """Run the job of a stored result again and draw what it predicts for some items.
 
-    arrays: the statistics stored with the result; predictions are counted again and compared with them. Raises
-    UsageError for a family that records no predictions, and what running the job raises.
+    Writes `index.html`, `grid.png` and `pictures/` into `out`. The predictions are counted and compared with the stored
+    statistics.
+
+    Args:
+        result: the stored result.
+        arrays: the statistics stored with it.
+        job: its job, see `job_of`.
+        out: folder of the page.
+        worst: number of items with the lowest scores.
+        best: number of items with the highest scores.
+        named: ids to draw instead of these.
+
+    Raises:
+        UsageError: for a task family that records no predictions; also what running the job raises.
     """
     scores = item_scores(result, arrays)
-    chosen = choose(scores, worst, best, named)
-    predictions = record_predictions(job, chosen)
-    absent = [name for name in chosen if name not in predictions]
-    if absent:
-        raise UsageError(f"Task family {result.family!r} records no predictions to be shown (no `Context.record`).")
+    ids = choose(scores, worst, best, named)
+    predictions = record_predictions(job, ids)
+    if any(name not in predictions for name in ids):
+        raise UsageError(f"Task family {result.family!r} records no predictions that could be drawn.")
     data = job.draws[0]
-    ids = [str(name) for name in arrays["image_id" if "image_id" in arrays else "pair_id"]]
-    legend: list[tuple[str, tuple[int, int, int]]] = []
     dataset = data["test"] if "test" in data else data["val"]
+    stored = _stored_counts(result, arrays)
     if isinstance(dataset, SegmentationDataset):
-        if all("features" in predictions[name] for name in chosen):
-            colours = principal_colours(torch.stack([predictions[name]["features"] for name in chosen]))
-            for name, own in zip(chosen, colours, strict=True):
-                predictions[name]["colours"] = own
-        rows = [
-            draw_segmentation(dataset, name, predictions[name], f"mIoU {100 * scores[name]:.1f}") for name in chosen
-        ]
-        stored = arrays["confusion"]
-        stored = stored.reshape(-1, *stored.shape[-3:])[0]
-        size = stored.shape[-1]
-        differing = sum(
-            not np.array_equal(
-                segmentation.confusion_matrix(predictions[name]["truth"], predictions[name]["prediction"], size),
-                stored[ids.index(name)],
-            )
-            for name in chosen
-        )
-        present = np.unique([c for name in chosen for c in np.unique(predictions[name]["truth"]) if c != IGNORE])
-        legend = [(dataset.classes[c], tuple(dataset.palette[c].tolist())) for c in present]
+        drawn = _draw_images(dataset, {name: predictions[name] for name in ids}, scores, stored)
     else:
         assert isinstance(dataset, PairDataset)
-        column, settings = hits_column(result), result.provenance["settings"]
-        hits = {name: draw_hits(predictions[name], settings["alphas"][column], settings["strict"]) for name in chosen}
-        rows = [draw_pair(dataset, name, predictions[name], hits[name]) for name in chosen]
-        differing = sum(int(hits[name].sum()) != arrays["hits"][ids.index(name), column] for name in chosen)
-        legend = [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)]
-    several = "confusion" in arrays and arrays["confusion"].ndim > 3
-    _write(out, result, rows, legend, _note(worst, best, named, differing, several))
-    return Shown(out / "index.html", len(rows), differing)
-
-
-def _note(worst: int, best: int, named: Sequence[str], differing: int, several: bool) -> str:
+        drawn = _draw_pairs(dataset, {name: predictions[name] for name in ids}, result, stored)
     order = "As named." if named else f"The {worst} with the lowest scores, then the {best} with the highest."
-    same = "Counted again, these predictions give the stored counts."
-    other = f"Counted again, {differing} of them differ from the stored counts: other versions, weights or data."
+    if drawn.differing:
+        counts = (
+            f"Counted again, {drawn.differing} of them differ from the stored counts: other versions, weights or data."
+        )
+    else:
+        counts = "Counted again, these predictions give the stored counts."
+    several = "confusion" in arrays and arrays["confusion"].ndim > 3
     first = " Scores are means over several seeds or draws; the pictures are of the first." if several else ""
-    return f"{order} {other if differing else same}{first}"
+    _write(out, result, drawn, f"{order} {counts}{first}")
+    return Shown(out / "index.html", len(drawn.rows), drawn.differing)
 
 
-STYLE = """
-:root { color-scheme: light dark; }
-body { margin: 0 auto; max-width: 90rem; padding: 1rem; font: 15px/1.45 system-ui, sans-serif; }
-h1 { font-size: 1.3rem; margin: 0; } h2 { font-size: 1rem; margin: 1.4rem 0 .3rem; } h2 span { font-weight: 400; }
-.row { display: flex; flex-wrap: wrap; gap: .5rem; } figure { margin: 0; }
-img { max-width: 100%; height: auto; display: block; } figcaption, .note { color: GrayText; font-size: .85em; }
-.legend { display: flex; flex-wrap: wrap; gap: .2rem .8rem; font-size: .85em; }
-.legend i { display: inline-block; width: 1em; height: 1em; margin-right: .3em; vertical-align: -.15em; }
-"""
+@dataclass(frozen=True)
+class _Drawn:
+    """Pictures of items, what their colours mean, and the number of items whose counts are not the stored ones."""
+
+    rows: list[PictureRow]
+    legend: list[tuple[str, tuple[int, ...]]]
+    differing: int
 
 
-def _write(
-    out: Path, result: Result, rows: Sequence[PictureRow], legend: Iterable[tuple[str, tuple[int, ...]]], note: str
-) -> None:
-    """The grid, the page, and of each tile a thumbnail and the picture."""
+def _stored_counts(result: Result, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Stored counts of each item: its confusion matrix (of the first seed or draw), or its hits."""
+    if "confusion" in arrays:
+        counts = arrays["confusion"].reshape(-1, *arrays["confusion"].shape[-3:])[0]
+    else:
+        counts = arrays["hits"][:, hits_column(result)]
+    ids = arrays["image_id" if "image_id" in arrays else "pair_id"]
+    return {str(name): count for name, count in zip(ids, counts, strict=True)}
+
+
+def _draw_images(
+    dataset: SegmentationDataset,
+    predictions: dict[str, dict[str, Any]],
+    scores: Mapping[str, float],
+    stored: Mapping[str, np.ndarray],
+) -> _Drawn:
+    if all("features" in own for own in predictions.values()):
+        colours = principal_colours(torch.stack([own["features"] for own in predictions.values()]))
+        predictions = {
+            name: {**own, "colours": colour} for (name, own), colour in zip(predictions.items(), colours, strict=True)
+        }
+    rows, differing, present = [], 0, set()
+    for name, own in predictions.items():
+        rows.append(draw_segmentation(dataset, name, own, f"mIoU {100 * scores[name]:.1f}"))
+        counts = segmentation.confusion_matrix(own["truth"], own["prediction"], len(stored[name]))
+        differing += not np.array_equal(counts, stored[name])
+        present |= {int(c) for c in np.unique(own["truth"]) if c != IGNORE}
+    legend = [(dataset.classes[c], tuple(dataset.palette[c].tolist())) for c in sorted(present)]
+    return _Drawn(rows, legend, differing)
+
+
+def _draw_pairs(
+    dataset: PairDataset, predictions: dict[str, dict[str, Any]], result: Result, stored: Mapping[str, np.ndarray]
+) -> _Drawn:
+    settings = result.provenance["settings"]
+    alpha = settings["alphas"][hits_column(result)]
+    rows, differing = [], 0
+    for name, own in predictions.items():
+        hits = draw_hits(own, alpha, settings["strict"])
+        rows.append(draw_pair(dataset, name, own, hits))
+        differing += int(hits.sum()) != stored[name]
+    return _Drawn(rows, [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)], differing)
+
+
+def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
+    """Write the page, the grid, and of each tile a thumbnail and the picture."""
     metric = result.primary_metric
     low, high = result.ci95.get(metric, (float("nan"), float("nan")))
     title = f"{result.model} on {result.task}@{result.protocol}"
     value = f"{metric}: {100 * result.metrics[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
     for old in (out / "pictures").glob("[0-9][0-9][0-9]-*"):  # of an earlier call
         old.unlink()
-    sections = []
-    for number, row in enumerate(rows):
-        figures = []
-        for tile in row.tiles:
-            photo = tile.kind == "photo" or (tile.kind == "wide" and len(row.tiles) == 1)
-            ending = ".jpg" if photo else ".png"
-            stem = f"pictures/{number:03d}-{slug(tile.title)}"
-            small = thumbnail(tile)
-            write_whole(out / f"{stem}{ending}", encode_image(tile.pixels, photo))
-            write_whole(out / f"{stem}-small{ending}", encode_image(small, photo))
-            height, width = small.shape[:2]
-            text = html.escape(f"{tile.title} of {row.name}", quote=True)
-            figures.append(
-                f'<figure><a href="{stem}{ending}"><img loading="lazy" width="{width}" height="{height}" '
-                f'src="{stem}-small{ending}" alt="{text}"></a>'
-                f"<figcaption>{html.escape(tile.title)}</figcaption></figure>"
-            )
-        name, caption = html.escape(row.name), html.escape(row.caption)
-        sections.append(f'<h2>{name} <span>{caption}</span></h2>\n<div class="row">{"".join(figures)}</div>')
-    swatches = "".join(
-        f'<span><i style="background:rgb{colour}"></i>{html.escape(name)}</span>' for name, colour in legend
-    )
-    page = [
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f'<title>{html.escape(title)}</title>\n<link rel="icon" href="data:,">',
-        f"<style>{STYLE}</style>\n</head>\n<body>",
-        f"<h1>{html.escape(title)}</h1>\n<p>{html.escape(value)}</p>\n<p class=note>{html.escape(note)}</p>",
-        f'<div class="legend">{swatches}</div>',
-        *sections,
-        "</body>\n</html>\n",
-    ]
-    write_whole(out / "grid.png", encode_image(draw_grid(rows, f"{title}   {value}"), False))
-    write_whole(out / "index.html", "\n".join(page).encode())
+    rows = [(row, [_write_tile(out, number, row, tile) for tile in row.tiles]) for number, row in enumerate(drawn.rows)]
+    write_whole(out / "grid.png", encode_image(draw_grid(drawn.rows, f"{title}   {value}"), False))
+    page = render("show.html", title=title, value=value, note=note, legend=drawn.legend, rows=rows)
+    write_whole(out / "index.html", page.encode())
+
+
+def _write_tile(out: Path, number: int, row: PictureRow, tile: Tile) -> dict[str, Any]:
+    """Write a tile of a numbered row and its thumbnail; returns what the page needs of it."""
+    stem = f"pictures/{number:03d}-{slug(tile.title)}"
+    photo = tile.kind == "photo" or (tile.kind == "wide" and len(row.tiles) == 1)
+    ending = ".jpg" if photo else ".png"
+    small = thumbnail(tile)
+    write_whole(out / f"{stem}{ending}", encode_image(tile.pixels, photo))
+    write_whole(out / f"{stem}-small{ending}", encode_image(small, photo))
+    height, width = small.shape[:2]
+    return {
+        "title": tile.title,
+        "file": f"{stem}{ending}",
+        "small": f"{stem}-small{ending}",
+        "width": width,
+        "height": height,
+    }

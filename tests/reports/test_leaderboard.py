@@ -11,7 +11,7 @@ import pytest
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError
 from neco_bench.reports.leaderboard import write_leaderboard
 from neco_bench.reports.published import Published, read_published
-from neco_bench.reports.tables import build_tables
+from neco_bench.reports.tables import Table, build_tables
 
 GOLDEN = Path(__file__).parent / "golden"
 PUBLISHED = Path(__file__).parent / "fixtures" / "published.csv"
@@ -80,6 +80,12 @@ def ranked(results):
     return build_tables(results)[0]
 
 
+def rows(table: Table, detailed: bool = False) -> list[tuple]:
+    frame = table.detailed if detailed else table.frame
+    assert frame is not None
+    return list(frame.itertuples(index=False, name=None))
+
+
 def test_unrankable_results_never_stand_in_the_ranked_table(results):
     text = ranked(results_of(results, "in_context")).to_csv()
     unrankable = [result for result in results if result.status == "ok" and not result.rankable]
@@ -96,25 +102,29 @@ def test_models_rank_over_columns_that_all_have(make_result):
         for task, value in zip(("camvid_ic", "voc_ic"), values, strict=True)
     ]
     results.append(make_result(0.99, model="partial"))
-    assert [row[0] for row in ranked(results).rows] == ["best", "tie_a", "tie_b", "worst", "partial"]
+    assert list(ranked(results).frame.model) == ["best", "tie_a", "tie_b", "worst", "partial"]
 
 
 def test_other_weights_under_one_name_are_rows_of_their_own(make_result):
     results = [make_result(value, provenance={"weights_id": digit * 64}) for value, digit in ((0.4, "1"), (0.6, "2"))]
-    assert ranked(results).rows == (
+    assert rows(ranked(results)) == [
         ("dino_vits16 (weights 22222222)", "60.0"),
         ("dino_vits16 (weights 11111111)", "40.0"),
-    )
+    ]
 
 
 def test_a_failure_without_weights_does_not_split_the_row(make_result):
     results = [make_result(0.4), make_result(status="failed", task="voc_ic", provenance={})]
-    assert ranked(results).rows == (("dino_vits16", "40.0", "failed"),)
+    assert rows(ranked(results)) == [("dino_vits16", "40.0", "failed")]
 
 
 def test_one_protocol_id_with_two_hashes_is_two_columns(make_result):
     results = [make_result(0.4, key=digit, provenance={"protocol_hash": digit * 64}) for digit in "12"]
-    assert ranked(results).header == ("model", "camvid_ic@hbird-2 (hash 11111111)", "camvid_ic@hbird-2 (hash 22222222)")
+    assert list(ranked(results).frame) == [
+        "model",
+        "camvid_ic@hbird-2 (hash 11111111)",
+        "camvid_ic@hbird-2 (hash 22222222)",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -127,7 +137,7 @@ def test_one_protocol_id_with_two_hashes_is_two_columns(make_result):
 )
 def test_results_that_are_not_seeds_of_one_thing_are_ambiguous(make_result, other):
     results = [make_result(0.4, provenance={"features": {"layer": 11}}), make_result(0.6, **other)]
-    (row,) = ranked(results).rows
+    (row,) = rows(ranked(results))
     assert row[1] == "ambiguous"
 
 
@@ -135,8 +145,8 @@ def test_copies_count_once(make_result):
     results = [make_result(0.4), make_result(0.4), make_result(0.4, timing={"total": 9.0})]
     for order in (results, results[::-1]):
         table, full = build_tables(order)
-        assert table.rows == (("dino_vits16", "40.0"),)
-        assert [row[16] for row in full.rows] == ["9.0"]
+        assert rows(table) == [("dino_vits16", "40.0")]
+        assert list(full.frame.seconds) == [9.0]
 
 
 def test_full_table_keeps_full_precision(results, tmp_path):
@@ -177,7 +187,7 @@ def beside(results, **changes):
     fields = {"arch": "ViT-S/16", "setting": "", "source": "", "quality": "printed", "model": "dino_vits16"}
     fields |= {"task": "camvid_ic", "protocol": "hbird-2", "metric": "miou", "value": "41.3"}
     tables = build_tables(results, [Published(**(fields | changes))])
-    return [(row[2], *row[4:7]) for table in tables if table.name.endswith(".published") for row in table.rows]
+    return [(row[2], *row[4:7]) for table in tables if table.name.endswith(".published") for row in rows(table)]
 
 
 def test_difference_is_published_minus_measured(make_result):
@@ -193,8 +203,9 @@ def test_difference_is_published_minus_measured(make_result):
     "changes", [{"protocol": "paper:hbird-1-scann"}, {"protocol": "clean-1"}, {"metric": "accuracy"}]
 )
 def test_no_difference_between_protocols_or_metrics(make_result, changes):
-    rows = beside([make_result(0.4, ci95={})], **changes)
-    assert rows == sorted([("hbird-2", "40.0", "", ""), (changes.get("protocol", "hbird-2"), "", "41.3", "")])
+    assert beside([make_result(0.4, ci95={})], **changes) == sorted(
+        [("hbird-2", "40.0", "", ""), (changes.get("protocol", "hbird-2"), "", "41.3", "")]
+    )
 
 
 def test_no_difference_unless_rankable(make_result):
@@ -245,22 +256,23 @@ def test_conditions_say_what_each_model_was_given(make_result):
     results = [make_result(provenance=provenance), make_result(model="x", key="f" * 16)]
     tables = {table.name: table for table in build_tables(results)}
     table = tables["in_context.conditions"]
-    assert table.header == ("model", "task", "input_size", "used_size", "tokens", "contamination", "training_data")
-    assert table.rows == (("dino_vits16", "camvid_ic@hbird-2", "512", "518", "1369", "near", "LVD-142M"),)
-    assert "in context: conditions" in table.to_markdown()
+    names = ["model", "task", "input_size", "used_size", "tokens", "contamination", "training_data"]
+    assert list(table.frame) == names
+    assert rows(table) == [("dino_vits16", "camvid_ic@hbird-2", "512", "518", "1369", "near", "LVD-142M")]
+    assert table.title == "in context: conditions"
 
 
 def test_draws_of_a_fraction_show_their_deviation(make_result):
     roles = {f"train/{draw}": {"name": "voc2012"} for draw in range(5)}
     provenance = {"weights_id": "a" * 64, "protocol_hash": "b" * 64, "dataset": roles}
     (table, _) = build_tables([make_result(metrics={"miou": 0.666, "miou_std": 0.0123}, provenance=provenance)])
-    assert table.rows == (("dino_vits16", "66.6 ± 1.2"),)
-    assert table.markdown == (("dino_vits16", "66.6 ± 1.2 (5 draws)"),)
+    assert rows(table) == [("dino_vits16", "66.6 ± 1.2")]
+    assert rows(table, detailed=True) == [("dino_vits16", "66.6 ± 1.2 (5 draws)")]
 
 
 def ranking(results):
     (table,) = (table for table in build_tables(results) if table.name.endswith(".ranking"))
-    return {row[0]: row[1:] for row in table.rows}
+    return {row[0]: row[1:] for row in rows(table)}
 
 
 def test_ranking_counts_only_models_with_every_column(make_result):
@@ -271,13 +283,13 @@ def test_ranking_counts_only_models_with_every_column(make_result):
         for task, value in zip(("camvid_ic", "voc_ic"), values, strict=True)
         if value is not None
     ]
-    rows = ranking(results)
-    assert list(rows) == ["a", "b", "c", "d"]
+    found = ranking(results)
+    assert list(found) == ["a", "b", "c", "d"]
     # a and b win once each, their intervals overlap on camvid_ic; b is clearly ahead on voc_ic, yet a leads by name
-    assert rows["a"] == ("1", "1.50", "3", "", "1..2", "2")
-    assert rows["b"] == ("1", "1.50", "3", "", "1..2", "1")
-    assert rows["c"] == ("2", "3.00", "0", "", "3", "3")
-    assert rows["d"] == ("", "", "", "1", "", "")
+    assert found["a"] == ("1", "1.50", "3", "", "1..2", "2")
+    assert found["b"] == ("1", "1.50", "3", "", "1..2", "1")
+    assert found["c"] == ("2", "3.00", "0", "", "3", "3")
+    assert found["d"] == ("", "", "", "1", "", "")
 
 
 def test_equal_values_share_the_borda_point(make_result):
@@ -308,7 +320,7 @@ def test_one_model_has_one_name_in_all_tables(make_result):
         result.provenance["features"] = {"tokens": 784}
     tables = [table for table in build_tables(results) if not table.name.endswith(".full")]
     assert any(table.name.endswith(".conditions") for table in tables)
-    names = {row[0] for table in tables for row in table.rows}
+    names = {name for table in tables for name in table.frame.model}
     assert {"dino_vits16 (weights 11111111)", "dino_vits16 (weights 22222222)"} == names
 
 
@@ -322,7 +334,7 @@ def test_only_official_weights_join_published_numbers(make_result):
     assert beside([measured({"official": True})]) == [("hbird-2", "40.0", "41.3", "+1.3")]
     for other in ({"official": False}, {"arguments": {"weights": "other.pth"}}):  # the second of an earlier version
         assert beside([measured(other)]) == []
-        names = {row[0] for table in build_tables([measured(other)]) if table.markdown for row in table.rows}
+        names = {name for table in build_tables([measured(other)]) if table.title for name in table.frame.model}
         assert names == {"dino_vits16 (weights 992b337f)"}
     both = [measured({"official": False}, key="1", task="voc_ic"), measured({"official": True})]  # verified since then
-    assert {row[0] for table in build_tables(both) if table.markdown for row in table.rows} == {"dino_vits16"}
+    assert {name for table in build_tables(both) if table.title for name in table.frame.model} == {"dino_vits16"}

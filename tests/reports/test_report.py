@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from neco_bench.reports.leaderboard import write_leaderboard
+from neco_bench.reports.render import render
 from neco_bench.reports.report import report_page
 from neco_bench.results.schema import Result
 
@@ -165,6 +166,16 @@ def test_names_are_text_and_never_markup(make_result: Callable[..., Result], tmp
     assert evil not in page
     out = drive(page, "return { name: document.querySelector('tbody td').textContent };", tmp_path)
     assert (out["name"], out["wrong"]) == (evil, [])
+
+
+def test_the_page_of_pictures_escapes_every_value() -> None:
+    evil = "<img src=x onerror=alert(1)>\"'"
+    picture = {"title": evil, "file": "a.png", "small": "a-small.png", "width": 1, "height": 1}
+    rows = [({"name": evil, "caption": evil}, [picture])]
+    page = render("show.html", title=evil, value=evil, note=evil, legend=[(evil, (1, 2, 3))], rows=rows)
+    assert page.count("<img") == 1
+    assert page.count(html.escape(evil).replace("&quot;", "&#34;").replace("&#x27;", "&#39;")) == 10
+    assert "background:rgb(1, 2, 3)" in page
 
 
 def test_a_large_page_stays_small_and_bytes_are_the_same(make_result: Callable[..., Result]) -> None:

@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from neco_bench.cli.output import print_rows, summary
 from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.reports import compare as comparing
 from neco_bench.reports.leaderboard import write_leaderboard
-from neco_bench.reports.tables import build_tables
+from neco_bench.reports.tables import Table, build_tables
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from tests.command import neco
@@ -52,7 +53,7 @@ def full(make: Make, model: str, key: str, **changes: Any) -> Result:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "told"),
+    ("field", "value", "message"),
     [
         ("metrics", {"miou": 1e308}, "metrics.miou: Input should be less than or equal to 1"),
         ("metrics", {"miou": -0.2}, "metrics.miou: Input should be greater"),
@@ -73,7 +74,7 @@ def full(make: Make, model: str, key: str, **changes: Any) -> Result:
     ],
     ids=lambda value: value if isinstance(value, str) and len(value) < 40 else "",
 )
-def test_one_bad_result_hides_no_other(field: str, value: Any, told: str, tmp_path: Path, make_result: Make) -> None:
+def test_one_bad_result_hides_no_other(field: str, value: Any, message: str, tmp_path: Path, make_result: Make) -> None:
     store = ResultStore(tmp_path / "r")
     good = full(make_result, "good", "a")
     document = json.loads(store.save(good).read_text()) | {"key": "b" * 16, field: "PLACE"}
@@ -83,7 +84,7 @@ def test_one_bad_result_hides_no_other(field: str, value: Any, told: str, tmp_pa
     answer = neco("leaderboard", "--results", tmp_path / "r", "--out", tmp_path / "out")
     assert answer.code == 0
     assert f"warning: {tmp_path / 'r' / 'bad.json'}: " in answer.err
-    assert told in answer.err
+    assert message in answer.err
     assert "good" in (tmp_path / "out" / "in_context.csv").read_text()
 
 
@@ -154,7 +155,7 @@ def test_statistics_of_another_kind_are_refused(
     for result in results:
         store.save(result, STATISTICS)
     assert len(comparing.find_pairs([store], "a", "b", [])) == 2
-    path = store._of_key(results[0].key)[0][0].with_suffix(".npz")
+    path = store._with_key(results[0].key)[0][0].with_suffix(".npz")
     np.savez_compressed(path, **{**STATISTICS, **changed})  # type: ignore[arg-type]
     with pytest.raises(BadInputError, match=r"npz: the stored statistics cannot be read .*--overwrite"):
         store.statistics(results[0])
@@ -214,5 +215,5 @@ def test_cells_that_look_like_formulas_are_text(make_result: Make) -> None:
     (wide,) = (table for table in build_tables(results) if table.name == "in_context")
     assert "'=HYPERLINK(1)" in wide.to_csv()
     assert "plain" in wide.to_csv().replace("'plain", "")
-    difference = type(wide)("x", "", ("model", "difference"), (("m", "-0.5"), ("n", "+77.0"), ("o", "1e-05")))
+    difference = Table("x", "", pd.DataFrame({"model": ["m", "n", "o"], "difference": ["-0.5", "+77.0", "1e-05"]}))
     assert difference.to_csv() == "model,difference\nm,-0.5\nn,+77.0\no,1e-05\n"

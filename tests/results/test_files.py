@@ -20,7 +20,7 @@ from neco_bench.core.files import clear_leftovers, write_whole
 WRITER = """
 import os, sys, time
 from pathlib import Path
-from neco_bench.results import files
+from neco_bench.core import files
 os.fsync = lambda number: (print("writing", flush=True), time.sleep(60))
 files.write_whole(Path(sys.argv[1]), b"content")
 """

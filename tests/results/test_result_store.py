@@ -196,7 +196,10 @@ def test_damaged_arrays(tmp_path, make_result):
 
 
 def test_import_is_light():
-    code = "import sys, neco_bench.results as r; print([m for m in ('torch', 'pandas', 'numpy') if m in sys.modules])"
+    code = (
+        "import sys, neco_bench.results.store, neco_bench.cli.app; "
+        "print([m for m in ('torch', 'pandas', 'numpy', 'jinja2') if m in sys.modules])"
+    )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
