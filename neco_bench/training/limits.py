@@ -18,7 +18,7 @@ from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.encoders.base import Encoder
 from neco_bench.training.recipe import Recipe
-from neco_bench.training.sorting import MOST_THREADS
+from neco_bench.training.sorting import MAX_THREADS
 from neco_bench.training.views import GLOBALS
 
 log = logging.getLogger("neco_bench")
@@ -85,7 +85,7 @@ def needs(recipe: Recipe, encoder: Encoder, place: RankShard, prefetched: int) -
         Need("projection heads", "head_hidden, head_layers, head_dim", head * copies * FLOAT),
     ]
     if recipe.objective == "neco":
-        threads = min(MOST_THREADS, torch.get_num_threads()) if encoder.device.type == "cpu" else 1
+        threads = min(MAX_THREADS, torch.get_num_threads()) if encoder.device.type == "cpu" else 1
         rows = pairs * images * cells
         found += [
             Need("the queue", "queue_length, head_dim", (GLOBALS + 1) * recipe.queue_length * out * FLOAT),
@@ -98,9 +98,9 @@ def needs(recipe: Recipe, encoder: Encoder, place: RankShard, prefetched: int) -
 
 
 def sorting_bytes(network: str, n: int) -> int:
-    """Bytes that `sorting.Relaxation` needs at least to sort one row of n float32 with gradient.
+    """Bytes that `sorting.sort_columns` needs at least to sort one row of n float32 with gradient.
 
-    Its two buffers of columns, and what it keeps of every comparator for the gradient; exactly those for "bitonic".
+    Two sets of columns, the differences on its tape, and those of the largest layer again; exactly those for "bitonic".
     """
     if network == "odd_even":  # n layers of about n / 2 comparators, whose columns grow by two inputs each
         half = n // 2
