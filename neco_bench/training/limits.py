@@ -42,7 +42,7 @@ class Need:
     on_host: bool = False
 
 
-def check(recipe: Recipe, encoder: Encoder, place: RankShard, steps: int, workers: int) -> None:
+def check(recipe: Recipe, encoder: Encoder, shard: RankShard, steps: int, workers: int) -> None:
     """Raise UsageError for settings that exceed the patches of a batch, the cores or the memory.
 
     steps: of the whole run. workers: loading processes. Warns of settings that have less effect than they say.
@@ -53,7 +53,7 @@ def check(recipe: Recipe, encoder: Encoder, place: RankShard, steps: int, worker
             f"--workers={workers}: each is a process, and this machine has {os.cpu_count()} cores. Use at most {most}."
         )
     if recipe.objective == "neco":
-        vectors = recipe.queue_length or place.total * recipe.cells**2
+        vectors = recipe.queue_length or shard.total * recipe.cells**2
         if recipe.references > vectors:
             source = "queue_length" if recipe.queue_length else "images of a batch part x cells²"
             raise UsageError(
@@ -63,12 +63,12 @@ def check(recipe: Recipe, encoder: Encoder, place: RankShard, steps: int, worker
         patches = (recipe.global_size // encoder.stride) ** 2
         if recipe.queue_length and recipe.queue_per_image > patches:
             log.warning("queue_per_image=%d: a global view has %d patches only.", recipe.queue_per_image, patches)
-    _check_memory(needs(recipe, encoder, place, min(PREFETCHED * workers, steps * recipe.accumulate)), encoder.device)
+    _check_memory(needs(recipe, encoder, shard, min(PREFETCHED * workers, steps * recipe.accumulate)), encoder.device)
 
 
-def needs(recipe: Recipe, encoder: Encoder, place: RankShard, prefetched: int) -> list[Need]:
+def needs(recipe: Recipe, encoder: Encoder, shard: RankShard, prefetched: int) -> list[Need]:
     """Say what each process of a run needs at least, part by part. prefetched: batches that wait to be used."""
-    images, width, out = place.images, encoder.embed_dim, recipe.head_dim
+    images, width, out = shard.images, encoder.embed_dim, recipe.head_dim
     pixels = 3 * images * (GLOBALS * recipe.global_size**2 + recipe.locals * recipe.local_size**2)
     sizes = "batch_size, global_size, local_size, locals"
     pairs = GLOBALS * (GLOBALS - 1 + recipe.locals)

@@ -62,10 +62,10 @@ class NeCo(nn.Module):
         self.register_buffer("filled", torch.zeros(GLOBALS, dtype=torch.int64))
 
     def forward(
-        self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, place: RankShard
+        self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, shard: RankShard
     ) -> Tensor:
         """The loss, a scalar. teacher: None lets the student set its own targets. attend: whose attention masks."""
-        count, side = place.images, self.recipe.global_size // self.stride
+        count, side = shard.images, self.recipe.global_size // self.stride
         groups, stride = batch.groups(), self.stride
         # What will be read: of a global view in the student, where the other global one lies; in the teacher, where
         # any other view lies, and the tokens that go to the queue.
@@ -75,7 +75,7 @@ class NeCo(nn.Module):
         other_views = [[v for v in range(batch.gc.shape[2]) if v != c] for c in range(GLOBALS)]
         boxes = [batch.gc[:, c, other_views[c]] for c in range(GLOBALS)]
         by_teacher = torch.cat([patches_read(b, stride, side) for b in boxes])
-        drawn = self._draw_tokens(place, side * side)
+        drawn = self._draw_tokens(shard, side * side)
         for c, (_, tokens) in enumerate(drawn):
             by_teacher[c * count : (c + 1) * count].view(-1)[tokens] = True
         if teacher is None:
@@ -88,7 +88,7 @@ class NeCo(nn.Module):
                 inside = foreground(attend.attention(groups[0]).float()) ^ (self.recipe.loss_mask == "bg")
         with torch.autocast(targets.device.type, enabled=False):
             targets = targets.unflatten(0, (GLOBALS, count))
-            self._enqueue(targets.detach(), inside, drawn, place)
+            self._enqueue(targets.detach(), inside, drawn, shard)
             students, teachers, references, masks = [], [], [], []
             aligned = self._align_students(embedded, batch)
             for c, others in enumerate(other_views):
@@ -99,13 +99,13 @@ class NeCo(nn.Module):
                     cover = inside.float().unflatten(0, (GLOBALS, count))[c][:, None]
                     cover = align(cover, boxes[c], self.stride, self.recipe.cells).transpose(0, 1)
                     masks[c] = cover[..., 0] > 1 - 1e-4
-                references.append(self._references(teachers[c], masks[c], c, place))
+                references.append(self._references(teachers[c], masks[c], c, shard))
             pool = torch.cat(references)
             return self._loss(
                 self._similarity(torch.cat(students), pool),
                 self._similarity(torch.cat(teachers), pool),
                 torch.cat(masks),
-                place,
+                shard,
             )
 
     def _crossed(self, batch: TrainBatch) -> Tensor:
@@ -120,13 +120,15 @@ class NeCo(nn.Module):
         aligned = (align(maps, boxes, self.stride, self.recipe.cells) for maps, boxes in regions)
         return [view for part in aligned for view in part.split(len(batch.gc))]
 
-    def _loss(self, by_student: Tensor, by_teacher: Tensor, mask: Tensor, place: RankShard) -> Tensor:
+    def _loss(self, by_student: Tensor, by_teacher: Tensor, mask: Tensor, shard: RankShard) -> Tensor:
         """Mean over pairs of views of the mean over cells in the mask; similarities (pairs, B, cells², references)."""
         recipe = self.recipe
         if recipe.shuffle_teacher:
-            whole = rows_of_all(by_teacher.detach().transpose(0, 1), place).transpose(0, 1)
-            order = torch.from_numpy(item_rng(place.seed, "shuffle", place.turn, 0).permutation(whole[..., 0].numel()))
-            mine = order.view(whole.shape[:-1])[:, place.start : place.start + place.images]
+            whole = rows_of_all(by_teacher.detach().transpose(0, 1), shard).transpose(0, 1)
+            order = torch.from_numpy(
+                item_rng(shard.seed, "shuffle", shard.batch_number, 0).permutation(whole[..., 0].numel())
+            )
+            mine = order.view(whole.shape[:-1])[:, shard.start : shard.start + shard.images]
             by_teacher = whole.flatten(0, -2)[mine.to(whole.device)]
 
         def loss(students: Tensor, teachers: Tensor) -> Tensor:
@@ -151,7 +153,7 @@ class NeCo(nn.Module):
             return torch.cdist(vectors, references, compute_mode="donot_use_mm_for_euclid_dist")
         return F.normalize(vectors, dim=-1) @ F.normalize(references, dim=-1).transpose(-1, -2)
 
-    def _references(self, aligned: Tensor, mask: Tensor, c: int, place: RankShard) -> Tensor:
+    def _references(self, aligned: Tensor, mask: Tensor, c: int, shard: RankShard) -> Tensor:
         """(V - 1, B, references, E): for each image and pair of views with global view c, drawn anew.
 
         From a queue, or from the aligned teacher vectors (V - 1, B, cells², E) of the whole batch that are in the mask,
@@ -161,41 +163,41 @@ class NeCo(nn.Module):
         if self.recipe.queue_length and self.filled[c]:  # with a mask, the first draw may have left it empty
             pools = [self.queue[c, : self.filled[c]]] * len(aligned)
         else:
-            pools = list(rows_of_all(aligned.transpose(0, 1), place).transpose(0, 1).flatten(1, 2))
+            pools = list(rows_of_all(aligned.transpose(0, 1), shard).transpose(0, 1).flatten(1, 2))
             if self.recipe.loss_mask != "all":
-                inside = rows_of_all(mask.transpose(0, 1).float(), place).transpose(0, 1).flatten(1) > 0
+                inside = rows_of_all(mask.transpose(0, 1).float(), shard).transpose(0, 1).flatten(1) > 0
                 pools = [pool[m] if m.any() else pool for pool, m in zip(pools, inside, strict=True)]
         chosen = []
         for pair, pool in enumerate(pools):
-            rng = item_rng(place.seed, "references", place.turn, c, pair)
+            rng = item_rng(shard.seed, "references", shard.batch_number, c, pair)
             length = self.recipe.queue_length or len(pool)  # a queue that is not full yet is counted through again
-            order = np.resize(rng.permutation(length) % len(pool), place.total * wanted)
-            mine = order[place.start * wanted : (place.start + place.images) * wanted]
-            chosen.append(pool[torch.from_numpy(mine).to(pool.device)].unflatten(0, (place.images, wanted)))
+            order = np.resize(rng.permutation(length) % len(pool), shard.total * wanted)
+            mine = order[shard.start * wanted : (shard.start + shard.images) * wanted]
+            chosen.append(pool[torch.from_numpy(mine).to(pool.device)].unflatten(0, (shard.images, wanted)))
         return torch.stack(chosen)
 
-    def _draw_tokens(self, place: RankShard, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    def _draw_tokens(self, shard: RankShard, tokens: int) -> list[tuple[Tensor, Tensor]]:
         """For each global view, which tokens of the batch go to its queue: the places in the draw that are this
         process's, and its tokens there, counted through its images."""
         if not self.recipe.queue_length:
             return []
         drawn = []
         for c in range(GLOBALS):
-            rng = item_rng(place.seed, "queue", place.turn, c)
-            order = torch.from_numpy(rng.permutation(place.total * tokens)[: self._growth(place)])
-            mine = (order >= place.start * tokens) & (order < (place.start + place.images) * tokens)
-            drawn.append((mine.nonzero()[:, 0], order[mine] - place.start * tokens))
+            rng = item_rng(shard.seed, "queue", shard.batch_number, c)
+            order = torch.from_numpy(rng.permutation(shard.total * tokens)[: self._growth(shard)])
+            mine = (order >= shard.start * tokens) & (order < (shard.start + shard.images) * tokens)
+            drawn.append((mine.nonzero()[:, 0], order[mine] - shard.start * tokens))
         return [(places.to(self.queue.device), own.to(self.queue.device)) for places, own in drawn]
 
-    def _growth(self, place: RankShard) -> int:
-        return min(self.recipe.queue_per_image * place.total, self.recipe.queue_length)
+    def _growth(self, shard: RankShard) -> int:
+        return min(self.recipe.queue_per_image * shard.total, self.recipe.queue_length)
 
     def _enqueue(
-        self, targets: Tensor, inside: Tensor | None, drawn: list[tuple[Tensor, Tensor]], place: RankShard
+        self, targets: Tensor, inside: Tensor | None, drawn: list[tuple[Tensor, Tensor]], shard: RankShard
     ) -> None:
         """Put the drawn tokens of teacher maps (2, B, E, h, w) at the head of the queues, those inside the mask."""
         for c, (places, tokens) in enumerate(drawn):
-            new = targets.new_zeros(self._growth(place), targets.shape[2] + 1)
+            new = targets.new_zeros(self._growth(shard), targets.shape[2] + 1)
             new[places, 0] = 1.0
             if inside is not None:
                 new[places, 0] = inside.view(GLOBALS, -1)[c][tokens].to(new.dtype)

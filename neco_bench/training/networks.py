@@ -52,9 +52,9 @@ class StochasticDepth(nn.Module):
     fixed number of images, floor(n (1 - rate)), keeps its branch.
     """
 
-    def __init__(self, rate: float, number: int, place: RankShard, exact: bool = False) -> None:
+    def __init__(self, rate: float, number: int, shard: RankShard, exact: bool = False) -> None:
         super().__init__()
-        self.rate, self.number, self.place, self.exact = rate, number, place, exact
+        self.rate, self.number, self.shard, self.exact = rate, number, shard, exact
         self.calls = 0  # since its block began
 
     def forward(self, x: Tensor) -> Tensor:
@@ -62,24 +62,24 @@ class StochasticDepth(nn.Module):
             return x
         number = self.number + self.calls
         self.calls += 1
-        place = self.place
-        views = len(x) // place.images
+        shard = self.shard
+        views = len(x) // shard.images
         # Equal for every call with tensors of this shape of a batch: gradient checkpointing repeats the call.
-        draws = item_rng(place.seed, "drop_path", place.turn, number, *x.shape[1:]).random((views, place.total))
+        draws = item_rng(shard.seed, "drop_path", shard.batch_number, number, *x.shape[1:]).random((views, shard.total))
         if self.exact:
             count = max(1, math.floor(draws.size * (1 - self.rate)))
             keep = (draws.ravel().argsort().argsort().reshape(draws.shape) < count) * (draws.size / count)
         else:
             keep = (draws >= self.rate) / (1 - self.rate)
-        mine = torch.from_numpy(keep[:, place.start : place.start + place.images].reshape(-1))
+        mine = torch.from_numpy(keep[:, shard.start : shard.start + shard.images].reshape(-1))
         return x * mine.to(x.device, x.dtype, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
 @contextlib.contextmanager
-def seeded(place: RankShard, device: torch.device) -> Iterator[None]:
+def seeded(shard: RankShard, device: torch.device) -> Iterator[None]:
     """Let what an encoder draws by itself depend on (seed, step, process) alone; put torch's generators back after."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(item_rng(place.seed, "own", place.turn, place.start).integers(2**63)))
+        torch.manual_seed(int(item_rng(shard.seed, "own", shard.batch_number, shard.start).integers(2**63)))
         yield
 
 
@@ -147,7 +147,7 @@ def blocks_of(encoder: Encoder) -> list[nn.Module]:
     return []
 
 
-def make_trainable(encoder: Encoder, recipe: Recipe, place: RankShard, checkpointing: bool) -> None:
+def make_trainable(encoder: Encoder, recipe: Recipe, shard: RankShard, checkpointing: bool) -> None:
     """Prepare the student in place: frozen parts, stochastic depth, gradient checkpointing.
 
     Raises UsageError where the encoder has nothing to train, no blocks to choose from, or random numbers that cannot be
@@ -164,13 +164,13 @@ def make_trainable(encoder: Encoder, recipe: Recipe, place: RankShard, checkpoin
             raise UsageError(f"trainable_blocks={chosen}: --base {encoder.name!r} has {len(blocks)} blocks, from 0.")
         for i in numbers:
             blocks[i].requires_grad_()
-    _add_stochastic_depth(encoder, recipe.drop_path, place)
+    _add_stochastic_depth(encoder, recipe.drop_path, shard)
     if checkpointing and not blocks:
         raise UsageError(f"--checkpointing: --base {encoder.name!r} has no blocks that are known by name.")
     for block in blocks if checkpointing else ():
         block.forward = _recomputed(block.forward)
     _freeze_unused(encoder, recipe.local_size)
-    _check_own_draws(encoder, recipe.local_size, place)
+    _check_own_draws(encoder, recipe.local_size, shard)
 
 
 def _recomputed(forward: Any) -> Any:
@@ -180,7 +180,7 @@ def _recomputed(forward: Any) -> Any:
     return run
 
 
-def _add_stochastic_depth(encoder: Encoder, rate: float, place: RankShard) -> None:
+def _add_stochastic_depth(encoder: Encoder, rate: float, shard: RankShard) -> None:
     """Rates grow linearly with depth, from 0. The last block of a ViT with LayerScale (DINOv2) drops exact numbers.
 
     Blocks have a module for each of two branches, or one for both.
@@ -196,7 +196,7 @@ def _add_stochastic_depth(encoder: Encoder, rate: float, place: RankShard) -> No
         last_of_dinov2 = depth == len(holders) - 1 and "drop_path2" in names and scaled
         for branch, name in enumerate(names):
             if getattr(module, name) is not None:
-                drop = StochasticDepth(share, 2 * depth + branch, place, last_of_dinov2) if share else nn.Identity()
+                drop = StochasticDepth(share, 2 * depth + branch, shard, last_of_dinov2) if share else nn.Identity()
                 setattr(module, name, drop)
         if share:
             module.forward = _recounting(module)
@@ -233,7 +233,7 @@ def _freeze_unused(encoder: Encoder, size: int) -> None:
         log.warning("not trained, as dense features do not pass through them: %s", ", ".join(unused[:8]))
 
 
-def _check_own_draws(encoder: Encoder, size: int, place: RankShard) -> None:
+def _check_own_draws(encoder: Encoder, size: int, shard: RankShard) -> None:
     """Say so where an encoder draws numbers of its own in training; refuse one whose draws no seed repeats."""
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(encoder.device)
     set_training(encoder)
@@ -241,8 +241,8 @@ def _check_own_draws(encoder: Encoder, size: int, place: RankShard) -> None:
         if isinstance(module, StochasticDepth):
             module.eval()
 
-    def features(turn: int) -> Tensor:
-        with torch.no_grad(), seeded(dataclasses.replace(place, turn=turn), encoder.device):
+    def features(number: int) -> Tensor:
+        with torch.no_grad(), seeded(dataclasses.replace(shard, batch_number=number), encoder.device):
             norm = encoder.has_final_norm and encoder.final_norm
             return encoder._run(image, final_norm=norm, attention=False).map.float()
 

@@ -9,8 +9,8 @@ permutation, which starts as the identity, are mixed by the same weights.
 How it is computed: rows of x are the innermost, contiguous dimension, and a column carries the value of its wire as
 entry 0, before the weights of the inputs, so that values, weights and their gradients pass through the same two lerps.
 Comparators read slices of columns, not wires gathered by index, and a column begins with the weight of its own input
-alone and grows as comparators join wires: without both, a step of `tiny_neco` on a CPU takes 1.5 times as long. Rows are
-sorted a part at a time, so that memory grows neither with the rows nor, within a part's budget, with the layers.
+alone and grows as comparators join wires: without both, a step of `tiny_neco` on a CPU takes 1.5 times as long. Rows
+are sorted a part at a time, so that memory grows neither with the rows nor with the layers.
 """
 
 from __future__ import annotations
