@@ -267,6 +267,11 @@ class _Coco(PairedFolders):
         values = VALUES[self.source].items()
         return id_table({value: self.rows.get(id_ + shift if id_ else 0, IGNORE) for value, id_ in values})
 
+    @property
+    def known_palette(self) -> bool:
+        """Pixelmaps have permuted colours of Matlab's `jet`; ids out of order show in their values (92 to 183)."""
+        return self.source != "pixelmaps"
+
     def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
         if not self.shared_files:
             return super().read_mask(item, size)

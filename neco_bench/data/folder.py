@@ -260,7 +260,15 @@ class SegmentationFolder(SegmentationDataset):
         of_ids = np.zeros((256, 3), np.uint8)
         of_ids[: len(self.classes)] = self.palette
         colours = of_ids[table[:256]]
-        return read_mask(path, table=table, colours=colours, causes=self.causes, size=size, listed_in=self.list_file)
+        return read_mask(
+            path,
+            table=table,
+            colours=colours,
+            known_palette=self.known_palette,
+            causes=self.causes,
+            size=size,
+            listed_in=self.list_file,
+        )
 
     def fingerprint(self) -> str:
         """Sha256 over name, reader version, split, source, ids, and names and sizes of the image and mask files."""
@@ -272,6 +280,11 @@ class SegmentationFolder(SegmentationDataset):
     def _bases(self) -> Sequence[Path]:
         """Folders from which files are named in the fingerprint, so that their places do not matter."""
         return (self.folder,)
+
+    @property
+    def known_palette(self) -> bool:
+        """Whether palette masks of this set have the colours of VOC, of grey levels or of `palette`."""
+        return True
 
     @property
     def palette(self) -> np.ndarray:

@@ -96,6 +96,7 @@ def read_mask(
     *,
     table: np.ndarray,
     colours: np.ndarray | None = None,
+    known_palette: bool = True,
     causes: Mapping[int, str] | None = None,
     size: tuple[int, int] | None = None,
     listed_in: Path | None = None,
@@ -104,7 +105,7 @@ def read_mask(
 
     Only single-channel files of 8 bits, or of 16 bits where the table has 65,536 entries: grey levels or palette
     indices are the values. colours: (256, 3) uint8, the data set's by file value, against which a palette is checked
-    (`check_palette`). causes: {wrong value: what the file then is}, for messages.
+    (`check_palette`), unless it is not a `known_palette`. causes: {wrong value: what the file then is}, for messages.
     size: (H, W) that the mask must have. Raises MissingError and BadInputError.
     """
     image = _open(path, "mask", listed_in)
@@ -117,7 +118,7 @@ def read_mask(
     with decoding(f"Cannot decode mask {path}"):
         mask = np.array(image)
     mapped = map_ids(mask, path, table=table, causes=causes, size=size)
-    if image.mode == "P":
+    if image.mode == "P" and known_palette:
         check_palette(image, np.flatnonzero(image.histogram()), path, colours)
     return mapped
 

@@ -8,8 +8,7 @@ import pytest
 
 from neco_bench.core.config import parse_value, read_toml
 from neco_bench.core.errors import BadInputError, MissingError
-
-from .command import neco
+from tests.command import neco
 
 
 @pytest.mark.parametrize(

@@ -95,6 +95,17 @@ def test_stuff_table_of_pixelmaps_and_of_stuffthingmaps(tmp_path):
     assert [found[v] for v in sorted(values)] == [*range(171), 255]
 
 
+def test_official_pixelmaps_have_a_palette_of_their_own(tmp_path):
+    (tmp_path / "images" / "val2017").mkdir(parents=True)
+    folder = tmp_path / "annotations" / "stuff_annotations" / "stuff_val2017_pixelmaps"
+    folder.mkdir(parents=True)
+    Image.new("RGB", (3, 1)).save(tmp_path / "images" / "val2017" / "1.jpg")
+    mask = Image.fromarray(np.array([[0, 92, 183]], np.uint8), "P")
+    mask.putpalette([0] * 3 * 92 + [127, 0, 0] + [0] * 3 * 90 + [255] * 3)  # black things, coloured stuff
+    mask.save(folder / "1.png")
+    assert CocoStuff(tmp_path, "val").mask(0).tolist() == [[255, merged(NECO_STUFF)[92], 255]]
+
+
 def test_the_off_by_one_trap_is_a_named_set_of_its_own(tmp_path):
     values = sorted(i - 1 for i in (*merged(NECO_THINGS), *merged(NECO_STUFF)))
     right = table("coco_things", tmp_path, "annotations/val2017", values)

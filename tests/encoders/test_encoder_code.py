@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 
 from neco_bench.core.errors import BadInputError, MissingError, NumericalError, UsageError
-from neco_bench.encoders import check_encoder, describe_models, load_encoder, request_id
+from neco_bench.encoders import check_encoder, content_id, describe_models, load_encoder
 
 SOURCE = """
 import torch
@@ -174,7 +174,7 @@ def test_a_plugin(monkeypatch: pytest.MonkeyPatch) -> None:
     _install(monkeypatch, plugin_grey="neco_bench_plugin_example.encoders:grey", broken="nowhere:x")
     assert {"plugin_grey", "broken"} <= {row["model"] for row in describe_models()}
     assert "neco_bench_plugin_example" not in sys.modules
-    request_id("plugin_grey")
+    content_id("plugin_grey")
     encoder = load_encoder("plugin_grey")
     assert encoder.name == "plugin_grey"
     assert all(line.passed for line in check_encoder(encoder))

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
-from neco_bench.encoders import check_encoder, load_encoder, request_id
+from neco_bench.encoders import check_encoder, content_id, load_encoder
 from neco_bench.encoders.fetch import fetch_url
 
 HUBCONF = '''
@@ -118,9 +118,9 @@ def test_hub_with_weights(repository: Path, tmp_path: Path) -> None:
     save_file(state, tmp_path / "w.safetensors")
     encoder = load_encoder(f"hub:{repository}:v2?trust=true", weights=tmp_path / "w.safetensors")
     assert torch.equal(encoder.model.state_dict()["vit.cls_token"], state["vit.cls_token"])  # type: ignore[union-attr]
-    before = request_id(f"hub:{repository}:v2?trust=true")
+    before = content_id(f"hub:{repository}:v2?trust=true")
     (repository / "hubconf.py").write_text(HUBCONF + "#")
-    assert request_id(f"hub:{repository}:v2?trust=true") != before
+    assert content_id(f"hub:{repository}:v2?trust=true") != before
 
 
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
@@ -162,7 +162,7 @@ def test_transformers_models(tmp_path: Path, model: str, config: str, prefix: in
     assert load_encoder(spec, layers=[0, 2]).encode(images).map.shape == (2, 64, 4, 6)
     again = load_encoder(spec, weights=tmp_path / "saved" / "model.safetensors")
     assert again.weights_id == encoder.weights_id
-    assert len(request_id(spec)) == 64
+    assert len(content_id(spec)) == 64
 
 
 def test_transformers_faults(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from neco_bench.core.errors import MissingError, UsageError
 from neco_bench.data.load import DATASETS
-from neco_bench.encoders import describe, describe_models, load_encoder, request_id
+from neco_bench.encoders import content_id, describe_models, load_encoder, model_info
 from neco_bench.encoders.adapters import tiny
 from neco_bench.encoders.spec import architecture, parse_spec, training_of
 from neco_bench.encoders.zoo import aliases, contamination, models, zoo
@@ -90,18 +90,18 @@ def own_zoo(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 
 def test_weights_that_are_part_of_the_package(own_zoo: Path) -> None:
     place = own_zoo / "weights" / "small.safetensors"
-    assert describe("small")["weights_file"] == str(place)
+    assert model_info("small")["weights_file"] == str(place)
     assert {row["model"]: row["weights"] for row in describe_models()}["small"] == "missing"
     with pytest.raises(MissingError, match=r"weights/small\.safetensors, the weights of 'small', is not there"):
         load_encoder("small")
-    before = request_id("small")
+    before = content_id("small")
     place.parent.mkdir()
     made = load_encoder("timm:test_vit3?pretrained=false&seed=4")
     save_file(made.model.state_dict(), place)  # type: ignore[union-attr, operator, arg-type]
     encoder = load_encoder("small")
     assert encoder.weights_id == made.weights_id
     assert encoder.mean == (0.485, 0.456, 0.406)
-    assert request_id("small") != before
+    assert content_id("small") != before
     assert {row["model"]: row["weights"] for row in describe_models()}["small"] == "here"
     assert zoo()["small_teacher"].weights_file == own_zoo / "weights" / "teacher.safetensors"
     assert load_encoder("small?pretrained=false").weights_id != made.weights_id
@@ -141,7 +141,7 @@ def test_specs() -> None:
     ],
 )
 def test_wrong_specs(spec: str, told: str) -> None:
-    for ask in (request_id, describe):
+    for ask in (content_id, model_info):
         with pytest.raises(UsageError, match=told):
             ask(spec)
 
@@ -161,42 +161,42 @@ def test_device_and_precision() -> None:
 def test_request_id_follows_content(tmp_path: Path) -> None:
     file = tmp_path / "enc.py"
     file.write_text("def make(): ...")
-    first = request_id(f"{file}:make")
+    first = content_id(f"{file}:make")
     file.write_text("def make(): return 1")
-    second = request_id(f"{file}:make")
+    second = content_id(f"{file}:make")
     (tmp_path / "helper.py").write_text("SCALE = 1")  # which it may import
-    third = request_id(f"{file}:make")
+    third = content_id(f"{file}:make")
     package = tmp_path / "package" / "inner"
     package.mkdir(parents=True)
     for folder in (package, package.parent):
         (folder / "__init__.py").write_text("")
-    fourth = request_id(f"{file}:make")
+    fourth = content_id(f"{file}:make")
     (package / "layers.py").write_text("SCALE = 2")
-    assert len({first, second, third, fourth, request_id(f"{file}:make")}) == 5
+    assert len({first, second, third, fourth, content_id(f"{file}:make")}) == 5
     weights = tmp_path / "w.pth"
     weights.write_bytes(b"1")
-    ids = {request_id("neco_dinov2"), request_id("neco_dinov2", weights), request_id("neco_dinov2?layers=3")}
-    ids |= {request_id("dinov2_vits14"), request_id("baseline_rgb"), request_id("baseline_hog")}
+    ids = {content_id("neco_dinov2"), content_id("neco_dinov2", weights), content_id("neco_dinov2?layers=3")}
+    ids |= {content_id("dinov2_vits14"), content_id("baseline_rgb"), content_id("baseline_hog")}
     place = tmp_path / "cache" / "weights" / "neco_dinov2"
     place.mkdir(parents=True)
     (place / "neco_on_dinov2_vit14_model.ckpt").write_bytes(b"2")
-    ids.add(request_id("neco_dinov2"))
+    ids.add(content_id("neco_dinov2"))
     assert len(ids) == 7
-    own = [request_id(f"timm:{name}") for name in ("vit_x", "vit_x.tag")]
+    own = [content_id(f"timm:{name}") for name in ("vit_x", "vit_x.tag")]
     (tmp_path / "cache" / "weights" / "vit_x.tag").mkdir()
     (tmp_path / "cache" / "weights" / "vit_x.tag" / "model.safetensors").write_bytes(b"3")
-    assert not {request_id(f"timm:{name}") for name in ("vit_x", "vit_x.tag")} & set(own)
-    assert request_id("timm:x?seed=1&pretrained=false") == request_id("timm:x?pretrained=false&seed=1")
+    assert not {content_id(f"timm:{name}") for name in ("vit_x", "vit_x.tag")} & set(own)
+    assert content_id("timm:x?seed=1&pretrained=false") == content_id("timm:x?pretrained=false&seed=1")
     with pytest.raises(MissingError):
-        request_id("neco_dinov2", tmp_path / "absent.pth")
+        content_id("neco_dinov2", tmp_path / "absent.pth")
     with pytest.raises(MissingError):
-        request_id(f"{tmp_path}/absent.py:make")
+        content_id(f"{tmp_path}/absent.py:make")
 
 
 def test_naming_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys, neco_bench.encoders as e, neco_bench.encoders.load\n"
-        "e.describe_models(); e.describe('neco_dinov2'); e.request_id('neco_dinov2'); e.request_id('baseline_hog')\n"
+        "e.describe_models(); e.model_info('neco_dinov2'); e.content_id('neco_dinov2'); e.content_id('baseline_hog')\n"
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     )
     start = time.perf_counter()
@@ -210,7 +210,7 @@ def test_listing() -> None:
     assert rows["neco_dino"]["stride"] == 16
     assert "neco_dinov2_vits14" not in rows
     assert "neco_dinov2_vits14" in models()
-    assert describe("neco_dinov2_vits14")["weights_in_place"] is False
+    assert model_info("neco_dinov2_vits14")["weights_in_place"] is False
 
 
 @pytest.mark.parametrize(

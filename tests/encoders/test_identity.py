@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import neco_bench
 from neco_bench.core.errors import BadInputError, UsageError
-from neco_bench.encoders import DenseFeatures, Encoder, load_encoder, request_id
+from neco_bench.encoders import DenseFeatures, Encoder, content_id, load_encoder
 from neco_bench.encoders.spec import needs_loading, parse_spec, training_of
 from neco_bench.encoders.zoo import aliases, models, zoo
 from neco_bench.results.schema import Result
@@ -59,7 +59,7 @@ def test_two_files_of_one_folder_are_two_results(tmp_path: Path) -> None:
     for name, seed, channels in (("a", 0, 8), ("b", 1, 64)):
         (tmp_path / f"{name}.py").write_text(DRAWN.format(seed=seed, channels=channels))
     specs = [f"{tmp_path}/{name}.py:f" for name in "ab"]
-    assert request_id(specs[0]) != request_id(specs[1])
+    assert content_id(specs[0]) != content_id(specs[1])
     arguments = (
         "--task",
         "shapes_ic",
@@ -149,12 +149,12 @@ def test_tensors_outside_the_state_dict_are_weights_too(tmp_path: Path) -> None:
 def test_the_commit_of_a_repository_in_the_cache_is_part_of_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     for spec, folder in (("hf:owner/name", "owner--name"), ("timm:resnet18", "timm--resnet18.a1_in1k")):
-        ids = {request_id(spec)}
+        ids = {content_id(spec)}
         main = tmp_path / f"models--{folder}" / "refs" / "main"
         main.parent.mkdir(parents=True)
         for commit in ("1" * 40, "2" * 40):
             main.write_text(commit)
-            ids.add(request_id(spec))
+            ids.add(content_id(spec))
         assert len(ids) == 3
 
 
@@ -162,9 +162,9 @@ def test_the_parts_of_weights_are_part_of_it(tmp_path: Path) -> None:
     index, part = tmp_path / "model.safetensors.index.json", tmp_path / "model-1.safetensors"
     index.write_text("{}")
     part.write_bytes(b"1")
-    before = [request_id("dinov2_vits14", weights) for weights in (index, tmp_path)]
+    before = [content_id("dinov2_vits14", weights) for weights in (index, tmp_path)]
     part.write_bytes(b"2")
-    assert not {request_id("dinov2_vits14", weights) for weights in (index, tmp_path)} & set(before)
+    assert not {content_id("dinov2_vits14", weights) for weights in (index, tmp_path)} & set(before)
 
 
 class Projection(Encoder):

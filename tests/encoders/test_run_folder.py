@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
-from neco_bench.encoders import Encoder, describe, load_encoder, request_id
+from neco_bench.encoders import Encoder, content_id, load_encoder, model_info
 from neco_bench.encoders.run_folder import TrainedEncoder
 from neco_bench.encoders.spec import architecture, parse_spec, training_of
 from neco_bench.encoders.weights import inner_module
@@ -201,6 +201,8 @@ def test_options_and_names(run: Path) -> None:
     assert load_encoder(f"{run}?final_norm=true").final_norm
     with pytest.raises(UsageError, match="branch, layers, final_norm"):
         parse_spec(f"{run}?pos_interp=timm")
+    with pytest.raises(UsageError, match="branch='ema' must be student or teacher"):
+        load_encoder(f"{run}?branch=ema")
 
 
 def test_options_that_the_architecture_lacks(tmp_path: Path) -> None:
@@ -218,38 +220,38 @@ def test_options_that_the_architecture_lacks(tmp_path: Path) -> None:
 
 def test_identity_and_facts(run: Path, tmp_path: Path) -> None:
     spec, students = str(run), run / "checkpoint-0000500" / "student.safetensors"
-    first = request_id(spec)
+    first = content_id(spec)
     shutil.copytree(run, tmp_path / "elsewhere")
-    assert request_id(f"{tmp_path}/elsewhere/") == first
+    assert content_id(f"{tmp_path}/elsewhere/") == first
     (tmp_path / "w").write_bytes(b"1")
     ids = {
         first,
-        request_id(f"{spec}?branch=teacher"),
-        request_id(f"{spec}?layers=3"),
-        request_id(spec, tmp_path / "w"),
+        content_id(f"{spec}?branch=teacher"),
+        content_id(f"{spec}?layers=3"),
+        content_id(spec, tmp_path / "w"),
     }
     change(run, step=1000)
-    ids.add(request_id(spec))
+    ids.add(content_id(spec))
     students.write_bytes(b"2")
-    ids.add(request_id(spec))
+    ids.add(content_id(spec))
     assert len(ids) == 6
     seen = training_of(parse_spec(spec), None)[1]
     assert [contamination(seen, [name]) for name in ("shapes", "voc", "coco")] == ["seen", "near", "none known"]
     assert load_encoder(TINY, weights=students.with_name("teacher.safetensors")).overlap == {"*": "unknown"}
-    facts = describe(f"{spec}?branch=teacher")
+    facts = model_info(f"{spec}?branch=teacher")
     assert (facts["name"], facts["kind"], facts["step"]) == (f"{spec}?branch=teacher", "run", 1000)
     assert (facts["base"], facts["training_data"]) == (TINY, "shapes")
     assert facts["weights_file"] == str(students.with_name("teacher.safetensors"))
     assert facts["weights_in_place"]
     students.unlink()
-    assert not describe(spec)["weights_in_place"]
+    assert not model_info(spec)["weights_in_place"]
 
 
 def test_naming_a_run_imports_no_torch(run: Path) -> None:
     code = (
         "import sys, neco_bench.encoders as e\n"
         "from neco_bench.encoders.run_folder import architecture\n"
-        "e.describe(sys.argv[1]); e.request_id(sys.argv[1]); architecture(sys.argv[1])\n"
+        "e.model_info(sys.argv[1]); e.content_id(sys.argv[1]); architecture(sys.argv[1])\n"
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code, str(run)], check=True, env=os.environ)
@@ -307,7 +309,7 @@ def test_a_folder_without_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     (tmp_path / "begun").mkdir()
     monkeypatch.chdir(tmp_path)
     for spec in ("begun", f"{tmp_path}/begun/", "begun?branch=teacher"):
-        for ask in (request_id, describe, load_encoder, architecture):
+        for ask in (content_id, model_info, load_encoder, architecture):
             with pytest.raises(MissingError, match=r"begun.* holds no trained encoder .*not saved a checkpoint"):
                 ask(spec)
 
@@ -331,7 +333,7 @@ def test_a_folder_without_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_wrong_descriptions(run: Path, monkeypatch: pytest.MonkeyPatch, facts: dict[str, Any], told: str) -> None:
     change(run, **facts)
     monkeypatch.chdir(run)
-    for ask in (request_id, load_encoder):
+    for ask in (content_id, load_encoder):
         with pytest.raises(BadInputError, match=told) as caught:
             ask(str(run))
         assert str(run / "encoder.json") in str(caught.value)
@@ -341,7 +343,7 @@ def test_wrong_descriptions(run: Path, monkeypatch: pytest.MonkeyPatch, facts: d
 def test_descriptions_that_are_not_whole(run: Path, content: str) -> None:
     (run / "encoder.json").write_text(content)
     with pytest.raises(BadInputError, match=r"encoder\.json .*Go on with the training run"):
-        request_id(str(run))
+        content_id(str(run))
 
 
 def test_a_description_is_written_as_it_is_read(run: Path) -> None:
@@ -357,13 +359,13 @@ def test_files_that_are_not_there(run: Path, tmp_path: Path, monkeypatch: pytest
     with pytest.raises(MissingError, match=r"absent\.pth"):
         load_encoder(str(run), weights=tmp_path / "absent.pth")
     student.unlink()
-    for ask in (request_id, load_encoder):
+    for ask in (content_id, load_encoder):
         with pytest.raises(
             MissingError, match=r"student\.safetensors, the weights that .*encoder\.json.*--weights FILE"
         ):
             ask(str(run))
     change(run, teacher=None)
-    for ask in (request_id, describe, load_encoder):
+    for ask in (content_id, model_info, load_encoder):
         with pytest.raises(UsageError, match="no teacher's weights"):
             ask(f"{run}?branch=teacher")
     change(run, base="mine.py:own")

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from neco_bench.core.errors import UsageError
-from neco_bench.encoders import check_encoder, load_encoder, request_id
+from neco_bench.encoders import check_encoder, content_id, load_encoder
 from neco_bench.runner.api import run
 
 TINY = "timm:vit_tiny_patch16_224"
@@ -48,7 +48,7 @@ def test_statistics_in_a_spec(file: Path, caplog: pytest.LogCaptureFixture) -> N
     expected = plain.encode(images, mean=given.mean, std=given.std).map
     assert torch.equal(given.encode(images).map, expected)
     assert not torch.allclose(plain.encode(images).map, expected)
-    assert request_id(spec, file) != request_id(TINY, file)
+    assert content_id(spec, file) != content_id(TINY, file)
     half = load_encoder(f"{TINY}?pretrained=false&mean=0.1,0.2,0.3")
     assert (half.mean, half.std) == ((0.1, 0.2, 0.3), (0.5, 0.5, 0.5))
     assert half.statistics.startswith("given in the spec; std: timm's for")

@@ -173,7 +173,7 @@ def npz() -> bytes:
         (b"<!DOCTYPE html><html></html>", "a web page"),
         (b"\n<html><body>Sign in</body></html>", "a web page"),
         (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "a web page"),
-        (gzip.compress(b"weights"), "compressed with gzip"),
+        (gzip.compress(b"weights", mtime=0), "compressed with gzip"),
         (b"BZh91AY", "compressed with bzip2"),
         (b"\xfd7zXZ\x00", "compressed with xz"),
         (zipped(w__pth=b"1", readme__txt=b"2"), r"a zip archive of w\.pth, readme\.txt"),

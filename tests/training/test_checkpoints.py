@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 from neco_bench.core.errors import NecoBenchError, UsageError
 from neco_bench.encoders.run_folder import read
 from neco_bench.training import checkpoints
+from tests.command import neco
 
-from ..command import neco
 from .helpers import small_encoder
 
 

@@ -18,8 +18,8 @@ from neco_bench.training.neco import NeCo
 from neco_bench.training.networks import Network
 from neco_bench.training.sorting import DISTRIBUTIONS, Tape, plan, sort_columns
 from neco_bench.training.views import GLOBALS
+from tests.command import neco
 
-from ..command import neco
 from . import helpers
 from .helpers import batch, recipe, small_encoder
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from ..command import Answer, neco
+from tests.command import Answer, neco
 
 SMALL = (
     "--base", "timm:test_vit?pretrained=false", "--recipe", "neco_dino_vits16", "--workers", 0,
