@@ -24,17 +24,13 @@ from neco_bench.training.views import GLOBALS
 log = logging.getLogger("neco_bench")
 
 FLOAT = 4  # bytes
-
-
 PREFETCHED = 2  # batches that a loading process prepares, DataLoader's default
-
-
 WORKERS_PER_CORE = 32
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that some settings ask for; on_host: in the machine's memory whatever the device."""
+    """Bytes that some settings request; on_host: in the machine's memory whatever the device."""
 
     what: str
     settings: str
@@ -57,7 +53,7 @@ def check(recipe: Recipe, encoder: Encoder, shard: RankShard, steps: int, worker
         if recipe.references > vectors:
             source = "queue_length" if recipe.queue_length else "images of a batch part x cells²"
             raise UsageError(
-                f"references={recipe.references} is more than the {vectors} vectors there are to choose from "
+                f"references={recipe.references} is more than the {vectors} vectors to choose from "
                 f"({source}). Use --set references={vectors} or fewer."
             )
         patches = (recipe.global_size // encoder.stride) ** 2
@@ -79,7 +75,7 @@ def needs(recipe: Recipe, encoder: Encoder, shard: RankShard, prefetched: int) -
     head = sum(before * after for before, after in itertools.pairwise(layers))
     head += max(0, recipe.head_layers - 4) * recipe.head_hidden**2
     copies = 4 + recipe.use_teacher  # weights, gradient, two moments of AdamW
-    found = [
+    parts = [
         Need("views", sizes, pixels * FLOAT),
         Need("loaded views", f"{sizes}, or --workers", pixels * (1 + prefetched), on_host=True),
         Need("projection heads", "head_hidden, head_layers, head_dim", head * copies * FLOAT),
@@ -87,18 +83,18 @@ def needs(recipe: Recipe, encoder: Encoder, shard: RankShard, prefetched: int) -
     if recipe.objective == "neco":
         threads = min(MAX_THREADS, torch.get_num_threads()) if encoder.device.type == "cpu" else 1
         rows = pairs * images * cells
-        found += [
+        parts += [
             Need("the queue", "queue_length, head_dim", (GLOBALS + 1) * recipe.queue_length * out * FLOAT),
             Need("aligned vectors", f"cells, head_dim, {sizes}", 2 * pairs * images * cells * out * FLOAT),
             Need("references", "references, head_dim, batch_size, locals", pairs * images * references * out * FLOAT),
             Need("similarities", "references, cells, batch_size, locals", 3 * rows * references * FLOAT),
             Need("sorting", "references", min(threads, rows) * sorting_bytes(recipe.network, references)),
         ]
-    return found
+    return parts
 
 
 def sorting_bytes(network: str, n: int) -> int:
-    """Bytes that `sorting.sort_columns` needs at least to sort one row of n float32 with gradient.
+    """Count the bytes that `sorting.sort_columns` needs at least to sort one row of n float32 with gradient.
 
     Two sets of columns, the differences on its tape, and those of the largest layer again; exactly those for "bitonic".
     """
@@ -118,24 +114,24 @@ def sorting_bytes(network: str, n: int) -> int:
     return FLOAT * (2 * n * (n + 1) + tape + largest)
 
 
-def _check_memory(found: list[Need], device: torch.device) -> None:
-    """Raise UsageError where the device or the machine has less memory than `found` needs at least."""
+def _check_memory(parts: list[Need], device: torch.device) -> None:
+    """Raise UsageError where the device or the machine has less memory than the parts need at least."""
     apart = device.type == "cuda"
     for on_host in (False, True) if apart else (True,):
-        parts = [need for need in found if need.on_host == on_host or not apart]
-        there = host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
-        needed = sum(need.bytes for need in parts)
-        if there is not None and needed > there:
-            most = max(parts, key=lambda need: need.bytes)
+        counted = [need for need in parts if need.on_host == on_host or not apart]
+        available = host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
+        needed = sum(need.bytes for need in counted)
+        if available is not None and needed > available:
+            most = max(counted, key=lambda need: need.bytes)
             raise UsageError(
                 f"these settings need at least {needed / 2**30:,.1f} GiB of memory in each process, of which "
-                f"{most.bytes / 2**30:,.1f} for {most.what}; there are {there / 2**30:,.1f}. Use smaller "
+                f"{most.bytes / 2**30:,.1f} for {most.what}; {available / 2**30:,.1f} are there. Use smaller "
                 f"{most.settings}."
             )
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that each process of this machine can have; None where the system does not say."""
+    """Find the bytes of memory that each process of this machine can have; None where the system does not say."""
     limits = []
     try:
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -318,7 +318,8 @@ def _check_options(recipe: Recipe, options: TrainOptions, world: int) -> None:
 
 def _unscored_tasks(scores: Table, step: int, tasks: tuple[str, ...]) -> list[str]:
     """List the tasks without a row of this step in eval.csv: all but those scored before an interruption."""
-    scored = {row["task"] for row in scores.rows() if int(row["step"]) == step}
+    rows = scores.rows()
+    scored = {*rows["task"][rows["step"] == step]} if len(rows) else set()
     cards = {task: find_tasks([task])[0] for task in tasks}
     return [task for task, chosen in cards.items() if f"{chosen.card.name}@{chosen.label}" not in scored]
 

@@ -16,12 +16,12 @@ from neco_bench.training.batches import Embed, TrainBatch, by_view
 from neco_bench.training.loss import neco_loss
 from neco_bench.training.networks import Network
 from neco_bench.training.recipe import Recipe
-from neco_bench.training.regions import LEAST_SIDE, align, foreground
+from neco_bench.training.regions import MIN_SIDE, align, foreground
 from neco_bench.training.views import GLOBALS
 
 
 def patches_read(boxes: Tensor, stride: int, side: int) -> Tensor:
-    """The patches (N, side, side) bool that `align` reads for boxes (N, R, 4) in pixels."""
+    """Mark the patches (N, side, side) bool that `align` reads for boxes (N, R, 4) in pixels."""
     first = (boxes[..., :2] / stride - 0.5).clamp_min(0).floor()
     last = (boxes[..., 2:] / stride - 0.5).clamp_min(0).floor() + 1
     at = torch.arange(side, device=boxes.device)
@@ -36,8 +36,8 @@ class NeCo(nn.Module):
     Deviations: a queue gives references from its first entries on (there, zero vectors stand in until it is full, and
     a batch of 168 or more fails); processes share references, but the parts of a step that `accumulate` makes do not;
     Euclidean distances are taken by differences (there, by a matrix product: 1e-6 of the loss); a masked loss takes
-    references from the cells of its own pair of views, and its queue grows by the kept ones among the tokens drawn; the
-    teacher runs without gradient.
+    references from the cells of its own pair of views, and its queue grows by those of the drawn tokens that are in
+    the mask; the teacher runs without gradient.
     """
 
     queue: Tensor
@@ -52,10 +52,10 @@ class NeCo(nn.Module):
                 f"loss_mask={recipe.loss_mask} needs class-token attention, which --base {encoder.name!r} does not "
                 f"give. Use a plain ViT with a class token, or loss_mask=all."
             )
-        if recipe.loss_mask != "all" and recipe.global_size < LEAST_SIDE * encoder.stride:
+        if recipe.loss_mask != "all" and recipe.global_size < MIN_SIDE * encoder.stride:
             raise UsageError(
-                f"loss_mask={recipe.loss_mask} needs global views of at least {LEAST_SIDE} x {LEAST_SIDE} patches. Use "
-                f"--set global_size={LEAST_SIDE * encoder.stride} or more."
+                f"loss_mask={recipe.loss_mask} needs global views of at least {MIN_SIDE} x {MIN_SIDE} patches. Use "
+                f"--set global_size={MIN_SIDE * encoder.stride} or more."
             )
         self.recipe, self.stride = recipe, encoder.stride
         self.register_buffer("queue", torch.zeros(GLOBALS, recipe.queue_length, recipe.head_dim))
@@ -64,7 +64,7 @@ class NeCo(nn.Module):
     def forward(
         self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, shard: RankShard
     ) -> Tensor:
-        """The loss, a scalar. teacher: None lets the student set its own targets. attend: whose attention masks."""
+        """Compute the loss, a scalar. teacher: None lets the student set its targets. attend: whose attention masks."""
         count, side = shard.images, self.recipe.global_size // self.stride
         groups, stride = batch.groups(), self.stride
         # What will be read: of a global view in the student, where the other global one lies; in the teacher, where
@@ -142,8 +142,8 @@ class NeCo(nn.Module):
 
         if recipe.loss_mask == "all":
             return loss(by_student.flatten(0, -2), by_teacher.flatten(0, -2))
-        kept = mask.flatten(1).sum(1).float()
-        share = kept / mean_over_processes(kept).clamp_min(1e-9)
+        cells = mask.flatten(1).sum(1).float()
+        share = cells / mean_over_processes(cells).clamp_min(1e-9)
         parts = [loss(by_student[i][m], by_teacher[i][m]) * share[i] for i, m in enumerate(mask) if m.any()]
         return (sum(parts) + by_student.sum() * 0) / len(mask)  # a pair without cells contributes 0
 
@@ -154,12 +154,12 @@ class NeCo(nn.Module):
         return F.normalize(vectors, dim=-1) @ F.normalize(references, dim=-1).transpose(-1, -2)
 
     def _references(self, aligned: Tensor, mask: Tensor, c: int, shard: RankShard) -> Tensor:
-        """(V - 1, B, references, E): for each image and pair of views with global view c, drawn anew.
+        """(V - 1, B, references, E): for each image and pair of views with global view c, drawn again.
 
         From a queue, or from the aligned teacher vectors (V - 1, B, cells², E) of the whole batch that are in the mask,
         each used as often as any other.
         """
-        wanted = self.recipe.references
+        count = self.recipe.references
         if self.recipe.queue_length and self.filled[c]:  # with a mask, the first draw may have left it empty
             pools = [self.queue[c, : self.filled[c]]] * len(aligned)
         else:
@@ -167,14 +167,14 @@ class NeCo(nn.Module):
             if self.recipe.loss_mask != "all":
                 inside = rows_of_all(mask.transpose(0, 1).float(), shard).transpose(0, 1).flatten(1) > 0
                 pools = [pool[m] if m.any() else pool for pool, m in zip(pools, inside, strict=True)]
-        chosen = []
+        references = []
         for pair, pool in enumerate(pools):
             rng = item_rng(shard.seed, "references", shard.batch_number, c, pair)
             length = self.recipe.queue_length or len(pool)  # a queue that is not full yet is counted through again
-            order = np.resize(rng.permutation(length) % len(pool), shard.total * wanted)
-            mine = order[shard.start * wanted : (shard.start + shard.images) * wanted]
-            chosen.append(pool[torch.from_numpy(mine).to(pool.device)].unflatten(0, (shard.images, wanted)))
-        return torch.stack(chosen)
+            order = np.resize(rng.permutation(length) % len(pool), shard.total * count)
+            mine = order[shard.start * count : (shard.start + shard.images) * count]
+            references.append(pool[torch.from_numpy(mine).to(pool.device)].unflatten(0, (shard.images, count)))
+        return torch.stack(references)
 
     def _draw_tokens(self, shard: RankShard, tokens: int) -> list[tuple[Tensor, Tensor]]:
         """For each global view, which tokens of the batch go to its queue: the places in the draw that are this

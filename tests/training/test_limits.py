@@ -12,7 +12,7 @@ import torch
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.training import limits
-from neco_bench.training.images import MOST_SHAPES, open_images
+from neco_bench.training.images import MAX_SHAPES, open_images
 from neco_bench.training.limits import check, host_memory, needs, sorting_bytes
 from neco_bench.training.neco import NeCo
 from neco_bench.training.networks import Network
@@ -100,7 +100,7 @@ def test_what_is_counted_is_measured_against_the_memory_there_is(monkeypatch: py
 def test_processes_and_generated_images_have_a_bound(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--workers=100000: each is a process.* Use at most \d+"):
         check(recipe(), small_encoder(), RankShard(0, 4), 6, 100_000)
-    for count in (MOST_SHAPES + 1, 10**15, "9" * 5000):
+    for count in (MAX_SHAPES + 1, 10**15, "9" * 5000):
         with pytest.raises(UsageError, match="shapes:N with the number of images to generate, at most 10,000,000"):
             open_images(f"shapes:{count}")
     assert len(open_images("shapes:64")) == 64
