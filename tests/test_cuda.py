@@ -183,14 +183,14 @@ def test_a_resumed_run_goes_on_as_it_was(tmp_path: Path, monkeypatch: pytest.Mon
     class Stop(Exception):
         pass
 
-    plain = loop._Run._step
+    plain = loop.Trainer.step
 
     def step(self: Any, number: int, *rest: Any) -> float:
         if number == 5:
             raise Stop
         return plain(self, number, *rest)
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(loop.Trainer, "step", step)
     with pytest.raises(Stop):
         train(recipe(queue_length=60), options(tmp_path / "cut", device="cuda"))
     monkeypatch.undo()

@@ -20,7 +20,7 @@ def train(
         typer.Option(help="Folder of images, list file, shapes[:N], or coco, imagenet, voc with an optional :FOLDER."),
     ],
     out: Annotated[Path, typer.Option(help="Run folder; `run --model` takes it afterwards.")],
-    recipe: Annotated[str, typer.Option(help="Recipe name or .toml file; a wrong name lists those there are.")],
+    recipe: Annotated[str, typer.Option(help="Recipe name or .toml file; a wrong name lists the shipped ones.")],
     base: Annotated[str | None, typer.Option(help="Model spec to start from; default: the recipe's.")] = None,
     weights: Weights = None,
     changes: Annotated[

@@ -91,14 +91,16 @@ def gather_rows(rows: Tensor, most: int) -> list[Tensor]:
 
 @dataclass
 class RankShard:
-    """What a process works on: `images` of the `total` of all processes, from number `start`; turn: how many batches
-    came before (several to a step where gradients are accumulated)."""
+    """What a process works on: `images` of the `total` of all processes, from number `start`.
+
+    batch_number: how many batches came before, several to a step where gradients are accumulated.
+    """
 
     seed: int
     images: int
     start: int = 0
     total: int = 0
-    turn: int = 0
+    batch_number: int = 0
 
     def __post_init__(self) -> None:
         self.total = self.total or self.images

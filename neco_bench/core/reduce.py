@@ -29,11 +29,11 @@ class _SumOverProcesses(torch.autograd.Function):
         return _SumOverProcesses.forward(ctx, gradient)
 
 
-def rows_of_all(part: Tensor, place: RankShard) -> Tensor:
+def rows_of_all(part: Tensor, shard: RankShard) -> Tensor:
     """The rows (total, ...) of all processes, of which this one has `part` (images, ...), with gradient to all."""
     if not dist.is_initialized():
         return part
-    before, after = place.start, place.total - place.start - place.images
+    before, after = shard.start, shard.total - shard.start - shard.images
     whole: Tensor = _SumOverProcesses.apply(F.pad(part, (0, 0) * (part.dim() - 1) + (before, after)))
     return whole
 

@@ -1,6 +1,6 @@
 """Batches of views, in an order and with crops and colours that depend on (seed, epoch, image id) alone.
 
-So they do not hang on the number of processes, of workers, or on where a run was interrupted.
+So they are the same for any number of processes or workers, and wherever a run was interrupted.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ def _leave_signals_to_the_parent(worker: int) -> None:
 
 
 def loader(images: Images, recipe: Recipe, order: Order, workers: int, pin: bool) -> DataLoader[Any]:
-    """Batches in `order`."""
+    """Make the loader of batches in `order`. pin: in page-locked memory, for GPUs."""
     settings = ViewSettings(**{name: getattr(recipe, name) for name in ViewSettings.__dataclass_fields__})
     return DataLoader(
         ViewData(images, settings, recipe.seed),
@@ -121,9 +121,12 @@ Embed = Callable[..., list[Tensor]]
 
 @dataclasses.dataclass(frozen=True)
 class TrainBatch:
-    """Views of B images: global_views (B, 2, 3, g, g), local_views (B, V - 2, 3, l, l), uint8 RGB as they are loaded,
+    """Views of B images.
+
+    global_views (B, 2, 3, g, g), local_views (B, V - 2, 3, l, l), uint8 RGB as they are loaded,
     float32 once they are normalised; boxes as in `views.Views`, with a leading B. ids: of the images. unusable: images
-    that could not be used, each with the reason."""
+    that could not be used, each with the reason.
+    """
 
     global_views: Tensor
     local_views: Tensor
@@ -133,8 +136,10 @@ class TrainBatch:
     unusable: list[tuple[str, str]]
 
     def normalised(self, encoder: Encoder, device: torch.device) -> TrainBatch:
-        """The batch on a device, its views normalised as the encoder takes them. (Bytes are a quarter of the floats to
-        hand from process to process, and to the device.)"""
+        """Move the batch to a device and normalise its views as the encoder takes them.
+
+        (Until then they are bytes, a quarter of the floats to hand from process to process and to the device.)
+        """
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
         shift, scale = (torch.tensor(of, device=device).view(3, 1, 1) for of in (encoder.mean, encoder.std))
         for name in ("global_views", "local_views"):
@@ -142,10 +147,10 @@ class TrainBatch:
         return dataclasses.replace(self, **moved)
 
     def groups(self) -> list[Tensor]:
-        """Images view by view, those of global and of local views: (2 B, 3, g, g) and, if any, ((V - 2) B, 3, l, l)."""
+        """List the images of global views (2 B, 3, g, g) and, if any, of local ones ((V - 2) B, 3, l, l), by view."""
         return [by_view(views) for views in (self.global_views, self.local_views) if views.shape[1]]
 
 
 def by_view(values: Tensor) -> Tensor:
-    """(B, V, ...) as (V B, ...), view after view, as a group of images is ordered."""
+    """Reshape (B, V, ...) to (V B, ...), view after view, as a group of images is ordered."""
     return values.transpose(0, 1).flatten(0, 1)

@@ -32,7 +32,7 @@ from neco_bench.encoders.weights import inner_module
 
 log = logging.getLogger("neco_bench")
 
-KEPT = 2
+STORED = 2  # checkpoints of a run
 
 
 LOCK_SECONDS = 6.0  # loading processes of a killed run, which end within five, may have inherited its lock
@@ -42,12 +42,12 @@ _NAME, _TEMPORARY, _DELETED = re.compile(r"checkpoint-(\d{7,})"), ".checkpoint.t
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders of a run, the oldest first."""
+    """List the checkpoint folders of a run, the oldest first."""
     return sorted((path for path in run.glob("checkpoint-*") if _NAME.fullmatch(path.name)), key=step_of)
 
 
 def step_of(folder: Path) -> int:
-    """The step of a checkpoint folder."""
+    """Read the step of a checkpoint folder from its name."""
     return int(folder.name.rpartition("-")[2])
 
 
@@ -78,8 +78,8 @@ def locked(run: Path) -> Iterator[None]:
 
 def clear(run: Path) -> None:
     """Delete what killed processes left in a run folder; only while it is `locked`."""
-    for left in (run / _TEMPORARY, *run.glob(_DELETED.format("checkpoint-*"))):
-        shutil.rmtree(left, ignore_errors=True)
+    for folder in (run / _TEMPORARY, *run.glob(_DELETED.format("checkpoint-*"))):
+        shutil.rmtree(folder, ignore_errors=True)
     for file in run.glob(".*.tmp"):  # of `write_whole`
         with contextlib.suppress(OSError):
             file.unlink()
@@ -96,7 +96,7 @@ def save(run: Path, step: int, networks: dict[str, Encoder], state: dict[str, An
         _write(final, networks, state)
     files = {role: f"{final.name}/{role}.safetensors" if role in networks else None for role in ("student", "teacher")}
     write_whole(run / "encoder.json", json.dumps({"format": 1, **facts, **files, "step": step}, indent=2).encode())
-    for old in checkpoints(run)[:-KEPT]:
+    for old in checkpoints(run)[:-STORED]:
         deleted = run / _DELETED.format(old.name)
         with contextlib.suppress(OSError):  # the next checkpoint tries again
             os.replace(old, deleted)
@@ -118,18 +118,18 @@ def _write(final: Path, networks: dict[str, Encoder], state: dict[str, Any]) -> 
             with open(file, "rb") as written:
                 os.fsync(written.fileno())
         os.replace(temporary, final)
-    except (OSError, RuntimeError, SafetensorError) as error:  # each reports a full disk in a way of its own
+    except (OSError, RuntimeError, SafetensorError) as error:  # each reports a full disk differently
         shutil.rmtree(temporary, ignore_errors=True)
         before = checkpoints(run)
-        kept = f"The last checkpoint, {before[-1]}, is untouched: " if before else "Then "
+        hint = f"The last checkpoint, {before[-1]}, is untouched: " if before else "Then "
         raise NecoBenchError(
             f"{final}: the checkpoint could not be written ({getattr(error, 'strerror', None) or error}). Free disk "
-            f"space or make the folder writable. {kept}give --resume to go on."
+            f"space or make the folder writable. {hint}give --resume to go on."
         ) from error
 
 
 def restore(folder: Path, networks: dict[str, Encoder], parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a checkpoint into the encoders and into `parts`, which have a `load_state_dict`; give back its state.
+    """Load a checkpoint into the encoders and into `parts`, which have a `load_state_dict`; return its state.
 
     A part whose stored state is empty (loss scaling of another precision) stays as it is. Raises BadInputError.
     """
@@ -173,4 +173,4 @@ def set_aside(folder: Path) -> None:
     aside = folder.with_name(f"unreadable-{folder.name}")
     shutil.rmtree(aside, ignore_errors=True)
     os.replace(folder, aside)
-    log.warning("%s is now called %s; delete it when you have no use for it.", folder, aside.name)
+    log.warning("%s is now called %s; delete it if you do not need it.", folder, aside.name)

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError, did_you_mean
-from neco_bench.data.io import read_image
+from neco_bench.data.io import read_image, read_text
 from neco_bench.data.load import DATASETS, data_root
 from neco_bench.data.shapes import TRAIN, VERSION, segmentation_scene
 from neco_bench.data.voc2012 import VOC2012
@@ -18,18 +18,20 @@ from neco_bench.data.voc2012 import VOC2012
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 
+MAX_SHAPES = 10_000_000  # whose names take a gigabyte
+
 # Data sets by name: the folder of each below the data root, and where its training images are in that.
-MOST_SHAPES = 10_000_000  # names of images that are generated: a gigabyte
-
-
 FOLDERS = {"coco": ("coco", "train2017"), "imagenet": ("imagenet", "train"), "voc": ("voc2012", "")}
 
 
 @dataclass(frozen=True)
 class Images:
-    """Images by number. ids: their names, in a fixed order that does not hang on where they lie. folder: of files whose
-    names are the ids; None for generated ones. description: for people. source: the collection they are known to be
-    from, as `Dataset.images_from` names it."""
+    """Images by number.
+
+    ids: their names, in a fixed order that does not depend on where they lie. folder: of files whose names are the ids;
+    None for generated ones. description: for people. source: the collection they are known to be from, as
+    `Dataset.images_from` names it.
+    """
 
     ids: tuple[str, ...]
     description: str
@@ -40,7 +42,7 @@ class Images:
         return len(self.ids)
 
     def read(self, index: int) -> np.ndarray:
-        """Image (H, W, 3) uint8 RGB. Raises BadInputError for one that is absent or cannot be decoded."""
+        """Read image (H, W, 3) uint8 RGB. Raises BadInputError for one that is absent or cannot be decoded."""
         if self.folder is None:
             return segmentation_scene("train", index).image
         try:
@@ -49,7 +51,7 @@ class Images:
             raise BadInputError(str(error)) from error
 
     def fingerprint(self) -> str:
-        """Sha256 over ids and sizes of files (-1 for an absent one), or over the version of generated images."""
+        """Hash ids and sizes of files (-1 for an absent one) by sha256, or the version of generated images."""
         digest = hashlib.sha256(VERSION.encode() if self.folder is None else b"files")
         for name in self.ids:
             size = 0
@@ -62,10 +64,10 @@ class Images:
         return digest.hexdigest()
 
     def overlap(self, root: Path | None = None) -> dict[str, str]:
-        """Collections that they are from, as `Dataset.images_from` names them: {name: "seen"}.
+        """Name the collections that they are from, as `Dataset.images_from` does: {name: "seen"}.
 
-        It is the one that was asked for, else told by the folders they lie in, which have the names of data sets or are
-        below the data root. "*" is "unknown" where some lie elsewhere.
+        It is the requested one, else the folders of the images say it, which have the names of data sets or are below
+        the data root. "*" is "unknown" where some lie elsewhere.
         """
         if self.folder is None or self.source:
             return {self.source or "shapes": "seen"}
@@ -78,30 +80,30 @@ class Images:
                 continue
         base = data_root(root)
         files = (os.path.join(self.folder, name) for name in self.ids)
-        found: dict[str, str] = {}
-        for place in {os.path.dirname(os.path.realpath(f) if os.path.islink(f) else f) for f in files}:
-            paths = Path(place).absolute(), Path(place).resolve()
+        overlap: dict[str, str] = {}
+        for folder in {os.path.dirname(os.path.realpath(f) if os.path.islink(f) else f) for f in files}:
+            paths = Path(folder).absolute(), Path(folder).resolve()
             sources = {known[part.lower()] for path in paths for part in path.parts if part.lower() in known}
             if not sources and base and paths[1].is_relative_to(base.resolve()):
                 sources = set(paths[1].relative_to(base.resolve()).parts[:1])
-            found |= dict.fromkeys(sources, "seen") or {"*": "unknown"}
-        return found
+            overlap |= dict.fromkeys(sources, "seen") or {"*": "unknown"}
+        return overlap
 
 
 def open_images(spec: str, root: Path | None = None) -> Images:
-    """The images that `spec` names.
+    """Open the images that `spec` names.
 
-    A folder (its images, however deep); a list file (a path per line, absolute or from the folder of the list; # begins
-    a comment); `shapes` or `shapes:N` (the first N training scenes, never those of the val split); `coco`, `imagenet`
-    or `voc` below the data root, each with `:FOLDER` for another place.
+    A folder (its images, however deep); a list file (a path per line, absolute or from the folder of the list, with
+    either separator; # begins a comment); `shapes` or `shapes:N` (the first N training scenes, never those of the val
+    split); `coco`, `imagenet` or `voc` below the data root, each with `:FOLDER` for another folder.
     Raises UsageError (unknown name), MissingError (nothing there) and BadInputError (an empty list).
     """
     name, _, rest = spec.partition(":")
     if name == "shapes" and not os.path.exists(spec):
         count = int(rest) if rest.isdecimal() and len(rest) < 10 else 0 if rest else TRAIN
-        if not 0 < count <= MOST_SHAPES:
+        if not 0 < count <= MAX_SHAPES:
             raise UsageError(
-                f"--data {spec!r}: write shapes:N with the number of images to generate, at most {MOST_SHAPES:,}."
+                f"--data {spec!r}: write shapes:N with the number of images to generate, at most {MAX_SHAPES:,}."
             )
         return Images(tuple(f"train/{i}" for i in range(count)), f"shapes ({count} generated images)")
     if name in FOLDERS and not os.path.exists(spec):
@@ -139,28 +141,28 @@ def _named(name: str, rest: str, root: Path | None) -> Images:
 
 
 def _in_folder(folder: Path, description: str) -> Images:
-    found = []
-    for place, folders, files in os.walk(folder, followlinks=True):
-        above = {os.path.realpath(place), *map(str, Path(os.path.realpath(place)).parents)}  # a link there has no end
-        inside = (name for name in folders if os.path.realpath(os.path.join(place, name)) not in above)
+    names: list[str] = []
+    for current, folders, files in os.walk(folder, followlinks=True):
+        above = {
+            os.path.realpath(current),
+            *map(str, Path(os.path.realpath(current)).parents),
+        }  # a link there has no end
+        inside = (name for name in folders if os.path.realpath(os.path.join(current, name)) not in above)
         folders[:] = [name for name in inside if not name.startswith(".")]
-        near = os.path.relpath(place, folder)
-        found += [
+        near = os.path.relpath(current, folder)
+        names += [
             os.path.normpath(os.path.join(near, f)) for f in files if f.lower().endswith(SUFFIXES) and f[0] != "."
         ]
-    if not found:
+    if not names:
         raise MissingError(f"{folder} has no images, at any depth; looked for {', '.join(SUFFIXES)}.")
-    return Images(tuple(sorted(found)), description, folder)
+    return Images(tuple(sorted(names)), description, folder)
 
 
 def _in_list(path: Path) -> Images:
-    try:
-        lines = [line.partition("#")[0].strip() for line in path.read_text(encoding="utf-8-sig").splitlines()]
-    except (UnicodeDecodeError, OSError) as error:
-        raise BadInputError(f"{path} is not a list of image files, one a line ({error}).") from error
-    names = [line for line in lines if line]
+    lines = [line.partition("#")[0].strip() for line in read_text(path, "List of image files").splitlines()]
+    names = [line if os.path.isfile(path.parent / line) else line.replace("\\", "/") for line in lines if line]
     if not names:
         raise BadInputError(f"{path} names no images; write one path a line.")
     if not any(os.path.isfile(path.parent / name) for name in names):
-        raise MissingError(f"{path}: none of its {len(names)} files is there, the first is {path.parent / names[0]}.")
+        raise MissingError(f"{path}: none of its {len(names)} files is there; the first is {path.parent / names[0]}.")
     return Images(tuple(dict.fromkeys(names)), path.name, path.parent)

@@ -18,23 +18,19 @@ from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.encoders.base import Encoder
 from neco_bench.training.recipe import Recipe
-from neco_bench.training.sorting import MOST_THREADS
+from neco_bench.training.sorting import MAX_THREADS
 from neco_bench.training.views import GLOBALS
 
 log = logging.getLogger("neco_bench")
 
 FLOAT = 4  # bytes
-
-
 PREFETCHED = 2  # batches that a loading process prepares, DataLoader's default
-
-
 WORKERS_PER_CORE = 32
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that some settings ask for; on_host: in the machine's memory whatever the device."""
+    """Bytes that some settings request; on_host: in the machine's memory whatever the device."""
 
     what: str
     settings: str
@@ -42,7 +38,7 @@ class Need:
     on_host: bool = False
 
 
-def check(recipe: Recipe, encoder: Encoder, place: RankShard, steps: int, workers: int) -> None:
+def check(recipe: Recipe, encoder: Encoder, shard: RankShard, steps: int, workers: int) -> None:
     """Raise UsageError for settings that exceed the patches of a batch, the cores or the memory.
 
     steps: of the whole run. workers: loading processes. Warns of settings that have less effect than they say.
@@ -53,22 +49,22 @@ def check(recipe: Recipe, encoder: Encoder, place: RankShard, steps: int, worker
             f"--workers={workers}: each is a process, and this machine has {os.cpu_count()} cores. Use at most {most}."
         )
     if recipe.objective == "neco":
-        vectors = recipe.queue_length or place.total * recipe.cells**2
+        vectors = recipe.queue_length or shard.total * recipe.cells**2
         if recipe.references > vectors:
             source = "queue_length" if recipe.queue_length else "images of a batch part x cells²"
             raise UsageError(
-                f"references={recipe.references} is more than the {vectors} vectors there are to choose from "
+                f"references={recipe.references} is more than the {vectors} vectors to choose from "
                 f"({source}). Use --set references={vectors} or fewer."
             )
         patches = (recipe.global_size // encoder.stride) ** 2
         if recipe.queue_length and recipe.queue_per_image > patches:
             log.warning("queue_per_image=%d: a global view has %d patches only.", recipe.queue_per_image, patches)
-    _check_memory(needs(recipe, encoder, place, min(PREFETCHED * workers, steps * recipe.accumulate)), encoder.device)
+    _check_memory(needs(recipe, encoder, shard, min(PREFETCHED * workers, steps * recipe.accumulate)), encoder.device)
 
 
-def needs(recipe: Recipe, encoder: Encoder, place: RankShard, prefetched: int) -> list[Need]:
+def needs(recipe: Recipe, encoder: Encoder, shard: RankShard, prefetched: int) -> list[Need]:
     """Say what each process of a run needs at least, part by part. prefetched: batches that wait to be used."""
-    images, width, out = place.images, encoder.embed_dim, recipe.head_dim
+    images, width, out = shard.images, encoder.embed_dim, recipe.head_dim
     pixels = 3 * images * (GLOBALS * recipe.global_size**2 + recipe.locals * recipe.local_size**2)
     sizes = "batch_size, global_size, local_size, locals"
     pairs = GLOBALS * (GLOBALS - 1 + recipe.locals)
@@ -79,28 +75,28 @@ def needs(recipe: Recipe, encoder: Encoder, place: RankShard, prefetched: int) -
     head = sum(before * after for before, after in itertools.pairwise(layers))
     head += max(0, recipe.head_layers - 4) * recipe.head_hidden**2
     copies = 4 + recipe.use_teacher  # weights, gradient, two moments of AdamW
-    found = [
+    parts = [
         Need("views", sizes, pixels * FLOAT),
         Need("loaded views", f"{sizes}, or --workers", pixels * (1 + prefetched), on_host=True),
         Need("projection heads", "head_hidden, head_layers, head_dim", head * copies * FLOAT),
     ]
     if recipe.objective == "neco":
-        threads = min(MOST_THREADS, torch.get_num_threads()) if encoder.device.type == "cpu" else 1
+        threads = min(MAX_THREADS, torch.get_num_threads()) if encoder.device.type == "cpu" else 1
         rows = pairs * images * cells
-        found += [
+        parts += [
             Need("the queue", "queue_length, head_dim", (GLOBALS + 1) * recipe.queue_length * out * FLOAT),
             Need("aligned vectors", f"cells, head_dim, {sizes}", 2 * pairs * images * cells * out * FLOAT),
             Need("references", "references, head_dim, batch_size, locals", pairs * images * references * out * FLOAT),
             Need("similarities", "references, cells, batch_size, locals", 3 * rows * references * FLOAT),
             Need("sorting", "references", min(threads, rows) * sorting_bytes(recipe.network, references)),
         ]
-    return found
+    return parts
 
 
 def sorting_bytes(network: str, n: int) -> int:
-    """Bytes that `sorting.Relaxation` needs at least to sort one row of n float32 with gradient.
+    """Count the bytes that `sorting.sort_columns` needs at least to sort one row of n float32 with gradient.
 
-    Its two buffers of columns, and what it keeps of every comparator for the gradient; exactly those for "bitonic".
+    Two sets of columns, the differences on its tape, and those of the largest layer again; exactly those for "bitonic".
     """
     if network == "odd_even":  # n layers of about n / 2 comparators, whose columns grow by two inputs each
         half = n // 2
@@ -118,24 +114,24 @@ def sorting_bytes(network: str, n: int) -> int:
     return FLOAT * (2 * n * (n + 1) + tape + largest)
 
 
-def _check_memory(found: list[Need], device: torch.device) -> None:
-    """Raise UsageError where the device or the machine has less memory than `found` needs at least."""
+def _check_memory(parts: list[Need], device: torch.device) -> None:
+    """Raise UsageError where the device or the machine has less memory than the parts need at least."""
     apart = device.type == "cuda"
     for on_host in (False, True) if apart else (True,):
-        parts = [need for need in found if need.on_host == on_host or not apart]
-        there = host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
-        needed = sum(need.bytes for need in parts)
-        if there is not None and needed > there:
-            most = max(parts, key=lambda need: need.bytes)
+        counted = [need for need in parts if need.on_host == on_host or not apart]
+        available = host_memory() if on_host else torch.cuda.get_device_properties(device).total_memory
+        needed = sum(need.bytes for need in counted)
+        if available is not None and needed > available:
+            most = max(counted, key=lambda need: need.bytes)
             raise UsageError(
                 f"these settings need at least {needed / 2**30:,.1f} GiB of memory in each process, of which "
-                f"{most.bytes / 2**30:,.1f} for {most.what}; there are {there / 2**30:,.1f}. Use smaller "
+                f"{most.bytes / 2**30:,.1f} for {most.what}; {available / 2**30:,.1f} are there. Use smaller "
                 f"{most.settings}."
             )
 
 
 def host_memory() -> int | None:
-    """Bytes of memory that each process of this machine can have; None where the system does not say."""
+    """Find the bytes of memory that each process of this machine can have; None where the system does not say."""
     limits = []
     try:
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import csv
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import pandas as pd
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError
 from neco_bench.core.files import write_whole
@@ -18,26 +19,25 @@ class Table:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def rows(self) -> list[dict[str, str]]:
-        """Read the rows, without a last line that was cut off. Raises BadInputError where the file is no such table."""
+    def rows(self) -> pd.DataFrame:
+        """Read the rows, without a last line that was cut off; the step is an integer, all else the text of the file.
+
+        Raises BadInputError where the file is no such table.
+        """
         try:
-            text = self.path.read_text(encoding="utf-8")
-            rows = list(csv.DictReader(io.StringIO(text[: text.rfind("\n") + 1])))
-            for row in rows:
-                int(row["step"])
-        except FileNotFoundError:
-            return []
-        except (OSError, ValueError, LookupError, TypeError, csv.Error) as error:
+            text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
+            lines = text[: text.rfind("\n") + 1] or "step\n"
+            return pd.read_csv(io.StringIO(lines), dtype=str, keep_default_na=False).astype({"step": int})
+        except (OSError, ValueError, LookupError) as error:
             raise BadInputError(
                 f"{self.path} is damaged ({type(error).__name__}: {error}). Move it away to go on without its rows."
             ) from error
-        return rows
 
     def begin(self, step: int) -> None:
         """Drop the rows after `step`, which will be written again, and a line that was cut off."""
-        rows = [row for row in self.rows() if int(row["step"]) <= step]
-        if rows:
-            write_whole(self.path, _lines(rows, header=True).encode())
+        rows = self.rows().query("step <= @step")
+        if len(rows):
+            write_whole(self.path, rows.to_csv(index=False, lineterminator="\n").encode())
         else:
             self.path.unlink(missing_ok=True)
 
@@ -45,7 +45,7 @@ class Table:
         """Add a row, after a header in an empty file. Raises NecoBenchError where it cannot be written."""
         try:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
-                file.write(_lines([row], header=file.tell() == 0))
+                pd.DataFrame([row]).to_csv(file, header=file.tell() == 0, index=False, lineterminator="\n")
         except OSError as error:
             raise NecoBenchError(
                 f"{self.path}: could not be written ({error.strerror or error}). Free disk space or make the folder "
@@ -57,6 +57,7 @@ class StepLog:
     """log.csv from step `first` on, and TensorBoard's events where they are requested."""
 
     def __init__(self, out: Path, first: int, tensorboard: bool) -> None:
+        """Raises MissingError where TensorBoard is requested and not installed."""
         self.table = Table(out / "log.csv")
         self.table.begin(first)
         self.events = _event_writer(out, first) if tensorboard else None
@@ -80,13 +81,3 @@ def _event_writer(out: Path, first: int) -> Any:
     except ImportError as error:
         raise MissingError("--tensorboard needs a package: pip install 'neco-bench[tensorboard]'.") from error
     return SummaryWriter(str(out / "tensorboard"), purge_step=first + 1)
-
-
-def _lines(rows: Sequence[Mapping[str, Any]], *, header: bool) -> str:
-    """Rows as lines of a CSV file."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-    if header:
-        writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()

@@ -18,7 +18,18 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from neco_bench.core.errors import UsageError
-from neco_bench.training.sorting import Relaxation, as_rows, check_steepness, in_chunks
+from neco_bench.training.sorting import (
+    DISTRIBUTIONS,
+    Tape,
+    as_rows,
+    check_steepness,
+    filled,
+    in_parts,
+    part_rows,
+    plan,
+    sort_columns,
+    sort_gradient,
+)
 
 
 class _NecoLoss(torch.autograd.Function):
@@ -28,25 +39,29 @@ class _NecoLoss(torch.autograd.Function):
     def forward(
         ctx: Any, student: Tensor, teacher: Tensor, network: str, steepness: tuple[float, float], differentiable: bool
     ) -> Tensor:
-        scale = -1 / student.numel()
-        smallest = torch.finfo(student.dtype).tiny
-        gradient = torch.empty_like(student) if differentiable else None
+        layers, cauchy = plan(network, student.shape[1], student.device), DISTRIBUTIONS["cauchy"]
+        scale, smallest = -1 / student.numel(), torch.finfo(student.dtype).tiny
+        rows, size = student.detach(), part_rows(layers, student, differentiable)
 
-        def work(relaxation: Relaxation, part: slice) -> Tensor:
-            target = relaxation.forward(teacher[part].T * steepness[1])[:, 1:].clone()
-            columns = relaxation.forward(student[part].T * steepness[0], keep=differentiable)
-            weights = columns[:, 1:].clamp_min(smallest)
-            if gradient is not None:
-                underflow = columns[:, 1:] < smallest
+        def work(part: slice) -> tuple[Tensor, Tensor | None]:
+            """The sum over a part of the rows, and its gradient."""
+            tape: Tape | None = [] if differentiable else None
+            own = slice(len(rows[part]))  # of the columns, the others are zeros that fill the part
+            target = sort_columns(filled(teacher[part] * steepness[1], size), layers, cauchy)[:, 1:, own]
+            columns = sort_columns(filled(rows[part] * steepness[0], size), layers, cauchy, tape)
+            weights = columns[:, 1:, own].clamp_min(smallest)
+            gradient = None
+            if tape is not None:
+                underflow = columns[:, 1:, own] < smallest
                 columns[:, 0] = 0
-                torch.div(target, weights, out=columns[:, 1:]).masked_fill_(underflow, 0)
-                gradient[part] = relaxation.backward()[:, : columns.shape[2]].T * (scale * steepness[0])
-            return weights.log_().mul_(target).sum()
+                torch.div(target, weights, out=columns[:, 1:, own]).masked_fill_(underflow, 0)
+                gradient = sort_gradient(columns, layers, cauchy, tape).T[own] * (scale * steepness[0])
+            return weights.log_().mul_(target).sum(), gradient
 
-        total = torch.stack(in_chunks(network, "cauchy", student, differentiable, work)).sum()
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
-        return total * scale
+        totals, gradients = zip(*in_parts(work, size, rows), strict=True)
+        if differentiable:
+            ctx.save_for_backward(torch.cat(gradients))
+        return torch.stack(totals).sum() * scale
 
     @staticmethod
     @once_differentiable

@@ -34,19 +34,19 @@ class MaskedImages(nn.Module):
         self.recipe, self.stride = recipe, student.encoder.stride
 
     def forward(
-        self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, place: RankShard
+        self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, shard: RankShard
     ) -> Tensor:
-        """The loss, a scalar: mean squared error over the hidden patches, or over all."""
+        """Compute the loss, a scalar: mean squared error over the hidden patches, or over all."""
         images, side = by_view(batch.global_views), self.recipe.global_size // self.stride
-        rng = item_rng(place.seed, "hidden", place.turn)
-        chance = torch.from_numpy(rng.random((GLOBALS, place.total, side * side)))
-        chance = chance[:, place.start : place.start + place.images].flatten(0, 1)
+        rng = item_rng(shard.seed, "hidden", shard.batch_number)
+        chance = torch.from_numpy(rng.random((GLOBALS, shard.total, side * side)))
+        chance = chance[:, shard.start : shard.start + shard.images].flatten(0, 1)
         hidden = chance.argsort(1).argsort(1) < max(1, round(self.recipe.hidden_share * side * side))
         hidden = hidden.view(-1, side, side).to(images.device)
-        seen = images * ~hidden.repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2)[:, None]
-        asked = torch.ones_like(hidden) if self.recipe.predict_all else hidden
-        predicted = student([seen], [asked])[0].permute(0, 2, 3, 1)[asked]
-        return F.mse_loss(predicted, self._target(images, side)[asked])
+        visible = images * ~hidden.repeat_interleave(self.stride, 1).repeat_interleave(self.stride, 2)[:, None]
+        predict = torch.ones_like(hidden) if self.recipe.predict_all else hidden
+        predicted = student([visible], [predict])[0].permute(0, 2, 3, 1)[predict]
+        return F.mse_loss(predicted, self._target(images, side)[predict])
 
     def _target(self, images: Tensor, side: int) -> Tensor:
         """What each patch shows, (B, side, side, E)."""

@@ -16,12 +16,12 @@ from neco_bench.training.batches import Embed, TrainBatch, by_view
 from neco_bench.training.loss import neco_loss
 from neco_bench.training.networks import Network
 from neco_bench.training.recipe import Recipe
-from neco_bench.training.regions import LEAST_SIDE, align, foreground
+from neco_bench.training.regions import MIN_SIDE, align, foreground
 from neco_bench.training.views import GLOBALS
 
 
 def patches_read(boxes: Tensor, stride: int, side: int) -> Tensor:
-    """The patches (N, side, side) bool that `align` reads for boxes (N, R, 4) in pixels."""
+    """Mark the patches (N, side, side) bool that `align` reads for boxes (N, R, 4) in pixels."""
     first = (boxes[..., :2] / stride - 0.5).clamp_min(0).floor()
     last = (boxes[..., 2:] / stride - 0.5).clamp_min(0).floor() + 1
     at = torch.arange(side, device=boxes.device)
@@ -36,8 +36,8 @@ class NeCo(nn.Module):
     Deviations: a queue gives references from its first entries on (there, zero vectors stand in until it is full, and
     a batch of 168 or more fails); processes share references, but the parts of a step that `accumulate` makes do not;
     Euclidean distances are taken by differences (there, by a matrix product: 1e-6 of the loss); a masked loss takes
-    references from the cells of its own pair of views, and its queue grows by the kept ones among the tokens drawn; the
-    teacher runs without gradient.
+    references from the cells of its own pair of views, and its queue grows by those of the drawn tokens that are in
+    the mask; the teacher runs without gradient.
     """
 
     queue: Tensor
@@ -52,20 +52,20 @@ class NeCo(nn.Module):
                 f"loss_mask={recipe.loss_mask} needs class-token attention, which --base {encoder.name!r} does not "
                 f"give. Use a plain ViT with a class token, or loss_mask=all."
             )
-        if recipe.loss_mask != "all" and recipe.global_size < LEAST_SIDE * encoder.stride:
+        if recipe.loss_mask != "all" and recipe.global_size < MIN_SIDE * encoder.stride:
             raise UsageError(
-                f"loss_mask={recipe.loss_mask} needs global views of at least {LEAST_SIDE} x {LEAST_SIDE} patches. Use "
-                f"--set global_size={LEAST_SIDE * encoder.stride} or more."
+                f"loss_mask={recipe.loss_mask} needs global views of at least {MIN_SIDE} x {MIN_SIDE} patches. Use "
+                f"--set global_size={MIN_SIDE * encoder.stride} or more."
             )
         self.recipe, self.stride = recipe, encoder.stride
         self.register_buffer("queue", torch.zeros(GLOBALS, recipe.queue_length, recipe.head_dim))
         self.register_buffer("filled", torch.zeros(GLOBALS, dtype=torch.int64))
 
     def forward(
-        self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, place: RankShard
+        self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, shard: RankShard
     ) -> Tensor:
-        """The loss, a scalar. teacher: None lets the student set its own targets. attend: whose attention masks."""
-        count, side = place.images, self.recipe.global_size // self.stride
+        """Compute the loss, a scalar. teacher: None lets the student set its targets. attend: whose attention masks."""
+        count, side = shard.images, self.recipe.global_size // self.stride
         groups, stride = batch.groups(), self.stride
         # What will be read: of a global view in the student, where the other global one lies; in the teacher, where
         # any other view lies, and the tokens that go to the queue.
@@ -75,7 +75,7 @@ class NeCo(nn.Module):
         other_views = [[v for v in range(batch.gc.shape[2]) if v != c] for c in range(GLOBALS)]
         boxes = [batch.gc[:, c, other_views[c]] for c in range(GLOBALS)]
         by_teacher = torch.cat([patches_read(b, stride, side) for b in boxes])
-        drawn = self._draw_tokens(place, side * side)
+        drawn = self._draw_tokens(shard, side * side)
         for c, (_, tokens) in enumerate(drawn):
             by_teacher[c * count : (c + 1) * count].view(-1)[tokens] = True
         if teacher is None:
@@ -88,7 +88,7 @@ class NeCo(nn.Module):
                 inside = foreground(attend.attention(groups[0]).float()) ^ (self.recipe.loss_mask == "bg")
         with torch.autocast(targets.device.type, enabled=False):
             targets = targets.unflatten(0, (GLOBALS, count))
-            self._enqueue(targets.detach(), inside, drawn, place)
+            self._enqueue(targets.detach(), inside, drawn, shard)
             students, teachers, references, masks = [], [], [], []
             aligned = self._align_students(embedded, batch)
             for c, others in enumerate(other_views):
@@ -99,13 +99,13 @@ class NeCo(nn.Module):
                     cover = inside.float().unflatten(0, (GLOBALS, count))[c][:, None]
                     cover = align(cover, boxes[c], self.stride, self.recipe.cells).transpose(0, 1)
                     masks[c] = cover[..., 0] > 1 - 1e-4
-                references.append(self._references(teachers[c], masks[c], c, place))
+                references.append(self._references(teachers[c], masks[c], c, shard))
             pool = torch.cat(references)
             return self._loss(
                 self._similarity(torch.cat(students), pool),
                 self._similarity(torch.cat(teachers), pool),
                 torch.cat(masks),
-                place,
+                shard,
             )
 
     def _crossed(self, batch: TrainBatch) -> Tensor:
@@ -120,13 +120,15 @@ class NeCo(nn.Module):
         aligned = (align(maps, boxes, self.stride, self.recipe.cells) for maps, boxes in regions)
         return [view for part in aligned for view in part.split(len(batch.gc))]
 
-    def _loss(self, by_student: Tensor, by_teacher: Tensor, mask: Tensor, place: RankShard) -> Tensor:
+    def _loss(self, by_student: Tensor, by_teacher: Tensor, mask: Tensor, shard: RankShard) -> Tensor:
         """Mean over pairs of views of the mean over cells in the mask; similarities (pairs, B, cells², references)."""
         recipe = self.recipe
         if recipe.shuffle_teacher:
-            whole = rows_of_all(by_teacher.detach().transpose(0, 1), place).transpose(0, 1)
-            order = torch.from_numpy(item_rng(place.seed, "shuffle", place.turn, 0).permutation(whole[..., 0].numel()))
-            mine = order.view(whole.shape[:-1])[:, place.start : place.start + place.images]
+            whole = rows_of_all(by_teacher.detach().transpose(0, 1), shard).transpose(0, 1)
+            order = torch.from_numpy(
+                item_rng(shard.seed, "shuffle", shard.batch_number, 0).permutation(whole[..., 0].numel())
+            )
+            mine = order.view(whole.shape[:-1])[:, shard.start : shard.start + shard.images]
             by_teacher = whole.flatten(0, -2)[mine.to(whole.device)]
 
         def loss(students: Tensor, teachers: Tensor) -> Tensor:
@@ -140,8 +142,8 @@ class NeCo(nn.Module):
 
         if recipe.loss_mask == "all":
             return loss(by_student.flatten(0, -2), by_teacher.flatten(0, -2))
-        kept = mask.flatten(1).sum(1).float()
-        share = kept / mean_over_processes(kept).clamp_min(1e-9)
+        cells = mask.flatten(1).sum(1).float()
+        share = cells / mean_over_processes(cells).clamp_min(1e-9)
         parts = [loss(by_student[i][m], by_teacher[i][m]) * share[i] for i, m in enumerate(mask) if m.any()]
         return (sum(parts) + by_student.sum() * 0) / len(mask)  # a pair without cells contributes 0
 
@@ -151,51 +153,51 @@ class NeCo(nn.Module):
             return torch.cdist(vectors, references, compute_mode="donot_use_mm_for_euclid_dist")
         return F.normalize(vectors, dim=-1) @ F.normalize(references, dim=-1).transpose(-1, -2)
 
-    def _references(self, aligned: Tensor, mask: Tensor, c: int, place: RankShard) -> Tensor:
-        """(V - 1, B, references, E): for each image and pair of views with global view c, drawn anew.
+    def _references(self, aligned: Tensor, mask: Tensor, c: int, shard: RankShard) -> Tensor:
+        """(V - 1, B, references, E): for each image and pair of views with global view c, drawn again.
 
         From a queue, or from the aligned teacher vectors (V - 1, B, cells², E) of the whole batch that are in the mask,
         each used as often as any other.
         """
-        wanted = self.recipe.references
+        count = self.recipe.references
         if self.recipe.queue_length and self.filled[c]:  # with a mask, the first draw may have left it empty
             pools = [self.queue[c, : self.filled[c]]] * len(aligned)
         else:
-            pools = list(rows_of_all(aligned.transpose(0, 1), place).transpose(0, 1).flatten(1, 2))
+            pools = list(rows_of_all(aligned.transpose(0, 1), shard).transpose(0, 1).flatten(1, 2))
             if self.recipe.loss_mask != "all":
-                inside = rows_of_all(mask.transpose(0, 1).float(), place).transpose(0, 1).flatten(1) > 0
+                inside = rows_of_all(mask.transpose(0, 1).float(), shard).transpose(0, 1).flatten(1) > 0
                 pools = [pool[m] if m.any() else pool for pool, m in zip(pools, inside, strict=True)]
-        chosen = []
+        references = []
         for pair, pool in enumerate(pools):
-            rng = item_rng(place.seed, "references", place.turn, c, pair)
+            rng = item_rng(shard.seed, "references", shard.batch_number, c, pair)
             length = self.recipe.queue_length or len(pool)  # a queue that is not full yet is counted through again
-            order = np.resize(rng.permutation(length) % len(pool), place.total * wanted)
-            mine = order[place.start * wanted : (place.start + place.images) * wanted]
-            chosen.append(pool[torch.from_numpy(mine).to(pool.device)].unflatten(0, (place.images, wanted)))
-        return torch.stack(chosen)
+            order = np.resize(rng.permutation(length) % len(pool), shard.total * count)
+            mine = order[shard.start * count : (shard.start + shard.images) * count]
+            references.append(pool[torch.from_numpy(mine).to(pool.device)].unflatten(0, (shard.images, count)))
+        return torch.stack(references)
 
-    def _draw_tokens(self, place: RankShard, tokens: int) -> list[tuple[Tensor, Tensor]]:
+    def _draw_tokens(self, shard: RankShard, tokens: int) -> list[tuple[Tensor, Tensor]]:
         """For each global view, which tokens of the batch go to its queue: the places in the draw that are this
         process's, and its tokens there, counted through its images."""
         if not self.recipe.queue_length:
             return []
         drawn = []
         for c in range(GLOBALS):
-            rng = item_rng(place.seed, "queue", place.turn, c)
-            order = torch.from_numpy(rng.permutation(place.total * tokens)[: self._growth(place)])
-            mine = (order >= place.start * tokens) & (order < (place.start + place.images) * tokens)
-            drawn.append((mine.nonzero()[:, 0], order[mine] - place.start * tokens))
+            rng = item_rng(shard.seed, "queue", shard.batch_number, c)
+            order = torch.from_numpy(rng.permutation(shard.total * tokens)[: self._growth(shard)])
+            mine = (order >= shard.start * tokens) & (order < (shard.start + shard.images) * tokens)
+            drawn.append((mine.nonzero()[:, 0], order[mine] - shard.start * tokens))
         return [(places.to(self.queue.device), own.to(self.queue.device)) for places, own in drawn]
 
-    def _growth(self, place: RankShard) -> int:
-        return min(self.recipe.queue_per_image * place.total, self.recipe.queue_length)
+    def _growth(self, shard: RankShard) -> int:
+        return min(self.recipe.queue_per_image * shard.total, self.recipe.queue_length)
 
     def _enqueue(
-        self, targets: Tensor, inside: Tensor | None, drawn: list[tuple[Tensor, Tensor]], place: RankShard
+        self, targets: Tensor, inside: Tensor | None, drawn: list[tuple[Tensor, Tensor]], shard: RankShard
     ) -> None:
         """Put the drawn tokens of teacher maps (2, B, E, h, w) at the head of the queues, those inside the mask."""
         for c, (places, tokens) in enumerate(drawn):
-            new = targets.new_zeros(self._growth(place), targets.shape[2] + 1)
+            new = targets.new_zeros(self._growth(shard), targets.shape[2] + 1)
             new[places, 0] = 1.0
             if inside is not None:
                 new[places, 0] = inside.view(GLOBALS, -1)[c][tokens].to(new.dtype)

@@ -1,10 +1,10 @@
 """Student and teacher: an encoder with a projection head, and what makes an encoder trainable.
 
-Deviations from the official code: stochastic depth and all other randomness depend on (seed, step, place in the batch)
-alone, so that a run can be resumed exactly and does not hang on the number of processes; batch normalisation, in
-encoders that have it, keeps the statistics it came with; embeddings that no loss term reads are not computed. Where an
+Deviations from the official code: stochastic depth and all other randomness depend on (seed, step, position in the
+batch) alone, so that a run can be resumed exactly, on any number of processes; batch normalisation, in encoders that
+have it, keeps the statistics it came with; embeddings that no loss term reads are not computed. Where an
 encoder draws numbers of its own (dropout), torch's generators are seeded by (seed, step, process): such a run can be
-resumed exactly, but does hang on the number of processes.
+resumed exactly, but does depend on the number of processes.
 
 DINOv2 with registers: the official model trains a class token and a position of it, which are one parameter, their sum,
 in timm's. Both have the same gradient, so the sum learns at twice the rate and decays at the single one, which its own
@@ -52,39 +52,40 @@ class StochasticDepth(nn.Module):
     fixed number of images, floor(n (1 - rate)), keeps its branch.
     """
 
-    def __init__(self, rate: float, number: int, place: RankShard, exact: bool = False) -> None:
+    def __init__(self, rate: float, number: int, shard: RankShard, exact: bool = False) -> None:
         super().__init__()
-        self.rate, self.number, self.place, self.exact = rate, number, place, exact
+        self.rate, self.number, self.shard, self.exact = rate, number, shard, exact
         self.calls = 0  # since its block began
 
     def forward(self, x: Tensor) -> Tensor:
+        """Drop the branch x (views * images, ...) of some images."""
         if not self.training:
             return x
         number = self.number + self.calls
         self.calls += 1
-        place = self.place
-        views = len(x) // place.images
+        shard = self.shard
+        views = len(x) // shard.images
         # Equal for every call with tensors of this shape of a batch: gradient checkpointing repeats the call.
-        draws = item_rng(place.seed, "drop_path", place.turn, number, *x.shape[1:]).random((views, place.total))
+        draws = item_rng(shard.seed, "drop_path", shard.batch_number, number, *x.shape[1:]).random((views, shard.total))
         if self.exact:
             count = max(1, math.floor(draws.size * (1 - self.rate)))
             keep = (draws.ravel().argsort().argsort().reshape(draws.shape) < count) * (draws.size / count)
         else:
             keep = (draws >= self.rate) / (1 - self.rate)
-        mine = torch.from_numpy(keep[:, place.start : place.start + place.images].reshape(-1))
+        mine = torch.from_numpy(keep[:, shard.start : shard.start + shard.images].reshape(-1))
         return x * mine.to(x.device, x.dtype, non_blocking=True).view(-1, *[1] * (x.dim() - 1))
 
 
 @contextlib.contextmanager
-def seeded(place: RankShard, device: torch.device) -> Iterator[None]:
+def seeded(shard: RankShard, device: torch.device) -> Iterator[None]:
     """Let what an encoder draws by itself depend on (seed, step, process) alone; put torch's generators back after."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(int(item_rng(place.seed, "own", place.turn, place.start).integers(2**63)))
+        torch.manual_seed(int(item_rng(shard.seed, "own", shard.batch_number, shard.start).integers(2**63)))
         yield
 
 
 def projection_head(width: int, recipe: Recipe, stride: int) -> nn.Sequential:
-    """An MLP with GELU, `head_layers` linear layers, from the width of the encoder to `head_dim`, or to what
+    """Make an MLP with GELU, `head_layers` linear layers, from the width of the encoder to `head_dim`, or to what
     `mim` predicts."""
     last = recipe.head_dim
     if recipe.objective == "mim":
@@ -118,11 +119,11 @@ class Network(nn.Module):
         return self.encoder._encode(images, final_norm=norm, attention=attention)
 
     def attention(self, images: Tensor) -> Tensor:
-        """Class-token attention (B, heads, h, w) of the last block."""
+        """Compute the class-token attention (B, heads, h, w) of the last block."""
         return self._encode(images, True).attention
 
     def forward(self, groups: list[Tensor], needed: list[Tensor]) -> list[Tensor]:
-        """Embeddings (B, E, h, w) of each group (B, 3, H, W) of images, float32 (float64 of a float64 network).
+        """Compute embeddings (B, E, h, w) of each group (B, 3, H, W) of images, float32 (float64 of a float64 network).
 
         needed: for each group (B, h, w) bool, the patches that will be read; the embeddings of others are 0.
         """
@@ -138,7 +139,7 @@ class Network(nn.Module):
 
 
 def blocks_of(encoder: Encoder) -> list[nn.Module]:
-    """The blocks of a transformer, or the stages of a hierarchical network; empty where none are found by name."""
+    """List the blocks of a transformer, or the stages of a hierarchical network; none where no name is known."""
     for name, module in encoder.named_modules():
         if name.rpartition(".")[2] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential):
             return [part for part in module if not isinstance(part, nn.Identity)]
@@ -147,7 +148,7 @@ def blocks_of(encoder: Encoder) -> list[nn.Module]:
     return []
 
 
-def make_trainable(encoder: Encoder, recipe: Recipe, place: RankShard, checkpointing: bool) -> None:
+def make_trainable(encoder: Encoder, recipe: Recipe, shard: RankShard, checkpointing: bool) -> None:
     """Prepare the student in place: frozen parts, stochastic depth, gradient checkpointing.
 
     Raises UsageError where the encoder has nothing to train, no blocks to choose from, or random numbers that cannot be
@@ -156,21 +157,21 @@ def make_trainable(encoder: Encoder, recipe: Recipe, place: RankShard, checkpoin
     if not any(True for _ in encoder.parameters()):
         raise UsageError(f"--base {encoder.name!r} has no weights to train. Use an encoder with weights.")
     blocks = blocks_of(encoder)
-    chosen = recipe.trainable_blocks
-    encoder.requires_grad_(chosen is None)
-    if chosen is not None:
-        numbers = list(range(len(blocks)))[chosen:] if isinstance(chosen, int) else chosen
+    trainable = recipe.trainable_blocks
+    encoder.requires_grad_(trainable is None)
+    if trainable is not None:
+        numbers = list(range(len(blocks)))[trainable:] if isinstance(trainable, int) else trainable
         if not numbers or not all(-len(blocks) <= i < len(blocks) for i in numbers):
-            raise UsageError(f"trainable_blocks={chosen}: --base {encoder.name!r} has {len(blocks)} blocks, from 0.")
+            raise UsageError(f"trainable_blocks={trainable}: --base {encoder.name!r} has {len(blocks)} blocks, from 0.")
         for i in numbers:
             blocks[i].requires_grad_()
-    _add_stochastic_depth(encoder, recipe.drop_path, place)
+    _add_stochastic_depth(encoder, recipe.drop_path, shard)
     if checkpointing and not blocks:
         raise UsageError(f"--checkpointing: --base {encoder.name!r} has no blocks that are known by name.")
     for block in blocks if checkpointing else ():
         block.forward = _recomputed(block.forward)
     _freeze_unused(encoder, recipe.local_size)
-    _check_own_draws(encoder, recipe.local_size, place)
+    _check_own_draws(encoder, recipe.local_size, shard)
 
 
 def _recomputed(forward: Any) -> Any:
@@ -180,7 +181,7 @@ def _recomputed(forward: Any) -> Any:
     return run
 
 
-def _add_stochastic_depth(encoder: Encoder, rate: float, place: RankShard) -> None:
+def _add_stochastic_depth(encoder: Encoder, rate: float, shard: RankShard) -> None:
     """Rates grow linearly with depth, from 0. The last block of a ViT with LayerScale (DINOv2) drops exact numbers.
 
     Blocks have a module for each of two branches, or one for both.
@@ -196,16 +197,16 @@ def _add_stochastic_depth(encoder: Encoder, rate: float, place: RankShard) -> No
         last_of_dinov2 = depth == len(holders) - 1 and "drop_path2" in names and scaled
         for branch, name in enumerate(names):
             if getattr(module, name) is not None:
-                drop = StochasticDepth(share, 2 * depth + branch, place, last_of_dinov2) if share else nn.Identity()
+                drop = StochasticDepth(share, 2 * depth + branch, shard, last_of_dinov2) if share else nn.Identity()
                 setattr(module, name, drop)
         if share:
             module.forward = _recounting(module)
-        if hasattr(module, "sample_drop_ratio"):  # torch.hub's DINOv2 asks its branches only above 0, and up to 0.1
+        if hasattr(module, "sample_drop_ratio"):  # torch.hub's DINOv2 uses its branches only above 0, and up to 0.1
             module.sample_drop_ratio = min(share, 0.1)  # type: ignore[assignment]
 
 
 def _recounting(block: nn.Module) -> Any:
-    """The block's forward, which counts the calls of its stochastic depth anew, also where checkpointing repeats it."""
+    """Wrap the block's forward to count calls of its stochastic depth from 0, also when checkpointing repeats it."""
     forward, drops = block.forward, [part for part in block.children() if isinstance(part, StochasticDepth)]
 
     def run(*inputs: Any, **options: Any) -> Any:
@@ -217,7 +218,7 @@ def _recounting(block: nn.Module) -> Any:
 
 
 def _freeze_unused(encoder: Encoder, size: int) -> None:
-    """Freeze what dense features never pass through (mask tokens, later stages), found by one backward pass."""
+    """Freeze what dense features never pass through (mask tokens, later stages), by one backward pass."""
     probe = torch.zeros(1, 3, size, size, device=encoder.device)
     with torch.enable_grad():
         features = encoder.eval()._run(probe, final_norm=encoder.has_final_norm and encoder.final_norm, attention=False)
@@ -233,7 +234,7 @@ def _freeze_unused(encoder: Encoder, size: int) -> None:
         log.warning("not trained, as dense features do not pass through them: %s", ", ".join(unused[:8]))
 
 
-def _check_own_draws(encoder: Encoder, size: int, place: RankShard) -> None:
+def _check_own_draws(encoder: Encoder, size: int, shard: RankShard) -> None:
     """Say so where an encoder draws numbers of its own in training; refuse one whose draws no seed repeats."""
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(encoder.device)
     set_training(encoder)
@@ -241,8 +242,8 @@ def _check_own_draws(encoder: Encoder, size: int, place: RankShard) -> None:
         if isinstance(module, StochasticDepth):
             module.eval()
 
-    def features(turn: int) -> Tensor:
-        with torch.no_grad(), seeded(dataclasses.replace(place, turn=turn), encoder.device):
+    def features(number: int) -> Tensor:
+        with torch.no_grad(), seeded(dataclasses.replace(shard, batch_number=number), encoder.device):
             norm = encoder.has_final_norm and encoder.final_norm
             return encoder._run(image, final_norm=norm, attention=False).map.float()
 
@@ -262,7 +263,7 @@ def _check_own_draws(encoder: Encoder, size: int, place: RankShard) -> None:
 
 
 def set_training(network: nn.Module) -> None:
-    """Training mode, but for batch normalisation."""
+    """Set training mode, but for batch normalisation."""
     network.train()
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -270,8 +271,10 @@ def set_training(network: nn.Module) -> None:
 
 
 def folded_class_token(encoder: Encoder) -> nn.Parameter | None:
-    """The class token of timm's DINOv2 with registers, which is the sum of two parameters of the official model; None
-    for other encoders. (RADIO, which timm builds alike, has no position of its class tokens.)"""
+    """Find the class token of timm's DINOv2 with registers, the sum of two parameters of the official model.
+
+    None for other encoders. (RADIO, which timm builds alike, has no position of its class tokens.)
+    """
     model: Any = inner_module(encoder)
     if "dinov2" not in str((getattr(model, "pretrained_cfg", None) or {}).get("architecture")):
         return None
@@ -280,17 +283,20 @@ def folded_class_token(encoder: Encoder) -> nn.Parameter | None:
 
 
 def parameter_groups(network: Network) -> list[dict[str, Any]]:
-    """Trainable parameters in four groups: encoder and head, each with weight decay (two dimensions or more) and
-    without (biases, norms), and a fifth for a class token that is a sum of two. `part` says which, `summands` of how
-    many parameters of the official model each is the sum."""
+    """Sort trainable parameters into groups for the optimizer.
+
+    Encoder and head, each with weight decay (two dimensions or more) and without (biases, norms), and a fifth group for
+    a class token that is a sum of two. `part` says which, `summands` of how many parameters of the official model each
+    is the sum.
+    """
     groups = []
     folded = folded_class_token(network.encoder)
-    for part, wanted in (("backbone", True), ("head", False)):
-        named = [p for name, p in network.named_parameters() if name.startswith("encoder.") == wanted]
+    for part, of_encoder in (("backbone", True), ("head", False)):
+        named = [p for name, p in network.named_parameters() if name.startswith("encoder.") == of_encoder]
         for decays in (True, False):
-            chosen = [p for p in named if p.requires_grad and (p.dim() > 1) == decays and p is not folded]
-            if chosen:
-                groups.append({"params": chosen, "part": part, "decays": decays, "summands": 1})
+            group = [p for p in named if p.requires_grad and (p.dim() > 1) == decays and p is not folded]
+            if group:
+                groups.append({"params": group, "part": part, "decays": decays, "summands": 1})
     if folded is not None and folded.requires_grad:
         groups.append({"params": [folded], "part": "backbone", "decays": True, "summands": 2})
     return groups

@@ -10,10 +10,13 @@ from neco_bench.core.errors import NecoBenchError, UsageError
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train, none of which the result hangs on but for rounding. evaluate: tasks scored every `eval_every`
+    """How to train; the result depends on none of it, but for rounding.
+
+    evaluate: tasks scored every `eval_every`
     steps and at the end. save_every: steps between checkpoints. stated: names of the recipe's values that this command
     gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device, cores - 1
-    workers."""
+    workers.
+    """
 
     out: Path
     data: str

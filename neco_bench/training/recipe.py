@@ -1,7 +1,8 @@
 """Recipes: every setting of a training run, in one frozen object. `recipes/*.toml` holds those that ship.
 
-A recipe file names only what differs from the defaults below, or from another recipe that it `extends`. Defaults are
-what all configurations of the official code share (Pariza et al., ICLR 2025; github.com/vpariza/NeCo, branch main).
+A recipe file names only what differs from the defaults below, or from another recipe that it `extends`: a shipped
+one, or a .toml file whose path is relative to the folder of this one. Defaults are what all configurations of the
+official code share (Pariza et al., ICLR 2025; github.com/vpariza/NeCo, branch main).
 """
 
 from __future__ import annotations
@@ -12,38 +13,27 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from neco_bench.core.config import parse_value, read_toml
+from neco_bench.core import config
 from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean
 from neco_bench.training.views import ViewSettings
 
 FOLDER = Path(__file__).with_name("recipes")
 
 # What --resume may change where the command line says so: nothing that weights, optimizer state, queue or the order of
-# the images hang on.
+# the images depend on.
 CHANGEABLE = (
     "precision", "epochs", "steps", "accumulate", "student_steepness", "teacher_steepness", "momentum",
     "final_momentum", "drop_path", "lr_backbone", "lr_head", "final_lr", "warmup_steps", "weight_decay",
     "final_weight_decay", "clip_norm", "max_unreadable",
 )  # fmt: skip
 
+MAX_COUNT = 2**31 - 1  # what fits 32 bits
 
-MOST = 2**31 - 1  # of anything counted
-
-Count = Annotated[int, Field(ge=0, le=MOST)]
-
-
-Positive = Annotated[int, Field(ge=1, le=MOST)]
-
-
+Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Share = Annotated[float, Field(ge=0, le=1)]
-
-
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-
-
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-
-
 Range = Annotated[tuple[Rate, Rate], Field(strict=False)]  # TOML has lists, not tuples
 
 
@@ -59,7 +49,7 @@ class Recipe(BaseModel):
     head_*: the projection head, an MLP of `head_layers` linear layers. same_heads: the teacher's begins as a copy of
     the student's; the official code draws two, which a long run gets over and a short one does not.
     cells: a shared region is aligned to cells x cells vectors. references: vectors each of them is compared with.
-    queue_length: teacher tokens kept per global view as references, to which each image of a batch adds
+    queue_length: teacher tokens stored per global view as references, to which each image of a batch adds
     `queue_per_image`; 0 takes references from the batch. loss_mask: "fg" and "bg" train on the cells that the
     teacher's class token attends to, or on the others. use_teacher: false lets the student set its own targets.
     shuffle_teacher: a control: targets of other patches, from which nothing can be learned.
@@ -103,7 +93,7 @@ class Recipe(BaseModel):
     same_heads: bool = False
 
     cells: Positive = 7
-    references: Annotated[int, Field(ge=2, le=MOST)] = 49
+    references: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 49
     similarity: Literal["cosine", "euclidean"] = "cosine"
     network: Literal["bitonic", "odd_even"] = "bitonic"
     student_steepness: Rate = 100.0
@@ -147,15 +137,13 @@ class Recipe(BaseModel):
         return self
 
     def total_steps(self, images: int) -> int:
-        """Optimizer steps of the run, the last partial batch of an epoch dropped.
+        """Count the optimizer steps of the run, the last partial batch of an epoch dropped.
 
         Raises UsageError for none, and for fewer than there are steps of warm-up.
         """
         per_epoch = images // self.batch_size
         if not per_epoch:
-            raise UsageError(
-                f"batch_size={self.batch_size} is more than the {images} images there are. Use a smaller one."
-            )
+            raise UsageError(f"batch_size={self.batch_size} is more than the {images} images. Use a smaller one.")
         steps = self.steps or self.epochs * per_epoch
         if self.warmup_steps > steps:
             raise UsageError(
@@ -166,12 +154,12 @@ class Recipe(BaseModel):
 
 
 def shipped() -> list[str]:
-    """Names of the recipes in this package."""
+    """List the recipes in this package."""
     return sorted(path.stem for path in FOLDER.glob("*.toml"))
 
 
 def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """A shipped recipe by name, or one in a TOML file, with `changes` on top.
+    """Load a shipped recipe by name, or one in a TOML file, with `changes` on top.
 
     Raises UsageError (unknown name, or a change with an unknown key or a wrong value), MissingError and BadInputError
     (a file that is absent or wrong), naming the file and the key.
@@ -184,35 +172,30 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
     try:
         return Recipe(**{**values, **(changes or {})})
     except ValidationError as error:
-        raise UsageError(f"recipe {name!r} with --set: {_told(error)}.") from error
+        raise UsageError(f"recipe {name!r} with --set: {_faults(error)}.") from error
 
 
 def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE texts as values; "null" stands for none. Raises UsageError."""
-    changes = {}
-    for pair in pairs:
-        key, sign, text = pair.partition("=")
-        if not sign or not key:
-            raise UsageError(f"--set {pair!r} is not KEY=VALUE.")
-        changes[key.strip()] = None if text.strip() == "null" else parse_value(text.strip())
-    return changes
+    """Read KEY=VALUE texts; "null" stands for none. Raises UsageError."""
+    return {key: None if value == "null" else value for key, value in config.parse_changes(pairs).items()}
 
 
-def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
-    """The values of a recipe file and of those it extends, each file checked for itself."""
+def _read(name: str, above: tuple[str, ...]) -> dict[str, Any]:
+    """Read a recipe and those it extends, each file checked for itself. above: the recipes that extend this one."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
         if name.endswith(".toml"):
             raise MissingError(f"Recipe file {path} does not exist.")
         raise UsageError(f"unknown recipe {name!r}.{did_you_mean(name, shipped())} Known: {', '.join(shipped())}.")
-    if name in seen:
-        raise BadInputError(f"{path}: recipes extend each other in a circle ({' -> '.join((*seen, name))}).")
-    own = read_toml(path)
+    if name in above:
+        raise BadInputError(f"{path}: recipes extend each other in a circle ({' -> '.join((*above, name))}).")
+    own = config.read_toml(path)
     parent = own.pop("extends", "")
     if not isinstance(parent, str):
         raise BadInputError(f"{path}: extends must be a text, the name of a recipe or of a .toml file, got {parent!r}.")
     try:
-        values = {**(_read(parent, (*seen, name)) if parent else {}), **own}
+        file = str(path.parent / parent) if parent.endswith(".toml") else parent  # beside the recipe that names it
+        values = {**(_read(file, (*above, name)) if parent else {}), **own}
     except (UsageError, MissingError) as error:
         raise BadInputError(f"{path}: extends = {parent!r}: {error}") from error
     for key in own:
@@ -221,12 +204,12 @@ def _read(name: str, seen: tuple[str, ...]) -> dict[str, Any]:
     try:
         Recipe(**values)
     except ValidationError as error:
-        raise BadInputError(f"{path}: {_told(error)}.") from error
+        raise BadInputError(f"{path}: {_faults(error)}.") from error
     return values
 
 
-def _told(error: ValidationError) -> str:
-    """What pydantic found, in one line."""
+def _faults(error: ValidationError) -> str:
+    """Say in one line what pydantic reports."""
     return "; ".join(
         f"{'.'.join(map(str, fault['loc'])) or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}"
         + (f" (got {fault['input']!r})" if fault["loc"] else "")

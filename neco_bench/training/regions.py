@@ -16,23 +16,25 @@ from torch import Tensor
 
 from neco_bench.core.errors import UsageError
 
-MASS, SMALLEST = 0.6, 3  # share of the attention kept; patches of the smallest region kept
+MASS, MIN_REGION = 0.6, 3  # share of the attention in the mask; patches of its smallest region
 
 
-LEAST_SIDE = 4  # patches, that the blur's seven can be reflected
+MIN_SIDE = 4  # patches, that the blur's seven can be reflected
 
 
 def foreground(attention: Tensor) -> Tensor:
-    """Patches (N, h, w) bool that hold the top 60 % of the class token's attention (N, heads, h, w), blurred; regions
-    of one or two patches (of eight neighbours) are left out."""
+    """Find the patches (N, h, w) bool that hold the top 60 % of the class token's attention (N, heads, h, w), blurred.
+
+    Regions of one or two patches (of eight neighbours) are left out.
+    """
     blurred = tf.gaussian_blur(attention.mean(1, keepdim=True), [7, 7], [0.6, 0.6]).squeeze(1)
     ordered, order = blurred.flatten(1).sort(dim=1)
-    kept = (ordered / ordered.sum(1, keepdim=True)).cumsum(1) > 1 - MASS
-    mask = torch.empty_like(kept).scatter_(1, order, kept).view_as(blurred).cpu().numpy()
+    inside = (ordered / ordered.sum(1, keepdim=True)).cumsum(1) > 1 - MASS
+    mask = torch.empty_like(inside).scatter_(1, order, inside).view_as(blurred).cpu().numpy()
     for image in mask:
         regions, count = ndimage.label(image, np.ones((3, 3)))
         sizes = np.bincount(regions.ravel(), minlength=count + 1)
-        image &= sizes[regions] >= SMALLEST
+        image &= sizes[regions] >= MIN_REGION
     return torch.from_numpy(mask).to(attention.device)
 
 

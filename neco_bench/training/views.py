@@ -3,10 +3,10 @@ after Leopart's transforms; the official code's choices).
 
 Two global and four local crops; no flip, no solarisation. The first two views are the global ones everywhere. Boxes are
 (x1, y1, x2, y2), x right, y down, corners and not pixel centres. All randomness comes from the generator given, so a
-view of an image depends on (seed, epoch, image id) where the caller seeds it by those (`context.item_rng`).
+view of an image depends on (seed, epoch, image id) where the caller seeds it by those (`core.rng.item_rng`).
 
 Deviations from the official code: rejection sampling of crops ends with an error for images too thin for any pair of
-crops to overlap enough, where the official code never returns; one generator serves all draws.
+crops to overlap enough, where the official code loops forever; one generator serves all draws.
 """
 
 from __future__ import annotations
@@ -23,8 +23,6 @@ from torch import Tensor
 from neco_bench.core.errors import BadInputError
 
 GLOBALS = 2
-
-
 ATTEMPTS = 1000
 
 
@@ -66,7 +64,7 @@ class Views:
 
 
 def shared_boxes(crops: np.ndarray, sizes: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """`gc` (2, V, 4) and `all` (V, 2, 4) of `Views`, float64, from crops (V, 4) in pixels of the image."""
+    """Compute `gc` (2, V, 4) and `all` (V, 2, 4) of `Views`, float64, from crops (V, 4) in pixels of the image."""
     first = crops[:GLOBALS, None]
     shared = np.concatenate((np.maximum(first[..., :2], crops[:, :2]), np.minimum(first[..., 2:], crops[:, 2:])), -1)
     corner, spans = np.tile(crops[:, :2], 2), np.tile(crops[:, 2:] - crops[:, :2], 2)
@@ -79,7 +77,7 @@ def shared_boxes(crops: np.ndarray, sizes: tuple[int, ...]) -> tuple[np.ndarray,
 def random_crop(
     width: int, height: int, scale: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """A box by the rule of torchvision's RandomResizedCrop: ten attempts, then the largest central one."""
+    """Draw a box by the rule of torchvision's RandomResizedCrop: ten attempts, then the largest central one."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -93,10 +91,10 @@ def random_crop(
 
 
 def sample_crops(width: int, height: int, settings: ViewSettings, rng: np.random.Generator) -> np.ndarray:
-    """(V, 4) integer boxes in pixels of the image, each sharing enough area with every global one before it.
+    """Draw (V, 4) integer boxes in pixels of the image, each sharing enough area with every global one before it.
 
     With m = floor(min_overlap * width * height), a local crop shares more than m with both global ones, and the second
-    global one more than 2 m with the first. Raises BadInputError where no such crops are found.
+    global one more than 2 m with the first. Raises BadInputError where there are none in `ATTEMPTS` attempts.
     """
     least = math.floor(settings.min_overlap * width * height)
     crops: list[tuple[int, int, int, int]] = []
@@ -119,7 +117,7 @@ def sample_crops(width: int, height: int, settings: ViewSettings, rng: np.random
 
 
 def vary_colours(image: Image.Image, settings: ViewSettings, rng: np.random.Generator) -> Image.Image:
-    """Colour jitter (its four parts in random order), grayscale and Gaussian blur, each with its probability."""
+    """Apply colour jitter (its four parts in random order), grayscale and Gaussian blur, each with its probability."""
     if rng.random() < settings.jitter_probability:
         spread = 0.8 * settings.jitter_strength
         most = min(0.5, 0.2 * settings.jitter_strength)
@@ -141,7 +139,7 @@ def vary_colours(image: Image.Image, settings: ViewSettings, rng: np.random.Gene
 
 
 def make_views(image: np.ndarray, settings: ViewSettings, rng: np.random.Generator) -> Views:
-    """The views of an image (H, W, 3) uint8 RGB. Raises BadInputError for images too thin to crop."""
+    """Make the views of an image (H, W, 3) uint8 RGB. Raises BadInputError for images too thin to crop."""
     picture = Image.fromarray(image)
     crops = sample_crops(picture.width, picture.height, settings, rng)
     views = []

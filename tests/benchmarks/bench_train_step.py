@@ -19,9 +19,10 @@ from pathlib import Path
 import torch
 
 from neco_bench.training.batches import Order, loader
-from neco_bench.training.loop import _Run
+from neco_bench.training.images import open_images
 from neco_bench.training.options import TrainOptions
 from neco_bench.training.recipe import Recipe
+from neco_bench.training.trainer import Processes, Trainer
 
 
 def main() -> None:
@@ -47,7 +48,8 @@ def main() -> None:
         precision=chosen.precision,
     )
     with tempfile.TemporaryDirectory() as folder:
-        run = _Run(recipe, TrainOptions(out=Path(folder), data="shapes:160"), 0, 1, device)
+        options = TrainOptions(out=Path(folder), data="shapes:160")
+        run = Trainer(recipe, options, open_images(options.data), Processes(device))
     order = Order(len(run.images), recipe, 0, recipe.steps or 0, 0, chosen.batch)
     batches = iter(loader(run.images, recipe, order, chosen.workers, device.type == "cuda"))
     sizes = (2, chosen.size), (4, 96)
@@ -71,7 +73,7 @@ def main() -> None:
 
     def whole(step: int) -> float:
         start = now()
-        run._step(step, batches, 0.9995)
+        run.step(step, batches, 0.9995)
         return now() - start
 
     times = [(whole(step), bare()) for step in range(chosen.repeats + 1)][1:]

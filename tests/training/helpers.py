@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,10 @@ import torch
 
 from neco_bench.encoders import Encoder, load_encoder
 from neco_bench.training.batches import Item, TrainBatch, collate
+from neco_bench.training.images import open_images
+from neco_bench.training.options import TrainOptions
 from neco_bench.training.recipe import Recipe
+from neco_bench.training.trainer import Processes, Trainer
 from neco_bench.training.views import ViewSettings, make_views
 
 SMALL = "timm:test_vit?pretrained=false&seed=0"
@@ -46,6 +50,12 @@ def batch(images: int = 3, seed: int = 0, settings: Recipe | None = None) -> Tra
     made = collate(items)
     assert isinstance(made, TrainBatch)
     return made.normalised(small_encoder(), torch.device("cpu"))
+
+
+def make_trainer(settings: Recipe, out: Path) -> Trainer:
+    """A trainer on eight generated images, in this process alone."""
+    options = TrainOptions(out=out, data="shapes:8", workers=0, progress=False)
+    return Trainer(settings, options, open_images("shapes:8"), Processes(torch.device("cpu")))
 
 
 def flat(module: torch.nn.Module) -> torch.Tensor:

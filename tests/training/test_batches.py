@@ -18,9 +18,9 @@ from neco_bench.training.images import open_images
 from .helpers import recipe
 
 
-def order(images: int, first: int = 0, last: int = 20, place: RankShard | None = None, **changes: int) -> list[list]:
+def order(images: int, first: int = 0, last: int = 20, shard: RankShard | None = None, **changes: int) -> list[list]:
     settings = recipe(**changes)
-    where = place or RankShard(0, settings.batch_size // settings.accumulate)
+    where = shard or RankShard(0, settings.batch_size // settings.accumulate)
     return list(Order(images, settings, first, last, where.start, where.images))
 
 
@@ -45,9 +45,9 @@ def test_processes_and_parts_share_a_step() -> None:
     whole = order(50, batch_size=8)
     parts = order(50, batch_size=8, accumulate=2)
     assert [parts[i] + parts[i + 1] for i in range(0, 40, 2)] == whole
-    ranks = [order(50, batch_size=8, place=RankShard(0, 4, start=s, total=8)) for s in (0, 4)]
+    ranks = [order(50, batch_size=8, shard=RankShard(0, 4, start=s, total=8)) for s in (0, 4)]
     assert [a + b for a, b in zip(*ranks, strict=True)] == whole
-    both = [order(50, batch_size=8, accumulate=2, place=RankShard(0, 2, start=s, total=4)) for s in (0, 2)]
+    both = [order(50, batch_size=8, accumulate=2, shard=RankShard(0, 2, start=s, total=4)) for s in (0, 2)]
     assert [a + b for a, b in zip(*both, strict=True)] == parts
 
 

@@ -12,11 +12,11 @@ import torch
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.training import limits
-from neco_bench.training.images import MOST_SHAPES, open_images
+from neco_bench.training.images import MAX_SHAPES, open_images
 from neco_bench.training.limits import check, host_memory, needs, sorting_bytes
 from neco_bench.training.neco import NeCo
 from neco_bench.training.networks import Network
-from neco_bench.training.sorting import DISTRIBUTIONS, Relaxation
+from neco_bench.training.sorting import DISTRIBUTIONS, Tape, plan, sort_columns
 from neco_bench.training.views import GLOBALS
 from tests.command import neco
 
@@ -25,13 +25,14 @@ from .helpers import batch, recipe, small_encoder
 
 
 @pytest.mark.parametrize("n", [2, 3, 5, 8, 13, 31, 49, 64])
-def test_memory_of_sorting_is_that_of_its_buffers(n: int) -> None:
+def test_memory_of_sorting_is_that_of_its_columns_and_tape(n: int) -> None:
     rows = 3
     for network in ("bitonic", "odd_even"):
-        made = Relaxation(network, n, rows, DISTRIBUTIONS["cauchy"], torch.zeros(rows, n), True)
-        tensors = [step.difference for step in made.steps]
-        columns = 2 * n * (n + 1) * rows
-        bytes_ = 4 * (columns + sum(t.numel() for t in tensors) + max(step.change.numel() for step in made.steps))
+        tape: Tape = []
+        layers = plan(network, n, torch.device("cpu"))
+        columns = sort_columns(torch.zeros(n, rows), layers, DISTRIBUTIONS["cauchy"], tape)
+        by_layer = [sum(t.numel() for t in differences) for _, _, differences in tape]
+        bytes_ = 4 * (2 * columns.numel() + sum(by_layer) + max(by_layer))
         counted = rows * sorting_bytes(network, n)
         assert counted == bytes_ if network == "bitonic" else 0.6 * bytes_ < counted <= bytes_
 
@@ -99,7 +100,7 @@ def test_what_is_counted_is_measured_against_the_memory_there_is(monkeypatch: py
 def test_processes_and_generated_images_have_a_bound(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=r"--workers=100000: each is a process.* Use at most \d+"):
         check(recipe(), small_encoder(), RankShard(0, 4), 6, 100_000)
-    for count in (MOST_SHAPES + 1, 10**15, "9" * 5000):
+    for count in (MAX_SHAPES + 1, 10**15, "9" * 5000):
         with pytest.raises(UsageError, match="shapes:N with the number of images to generate, at most 10,000,000"):
             open_images(f"shapes:{count}")
     assert len(open_images("shapes:64")) == 64

@@ -16,7 +16,7 @@ def test_a_line_that_was_cut_off_is_none(tmp_path: Path) -> None:
         table.append({"step": step, "loss": step / 2})
     whole = table.path.read_text()
     table.path.write_text(whole.removesuffix("2,6.0\n"))  # of step 12, which now reads as 1
-    assert [row["step"] for row in table.rows()] == ["1", "2"]
+    assert table.rows()["step"].tolist() == [1, 2]
     table.begin(2)
     table.append({"step": 3, "loss": 1.5})
     assert table.path.read_text() == "step,loss\n1,0.5\n2,1.0\n3,1.5\n"
@@ -25,11 +25,11 @@ def test_a_line_that_was_cut_off_is_none(tmp_path: Path) -> None:
 def test_rows_after_the_step_are_dropped(tmp_path: Path) -> None:
     table = Table(tmp_path / "log.csv")
     table.begin(3)
-    assert table.rows() == []
+    assert table.rows().empty
     for step in (1, 2, 3):
         table.append({"step": step, "loss": 0.5})
     table.begin(2)
-    assert [row["step"] for row in table.rows()] == ["1", "2"]
+    assert table.rows()["step"].tolist() == [1, 2]
     table.begin(0)
     assert not table.path.exists()
 

@@ -30,9 +30,10 @@ import neco_bench
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
 from neco_bench.encoders import load_encoder
 from neco_bench.training import checkpoints, log, loop
-from neco_bench.training.loop import cosine, train
+from neco_bench.training.loop import train
 from neco_bench.training.options import Interrupted, TrainOptions
 from neco_bench.training.recipe import Recipe
+from neco_bench.training.trainer import OBJECTIVES, cosine
 
 from . import helpers
 from .helpers import SMALL
@@ -118,14 +119,14 @@ def test_heads_are_drawn_apart_unless_told_otherwise(tmp_path: Path) -> None:
 def test_a_signal_saves_the_state_and_resume_gives_the_same_weights(
     kind: signal.Signals, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain, handler = loop._Run._step, signal.getsignal(kind)
+    plain, handler = loop.Trainer.step, signal.getsignal(kind)
 
     def step(self: Any, number: int, *rest: Any) -> float:
         if number == 2:
             os.kill(os.getpid(), kind)
         return plain(self, number, *rest)
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(loop.Trainer, "step", step)
     with pytest.raises(Interrupted, match="after step 3 of 6"):
         train(recipe(queue_length=60), options(tmp_path / "run", save_every=100))
     monkeypatch.undo()
@@ -208,7 +209,7 @@ EVALUATED = {"evaluate": ("shapes_correspondence",), "save_every": 100}
 def _one_of_two(rank: int, port: int, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK="0")
-    join, run, save = dist.init_process_group, neco_bench.run, loop._Run._save_alone
+    join, run, save = dist.init_process_group, neco_bench.run, loop.TrainingRun._write_checkpoint
     dist.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=8))
 
     def late(work: Any) -> Any:
@@ -218,7 +219,7 @@ def _one_of_two(rank: int, port: int, out: Path) -> None:
 
         return wait
 
-    neco_bench.run, loop._Run._save_alone = late(run), late(save)
+    neco_bench.run, loop.TrainingRun._write_checkpoint = late(run), late(save)
     train(recipe(queue_length=60, steps=20), options(out, **EVALUATED))
 
 
@@ -393,13 +394,13 @@ def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: 
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_images(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plain = loop.OBJECTIVES["neco"].forward
+    plain = OBJECTIVES["neco"].forward
 
-    def forward(self: Any, batch: Any, student: Any, teacher: Any, attend: Any, place: Any) -> torch.Tensor:
-        value = plain(self, batch, student, teacher, attend, place)
-        return value * math.nan if place.turn == 3 else value
+    def forward(self: Any, batch: Any, student: Any, teacher: Any, attend: Any, shard: Any) -> torch.Tensor:
+        value = plain(self, batch, student, teacher, attend, shard)
+        return value * math.nan if shard.batch_number == 3 else value
 
-    monkeypatch.setattr(loop.OBJECTIVES["neco"], "forward", forward)
+    monkeypatch.setattr(OBJECTIVES["neco"], "forward", forward)
     with pytest.raises(NumericalError, match="loss of step 4 is nan") as told:
         train(recipe(), options(tmp_path / "run"))
     assert "not-finite-step-4-rank-0.pt" in str(told.value)
@@ -412,13 +413,13 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_images(
 def test_what_a_loss_that_is_not_finite_advises_goes_on_from_the_last_checkpoint(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain = loop.OBJECTIVES["neco"].forward
+    plain = OBJECTIVES["neco"].forward
 
-    def forward(self: Any, batch: Any, student: Any, teacher: Any, attend: Any, place: Any) -> torch.Tensor:
-        value = plain(self, batch, student, teacher, attend, place)
-        return value * math.nan if place.turn == 4 and self.recipe.lr_backbone == 1e-3 else value
+    def forward(self: Any, batch: Any, student: Any, teacher: Any, attend: Any, shard: Any) -> torch.Tensor:
+        value = plain(self, batch, student, teacher, attend, shard)
+        return value * math.nan if shard.batch_number == 4 and self.recipe.lr_backbone == 1e-3 else value
 
-    monkeypatch.setattr(loop.OBJECTIVES["neco"], "forward", forward)
+    monkeypatch.setattr(OBJECTIVES["neco"], "forward", forward)
     settings = recipe(queue_length=60, precision="fp16")
     with pytest.raises(NumericalError, match=r"with --resume and --set precision=fp32 or a smaller --set lr_backbone"):
         train(settings, options(tmp_path / "run"))
@@ -468,7 +469,7 @@ def test_memory_that_runs_out_is_one_error(tmp_path: Path, monkeypatch: pytest.M
     def step(*args: Any) -> float:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(loop.Trainer, "step", step)
     with pytest.raises(NecoBenchError, match=r"step 1 needs more memory .*--set accumulate"):
         train(recipe(), options(tmp_path / "run"))
 
@@ -513,7 +514,7 @@ def _handlers() -> Iterator[None]:
 
 def _signal_in_step(monkeypatch: pytest.MonkeyPatch, kinds: list[signal.Signals], torchrun: bool) -> None:
     """Signals in the second step; what they do where the run does not see to them is an AssertionError."""
-    plain = loop._Run._step
+    plain = loop.Trainer.step
 
     def step(self: Any, number: int, *rest: Any) -> float:
         for kind in kinds if number == 1 else ():
@@ -523,7 +524,7 @@ def _signal_in_step(monkeypatch: pytest.MonkeyPatch, kinds: list[signal.Signals]
     def unseen(number: int, frame: Any) -> None:
         raise AssertionError(f"signal {number} ended the run")
 
-    monkeypatch.setattr(loop._Run, "_step", step)
+    monkeypatch.setattr(loop.Trainer, "step", step)
     for kind in (signal.SIGTERM, signal.SIGINT):
         signal.signal(kind, unseen)
     if torchrun:

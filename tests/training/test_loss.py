@@ -150,20 +150,17 @@ def test_nan_is_not_hidden() -> None:
     assert neco_loss(student, teacher).isnan()
 
 
-def test_buffers_do_not_grow_with_rows_or_layers() -> None:
-    """Bytes of all buffers of the thread that sorts: within the budget for 21 layers and for 49, few rows or many."""
+def test_memory_does_not_grow_with_rows_or_layers() -> None:
+    """Columns and tape of one part of the rows: within the budget for 21 layers and for 49, few rows or many."""
     student, _ = random_rows(2000)
     for network in ("bitonic", "odd_even"):
-        used: list[int] = []
-
-        def measure(relaxation: sorting.Relaxation, _: slice, used: list[int] = used) -> None:
-            buffers = {relaxation.columns.untyped_storage(), relaxation.z.untyped_storage()}
-            buffers |= {step.difference.untyped_storage() for step in relaxation.steps}
-            buffers |= {step.change.untyped_storage() for step in relaxation.steps}
-            used.append(sum({storage.data_ptr(): storage.nbytes() for storage in buffers}.values()))
-
-        sorting.in_chunks(network, "cauchy", student, True, measure)
-        assert max(used) <= sorting.CPU_BYTES
+        layers = sorting.plan(network, 49, student.device)
+        size = sorting.part_rows(layers, student, differentiable=True)
+        tape: sorting.Tape = []
+        columns = sorting.sort_columns(student[:size].T, layers, sorting.DISTRIBUTIONS["cauchy"], tape)
+        assert len(tape) == len(layers)
+        tensors = [columns, *(t for z, alpha, differences in tape for t in (z, alpha, *differences))]
+        assert sum(t.numel() * t.element_size() for t in tensors) <= sorting.CPU_BYTES
 
 
 def test_wrong_use_is_told() -> None:

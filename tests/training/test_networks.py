@@ -25,9 +25,9 @@ from neco_bench.training.networks import (
 from .helpers import recipe, small_encoder
 
 
-@given(rate=st.floats(0.05, 0.6), views=st.integers(1, 4), turn=st.integers(0, 9))
-def test_stochastic_depth_keeps_or_drops_whole_images_and_the_mean(rate: float, views: int, turn: int) -> None:
-    drop = StochasticDepth(rate, 3, RankShard(0, images=500, turn=turn))
+@given(rate=st.floats(0.05, 0.6), views=st.integers(1, 4), number=st.integers(0, 9))
+def test_stochastic_depth_keeps_or_drops_whole_images_and_the_mean(rate: float, views: int, number: int) -> None:
+    drop = StochasticDepth(rate, 3, RankShard(0, images=500, batch_number=number))
     out = drop(torch.ones(views * 500, 2, 5)).flatten(1)
     assert torch.equal(out.min(1).values, out.max(1).values)
     torch.testing.assert_close(out[out > 0], torch.full_like(out[out > 0], 1 / (1 - rate)))
@@ -40,8 +40,8 @@ def test_stochastic_depth_keeps_or_drops_whole_images_and_the_mean(rate: float, 
 
 def test_exact_depth_keeps_a_fixed_number_of_images() -> None:
     drop = StochasticDepth(0.1, 0, RankShard(0, images=8), exact=True)
-    for turn in range(5):
-        drop.place.turn = turn
+    for number in range(5):
+        drop.shard.batch_number = number
         out = drop(torch.ones(16, 3))  # protocols/neco.md 1.4: floor(16 * 0.9) = 14, scaled by 16 / 14
         assert (out[:, 0] > 0).sum() == 14
         assert float(out.max()) == pytest.approx(16 / 14)

@@ -38,22 +38,22 @@ def pool(maps: torch.Tensor, boxes: torch.Tensor) -> torch.Tensor:
     return aligned.flatten(2).transpose(1, 2)
 
 
-def by_definition(objective: NeCo, student: Network, teacher: Network, place: RankShard, similarity: str) -> float:
+def by_definition(objective: NeCo, student: Network, teacher: Network, shard: RankShard, similarity: str) -> float:
     """protocols/neco.md 1.1: every pair (c, v) by itself, references taken from the objective's own draw."""
-    made = batch(place.images)
+    made = batch(shard.images)
     views = [made.global_views[:, 0], made.global_views[:, 1], *made.local_views.unbind(1)]
     total = 0.0
     for c in range(2):
         target_map = embed_all(teacher, views[c])
         others = [v for v in range(6) if v != c]
         aligned = torch.stack([pool(target_map, made.gc[:, c, v]) for v in others])
-        references = objective._references(aligned, torch.ones(aligned.shape[:-1]), c, place)
+        references = objective._references(aligned, torch.ones(aligned.shape[:-1]), c, shard)
         for pair, v in enumerate(others):
             predicted = pool(embed_all(student, views[v]), made.all[:, v, c])
             sims = []
             for vectors in (predicted, aligned[pair]):
                 rows = []
-                for image in range(place.images):
+                for image in range(shard.images):
                     for cell in vectors[image]:
                         if similarity == "cosine":
                             rows.append(F.cosine_similarity(cell[None], references[pair, image], dim=1))
@@ -68,9 +68,9 @@ def by_definition(objective: NeCo, student: Network, teacher: Network, place: Ra
 def test_loss_is_the_definition(similarity: str) -> None:
     settings = recipe(similarity=similarity)
     student, teacher = networks(settings)
-    place, objective = RankShard(0, 3), NeCo(settings, student)
-    loss = float(objective(batch(3), student, teacher, teacher, place))
-    assert loss == pytest.approx(by_definition(objective, student, teacher, place, similarity), rel=1e-5)
+    shard, objective = RankShard(0, 3), NeCo(settings, student)
+    loss = float(objective(batch(3), student, teacher, teacher, shard))
+    assert loss == pytest.approx(by_definition(objective, student, teacher, shard, similarity), rel=1e-5)
 
 
 def test_gradient_reaches_the_student_alone_and_every_part_of_it() -> None:
@@ -107,16 +107,16 @@ def test_only_patches_that_are_read_matter() -> None:
 
 
 def test_in_batch_references_use_every_teacher_vector_once() -> None:
-    objective, place = NeCo(recipe(), Network(small_encoder(), recipe(), 0)), RankShard(5, 4)
+    objective, shard = NeCo(recipe(), Network(small_encoder(), recipe(), 0)), RankShard(5, 4)
     aligned = torch.arange(5 * 4 * 49.0).view(5, 4, 49, 1).expand(-1, -1, -1, 16)
-    references = objective._references(aligned, torch.ones(5, 4, 49), 0, place)
+    references = objective._references(aligned, torch.ones(5, 4, 49), 0, shard)
     assert references.shape == (5, 4, 49, 16)
     for pair in range(5):
         assert torch.equal(references[pair, ..., 0].flatten().sort().values, aligned[pair, ..., 0].flatten())
     own = (references[..., 0] // 49 % 4 == torch.arange(4)[None, :, None]).float().mean()
     assert 0.15 < own < 0.35  # one in B on average
-    place.turn = 1
-    assert not torch.equal(objective._references(aligned, torch.ones(5, 4, 49), 0, place), references)
+    shard.batch_number = 1
+    assert not torch.equal(objective._references(aligned, torch.ones(5, 4, 49), 0, shard), references)
 
 
 def test_references_of_an_accumulated_part_are_its_own() -> None:
@@ -132,16 +132,16 @@ def test_references_of_an_accumulated_part_are_its_own() -> None:
 def test_queue_is_first_in_first_out_and_gives_no_empty_entries() -> None:
     settings = recipe(queue_length=25, head_dim=4)
     objective = NeCo(settings, Network(small_encoder(), settings, 0))
-    place = RankShard(0, 1)
-    for turn in range(4):
-        place.turn = turn
-        drawn = objective._draw_tokens(place, 16)
+    shard = RankShard(0, 1)
+    for number in range(4):
+        shard.batch_number = number
+        drawn = objective._draw_tokens(shard, 16)
         assert all(len(tokens.unique()) == 10 for _, tokens in drawn)
-        objective._enqueue(torch.full((2, 1, 4, 4, 4), turn + 1.0), None, drawn, place)
+        objective._enqueue(torch.full((2, 1, 4, 4, 4), number + 1.0), None, drawn, shard)
         held = objective.queue[0, : objective.filled[0], 0]
-        newest = [float(t) for t in range(turn + 1, 0, -1) for _ in range(10)][:25]
+        newest = [float(t) for t in range(number + 1, 0, -1) for _ in range(10)][:25]
         assert held.tolist() == newest
-        references = objective._references(torch.zeros(5, 1, 49, 4), torch.ones(5, 1, 49), 1, place)
+        references = objective._references(torch.zeros(5, 1, 49, 4), torch.ones(5, 1, 49), 1, shard)
         assert float(references.min()) >= 1
     assert references.shape == (5, 1, 49, 4)
 
@@ -149,9 +149,9 @@ def test_queue_is_first_in_first_out_and_gives_no_empty_entries() -> None:
 def test_queue_takes_tokens_of_the_teacher_map() -> None:
     settings = recipe(queue_length=40)
     student, teacher = networks(settings)
-    objective, place = NeCo(settings, student), RankShard(0, 3)
+    objective, shard = NeCo(settings, student), RankShard(0, 3)
     made = batch(3)
-    objective(made, student, teacher, teacher, place)
+    objective(made, student, teacher, teacher, shard)
     tokens = embed_all(teacher, by_view(made.global_views)).unflatten(0, (2, 3)).permute(0, 1, 3, 4, 2).flatten(1, 3)
     for c in range(2):
         distance = (objective.queue[c, :30, None] - tokens[c]).norm(dim=-1).min(1).values

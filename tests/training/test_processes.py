@@ -19,7 +19,7 @@ from neco_bench.core.reduce import mean_over_processes
 from neco_bench.encoders import Encoder
 from neco_bench.training.batches import TENSORS, TrainBatch
 from neco_bench.training.networks import Network, make_trainable, set_training
-from neco_bench.training.objectives import OBJECTIVES
+from neco_bench.training.trainer import OBJECTIVES
 
 from .helpers import batch, recipe, small_encoder
 
@@ -68,17 +68,17 @@ def gradients(changes: dict[str, Any], rank: int, world: int) -> tuple[list[floa
     """The loss of a step, or of two where there is a queue, and their gradient, averaged as the training loop does."""
     settings = recipe(**{"cells": 3, "references": 9, "drop_path": 0, "head_hidden": 16, **changes})
     count = TOTAL // world
-    place, encoder = RankShard(0, count, rank * count, TOTAL), copy.deepcopy(untrained())
-    make_trainable(encoder, settings, place, False)
+    shard, encoder = RankShard(0, count, rank * count, TOTAL), copy.deepcopy(untrained())
+    make_trainable(encoder, settings, shard, False)
     student = Network(encoder, settings, 1)
     set_training(student)
     teacher = Network(copy.deepcopy(untrained()), settings, 2).eval() if settings.use_teacher else None
     objective = OBJECTIVES[settings.objective](settings, student)
     embed = DistributedDataParallel(student) if world > 1 else student
     made, losses = views(settings.global_size, settings.locals), []
-    mine = {name: getattr(made, name)[place.start : place.start + count] for name in TENSORS}
-    for place.turn in range(1 + bool(settings.queue_length)):
-        loss = objective(dataclasses.replace(made, **mine), embed, teacher, teacher or student, place)
+    mine = {name: getattr(made, name)[shard.start : shard.start + count] for name in TENSORS}
+    for shard.batch_number in range(1 + bool(settings.queue_length)):
+        loss = objective(dataclasses.replace(made, **mine), embed, teacher, teacher or student, shard)
         loss.backward()
         losses.append(float(mean_over_processes(loss)))
     return losses, torch.cat([p.grad.flatten() for p in student.parameters() if p.grad is not None])

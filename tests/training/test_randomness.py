@@ -105,7 +105,7 @@ def test_a_resumed_run_ends_in_the_same_weights(
     with caplog.at_level(logging.WARNING, "neco_bench"):
         train(settings, options("whole"))
     assert "random numbers of its own in training (dropout)" in caplog.text
-    plain = loop._Run._step
+    plain = loop.Trainer.step
 
     def step(self: Any, number: int, *rest: Any) -> float:
         if number == 2:
@@ -114,7 +114,7 @@ def test_a_resumed_run_ends_in_the_same_weights(
 
     torch.manual_seed(7)  # whatever was drawn before
     with monkeypatch.context() as patch:
-        patch.setattr(loop._Run, "_step", step)
+        patch.setattr(loop.Trainer, "step", step)
         with pytest.raises(KeyboardInterrupt):
             train(settings, options("parts"))
     before = torch.get_rng_state()
@@ -137,7 +137,7 @@ def test_draws_differ_between_steps_and_processes_alone(file: Path) -> None:
 
     first = features()
     assert torch.equal(features(), first)
-    for other in ({"turn": 1}, {"start": 2}, {"seed": 1}):
+    for other in ({"batch_number": 1}, {"start": 2}, {"seed": 1}):
         assert not torch.allclose(features(**other), first)
 
 

@@ -95,6 +95,14 @@ def test_changes_on_top(tmp_path: Path) -> None:
     assert load_recipe(str(file), {"steps": 7}).total_steps(80) == 7
 
 
+def test_a_file_extends_one_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "base.toml").write_text('extends = "tiny_neco"\nepochs = 3\n')
+    (tmp_path / "mine/longer.toml").write_text('extends = "../base.toml"\nbatch_size = 2\n')
+    recipe = load_recipe(str(tmp_path / "mine/longer.toml"))
+    assert (recipe.epochs, recipe.batch_size, recipe.global_size) == (3, 2, 112)
+
+
 @pytest.mark.parametrize(
     ("changes", "told"),
     [
@@ -106,7 +114,7 @@ def test_changes_on_top(tmp_path: Path) -> None:
         (["lr_head=true"], "lr_head: .*valid number"),
         (["network=bubble"], "network: .*'bitonic' or 'odd_even'"),
         (["global_scale=[0.9, 0.1]"], "global_scale must be two numbers, the smaller first"),
-        (["batch_size"], "not KEY=VALUE"),
+        (["batch_size"], "takes KEY=VALUE"),
         (["objective=mim"], "needs use_teacher=false"),
         (["local_size=600"], "must not be smaller than local_size"),
     ],
@@ -125,7 +133,7 @@ def test_wrong_changes(changes: list[str], told: str) -> None:
         ('extends = "SELF"', "circle"),
         ("extends = 3", "extends must be a text.*got 3"),
         ('extends = "neco_vits14_51"', "extends = 'neco_vits14_51': unknown recipe.*Did you mean 'neco_vits14_518'"),
-        ('extends = "nowhere.toml"', "Recipe file nowhere.toml does not exist"),
+        ('extends = "nowhere.toml"', "Recipe file .*nowhere.toml does not exist"),
         (f"epochs = {2**31}", "epochs: .*less than or equal to 2147483647"),
     ],
 )

@@ -29,7 +29,7 @@ from neco_bench.training.options import TrainOptions
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.sorting import comparators
 
-from .helpers import recipe
+from .helpers import make_trainer, recipe
 
 State = dict[str, Tensor]
 STEPS, IMAGES = 3, 4
@@ -224,9 +224,7 @@ def trained(
 ) -> tuple[Any, Plain, State, list[tuple[float, float]]]:
     """Three steps of the run in a precision, and of the plain computation in float64 on the same batches: both, the
     weights they start from, and the losses of each step."""
-    run = loop._Run(
-        settings, TrainOptions(out=out, data="shapes:8", workers=0, progress=False), 0, 1, torch.device("cpu")
-    )
+    run = make_trainer(settings, out)
     for part in (run.student, run.teacher, run.objective):
         part.to(dtype)
     start, normalised = official(run.student), TrainBatch.normalised
@@ -241,8 +239,8 @@ def trained(
     losses, order = [], loop.Order(8, settings, 0, STEPS, 0, IMAGES)
     loaded = iter(loop.loader(run.images, settings, order, 0, False))
     for step in range(STEPS):
-        values = run._schedule(step)
-        losses.append((run._step(step, loaded, values["momentum"]), plain.step(batches[-1], step)))
+        values = run.schedule(step)
+        losses.append((run.step(step, loaded, values["momentum"]), plain.step(batches[-1], step)))
     return run, plain, start, losses
 
 
@@ -290,10 +288,10 @@ def test_in_float32_the_rest_is_rounding_that_adamw_magnifies(tmp_path: Path, mo
 def test_the_class_token_with_its_position_moves_twice_as_far(tmp_path: Path) -> None:
     """The first step of AdamW is one learning rate long, whatever the gradient, for each of the two parameters."""
     settings = recipe(**SIZES, **SETTINGS["registers"], weight_decay=0, final_weight_decay=0)
-    run = loop._Run(settings, TrainOptions(tmp_path, "shapes:8", workers=0, progress=False), 0, 1, torch.device("cpu"))
+    run = make_trainer(settings, tmp_path)
     before = {key: value.clone() for key, value in run.student.encoder.model.state_dict().items()}
-    values = run._schedule(0)
-    run._step(
+    values = run.schedule(0)
+    run.step(
         0, iter(loop.loader(run.images, settings, loop.Order(8, settings, 0, 1, 0, 4), 0, False)), values["momentum"]
     )
     moved = {key: (value - before[key]).abs().max() for key, value in run.student.encoder.model.state_dict().items()}
@@ -322,7 +320,7 @@ def test_that_parts_are_no_larger_batch_is_said(tmp_path: Path, caplog: pytest.L
         caplog.clear()
         settings = recipe(**SIZES, **SETTINGS["registers"], accumulate=accumulate)
         with caplog.at_level(logging.WARNING, "neco_bench"):
-            loop._Run(settings, TrainOptions(tmp_path, "shapes:8", progress=False), 0, 1, torch.device("cpu"))
+            make_trainer(settings, tmp_path)
         assert ("each part of 2 images is a batch of its own" in caplog.text) is (accumulate == 2)
 
 
