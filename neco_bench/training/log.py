@@ -45,7 +45,9 @@ class Table:
         """Add a row, after a header in an empty file. Raises NecoBenchError where it cannot be written."""
         try:
             with open(self.path, "a", newline="", encoding="utf-8") as file:
-                pd.DataFrame([row]).to_csv(file, header=file.tell() == 0, index=False, lineterminator="\n")
+                pd.DataFrame([row]).to_csv(
+                    file, header=file.tell() == 0, index=False, na_rep="nan", lineterminator="\n"
+                )
         except OSError as error:
             raise NecoBenchError(
                 f"{self.path}: could not be written ({error.strerror or error}). Free disk space or make the folder "
