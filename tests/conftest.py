@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import pytest
 
 from neco_bench.results.schema import Result
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist has a process per core already
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 

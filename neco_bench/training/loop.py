@@ -137,7 +137,10 @@ class TrainingRun:
         shard, on_gpu = trainer.shard, self.processes.device.type == "cuda"
         order = Order(len(self.images), recipe, first, self.steps, shard.start, shard.images)
         with contextlib.ExitStack() as stack:
-            batches = iter(loader(self.images, recipe, order, trainer.workers, on_gpu))
+            # Closed with the run, as the error that ended it may still refer to them: Python waits for loaders at exit.
+            batches = stack.enter_context(
+                contextlib.closing(b for b in loader(self.images, recipe, order, trainer.workers, on_gpu))
+            )
             step_log = None
             if self.processes.first:
                 step_log = stack.enter_context(contextlib.closing(StepLog(options.out, first, options.tensorboard)))
