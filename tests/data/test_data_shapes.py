@@ -31,7 +31,7 @@ def test_two_processes_and_a_half_written_cache(tmp_path, monkeypatch):
     for leftover in ("shapes-1.partial", "shapes-1.x1y2z3"):  # of killed processes
         (tmp_path / leftover / "train").mkdir(parents=True)
     monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path))
-    code = "from neco_bench.data import load_dataset as d; print(d('shapes', 'val').fingerprint())"
+    code = "from neco_bench.data.load import load_dataset as d; print(d('shapes', 'val').fingerprint())"
     runs = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) for _ in range(2)]
     printed = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]

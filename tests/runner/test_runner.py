@@ -54,6 +54,8 @@ def test_a_result_says_what_produced_it(tmp_path: Path) -> None:
     assert facts["features"] == {
         "input_size": 224,
         "used_size": 224,
+        "only_size": None,
+        "size_multiple": 8,
         "resize": "squash",
         "final_norm": True,
         "tokens": 784,
