@@ -59,7 +59,9 @@ def error_of_code(code: int | None, message: str) -> NecoBenchError:
 
 def is_out_of_memory(error: BaseException | None) -> bool:
     """Whether memory ran out, of this machine or of its GPU, in this exception or in one that caused it."""
-    while error is not None:
+    seen: set[int] = set()  # an exception may be a cause of itself
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
         if isinstance(error, MemoryError):
             return True
         if isinstance(error, RuntimeError) and (  # torch.OutOfMemoryError is one; the others have no type of their own

@@ -265,3 +265,9 @@ def test_which_exceptions_are_bugs() -> None:
     with contextlib.suppress(NecoBenchError):
         raise wrapped from MemoryError()
     assert is_out_of_memory(wrapped)
+
+
+def test_an_exception_that_is_its_own_cause_has_an_end() -> None:
+    error = ValueError("x")
+    error.__cause__ = error
+    assert user_error(error) is None
