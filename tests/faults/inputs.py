@@ -16,6 +16,7 @@ import shutil
 import signal
 import sys
 import tarfile
+import time
 import traceback
 import warnings
 import zipfile
@@ -258,6 +259,23 @@ def _panoptic(folder: Path) -> None:
     (base / "panoptic_val2017.json").write_text(json.dumps(document))
 
 
+def _instances(folder: Path) -> None:
+    base = folder / "data" / "coco"
+    (base / "annotations").mkdir(parents=True)
+    (base / "val2017").mkdir()
+    _image(3, 30, 40).save(base / "val2017" / "000000000139.jpg")
+    common = {"image_id": 139, "category_id": 1, "area": 50.0}
+    document = {
+        "images": [{"id": 139, "file_name": "000000000139.jpg", "height": 30, "width": 40}],
+        "annotations": [
+            {**common, "id": 1, "iscrowd": 0, "segmentation": [[1, 1, 20, 1, 20, 9, 1, 9]]},
+            {**common, "id": 2, "iscrowd": 1, "segmentation": {"counts": [300, 60, 840], "size": [30, 40]}},
+        ],
+        "categories": [{"id": 1, "name": "person"}],
+    }
+    (base / "annotations" / "instances_val2017.json").write_text(json.dumps(document))
+
+
 def _sbd(folder: Path) -> None:
     voc(folder)
     base = folder / "data" / "voc2012" / "VOCdevkit" / "VOC2012"
@@ -349,8 +367,16 @@ def _load(name: str) -> Callable[[Path], object]:
 
 
 def _run_folder(folder: Path) -> None:
-    words = ("--recipe", "tiny_base", "--set", "steps=1", "--set", "batch_size=2", "--set", "global_size=32", "--set",
-             "local_size=16", "--workers", "0", "--device", "cpu")  # fmt: skip
+    sizes = ("steps=1", "warmup_steps=0", "batch_size=2", "global_size=32", "local_size=16")
+    words = [
+        "--recipe",
+        "tiny_base",
+        "--workers",
+        "0",
+        "--device",
+        "cpu",
+        *(w for size in sizes for w in ("--set", size)),
+    ]
     _images(folder)
     answer = neco("train", "--data", folder / "images", "--out", folder / "run", *words)
     assert answer.code == 0, answer
@@ -393,6 +419,7 @@ READERS = (
     Reader("camvid", _camvid, _use("camvid", "val"), ("data/camvid/val.txt", "data/camvid/*/f0.png")),
     Reader("spair71k", _spair, _use("spair71k", "val"), ("data/**/*.json", "data/**/val.txt", "data/**/a.jpg")),
     Reader("pf_willow", _willow, _use("pf_willow", "test"), ("data/**/a.mat", "data/**/a.png")),
+    Reader("coco_instances", _instances, _use("coco_things", "val"), ("data/coco/annotations/*.json",)),
     Reader(
         "coco_panoptic",
         _panoptic,
@@ -497,6 +524,18 @@ def _note(work: Path, line: str, say: bool) -> None:
         print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
+def _watch(child: Any, at: Path) -> None:
+    """Wait for a child; kill it where one file takes so long that not even a signal is handled."""
+    seen, since = "", time.monotonic()
+    while child.exitcode is None:
+        child.join(1)
+        now = at.read_text() if at.exists() else ""
+        if now != seen:
+            seen, since = now, time.monotonic()
+        if seen and time.monotonic() - since > 2 * SECONDS:
+            child.kill()
+
+
 def many(work: Path, number: int, seed: int, names: Sequence[str] = (), say: bool = False) -> list[str]:
     """`number` changed files shared out among the readers; what went wrong, one line each.
 
@@ -511,7 +550,7 @@ def many(work: Path, number: int, seed: int, names: Sequence[str] = (), say: boo
         while begin < share:
             child = server.context.Process(target=_share, args=(folder, reader.name, begin, share, seed, say))
             child.start()
-            child.join()
+            _watch(child, folder / "at")
             assert (folder / "at").exists(), f"{reader.name} does not read whole files"
             begin = int((folder / "at").read_text()) + bool(child.exitcode)
             if child.exitcode:
