@@ -5,11 +5,15 @@ Metrics are fractions in [0, 1] here, percent in tables.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from neco_bench.core.errors import NumericalError
+from neco_bench.core.errors import NecoBenchError, NumericalError
+
+if TYPE_CHECKING:
+    from neco_bench.core.task import Outcome
 
 SCHEMA_VERSION = 1
 
@@ -87,16 +91,48 @@ class Result(BaseModel):
         return self
 
     @classmethod
-    def of_run(cls, **fields: Any) -> Result:
-        """Make the result of a run. Raises NumericalError for metrics that are no fractions, such as NaN."""
+    def ok(cls, fields: Mapping[str, Any], outcome: Outcome, **measured: Any) -> Result:
+        """Make the result of a run that ended well.
+
+        Args:
+            fields: those that do not depend on how it went (`Job.result_fields`).
+            outcome: what the family returned.
+            measured: `provenance`, `timing` and `peak_memory_mb`.
+
+        Raises:
+            NumericalError: for metrics that are no fractions, such as NaN.
+        """
         try:
-            return cls(**fields)
+            return cls(
+                **fields,
+                metrics=outcome.metrics,
+                per_class=outcome.per_class,
+                ci95={name: interval for name, interval in outcome.ci95.items() if interval is not None},
+                n_images=outcome.n_images,
+                status="ok",
+                **measured,
+            )
         except ValidationError as error:
             item = error.errors()[0]
             raise NumericalError(
                 f"The task gave a result that cannot be stored: {'.'.join(map(str, item['loc']))} = {item['input']!r} "
                 f"({item['msg']})."
             ) from error
+
+    @classmethod
+    def failed(cls, fields: Mapping[str, Any], error: NecoBenchError, **measured: Any) -> Result:
+        """Make the result of a run that ended in an error; arguments as for `ok`."""
+        return cls(
+            **fields,
+            metrics={},
+            per_class={},
+            ci95={},
+            n_images=0,
+            status="failed",
+            error=str(error),
+            error_code=error.exit_code,
+            **measured,
+        )
 
     @property
     def column(self) -> str:

@@ -18,7 +18,7 @@ from neco_bench.core.task import Context
 from neco_bench.data.load import load_dataset
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import FeatureBatch, stream
+from neco_bench.features.extract import FeatureBatch, FeatureExtractor
 from neco_bench.features.store import FeatureStore, budget, remove_file, store_folder, stored_files
 from neco_bench.features.transforms import ResizeSquare
 from neco_bench.runner.execute import execute
@@ -50,7 +50,8 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 def batches(context: Context, transform: object = None, count: int = 20, epochs: int = 1) -> list[FeatureBatch]:
     dataset = load_dataset("shapes", "val", limit=count)
     items = [(epoch, i) for epoch in range(epochs) for i in range(count)]
-    return list(stream(load_encoder(MODEL), dataset, transform or ResizeSquare(64, "pil"), context, "x", items=items))
+    extractor = FeatureExtractor(load_encoder(MODEL), context)
+    return list(extractor.stream(dataset, transform or ResizeSquare(64, "pil"), "x", items=items))
 
 
 def with_store(dtype: str = "fp32", batch_size: int = 8) -> Context:
@@ -74,7 +75,7 @@ def test_what_comes_back_is_what_was_computed(transform: object, encoded: list[i
     computed = sum(encoded)
     again = batches(context, transform, epochs=2)
     assert sum(encoded) == computed == 80
-    assert context.reused == 40
+    assert context.run.reused == 40
     assert_same(plain, first)
     assert_same(plain, again)
 
@@ -100,7 +101,8 @@ def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]
     encoded.clear()
     dataset, items = load_dataset("shapes", "val", limit=20), [(0, i) for i in range(20)]
     context = with_store(batch_size=4)
-    started = stream(load_encoder(MODEL), dataset, ResizeSquare(64, "pil"), context, "x", items=items)
+    extractor = FeatureExtractor(load_encoder(MODEL), context)
+    started = extractor.stream(dataset, ResizeSquare(64, "pil"), "x", items=items)
     for _ in range(3):  # the third is appended when the fourth is asked for
         next(started)
     started.close()
@@ -117,7 +119,7 @@ def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]
     encoded.clear()
     context = with_store(batch_size=4)
     assert_same(plain, batches(context))
-    assert (context.reused, sum(encoded)) == (12 - lost, 8 + lost)
+    assert (context.run.reused, sum(encoded)) == (12 - lost, 8 + lost)
     encoded.clear()
     assert_same(plain, batches(with_store()))
     assert not encoded
@@ -295,9 +297,8 @@ def test_features_that_another_process_deleted_are_computed(encoded: list[int]) 
     plain = batches(with_store())
     folder = Path(stored_files()[0]["folder"])
     encoded.clear()
-    reading = stream(
-        load_encoder(MODEL), load_dataset("shapes", "val", limit=20), ResizeSquare(64, "pil"), with_store(), "x"
-    )
+    extractor = FeatureExtractor(load_encoder(MODEL), with_store())
+    reading = extractor.stream(load_dataset("shapes", "val", limit=20), ResizeSquare(64, "pil"), "x")
     streamed = [next(reading)]
     (folder / "features.bin").unlink()
     streamed += reading

@@ -265,9 +265,9 @@ def test_patches_that_are_mostly_void_are_dropped_and_the_rest_counts() -> None:
         context = Context(batch_size=3)
         options = some_settings(void=void)
         patches, split, scaler = probe.read_train(Cells(), data, options, context, 16)
-        assert context.notes["dropped_patches"] == dropped
+        assert context.run.notes["dropped_patches"] == dropped
         assert (split, len(patches)) == (9 * 16 - dropped + 1, 10 * 16 - dropped + 1)
-        assert context.notes["training_patches"] == 160 - dropped
+        assert context.run.notes["training_patches"] == 160 - dropped
         images = torch.stack([torch.from_numpy(data[i].image) for i in fit]).permute(0, 3, 1, 2) / 255
         rows = Cells().encode(images).map.permute(0, 2, 3, 1).reshape(-1, 3)
         expected = StandardScaler().fit_transform(rows.double().numpy())
@@ -285,7 +285,7 @@ def test_max_patches_takes_as_many_of_each_image() -> None:
     context = Context()
     patches, split, scaler = probe.read_train(Cells(), data, some_settings(max_patches=50), context, 16)
     assert (split, len(patches), scaler.n_samples_seen_) == (9 * 5, 9 * 5 + 16, 9 * 16)
-    assert context.notes["training_patches"] == 50
+    assert context.run.notes["training_patches"] == 50
     assert len(probe.refit_rows(patches, split)) == 50
 
 
@@ -346,7 +346,7 @@ def test_the_held_out_images_are_fitted_on_in_the_end(method: str) -> None:
     context = Context()
     outcome = probe.run(Cells(), data, options, context)
     assert outcome.metrics["mIoU"] == 1
-    (value,) = set(context.notes["held_out_mIoU"].values())
+    (value,) = set(context.run.notes["held_out_mIoU"].values())
     assert value < 0.5
 
 
@@ -412,9 +412,9 @@ def test_the_protocol_equals_a_second_pipeline(method: str) -> None:
     context = Context()
     outcome = probe.run(neco_bench.load_encoder("baseline_hog"), data, options, context)
     grid, expected = second_pipeline("baseline_hog", options, 12)
-    assert context.notes["held_out_mIoU"] == pytest.approx(grid, abs=1e-9)
+    assert context.run.notes["held_out_mIoU"] == pytest.approx(grid, abs=1e-9)
     assert outcome.metrics["mIoU"] == pytest.approx(expected, abs=1e-9)
-    assert context.notes["chosen"] == max(grid, key=lambda name: grid[name])
+    assert context.run.notes["chosen"] == max(grid, key=lambda name: grid[name])
     assert len(set(grid.values())) > 2
 
 
