@@ -55,15 +55,15 @@ def _start(arguments: Sequence[object], avoided: str, runs: int = 5) -> float:
 @pytest.mark.parametrize(
     ("command", "most", "avoided"),
     [
-        ("--help", 0.15, "pydantic"),
-        ("run --help", 0.2, "pydantic"),
+        ("--help", 0.2, "pydantic"),
+        ("run --help", 0.25, "pydantic"),
         ("models", 0.3, "pydantic"),
-        ("data list", 0.6, "pydantic"),
-        ("tasks", 0.8, ""),
+        ("data list", 1.2, "pydantic"),
+        ("tasks", 1.2, ""),
     ],
 )
 def test_listings_are_instant(command: str, most: float, avoided: str) -> None:
-    """The limits are for a machine that imports typer in 0.12 s, and grow with that time."""
+    """The limits are for a machine that imports typer in 0.12 s, and grow with that time; idle, `--help` takes 0.14."""
     slower = max(1, _cpu_seconds("import typer") / 0.12)
     assert _start(command.split(), f"torch pandas jinja2 rich {avoided}") < most * slower
 
