@@ -242,7 +242,7 @@ def _convert(goal: Path, names: list[str], make: Callable[[str], Image.Image], w
         if absent:
             raise UsageError(
                 f"{goal} is there already, but lacks {len(absent)} of {len(names)} files, the first is "
-                f"{absent[0]}.png. Move it away to have it made anew."
+                f"{absent[0]}.png. Move it away to have it made again."
             )
         return Prepared(str(goal), 0, "is there already")
     staging = goal.with_name(f"{goal.name}.partial")
@@ -252,7 +252,9 @@ def _convert(goal: Path, names: list[str], make: Callable[[str], Image.Image], w
         for name in wrap(names, desc=goal.name):
             path = staging / f"{name}.png"
             if not path.exists():
-                make(name).save(temporary, "png")
+                with decoding(f"{name}.png of {goal} cannot be made from its source"):
+                    image = make(name)
+                image.save(temporary, "png")
                 temporary.replace(path)
                 written += 1
         for rest in [path for path in staging.iterdir() if path.name.startswith(".")]:
