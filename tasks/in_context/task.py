@@ -9,6 +9,8 @@ the result does not depend on batch size or workers; search is exact (the refere
 
 from __future__ import annotations
 
+from typing import Any
+
 from neco_bench.tasks.in_context.memory import build_memory, read_labels
 from neco_bench.tasks.in_context.settings import Settings
 from neco_bench.tasks.segmentation import SegmentationScore
@@ -49,7 +51,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
     score = SegmentationScore(data["val"], settings, context)
     transform = ResizeSquare(size, "torch" if settings.score_at == "input" else "native")
-    colours = {"mean": settings.mean, "std": settings.std}
+    colours: dict[str, Any] = {"mean": settings.mean, "std": settings.std}
     for batch in stream(encoder, data["val"], transform, context, "query", **colours):
         with context.phase("search"):
             cosines, rows = memory.nearest(batch.features, settings.neighbours)

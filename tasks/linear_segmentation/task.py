@@ -65,7 +65,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     score = SegmentationScore(val, settings, context, shape=(len(snapshots), len(settings.rates), len(seeds)))
     transform = ResizeSquare(size, "pil" if settings.score_size else "native")
     subset: dict[str, Any] = {"items": [(0, i) for i in range(scored)], "own": True}
-    colours = {"mean": settings.mean, "std": settings.std}
+    colours: dict[str, Any] = {"mean": settings.mean, "std": settings.std}
     for batch in stream(encoder, val, transform, context, "score", **subset, **colours):
         with context.phase("predict"):
             for item, features, mask in zip(batch.positions, batch.features, batch.masks, strict=True):
@@ -114,7 +114,8 @@ def training_epochs(
             order = item_rng(context.seed, "order", epoch).permutation(len(train))
         items += [(epoch, int(i)) for i in order[:count]]
     transform = CropFlip(size, settings.crop_scale, settings.crop_ratio, settings.flip_probability)
-    side, colours = settings.train_mask_size, {"mean": settings.mean, "std": settings.std}
+    side = settings.train_mask_size
+    colours: dict[str, Any] = {"mean": settings.mean, "std": settings.std}
     batches = stream(encoder, train, transform, context, "train", items=items, **colours)
     images = labelled(batches, lambda mask: train.eval_mask(resize_nearest_torch(mask, side, side)))
     return (batched(itertools.islice(images, count), settings.batch_size) for _ in range(settings.epochs))

@@ -5,6 +5,8 @@ Scored by how many val images it tells to within a tolerance. Void pixels count 
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from pydantic import PositiveFloat
 
@@ -49,7 +51,7 @@ def _pooled(
 ) -> tuple[np.ndarray, np.ndarray]:
     """(n, D) mean patch features and (n,) foreground shares of a split, float64."""
     features, shares = [], []
-    colours = {"mean": settings.mean, "std": settings.std}
+    colours: dict[str, Any] = {"mean": settings.mean, "std": settings.std}
     for batch in stream(encoder, dataset, ResizeSquare(size, "native"), context, dataset.split, **colours):
         features.append(batch.features.mean((2, 3)).double().cpu().numpy())
         shares += [(mask[mask != IGNORE] > 0).mean() for mask in batch.masks]
