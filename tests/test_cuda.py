@@ -107,7 +107,7 @@ def test_the_batch_size_moves_next_to_nothing(model: str, tmp_path: Path) -> Non
     counts = []
     for size in (16, 5, 1):
         store = ResultStore(tmp_path / str(size))
-        where = {"out": store.folder, "device": "cuda", "limit": 20, "workers": 0, "features": "off"}
+        where: dict[str, Any] = {"out": store.folder, "device": "cuda", "limit": 20, "workers": 0, "features": "off"}
         result = neco_bench.run(f"timm:{model}?pretrained=false&seed=0", "shapes_ic", batch_size=size, **where)
         counts.append(store.statistics(result)["confusion"].astype(np.int64))
     for other in counts[1:]:
@@ -140,7 +140,7 @@ def test_a_full_device_halves_the_batch() -> None:
 @pytest.mark.parametrize("network", ["bitonic", "odd_even"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sorting_and_loss(network: str, dtype: torch.dtype) -> None:
-    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-10, "rtol": 1e-8}
+    close: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-10, "rtol": 1e-8}
     student, teacher = torch.randn(2, 700, 49, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 0.1
     found = []
     for device in ("cpu", "cuda"):

@@ -45,7 +45,7 @@ def test_several_predictions_by_hand() -> None:
     for item in (1, 0):  # in any order
         predictions = np.stack([RIGHT[item], SWAPPED[item]])
         score.add(item, MASKS[item], predictions, features=torch.ones(2, 1, 1).cpu)
-    np.testing.assert_allclose(score.mean_ious(), [[1], [1 / 3]])
+    np.testing.assert_allclose(score.mean_ious(), np.array([[1], [1 / 3]]))
     outcome = score.outcome(used_size=4, resize="none", select=(1,), metrics={"more": 0.5})
     assert outcome.metrics == pytest.approx(
         {"mIoU": 1 / 3, "more": 0.5, "mIoU_present": 1 / 3, "pixel_accuracy": 2 / 7}
