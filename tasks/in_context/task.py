@@ -39,8 +39,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         size=size,
         width=dimension,
         operations=2.0 * rows * dimension * patches * len(data["val"]),
-        memory=rows * (BYTES.get(settings.search, BYTES["exact"]) * dimension + 32)
-        + 4.0 * len(data["val"]) * classes**2,
+        memory=rows * (stored * dimension + 32) + 4.0 * len(data["val"]) * classes**2,
     )
 
 
