@@ -13,11 +13,11 @@ import pytest
 from scipy.io import loadmat, savemat
 
 from neco_bench.core.errors import BadInputError, NecoBenchError
-from neco_bench.data.base import SegmentationDataset
+from neco_bench.data.base import PairDataset, SegmentationDataset
 from neco_bench.data.coco import instance_categories
 from neco_bench.data.integrity import check_dataset, describe_datasets
 from neco_bench.data.io import decoding, read_image, read_mat
-from neco_bench.data.load import DATASETS
+from neco_bench.data.load import DATASETS, load_dataset
 from tests.data.data_helpers import image_of, save
 from tests.typed import load_pairs, load_segmentation
 
@@ -151,8 +151,9 @@ def test_mutated_files(voc: Path, camvid: Path, spair: Path) -> None:
         path.write_bytes(bytes(changed[: rng.choice((len(changed), rng.randrange(len(changed)) + 1))]))
         name = path.relative_to(voc).parts[0]
         with contextlib.suppress(NecoBenchError):
-            dataset = load_segmentation(name, sets[name], root=voc)
+            dataset = load_dataset(name, sets[name], root=voc)
             dataset.fingerprint()
+            assert isinstance(dataset, (PairDataset, SegmentationDataset))
             for index in range(len(dataset)):
                 _ = dataset.mask(index) if isinstance(dataset, SegmentationDataset) else dataset[index]
         path.write_bytes(whole)

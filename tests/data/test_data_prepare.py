@@ -143,7 +143,7 @@ def masks_of(root: Path, coco: Path) -> list[np.ndarray]:
 @pytest.mark.parametrize(
     "segments", [[{"id": 1}], [{"category_id": 1}], [1.5], 1.5, None, [{"id": None, "category_id": 1}]]
 )
-def test_panoptic_segments_of_another_form(tmp_path, segments):
+def test_panoptic_segments_of_another_form(tmp_path: Path, segments: object) -> None:
     annotations = tmp_path / "coco" / "annotations"
     (annotations / "panoptic_val2017").mkdir(parents=True)
     Image.new("RGB", (4, 3)).save(annotations / "panoptic_val2017" / "000000000139.png")

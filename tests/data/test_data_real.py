@@ -16,7 +16,7 @@ from tests.typed import load_pairs, load_segmentation
 def test_camvid(samples: Path) -> None:
     dataset = load_segmentation("camvid", "val", root=samples)
     assert len(dataset) == 101
-    assert dataset.subset is None
+    assert dataset.coverage is None
     sample = dataset[7]
     stored = np.array(Image.open(samples / "camvid" / "valannot" / f"{sample.id}.png"))
     assert sample.image.shape == (360, 480, 3)

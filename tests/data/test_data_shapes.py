@@ -51,7 +51,7 @@ def test_a_damaged_cache_is_noticed(shapes_cache: Path, caplog: pytest.LogCaptur
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         after = load_segmentation("shapes", "train")[0]
-    assert "made anew" in caplog.text
+    assert "made again" in caplog.text
     assert np.array_equal(after.image, before.image)
 
 
@@ -65,7 +65,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: py
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_scenes(split: str) -> None:
     dataset = load_segmentation("shapes", split)
-    assert dataset.subset is None
+    assert dataset.coverage is None
     assert len(dataset.classes) == len(dataset.palette) == 9
     present = np.zeros(256, int)
     for sample in (dataset[i] for i in range(0, len(dataset), 2)):
