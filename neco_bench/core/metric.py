@@ -1,8 +1,7 @@
 """What a metric is: its unit, which direction is better, and the values it can have. Imports no torch.
 
-The contract of task families, from the commit "Metrics: unit, direction and range" on: a metric is known by its name.
-One that is a fraction, printed in percent, of which more is better needs nothing. For any other, add a line to
-METRICS; a plug-in gives `Outcome(units={name: Metric(...)})`. Tables, ranks, comparisons, pages and `published.csv` read
+The contract of task families: a metric is known by its name. One that is a fraction, printed in percent, of which
+more is better needs nothing. For any other, add a line to METRICS; a plug-in gives `Outcome(units={name: Metric(...)})`. Tables, ranks, comparisons, pages and `published.csv` read
 unit and direction from here and nowhere else.
 """
 
@@ -89,7 +88,7 @@ class Metric(BaseModel):
 ROUNDING = 1e-6  # by which a mean of values may leave their range
 
 
-_ERROR = {"lower_is_better": True, "high": None}
+_ERROR: dict[str, Any] = {"lower_is_better": True, "high": None}
 
 # By name: the first pattern that is the whole name, without "_std" and what follows a "/".
 METRICS: dict[str, Metric] = {
