@@ -1,15 +1,15 @@
 """What a metric is: its unit, which direction is better, and the values it can have. Imports no torch.
 
-The contract of task families: a metric is known by its name. One that is a fraction, printed in percent, of which
-more is better needs nothing. For any other, add a line to METRICS; a plug-in gives `Outcome(units={name: Metric(...)})`. Tables, ranks, comparisons, pages and `published.csv` read
-unit and direction from here and nowhere else.
+The contract of task families: a metric is known by its name. One that is a fraction, printed in percent, of which more
+is better needs nothing. For any other, add a line to METRICS; a plug-in gives `Outcome(units={name: Metric(...)})`.
+Tables, ranks, comparisons, pages and `published.csv` read unit and direction from here and nowhere else.
 """
 
 from __future__ import annotations
 
 import math
 import re
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict
 

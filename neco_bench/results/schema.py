@@ -49,10 +49,10 @@ class _ProvenanceFacts(BaseModel):
 class Drawn(BaseModel):
     """What the interval of the primary metric rests on.
 
-    unit: what was drawn (`core.sampling`). units: how many independent ones there are; of blocks of frames, their number.
+    unit: what was drawn (`core.sampling`). units: how many independent ones, the blocks where frames are drawn.
     groups: drives, sequences or scenes; None where items are drawn by themselves. repeats: seeds or draws of the
-    training set whose spread is in the interval, 1 where there is none. method: how it was made. notes: what it does not
-    cover.
+    training set whose spread is in the interval, 1 where there is none. method: how it was made. notes: what it leaves
+    out.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
