@@ -14,7 +14,7 @@ from neco_bench.tasks.overclustering.clustering import kmeans, nearest
 import neco_bench
 from neco_bench.core.task import Context
 from neco_bench.encoders import load_encoder
-from neco_bench.features.extract import encode_within_memory
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.results.store import ResultStore
 from neco_bench.search import exact
 from neco_bench.search.approximate import ApproximateIndex, recall
@@ -130,10 +130,10 @@ def test_a_full_device_halves_the_batch() -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, 1.2 * 2**30 / torch.cuda.get_device_properties(0).total_memory))
     try:
-        features = encode_within_memory(encoder, images, context)
+        features = FeatureExtractor(encoder, context).encode(images)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert context.batch_size < 1024
+    assert context.batch_size_used < 1024
     torch.testing.assert_close(features[-8:], encoder.encode(images[-8:]).map, atol=1e-4, rtol=1e-4)
 
 

@@ -19,7 +19,7 @@ from neco_bench.core.protocol import find_tasks
 from neco_bench.core.task import Context
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import FeatureBatch, Transform, stream
+from neco_bench.features.extract import FeatureBatch, FeatureExtractor, Transform
 from neco_bench.features.store import FeatureStore, budget, remove_file, store_folder, stored_files
 from neco_bench.features.transforms import ResizeSquare
 from neco_bench.results.schema import Result
@@ -55,7 +55,8 @@ def batches(
 ) -> list[FeatureBatch]:
     dataset = load_segmentation("shapes", "val", limit=count)
     items = [(epoch, i) for epoch in range(epochs) for i in range(count)]
-    return list(stream(load_encoder(MODEL), dataset, transform or ResizeSquare(64, "pil"), context, "x", items=items))
+    extractor = FeatureExtractor(load_encoder(MODEL), context)
+    return list(extractor.stream(dataset, transform or ResizeSquare(64, "pil"), "x", items=items))
 
 
 def with_store(dtype: str = "fp32", batch_size: int = 8) -> Context:
@@ -79,7 +80,7 @@ def test_what_comes_back_is_what_was_computed(transform: Transform, encoded: lis
     computed = sum(encoded)
     again = batches(context, transform, epochs=2)
     assert sum(encoded) == computed == 80
-    assert context.reused == 40
+    assert context.run.reused == 40
     assert_same(plain, first)
     assert_same(plain, again)
 
@@ -105,7 +106,8 @@ def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]
     encoded.clear()
     dataset, items = load_segmentation("shapes", "val", limit=20), [(0, i) for i in range(20)]
     context = with_store(batch_size=4)
-    started = cast(Generator, stream(load_encoder(MODEL), dataset, ResizeSquare(64, "pil"), context, "x", items=items))
+    extractor = FeatureExtractor(load_encoder(MODEL), context)
+    started = cast(Generator, extractor.stream(dataset, ResizeSquare(64, "pil"), "x", items=items))
     for _ in range(3):  # the third is appended when the fourth is asked for
         next(started)
     started.close()
@@ -122,7 +124,7 @@ def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]
     encoded.clear()
     context = with_store(batch_size=4)
     assert_same(plain, batches(context))
-    assert (context.reused, sum(encoded)) == (12 - lost, 8 + lost)
+    assert (context.run.reused, sum(encoded)) == (12 - lost, 8 + lost)
     encoded.clear()
     assert_same(plain, batches(with_store()))
     assert not encoded
@@ -300,9 +302,8 @@ def test_features_that_another_process_deleted_are_computed(encoded: list[int]) 
     plain = batches(with_store())
     folder = Path(stored_files()[0]["folder"])
     encoded.clear()
-    reading = stream(
-        load_encoder(MODEL), load_segmentation("shapes", "val", limit=20), ResizeSquare(64, "pil"), with_store(), "x"
-    )
+    extractor = FeatureExtractor(load_encoder(MODEL), with_store())
+    reading = extractor.stream(load_segmentation("shapes", "val", limit=20), ResizeSquare(64, "pil"), "x")
     streamed = [next(reading)]
     (folder / "features.bin").unlink()
     streamed += reading

@@ -33,6 +33,7 @@ from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import IGNORE, Sample
 from neco_bench.data.shapes import Shapes
 from neco_bench.encoders import DenseFeatures, Encoder
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.metrics import segmentation
 from neco_bench.metrics.bootstrap import bootstrap_miou
 from tests.typed import load_segmentation, present
@@ -248,8 +249,8 @@ def test_sliding_equals_a_naive_way(shape: tuple[int, int]) -> None:
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     image = np.asarray(Image.fromarray(image).resize((8, 8)).resize(shape[::-1], Image.Resampling.BICUBIC))
     encoder, head, context = Colours(), trained_head(), Context(batch_size=2)
-    settings = make_settings(input_size=48, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
-    features, corners = dinov3.encode_windows(encoder, image, 48, settings, context)
+    extractor = FeatureExtractor(encoder, context, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
+    features, corners = dinov3.encode_windows(extractor, image, 48, 32)
     ours = dinov3.classify_windows(head, features, corners, 48, shape).numpy()
 
     short = min(shape)
@@ -285,7 +286,8 @@ def test_overlapping_windows_are_averaged() -> None:
 def test_windows_encoded_in_parts_are_the_same() -> None:
     image = np.random.default_rng(0).integers(0, 256, (40, 200, 3), dtype=np.uint8)
     maps = [
-        dinov3.encode_windows(Colours(), image, 48, make_settings(), Context(batch_size=size))[0] for size in (1, 16)
+        dinov3.encode_windows(FeatureExtractor(Colours(), Context(batch_size=size)), image, 48, 32)[0]
+        for size in (1, 16)
     ]
     assert torch.equal(*maps)
 
@@ -357,7 +359,7 @@ def test_a_whole_run_beats_chance() -> None:
     assert outcome.metrics["mIoU"] > 1.7 * shares.max() / 9
     assert outcome.metrics["mIoU"] == pytest.approx(segmentation.mean_iou(total, absent="union"))
     assert outcome.metrics["mIoU_last"] <= outcome.metrics["mIoU"]
-    assert context.notes["iteration_reported"] in (20, 40, 50)
+    assert context.run.notes["iteration_reported"] in (20, 40, 50)
     low, high = present(outcome.ci95["mIoU"])
     assert low <= outcome.metrics["mIoU"] <= high
     truth = [np.bincount(s.mask[s.mask != IGNORE], minlength=9) for s in (data["val"][i] for i in range(16))]
@@ -397,7 +399,7 @@ def test_the_best_or_the_last_head_is_reported(select: str, reported: int, monke
     outcome = run(data, Colours(), context, select=select)
     truth = outcome.statistics["confusion"].sum((0, 2))
     present = np.count_nonzero(truth)
-    assert context.notes["iteration_reported"] == reported
+    assert context.run.notes["iteration_reported"] == reported
     assert outcome.metrics["mIoU_last"] == pytest.approx(truth[0] / truth.sum() / present)
     assert (outcome.metrics["mIoU"] > 0.7) == (select == "best")
     assert (outcome.metrics["mIoU"] == outcome.metrics["mIoU_last"]) == (select == "last")

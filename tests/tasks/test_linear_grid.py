@@ -19,7 +19,7 @@ def probe(protocol: str, seed: int = 0, **changes: object) -> tuple[Outcome, dic
     job = plan("baseline_hog", task, RunOptions(limit=8, seed=seed))
     context = Context(seed=seed, batch_size=8)
     outcome = task.module.run(load_encoder("baseline_hog"), dict(job.data), task.settings(), context)
-    return outcome, context.notes
+    return outcome, context.run.notes
 
 
 @pytest.mark.parametrize("protocol", ["neco-1", "clean-1"])

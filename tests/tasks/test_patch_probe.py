@@ -34,6 +34,7 @@ from neco_bench.core.task import Context
 from neco_bench.data.base import IGNORE, Sample, SegmentationDataset, Void
 from neco_bench.data.load import DATASETS
 from neco_bench.encoders import DenseFeatures, Encoder
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.patches import BicubicResizeSquare, majority_label, patchify, unpatchify
 from tests.tasks.test_shapes import Oracle, Painted
 from tests.typed import load_segmentation, present
@@ -265,10 +266,10 @@ def test_patches_that_are_mostly_void_are_dropped_and_the_rest_counts() -> None:
     for void, dropped in (("wins ties", 4), ("loses ties", 3), ("never votes", 3)):
         context = Context(batch_size=3)
         options = some_settings(void=void)
-        patches, split, scaler = probe.read_train(Cells(), data, options, context, 16)
-        assert context.notes["dropped_patches"] == dropped
+        patches, split, scaler = probe.read_train(FeatureExtractor(Cells(), context), data, options, 16)
+        assert context.run.notes["dropped_patches"] == dropped
         assert (split, len(patches)) == (9 * 16 - dropped + 1, 10 * 16 - dropped + 1)
-        assert context.notes["training_patches"] == 160 - dropped
+        assert context.run.notes["training_patches"] == 160 - dropped
         images = torch.stack([torch.from_numpy(data[i].image) for i in fit]).permute(0, 3, 1, 2) / 255
         rows = Cells().encode(images).map.permute(0, 2, 3, 1).reshape(-1, 3)
         expected = StandardScaler().fit_transform(rows.double().numpy())
@@ -284,9 +285,10 @@ def test_max_patches_takes_as_many_of_each_image() -> None:
     rng = np.random.default_rng(0)
     data = Given(np.ones((10, 16, 16), np.uint8), rng.integers(0, 256, (10, 16, 16)))
     context = Context()
-    patches, split, scaler = probe.read_train(Cells(), data, some_settings(max_patches=50), context, 16)
+    extractor = FeatureExtractor(Cells(), context)
+    patches, split, scaler = probe.read_train(extractor, data, some_settings(max_patches=50), 16)
     assert (split, len(patches), scaler.n_samples_seen_) == (9 * 5, 9 * 5 + 16, 9 * 16)
-    assert context.notes["training_patches"] == 50
+    assert context.run.notes["training_patches"] == 50
     assert len(probe.refit_rows(patches, split)) == 50
 
 
@@ -347,7 +349,7 @@ def test_the_held_out_images_are_fitted_on_in_the_end(method: str) -> None:
     context = Context()
     outcome = probe.run(Cells(), data, options, context)
     assert outcome.metrics["mIoU"] == 1
-    (value,) = set(context.notes["held_out_mIoU"].values())
+    (value,) = set(context.run.notes["held_out_mIoU"].values())
     assert value < 0.5
 
 
@@ -413,9 +415,9 @@ def test_the_protocol_equals_a_second_pipeline(method: str) -> None:
     context = Context()
     outcome = probe.run(neco_bench.load_encoder("baseline_hog"), data, options, context)
     grid, expected = second_pipeline("baseline_hog", options, 12)
-    assert context.notes["held_out_mIoU"] == pytest.approx(grid, abs=1e-9)
+    assert context.run.notes["held_out_mIoU"] == pytest.approx(grid, abs=1e-9)
     assert outcome.metrics["mIoU"] == pytest.approx(expected, abs=1e-9)
-    assert context.notes["chosen"] == max(grid, key=lambda name: grid[name])
+    assert context.run.notes["chosen"] == max(grid, key=lambda name: grid[name])
     assert len(set(grid.values())) > 2
 
 
