@@ -15,6 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist has a process per 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that fetch run only where `-m` names them."""
+    if "network" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="fetches; run with -m network")
+        for item in items:
+            if item.get_closest_marker("network"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real sample data; skips where it is not there."""
