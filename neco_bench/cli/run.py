@@ -76,7 +76,7 @@ def run(
     if distributed.started_by_torchrun():
         distributed.join()
     check_device(device)
-    tasks = find_tasks(task, parse_changes(changes or []))
+    tasks = find_tasks(task, parse_changes(changes or []), data_root=data_root)
     options = RunOptions(
         data_root=data_root,
         device=device,

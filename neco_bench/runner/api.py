@@ -44,7 +44,7 @@ def run(
     names = [task] if isinstance(task, str) else task
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"run() takes the name of a task such as 'shapes_ic', not {type(task).__name__}.")
-    tasks = find_tasks(list(names), changes) if names else []
+    tasks = find_tasks(list(names), changes, data_root=data_root) if names else []
     if len(tasks) != 1:
         raise UsageError(f"run() takes one task, {task!r} names {len(tasks)}. Call it once for each.")
     chosen = RunOptions(data_root=Path(data_root) if data_root else None, **options)

@@ -99,7 +99,8 @@ def job_of(result: Result, **given: Any) -> Job:
     options = {name: kinds.get(name, str)(recorded[name]) for name in names if name in recorded}
     options |= {name: value for name, value in given.items() if value is not None}
     model = re.sub(r"\[input=\d+\]$", "", result.model).removesuffix(f"[layers={options.get('layers')}]")
-    (task,) = find_tasks([f"{result.task}@{result.protocol.removesuffix('*')}"], result.changed)
+    name = f"{result.task}@{result.protocol.removesuffix('*')}"
+    (task,) = find_tasks([name], result.changed, data_root=options.get("data_root"))
     return plan(model, task, RunOptions(seed=result.seed, **options))
 
 

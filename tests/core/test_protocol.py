@@ -76,7 +76,7 @@ def test_unknown_names(request_: str, told: str) -> None:
 
 def test_a_protocol_that_a_card_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     card = replace(CARDS["camvid_ic"], protocols={"hbird-2": {}})
-    monkeypatch.setattr("neco_bench.core.protocol.all_cards", lambda: ({card.name: card}, {}))
+    monkeypatch.setattr("neco_bench.core.protocol.all_cards", lambda *_: ({card.name: card}, {}))
     with pytest.raises(UsageError, match="not defined under protocol 'clean-1'; it has hbird-2"):
         find_tasks(["camvid_ic@clean-1"])
 
