@@ -76,7 +76,7 @@ class Settings(BaseModel):
             raise ValueError(f"must be at most {MOST:,}")
         return value
 
-    def used_size(self, stride: int) -> int:
+    def input_size_for(self, stride: int) -> int:
         """Side of the input in pixels: the multiple of `stride` nearest to `input_size`, or `tokens_per_side` strides.
 
         The larger multiple on ties, at least one stride.
@@ -362,7 +362,7 @@ def find_tasks(
     *,
     data_root: str | os.PathLike[str] | None = None,
 ) -> list[Task]:
-    """Tasks of names, globs and `name@protocol`, comma-separated or not, without repeats, in the order asked for.
+    """Tasks of names, globs and `name@protocol`, comma-separated or not, without repeats, in the given order.
 
     A glob without a protocol takes each card's default; with one, the cards that have it.
     data_root: where data sets of one's own are; None: NECO_BENCH_DATA. Raises UsageError for unknown names and
@@ -385,14 +385,14 @@ def find_tasks(
                     f"Unknown task {match!r}.{did_you_mean(match, cards)} `neco-bench tasks` lists all.{note}"
                 )
             card = cards[match]
-            chosen = wanted or card.default_protocol
-            if chosen not in card.protocols:
-                protocol(card.family, chosen)
+            wanted_id = wanted or card.default_protocol
+            if wanted_id not in card.protocols:
+                protocol(card.family, wanted_id)
                 raise UsageError(
-                    f"Task {match!r} is not defined under protocol {chosen!r}; it has {', '.join(card.protocols)}."
+                    f"Task {match!r} is not defined under protocol {wanted_id!r}; it has {', '.join(card.protocols)}."
                 )
-            task = Task(card, protocol(card.family, chosen), dict(changed or {}))
-            tasks.setdefault((match, chosen), task)
+            task = Task(card, protocol(card.family, wanted_id), dict(changed or {}))
+            tasks.setdefault((match, wanted_id), task)
         if not names:
             _raise_broken(name, broken)
             raise UsageError(f"No task matches {request!r}. `neco-bench tasks` lists all.")
