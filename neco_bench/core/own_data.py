@@ -47,8 +47,9 @@ class DatasetFile(BaseModel):
     """What a `dataset.toml` says.
 
     kind: images with masks, or pairs of images with keypoints. images, masks: patterns of paths from the folder, with
-    {id}, and {split} where splits are folders; a pattern that ends in ".*" takes any suffix of images. splits: names of
-    folders, or {name: file}, a list of ids, one a line (of pairs the JSON file). ignore: mask values that mean void.
+    {id}, and {split} where splits are folders; a pattern that ends in ".*" takes any suffix of images. splits:
+    {name: file}, a list of ids, one a line (of pairs the JSON file), "" for a folder of that name. ignore: mask values
+    that mean void.
     ids: {mask value: class or "void"}; without it class k has the value k. palette: RGB of each class, for pictures.
     mask_values: "colours" where masks are RGB pictures in the colours of the palette. ignore_colours: RGB of void in
     these. citation: printed with results.
@@ -60,7 +61,7 @@ class DatasetFile(BaseModel):
     classes: tuple[str, ...] = ()
     images: str
     masks: str = ""
-    splits: tuple[str, ...] | dict[str, str]
+    splits: dict[str, str]
     ignore: tuple[MaskValue, ...] = (255,)
     ids: dict[MaskValue, str] = {}
     palette: tuple[Colour, ...] = ()
@@ -80,15 +81,19 @@ class DatasetFile(BaseModel):
             raise ValueError('write the path with {id} once, as in "images/{id}.jpg"')
         return _inside(pattern)
 
+    @field_validator("splits", mode="before")
+    @classmethod
+    def _as_table(cls, value: object) -> object:
+        return dict.fromkeys(value, "") if isinstance(value, list) and all(isinstance(n, str) for n in value) else value
+
     @field_validator("splits")
     @classmethod
-    def _are_names(cls, splits: tuple[str, ...] | dict[str, str]) -> tuple[str, ...] | dict[str, str]:
+    def _are_names(cls, splits: dict[str, str]) -> dict[str, str]:
         if not splits:
             raise ValueError('name one or more, as in { train = "train.txt", val = "val.txt" }')
-        for name in splits:
+        for name, file in splits.items():
             if not _NAME.fullmatch(name):
                 raise ValueError(f"{name!r} must be made of letters, digits, _ and -")
-        for file in splits.values() if isinstance(splits, dict) else ():
             _inside(file)
         return splits
 
@@ -106,12 +111,12 @@ class DatasetFile(BaseModel):
 
     @model_validator(mode="after")
     def _fits_together(self) -> DatasetFile:
-        if not isinstance(self.splits, dict) and not (self.kind == "segmentation" and "{split}" in self.images):
+        if "" in self.splits.values() and not (self.kind == "segmentation" and "{split}" in self.images):
             raise ValueError(
-                "splits without files need {split} in images; else name a list of ids for each, as in "
+                'splits of pairs name their JSON files, as in { test = "pairs.json" }'
+                if self.kind == "pairs"
+                else "splits without files need {split} in images; else name a list of ids for each, as in "
                 '{ train = "train.txt" }'
-                if self.kind == "segmentation"
-                else 'splits of pairs name their JSON files, as in { test = "pairs.json" }'
             )
         if self.kind == "pairs":
             given = sorted({"classes", "masks", "ignore", "ids", "palette", "mask_values"} & self.model_fields_set)

@@ -59,7 +59,7 @@ def own_class(own: OwnDataset) -> type[Dataset]:
             f"  {own.folder}/{line}"
             for line in (
                 f"{FILE}",
-                *(file.splits.values() if isinstance(file.splits, dict) else ()),
+                *filter(None, file.splits.values()),
                 file.images,
                 *filter(None, [file.masks]),
             )
@@ -115,7 +115,7 @@ class _OwnSegmentation(PairedFolders):
 
     def __init__(self, folder: Path, split: str) -> None:
         """Raises AbsentSplitError (no list, no images), MissingError (no image or mask), BadInputError (list)."""
-        if not isinstance(self.file.splits, dict):
+        if not self.file.splits[split]:
             super().__init__(folder, split)
             return
         self._set_tree(self.tree(folder, split), split)
@@ -133,10 +133,8 @@ class _OwnSegmentation(PairedFolders):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
-        if isinstance(cls.file.splits, dict) and not (folder / cls.file.splits[split]).is_file():
-            return False
-        return super().has_images(folder, split)
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
+        return (folder / cls.file.splits[split]).exists() and super().has_images(folder, split)
 
     @property
     def table(self) -> np.ndarray:
@@ -223,7 +221,6 @@ class _OwnPairs(PairDataset):
 
     def __init__(self, folder: Path, split: str) -> None:
         """Raises MissingError (no JSON file, no image) and BadInputError (wrong content)."""
-        assert isinstance(self.file.splits, dict)
         self.folder, self.split = folder, split
         self._images = files_of(folder, self.file.images, split)
         path = folder / self.file.splits[split]
@@ -247,8 +244,7 @@ class _OwnPairs(PairDataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
-        assert isinstance(cls.file.splits, dict)
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         return (folder / cls.file.splits[split]).is_file() and files_of(folder, cls.file.images, split).any()
 
     def read_image(self, image_id: str) -> np.ndarray:

@@ -347,26 +347,41 @@ def test_wrong_files_are_one_error(fault: str, declared: Path, tmp_path: Path) -
         raise AssertionError(answer.err)
 
 
+def remove(folder: Path, pattern: str) -> None:
+    for path in folder.rglob(pattern):
+        path.unlink()
+
+
+def rename_masks(folder: Path) -> None:
+    for number, path in enumerate(list(folder.rglob("*.png"))):
+        path.rename(path.with_name(f"q{number}.png"))
+
+
+def write_masks(folder: Path, array: np.ndarray) -> None:
+    for path in folder.rglob("*.png"):
+        save(path, array)
+
+
 INIT_FAULTS: dict[str, tuple[Callable[[Path], object], type[NecoBenchError], str]] = {
     "one is there": (lambda f: declare(f, TOML), UsageError, "Edit it, or write it again with --overwrite"),
-    "no images": (lambda f: [p.unlink() for p in f.rglob("*.*g")], MissingError, "holds no images"),
+    "no images": (lambda f: remove(f, "*.*g"), MissingError, "holds no images"),
     "no masks": (
-        lambda f: [p.unlink() for p in f.rglob("*.png")],
+        lambda f: remove(f, "*.png"),
         MissingError,
         "but no masks: put images into images/",
     ),
     "names that differ": (
-        lambda f: [p.rename(p.with_name(f"q{i}.png")) for i, p in enumerate(f.rglob("*.png"))],
+        rename_masks,
         MissingError,
         "have a name in common",
     ),
     "photographs as masks": (
-        lambda f: [save(p, image_of(i)) for i, p in enumerate(f.rglob("*.png"))],
+        lambda f: write_masks(f, image_of(0)),
         BadInputError,
         "values or colours, more than there can be classes",
     ),
     "one class": (
-        lambda f: [save(p, np.zeros((20, 30), np.uint8)) for p in f.rglob("*.png")],
+        lambda f: write_masks(f, np.zeros((20, 30), np.uint8)),
         BadInputError,
         "hold 1 class",
     ),
