@@ -12,7 +12,7 @@ from typing import Annotated
 import typer
 
 from neco_bench.cli.common import DataRoot, Device, Json, Layers, Precision, Weights, app
-from neco_bench.cli.output import foreign_code, phases, print_rows, summary
+from neco_bench.cli.output import foreign_code, phases, print_rows, summaries
 from neco_bench.core.errors import UsageError
 
 
@@ -31,6 +31,10 @@ def run(
         int | None, typer.Option(help="Loading processes; default: cores - 1 for a GPU, threads for a CPU.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(help="Run so many seeds from --seed on: one result each, one row with their spread in tables."),
+    ] = 1,
     limit: Annotated[int | None, typer.Option(help="First N items of each split only; never ranked.")] = None,
     split_file: Annotated[Path | None, typer.Option(help="List of ids that restricts the training split.")] = None,
     weights: Weights = None,
@@ -102,13 +106,14 @@ def run(
         raise UsageError("--launcher-set needs --launcher.")
     store = ResultStore(out)
     with foreign_code():
-        jobs = plan_all(_models(model), tasks, options, store)
+        jobs = plan_all(_models(model), tasks, options, store, seeds=seeds)
     if dry_run:
         from neco_bench.runner.estimate import forecast
 
         with foreign_code():
             rows = forecast(jobs, store)
-        print_rows([{name: row[name] for name in row if as_json or name != "exit_code"} for row in rows], as_json)
+        hidden = () if as_json else ("exit_code",) if seeds > 1 else ("exit_code", "seed")
+        print_rows([{name: row[name] for name in row if name not in hidden} for row in rows], as_json)
         raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
     results = []
     if launcher is not None:
@@ -131,7 +136,8 @@ def run(
             if profile:
                 print_rows(phases(results[-1]), False, file=sys.stderr)
             note = f"error: {results[-1].error}" if results[-1].error else "done"
-            print(f"{job.label} on {job.task.card.name}@{job.task.label}: {note}", file=sys.stderr)
+            place = f"[{number + 1} of {len(jobs)}] " if len(jobs) > 1 else ""
+            print(f"{place}{job.title}: {note}", file=sys.stderr)
     except KeyboardInterrupt:
         if launcher is not None:
             grid.cancel()
@@ -141,7 +147,7 @@ def run(
     if distributed.rank() == 0 and as_json:
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
     elif distributed.rank() == 0:
-        print_rows([summary(result) for result in results], False)
+        print_rows(summaries(results), False)
     raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), 0))
 
 

@@ -151,7 +151,8 @@ def _check_count(dataset: Dataset) -> Finding:
     return Finding(
         "warning",
         dataset.split,
-        f"{coverage['found']} of the {coverage['expected']} items of the full split: results are marked as on a subset.",
+        f"{coverage['found']} of the {coverage['expected']} items of the full split: "
+        f"results are marked as on a subset.",
         "Get the whole data set for comparable numbers.",
     )
 

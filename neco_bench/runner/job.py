@@ -73,6 +73,12 @@ class Job:
         """The model column of tables: the spec, with the layers where inner ones were asked for."""
         return self.model + (f"[layers={self.options.layers}]" if self.options.layers else "")
 
+    @property
+    def title(self) -> str:
+        """What messages call it: model, task, and the seed where it is not 0."""
+        seed = f", seed {self.options.seed}" if self.options.seed else ""
+        return f"{self.label} on {self.task.card.name}@{self.task.label}{seed}"
+
 
 def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = None) -> Job:
     """Check the model's name and open the data. Loads no weights and no torch.
@@ -146,10 +152,13 @@ def identify(model: str, options: RunOptions, store: ResultStore) -> str:
     return loaded_id(model, options.weights, encoder)
 
 
-def plan_all(models: Iterable[str], tasks: Iterable[Task], options: RunOptions, store: ResultStore) -> list[Job]:
-    """Jobs of every model on every task. Names, settings and data are checked before anything runs.
+def plan_all(
+    models: Iterable[str], tasks: Iterable[Task], options: RunOptions, store: ResultStore, *, seeds: int = 1
+) -> list[Job]:
+    """Jobs of every model on every task, one for each of `seeds` from `options.seed` on.
 
-    Imports no torch, unless an encoder must be loaded to know what it is.
+    Names, settings and data are checked before anything runs. Imports no torch, unless an encoder must be
+    loaded to know what it is.
     """
     tasks = list(tasks)
     for task in tasks:
@@ -157,10 +166,23 @@ def plan_all(models: Iterable[str], tasks: Iterable[Task], options: RunOptions, 
     jobs = []
     for model in models:
         identity = identify(model, options, store)
-        jobs += [plan(model, task, options, identity=identity) for task in tasks]
+        jobs += [job for task in tasks for job in seeded(plan(model, task, options, identity=identity), seeds)]
     for job in jobs:
         if stored(job, store) is None:
             store.check_writable()
+    return jobs
+
+
+def seeded(job: Job, count: int) -> list[Job]:
+    """The job, and the same ones with the seeds that follow. Raises UsageError for a wrong number."""
+    if count < 1:
+        raise UsageError(f"--seeds must be at least 1, got {count}.")
+    replace(job.options, seed=job.options.seed + count - 1)  # raises where that is too large
+    jobs = []
+    for seed in range(job.options.seed, job.options.seed + count):
+        facts = {**job.facts, "seed": seed}
+        options = replace(job.options, seed=seed)
+        jobs.append(replace(job, options=options, facts=facts, key=digest([facts, job.identity])))
     return jobs
 
 
