@@ -131,6 +131,24 @@ def comparison_images(rows: list[tuple[str, float, float]], most: int, as_json: 
     ]
 
 
+def speed_row(result: Result) -> dict[str, Any]:
+    """Write a result of `speed` as a row."""
+    features, measured = result.provenance["features"], result.metrics
+    return {
+        "model": result.model,
+        "size": features["used_size"],
+        "tokens": features["tokens"],
+        "precision": result.provenance["precision"],
+        **{
+            f"{name.replace('_', ' ')}": result.metric(name).text(measured[name])
+            for name in ("images_per_second", "gflops_per_image", "million_parameters")
+        },
+        "peak memory (MiB)": f"{result.peak_memory_mb:.0f}",
+        "batch": result.provenance["batch_size_used"],
+        "device": result.provenance["device"],
+    }
+
+
 def phases(result: Result) -> list[dict[str, Any]]:
     """Write the seconds and the share of each phase, the longest first, then of what is in no phase."""
     total = result.timing.get("total", 0.0)

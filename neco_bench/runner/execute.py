@@ -95,7 +95,7 @@ def _executed(
     job: Job, encoder: Encoder, context: Context, provenance: dict[str, Any]
 ) -> tuple[dict[str, Any], Outcome]:
     """The fields of the result that are known before a run, and its outcome; `provenance` is filled on the way."""
-    provenance |= _encoder_facts(encoder) | {"training": _training(job, encoder)}
+    provenance |= encoder_facts(encoder) | {"training": _training(job, encoder)}
     if provenance["official"] is False:
         _warn_once(_unofficial(encoder.name))
     check_size(job.task, encoder)
@@ -127,7 +127,7 @@ def _executed(
         "dtype": "float16" if job.options.features == "fp16" else "float32",
     }
     provenance |= {
-        "device": _device_name(encoder),
+        "device": device_name(encoder),
         "batch_size_used": context.batch_size_used,
         "workers": context.workers,
         "features_reused": context.run.reused,
@@ -347,7 +347,8 @@ def settings_for(task: Task, encoder: Encoder) -> Any:
     return settings.model_copy(update={"input_size": encoder.nearest_size(settings.input_size)})
 
 
-def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
+def encoder_facts(encoder: Encoder) -> dict[str, Any]:
+    """What the provenance says of an encoder."""
     report = encoder.weights_report
     entry = zoo().get(encoder.name)
     taken = encoder.official is None and entry is not None and entry.has_official_weights  # by something else's name
@@ -368,7 +369,8 @@ def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _device_name(encoder: Encoder) -> str:
+def device_name(encoder: Encoder) -> str:
+    """The name of its GPU, or the kind of its device."""
     import torch
 
     device = encoder.device
