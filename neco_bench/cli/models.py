@@ -1,4 +1,4 @@
-"""`neco-bench models`, `check`, `speed`, `diagnose`, `export`. Commands import what is slow, such as torch, when they run."""
+"""`neco-bench models`, `check`, `speed`, `diagnose`, `export`. Commands import what is slow when they run."""
 
 from __future__ import annotations
 

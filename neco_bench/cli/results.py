@@ -122,9 +122,9 @@ def show(
 
     Example: neco-bench show baseline_hog --task shapes_ic
     """
-    from neco_bench.core.files import slug
     from neco_bench.reports.compare import results_of
     from neco_bench.runner.job import job_of
+    from neco_bench.viz.api import folder_of
     from neco_bench.viz.show import show as draw
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
@@ -135,7 +135,7 @@ def show(
     with open_stores(results) as stores:
         matching = results_of(stores, model, patterns)
     for result, store in matching.values():
-        folder = out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
+        folder = folder_of(result, out)
         try:
             with foreign_code():
                 job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)

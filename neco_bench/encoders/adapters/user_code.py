@@ -145,6 +145,27 @@ def _checked_module(made: Any, target: str) -> nn.Module:
     return made
 
 
+def encoder_of_module(module: nn.Module) -> Encoder:
+    """Make an Encoder of a module that is in memory already, where it is; an Encoder is returned as it is.
+
+    Raises `BadInputError` where it lacks embed_dim or stride, or they are no whole numbers.
+    """
+    if isinstance(module, Encoder):
+        return module
+    name = type(module).__name__
+    for fact in ("embed_dim", "stride"):
+        value = getattr(module, fact, None)
+        if not isinstance(value, int) or value < 1:
+            what = f"has the {fact} {value!r}" if hasattr(module, fact) else f"lacks {fact}"
+            raise BadInputError(f"The module {name} {what}; set it to a whole number above 0.")
+    encoder = ModuleEncoder(module)
+    encoder.name = name
+    check_has_values(encoder, name)
+    encoder.weights_id = whole_sha256(encoder) or hashlib.sha256(name.encode()).hexdigest()
+    encoder.weights_report = WeightsReport(source=f"a module of {type(module).__module__}")
+    return encoder
+
+
 class ModuleEncoder(Encoder):
     """A plain module as an encoder, its features taken as they come: no layers, no attention, no norm to leave out."""
 
