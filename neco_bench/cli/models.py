@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -46,6 +47,12 @@ def check(
         encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
         results = check_encoder(encoder)
     rows = [{"check": row.name, "passed": "pass" if row.passed else "FAIL", "detail": row.detail} for row in results]
+    if not as_json:  # an error that fails several checks is printed with the first of them
+        first: dict[str, str] = {}
+        for row in rows:
+            if row["passed"] == "FAIL":
+                name = first.setdefault(re.sub(r"\(\d+(, \d+)*\)", "", row["detail"]), row["check"])  # without shapes
+                row["detail"] = row["detail"] if name == row["check"] else f"as {name}"
     print_rows(rows, as_json)
     if any(row["passed"] == "FAIL" for row in rows):
         raise typer.Exit(4)

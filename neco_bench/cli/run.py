@@ -7,21 +7,41 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neco_bench.cli.common import DataRoot, Device, Json, Layers, Precision, Weights, app
+from neco_bench.cli.common import (
+    DataRoot,
+    Device,
+    Json,
+    Layers,
+    Precision,
+    Weights,
+    app,
+    is_quiet,
+    task_names,
+    zoo_names,
+)
 from neco_bench.cli.output import foreign_code, phases, print_rows, summaries
 from neco_bench.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from neco_bench.results.schema import Result
 
 
 @app.command()
 def run(
     model: Annotated[
-        list[str], typer.Option(help="Model spec; repeatable and comma-separated. See `neco-bench models`.")
+        list[str],
+        typer.Option(
+            help="Model spec; repeatable and comma-separated. See `neco-bench models`.", autocompletion=zoo_names
+        ),
     ],
-    task: Annotated[list[str], typer.Option(help="Task, glob or task@protocol; repeatable and comma-separated.")],
+    task: Annotated[
+        list[str],
+        typer.Option(help="Task, glob or task@protocol; repeatable and comma-separated.", autocompletion=task_names),
+    ],
     data_root: DataRoot = None,
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
     device: Device = None,
@@ -94,7 +114,7 @@ def run(
         layers=layers,
         features=features,
         overwrite=overwrite,
-        progress=distributed.rank() == 0,
+        progress=distributed.rank() == 0 and not is_quiet(),
     )
     if job_timeout is not None and (job_timeout <= 0 or launcher is not None or distributed.world() > 1):
         raise UsageError(
@@ -131,13 +151,8 @@ def run(
                     results.append(run_apart(job, store, job_timeout))
                 else:
                     results.append(execute.run_job(job, store))
-            if distributed.rank():
-                continue
-            if profile:
-                print_rows(phases(results[-1]), False, file=sys.stderr)
-            note = f"error: {results[-1].error}" if results[-1].error else "done"
-            place = f"[{number + 1} of {len(jobs)}] " if len(jobs) > 1 else ""
-            print(f"{place}{job.title}: {note}", file=sys.stderr)
+            if not distributed.rank():
+                _say_done(job.title, results[-1], profile)
     except KeyboardInterrupt:
         if launcher is not None:
             grid.cancel()
@@ -149,6 +164,13 @@ def run(
     elif distributed.rank() == 0:
         print_rows(summaries(results), False)
     raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), 0))
+
+
+def _say_done(title: str, result: Result, profile: bool) -> None:
+    if profile:
+        print_rows(phases(result), False, file=sys.stderr)
+    if result.error or not is_quiet():
+        print(f"{title}: {f'error: {result.error}' if result.error else 'done'}", file=sys.stderr)
 
 
 def _models(values: Sequence[str]) -> list[str]:

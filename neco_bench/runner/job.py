@@ -29,7 +29,7 @@ class Job:
     """One model on one task with its data opened: what `--dry-run` shows and `execute` runs.
 
     data: by role; the draws of a fraction have the roles "train/0", "train/1", ... identity: of the encoder's content,
-    as far as it is known. key: the content key, of facts and identity.
+    as far as it is known. key: the content key, of facts and identity. place: among the jobs of a command: "3 of 12".
     """
 
     model: str
@@ -39,6 +39,7 @@ class Job:
     facts: Mapping[str, Any]
     identity: str
     key: str
+    place: str = ""
 
     def identified(self, identity: str) -> Job:
         """The job with what is known of its encoder once that is loaded."""
@@ -75,9 +76,10 @@ class Job:
 
     @property
     def title(self) -> str:
-        """What messages call it: model, task, and the seed where it is not 0."""
+        """What messages call it: its place, model, task, and the seed where it is not 0."""
+        place = f"[{self.place}] " if self.place else ""
         seed = f", seed {self.options.seed}" if self.options.seed else ""
-        return f"{self.label} on {self.task.card.name}@{self.task.label}{seed}"
+        return f"{place}{self.label} on {self.task.card.name}@{self.task.label}{seed}"
 
 
 def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = None) -> Job:
@@ -170,6 +172,8 @@ def plan_all(
     for job in jobs:
         if stored(job, store) is None:
             store.check_writable()
+    if len(jobs) > 1:
+        jobs = [replace(job, place=f"{number} of {len(jobs)}") for number, job in enumerate(jobs, 1)]
     return jobs
 
 

@@ -2,7 +2,8 @@
 
 The function takes no arguments and returns an Encoder, or a module that maps normalised images (B, 3, H, W) to features
 (B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride` (`mean` and `std` too, where they are not
-ImageNet's; `training_data`, such as "imagenet, coco", for contamination notes). A file is run as any Python file is:
+ImageNet's; `training_data`, such as "imagenet, coco", for contamination notes; `only_size`, the side of the one square
+input that it takes, or `size_multiple`). A file is run as any Python file is:
 use only those you trust.
 """
 
@@ -178,6 +179,8 @@ class ModuleEncoder(Encoder):
         self.mean = tuple(getattr(module, "mean", self.mean))
         self.std = tuple(getattr(module, "std", self.std))
         self.training_data = getattr(module, "training_data", "")
+        self.only_size = getattr(module, "only_size", None)
+        self.size_multiple = getattr(module, "size_multiple", None)
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         features = self.module(images)
