@@ -40,3 +40,9 @@ class StopSignals:
         allowed = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
         if self._interrupts > allowed or (self.at_once and not repeated):
             raise KeyboardInterrupt
+
+
+def leave_signals_to_the_parent(worker: int) -> None:
+    """Ignore signals in a loading process: they reach all processes, and the step that goes on needs its workers."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

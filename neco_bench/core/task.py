@@ -21,6 +21,9 @@ class Context:
     batch_size: images per encoder forward; halved when the device runs out of memory. timing: seconds per phase.
     notes: facts of the run that belong in its provenance. store: where features are stored; None stores none. reused:
     images whose features came from it.
+    identity: what stands for the encoder, and the versions of libraries, in names of what a family stores; None stores
+    nothing. fresh: leave what is stored of earlier runs aside. checkpointing: of a family that trains the encoder,
+    compute activations again in backward: less memory, more time.
     recorded_ids: ids of items that `show` will draw. predictions: what `record` stored of them, by id.
     """
 
@@ -32,6 +35,9 @@ class Context:
     notes: dict[str, Any] = field(default_factory=dict)
     store: Any = None
     reused: int = 0
+    identity: str | None = None
+    fresh: bool = False
+    checkpointing: bool = False
     recorded_ids: frozenset[str] = frozenset()
     predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
 

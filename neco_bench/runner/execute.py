@@ -183,6 +183,8 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, En
         loaded = encoder or load_job_encoder(job)
     if encoder is None:
         job = replace(job, identity=loaded_id(job.model, options.weights, loaded))
+    context.identity = digest([job.identity, job.facts["versions"]])
+    context.fresh, context.checkpointing = options.overwrite, options.checkpointing
     if options.workers is None and loaded.device.type == "cpu":
         context.workers = 0  # threads load: processes would disturb an encoder on the same cores
     if options.features == "fp16" or (options.features != "off" and encoder is None):
