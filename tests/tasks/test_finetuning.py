@@ -91,10 +91,10 @@ def test_the_mask_transformer_is_torchs_with_class_tokens_cosines_and_a_norm() -
     tokens = torch.cat([tokens, decoder.tokens.expand(3, -1, -1)], 1)
     for block in decoder.blocks:
         reference = nn.TransformerEncoderLayer(128, 2, 512, 0.1, "gelu", norm_first=True, batch_first=True).eval()
-        attention, mlp = block.attention, block.mlp
+        attention, mlp, own = block.attention, block.mlp, reference.self_attn
         pairs = [
-            (reference.self_attn.in_proj_weight, attention.qkv.weight), (reference.self_attn.in_proj_bias, attention.qkv.bias),
-            (reference.self_attn.out_proj.weight, attention.project.weight), (reference.self_attn.out_proj.bias, attention.project.bias),
+            (own.in_proj_weight, attention.qkv.weight), (own.in_proj_bias, attention.qkv.bias),
+            (own.out_proj.weight, attention.project.weight), (own.out_proj.bias, attention.project.bias),
             (reference.linear1.weight, mlp[0].weight), (reference.linear1.bias, mlp[0].bias),
             (reference.linear2.weight, mlp[3].weight), (reference.linear2.bias, mlp[3].bias),
             (reference.norm1.weight, block.norm1.weight), (reference.norm1.bias, block.norm1.bias),
@@ -408,10 +408,8 @@ def test_a_stopped_run_goes_on_to_the_same_curve(
     assert losses(result) == losses(whole)
     assert len(losses(whole)) == 6
     assert result.metrics == whole.metrics
-    folders = [
-        Path(r.provenance["run"]["run_folder"]) / "checkpoint-0000006/student.safetensors" for r in (result, whole)
-    ]
-    assert folders[0].read_bytes() == folders[1].read_bytes()
+    weights = [Path(each.provenance["run"]["run_folder"]) / "checkpoint-0000006" for each in (result, whole)]
+    assert len({(folder / "student.safetensors").read_bytes() for folder in weights}) == 1
 
 
 class Killed(BaseException):
@@ -511,6 +509,19 @@ def test_cost_counts_passes_and_windows() -> None:
 # What it is for
 
 
+# Sizes and rates at which a small encoder learns eight images in under a minute of one core.
+HEART: dict[str, Any] = {}
+
+
+def _gain(folder: Path, linear: dict[str, Any], tuned: dict[str, Any], **options: Any) -> bootstrap.Difference:
+    """The mIoU of fine-tuning less that of the linear probe, of one encoder, on the same val images of shapes."""
+    sums = []
+    for name, changes in (("shapes_linear@clean-1", linear), ("shapes_finetune@clean-1", tuned)):
+        result = neco_bench.run("tiny_neco", name, out=folder, device="cpu", workers=0, changes=changes, **options)
+        sums.append(bootstrap.miou_sums(ResultStore(folder).statistics(result)["confusion"]))
+    return bootstrap.paired_difference(*sums)[0]
+
+
 @pytest.mark.slow
 def test_eight_real_images_are_learnt_by_heart(real_data: Path) -> None:
     """Without augmentation, a small encoder, scored at native resolution."""
@@ -520,18 +531,3 @@ def test_eight_real_images_are_learnt_by_heart(real_data: Path) -> None:
     encoder = load_encoder("tiny_neco", device="cpu")
     outcome = task.run(encoder, {"train": eight, "val": eight}, found.settings(), Context())  # type: ignore[arg-type]
     assert outcome.metrics["mIoU"] > 0.95
-
-
-HEART: dict[str, Any] = {}
-
-
-def _gain(folder: Path, **options: Any) -> bootstrap.Difference:
-    """The mIoU of fine-tuning less that of the linear probe, of one encoder, on the same val images of shapes."""
-    sums = []
-    for name, changes in (
-        ("shapes_linear@clean-1", options.pop("linear")),
-        ("shapes_finetune@clean-1", options.pop("tuned")),
-    ):
-        result = neco_bench.run("tiny_neco", name, out=folder, device="cpu", workers=0, changes=changes, **options)
-        sums.append(bootstrap.miou_sums(ResultStore(folder).statistics(result)["confusion"]))
-    return bootstrap.paired_difference(*sums)[0]
