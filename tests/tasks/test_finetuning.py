@@ -5,8 +5,12 @@ from __future__ import annotations
 import colorsys
 import copy
 import csv
+import multiprocessing
 import os
+import shutil
 import signal
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ from neco_bench.tasks.finetuning.settings import Settings
 from torch import Tensor, nn
 
 import neco_bench
+from neco_bench.core import distributed
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import NumericalError, UsageError
 from neco_bench.core.protocol import find_tasks
@@ -507,6 +512,78 @@ def test_cost_counts_passes_and_windows() -> None:
 
 
 # What it is for
+
+
+# Other processes
+
+# Forked from a server that has imported torch once.
+CHILD = multiprocessing.get_context("forkserver")
+CHILD.set_forkserver_preload(["neco_bench.tasks.finetuning.task", "neco_bench.encoders.adapters.timm_models"])
+LONGER = {"epochs": 6}
+
+
+def _in_child(out: Path, cache: str, environment: dict[str, str]) -> None:
+    os.environ.update(environment, NECO_BENCH_CACHE=cache)
+    torch.set_num_threads(1)
+    if environment:
+        distributed.join()
+    run(out, changes=LONGER)
+
+
+def _one_thread(out: Path) -> Any:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return run(out, changes=LONGER)
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.slow
+def test_a_process_that_is_killed_is_followed_by_one_that_ends_in_the_same_curve(cache: Path, tmp_path: Path) -> None:
+    """SIGTERM, which saves, then SIGKILL, which does not, each as soon as the log has grown."""
+    expected = losses(_one_thread(tmp_path / "reference"))
+    (folder,) = (cache / "finetuning").iterdir()
+    log, last = folder / "log.csv", folder / "checkpoint-0000012/student.safetensors"
+    weights = last.read_bytes()
+    shutil.rmtree(folder)
+    for kind, code, lines in ((signal.SIGTERM, 1, 3), (signal.SIGKILL, -signal.SIGKILL, 7), (None, 0, 0)):
+        child = CHILD.Process(target=_in_child, args=(tmp_path / "out", str(cache), {}))
+        child.start()
+        while kind and (not log.is_file() or len(log.read_text().splitlines()) < lines):
+            assert child.is_alive()
+            time.sleep(0.002)
+        if kind:
+            os.kill(child.pid or 0, kind)
+        child.join()
+        assert child.exitcode == code
+        assert len(list((tmp_path / "out").glob("**/*.json"))) == (kind is None)
+    with open(log, encoding="utf-8") as file:
+        assert [row["loss"] for row in csv.DictReader(file)] == expected
+    assert last.read_bytes() == weights
+
+
+@pytest.mark.slow
+def test_several_processes_train_as_one(cache: Path, tmp_path: Path) -> None:
+    """Four, of which one has no image in the last batch of an epoch, of three; up to rounding."""
+    reference = _one_thread(tmp_path / "reference")
+    expected = [float(loss) for loss in losses(reference)]
+    shutil.rmtree(cache / "finetuning")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
+    arguments = [(tmp_path / "out", str(cache), {**names, "RANK": str(rank)}) for rank in range(4)]
+    children = [CHILD.Process(target=_in_child, args=each) for each in arguments]
+    for child in children:
+        child.start()
+    for child in children:
+        child.join()
+    assert [child.exitcode for child in children] == [0, 0, 0, 0]
+    (result,) = ResultStore(tmp_path / "out").load_all()
+    assert result.provenance["processes"] == 4
+    assert [float(loss) for loss in losses(result)] == pytest.approx(expected, rel=1e-4)
+    assert result.metrics == pytest.approx(reference.metrics, abs=1e-3)
 
 
 # Sizes and rates at which a small encoder learns eight images in under a minute of one core.
