@@ -6,6 +6,8 @@ with 40 or 13 classes, named by the 1-based frame number in four digits.
 
 from __future__ import annotations
 
+import functools
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -67,6 +69,20 @@ def frames(split: str) -> list[int]:
     return sorted(test) if split == "test" else sorted(set(range(1, FRAMES + 1)) - test)
 
 
+@functools.cache
+def scene_runs() -> dict[int, int]:
+    """The first frame of the run of each frame: frames in a row of one split, which are one scene or several.
+
+    The file has the frames of a scene in a row, and no scene is in both splits; it names scenes, the masks do not.
+    """
+    runs: dict[int, int] = {}
+    for split in ("train", "test"):
+        own = set(frames(split))
+        for frame in sorted(own):
+            runs[frame] = runs[frame - 1] if frame - 1 in own else frame
+    return runs
+
+
 def labels_to_classes(classes: int) -> dict[int, int]:
     """The class id 0..39, or 0..12, of each label 1..894."""
     of_40 = dict.fromkeys(range(1, LABELS + 1), 39)
@@ -82,6 +98,7 @@ class NYUv2(PairedFolders):
     splits = ("train", "test")
     expected = {"train": 795, "test": 654}  # noqa: RUF012 (a ClassVar of the base class)
     image_size = (480, 640)
+    sampling_unit = "scene"
     citation = "Silberman et al., ECCV 2012; 40 classes: Gupta et al., CVPR 2013; 13 classes: Couprie et al., ICLR 2013"
     layout = """\
   <data root>/nyuv2/
@@ -100,7 +117,14 @@ class NYUv2(PairedFolders):
     )  # fmt: skip
 
     @classmethod
+    def group_of(cls, item: str) -> str | None:
+        """The run of frames (`scene_runs`) that holds a frame, as in "0014"."""
+        number = re.search(r"\d+$", item)
+        return str(scene_runs()[int(number[0])]) if number and int(number[0]) in scene_runs() else None
+
+    @classmethod
     def tree(cls, folder: Path, split: str) -> Tree:
+        """Return where the files of a split should be."""
         folder = locate(folder, "train_rgb", "test_rgb")
         count = len(cls.classes)
         images = Files(folder / f"{split}_rgb", ".png")
@@ -112,18 +136,19 @@ class NYUv2(PairedFolders):
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         count = len(self.classes)
         return id_table({0: IGNORE, **(labels_to_classes(count) if self.source else {i + 1: i for i in range(count)})})
 
-    def doubts(self, masks: MaskSummary) -> list[str]:
+    def sanity_check(self, masks: MaskSummary) -> list[str]:
         """Official frames have a border without labels."""
-        found = super().doubts(masks)
+        problems = super().sanity_check(masks)
         if len(masks) >= FEW and np.mean(np.array(masks.corners) == IGNORE) < 0.5:
-            found.append(
+            problems.append(
                 "The borders of the masks hold a class, those of official ones are void (0): ids are shifted, or void "
                 "was given the id of a class. Restore the original masks."
             )
-        return found
+        return problems
 
 
 class NYUv213(NYUv2):

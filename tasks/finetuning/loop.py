@@ -69,7 +69,7 @@ def fine_tune(
             if stopped:
                 raise KeyboardInterrupt
     trained = "decoder" if segmenter.fixed else "encoder and decoder"
-    context.notes |= {"steps": steps, "resumed_after": first, "trained": trained, "run_folder": str(folder.path or "")}
+    context.note(steps=steps, resumed_after=first, trained=trained, run_folder=str(folder.path or ""))
 
 
 def load_batches(train: SegmentationDataset, trainer: Trainer, size: int, first: int) -> Generator[Any, None, None]:
@@ -79,7 +79,7 @@ def load_batches(train: SegmentationDataset, trainer: Trainer, size: int, first:
     parts = [share_of_process(epochs.batch(step, s.batch_size)) for step in range(first, trainer.steps)]
     loader = DataLoader(
         ItemDataset(train, epochs, training_transform(s, size, encoder), context.seed),
-        batch_sampler=[part for part in parts if part],
+        batch_sampler=[list(part) for part in parts if part],
         collate_fn=collate,
         num_workers=context.workers,
         worker_init_fn=leave_signals_to_the_parent,
@@ -94,7 +94,7 @@ def load_batches(train: SegmentationDataset, trainer: Trainer, size: int, first:
         if isinstance(batch, NecoBenchError):
             raise batch
         _, images, masks = batch
-        truth = torch.from_numpy(np.stack([train.scored(mask) for mask in masks]).astype(np.int64))
+        truth = torch.from_numpy(np.stack([train.eval_mask(mask) for mask in masks]).astype(np.int64))
         yield images.to(encoder.device, non_blocking=True), truth.to(encoder.device, non_blocking=True)
 
 

@@ -17,7 +17,7 @@ from neco_bench.data.base import IGNORE
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.options import PRECISIONS
 from neco_bench.encoders.trainable import Regularisation, prepare, set_training
-from neco_bench.features.extract import encode_within_memory
+from neco_bench.features.extract import FeatureExtractor
 
 Scale = Callable[[Tensor], Tensor]  # of a loss, as `GradScaler.scale`
 
@@ -85,9 +85,9 @@ class Segmenter(nn.Module):
     def scores(self, images: Tensor, context: Context) -> Tensor:
         """Compute scores (B, K, h, w) of images (B, 3, H, W) in [0, 1], in parts that fit into memory, for testing."""
         options = {"final_norm": True, "mean": self.settings.mean, "std": self.settings.std}
-        features = encode_within_memory(self.encoder, images, context, **options)
+        features = FeatureExtractor(self.encoder, context, **options).encode(images)
         with self.autocast():
-            return torch.cat([self.decoder(part).float() for part in features.split(context.batch_size)])
+            return torch.cat([self.decoder(part).float() for part in features.split(context.batch_size_used)])
 
     def backward(self, images: Tensor, masks: Tensor, labelled: float, scale: Scale) -> float:
         """Add the gradient of the loss of images (B, 3, H, W) with masks (B, H, W) int64, and return the loss.

@@ -40,7 +40,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
     Memory is without the encoder's activations, gradient and momentum, which depend on its kind.
     """
-    s, window, classes = settings, settings.used_size(stride), len(data["val"].classes)
+    s, window, classes = settings, settings.input_size_for(stride), len(data["val"].classes)
     crops, cells = s.epochs * len(data["train"]), (window // stride) ** 2
     views = [
         (s.short_side * scale, 2 * s.short_side * scale) for scale in s.test_scales
@@ -69,7 +69,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU of an encoder with a decoder, both trained on data["train"], scored on data["val"]."""
-    val, window = data["val"], settings.used_size(encoder.stride)
+    val, window = data["val"], settings.input_size_for(encoder.stride)
     segmenter = Segmenter(copy.deepcopy(encoder), len(val.classes), settings, context.seed)
     fine_tune(segmenter, data["train"], window, settings, context)
 
@@ -104,12 +104,14 @@ def score_view(
 ) -> Tensor:
     """Compute scores (K, h, w) of an image at `scale` times the card's size, as the mean over overlapping windows."""
     factor = scale * window / settings.input_size
-    size = size_within(*image.shape[:2], factor * settings.short_side, factor * settings.long_side)
+    height, width = image.shape[:2]
+    size = size_within(height, width, factor * settings.short_side, factor * settings.long_side)
     resized = to_tensor(resize_bilinear(image, *size))
     if min(size) < window:
         size = short_side_size(*size, window)
         resized = F.interpolate(resized[None], size, mode="bilinear", align_corners=False)[0]
     overlap = round(settings.window_overlap * window / settings.input_size)
-    corners = list(itertools.product(*(window_starts(side, window, max(1, window - overlap)) for side in size)))
+    rows, columns = (window_starts(side, window, max(1, window - overlap)) for side in size)
+    corners = list(itertools.product(rows, columns))
     crops = torch.stack([resized[:, top : top + window, left : left + window] for top, left in corners])
     return merge_windows(segmenter.scores(crops, context), corners, window)

@@ -130,15 +130,15 @@ class Trainer:
         context, shard = self.context, self.segmenter.shard
         while True:
             self.optimizer.zero_grad(set_to_none=True)
-            loss, first = 0.0, 0
+            loss, first, size = 0.0, 0, context.batch_size_used
             try:
-                for images, masks in zip(*(part.split(context.batch_size) for part in batch or ()), strict=True):
+                for images, masks in zip(*(part.split(size) for part in batch or ()), strict=True):
                     shard.start, shard.images = start + first, len(images)
                     loss += self.segmenter.backward(images, masks, labelled, self.scaler.scale)
                     first += len(images)
                 return loss
             except (RuntimeError, MemoryError, NecoBenchError) as error:
-                if context.batch_size == 1 or distributed.world() > 1 or not is_out_of_memory(error):
+                if size == 1 or distributed.world() > 1 or not is_out_of_memory(error):
                     raise
-            context.batch_size = min(context.batch_size, len(batch[0]) if batch else 1) // 2 or 1
+            context.run.batch_size = min(size, len(batch[0]) if batch else 1) // 2 or 1
             torch.cuda.empty_cache()

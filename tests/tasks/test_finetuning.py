@@ -36,6 +36,7 @@ from neco_bench.encoders import DenseFeatures, Encoder, checkpoints, load_encode
 from neco_bench.encoders.weights import state_sha256
 from neco_bench.metrics import bootstrap
 from neco_bench.results.store import ResultStore
+from tests.typed import load_segmentation
 
 MODEL = "timm:test_vit?pretrained=false&seed=0"
 FEW = {"input_size": 64, "short_side": 64, "long_side": 128, "window_overlap": 16, "epochs": 3, "batch_size": 4}
@@ -63,7 +64,7 @@ def run(out: Path, protocol: str = "segmenter-mask-1", model: Any = MODEL, **opt
 def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache folder without trainings, but with the shapes."""
     shapes = Path(os.environ["NECO_BENCH_CACHE"]) / "shapes-1"
-    neco_bench.load_dataset("shapes", "train")[0]
+    load_segmentation("shapes", "train")[0]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache/shapes-1").symlink_to(shapes)
     monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "cache"))
@@ -96,14 +97,15 @@ def test_the_mask_transformer_is_torchs_with_class_tokens_cosines_and_a_norm() -
     tokens = torch.cat([tokens, decoder.tokens.expand(3, -1, -1)], 1)
     for block in decoder.blocks:
         reference = nn.TransformerEncoderLayer(128, 2, 512, 0.1, "gelu", norm_first=True, batch_first=True).eval()
-        attention, mlp, own = block.attention, block.mlp, reference.self_attn
+        layers: Any = block
+        attention, mlp, own = layers.attention, layers.mlp, reference.self_attn
         pairs = [
             (own.in_proj_weight, attention.qkv.weight), (own.in_proj_bias, attention.qkv.bias),
             (own.out_proj.weight, attention.project.weight), (own.out_proj.bias, attention.project.bias),
             (reference.linear1.weight, mlp[0].weight), (reference.linear1.bias, mlp[0].bias),
             (reference.linear2.weight, mlp[3].weight), (reference.linear2.bias, mlp[3].bias),
-            (reference.norm1.weight, block.norm1.weight), (reference.norm1.bias, block.norm1.bias),
-            (reference.norm2.weight, block.norm2.weight), (reference.norm2.bias, block.norm2.bias),
+            (reference.norm1.weight, layers.norm1.weight), (reference.norm1.bias, layers.norm1.bias),
+            (reference.norm2.weight, layers.norm2.weight), (reference.norm2.bias, layers.norm2.bias),
         ]  # fmt: skip
         with torch.no_grad():
             for there, here in pairs:
@@ -128,7 +130,8 @@ def test_initial_weights_are_the_references() -> None:
     assert float(decoder.tokens.detach().std()) == pytest.approx(0.02, rel=0.1)
     assert float(decoder.patch_map.detach().std()) == pytest.approx(192**-0.5, rel=0.02)
     assert float(decoder.embed.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
-    assert [block.attention.heads for block in decoder.blocks] == [3, 3]
+    blocks: Any = decoder.blocks
+    assert [block.attention.heads for block in blocks] == [3, 3]
     assert sum(p.numel() for p in decoder.parameters()) == (
         192 * 192 * 3 + 192 + 50 * 192 + 2 * (12 * 192**2 + 13 * 192) + 2 * 192 + 2 * 50
     )
@@ -181,7 +184,7 @@ def test_epochs_are_permutations_and_processes_share_their_batches(monkeypatch: 
     for world in (2, 3, 4):
         monkeypatch.setattr(training.distributed, "world", lambda world=world: world)
         for batch in batches:
-            parts = []
+            parts: list[int] = []
             for rank in range(world):
                 monkeypatch.setattr(training.distributed, "rank", lambda rank=rank: rank)
                 parts += training.share_of_process(batch)
@@ -276,7 +279,7 @@ def test_views_and_windows_are_averaged(views: dict[str, Any], shape: tuple[int,
     settings = settings_of("ade20k_finetune@segmenter-linear-1", input_size=32, short_side=48, **views)
     segmenter = Segmenter(Colours(), 4, settings, 0).eval()
     assert segmenter.fixed
-    nn.init.normal_(segmenter.decoder.weight)
+    nn.init.normal_(next(segmenter.decoder.parameters()))
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), np.uint8)
     total = torch.zeros(4, *shape)
     for scale in settings.test_scales:
@@ -337,7 +340,7 @@ def whole_step() -> tuple[float, Tensor]:
 def test_parts_of_a_batch_and_checkpointing_change_nothing(whole_step: tuple[float, Tensor]) -> None:
     """Stochastic depth and dropout are on: they follow from the place in the batch."""
     for options in ({"batch_size": 1}, {"batch_size": 3}, {"batch_size": 16, "checkpointing": True}):
-        loss, weights = _step(**options)  # type: ignore[arg-type]
+        loss, weights = _step(**options)
         assert loss == pytest.approx(whole_step[0], rel=1e-5)
         torch.testing.assert_close(weights, whole_step[1], rtol=1e-4, atol=1e-6)
 
@@ -361,7 +364,7 @@ def test_the_loss_is_the_mean_over_labelled_pixels_and_the_step_is_nesterovs() -
         with torch.no_grad():
             for parameter, gradient, velocity in zip(twin.trained, gradients, momentum, strict=True):
                 velocity.mul_(0.9).add_(gradient)
-                parameter -= rate * (gradient + 0.9 * velocity)
+                parameter.sub_(rate * (gradient + 0.9 * velocity))
     for here, there in zip(segmenter.trained, twin.trained, strict=True):
         torch.testing.assert_close(here, there, rtol=1e-4, atol=1e-6)
 
@@ -505,7 +508,7 @@ def test_cost_counts_passes_and_windows() -> None:
     settings = settings_of(
         "ade20k_finetune", input_size=512, short_side=512, long_side=2048, window_overlap=32, epochs=2
     )
-    data: Any = {role: neco_bench.load_dataset("shapes", role, limit=10) for role in ("train", "val")}
+    data: Any = {role: load_segmentation("shapes", role, limit=10) for role in ("train", "val")}
     assert task.cost(settings, data, 16, 384).images == 3 * 2 * 10 + 3 * 10  # windows at 0, 480, 512 of 1024
     both = settings.model_copy(update={"test_flip": True})
     assert task.cost(both, data, 16, 384).images == 3 * 2 * 10 + 2 * 3 * 10
@@ -602,8 +605,8 @@ def _gain(folder: Path, linear: dict[str, Any], tuned: dict[str, Any], **options
 @pytest.mark.slow
 def test_eight_real_images_are_learnt_by_heart(real_data: Path) -> None:
     """Without augmentation, a small encoder, scored at native resolution."""
-    train = neco_bench.load_dataset("voc2012", "train", root=real_data)
-    eight = train.chosen([train.ids[i] for i in range(0, len(train), len(train) // 8)][:8])
+    train = load_segmentation("voc2012", "train", root=real_data)
+    eight = train.subset([train.ids[i] for i in range(0, len(train), len(train) // 8)][:8])
     (found,) = find_tasks(["voc_finetune@clean-1"], HEART)
     encoder = load_encoder("tiny_neco", device="cpu")
     outcome = task.run(encoder, {"train": eight, "val": eight}, found.settings(), Context())  # type: ignore[arg-type]
