@@ -407,11 +407,11 @@ def test_a_stopped_run_goes_on_to_the_same_curve(
 
     monkeypatch.setattr(training.Trainer, "step", step)
     with pytest.raises(KeyboardInterrupt):
-        run(tmp_path)
+        run(tmp_path / "out")
     monkeypatch.setattr(training.Trainer, "step", plain)
     assert signal.getsignal(kind) == handler
-    assert not list(tmp_path.glob("**/*.json"))
-    result = run(tmp_path)
+    assert not list((tmp_path / "out").glob("**/*.json"))
+    result = run(tmp_path / "out")
     assert result.provenance["run"]["resumed_after"] == 4
     assert losses(result) == losses(whole)
     assert len(losses(whole)) == 6

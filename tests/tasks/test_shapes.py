@@ -30,6 +30,8 @@ CASES = [f"{card.name}@{protocol}" for card in CARDS.values() for protocol in ca
 SMALL: dict[str, dict[str, Any]] = {
     "in_context": {"input_size": 112},
     "linear_segmentation": {"input_size": 112, "epochs": 2, "batch_size": 3},
+    "linear_segmentation@dinov2-1": {"input_size": 112, "iterations": 4, "batch_size": 3},
+    "linear_segmentation@leopart-fcn-1": {"input_size": 112, "epochs": 2, "batch_size": 3, "channels": 16},
     "linear_segmentation@dinov3-1": {"input_size": 112, "iterations": 4, "evaluate_every": 2, "batch_size": 3},
     "finetuning": {"input_size": 112, "epochs": 1, "batch_size": 3},
     "patch_probe": {"input_size": 112, "ks": [1, 3], "regularisations": [0.1, 10.0], "max_iterations": 20},
