@@ -589,25 +589,58 @@ def test_several_processes_train_as_one(cache: Path, tmp_path: Path) -> None:
     assert result.metrics == pytest.approx(reference.metrics, abs=1e-3)
 
 
-# Sizes and rates at which a small encoder learns eight images in under a minute of one core.
-HEART: dict[str, Any] = {}
+class Convolutions(Encoder):
+    """Three convolutions, random for a seed: an encoder that learns in a minute of one core."""
 
+    name, weights_id, embed_dim = "convolutions", "0", 64
 
-def _gain(folder: Path, linear: dict[str, Any], tuned: dict[str, Any], **options: Any) -> bootstrap.Difference:
-    """The mIoU of fine-tuning less that of the linear probe, of one encoder, on the same val images of shapes."""
-    sums = []
-    for name, changes in (("shapes_linear@clean-1", linear), ("shapes_finetune@clean-1", tuned)):
-        result = neco_bench.run("tiny_neco", name, out=folder, device="cpu", workers=0, changes=changes, **options)
-        sums.append(bootstrap.miou_sums(ResultStore(folder).statistics(result)["confusion"]))
-    return bootstrap.paired_difference(*sums)[0]
+    def __init__(self, stride: int) -> None:
+        super().__init__()
+        self.stride = stride
+        first = {4: (8, 4, 2), 16: (8, 4, 2)}[stride]
+        shapes = {4: [(5, 1, 4, 2), (5, 1, 8, 4)], 16: [(5, 2, 2, 1), (5, 2, 2, 1)]}[stride]
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            layers = [self._layer(3, *first, 1), *(self._layer(64, *shape) for shape in shapes)]
+        self.layers = nn.Sequential(*layers)
+
+    @staticmethod
+    def _layer(before: int, side: int, stride: int, padding: int, dilation: int) -> nn.Module:
+        convolution = nn.Conv2d(before, 64, side, stride, padding, dilation)
+        return nn.Sequential(convolution, nn.GroupNorm(8, 64), nn.GELU())
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        return DenseFeatures(self.layers(images), self.stride)
 
 
 @pytest.mark.slow
 def test_eight_real_images_are_learnt_by_heart(real_data: Path) -> None:
-    """Without augmentation, a small encoder, scored at native resolution."""
+    """Those whose smallest class is largest; without augmentation, scored at native resolution."""
     train = load_segmentation("voc2012", "train", root=real_data)
-    eight = train.subset([train.ids[i] for i in range(0, len(train), len(train) // 8)][:8])
-    (found,) = find_tasks(["voc_finetune@clean-1"], HEART)
-    encoder = load_encoder("tiny_neco", device="cpu")
-    outcome = task.run(encoder, {"train": eight, "val": eight}, found.settings(), Context())  # type: ignore[arg-type]
+
+    def smallest_share(index: int) -> float:
+        counts = np.bincount(train.mask(index).ravel(), minlength=256)[:IGNORE]
+        return counts[counts > 0].min() / counts.sum() if np.count_nonzero(counts) > 1 else 0
+
+    eight = train.subset([train.ids[i] for i in sorted(range(len(train)), key=smallest_share)[-8:]])
+    sizes = {"input_size": 128, "short_side": 128, "long_side": 512, "window_overlap": 32}
+    still = {"scale": [1.0, 1.0], "max_class_share": 1.0, "crop_tries": 0, "distortion_probability": 0, "drop_path": 0}
+    rates = {"decoder": "linear", "flip_probability": 0, "epochs": 80, "batch_size": 4, "learning_rate": 0.1}
+    (found,) = find_tasks(["voc_finetune@clean-1"], {**sizes, **still, **rates})
+    settings: Any = found.settings()
+    outcome = task.run(Convolutions(4), {"train": eight, "val": eight}, settings, Context())
     assert outcome.metrics["mIoU"] > 0.95
+
+
+@pytest.mark.slow
+def test_fine_tuning_beats_the_linear_probe_on_shapes(tmp_path: Path) -> None:
+    """Of the same encoder, with the interval of the paired difference above 0.
+
+    On all of shapes, where it takes a minute and a half of one core, it is 13.4 points, from 11.2 to 15.6.
+    """
+    sums, encoder = [], Convolutions(16)
+    for name, changes in (("shapes_linear@clean-1", {"epochs": 5}), ("shapes_finetune@segmenter-linear-1", {})):
+        result = neco_bench.run(encoder, name, out=tmp_path, limit=80, workers=0, changes=changes)
+        sums.append(bootstrap.miou_sums(ResultStore(tmp_path).statistics(result)["confusion"]))
+    gain = bootstrap.paired_difference(*sums)[0]
+    assert gain.low > 0
