@@ -39,7 +39,15 @@ from neco_bench.results.store import ResultStore
 from tests.typed import load_segmentation
 
 MODEL = "timm:test_vit?pretrained=false&seed=0"
-FEW = {"input_size": 64, "short_side": 64, "long_side": 128, "window_overlap": 16, "epochs": 3, "batch_size": 4}
+FEW = {
+    "learning_rate": 0.01,
+    "input_size": 64,
+    "short_side": 64,
+    "long_side": 128,
+    "window_overlap": 16,
+    "epochs": 3,
+    "batch_size": 4,
+}
 
 
 def settings_of(name: str = "shapes_finetune", **changes: Any) -> Settings:
