@@ -631,9 +631,9 @@ def test_eight_real_images_are_learnt_by_heart(real_data: Path) -> None:
         return counts[counts > 0].min() / counts.sum() if np.count_nonzero(counts) > 1 else 0
 
     eight = train.subset([train.ids[i] for i in sorted(range(len(train)), key=smallest_share)[-8:]])
-    sizes = {"input_size": 128, "short_side": 128, "long_side": 512, "window_overlap": 32}
+    sizes = {"input_size": 160, "short_side": 160, "long_side": 640, "window_overlap": 32}
     still = {"scale": [1.0, 1.0], "max_class_share": 1.0, "crop_tries": 0, "distortion_probability": 0, "drop_path": 0}
-    rates = {"decoder": "linear", "flip_probability": 0, "epochs": 80, "batch_size": 4, "learning_rate": 0.1}
+    rates = {"decoder": "linear", "flip_probability": 0, "epochs": 120, "batch_size": 4, "learning_rate": 0.1}
     (found,) = find_tasks(["voc_finetune@clean-1"], {**sizes, **still, **rates})
     settings: Any = found.settings()
     outcome = task.run(Convolutions(4), {"train": eight, "val": eight}, settings, Context())
