@@ -64,8 +64,8 @@ def small_segmenter(settings: Settings, model: str = MODEL) -> Segmenter:
 def run(out: Path, protocol: str = "segmenter-mask-1", model: Any = MODEL, **options: Any) -> Any:
     changes = {**FEW, **options.pop("changes", {})}
     name = f"shapes_finetune@{protocol}"
-    device = {} if isinstance(model, Encoder) else {"device": "cpu"}
-    return neco_bench.run(model, name, limit=7, workers=0, out=out, changes=changes, **device, **options)
+    options |= {} if isinstance(model, Encoder) else {"device": "cpu"}
+    return neco_bench.run(model, name, limit=7, workers=0, out=out, changes=changes, **options)
 
 
 @pytest.fixture
