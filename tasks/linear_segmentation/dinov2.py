@@ -57,8 +57,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     items = dinov3.training_order(len(data["train"]), s, context.seed)
     batches = extractor.stream(data["train"], transform, "train", items=items)
     head = BnHead(encoder.embed_dim, len(val.classes), context.seed).to(encoder.device)
-    fields = set(BnProbeOptions.__dataclass_fields__) - {"schedule"}
-    options = BnProbeOptions(**s.model_dump(include=fields), schedule="linear")
+    options = BnProbeOptions(**s.model_dump(include=set(BnProbeOptions.__dataclass_fields__)))
     trained = train_bn_probe(
         head, batched(labelled(batches, data["train"].eval_mask), s.batch_size), options, context.seed, ignore=IGNORE
     )

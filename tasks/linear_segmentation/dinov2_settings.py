@@ -19,3 +19,4 @@ class Settings(BaseSettings):
     test_scales: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (1.0,)
     test_flip: bool = False
     select: Literal["last"]
+    schedule: Literal["linear"] = "linear"
