@@ -21,7 +21,7 @@ from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, is_out_of_memory
 from neco_bench.core.task import Context
 from neco_bench.data.base import SegmentationDataset
-from neco_bench.encoders.base import Encoder
+from neco_bench.encoders.base import DenseFeatures, Encoder
 from neco_bench.features.loader import ItemDataset, load_items
 from neco_bench.features.store import FeatureFile, FeatureStore
 from neco_bench.features.transforms import Transform
@@ -37,16 +37,25 @@ class FeatureBatch:
 
 
 def encode_within_memory(encoder: Encoder, images: Tensor, context: Context, **options: Any) -> Tensor:
-    """`encoder.encode(images).map`; after an out-of-memory error in halves, and so from then on."""
+    """`encoder.encode(images).map`; after an out-of-memory error in halves, and so from then on.
+
+    With `attention=True` the mean over heads of the class token's attention is one more channel, the last.
+    """
     while True:
         try:
-            parts = [encoder.encode(part, **options).map for part in images.split(context.batch_size)]
+            parts = [_channels(encoder.encode(part, **options), options) for part in images.split(context.batch_size)]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         except (RuntimeError, MemoryError, NecoBenchError) as error:
             if context.batch_size == 1 or not is_out_of_memory(error):
                 raise
         context.batch_size = min(context.batch_size, len(images)) // 2 or 1
         torch.cuda.empty_cache()
+
+
+def _channels(features: DenseFeatures, options: dict[str, Any]) -> Tensor:
+    if not options.get("attention") or features.attention is None:
+        return features.map
+    return torch.cat([features.map, features.attention.mean(1, keepdim=True)], 1)
 
 
 def stream(
@@ -60,7 +69,8 @@ def stream(
     own: bool = False,
     **options: Any,
 ) -> Iterator[FeatureBatch]:
-    """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to `encode`.
+    """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to `encode`
+    (see `encode_within_memory` for `attention`).
 
     The generator given to the transform depends on (seed, epoch, image id) alone. Where the context has a feature
     store, items that are there come from it, and the others go there. Of several processes each encodes every so many
@@ -175,7 +185,8 @@ def _open_kept(
         "seed": context.seed,
     }
     side = size // encoder.stride
-    return store.open(facts, len(items), (encoder.embed_dim, side, side))
+    channels = encoder.embed_dim + bool(options.get("attention"))
+    return store.open(facts, len(items), (channels, side, side))
 
 
 def _computed(

@@ -128,7 +128,7 @@ def _executed(
     provenance |= _encoder_facts(loaded) | {"training": _training(job, loaded)}
     if provenance["official"] is False:
         _say_once(_unofficial(loaded.name))
-    check_size(job.task, loaded)
+    check_encoder(job.task, loaded)
     check_fits(job.task, job.draws, loaded, context)
     for role, dataset in job.data.items():
         if dataset.fingerprint() != job.facts["data"][role]:
@@ -365,6 +365,14 @@ def check_size(task: Task, encoder: Encoder) -> None:
             f"--set input_size={size} is not a multiple {needed} {multiple} of "
             f"{encoder.name!r}. Use {low or multiple} or {low + multiple}."
         )
+
+
+def check_encoder(task: Task, encoder: Encoder) -> None:
+    """Raise UsageError for an encoder that a task cannot take: for its size, or for what the family's own
+    `check_encoder(encoder, settings)`, where it has one, finds."""
+    check_size(task, encoder)
+    if of_family := getattr(task.module, "check_encoder", None):
+        of_family(encoder, settings_for(task, encoder))
 
 
 def settings_for(task: Task, encoder: Encoder) -> Any:

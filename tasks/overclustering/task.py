@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from neco_bench.tasks.overclustering.clustering import (
+from neco_bench.tasks.clustering import (
     KMEANS_POINTS,
     PCA_POINTS,
     assign,
