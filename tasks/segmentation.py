@@ -65,7 +65,7 @@ class SegmentationScore:
         Raises:
             BadInputError: for ids that no class or cluster has.
         """
-        truth = self.dataset.scored(mask)
+        truth = self.dataset.eval_mask(mask)
         flat = prediction.reshape(-1, *truth.shape)
         for counts, own in zip(self._counts, flat, strict=True):
             counts.add(truth, own)

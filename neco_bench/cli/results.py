@@ -41,16 +41,16 @@ def leaderboard(
     from neco_bench.reports.tables import build_tables
 
     with open_stores(results) as stores:
-        found = [result for store in stores for result in store.load_all()]
-    if not found:
+        loaded = [result for store in stores for result in store.load_all()]
+    if not loaded:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
     shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
-    paths = write_leaderboard(found, out, published or shipped, latex_intervals=latex_intervals)
+    paths = write_leaderboard(loaded, out, published or shipped, latex_intervals=latex_intervals)
     if as_json:
-        print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
+        print(json.dumps({"results": len(loaded), "files": [str(path) for path in paths]}))
         return
     if sys.stdout.isatty():
-        for table in build_tables(found):
+        for table in build_tables(loaded):
             if table.ranked and table.detailed is not None:
                 print(f"\n{table.title}")
                 print_rows(table.detailed.to_dict("records"), False)
@@ -133,8 +133,8 @@ def show(
     rows: list[dict[str, Any]] = []
     failure = 0
     with open_stores(results) as stores:
-        found = results_of(stores, model, patterns)
-    for result, store in found.values():
+        matching = results_of(stores, model, patterns)
+    for result, store in matching.values():
         folder = out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
         try:
             with foreign_code():
@@ -142,7 +142,7 @@ def show(
                 shown = draw(result, store.statistics(result), job, folder, worst=worst, best=best, named=image or [])
         except Exception as caught:
             error = user_error(caught)
-            if error is None or len(found) == 1:
+            if error is None or len(matching) == 1:
                 raise
             print(f"error: {result.model} on {result.column}: {error}", file=sys.stderr)
             failure = failure or error.exit_code

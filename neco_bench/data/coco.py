@@ -129,10 +129,10 @@ def read_segments(path: Path) -> dict[str, list[Any]]:
         if raw["images"] and "segments_info" in raw["annotations"][0]:
             return {Path(valid_name(item["file_name"])).stem: item["segments_info"] for item in raw["annotations"]}
         stems = {item["id"]: Path(valid_name(item["file_name"])).stem for item in raw["images"]}
-        found: dict[str, list[Any]] = {stem: [] for stem in stems.values()}
+        segments: dict[str, list[Any]] = {stem: [] for stem in stems.values()}
         for item in raw["annotations"]:
-            found[stems[item["image_id"]]].append(item)
-        return found
+            segments[stems[item["image_id"]]].append(item)
+        return segments
 
     return read_json(path, parse, "COCO annotation file")
 

@@ -83,7 +83,7 @@ class SPair71k(PairDataset):
             return read_json(path, parse, "pair annotation of SPair-71k")
         except FileNotFoundError:
             near = sorted(path.parent.glob(glob.escape(name.partition(":")[0]) + "*"))
-            renamed = [found for found in near if ":" not in found.name]
+            renamed = [file for file in near if ":" not in file.name]
             if renamed:
                 raise MissingError(
                     f"No pair annotation {path}, but {renamed[0].name!r} is there: the ':' in file names was replaced "

@@ -64,7 +64,7 @@ def check_fits(task: Task, draws: Iterable[Mapping[str, Any]], encoder: Encoder,
                 + (f"Lower what --set gives ({changed})." if changed else "Use --limit, a lower --set input_size=N.")
             )
         free = shutil.disk_usage(next(p for p in (cache_dir(), *cache_dir().absolute().parents) if p.exists())).free
-        if cost.disk / 2 > free:  # part of that is for features that are kept only where there is room
+        if cost.disk / 2 > free:  # part of that is for features that are stored only where there is room
             raise UsageError(
                 f"{task.card.name}@{task.label} needs about {cost.disk / 2**30:,.0f} GiB in {cache_dir()}, "
                 f"{free / 2**30:,.0f} GiB are free. Free space, set NECO_BENCH_CACHE to another disk, or use --limit."

@@ -83,7 +83,7 @@ def _planned_facts(job: Job) -> dict[str, Any]:
 def _common(job: Job) -> dict[str, Any]:
     """The fields of a Result that do not depend on how the run went."""
     task = job.task
-    subset = {role.partition("/")[0]: d.subset for role, d in job.data.items() if d.subset is not None}
+    subset = {role.partition("/")[0]: d.coverage for role, d in job.data.items() if d.coverage is not None}
     return {
         "model": job.label,
         "task": task.card.name,
@@ -127,7 +127,7 @@ def _executed(
     job, loaded = _ready(job, encoder, context)
     provenance |= _encoder_facts(loaded) | {"training": _training(job, loaded)}
     if provenance["official"] is False:
-        _say_once(_unofficial(loaded.name))
+        _warn_once(_unofficial(loaded.name))
     check_encoder(job.task, loaded)
     check_fits(job.task, job.draws, loaded, context)
     for role, dataset in job.data.items():
@@ -140,12 +140,12 @@ def _executed(
         raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
     used = outcome.features.get("used_size")
     common = _common(job)
-    if loaded.only_size and used == loaded.only_size != job.task.settings().used_size(loaded.stride):
+    if loaded.only_size and used == loaded.only_size != job.task.settings().input_size_for(loaded.stride):
         common["model"] += f"[input={loaded.only_size}]"  # is another condition than the card's, and never the same row
-    asked = {"input_size": job.task.settings().input_size} if "input_size" in outcome.features else {}
+    requested = {"input_size": job.task.settings().input_size} if "input_size" in outcome.features else {}
     provenance["features"] = {
         **outcome.features,
-        **asked,
+        **requested,
         "only_size": loaded.only_size,
         "size_multiple": loaded.size_multiple or loaded.stride,
         "tokens": None if used is None else (used // loaded.stride) ** 2,
@@ -188,24 +188,24 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, En
     if options.features == "fp16" or (options.features != "off" and encoder is None):
         from neco_bench.features.store import FeatureStore
 
-        identity, anew = None, False
+        identity, rebuild = None, False
         if encoder is None:
             identity = digest([job.identity, job.facts["versions"]])
-            anew = options.overwrite and parse_spec(job.model).kind == "file"  # which may import more
-        context.store = FeatureStore(options.features, identity, anew)
+            rebuild = options.overwrite and parse_spec(job.model).kind == "file"  # which may import more
+        context.store = FeatureStore(options.features, identity, rebuild)
     return job, loaded
 
 
 def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Run a job again and return what `show` draws of some items (`Context.record`); of a fraction's draws the first.
 
-    Pairs are computed alone; images within their whole split, on which clusters and heads hang.
+    Pairs are computed alone; images within their whole split, on which clusters and heads depend.
     """
     options = job.options
-    chosen = frozenset(ids)
-    context = Context(options.seed, options.batch_size, options.workers_used, options.progress, recorded_ids=chosen)
+    recorded = frozenset(ids)
+    context = Context(options.seed, options.batch_size, options.workers_used, options.progress, recorded_ids=recorded)
     job, encoder = _ready(job, None, context)
-    data = {role: d.chosen(chosen) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
+    data = {role: d.subset(recorded) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
     job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
     return context.predictions
 
@@ -213,17 +213,19 @@ def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]
 def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None) -> Result:
     """The stored result of a job, or a new one, stored at once. encoder: None loads what the job names."""
     try:
-        if store and (found := stored(job, store)):
-            return found
+        if store and (known := stored(job, store)):
+            return known
     except NecoBenchError as error:  # a file of the model is gone
         if distributed.world() > 1:
             raise
         return failed_result(job, error)
     result, statistics = execute(job, encoder)
-    return result if store is None else keep(job, store, result, statistics)
+    return result if store is None else store_result(job, store, result, statistics)
 
 
-def keep(job: Job, store: ResultStore, result: Result, statistics: dict[str, np.ndarray] | None = None) -> Result:
+def store_result(
+    job: Job, store: ResultStore, result: Result, statistics: dict[str, np.ndarray] | None = None
+) -> Result:
     """Store what a job gave; where that fails, the same result as a failed one, its numbers still in it."""
     mistyped = result.error_code == UsageError.exit_code  # is no gap in a table
     try:
@@ -254,8 +256,8 @@ def load_job_encoder(job: Job) -> Encoder:
 def _check_masks(job: Job) -> None:
     """Raise BadInputError where a few masks of a split already show that they are not those of the data set."""
     for dataset in job.data.values():
-        if isinstance(dataset, SegmentationDataset) and (doubts := dataset.sample_doubts()):
-            raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {doubts[0]}")
+        if isinstance(dataset, SegmentationDataset) and (problems := dataset.sample_sanity_check()):
+            raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {problems[0]}")
 
 
 def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
@@ -286,7 +288,7 @@ def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
 def _mean_of_draws(outcomes: list[Outcome], settings: Any, seed: int) -> Outcome:
     """Mean over the draws of a fraction, with the sample standard deviation of each metric as `<metric>_std`.
 
-    The interval is that of the mean mIoU when the val images are drawn anew, the same ones for every draw. Statistics
+    The interval is that of the mean mIoU when the val images are resampled, the same ones for every draw. Statistics
     are stacked, draws first.
     """
     import numpy as np
@@ -333,7 +335,7 @@ def _training(job: Job, encoder: Encoder) -> dict[str, str]:
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     log.warning(text)
 
 
@@ -381,7 +383,7 @@ def settings_for(task: Task, encoder: Encoder) -> Any:
     Raises UsageError where equal tokens are asked for and the encoder cannot have as many.
     """
     settings = task.settings()
-    used = settings.used_size(encoder.stride)
+    used = settings.input_size_for(encoder.stride)
     size = encoder.nearest_size(used)
     if size == used:
         return settings

@@ -32,7 +32,7 @@ from neco_bench.features.patches import rescaled, unit_length
 def cost(settings: Settings, data: dict[str, PairDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: every image once, about eight points a pair against every cell."""
     dataset = data["test"]
-    size = settings.used_size(stride)
+    size = settings.input_size_for(stride)
     cells, categories = (size // stride) ** 2, len({pair.category for pair in dataset.pairs})
     return Cost(
         images=len(dataset.image_ids),
@@ -48,7 +48,7 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
     dataset = data["test"]
     groups = groups_by_category(dataset, settings)
     as_is = settings.geometry == "probe3d" and settings.tokens_per_side is None
-    size = settings.input_size if as_is else settings.used_size(encoder.stride)
+    size = settings.input_size if as_is else settings.input_size_for(encoder.stride)
     prepare, match = GEOMETRIES[settings.geometry]
     prepare = partial(prepare, size=size, stride=encoder.stride, mean=settings.mean or encoder.mean)
     if settings.geometry == "padded_centre":

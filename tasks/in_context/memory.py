@@ -38,7 +38,7 @@ def choose_patches(labels: np.ndarray, noise: np.ndarray, count: int) -> np.ndar
     """Choose at most `count` patches of one image, rare classes favoured: their ids by increasing noisy score.
 
     score = sum over the classes in the patch of how many patches of this image have that class; the patches with the
-    smallest score * noise are chosen. labels (N, C), noise (N,) in [0, 1). Patches without any label are never chosen.
+    smallest score * noise are selected, none of them without any label. labels (N, C), noise (N,) in [0, 1).
     """
     present = labels > 0
     score = (present * present.sum(0)).sum(1).astype(np.float32) * noise
@@ -144,11 +144,13 @@ def build_memory(
                 share = patch_labels(mask, encoder.stride, len(train.classes))
                 epoch, image = items[position]
                 noise = item_rng(context.seed, "memory", epoch, train.ids[image]).random(len(share), np.float32)
-                chosen = np.flatnonzero(share.any(1)) if per_image is None else choose_patches(share, noise, per_image)
-                share = share[chosen]
+                selected = (
+                    np.flatnonzero(share.any(1)) if per_image is None else choose_patches(share, noise, per_image)
+                )
+                share = share[selected]
                 labels.append(csr_matrix(share / share.sum(1, keepdims=True)))
-                origins.append((epoch, image, chosen.astype(np.int32)))
-                index.add(tokens[torch.from_numpy(chosen).to(tokens.device)])
+                origins.append((epoch, image, selected.astype(np.int32)))
+                index.add(tokens[torch.from_numpy(selected).to(tokens.device)])
     if not any(distributed.gather(labelled)):
         raise BadInputError(NOTHING_LABELLED)
     every = [row for part in distributed.gather(labels) for row in part]

@@ -29,7 +29,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
     Raises UsageError for more neighbours than there can be rows.
     """
-    size, classes = settings.used_size(stride), len(data["val"].classes)
+    size, classes = settings.input_size_for(stride), len(data["val"].classes)
     views, patches = settings.passes * len(data["train"]), (size // stride) ** 2
     rows = min(views * patches, settings.memory_size or views * patches)
     check_neighbours(settings.neighbours, rows)
@@ -44,7 +44,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU of retrieval segmentation: memory from data["train"], queries from data["val"]."""
-    size = settings.used_size(encoder.stride)
+    size = settings.input_size_for(encoder.stride)
     memory = build_memory(encoder, data["train"], settings, context, size)
 
     score = SegmentationScore(data["val"], settings, context)

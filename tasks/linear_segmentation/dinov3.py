@@ -74,7 +74,7 @@ def classify_windows(
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: crops for every iteration, about two windows per val image."""
-    window, classes = settings.used_size(stride), len(data["val"].classes)
+    window, classes = settings.input_size_for(stride), len(data["val"].classes)
     crops = settings.iterations * settings.batch_size
     return Cost(
         images=crops + 2 * len(data["val"]),
@@ -89,7 +89,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU of a linear head trained on data["train"], scored on data["val"]."""
-    val, window = data["val"], settings.used_size(encoder.stride)
+    val, window = data["val"], settings.input_size_for(encoder.stride)
     if settings.batch_size == 1 and window == encoder.stride:
         raise UsageError(
             "BatchNorm needs more than one patch in a batch: use --set batch_size=2, or a larger input_size."
@@ -140,4 +140,4 @@ def training_batches(
     transform = ScaleCropDistort(size, s.scale, s.max_class_share, s.crop_tries, s.flip_probability, distortion, fill)
     items = training_order(len(train), s, context.seed)
     batches = stream(encoder, train, transform, context, "train", items=items, final_norm=True, mean=s.mean, std=s.std)
-    return batched(labelled(batches, train.scored), s.batch_size)
+    return batched(labelled(batches, train.eval_mask), s.batch_size)

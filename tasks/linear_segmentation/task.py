@@ -30,7 +30,7 @@ from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: every training image once per epoch, with the head's forward and backward pass."""
-    size, classes = settings.used_size(stride), len(data["val"].classes)
+    size, classes = settings.input_size_for(stride), len(data["val"].classes)
     views, side = settings.epochs * len(data["train"]), settings.train_mask_size
     grid = len(settings.rates) * settings.probe_seeds
     per_view = 6.0 * grid * classes * (dimension * (size // stride) ** 2 + 8 * side**2)
@@ -49,7 +49,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU of a linear head trained on data["train"], scored on data["val"]."""
-    val, size = data["val"], settings.used_size(encoder.stride)
+    val, size = data["val"], settings.input_size_for(encoder.stride)
     seeds = range(context.seed, context.seed + settings.probe_seeds)
     scored = images_used(len(val), settings.batch_size if settings.drop_last_val else 1, "drop_last_val", "val")
     epochs = training_epochs(encoder, data["train"], settings, context, size)
@@ -64,9 +64,9 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
     score = SegmentationScore(val, settings, context, shape=(len(snapshots), len(settings.rates), len(seeds)))
     transform = ResizeSquare(size, "pil" if settings.score_size else "native")
-    chosen: dict[str, Any] = {"items": [(0, i) for i in range(scored)], "own": True}
+    subset: dict[str, Any] = {"items": [(0, i) for i in range(scored)], "own": True}
     colours = {"mean": settings.mean, "std": settings.std}
-    for batch in stream(encoder, val, transform, context, "score", **chosen, **colours):
+    for batch in stream(encoder, val, transform, context, "score", **subset, **colours):
         with context.phase("predict"):
             for item, features, mask in zip(batch.positions, batch.features, batch.masks, strict=True):
                 if settings.score_size:
@@ -116,5 +116,5 @@ def training_epochs(
     transform = CropFlip(size, settings.crop_scale, settings.crop_ratio, settings.flip_probability)
     side, colours = settings.train_mask_size, {"mean": settings.mean, "std": settings.std}
     batches = stream(encoder, train, transform, context, "train", items=items, **colours)
-    images = labelled(batches, lambda mask: train.scored(resize_nearest_torch(mask, side, side)))
+    images = labelled(batches, lambda mask: train.eval_mask(resize_nearest_torch(mask, side, side)))
     return (batched(itertools.islice(images, count), settings.batch_size) for _ in range(settings.epochs))

@@ -38,7 +38,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
     Raises UsageError for more clusters or components than patches.
     """
-    size, classes = settings.used_size(stride), len(data["val"].classes)
+    size, classes = settings.input_size_for(stride), len(data["val"].classes)
     clusters, reduced = settings.clusters or classes, min(dimension, settings.components)
     rows = len(data["val"]) * (size // stride) ** 2
     points = min(rows, KMEANS_POINTS * clusters)
@@ -59,7 +59,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU averaged over k-means seeds, on data["val"]."""
-    val, size = data["val"], settings.used_size(encoder.stride)
+    val, size = data["val"], settings.input_size_for(encoder.stride)
     side, clusters = size // encoder.stride, settings.clusters or len(val.classes)
     count = len(val) // settings.drop_last * settings.drop_last if settings.drop_last else len(val)
     if not count:

@@ -49,7 +49,7 @@ def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: all patches are in memory; the grid on the held-out images, then the val images."""
-    size, classes = settings.used_size(stride), len(data["val"].classes)
+    size, classes = settings.input_size_for(stride), len(data["val"].classes)
     patches, images = (size // stride) ** 2, len(data["train"])
     wide = 12.0 if settings.method == "logreg" else 4.0  # bytes of a number: logistic regression has a copy in float64
     rows = min(images * patches, settings.max_patches or images * patches)
@@ -79,7 +79,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU on data["val"] of the probe fitted on the patches of data["train"]."""
     train, val = data["train"], data["val"]
-    size = settings.used_size(encoder.stride)
+    size = settings.input_size_for(encoder.stride)
     side = size // encoder.stride
     patches, split, scaler = read_train(encoder, train, settings, context, size)
     queries, masks = read_val(encoder, val, settings, context, size)
@@ -162,7 +162,7 @@ def read_train(
     for batch in stream(encoder, train, transform, context, "train", items=items, mean=settings.mean, std=settings.std):
         features = batch.features.flatten(2).transpose(1, 2).cpu()
         for position, image, mask in zip(batch.positions, features, batch.masks, strict=True):
-            blocks = patchify(train.scored(mask), encoder.stride)
+            blocks = patchify(train.eval_mask(mask), encoder.stride)
             rows = Patches(image, blocks, majority_label(blocks, len(train.classes), void))
             dropped += int((rows.labels == IGNORE).sum())
             drop_above(quota, rows.labels, item_rng(context.seed, "patches", train.ids[items[position][1]]))

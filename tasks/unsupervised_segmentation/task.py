@@ -58,7 +58,7 @@ def check_encoder(encoder: Encoder, settings: Settings) -> None:
             f"foreground=attention needs the class token's attention, which {encoder.name!r} does not give. Use "
             f"@clean-1, which takes any encoder, or --set foreground=cut."
         )
-    if settings.used_size(encoder.stride) < MIN_SIDE * encoder.stride:
+    if settings.input_size_for(encoder.stride) < MIN_SIDE * encoder.stride:
         raise UsageError(f"foreground=attention needs inputs of {MIN_SIDE} x {MIN_SIDE} patches or more.")
 
 
@@ -67,7 +67,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
     Raises UsageError for more clusters or components than patches.
     """
-    size, classes = settings.used_size(stride), len(data["val"].classes)
+    size, classes = settings.input_size_for(stride), len(data["val"].classes)
     images, patches = len(data["train"]) + len(data["val"]), (size // stride) ** 2
     rows, reduced = images * patches, min(dimension, settings.components)
     grid = settings.mask_size or size // stride
@@ -98,7 +98,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU of the communities, mean over Infomap's seeds, on data["val"]."""
     check_encoder(encoder, settings)
-    size, val = settings.used_size(encoder.stride), data["val"]
+    size, val = settings.input_size_for(encoder.stride), data["val"]
     side, classes, train_count = size // encoder.stride, len(val.classes), len(data["train"])
 
     # Patch features of train and val, a noisy foreground of each image, and masks: of val to score on, of train only

@@ -47,7 +47,7 @@ def baseline(encoder, train, val, settings) -> float:
     from neco_bench.features.transforms import ResizeSquare, crop_box, resize_nearest_torch
     from neco_bench.metrics import segmentation
 
-    size, stride, classes = settings.used_size(encoder.stride), encoder.stride, len(train.classes)
+    size, stride, classes = settings.input_size_for(encoder.stride), encoder.stride, len(train.classes)
     jitters = ((tvf.adjust_brightness, 1), (tvf.adjust_contrast, 1), (tvf.adjust_saturation, 1), (tvf.adjust_hue, 0))
     per_image = max(1, settings.memory_size // len(train))
 
@@ -93,7 +93,7 @@ def baseline(encoder, train, val, settings) -> float:
         side = size // stride
         shares = shares.view(len(samples), side, side, classes).permute(0, 3, 1, 2)
         predictions.append(F.interpolate(shares, (size, size), mode="bilinear").argmax(1))
-        truths += [torch.from_numpy(val.scored(mask)) for mask in masks]
+        truths += [torch.from_numpy(val.eval_mask(mask)) for mask in masks]
     confusion = segmentation.confusion_matrix(torch.stack(truths).numpy(), torch.cat(predictions).numpy(), classes)
     merged = segmentation.merge_clusters(confusion, segmentation.hungarian_match(confusion))
     return segmentation.mean_iou(merged, absent="zero")

@@ -183,8 +183,8 @@ def test_a_family_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPat
     [(448, 14, 448), (448, 16, 448), (320, 14, 322), (518, 16, 512), (800, 14, 798), (5, 16, 16), (24, 16, 32)],
 )
 def test_sizes_are_taken_to_the_stride(size: int, stride: int, expected: int) -> None:
-    assert Settings(input_size=size).used_size(stride) == expected
-    assert Settings(input_size=size, tokens_per_side=32).used_size(stride) == 32 * stride
+    assert Settings(input_size=size).input_size_for(stride) == expected
+    assert Settings(input_size=size, tokens_per_side=32).input_size_for(stride) == 32 * stride
 
 
 def test_a_protocol_of_other_authors_cites_them() -> None:

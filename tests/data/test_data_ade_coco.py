@@ -234,7 +234,7 @@ def test_ade_of_the_sample(samples):
     assert all(full.startswith(short) for short, full in zip(dataset.classes, names[1:], strict=True))
     stored = np.array(Image.open(samples / f"ade20k/ADEChallengeData2016/annotations/validation/{dataset.ids[0]}.png"))
     assert np.array_equal(dataset[0].mask, np.where(stored == 0, 255, stored.astype(int) - 1))
-    assert dataset.subset == {"found": 3, "expected": 2000}
+    assert dataset.coverage == {"found": 3, "expected": 2000}
 
 
 def test_ade_mistakes_are_named(tmp_path):

@@ -125,13 +125,13 @@ def test_copies_resized_to_one_size(tmp_path, monkeypatch):
         save(base / "images" / "validation" / f"{i}.jpg", image_of(i))
         save(base / "annotations" / "validation" / f"{i}.png", image_of(i)[..., 0] % 150)
     dataset = load_dataset("ade20k", "val", root=tmp_path)
-    assert not dataset.sample_doubts()
+    assert not dataset.sample_sanity_check()
     monkeypatch.setattr(ADE20K, "expected", {"val": 16})
-    assert any("All images are 30x20 pixels" in text for text in dataset.sample_doubts())
-    assert not dataset.limited(15).sample_doubts()
+    assert any("All images are 30x20 pixels" in text for text in dataset.sample_sanity_check())
+    assert not dataset.head(15).sample_sanity_check()
     for folder, ending in (("images", "jpg"), ("annotations", "png")):
         resized(base / folder / "validation" / f"7.{ending}", (21, 30))
-    assert not dataset.sample_doubts()
+    assert not dataset.sample_sanity_check()
 
 
 def dataset_of(name, root, split, masks):
@@ -157,11 +157,11 @@ def test_ids_from_zero_with_void_at_the_end(tmp_path, name, classes):
     """0..149 with other = 150: every value is allowed, and every class wrong."""
     rng = np.random.default_rng(0)
     right = [rng.integers(0, 30, (20, 30), dtype=np.uint8) for _ in range(6)]
-    assert not dataset_of(name, tmp_path / "right", "val", right).sample_doubts()
+    assert not dataset_of(name, tmp_path / "right", "val", right).sample_sanity_check()
     shifted = [np.where(mask == 0, classes, mask - 1).astype(np.uint8) for mask in right]
-    (doubt,) = dataset_of(name, tmp_path / "shifted", "val", shifted).sample_doubts()
-    assert "100 % of the masks hold" in doubt
-    assert "shifted by one" in doubt
+    (problem,) = dataset_of(name, tmp_path / "shifted", "val", shifted).sample_sanity_check()
+    assert "100 % of the masks hold" in problem
+    assert "shifted by one" in problem
 
 
 def camvid_of(root, masks):
@@ -177,9 +177,9 @@ def test_camvid_with_void_as_zero(tmp_path):
     mask = np.zeros(CAMVID_SIZE, np.uint8)  # sky
     mask[180:] = 3  # road
     mask[170:180] = 4  # pavement
-    assert not camvid_of(tmp_path / "right", [mask] * 4).sample_doubts()
-    (doubt,) = camvid_of(tmp_path / "shifted", [mask + np.uint8(1)] * 4).sample_doubts()
-    assert "more 'Pavement' than 'Road'" in doubt
+    assert not camvid_of(tmp_path / "right", [mask] * 4).sample_sanity_check()
+    (problem,) = camvid_of(tmp_path / "shifted", [mask + np.uint8(1)] * 4).sample_sanity_check()
+    assert "more 'Pavement' than 'Road'" in problem
 
 
 def city_of(root, masks, kind="labelIds"):
@@ -195,30 +195,30 @@ def test_cityscapes_label_ids_that_are_none(tmp_path, monkeypatch):
     monkeypatch.setitem(globals(), "CITY_SIZE", (20, 30))
     right = np.full(CITY_SIZE, 7, np.uint8)
     right[:3], right[3:6], right[18:] = 23, 26, 1  # sky, cars, the own car
-    assert not city_of(tmp_path / "right", [right] * 4).sample_doubts()
+    assert not city_of(tmp_path / "right", [right] * 4).sample_sanity_check()
     full = np.where(right == 1, np.uint8(7), right)
-    (doubt,) = city_of(tmp_path / "full", [full] * 4).sample_doubts()
-    assert "No mask has void pixels" in doubt
+    (problem,) = city_of(tmp_path / "full", [full] * 4).sample_sanity_check()
+    assert "No mask has void pixels" in problem
     train_ids = np.select([right == value for value in LABEL_IDS], range(19), 4).astype(np.uint8)
-    doubts = city_of(tmp_path / "train", [train_ids] * 4).sample_doubts()
-    assert any("train ids (0..18) lie in files of label ids" in doubt for doubt in doubts)
+    problems = city_of(tmp_path / "train", [train_ids] * 4).sample_sanity_check()
+    assert any("train ids (0..18) lie in files of label ids" in problem for problem in problems)
     train_ids[right == 1] = 255
-    assert not city_of(tmp_path / "named", [train_ids] * 4, "labelTrainIds").sample_doubts()
-    (doubt,) = city_of(tmp_path / "swapped", [np.where(right == 7, np.uint8(8), right)] * 4).sample_doubts()
-    assert "more 'sidewalk' than 'road'" in doubt
+    assert not city_of(tmp_path / "named", [train_ids] * 4, "labelTrainIds").sample_sanity_check()
+    (problem,) = city_of(tmp_path / "swapped", [np.where(right == 7, np.uint8(8), right)] * 4).sample_sanity_check()
+    assert "more 'sidewalk' than 'road'" in problem
 
 
 def test_nyuv2_with_void_at_the_end(samples, tmp_path):
     right = load_dataset("nyuv2_13", "test", root=samples)
-    assert not right.sample_doubts()
+    assert not right.sample_sanity_check()
     for image, mask in map(right.files, right.ids[:4]):
         target = tmp_path / "nyuv2" / mask.parent.name / mask.name
         values = np.array(Image.open(mask))
         save(target, np.where(values == 0, 13, values - 1).astype(np.uint8))
         (tmp_path / "nyuv2" / "test_rgb").mkdir(exist_ok=True)
         (tmp_path / "nyuv2" / "test_rgb" / image.name).symlink_to(image)
-    (doubt,) = load_dataset("nyuv2_13", "test", root=tmp_path).sample_doubts()
-    assert "borders of the masks" in doubt
+    (problem,) = load_dataset("nyuv2_13", "test", root=tmp_path).sample_sanity_check()
+    assert "borders of the masks" in problem
 
 
 def test_voc_without_background(voc):
@@ -231,10 +231,10 @@ def test_voc_without_background(voc):
         mask[0] = 255
         save_indices(folder / "SegmentationClass" / f"{name}.png", mask)
     (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(names))
-    (doubt,) = load_dataset("voc2012", "val", root=voc).sample_doubts()
-    assert "No mask has background" in doubt
+    (problem,) = load_dataset("voc2012", "val", root=voc).sample_sanity_check()
+    assert "No mask has background" in problem
 
 
 def test_real_samples_raise_no_doubt(samples):
     for name, split in (("camvid", "val"), ("voc2012", "val"), ("voc2012", "trainaug"), ("ade20k", "val")):
-        assert not load_dataset(name, split, root=samples).sample_doubts()
+        assert not load_dataset(name, split, root=samples).sample_sanity_check()

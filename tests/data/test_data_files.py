@@ -75,7 +75,7 @@ def test_masks_read_back_or_name_the_wrong_values(tmp_path_factory, values, clas
 def test_voc_reads_indices_and_void(voc):
     dataset = load_dataset("voc2012", "val", root=voc)
     assert len(dataset) == 3
-    assert dataset.subset == {"found": 3, "expected": 1449}
+    assert dataset.coverage == {"found": 3, "expected": 1449}
     sample = dataset[2]
     assert sample.id == "2007_000002"
     assert set(sample.mask[0]) == {255}
@@ -182,7 +182,7 @@ def test_camvid_void_and_base_names(camvid):
 
 def test_limited_and_fingerprint(camvid):
     dataset = load_dataset("camvid", "train", root=camvid)
-    first = dataset.limited(1)
+    first = dataset.head(1)
     assert first.ids == dataset.ids[:1]
     assert len(dataset) == 2
     assert load_dataset("camvid", "train", root=camvid, limit=1).fingerprint() == first.fingerprint()
@@ -223,7 +223,7 @@ def test_spair_pairs_sorted_and_as_annotated(spair):
     assert sample.source_image.shape == (40, 25, 3)
     assert sample.target_image.shape == (20, 30, 3)
     assert dataset.image_ids == ("cat/a", "cat/b")
-    part = dataset.limited(1)
+    part = dataset.head(1)
     assert (len(part), len(part.pairs)) == (1, 1)
     assert part.fingerprint() != dataset.fingerprint()
     assert pickle.loads(pickle.dumps(dataset)).fingerprint() == dataset.fingerprint()

@@ -77,7 +77,7 @@ def test_pascal_context(tmp_path):
 
 def test_nyuv2_sample_with_13_classes(samples):
     dataset = load_dataset("nyuv2_13", "test", root=samples)
-    assert dataset.subset == {"found": 10, "expected": 654}
+    assert dataset.coverage == {"found": 10, "expected": 654}
     stored = np.array(Image.open(samples / "nyuv2/test_labels_13/new_nyu_class13_0001.png")).astype(int)
     assert dataset.ids[0] == "0001"
     assert np.array_equal(dataset[0].mask, np.where(stored == 0, 255, stored - 1))
@@ -111,7 +111,7 @@ def test_nyuv2_with_40_and_13_classes_from_either_kind_of_mask(samples, tmp_path
 def test_pf_willow(samples):
     dataset = load_dataset("pf_willow", "test", root=samples)
     assert len(dataset) == len(set(dataset.ids)) == 900
-    assert dataset.subset is None
+    assert dataset.coverage is None
     pair = dataset.pairs[-1]
     stored = loadmat(samples / "pf_willow/PF-dataset-WILLOW" / f"{pair.target_id}.mat")["pts_coord"]
     assert np.allclose(pair.target_points, stored.T - 1)
@@ -160,7 +160,7 @@ def test_pf_pascal(tmp_path):
     assert pair.point_ids == ("0", "3")
     assert pair.source_points.tolist() == pair.target_points.tolist() == [[0, 1], [6, 7.5]]
     assert pair.target_box == (1, 2, 19, 18)
-    assert dataset.subset == {"found": 1, "expected": 299}
+    assert dataset.coverage == {"found": 1, "expected": 299}
     assert not [f for f in check_dataset("pf_pascal", tmp_path) if f.level == "error"]
     (base / "test_pairs.csv").write_text("source_image,target_image,class\na.jpg,b.jpg,77\n")
     with pytest.raises(BadInputError, match=r"test_pairs\.csv needs the columns"):
@@ -218,7 +218,7 @@ def test_fractions_of_the_official_list(samples, tmp_path):
     for (parts, draw), dataset in draws.items():
         assert len(dataset) == {128: 80, 64: 160, 8: 1320}[parts]
         assert dataset.split == f"trainaug_1of{parts}_{draw}"
-        assert dataset.subset is None
+        assert dataset.coverage is None
         assert set(dataset.ids) <= set(words)
         if parts > 8:
             assert set(dataset.ids) <= set(draws[parts // {128: 2, 64: 8}[parts], draw].ids)
@@ -233,8 +233,8 @@ def test_fractions_of_the_official_list(samples, tmp_path):
 def test_fractions_of_a_subset_are_marked(samples):
     dataset = load_dataset("voc2012", "trainaug_1of8_0", root=samples)
     assert len(dataset) == round(270 * 1320 / 10582)
-    assert dataset.subset == {"found": 34, "expected": 1320}
-    assert load_dataset("voc2012", "trainaug_1of8_0", root=samples, limit=2).subset == dataset.subset
+    assert dataset.coverage == {"found": 34, "expected": 1320}
+    assert load_dataset("voc2012", "trainaug_1of8_0", root=samples, limit=2).coverage == dataset.coverage
     rows = {row.name: row for row in describe_datasets(samples)}
     assert rows["ade20k_151"].fractions == ("train_1of{128,64,8}_{0..4}",)
     assert rows["coco_things"].fractions == ("train_1of{10}_{0..4}",)
@@ -252,7 +252,7 @@ def test_split_files(samples, tmp_path):
     path.write_text(f"{full.ids[7]}\n{full.ids[2]}.jpg\n")
     part = load_dataset("voc2012", "trainaug", root=samples, split_file=path)
     assert part.ids == (full.ids[2], full.ids[7])
-    assert part.subset == {"found": 2, "expected": 10582}
+    assert part.coverage == {"found": 2, "expected": 10582}
     assert part[1].id == full.ids[7]
     path.write_text("nowhere\n2011_nothing\n")
     with pytest.raises(
@@ -275,8 +275,8 @@ def test_split_files_of_pairs(spair, tmp_path):
 def test_part_of_a_set_without_a_known_size_is_marked(voc, monkeypatch):
     monkeypatch.setattr(VOC2012, "expected", {})
     whole = load_dataset("voc2012", "val", root=voc)
-    assert whole.subset is None
-    assert whole.chosen(whole.ids[:2]).subset == {"found": 2, "expected": 3}
+    assert whole.coverage is None
+    assert whole.subset(whole.ids[:2]).coverage == {"found": 2, "expected": 3}
 
 
 @pytest.mark.parametrize(

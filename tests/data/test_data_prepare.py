@@ -135,6 +135,22 @@ def masks_of(root, coco):
     return [sample.mask for sample in load_dataset("coco_things", "val", root=root)]
 
 
+@pytest.mark.parametrize(
+    "segments", [[{"id": 1}], [{"category_id": 1}], [1.5], 1.5, None, [{"id": None, "category_id": 1}]]
+)
+def test_panoptic_segments_of_another_form(tmp_path, segments):
+    annotations = tmp_path / "coco" / "annotations"
+    (annotations / "panoptic_val2017").mkdir(parents=True)
+    Image.new("RGB", (4, 3)).save(annotations / "panoptic_val2017" / "000000000139.png")
+    item = {"image_id": 139, "file_name": "000000000139.png"}
+    rows = [{**item, "segments_info": segments}]
+    (annotations / "panoptic_val2017.json").write_text(
+        json.dumps({"images": [{"id": 139, "file_name": "000000000139.jpg"}], "annotations": rows, "categories": []})
+    )
+    with pytest.raises(BadInputError, match=r"000000000139\.png of .* cannot be made from its source"):
+        prepare("coco_panoptic", tmp_path)
+
+
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 def test_unpacking(tmp_path, kind):
     content = {"ADEChallengeData2016/images/a.jpg": b"12345", "ADEChallengeData2016/b:c.txt": b"6"}

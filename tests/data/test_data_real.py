@@ -13,7 +13,7 @@ from neco_bench.data.load import load_dataset
 def test_camvid(samples):
     dataset = load_dataset("camvid", "val", root=samples)
     assert len(dataset) == 101
-    assert dataset.subset is None
+    assert dataset.coverage is None
     sample = dataset[7]
     stored = np.array(Image.open(samples / "camvid" / "valannot" / f"{sample.id}.png"))
     assert sample.image.shape == (360, 480, 3)

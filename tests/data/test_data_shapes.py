@@ -48,7 +48,7 @@ def test_a_damaged_cache_is_noticed(shapes_cache, caplog):
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         after = load_dataset("shapes", "train")[0]
-    assert "made anew" in caplog.text
+    assert "made again" in caplog.text
     assert np.array_equal(after.image, before.image)
 
 
@@ -62,7 +62,7 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_scenes(split):
     dataset = load_dataset("shapes", split)
-    assert dataset.subset is None
+    assert dataset.coverage is None
     assert len(dataset.classes) == len(dataset.palette) == 9
     present = np.zeros(256, int)
     for sample in (dataset[i] for i in range(0, len(dataset), 2)):

@@ -330,7 +330,12 @@ def trial(server: Server, command: Command, start: Path, folder: Path, fault: Fa
 
 
 def many(
-    work: Path, number: int, seed: int, kinds: Sequence[str] = ("kill",), names: Sequence[str] = (), say: bool = False
+    work: Path,
+    number: int,
+    seed: int,
+    kinds: Sequence[str] = ("kill",),
+    names: Sequence[str] = (),
+    verbose: bool = False,
 ) -> list[str]:
     """`number` faults shared out among the commands; what went wrong, one line each."""
     server, rng, wrong = Server(), random.Random(seed), []
@@ -348,9 +353,9 @@ def many(
             problem = trial(server, command, start, work / f"{command.name}-fault", fault, whole)
             if problem:
                 wrong.append(f"{command.name}, {fault}: {problem}")
-                if say:
+                if verbose:
                     print(wrong[-1], flush=True)
-        if say:
-            spent = time.monotonic() - begun
-            print(f"{command.name}: {share} faults at {first.operations} file operations, {spent:.0f} s", flush=True)
+        if verbose:
+            seconds = time.monotonic() - begun
+            print(f"{command.name}: {share} faults at {first.operations} file operations, {seconds:.0f} s", flush=True)
     return wrong

@@ -163,7 +163,7 @@ def _use(name: str, split: str, **options: Any) -> Callable[[Path], None]:
         data = load_dataset(name, split, root=folder / "data", **options)
         data.fingerprint()
         if not isinstance(data, PairDataset):
-            data.sample_doubts()
+            data.sample_sanity_check()
         for index in range(min(3, len(data))):
             data[index]
 
@@ -485,7 +485,7 @@ def attempt(reader: Reader, folder: Path) -> str:
     return ""
 
 
-def _share(work: Path, name: str, begin: int, end: int, seed: int, say: bool) -> None:
+def _share(work: Path, name: str, begin: int, end: int, seed: int, verbose: bool) -> None:
     """Give a reader its changed files. File `wrong`: one line for each fault; file `at`: the current number."""
     (reader,) = (reader for reader in READERS if reader.name == name)
     warnings.simplefilter("ignore")
@@ -513,30 +513,30 @@ def _share(work: Path, name: str, begin: int, end: int, seed: int, say: bool) ->
         if not problem and (now := _listing(box, folder)) != around:
             problem = f"wrote outside: {sorted(set(now.items()) ^ set(around.items()))}"
         if problem:
-            _note(work, f"{name}, input {count} of seed {seed} ({file}): {problem}", say)
+            _note(work, f"{name}, input {count} of seed {seed} ({file}): {problem}", verbose)
     (work / "at").write_text(str(end))
 
 
-def _note(work: Path, line: str, say: bool) -> None:
+def _note(work: Path, line: str, verbose: bool) -> None:
     with (work / "wrong").open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(" ".join(line.split()) + "\n")
-    if say:
+    if verbose:
         print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def _watch(child: Any, at: Path) -> None:
     """Wait for a child; kill it where one file takes so long that not even a signal is handled."""
-    seen, since = "", time.monotonic()
+    last, since = "", time.monotonic()
     while child.exitcode is None:
         child.join(1)
         now = at.read_text() if at.exists() else ""
-        if now != seen:
-            seen, since = now, time.monotonic()
-        if seen and time.monotonic() - since > 2 * SECONDS:
+        if now != last:
+            last, since = now, time.monotonic()
+        if last and time.monotonic() - since > 2 * SECONDS:
             child.kill()
 
 
-def many(work: Path, number: int, seed: int, names: Sequence[str] = (), say: bool = False) -> list[str]:
+def many(work: Path, number: int, seed: int, names: Sequence[str] = (), verbose: bool = False) -> list[str]:
     """`number` changed files shared out among the readers; what went wrong, one line each.
 
     Each reader has a process of its own: a library that crashes on a file ends that one, and the next goes on.
@@ -548,17 +548,17 @@ def many(work: Path, number: int, seed: int, names: Sequence[str] = (), say: boo
         folder.mkdir(parents=True)
         share = number // len(readers) + (index < number % len(readers))
         while begin < share:
-            child = server.context.Process(target=_share, args=(folder, reader.name, begin, share, seed, say))
+            child = server.context.Process(target=_share, args=(folder, reader.name, begin, share, seed, verbose))
             child.start()
             _watch(child, folder / "at")
             assert (folder / "at").exists(), f"{reader.name} does not read whole files"
             begin = int((folder / "at").read_text()) + bool(child.exitcode)
             if child.exitcode:
                 line = f"{reader.name}, input {begin - 1} of seed {seed}: the process ended with {child.exitcode}"
-                _note(folder, line, say)
+                _note(folder, line, verbose)
         found = (folder / "wrong").read_text().splitlines() if (folder / "wrong").exists() else []
         wrong += found
-        if say:
+        if verbose:
             print(f"{reader.name}: {share} inputs, {len(found)} faults", flush=True)
         shutil.rmtree(folder)
     return wrong

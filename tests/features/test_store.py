@@ -53,13 +53,13 @@ def batches(context: Context, transform: object = None, count: int = 20, epochs:
     return list(stream(load_encoder(MODEL), dataset, transform or ResizeSquare(64, "pil"), context, "x", items=items))
 
 
-def with_store(kept_as: str = "fp32", batch_size: int = 8) -> Context:
-    return Context(batch_size=batch_size, store=FeatureStore(kept_as, "one"))
+def with_store(dtype: str = "fp32", batch_size: int = 8) -> Context:
+    return Context(batch_size=batch_size, store=FeatureStore(dtype, "one"))
 
 
-def flat(found: list[FeatureBatch]) -> tuple[torch.Tensor, np.ndarray, list[int]]:
-    masks = np.stack([mask for batch in found for mask in batch.masks])
-    return torch.cat([b.features for b in found]), masks, [p for b in found for p in b.positions]
+def flat(streamed: list[FeatureBatch]) -> tuple[torch.Tensor, np.ndarray, list[int]]:
+    masks = np.stack([mask for batch in streamed for mask in batch.masks])
+    return torch.cat([b.features for b in streamed]), masks, [p for b in streamed for p in b.positions]
 
 
 def assert_same(a: list[FeatureBatch], b: list[FeatureBatch]) -> None:
@@ -166,17 +166,17 @@ def test_a_disk_may_be_full_before_a_buffer_is_written(caplog: pytest.LogCapture
     resource = pytest.importorskip("resource")
     plain = batches(Context(batch_size=8))
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    found = []
+    streamed = []
     try:
         for most in (300, 2000, 5000, 30000):
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-            found.append(batches(with_store()))
+            streamed.append(batches(with_store()))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    for part in found:
+    for part in streamed:
         assert_same(plain, part)
-    assert caplog.text.count("no longer kept") == len(found)
+    assert caplog.text.count("no longer stored") == len(streamed)
     assert_same(plain, batches(with_store()))
 
 
@@ -220,7 +220,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(
     plain = batches(Context(batch_size=8))
     monkeypatch.setattr("neco_bench.features.store.zlib.compress", full)
     assert_same(plain, batches(with_store()))
-    assert "no longer kept (No space left" in caplog.text
+    assert "no longer stored (No space left" in caplog.text
 
 
 def test_half_precision_is_stated_and_bounded() -> None:
@@ -298,10 +298,10 @@ def test_features_that_another_process_deleted_are_computed(encoded: list[int]) 
     reading = stream(
         load_encoder(MODEL), load_dataset("shapes", "val", limit=20), ResizeSquare(64, "pil"), with_store(), "x"
     )
-    found = [next(reading)]
+    streamed = [next(reading)]
     (folder / "features.bin").unlink()
-    found += reading
-    assert_same(plain, found)
+    streamed += reading
+    assert_same(plain, streamed)
     assert sum(encoded) == 12
 
 

@@ -27,7 +27,7 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_encoding")
 @pytest.mark.parametrize(
-    ("task", "changes", "told"),
+    ("task", "changes", "message"),
     [
         ("shapes_ic", {"passes": HUGE}, "GiB of memory"),
         ("shapes_ic", {"input_size": 800_000}, "GiB of memory"),
@@ -52,8 +52,8 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: " ".join(map(str, value.items())) if isinstance(value, dict) else "",
 )
-def test_settings_without_measure(task: str, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_settings_without_measure(task: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         neco_bench.run("baseline_rgb", task, limit=4, workers=0, changes=changes)
 
 

@@ -82,10 +82,10 @@ def test_shared_rows_are_merged(shares: tuple[int, ...], monkeypatch: pytest.Mon
                 return list(shares)
             starts = [sum(shares[:i]) for i in range(len(shares))]
             given = [(queries @ p.T).topk(min(7, len(p))) for p in parts]
-            found: list[Any] = [(g.values, g.indices + start) for g, start in zip(given, starts, strict=True)]
-            torch.testing.assert_close(value[0], found[rank][0])
-            assert torch.equal(value[1], found[rank][1])
-            return found
+            results: list[Any] = [(g.values, g.indices + start) for g, start in zip(given, starts, strict=True)]
+            torch.testing.assert_close(value[0], results[rank][0])
+            assert torch.equal(value[1], results[rank][1])
+            return results
 
         monkeypatch.setattr(search.distributed, "gather", gather)
         monkeypatch.setattr(search.distributed, "rank", lambda rank=rank: rank)

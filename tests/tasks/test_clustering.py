@@ -170,7 +170,7 @@ def test_clustering_of_given_features_equals_an_independent_computation(clusters
         def __len__(self) -> int:
             return count
 
-        def scored(self, mask: np.ndarray) -> np.ndarray:
+        def eval_mask(self, mask: np.ndarray) -> np.ndarray:
             return mask
 
         def __getitem__(self, i: int) -> Sample:
@@ -189,14 +189,14 @@ def test_clustering_of_given_features_equals_an_independent_computation(clusters
     for seed in range(3, 8):
         kmeans = faiss.Kmeans(5, clusters, niter=100, nredo=5, seed=seed, min_points_per_centroid=1)
         kmeans.train(x)
-        found = kmeans.index.search(x, 1)[1][:, 0]
-        table = contingency_matrix(truth.ravel(), found)
+        assigned = kmeans.index.search(x, 1)[1][:, 0]
+        table = contingency_matrix(truth.ravel(), assigned)
         if clusters == classes:
             iou = table / (table.sum(0) + table.sum(1)[:, None] - table)
             best = max(itertools.permutations(range(classes)), key=lambda p: iou[p, range(classes)].sum())
         else:
             best = table.argmax(0)
-        scores.append(jaccard_score(truth.ravel(), np.array(best)[found], average="macro"))
+        scores.append(jaccard_score(truth.ravel(), np.array(best)[assigned], average="macro"))
     assert outcome.statistics["mIoU_per_seed"] == pytest.approx(np.array(scores), abs=1e-12)
     assert 0.3 < np.mean(scores) < 0.99
 

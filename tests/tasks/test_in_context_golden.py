@@ -83,8 +83,8 @@ def test_retrieval_to_miou(arrays: dict[str, np.ndarray], case: str, encoder: st
     assert official == pytest.approx(float(arrays[f"{key}_miou_official"]), abs=1e-9)
 
     # Our own distributions differ by rounding, which may move a pixel between two equal shares; for "cg" none moves.
-    for found in (given, shares):
-        own_maps, _, own = score(found, arrays[f"{case}_y_val"][:, 0])
+    for predicted in (given, shares):
+        own_maps, _, own = score(predicted, arrays[f"{case}_y_val"][:, 0])
         if encoder == "cg":
             np.testing.assert_array_equal(own_maps, arrays[f"{key}_pred_map"][:, 0])
         assert own == pytest.approx(float(arrays[f"{key}_miou_official"]), abs=1e-4)

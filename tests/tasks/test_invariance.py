@@ -141,6 +141,6 @@ def test_a_killed_process_keeps_what_is_finished(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "neco_bench", *map(str, RUN), *models, "--out", str(out)]
     killed = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (kept,) = ResultStore(out).load_all()
-    assert (kept.model, kept.status) == ("baseline_rgb", "ok")
+    (stored,) = ResultStore(out).load_all()
+    assert (stored.model, stored.status) == ("baseline_rgb", "ok")
     assert sorted(path.suffix for path in out.rglob("*.*")) == [".json", ".npz"]

@@ -148,8 +148,8 @@ def test_fifty_steps_equal_a_plain_loop(dropout: float) -> None:
     running = torch.zeros(6).double(), torch.ones(6).double()
     heads = train_bn_probe(head, data, options, seed=3)
     for i, (features, target) in enumerate(data):
-        kept = torch.from_numpy(item_rng(3, "dropout", i).random((4, 6)) >= dropout).double()
-        x = features.double() * kept[:, :, None, None] / (1 - dropout)
+        stays = torch.from_numpy(item_rng(3, "dropout", i).random((4, 6)) >= dropout).double()
+        x = features.double() * stays[:, :, None, None] / (1 - dropout)
         mean, variance = x.mean((0, 2, 3)), x.var((0, 2, 3), correction=0)
         normal = (x - mean[:, None, None]) / (variance + 1e-5).sqrt()[:, None, None]
         running = 0.9 * running[0] + 0.1 * mean, 0.9 * running[1] + 0.1 * variance * 100 / 99
@@ -383,7 +383,7 @@ def test_workers_and_batches_move_nothing() -> None:
 @pytest.mark.parametrize(("select", "reported"), [("best", 3), ("last", 6)])
 def test_the_best_or_the_last_head_is_reported(select: str, reported: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two heads set by hand: one names the nearest colour of the palette, a later one always background."""
-    data = {split: Painted(None, split).limited(4) for split in ("train", "val")}
+    data = {split: Painted(None, split).head(4) for split in ("train", "val")}
     nearest, background = (BnHead(3, 9, 0).eval() for _ in range(2))
     palette = torch.from_numpy(data["val"].palette).float() / 255
     colours = (palette - torch.tensor(Colours.mean)) / torch.tensor(Colours.std)
@@ -408,19 +408,19 @@ def test_training_sees_padding_as_the_mean_colour_and_void_classes_as_void(monke
     class Voided(Painted):
         void_class = 0
 
-    seen: list[tuple[Tensor, Tensor]] = []
+    batches: list[tuple[Tensor, Tensor]] = []
 
     def look(head: BnHead, given: Any, *args: Any, **options: Any) -> dict[int, BnHead]:
-        seen.extend(given)
+        batches.extend(given)
         return {1: head.eval()}
 
     monkeypatch.setattr(dinov3, "train_bn_probe", look)
     encoder = Colours()
     encoder.mean = (0.0, 0.0, 0.0)
-    data = {split: Voided(None, split).limited(6) for split in ("train", "val")}
+    data = {split: Voided(None, split).head(6) for split in ("train", "val")}
     run(data, encoder, Context(batch_size=5), iterations=3, scale=(0.5, 0.5))
-    assert [len(features) for features, _ in seen] == [4, 4, 4]
-    features, targets = (torch.cat(parts) for parts in zip(*seen, strict=True))
+    assert [len(features) for features, _ in batches] == [4, 4, 4]
+    features, targets = (torch.cat(parts) for parts in zip(*batches, strict=True))
     assert targets.shape == (12, 224, 224)
     assert (features[:, :, 14:] == 0).all()
     assert (features[:, :, :, 14:] == 0).all()
@@ -432,7 +432,7 @@ def test_training_sees_padding_as_the_mean_colour_and_void_classes_as_void(monke
 
 def test_painted_classes_are_nearly_all_found() -> None:
     """Colours that are the answer, 8-pixel cells, no distortion: what is missed lies at borders."""
-    data = {split: Painted(None, split).limited(24) for split in ("train", "val")}
+    data = {split: Painted(None, split).head(24) for split in ("train", "val")}
     outcome = run(data, Colours(), iterations=150, evaluate_every=150, distortion_probability=0.0, dropout=0.0)
     assert outcome.metrics["mIoU"] > 0.9
     assert outcome.metrics["mIoU"] == outcome.metrics["mIoU_last"]

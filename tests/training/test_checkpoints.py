@@ -108,8 +108,8 @@ def test_a_kill_at_any_point_loses_nothing(step: int, tmp_path: Path) -> None:
         run.save(newest)
         run.save(6)
         assert run.restore() == 6
-        kept = {f"checkpoint-000000{newest}", "checkpoint-0000006", "encoder.json"}
-        assert {path.name for path in run.folder.iterdir()} == kept
+        remaining = {f"checkpoint-000000{newest}", "checkpoint-0000006", "encoder.json"}
+        assert {path.name for path in run.folder.iterdir()} == remaining
         if len(reached) < point:
             break
         points += 1
@@ -160,6 +160,6 @@ def test_of_two_that_train_in_one_folder_the_second_is_refused(tmp_path: Path, m
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    told = "file/run: the folder could not be locked"
-    with pytest.raises(NecoBenchError, match=told), checkpoints.locked(tmp_path / "file" / "run"):
+    message = "file/run: the folder could not be locked"
+    with pytest.raises(NecoBenchError, match=message), checkpoints.locked(tmp_path / "file" / "run"):
         pass

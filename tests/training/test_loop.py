@@ -187,14 +187,14 @@ def test_a_run_that_ends_at_any_renaming_is_resumed(last: int, tmp_path: Path, m
             raise Killed
         plain(source, target)
 
-    settings, told = recipe(steps=3), options(tmp_path / "run", save_every=1)
+    settings, run_options = recipe(steps=3), options(tmp_path / "run", save_every=1)
     monkeypatch.setattr(os, "replace", replace)
     with pytest.raises(Killed):
-        train(settings, told)
+        train(settings, run_options)
     monkeypatch.undo()
     with open(tmp_path / "run/log.csv", "a", encoding="utf-8") as file:
         file.write("1,0.5")  # half a line
-    run = train(settings, dataclasses.replace(told, resume=True))
+    run = train(settings, dataclasses.replace(run_options, resume=True))
     assert len(losses(run)) == 3
     assert {path.name for path in run.iterdir()} == {
         "checkpoint-0000002", "checkpoint-0000003", "encoder.json", "log.csv", "recipe.json", "lock",
@@ -279,16 +279,16 @@ def test_evaluation_while_training(tmp_path: Path) -> None:
 
 
 def test_what_an_interruption_left_out_is_made_up_for(tmp_path: Path) -> None:
-    told = options(tmp_path / "run", evaluate=("shapes_correspondence",), eval_every=2, save_every=2)
-    run = train(recipe(steps=2, global_size=32), told)
+    run_options = options(tmp_path / "run", evaluate=("shapes_correspondence",), eval_every=2, save_every=2)
+    run = train(recipe(steps=2, global_size=32), run_options)
     plain = (run / "eval.csv").read_text()
     (run / "eval.csv").write_text("".join(plain.splitlines(keepends=True)[:2]))  # killed while step 2 was scored
     encoder = (run / "encoder.json").read_text()
     (run / "encoder.json").unlink()
-    train(recipe(steps=2, global_size=32), dataclasses.replace(told, resume=True))
+    train(recipe(steps=2, global_size=32), dataclasses.replace(run_options, resume=True))
     assert (run / "eval.csv").read_text() == plain
     assert (run / "encoder.json").read_text() == encoder
-    train(recipe(steps=2, global_size=32), dataclasses.replace(told, resume=True))
+    train(recipe(steps=2, global_size=32), dataclasses.replace(run_options, resume=True))
     assert (run / "eval.csv").read_text() == plain
 
 
@@ -306,9 +306,11 @@ def test_a_record_that_is_none(content: str, tmp_path: Path) -> None:
         train(recipe(steps=1), options(run, resume=True))
 
 
-@pytest.mark.parametrize(("name", "task", "told"), [("a", "shapes_*", "several tasks"), ("a?b", "shapes_ic", "'\\?'")])
-def test_what_cannot_be_scored_is_told_at_once(name: str, task: str, told: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=told):
+@pytest.mark.parametrize(
+    ("name", "task", "message"), [("a", "shapes_*", "several tasks"), ("a?b", "shapes_ic", "'\\?'")]
+)
+def test_what_cannot_be_scored_is_an_error_at_once(name: str, task: str, message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
         train(recipe(steps=1), options(tmp_path / name, evaluate=(task,)))
     assert not (tmp_path / name).exists()
 
@@ -401,12 +403,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_images(
         return value * math.nan if shard.batch_number == 3 else value
 
     monkeypatch.setattr(OBJECTIVES["neco"], "forward", forward)
-    with pytest.raises(NumericalError, match="loss of step 4 is nan") as told:
+    with pytest.raises(NumericalError, match="loss of step 4 is nan") as caught:
         train(recipe(), options(tmp_path / "run"))
-    assert "not-finite-step-4-rank-0.pt" in str(told.value)
-    kept = torch.load(tmp_path / "run/not-finite-step-4-rank-0.pt", weights_only=True)
-    assert kept["global_views"].shape == (4, 2, 3, 64, 64)
-    assert len(kept["ids"]) == 4
+    assert "not-finite-step-4-rank-0.pt" in str(caught.value)
+    stored = torch.load(tmp_path / "run/not-finite-step-4-rank-0.pt", weights_only=True)
+    assert stored["global_views"].shape == (4, 2, 3, 64, 64)
+    assert len(stored["ids"]) == 4
     assert len(losses(tmp_path / "run")) == 3
 
 
@@ -436,8 +438,10 @@ def test_what_a_loss_that_is_not_finite_advises_goes_on_from_the_last_checkpoint
     assert record["recipe"] == {**settings.model_dump(mode="json"), **smaller}
     before = {"lr_backbone": 1e-3, "precision": "fp16", "steps": 6}
     assert record["changes"] == [{"step": 4, "from": before, "to": smaller}]
-    told = neco_bench.run(str(run), "shapes_ic", limit=2, workers=0).provenance["training"]["data"]
-    assert "8 steps, from step 4 on precision=fp32, from step 4 on steps=8, from step 4 on lr_backbone=0.0001" in told
+    trained = neco_bench.run(str(run), "shapes_ic", limit=2, workers=0).provenance["training"]["data"]
+    assert (
+        "8 steps, from step 4 on precision=fp32, from step 4 on steps=8, from step 4 on lr_backbone=0.0001" in trained
+    )
     train(settings.model_copy(update=smaller), options(run, resume=True))  # with the settings of now, without a word
     assert json.loads((run / "recipe.json").read_text()) == record
 
@@ -538,11 +542,11 @@ def test_a_signal_ends_an_evaluation_at_once(tmp_path: Path, monkeypatch: pytest
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
 
-    told = options(tmp_path / "run", evaluate=("shapes_correspondence",))
+    run_options = options(tmp_path / "run", evaluate=("shapes_correspondence",))
     monkeypatch.setattr(neco_bench, "run", run)
     start = time.monotonic()
     with pytest.raises(Interrupted, match="after step 0 of 6"):
-        train(recipe(), told)
+        train(recipe(), run_options)
     assert time.monotonic() - start < 50
     assert not (tmp_path / "run/eval.csv").exists()
 
@@ -554,13 +558,13 @@ def test_too_many_unusable_images_end_the_run(tmp_path: Path) -> None:
         Image.new("RGB", (80, 80), (i, 2 * i, 3 * i)).save(folder / f"{i}.png")
     (folder / "0.png").write_bytes(b"broken")
     train(recipe(max_unreadable=0.1), options(tmp_path / "ok", data=str(folder)))
-    with pytest.raises(BadInputError, match=r"1 of 12 training images cannot be used.*0\.png") as told:
+    with pytest.raises(BadInputError, match=r"1 of 12 training images cannot be used.*0\.png") as caught:
         train(recipe(max_unreadable=0.05), options(tmp_path / "run", data=str(folder)))
-    assert "--set max_unreadable" in str(told.value)
+    assert "--set max_unreadable" in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("changes", "error", "told"),
+    ("changes", "error", "message"),
     [
         ({"global_size": 60}, UsageError, r"global_size=60 is not a multiple of the patch size 16 of .*=48 or 64"),
         ({"local_size": 20}, UsageError, r"local_size=20 .* Use --set local_size=16 or 32"),
@@ -570,8 +574,8 @@ def test_too_many_unusable_images_end_the_run(tmp_path: Path) -> None:
         ({"base": "baseline_rgb"}, UsageError, "no weights to train"),
     ],
 )
-def test_settings_that_do_not_fit(changes: dict[str, Any], error: type, told: str, tmp_path: Path) -> None:
-    with pytest.raises(error, match=told):
+def test_settings_that_do_not_fit(changes: dict[str, Any], error: type, message: str, tmp_path: Path) -> None:
+    with pytest.raises(error, match=message):
         train(recipe(**changes), options(tmp_path / "run"))
     assert not (tmp_path / "run").exists()
 

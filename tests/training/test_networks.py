@@ -84,9 +84,9 @@ class OneForBoth(torch.nn.Module):
 def test_branches_that_share_a_module_are_dropped_apart() -> None:
     model = torch.nn.Sequential(OneForBoth(), OneForBoth())
     _add_stochastic_depth(model, 0.5, RankShard(0, 64))
-    kept = model[1](torch.ones(64, 1))
-    assert {tuple(row) for row in kept.tolist()} == {(0, 0), (0, 2), (2, 0), (2, 2)}
-    assert torch.equal(model[1](torch.ones(64, 1)), kept)
+    output = model[1](torch.ones(64, 1))
+    assert {tuple(row) for row in output.tolist()} == {(0, 0), (0, 2), (2, 0), (2, 2)}
+    assert torch.equal(model[1](torch.ones(64, 1)), output)
     torch.testing.assert_close(model[0](torch.ones(64, 1)), torch.ones(64, 2))
 
 

@@ -177,14 +177,14 @@ class Plain:
     def step(self, batch: TrainBatch, step: int) -> float:
         recipe, names = self.recipe, list(self.student)
         loss = self.loss(batch, step)
-        found = torch.autograd.grad(loss, [self.student[name] for name in names], allow_unused=True)
+        gradients = torch.autograd.grad(loss, [self.student[name] for name in names], allow_unused=True)
         wave = 0.5 * (1 + math.cos(math.pi * step / STEPS))
         momentum = recipe.final_momentum + (recipe.momentum - recipe.final_momentum) * wave
         decay = recipe.final_weight_decay + (recipe.weight_decay - recipe.final_weight_decay) * wave
         with torch.no_grad():
             for name in names:
                 self.teacher[name] = momentum * self.teacher[name] + (1 - momentum) * self.student[name]
-            for name, gradient in zip(names, found, strict=True):
+            for name, gradient in zip(names, gradients, strict=True):
                 if gradient is None:
                     continue
                 value, lr = (

@@ -26,7 +26,7 @@ class Settings(BaseSettings):
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Share of the images of data["val"] told to within the tolerance, fitted on data["train"]."""
-    size = settings.used_size(encoder.stride)
+    size = settings.input_size_for(encoder.stride)
     (x, y), (x_val, y_val) = (_pooled(encoder, data[split], size, settings, context) for split in ("train", "val"))
     with context.phase("fit"):
         centre, spread = x.mean(0), x.std(0) + 1e-6
