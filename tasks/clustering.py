@@ -104,9 +104,9 @@ def kmeans(
 ) -> Iterator[faiss.Index]:
     """Fit FAISS k-means (L2) with `redos` restarts: for each seed, in order, an index over the (K, d) centroids.
 
-    `nearest` reads it. spherical: centroids have unit length, and points go to that of the largest inner product; the
-    points are taken as they are. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each
-    with its share of the cores. Raises UsageError where there are fewer points than clusters.
+    `nearest` reads it. spherical: centroids have unit length, and points, as they are, go to that of the largest inner
+    product. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each with its share
+    of the cores. Raises UsageError where there are fewer points than clusters.
     """
     check_enough(len(features), "clusters", clusters)
     on_gpu = device.type == "cuda" and faiss_sees_gpu()

@@ -39,8 +39,8 @@ class NeCo(nn.Module):
     Deviations: a queue gives references from its first entries on (there, zero vectors stand in until it is full, and
     a batch of 168 or more fails); processes share references, but the parts of a step that `accumulate` makes do not;
     Euclidean distances are taken by differences (there, by a matrix product: 1e-6 of the loss); a masked loss takes
-    for attention the class token's softmax over patches alone, references from the cells of its own pair of views, and its queue grows by those of the drawn tokens that are in
-    the mask; the teacher runs without gradient.
+    for attention the class token's softmax over patches alone, references from the cells of its own pair of views, and
+    its queue grows by those of the drawn tokens that are in the mask; the teacher runs without gradient.
     """
 
     queue: Tensor

@@ -107,6 +107,10 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[s
         clusters = predicted["clusters"]
         coloured = distinct_colours(int(clusters.max()) + 1)[clusters]
         tiles.append(Tile("clusters", _enlarged(coloured, height, width), "map"))
+    if "foreground" in predicted:
+        tiles.append(
+            Tile("foreground", _enlarged(predicted["foreground"] * 255, height, width)[..., None].repeat(3, 2), "map")
+        )
     if "neighbours" in predicted:
         rows, columns = predicted["features"].shape[1:]
         queries = query_patches(predicted["truth"], predicted["prediction"], rows, columns)

@@ -67,8 +67,8 @@ def edges(shares: np.ndarray, threshold: float | None) -> list[Edge]:
     """
     least = 1 / max(1, len(shares) - 1) if threshold is None else threshold
     weights = np.minimum(shares, shares.T)
-    found = np.argwhere(np.triu((weights >= least) & (weights > 0), 1))
-    return [(int(i), int(j), float(weights[i, j])) for i, j in found]
+    pairs = np.argwhere(np.triu((weights >= least) & (weights > 0), 1))
+    return [(int(i), int(j), float(weights[i, j])) for i, j in pairs]
 
 
 def check_infomap() -> None:
@@ -86,9 +86,9 @@ def communities(links: Sequence[Edge], clusters: int, *, modules: int, markov_ti
 
     modules: the preferred number of communities. seed: from 0 (Infomap's own begin at 1).
     """
-    found = np.zeros(clusters, np.int64)
+    ids = np.zeros(clusters, np.int64)
     if not links:
-        return found
+        return ids
     from infomap import Infomap  # an extra, whose licence (GPL) this package does not share
 
     model = Infomap(
@@ -98,5 +98,5 @@ def communities(links: Sequence[Edge], clusters: int, *, modules: int, markov_ti
     for i, j, weight in links:
         model.add_link(i, j, weight)
     for node, module in model.run().modules().items():
-        found[node] = module
-    return found
+        ids[node] = module
+    return ids

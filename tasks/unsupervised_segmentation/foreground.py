@@ -46,13 +46,12 @@ def best_threshold(precision: np.ndarray, areas: Iterable[tuple[np.ndarray, np.n
     starts = np.arange(int(LEAST * count), int(MOST * count))
     if not len(starts):
         starts = np.array([count // 2])
-    ious, images = np.zeros(len(starts)), 0
+    ious = np.zeros(len(starts))  # summed over images
     for area, inside in areas:
         # From each rank on: what the clusters there cover in all.
         predicted, hits = (values[order][::-1].cumsum()[::-1][starts] for values in (area, inside))
         union = predicted + inside.sum() - hits
         ious += np.divide(hits, union, out=np.zeros(len(starts)), where=union > 0)
-        images += 1
     best = len(ious) - 1 - int(np.argmax(ious[::-1]))
     value = known[order][starts[best]]
     grid = np.arange(0, 1, STEP)

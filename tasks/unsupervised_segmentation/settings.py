@@ -17,11 +17,12 @@ class Settings(BaseSettings):
     mask_size: side of the shrunk maps and masks, in pixels, on which all is counted; None: patches, and masks at their
     own resolution. foreground: what is taken for a first, noisy foreground: patches with the top `mass` of the class
     token's "attention", or the side of the normalised "cut" with the seed, at cosine `tau`. foreground_clusters: of all
-    patches, each foreground or not. threshold: of a cluster's precision, the best one on the ground truth of train ("train_masks"), or by
-    "otsu" from the precisions alone. community_clusters: of foreground patches, the nodes of the graph.
-    reach: distances, in cells, at which clusters are neighbours. angles: of neighbours, the "reference"'s with its slip
-    or "even" steps of 45 degrees. weight_threshold: of an edge; None: as often as if all clusters were equally near.
-    markov_time: of Infomap. seeds, direct_seeds: of Infomap, and of k-means with a cluster for each class.
+    patches, each of them foreground or not. threshold: of the precision of a foreground cluster, the best one on the
+    ground truth of train ("train_masks"), or from the precisions alone ("otsu"). community_clusters: of foreground
+    patches, the nodes of the graph. reach: distances, in cells, at which clusters are neighbours. angles: of
+    neighbours, the "reference"'s with its slip, or "even" steps of 45 degrees. weight_threshold: of an edge; None: as
+    often as if all clusters were equally near. markov_time: of Infomap. seeds, direct_seeds: of Infomap, and of k-means
+    with a cluster for each class.
     """
 
     mask_size: PositiveInt | None = None

@@ -7,8 +7,10 @@ of train chooses its foreground and its constants. `clean-1` has no such choice 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,7 +45,7 @@ from neco_bench.features.attention import MIN_SIDE, foreground
 from neco_bench.features.extract import stream
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 from neco_bench.metrics.segmentation import hungarian_match
-from neco_bench.search.row_file import CHUNK, ArrayFile, RowFile
+from neco_bench.search.row_file import ArrayFile, RowFile
 
 LANCZOS = 60  # products with the graph that a cut takes, about
 
@@ -98,125 +100,196 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU of the communities, mean over Infomap's seeds, on data["val"]."""
     check_encoder(encoder, settings)
-    size, val = settings.input_size_for(encoder.stride), data["val"]
-    side, classes, train_count = size // encoder.stride, len(val.classes), len(data["train"])
+    size, train_count = settings.input_size_for(encoder.stride), len(data["train"])
+    side, objects = size // encoder.stride, max(1, len(data["val"].classes) - 1)
 
-    # Patch features of train and val, a noisy foreground of each image, and masks: of val to score on, of train only
-    # where the protocol chooses by them.
-    features, noisy = RowFile(encoder.embed_dim), []
-    masks = {"train": ArrayFile(), "val": ArrayFile()}
-    transform = ResizeSquare(size, "pil" if settings.mask_size else "native")
-    options = {"attention": True} if settings.foreground == "attention" else {}
-    for name, split in (("train", data["train"]), ("val", val)):
-        what = f"extract {name}"
-        for batch in stream(
-            encoder, split, transform, context, what, mean=settings.mean, std=settings.std, **options
-        ):
-            maps = batch.features[:, : encoder.embed_dim]
-            features.append(maps.flatten(2).transpose(1, 2).flatten(0, 1).cpu().numpy())
-            with context.phase("foreground"):
-                if settings.foreground == "attention":
-                    noisy.append(foreground(batch.features[:, encoder.embed_dim :], settings.mass).cpu().numpy())
-                else:
-                    noisy += [cut(own, settings.tau).inside[None] for own in maps.cpu().numpy()]
-            if name == "val" or settings.threshold == "train_masks":
-                for mask in batch.masks:
-                    grid = (settings.mask_size,) * 2 if settings.mask_size else mask.shape
-                    masks[name].append(resize_nearest_torch(mask, *grid))
-    inside = np.concatenate(noisy).reshape(-1, side**2)
+    # Patch features of train and val together, and a noisy foreground of each image.
+    features, noisy, masks = extract(encoder, data, size, settings, context)
     with context.phase("pca"):
         standardise(features)
         reduced = reduce_dimensions(features, settings.components)
 
-    # Foreground: clusters of all patches whose precision, by the noisy foreground of their split, is high enough.
+    # Clusters of all patches; foreground are those of which enough lies in the noisy foreground.
     rounds = {"iterations": settings.iterations, "redos": settings.redos, "device": encoder.device}
     with context.phase("kmeans"):
         count = settings.foreground_clusters
         (model,) = kmeans(reduced, count, seeds=[context.seed], spherical=True, **rounds)
         clusters = np.concatenate([nearest(model, rows) for rows in reduced.chunks()]).reshape(-1, side**2)
-    cells = resize_nearest_torch(np.arange(side**2).reshape(side, side), *(settings.mask_size or side,) * 2)
-    weights = np.bincount(cells.ravel(), minlength=side**2)  # pixels of each patch
-    parts = (slice(None, train_count), slice(train_count, None))
-    precision = [precisions(clusters[part], inside[part], weights, count) for part in parts]
-    if settings.threshold == "train_masks":
-        labels = (clusters[i].reshape(side, side) for i in range(train_count))
-        threshold = best_threshold(precision[0], _areas(labels, masks["train"], cells, count))
-    else:
-        threshold = otsu(precision[0])
-    is_foreground = np.concatenate([(own >= threshold)[clusters[part]] for own, part in zip(precision, parts)])
+    grid = settings.mask_size or side
+    cells = resize_nearest_torch(np.arange(side**2).reshape(side, side), grid, grid)  # the patch of each pixel
+    inside, facts = choose_foreground(clusters, noisy, cells, masks["train"], train_count, settings)
 
-    # Clusters of foreground patches: as many as foreground classes, and those that communities are made of.
-    pixels = is_foreground[:, cells.ravel()].nonzero()
-    picked = PickedRows(reduced, pixels[0] * side**2 + cells.ravel()[pixels[1]])
-    nodes, objects = settings.community_clusters, max(1, classes - 1)
-    for setting, k in (("community_clusters", nodes), ("foreground clusters", objects)):
-        check_enough(len(picked), setting, k)
+    # Clusters of the pixels of foreground patches: those that communities are made of, and one for each object class.
+    image, pixel = inside[:, cells.ravel()].nonzero()
+    picked = PickedRows(reduced, image * side**2 + cells.ravel()[pixel])
+    nodes = settings.community_clusters
+    check_enough(len(picked), "community_clusters", max(nodes, objects))
     with context.phase("kmeans"):
         models = list(kmeans(picked, nodes, seeds=[context.seed], **rounds))
         direct = range(context.seed, context.seed + settings.direct_seeds)
         models += context.track(kmeans(picked, objects, seeds=direct, **rounds), "k-means", settings.direct_seeds)
     background = np.array([nodes] + [objects] * settings.direct_seeds)[:, None]
-    labels = np.stack(
-        [np.where(own, ids, background) for own, ids in zip(is_foreground, assign(models, reduced, side**2))], 1
-    )  # (models, images, patches)
+    of_images = zip(inside, assign(models, reduced, side**2), strict=True)
+    labels = np.stack([np.where(own, ids, background).astype(np.int32) for own, ids in of_images], 1)
 
-    # Communities: clusters that lie beside each other in train and val, background among them.
+    # Communities: clusters that lie beside each other in train and val, the background one among them.
     with context.phase("communities"):
         together = CoOccurrence(nodes + 1, offsets(settings.reach, settings.angles))
         for own in context.track(labels[0], "co-occurrence", labels.shape[1]):
             together.add(own[cells])
-        links = edges(together.shares(), settings.weight_threshold)
-        found = np.stack(
-            [
-                communities(links, nodes + 1, modules=objects, markov_time=settings.markov_time, seed=seed)
-                for seed in range(context.seed, context.seed + settings.seeds)
-            ]
-        )
+        links, options = edges(together.shares(), settings.weight_threshold), {"markov_time": settings.markov_time}
+        seeds = range(context.seed, context.seed + settings.seeds)
+        modules = np.stack([communities(links, nodes + 1, modules=objects, seed=seed, **options) for seed in seeds])
 
-    # Score on val: communities and, beside them, the direct clusters; each seed is matched alone.
-    score = SegmentationScore(
-        val, settings, context, shape=(settings.seeds,), clusters=max(classes, int(found.max()) + 1)
-    )
-    direct_score = SegmentationScore(val, settings, context, shape=(settings.direct_seeds,), clusters=objects + 1)
-    ious = []
-    with context.phase("match"):
-        for item, mask in enumerate(context.track(masks["val"], "match", len(val))):
-            own = labels[:, train_count + item].reshape(-1, side, side)
-            object_map = is_foreground[train_count + item].reshape(side, side)
-            large = resize_nearest_torch(object_map, *mask.shape)
-            direct_score.add(item, mask, resize_nearest_torch(own[1:], *mask.shape))
-            score.add(
-                item,
-                mask,
-                resize_nearest_torch(found[:, own[0]], *mask.shape),
-                features=partial(feature_map, features, train_count + item, side),
-                foreground=large,
-            )
-            truth = (mask > 0) & (mask != IGNORE)
-            ious.append(float((truth & large & (mask != IGNORE)).sum() / max(1, ((truth | large) & (mask != IGNORE)).sum())))
-    score.match(hungarian_match)
-    direct_score.match(hungarian_match)
-
-    scores = score.mean_ious()
-    context.notes |= {
+    context.notes |= facts | {
         "train_ground_truth": ground_truth_use(settings),
-        "threshold": threshold,
-        "foreground_share": [float(is_foreground[part][:, cells.ravel()].mean()) for part in parts],
-        "foreground_clusters_absent": [int(np.isnan(own).sum()) for own in precision],
         "edges": len(links),
-        "communities": [int(own.max()) for own in found],
+        "communities": [len(np.unique(own[own > 0])) for own in modules],
         "components": reduced.dimension,
     }
+
+    # Score on val: each seed is matched alone.
+    val, part = data["val"], slice(train_count, None)
+    width = max(objects + 1, int(modules.max()) + 1)
+    score = SegmentationScore(val, settings, context, shape=(len(modules),), clusters=width)
+    direct_score = SegmentationScore(val, settings, context, shape=(len(labels) - 1,), clusters=objects + 1)
+    with context.phase("match"):
+        ious = add_images(
+            score,
+            direct_score,
+            masks["val"],
+            labels[:, part],
+            inside[part],
+            modules,
+            lambda item: feature_map(features, train_count + item, side),
+        )
+    for either in (score, direct_score):
+        either.match(hungarian_match)
+    scores = score.mean_ious()
     return score.outcome(
         used_size=size,
         resize="squash",
         metrics={
             "mIoU_std": float(scores.std()),
             "direct_mIoU": float(direct_score.mean_ious().mean()),
-            "foreground_IoU": float(np.mean(ious)),
+            "foreground_IoU": float(ious.mean()),
         },
-        statistics={"mIoU_per_seed": scores, "foreground_iou": np.array(ious)},
+        statistics={"mIoU_per_seed": scores, "foreground_iou": ious},
     )
+
+
+def extract(
+    encoder: Encoder, data: dict[str, SegmentationDataset], size: int, settings: Settings, context: Context
+) -> tuple[RowFile, np.ndarray, dict[str, ArrayFile]]:
+    """Encode train, then val.
+
+    Returns features, a row for each patch; (images, patches) bool noisy foreground; and masks: of val to score on, of
+    train only where the protocol chooses by them.
+    """
+    features, noisy = RowFile(encoder.embed_dim), []
+    masks = {"train": ArrayFile(), "val": ArrayFile()}
+    transform = ResizeSquare(size, "pil" if settings.mask_size else "native")
+    options: dict[str, Any] = {"mean": settings.mean, "std": settings.std}
+    options |= {"attention": True} if settings.foreground == "attention" else {}
+    for name in ("train", "val"):
+        for batch in stream(encoder, data[name], transform, context, f"extract {name}", **options):
+            maps = batch.features[:, : encoder.embed_dim]
+            features.append(maps.flatten(2).transpose(1, 2).flatten(0, 1).cpu().numpy())
+            with context.phase("foreground"):
+                if settings.foreground == "attention":
+                    noisy += [*foreground(batch.features[:, encoder.embed_dim :], settings.mass).cpu().numpy()]
+                else:
+                    noisy += [cut(own, settings.tau).inside for own in maps.cpu().numpy()]
+            for mask in batch.masks if name == "val" or settings.threshold == "train_masks" else ():
+                grid = (settings.mask_size,) * 2 if settings.mask_size else mask.shape
+                masks[name].append(resize_nearest_torch(mask, *grid))
+    return features, np.stack(noisy).reshape(len(noisy), -1), masks
+
+
+def choose_foreground(
+    clusters: np.ndarray,
+    noisy: np.ndarray,
+    cells: np.ndarray,
+    train_masks: ArrayFile,
+    train_count: int,
+    settings: Settings,
+) -> tuple[np.ndarray, dict[str, Any]]:
+    """Choose the clusters that are foreground by their precision; the reference takes that of each split apart.
+
+    Args:
+        clusters: (images, patches), of train and then of val.
+        noisy: (images, patches) bool.
+        cells: (H, W) patch of each pixel on which all is counted.
+        train_masks: ground truth of train, empty where nothing is chosen by it.
+        train_count: images of train.
+        settings: of the protocol.
+
+    Returns:
+        (images, patches) bool, and what to note of it.
+    """
+    count, pixels = settings.foreground_clusters, cells.ravel()
+    weights = np.bincount(pixels, minlength=clusters.shape[1])
+    splits = [slice(None, train_count), slice(train_count, None)]
+    parts = splits if settings.threshold == "train_masks" else [slice(None)]
+    precision = [precisions(clusters[part], noisy[part], weights, count) for part in parts]
+    if settings.threshold == "train_masks":
+        large = (own[cells] for own in clusters[:train_count])
+        threshold = best_threshold(precision[0], _areas(large, train_masks, count))
+    else:
+        threshold = otsu(precision[0])
+    chosen = [(own >= threshold)[clusters[part]] for own, part in zip(precision, parts, strict=True)]
+    inside = np.concatenate(chosen)
+    if not inside.any():
+        raise UsageError(f"No cluster has a precision of {threshold:.2f}, so nothing is foreground. Use more images.")
+    return inside, {
+        "threshold": threshold,
+        "foreground_share": [float(inside[part][:, pixels].mean()) for part in splits],
+        "foreground_clusters_absent": [int(np.isnan(own).sum()) for own in precision],
+    }
+
+
+def _areas(clusters: Iterator[np.ndarray], masks: ArrayFile, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield of each image the pixels of each cluster, and those of them that the ground truth has as foreground: any
+    label but 0, borders (255) too, as in the reference."""
+    for own, mask in zip(clusters, masks, strict=True):
+        truth = resize_nearest_torch(mask, *own.shape) > 0
+        yield np.bincount(own.ravel(), minlength=count), np.bincount(own[truth], minlength=count)
+
+
+def add_images(
+    score: SegmentationScore,
+    direct: SegmentationScore,
+    masks: ArrayFile,
+    labels: np.ndarray,
+    inside: np.ndarray,
+    modules: np.ndarray,
+    shown: Callable[[int], torch.Tensor],
+) -> np.ndarray:
+    """Count the images of val, communities in `score` and the direct clusters in `direct`.
+
+    Args:
+        score: with a prediction for each of Infomap's seeds.
+        direct: with one for each seed of k-means.
+        masks: the ground truth of each image.
+        labels: (1 + direct seeds, images, patches) clusters, the first those of the communities.
+        inside: (images, patches) bool foreground.
+        modules: (seeds, clusters) community of each cluster.
+        shown: gives the features of an image, which `show` draws.
+
+    Returns:
+        (images,) IoU of the foreground with all classes but the first; void is left out.
+    """
+    side, ious = math.isqrt(inside.shape[1]), []
+    for item, mask in enumerate(masks):
+        own = labels[:, item].reshape(-1, side, side)
+        large = resize_nearest_torch(inside[item].reshape(side, side), *mask.shape)
+        direct.add(item, mask, resize_nearest_torch(own[1:], *mask.shape))
+        merged = resize_nearest_torch(modules[:, own[0]], *mask.shape)
+        score.add(item, mask, merged, features=partial(shown, item), foreground=large)
+        known = mask != IGNORE
+        union = ((mask > 0) | large) & known
+        ious.append(((mask > 0) & large & known).sum() / max(1, union.sum()))
+    return np.array(ious, np.float64)
 
 
 def ground_truth_use(settings: Settings) -> str:
@@ -227,17 +300,6 @@ def ground_truth_use(settings: Settings) -> str:
         "chooses the foreground threshold; community_clusters, markov_time and weight_threshold are constants that the "
         "reference tuned on Pascal VOC train by 300 trials"
     )
-
-
-def _areas(
-    labels: Iterator[np.ndarray], masks: ArrayFile, cells: np.ndarray, count: int
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield of each image the pixels of each cluster, and those of them that the ground truth has as foreground: any
-    label but 0, borders (255) too, as in the reference."""
-    for own, mask in zip(labels, masks, strict=True):
-        truth = resize_nearest_torch(mask, *cells.shape) > 0
-        large = own.ravel()[cells]
-        yield np.bincount(large.ravel(), minlength=count), np.bincount(large[truth], minlength=count)
 
 
 def feature_map(features: RowFile, item: int, side: int) -> torch.Tensor:

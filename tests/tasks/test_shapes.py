@@ -32,8 +32,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "linear_segmentation@dinov3-1": {"input_size": 112, "iterations": 4, "evaluate_every": 2, "batch_size": 3},
     "patch_probe": {"input_size": 112, "ks": [1, 3], "regularisations": [0.1, 10.0], "max_iterations": 20},
     "overclustering": {"input_size": 112, "iterations": 5, "redos": 1, "seeds": 2},
+    "unsupervised_segmentation": {"input_size": 112, "iterations": 3, "redos": 1, "seeds": 2, "direct_seeds": 2},
     "correspondence": {"input_size": 112},
 }
+SMALL["unsupervised_segmentation@neco-1"] = {**SMALL["unsupervised_segmentation"], "foreground": "cut"}  # no attention
 
 
 class Painted(Shapes):

@@ -12,6 +12,7 @@ import torchvision
 
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
+from neco_bench.features.attention import foreground
 from neco_bench.training.batches import by_view
 from neco_bench.training.loss import neco_loss
 from neco_bench.training.mim import MaskedImages
