@@ -391,7 +391,8 @@ def test_clean_takes_no_ground_truth_of_train(monkeypatch: pytest.MonkeyPatch) -
 
     def other(self: Shapes, index: int) -> Sample:
         sample = read(self, index)
-        return sample if self.split == "val" else Sample(sample.image, np.where(sample.mask, 0, 3).astype(np.uint8), sample.id)
+        masks = sample.mask if self.split == "val" else np.where(sample.mask, 0, 3).astype(np.uint8)
+        return Sample(sample.image, masks, sample.id)
 
     monkeypatch.setattr(Shapes, "__getitem__", other)
     after = neco_bench.run("baseline_hog", "shapes_unsup@clean-1", limit=8, workers=0, changes=changes)
