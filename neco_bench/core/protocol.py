@@ -123,6 +123,7 @@ class Protocol:
 
     @property
     def hash(self) -> str:
+        """The digest of the id and every constant, hexadecimal."""
         return digest({"id": self.id, "family": self.family, "constants": dict(self.constants)})
 
 
@@ -146,9 +147,11 @@ class Card:
 
     @property
     def default_protocol(self) -> str:
+        """The id of the protocol that stands first."""
         return next(iter(self.protocols))
 
     def hash(self, protocol: str) -> str:
+        """Digest the card, and of its protocols the one that is named."""
         return digest(
             [
                 self.name,
@@ -171,6 +174,7 @@ class Task:
 
     @property
     def label(self) -> str:
+        """The id, with `*` where constants were changed."""
         return self.protocol.id + ("*" if self.changed else "")
 
     @property

@@ -76,10 +76,12 @@ class Cityscapes(PairedFolders):
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         if self.source == "labelTrainIds":
             return super().table
         return id_table({**dict.fromkeys(range(34), IGNORE), **{value: i for i, value in enumerate(LABEL_IDS)}})
 
     @property
     def palette(self) -> np.ndarray:
+        """The colours of the classes, (C, 3) uint8."""
         return np.array(_COLOURS, np.uint8)

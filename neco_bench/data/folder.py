@@ -222,6 +222,7 @@ class SegmentationFolder(SegmentationDataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
+        """Say whether the folder has images of a split, without reading them."""
         if not cls.needs_root:
             return True
         data = cls(folder, split)  # type: ignore[call-arg]
@@ -235,6 +236,7 @@ class SegmentationFolder(SegmentationDataset):
         return Sample(image, self.read_mask(item, image.shape[:2]), item)
 
     def mask(self, index: int) -> np.ndarray:
+        """Read the mask of sample `index` alone, (H, W) class ids. Raises as `[index]` does."""
         item = self.ids[index]
         path = self.files(item)[0]
         size = read_size(path, listed_in=self.list_file)
@@ -301,6 +303,7 @@ class Files:
     before: str = ""
 
     def path(self, item: str) -> Path:
+        """Return the file of an item."""
         start, slash, name = item.rpartition("/")
         return self.folder / f"{start}{slash}{self.before}{name}{self.after}"
 
@@ -343,11 +346,12 @@ class PairedFolders(SegmentationFolder):
     @classmethod
     @abc.abstractmethod
     def tree(cls, folder: Path, split: str) -> Tree:
-        """Where the files of a split should be."""
+        """Return where the files of a split should be."""
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Say whether the folder has images of a split, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         tree = cls.tree(folder, split)
         return tree.images.any() and tree.masks.any()
 
@@ -377,6 +381,7 @@ class PairedFolders(SegmentationFolder):
                 )
 
     def files(self, item: str) -> tuple[Path, Path]:
+        """Return the image file and the mask file of an item."""
         return self._images.path(item), self._masks.path(item)
 
 

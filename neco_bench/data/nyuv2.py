@@ -124,6 +124,7 @@ class NYUv2(PairedFolders):
 
     @classmethod
     def tree(cls, folder: Path, split: str) -> Tree:
+        """Return where the files of a split should be."""
         folder = locate(folder, "train_rgb", "test_rgb")
         count = len(cls.classes)
         images = Files(folder / f"{split}_rgb", ".png")
@@ -135,6 +136,7 @@ class NYUv2(PairedFolders):
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         count = len(self.classes)
         return id_table({0: IGNORE, **(labels_to_classes(count) if self.source else {i + 1: i for i in range(count)})})
 

@@ -63,7 +63,8 @@ class SPair71k(PairDataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Say whether the folder has images of a split, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         data = cls.__new__(cls)
         data.split = split
         data._set_places(folder)

@@ -64,6 +64,7 @@ class VOC2012(SegmentationFolder):
             raise missing(type(self), f"the mask folder {self._masks} of split {split!r} is not there.")
 
     def files(self, item: str) -> tuple[Path, Path]:
+        """Return the image file and the mask file of an item."""
         return self._images / f"{item}.jpg", self._masks / f"{item}.png"
 
     def sanity_check(self, masks: MaskSummary) -> list[str]:

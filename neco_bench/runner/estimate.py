@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from neco_bench.core.errors import NecoBenchError
-from neco_bench.core.task import Context
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.transforms import resize_image
@@ -82,7 +81,7 @@ def estimate(job: Job, encoder: Encoder) -> Estimate | None:
     if cost_of is None:
         return None
     check_encoder(job.task, encoder)
-    check_fits(job.task, job.draws, encoder, Context(batch_size=job.options.batch_size))
+    check_fits(job.task, job.draws, encoder, job.options.batch_size)
     settings = settings_for(job.task, encoder)
     costs = [cost_of(settings, data, encoder.stride, encoder.embed_dim) for data in job.draws]
     size = costs[0].size + -costs[0].size % encoder.stride

@@ -75,7 +75,7 @@ def _work_and_send(sender: Connection, *arguments: Any) -> None:
     if hasattr(os, "setsid"):
         os.setsid()
     parent = multiprocessing.parent_process()
-    assert parent is not None
+    assert parent is not None  # noqa: S101 - this is the child of `run_apart`
 
     def follow() -> None:
         parent.join()

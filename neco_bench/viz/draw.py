@@ -87,6 +87,7 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
 
 
 def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[str, Any], caption: str) -> PictureRow:
+    """Draw an image with its truth, its prediction and where they differ, side by side."""
     image = dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
     image = _fitted(image, (side, side), Image.Resampling.BICUBIC)
@@ -162,6 +163,7 @@ def _outlined(image: np.ndarray, patches: Sequence[int], rows: int, columns: int
 
 
 def draw_hits(predicted: dict[str, Any], alpha: float, strict: bool) -> np.ndarray:
+    """Say for each of P points whether it lies within `alpha` of the side, the bound itself unless `strict`."""
     limit = alpha * predicted["side"]
     return predicted["errors"] < limit if strict else predicted["errors"] <= limit
 
@@ -213,6 +215,7 @@ def _fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) ->
 
 
 def thumbnail(tile: Tile) -> np.ndarray:
+    """Return the picture of a tile at the size at which a sheet shows it, (h, w, 3) uint8."""
     rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
     return _fitted(tile.pixels, _box(tile), rule)
 
@@ -226,6 +229,7 @@ def _font(size: int) -> Any:
 
 
 def encode_image(pixels: np.ndarray, photo: bool) -> bytes:
+    """Encode as JPEG for a photo, as PNG for a map, from (H, W, 3) uint8."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG" if photo else "PNG", quality=88)
     return buffer.getvalue()

@@ -16,10 +16,9 @@ from torch import Tensor
 from neco_bench.core import distributed
 from neco_bench.core.errors import NOTHING_LABELLED, BadInputError
 from neco_bench.core.rng import item_rng
-from neco_bench.core.task import Context, Neighbour
+from neco_bench.core.task import Neighbour
 from neco_bench.data.base import IGNORE, SegmentationDataset
-from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.patches import patch_view, rescaled, unit_length
 from neco_bench.search.approximate import ApproximateIndex
 from neco_bench.search.exact import ExactIndex, SharedIndex
@@ -112,13 +111,12 @@ def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: fl
     return torch.from_numpy((mix @ labels).toarray())
 
 
-def build_memory(
-    encoder: Encoder, train: SegmentationDataset, settings: Settings, context: Context, size: int
-) -> Memory:
+def build_memory(extractor: FeatureExtractor, train: SegmentationDataset, settings: Settings, size: int) -> Memory:
     """Make the memory of `settings.passes` augmented copies of each training image, size x size pixels each.
 
     Raises BadInputError where they have no labelled pixel.
     """
+    encoder, context = extractor.encoder, extractor.context
     transform = HummingbirdTrain(
         size, settings.jitter, settings.jitter_probability, settings.crop_scale, settings.crop_ratio
     )
@@ -132,9 +130,7 @@ def build_memory(
     else:
         index = ApproximateIndex(settings.search, encoder.embed_dim)
     labels, origins, labelled = [], [], False
-    for batch in stream(
-        encoder, train, transform, context, "memory", items=items, own=True, mean=settings.mean, std=settings.std
-    ):
+    for batch in extractor.stream(train, transform, "memory", items=items, own=True):
         with context.phase("memory"):
             features = unit_length(batch.features.flatten(2).transpose(1, 2), 2)
             for position, tokens, mask in zip(batch.positions, features, batch.masks, strict=True):

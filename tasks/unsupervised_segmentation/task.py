@@ -42,7 +42,7 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.attention import MIN_SIDE, foreground
-from neco_bench.features.extract import stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 from neco_bench.metrics.segmentation import hungarian_match
 from neco_bench.search.row_file import ArrayFile, RowFile
@@ -141,12 +141,13 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         seeds = range(context.seed, context.seed + settings.seeds)
         modules = np.stack([communities(links, nodes + 1, modules=objects, seed=seed, **options) for seed in seeds])
 
-    context.notes |= facts | {
-        "train_ground_truth": ground_truth_use(settings),
-        "edges": len(links),
-        "communities": [len(np.unique(own[own > 0])) for own in modules],
-        "components": reduced.dimension,
-    }
+    context.note(
+        **facts,
+        train_ground_truth=ground_truth_use(settings),
+        edges=len(links),
+        communities=[len(np.unique(own[own > 0])) for own in modules],
+        components=reduced.dimension,
+    )
 
     # Score on val: each seed is matched alone.
     val, part = data["val"], slice(train_count, None)
@@ -189,10 +190,10 @@ def extract(
     features, noisy = RowFile(encoder.embed_dim), []
     masks = {"train": ArrayFile(), "val": ArrayFile()}
     transform = ResizeSquare(size, "pil" if settings.mask_size else "native")
-    options: dict[str, Any] = {"mean": settings.mean, "std": settings.std}
-    options |= {"attention": True} if settings.foreground == "attention" else {}
+    options: dict[str, Any] = {"attention": True} if settings.foreground == "attention" else {}
+    extractor = FeatureExtractor(encoder, context, mean=settings.mean, std=settings.std, **options)
     for name in ("train", "val"):
-        for batch in stream(encoder, data[name], transform, context, f"extract {name}", **options):
+        for batch in extractor.stream(data[name], transform, f"extract {name}"):
             maps = batch.features[:, : encoder.embed_dim]
             features.append(maps.flatten(2).transpose(1, 2).flatten(0, 1).cpu().numpy())
             with context.phase("foreground"):

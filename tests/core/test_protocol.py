@@ -40,7 +40,7 @@ def test_every_card_has_valid_settings(name: str) -> None:
     settings = task.settings()
     assert f"{task.card.name}@{task.label}" == name
     with pytest.raises(Exception, match="frozen"):
-        settings.input_size = 1  # type: ignore[attr-defined]
+        settings.input_size = 1
 
 
 def test_requests_are_names_globs_protocols_and_lists() -> None:

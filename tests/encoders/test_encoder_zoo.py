@@ -20,7 +20,7 @@ from neco_bench.data.load import DATASETS
 from neco_bench.encoders import content_id, describe_models, load_encoder, model_info
 from neco_bench.encoders.adapters import tiny
 from neco_bench.encoders.spec import architecture, parse_spec, training_of
-from neco_bench.encoders.zoo import aliases, contamination, models, zoo
+from neco_bench.encoders.zoo import ZooEntry, aliases, contamination, models, zoo
 
 
 def test_what_the_zoo_holds() -> None:
@@ -36,7 +36,7 @@ def test_what_the_zoo_holds() -> None:
 
 
 @pytest.mark.parametrize("entry", zoo().values(), ids=zoo())
-def test_facts(entry) -> None:  # type: ignore[no-untyped-def]
+def test_facts(entry: ZooEntry) -> None:
     for fact in ("source", "licence", "citation", "training_data"):
         assert getattr(entry, fact), fact
     assert entry.pos_interp in ("timm", "scale_offset", "size_antialias", "none")

@@ -235,17 +235,19 @@ def begin(server: Server, command: Command, folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What matters of each file below a folder; raises where a file that has its final name is not whole."""
+    """What matters of each file below a folder; raises where a file that has its final name is not whole.
+
+    None for names that begin with a dot, and what is in such folders: not whole, and not taken for it.
+    """
     return {
-        str(path.relative_to(folder)): _content(path)
+        str(name): None if any(part.startswith(".") for part in name.parts) else _content(path)
         for path in sorted(folder.rglob("*"))
+        for name in [path.relative_to(folder)]
         if path.is_file() and path.name not in ("lock", ".lock")
     }
 
 
 def _content(path: Path) -> Any:
-    if path.name.startswith("."):
-        return None  # not whole, and not taken for it
     if path.suffix == ".json":
         document = json.loads(path.read_bytes())
         changing = ("timing", "peak_memory_mb", "provenance", "created")

@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import tarfile
 import time
 import traceback
@@ -34,7 +33,7 @@ from safetensors.torch import save_file
 from neco_bench import load_encoder
 from neco_bench.core.config import read_toml
 from neco_bench.core.errors import NecoBenchError
-from neco_bench.data.base import PairDataset
+from neco_bench.data.base import PairDataset, SegmentationDataset
 from neco_bench.data.load import load_dataset
 from neco_bench.training.images import open_images
 from neco_bench.training.recipe import load_recipe
@@ -48,7 +47,7 @@ TEXTS = (
     b"/etc/passwd", b"\r", b"\n\n", b"=1+1", b"'", b'"', b",", b" ", b"%s{0}", b"a" * 300, b"1970-01-01", b"0x10",
     b"-" * 50,
 )  # fmt: skip
-VALUES = (
+VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 2**63, 10**400, 1e308, -1e308, float("nan"), float("inf"), "", "\ud800", "\0", "../../outside",
     "x" * 5000, [], {}, [None], [[]], {"a": {}}, [1e308] * 4, [0] * 3, "é\n",
 )  # fmt: skip
@@ -162,7 +161,8 @@ def _use(name: str, split: str, **options: Any) -> Callable[[Path], None]:
     def read(folder: Path) -> None:
         data = load_dataset(name, split, root=folder / "data", **options)
         data.fingerprint()
-        if not isinstance(data, PairDataset):
+        assert isinstance(data, (PairDataset, SegmentationDataset))
+        if isinstance(data, SegmentationDataset):
             data.sample_sanity_check()
         for index in range(min(3, len(data))):
             data[index]
@@ -174,7 +174,7 @@ def _answered(*words: str) -> Callable[[Path], None]:
     """A reader that is a command, run in the folder."""
 
     def read(folder: Path) -> None:
-        with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
+        with _chdir(folder):
             answer = neco(*words)
         if "Traceback" in answer.err:
             raise AssertionError(answer.err[-1500:])
@@ -321,7 +321,7 @@ def _leaderboard(folder: Path) -> None:
 def _leaderboard_read(folder: Path) -> None:
     """One bad result is left out, and hides no other."""
     documents = len(list((folder / "results").rglob("*.json")))
-    with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
+    with _chdir(folder):
         answer = neco("leaderboard", "--published", "published.csv", "--json")
     assert "Traceback" not in answer.err, answer.err[-1500:]
     assert answer.code in (0, 4), answer

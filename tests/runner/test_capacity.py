@@ -69,7 +69,7 @@ def test_the_batch_is_no_larger_than_what_fits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(capacity, "memory_there", lambda device: 40e6)
-    small = {"limit": 4, "workers": 0, "changes": {"input_size": 56}, "features": "off"}
+    small: dict[str, Any] = {"limit": 4, "workers": 0, "changes": {"input_size": 56}, "features": "off"}
     with caplog.at_level(logging.WARNING):
         result = neco_bench.run("baseline_rgb", "shapes_ic", batch_size=HUGE, **small)
     assert 1 <= result.provenance["batch_size_used"] < 1000

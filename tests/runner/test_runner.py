@@ -162,7 +162,7 @@ def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
         ((NotFinite(), "shapes_ic"), NumericalError, "NaN or infinite"),
     ):
         with pytest.raises(error, match=message):
-            neco_bench.run(*arguments, **QUICK)  # type: ignore[arg-type]
+            neco_bench.run(*arguments, **QUICK)
     for options, message in (
         ({"batchsize": 3}, "Unknown option.*batchsize"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),

@@ -23,6 +23,7 @@ from neco_bench.data.base import Sample
 from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.search import row_file
 from neco_bench.search.row_file import ArrayFile, RowFile
+from tests.typed import present
 
 
 def features(rows: int = 3000, columns: int = 24) -> np.ndarray:
@@ -60,13 +61,13 @@ def test_rows_come_back_in_parts_and_in_faiss_order() -> None:
     np.testing.assert_array_equal(everything(rows), x)
     np.testing.assert_array_equal(rows.read(10, 20), x[10:20])
     permutation = np.empty(3000, np.int32)
-    faiss.rand_perm(faiss.swig_ptr(permutation), 3000, 5)
+    faiss.rand_perm(faiss.swig_ptr(permutation), 3000, 5)  # type: ignore[attr-defined]
     np.testing.assert_array_equal(rows.faiss_subsample(1900, 5), x[permutation[:1900]])
     np.testing.assert_array_equal(rows.faiss_subsample(3000, 5), x)
 
 
 def test_arrays_of_any_shape_come_back_in_order() -> None:
-    arrays = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.zeros((0, 4), np.int64), np.array(5.5)]
+    arrays: list[np.ndarray] = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.zeros((0, 4), np.int64), np.array(5.5)]
     stored = ArrayFile()
     for array in arrays:
         stored.append(array)
@@ -121,7 +122,7 @@ def test_kmeans_is_faiss_with_its_own_sub_sampling() -> None:
     for seed, model in enumerate(models, 3):
         reference = faiss.Kmeans(8, 5, niter=20, nredo=2, seed=seed)  # 8000 > 256 * 5 points: sub-sampled
         reference.train(x)
-        expected = np.linalg.norm(x[:, None] - reference.centroids[None], axis=2).argmin(1)
+        expected = np.linalg.norm(x[:, None] - present(reference.centroids)[None], axis=2).argmin(1)
         np.testing.assert_array_equal(nearest(model, x), expected)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.metrics import bootstrap
 from neco_bench.metrics.pck import pck_averages
 from neco_bench.results.store import ResultStore
+from tests.typed import load_pairs
 
 PROTOCOLS = ("sd-dino-1", "geoaware-1", "dift-1")
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -48,9 +50,9 @@ def noise(*shape: int, seed: int = 0) -> Tensor:
 
 
 def make_pair(source: list, target: list, box: float = 10, name: str = "p", category: str = "c") -> Pair:
-    points = (np.array(p, float).reshape(-1, 2) for p in (source, target))
+    starts, ends = (np.array(p, float).reshape(-1, 2) for p in (source, target))
     ids = tuple(map(str, range(len(source))))
-    return Pair(name, "a", "b", *points, ids, (0, 0, box, box), (0, 0, box, box / 2), category)
+    return Pair(name, "a", "b", starts, ends, ids, (0, 0, box, box), (0, 0, box, box / 2), category)
 
 
 # Geometry
@@ -123,7 +125,7 @@ def test_pairs_of_one_target_are_matched_as_each_alone(geometry: str) -> None:
     rng = np.random.default_rng(0)
     pairs = [make_pair(*(rng.uniform(0, 50, (2, count, 2)))) for count in (3, 1)]
     if geometry in ("padded_centre", "window_softargmax"):
-        match = partial(
+        match: Callable[..., Any] = partial(
             match_padded_centre,
             settings=settings_of("sd-dino-1" if geometry == "padded_centre" else "geoaware-1"),
         )
@@ -327,7 +329,8 @@ def errors_by_loops(protocol: str, pair: Pair, images: tuple, encoder: Encoder, 
         else:
             longest = max(image.size)
             small = image.resize(
-                tuple(int(np.around(size * n / longest)) for n in image.size), Image.Resampling.LANCZOS
+                (int(np.around(size * image.width / longest)), int(np.around(size * image.height / longest))),
+                Image.Resampling.LANCZOS,
             )
             square = Image.new("RGB", (size, size))
             square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
@@ -338,7 +341,7 @@ def errors_by_loops(protocol: str, pair: Pair, images: tuple, encoder: Encoder, 
         start = torch.from_numpy(pair.source_points).long()
         start[:, 0].clamp_(max=sizes[0][1] - 1)
         start[:, 1].clamp_(max=sizes[0][0] - 1)
-        pixels = nearest_pixels_by_upsampling(*maps, start, *sizes).tolist()
+        pixels = nearest_pixels_by_upsampling(maps[0], maps[1], start, sizes[0], sizes[1]).tolist()
         return [float(np.hypot(f[0] - t[0], f[1] - t[1])) for f, t in zip(pixels, pair.target_points, strict=True)]
     errors = []
     source, target = (F.normalize(m, dim=0) for m in maps)
@@ -352,7 +355,7 @@ def errors_by_loops(protocol: str, pair: Pair, images: tuple, encoder: Encoder, 
         column, row = (min(side - 1, int(side / size * c)) for c in placed[0])
         similarity = torch.einsum("d,dyx->yx", source[:, row, column], target).numpy()
         if protocol == "sd-dino-1":
-            y, x = np.unravel_index(similarity.argmax(), similarity.shape)
+            y, x = map(float, np.unravel_index(similarity.argmax(), similarity.shape))
             predicted = (encoder.stride * (x + 0.5) - 0.5, encoder.stride * (y + 0.5) - 0.5)
         else:
             x, y = softargmax_by_loops(similarity, 5, 0.02, 0.0)
@@ -382,7 +385,7 @@ def test_real_pairs(name: str, protocol: str, real_data: Path, tmp_path: Path) -
         out=tmp_path,
     )
     arrays = ResultStore(tmp_path).statistics(result)
-    data = neco_bench.load_dataset(folder, "test", root=real_data, limit=limit)
+    data = load_pairs(folder, "test", root=real_data, limit=limit)
     assert result.n_images == limit
     assert any("/viewpoint_variation=" in key for key in result.metrics) == (name == "spair")
     if name == "pf_willow":  # ten points in every pair: pairs, points and classes have the same weight

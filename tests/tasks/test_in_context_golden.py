@@ -14,6 +14,7 @@ from scipy.sparse import csr_matrix
 from neco_bench.features.transforms import resize_image, resize_nearest_torch, to_tensor, upsample_argmax
 from neco_bench.metrics import segmentation
 from neco_bench.search.exact import ExactIndex
+from tests.typed import load_segmentation
 
 CASES = [("main", "cg"), ("main", "vit"), ("det", "cg"), ("det", "vit")]
 
@@ -103,9 +104,8 @@ def score(shares: torch.Tensor, masks: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def test_images_and_masks_from_files(arrays: dict[str, np.ndarray], real_data: Path) -> None:
     """The deterministic transforms equal the reference's tensors bit by bit, from the real files."""
-    from neco_bench.data.load import load_dataset
 
-    val = load_dataset("camvid", "val", root=real_data)
+    val = load_segmentation("camvid", "val", root=real_data)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.255]).view(3, 1, 1)
     compared = 0

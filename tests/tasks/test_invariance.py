@@ -18,6 +18,7 @@ import pytest
 
 import neco_bench
 from neco_bench.core.errors import NumericalError
+from neco_bench.encoders import Encoder
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner import execute
@@ -126,9 +127,12 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
     assert "the same command goes on from there" in answer.err
     assert [result.model for result in ResultStore(tmp_path).load_all()] == ["baseline_rgb"]
     loaded = []
-    monkeypatch.setattr(
-        execute, "load_encoder", lambda model, **options: loaded.append(model) or load(model, **options)
-    )
+
+    def noted(model: str, **options: Any) -> Encoder:
+        loaded.append(model)
+        return load(model, **options)
+
+    monkeypatch.setattr(execute, "load_encoder", noted)
     assert neco(*run).code == 0
     assert loaded == ["baseline_hog"]
 

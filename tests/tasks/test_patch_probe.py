@@ -34,8 +34,10 @@ from neco_bench.core.task import Context
 from neco_bench.data.base import IGNORE, Sample, SegmentationDataset, Void
 from neco_bench.data.load import DATASETS
 from neco_bench.encoders import DenseFeatures, Encoder
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.patches import BicubicResizeSquare, majority_label, patchify, unpatchify
 from tests.tasks.test_shapes import Oracle, Painted
+from tests.typed import load_segmentation, present
 
 CPU = torch.device("cpu")
 VOIDS: tuple[Void, ...] = ("wins ties", "loses ties", "never votes")
@@ -264,10 +266,10 @@ def test_patches_that_are_mostly_void_are_dropped_and_the_rest_counts() -> None:
     for void, dropped in (("wins ties", 4), ("loses ties", 3), ("never votes", 3)):
         context = Context(batch_size=3)
         options = some_settings(void=void)
-        patches, split, scaler = probe.read_train(Cells(), data, options, context, 16)
-        assert context.notes["dropped_patches"] == dropped
+        patches, split, scaler = probe.read_train(FeatureExtractor(Cells(), context), data, options, 16)
+        assert context.run.notes["dropped_patches"] == dropped
         assert (split, len(patches)) == (9 * 16 - dropped + 1, 10 * 16 - dropped + 1)
-        assert context.notes["training_patches"] == 160 - dropped
+        assert context.run.notes["training_patches"] == 160 - dropped
         images = torch.stack([torch.from_numpy(data[i].image) for i in fit]).permute(0, 3, 1, 2) / 255
         rows = Cells().encode(images).map.permute(0, 2, 3, 1).reshape(-1, 3)
         expected = StandardScaler().fit_transform(rows.double().numpy())
@@ -283,9 +285,10 @@ def test_max_patches_takes_as_many_of_each_image() -> None:
     rng = np.random.default_rng(0)
     data = Given(np.ones((10, 16, 16), np.uint8), rng.integers(0, 256, (10, 16, 16)))
     context = Context()
-    patches, split, scaler = probe.read_train(Cells(), data, some_settings(max_patches=50), context, 16)
+    extractor = FeatureExtractor(Cells(), context)
+    patches, split, scaler = probe.read_train(extractor, data, some_settings(max_patches=50), 16)
     assert (split, len(patches), scaler.n_samples_seen_) == (9 * 5, 9 * 5 + 16, 9 * 16)
-    assert context.notes["training_patches"] == 50
+    assert context.run.notes["training_patches"] == 50
     assert len(probe.refit_rows(patches, split)) == 50
 
 
@@ -325,7 +328,7 @@ def test_one_void_pixel_makes_151_classes() -> None:
         assert outcome.metrics["mIoU_present"] == pytest.approx(min(1, expected * 151 / 150), rel=1e-12)
         assert outcome.statistics["confusion"].shape[1:] == ((151,) * 2 if expected < 1 else (150,) * 2)
         assert len(outcome.per_class["IoU"]) == outcome.statistics["confusion"].shape[1]
-        low, high = outcome.ci95["mIoU"]  # two equal images: as wide as Wilson's
+        low, high = present(outcome.ci95["mIoU"])  # two equal images: as wide as Wilson's
         assert low < 0.4
         assert high > 0.99
 
@@ -346,7 +349,7 @@ def test_the_held_out_images_are_fitted_on_in_the_end(method: str) -> None:
     context = Context()
     outcome = probe.run(Cells(), data, options, context)
     assert outcome.metrics["mIoU"] == 1
-    (value,) = set(context.notes["held_out_mIoU"].values())
+    (value,) = set(context.run.notes["held_out_mIoU"].values())
     assert value < 0.5
 
 
@@ -356,7 +359,7 @@ def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str
     stride, size = encoder.stride, options.input_size
 
     def read(split: str, images: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        data = neco_bench.load_dataset("shapes", split, limit=limit)
+        data = load_segmentation("shapes", split, limit=limit)
         features, blocks = [], []
         for image in images:
             sample = data[image]
@@ -395,7 +398,7 @@ def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str
         return float(jaccard_score(truth[truth != IGNORE], guess[truth != IGNORE], average="macro"))
 
     if options.method == "logreg":
-        grid = {(c,): f"C={c:.4g}" for c in options.regularisations}
+        grid: dict[tuple[Any, ...], str] = {(c,): f"C={c:.4g}" for c in options.regularisations}
     else:
         grid = {(k, d): f"k={k} {d}" for k in options.ks for d in options.distances}
     scores = {point: score(y_held, predicted(x, y, x_held, point)) for point in grid}
@@ -408,13 +411,13 @@ def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str
 def test_the_protocol_equals_a_second_pipeline(method: str) -> None:
     cs = CONSTANTS["capi-1"]["regularisations"][1:5]
     options = some_settings(input_size=56, method=method, ks=[1, 3, 10], regularisations=cs)
-    data = {split: neco_bench.load_dataset("shapes", split, limit=12) for split in ("train", "val")}
+    data = {split: load_segmentation("shapes", split, limit=12) for split in ("train", "val")}
     context = Context()
     outcome = probe.run(neco_bench.load_encoder("baseline_hog"), data, options, context)
     grid, expected = second_pipeline("baseline_hog", options, 12)
-    assert context.notes["held_out_mIoU"] == pytest.approx(grid, abs=1e-9)
+    assert context.run.notes["held_out_mIoU"] == pytest.approx(grid, abs=1e-9)
     assert outcome.metrics["mIoU"] == pytest.approx(expected, abs=1e-9)
-    assert context.notes["chosen"] == max(grid, key=lambda name: grid[name])
+    assert context.run.notes["chosen"] == max(grid, key=lambda name: grid[name])
     assert len(set(grid.values())) > 2
 
 
@@ -439,6 +442,6 @@ def test_batch_size_moves_nothing_and_native_masks_are_counted_whole(method: str
     assert results[0].metrics == results[1].metrics == results[2].metrics
     assert results[0].ci95 == results[1].ci95 == results[2].ci95
     confusion = neco_bench.ResultStore(tmp_path / "a").statistics(results[0])["confusion"]
-    masks = [neco_bench.load_dataset("shapes", "val", limit=6)[i].mask for i in range(6)]
+    masks = [load_segmentation("shapes", "val", limit=6)[i].mask for i in range(6)]
     assert confusion.sum((1, 2)).tolist() == [int((mask != IGNORE).sum()) for mask in masks]
     assert 0 < results[0].metrics["mIoU"] < 1

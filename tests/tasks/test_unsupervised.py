@@ -332,7 +332,7 @@ def test_the_reference_protocol_equals_an_independent_computation() -> None:
         ious = [jaccard_score((m > 0).ravel(), own.ravel()) for m, own in zip(masks[:train], inside, strict=True)]
         best = max(best, (float(np.mean(ious)), of_train[order[start]]), key=lambda pair: pair[0])
     threshold = min(np.arange(0, 1, 0.05), key=lambda value: abs(value - best[1]))
-    assert context.notes["threshold"] == pytest.approx(threshold)
+    assert context.run.notes["threshold"] == pytest.approx(threshold)
     inside = np.concatenate([(of_train >= threshold)[clusters[:train]], (of_val >= threshold)[clusters[train:]]])
 
     maps = rows.reshape(count, side, side, 6).transpose(0, 3, 1, 2)
@@ -379,7 +379,7 @@ def test_the_reference_protocol_equals_an_independent_computation() -> None:
         scores.append(np.mean([jaccard_score(actual == c, named[predicted] == c) for c in range(4)]))
     assert outcome.statistics["mIoU_per_seed"] == pytest.approx(np.array(scores), abs=1e-12)
     assert 0.4 < np.mean(scores) < 1
-    assert "threshold" in context.notes["train_ground_truth"]
+    assert "threshold" in context.run.notes["train_ground_truth"]
 
 
 def test_clean_takes_no_ground_truth_of_train(monkeypatch: pytest.MonkeyPatch) -> None:

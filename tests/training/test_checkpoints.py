@@ -20,6 +20,7 @@ from neco_bench.core.errors import NecoBenchError, UsageError
 from neco_bench.encoders.run_folder import read_run
 from neco_bench.training import checkpoints
 from tests.command import neco
+from tests.typed import module
 
 from .helpers import small_encoder
 
@@ -37,7 +38,7 @@ class Run:
         self.part = torch.nn.Linear(2, 2)
 
     def save(self, step: int) -> None:
-        for parameter in (*self.encoder.model.parameters(), *self.part.parameters()):
+        for parameter in (*module(self.encoder).parameters(), *self.part.parameters()):
             torch.nn.init.constant_(parameter, step)
         facts = {
             "base": "timm:test_vit", "mean": (0.5,) * 3, "std": (0.5,) * 3, "layers": None, "embed_dim": 64,
@@ -49,7 +50,7 @@ class Run:
     def restore(self) -> int:
         _, state, unreadable = checkpoints.restore_newest(self.folder, {"student": self.encoder}, {"part": self.part})
         assert not unreadable
-        for parameter in (*self.encoder.model.parameters(), *self.part.parameters()):
+        for parameter in (*module(self.encoder).parameters(), *self.part.parameters()):
             assert (parameter == state["step"]).all()
         return state["step"]
 

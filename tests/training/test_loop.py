@@ -16,6 +16,7 @@ import socket
 import time
 from collections.abc import Iterator
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ from neco_bench.training.loop import train
 from neco_bench.training.options import Interrupted, TrainOptions
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.trainer import OBJECTIVES, cosine
+from tests.typed import module
 
 from . import helpers
 from .helpers import SMALL
@@ -87,11 +89,11 @@ def test_schedules_of_the_official_code() -> None:
 def test_a_run_leaves_a_model_that_can_be_evaluated(whole: Path) -> None:
     encoder = load_encoder(str(whole))
     assert encoder.embed_dim == 64
-    assert same(dict(encoder.model.state_dict()), weights(whole))
-    start = load_encoder(SMALL).model.state_dict()
+    assert same(dict(module(encoder).state_dict()), weights(whole))
+    start = module(load_encoder(SMALL)).state_dict()
     assert not torch.equal(start["blocks.0.attn.qkv.weight"], weights(whole)["blocks.0.attn.qkv.weight"])
     teacher = load_encoder(f"{whole}?branch=teacher")
-    assert same(dict(teacher.model.state_dict()), weights(whole, "teacher"))
+    assert same(dict(module(teacher).state_dict()), weights(whole, "teacher"))
     assert neco_bench.run(str(whole), "shapes_ic", limit=4, workers=0).status == "ok"
     facts = json.loads((whole / "encoder.json").read_text())
     assert facts["step"] == 6
@@ -102,7 +104,7 @@ def test_a_run_leaves_a_model_that_can_be_evaluated(whole: Path) -> None:
 def test_the_teacher_is_a_moving_average_taken_before_the_step(tmp_path: Path) -> None:
     settings = recipe(steps=2, momentum=0.9, final_momentum=0.9)
     run = train(settings, options(tmp_path / "two", save_every=1))
-    first, start = load_file(run / "checkpoint-0000001/student.safetensors"), load_encoder(SMALL).model.state_dict()
+    first, start = load_file(run / "checkpoint-0000001/student.safetensors"), module(load_encoder(SMALL)).state_dict()
     name = "blocks.3.mlp.fc1.weight"
     assert not torch.equal(first[name], start[name])
     torch.testing.assert_close(weights(run, "teacher")[name], 0.9 * start[name] + 0.1 * first[name], rtol=0, atol=1e-7)
@@ -203,14 +205,14 @@ def test_a_run_that_ends_at_any_renaming_is_resumed(last: int, tmp_path: Path, m
     assert load_encoder(str(run)).embed_dim == 64
 
 
-EVALUATED = {"evaluate": ("shapes_correspondence",), "save_every": 100}
+EVALUATED: dict[str, Any] = {"evaluate": ("shapes_correspondence",), "save_every": 100}
 
 
 def _one_of_two(rank: int, port: int, out: Path) -> None:
     torch.set_num_threads(1)
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", RANK=str(rank), LOCAL_RANK="0")
     join, run, save = dist.init_process_group, neco_bench.run, loop.TrainingRun._write_checkpoint
-    dist.init_process_group = lambda backend: join(backend, timeout=timedelta(seconds=8))
+    dist.init_process_group = partial(join, timeout=timedelta(seconds=8))
 
     def late(work: Any) -> Any:
         def wait(*args: Any, **settings: Any) -> Any:
@@ -219,7 +221,8 @@ def _one_of_two(rank: int, port: int, out: Path) -> None:
 
         return wait
 
-    neco_bench.run, loop.TrainingRun._write_checkpoint = late(run), late(save)
+    neco_bench.run = late(run)
+    loop.TrainingRun._write_checkpoint = late(save)  # type: ignore[method-assign]
     train(recipe(queue_length=60, steps=20), options(out, **EVALUATED))
 
 
@@ -250,18 +253,17 @@ def test_two_processes_train_as_one_and_wait_for_what_one_does(tmp_path: Path) -
 
 
 def test_accumulation_and_other_switches_train(tmp_path: Path) -> None:
-    for number, changes in enumerate(
-        (
-            {"accumulate": 2},
-            {"precision": "bf16"},
-            {"precision": "fp16"},
-            {"clip_norm": 0.1, "warmup_steps": 2},
-            {"use_teacher": False},
-            {"objective": "mim", "use_teacher": False, "head_layers": 1, "locals": 0},
-            {"base": "timm:resnet18?pretrained=false", "global_size": 96},
-            {"base": "timm:test_convnext?pretrained=false", "global_size": 96, "drop_path": 0.2},
-        )
-    ):
+    switches: tuple[dict[str, Any], ...] = (
+        {"accumulate": 2},
+        {"precision": "bf16"},
+        {"precision": "fp16"},
+        {"clip_norm": 0.1, "warmup_steps": 2},
+        {"use_teacher": False},
+        {"objective": "mim", "use_teacher": False, "head_layers": 1, "locals": 0},
+        {"base": "timm:resnet18?pretrained=false", "global_size": 96},
+        {"base": "timm:test_convnext?pretrained=false", "global_size": 96, "drop_path": 0.2},
+    )
+    for number, changes in enumerate(switches):
         run = train(recipe(steps=2, **changes), options(tmp_path / str(number), checkpointing=number == 0))
         assert all(math.isfinite(loss) for loss in losses(run))
         assert load_encoder(str(run)).embed_dim

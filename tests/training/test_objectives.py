@@ -281,7 +281,7 @@ def test_gradients_and_colours_of_all_patches_by_hand() -> None:
                 for weight, at in zip(strength[cell].ravel(), place[cell].ravel(), strict=True):
                     target[int(at) % 9, i, j] += weight * (1 - at % 1) / 64
                     target[(int(at) + 1) % 9, i, j] += weight * (at % 1) / 64
-                target[:9, i, j] /= max(np.linalg.norm(target[:9, i, j]), 0.01)
-                target[9:, i, j] = image[(slice(None), *cell)].mean((1, 2)) / 4
+                target[:9, i, j] /= max(float(np.linalg.norm(target[:9, i, j])), 0.01)
+                target[9:, i, j] = image[:, cell[0], cell[1]].mean((1, 2)) / 4
             errors.append(np.square(patches[row, column] - target.ravel()).mean())
     assert loss == pytest.approx(float(np.mean(errors)), rel=1e-6)

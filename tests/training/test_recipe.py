@@ -153,7 +153,7 @@ def test_unknown_recipes() -> None:
 
 
 @pytest.mark.parametrize(("steps", "fits"), [({"steps": 10}, True), ({"steps": 9}, False), ({"epochs": 2}, False)])
-def test_a_warm_up_longer_than_the_run_is_refused(steps: dict[str, int], fits: bool) -> None:
+def test_a_warm_up_longer_than_the_run_is_refused(steps: dict[str, Any], fits: bool) -> None:
     recipe = Recipe(warmup_steps=10, batch_size=4, **steps)
     if fits:
         assert recipe.total_steps(16) == 10
