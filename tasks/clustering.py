@@ -75,7 +75,8 @@ class Points(Protocol):
 
     def __len__(self) -> int: ...
 
-    def faiss_subsample(self, count: int, seed: int) -> np.ndarray: ...
+    def faiss_subsample(self, count: int, seed: int) -> np.ndarray:
+        """Read `count` rows (count, d) as FAISS draws them with that seed."""
 
 
 class PickedRows:

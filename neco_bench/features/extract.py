@@ -42,8 +42,8 @@ class FeatureExtractor:
     Args:
         encoder: the encoder.
         context: of the run. What happens on the way, such as a smaller batch size, is in `context.run`.
-        options: of every call of `Encoder.encode`, such as `mean` and `std`. With `attention=True` the mean over heads of
-            the class token's attention is one more channel of the features, the last.
+        options: of every call of `Encoder.encode`, such as `mean` and `std`. With `attention=True` the mean over
+            heads of the class token's attention is one more channel of the features, the last.
     """
 
     def __init__(self, encoder: Encoder, context: Context, **options: Any) -> None:

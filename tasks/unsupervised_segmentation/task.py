@@ -110,7 +110,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         reduced = reduce_dimensions(features, settings.components)
 
     # Clusters of all patches; foreground are those of which enough lies in the noisy foreground.
-    rounds = {"iterations": settings.iterations, "redos": settings.redos, "device": encoder.device}
+    rounds: dict[str, Any] = {"iterations": settings.iterations, "redos": settings.redos, "device": encoder.device}
     with context.phase("kmeans"):
         count = settings.foreground_clusters
         (model,) = kmeans(reduced, count, seeds=[context.seed], spherical=True, **rounds)
