@@ -14,7 +14,7 @@ from typing import Any, Literal
 import numpy as np
 
 from neco_bench.core.errors import BadInputError, NecoBenchError
-from neco_bench.data.base import IGNORE, Dataset, MaskSummary, PairDataset, SegmentationDataset
+from neco_bench.data.base import IGNORE, BoxDataset, Dataset, MaskSummary, PairDataset, SegmentationDataset
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.data.load import DATASETS, data_root, dataset_class, dataset_folder, fraction_names, open_split
 
@@ -132,6 +132,8 @@ def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
         findings += _check_segmentation(dataset, wrap)
     elif isinstance(dataset, PairDataset):
         findings += _check_pairs(dataset, wrap)
+    elif isinstance(dataset, BoxDataset):
+        findings += _check_boxes(dataset, wrap)
     return findings
 
 

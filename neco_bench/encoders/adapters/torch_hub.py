@@ -126,7 +126,7 @@ class _Hub(Encoder):
         self.pos_interp = "native"
         inner = model.blocks.modules() if isinstance(model.blocks, torch.nn.Module) else ()
         last = [m.attn for m in inner if hasattr(getattr(m, "attn", None), "qkv")][-1:]
-        self.last_attention = tuple(last)  # in a tuple: no part of this module besides the model's
+        self.last_attention: tuple[Any, ...] = tuple(last)  # in a tuple: no part of this module besides the model's
         self.prefix_count = 1 + getattr(model, "num_register_tokens", 0)
 
     @contextmanager
@@ -149,7 +149,7 @@ class _Hub(Encoder):
 
     def _class_attention(self, taken: list[Tensor], images: Tensor) -> Tensor:
         """The class token's attention to the patches (B, heads, h, w); over all tokens it sums to one."""
-        attn = self.last_attention[0]
+        attn: Any = self.last_attention[0]
         query, key, _ = (part.unflatten(-1, (attn.num_heads, -1)) for part in taken[-1].chunk(3, -1))
         scores = torch.einsum("bhd,bnhd->bnh", query[:, 0] * attn.scale, key)
         return self._grid(scores.softmax(1)[:, self.prefix_count :], images)
