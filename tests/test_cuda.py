@@ -29,8 +29,7 @@ from .tasks.test_shapes import CARDS, CASES, SMALL
 from .training.helpers import recipe
 from .training.test_loop import losses, options
 
-if not torch.cuda.is_available():
-    pytest.skip("no GPU here", allow_module_level=True)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 CUDA = torch.device("cuda", 0)
 MODEL = "timm:test_vit3?pretrained=false&seed=0"
 

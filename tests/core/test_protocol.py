@@ -31,7 +31,9 @@ def test_constants_do_not_change_under_an_id() -> None:
         f"Constants changed under the ids {changed}: stored results would be compared with other measurements. Undo "
         f"the change, or give the protocol a new id (name-2) and keep the old one."
     )
-    assert now.keys() == HASHES.keys(), "add what is new to protocol_hashes.json; nothing may disappear from it"
+    new = {name: now[name] for name in sorted(now) if name not in HASHES}
+    assert not new, f"add to protocol_hashes.json, in its order: {json.dumps(new, indent=2)[1:-1]}"
+    assert now.keys() == HASHES.keys(), "no protocol and no task may disappear"
 
 
 @pytest.mark.parametrize("name", EVERY)

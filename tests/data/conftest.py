@@ -1,9 +1,8 @@
-"""Miniature data sets in official layouts, a cache for the embedded ones, and the folder of real samples."""
+"""Miniature data sets in official layouts, and the folder of real samples."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,6 @@ import pytest
 from tests.data.data_helpers import CAMVID_SIZE, PAIRS, image_of, save, save_indices
 
 SAMPLES = Path(__file__).parents[2].parent / "shared" / "data"
-
-
-@pytest.fixture(scope="session", autouse=True)
-def shapes_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """One cache for all tests of this folder, so that the shapes are made once."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NECO_BENCH_CACHE", str(folder))
-        yield folder
 
 
 @pytest.fixture

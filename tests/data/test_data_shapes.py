@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import pickle
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,8 +14,9 @@ import numpy as np
 import pytest
 
 from neco_bench.core.errors import UsageError
+from neco_bench.data import shapes
 from neco_bench.data.integrity import check_dataset
-from neco_bench.data.shapes import generate, pair_scene, segmentation_scene, shapes_folder
+from neco_bench.data.shapes import pair_scene, segmentation_scene, shapes_folder
 from tests.typed import load_pairs, load_segmentation
 
 
@@ -23,12 +25,9 @@ def test_a_scene_has_its_stored_digest() -> None:
     assert hashlib.sha256(mask.tobytes()).hexdigest()[:16] == "16653004d8863038"
 
 
-def test_making_it_again_gives_the_same_files(shapes_cache: Path, tmp_path: Path) -> None:
-    generate(tmp_path)
-    assert (tmp_path / "manifest.json").read_bytes() == (shapes_folder() / "manifest.json").read_bytes()
-
-
-def test_two_processes_and_a_half_written_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_two_processes_make_the_same_files_of_a_half_written_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "shapes-1").mkdir()
     (tmp_path / "shapes-1" / "train.txt").write_text("000\n")
     for leftover in ("shapes-1.partial", "shapes-1.x1y2z3"):  # of killed processes
@@ -41,10 +40,16 @@ def test_two_processes_and_a_half_written_cache(tmp_path: Path, monkeypatch: pyt
     monkeypatch.undo()
     assert printed == [load_segmentation("shapes", "val").fingerprint() + "\n"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes-1", "shapes-1.lock"]
+    assert (tmp_path / "shapes-1/manifest.json").read_bytes() == (shapes_folder() / "manifest.json").read_bytes()
 
 
-def test_a_damaged_cache_is_noticed(shapes_cache: Path, caplog: pytest.LogCaptureFixture) -> None:
-    before = load_segmentation("shapes", "train")[0]
+def test_a_damaged_cache_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, whole = load_segmentation("shapes", "train")[0], shapes_folder()
+    shutil.copytree(whole, tmp_path / whole.name)
+    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(shapes, "generate", lambda folder: shutil.copytree(whole, folder, dirs_exist_ok=True))
     path = shapes_folder() / "train" / "images" / "000.ppm"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1

@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -144,6 +145,17 @@ def test_wrong_specs(spec: str, message: str) -> None:
     for function in (content_id, model_info):
         with pytest.raises(UsageError, match=message):
             function(spec)
+
+
+ADDRESSES = {entry.id: entry.weights for entry in zoo().values() if (entry.weights or "").startswith("https:")}
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("address", ADDRESSES.values(), ids=ADDRESSES)
+def test_weights_are_where_the_zoo_says(address: str) -> None:
+    request = urllib.request.Request(address, method="HEAD")  # noqa: S310 - an address of zoo.toml
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - as above
+        assert answer.status == 200
 
 
 def test_device_and_precision() -> None:
