@@ -43,6 +43,7 @@ FAMILIES: Registry = Registry(
             "linear_segmentation",
             "overclustering",
             "unsupervised_segmentation",
+            "object_discovery",
             "patch_probe",
             "correspondence",
         )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-import xml.etree.ElementTree as ElementTree  # noqa: S405 - files of a data set, which expat reads without fetching any
+import xml.etree.ElementTree as ElementTree  # files of a data set: expat fetches none
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -123,18 +123,18 @@ class VOC2012Boxes(_VOCBoxes):
 
 
 class COCO20k(_BoxFolder):
-    """COCO 20k: 19,817 images of COCO train2014 (Vo et al., ECCV 2020) with the boxes of their objects, crowds left out.
+    """COCO 20k: 19,817 images of COCO train2014 (Vo et al., ECCV 2020) with the boxes of their objects, without crowds.
 
     The list is not part of COCO: it is `datasets/coco_20k_filenames.txt` in the repositories of LOST and TokenCut, with
     a line "train2014/COCO_train2014_NUMBER.jpg" of 42 bytes for each image. Its sha256 is not known here; what can be
     checked is: the form of each line, no repetition, 19,817 lines, and that each image is in the annotation.
-    Reading the annotation takes memory of about ten times the 19,817 images' share, as it is one JSON file of all.
+    The annotation is one JSON file of all 82,783 images of train2014; it is in memory as a whole while it is read.
     """
 
     name, folder_name = "coco20k", "coco"
     splits = ("train",)
     expected = {"train": 19817}  # noqa: RUF012 (a ClassVar of the base class)
-    citation = "Lin et al., Microsoft COCO, ECCV 2014; the list: Vo et al., ECCV 2020, as in LOST (Simeoni et al., BMVC 2021)"
+    citation = "Lin et al., Microsoft COCO, ECCV 2014; the list: Vo et al., ECCV 2020, as in LOST, BMVC 2021"
     layout = """\
   <data root>/coco/
     coco_20k_filenames.txt                    from the repository of LOST or TokenCut: 19,817 lines
@@ -148,8 +148,8 @@ class COCO20k(_BoxFolder):
         wrong = [name for name in names if not re.fullmatch(r"train2014/COCO_train2014_\d{12}\.jpg", name)]
         if wrong:
             raise BadInputError(
-                f"{self.list_file} has the line {wrong[0]!r}; lines look like train2014/COCO_train2014_000000000009.jpg. "
-                f"Restore the list of LOST or TokenCut."
+                f"{self.list_file} has the line {wrong[0]!r}; lines look like "
+                f"train2014/COCO_train2014_000000000009.jpg. Restore the list of LOST or TokenCut."
             )
         self.ids = tuple(name.removeprefix("train2014/").removesuffix(".jpg") for name in names)
         images = (self.folder / "images" / "train2014", self.folder / "train2014")

@@ -225,6 +225,30 @@ def _check_pairs(dataset: PairDataset, wrap: Progress) -> list[Finding]:
     return findings
 
 
+def _check_boxes(dataset: BoxDataset, wrap: Progress) -> list[Finding]:
+    damage: list[str] = []
+    outside, empty = [], []
+    for image_id in wrap(dataset.ids, desc=f"{dataset.name} {dataset.split}"):
+        try:
+            height, width = dataset.read_image(image_id).shape[:2]
+            boxes = dataset.boxes(image_id)
+        except NecoBenchError as error:
+            damage.append(str(error))
+            continue
+        if not len(boxes):
+            empty.append(image_id)
+        elif (boxes[:, :2] < -1).any() or (boxes[:, 2:] > (width + 1, height + 1)).any():
+            outside.append(image_id)
+    findings = _damaged(dataset, damage, len(dataset), "images and annotations")
+    if outside:
+        text = f"{len(outside)} images have boxes outside them, the first is {outside[0]}."
+        findings.append(Finding("error", dataset.split, text, "Restore the annotations and images of one version."))
+    if empty:
+        text = f"{len(empty)} images have no object, the first is {empty[0]}."
+        findings.append(Finding("warning", dataset.split, text, "They are not scored."))
+    return findings
+
+
 def _damaged(dataset: Dataset, damage: list[str], count: int, what: str) -> list[Finding]:
     if not damage:
         return [Finding("ok", dataset.split, f"all {count} {what} can be read and agree")]

@@ -12,7 +12,17 @@ from pathlib import Path
 
 from neco_bench.core.errors import BadInputError, UsageError, did_you_mean
 from neco_bench.core.registry import Registry
-from neco_bench.data.base import IGNORE, BoxDataset, BoxSample, Dataset, Pair, PairDataset, PairSample, Sample, SegmentationDataset
+from neco_bench.data.base import (
+    IGNORE,
+    BoxDataset,
+    BoxSample,
+    Dataset,
+    Pair,
+    PairDataset,
+    PairSample,
+    Sample,
+    SegmentationDataset,
+)
 from neco_bench.data.folder import contents, missing, read_lines
 from neco_bench.data.io import decoding
 

@@ -21,7 +21,7 @@ from neco_bench.core.files import digest
 from neco_bench.core.protocol import FAMILIES, Task
 from neco_bench.core.registry import BUILTIN
 from neco_bench.core.task import Context, Outcome, RunRecord
-from neco_bench.data.base import PairDataset, SegmentationDataset
+from neco_bench.data.base import BoxDataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.identity import loaded_id
 from neco_bench.encoders.load import load_encoder
 from neco_bench.encoders.spec import parse_spec
@@ -169,7 +169,9 @@ def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]
     """
     recorded = frozenset(ids)
     job, encoder, context = _ready(job, None, RunRecord(), recorded)
-    data = {role: d.subset(recorded) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
+    data = {
+        role: d.subset(recorded) if isinstance(d, (PairDataset, BoxDataset)) else d for role, d in job.draws[0].items()
+    }
     job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
     return context.run.predictions
 
