@@ -44,6 +44,7 @@ FAMILIES: Registry = Registry(
             "overclustering",
             "unsupervised_segmentation",
             "object_discovery",
+            "attention_maps",
             "patch_probe",
             "correspondence",
         )

@@ -201,6 +201,26 @@ def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: 
     return PictureRow(name, caption, [Tile("source and target", np.asarray(drawn), "wide")])
 
 
+def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str, Any]) -> PictureRow:
+    """Draw the attention of an image, what of it is taken for foreground, and the ground truth."""
+    image = _fitted(dataset[dataset.ids.index(name)].image, (SMALL, SMALL), Image.Resampling.BICUBIC)
+    height, width = image.shape[:2]
+    palette = np.full((256, 3), 128, np.uint8)
+    palette[: len(dataset.classes)] = dataset.palette
+    palette[IGNORE] = VOID
+    score = predicted["score"]
+    maps = {"attention": 255 * score / max(float(score.max()), 1e-12), "foreground": predicted["region"] * 255}
+    tiles = [
+        Tile("image", image, "photo"),
+        Tile("ground truth", palette[_enlarged(predicted["truth"], height, width)], "map"),
+        *(
+            Tile(title, _enlarged(np.repeat(values[..., None], 3, 2), height, width), "map")
+            for title, values in maps.items()
+        ),
+    ]
+    return PictureRow(name, f"Jaccard {100 * predicted['jaccard']:.1f}", tiles)
+
+
 def draw_boxes(dataset: BoxDataset, name: str, predicted: dict[str, Any], right: bool) -> PictureRow:
     """Draw the boxes of the objects in white and the predicted one in green or red; its region; what it came from."""
     pixels = dataset.read_image(name)

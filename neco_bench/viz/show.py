@@ -26,6 +26,7 @@ from neco_bench.viz.draw import (
     WRONG,
     PictureRow,
     Tile,
+    draw_attention,
     draw_boxes,
     draw_grid,
     draw_hits,
@@ -92,6 +93,8 @@ def show(
     dataset = data["test"] if "test" in data else data["val"]
     if isinstance(dataset, BoxDataset):
         drawn = _draw_boxes(dataset, {name: predictions[name] for name in ids}, result, scores)
+    elif isinstance(dataset, SegmentationDataset) and f"score/{result.primary_metric}" in arrays:
+        drawn = _draw_attention(dataset, {name: predictions[name] for name in ids}, scores)
     elif isinstance(dataset, SegmentationDataset):
         stored = _stored_counts(result, arrays)
         drawn = _draw_images(dataset, {name: predictions[name] for name in ids}, scores, stored)
@@ -123,9 +126,18 @@ class _Drawn:
 
 def _scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, float]:
     """The score by which items are chosen: of boxes their IoU, which says more than whether they are right."""
-    if "score/best_IoU" in arrays:
-        return dict(zip(arrays["image_id"].astype(str).tolist(), arrays["score/best_IoU"].tolist(), strict=True))
-    return item_scores(result, arrays)
+    form = next((f"score/{name}" for name in ("best_IoU", result.primary_metric) if f"score/{name}" in arrays), None)
+    if form is None or "image_id" not in arrays:
+        return item_scores(result, arrays)
+    return dict(zip(arrays["image_id"].astype(str).tolist(), arrays[form].tolist(), strict=True))
+
+
+def _draw_attention(
+    dataset: SegmentationDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]
+) -> _Drawn:
+    rows = [draw_attention(dataset, name, own) for name, own in predictions.items()]
+    differing = sum(abs(own["jaccard"] - scores[name]) > 1e-9 for name, own in predictions.items())
+    return _Drawn(rows, [], differing)
 
 
 def _draw_boxes(

@@ -42,7 +42,7 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.attention import MIN_SIDE, foreground
-from neco_bench.features.extract import FeatureExtractor
+from neco_bench.features.extract import FeatureExtractor, Output
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 from neco_bench.metrics.segmentation import hungarian_match
 from neco_bench.search.row_file import ArrayFile, RowFile
@@ -190,8 +190,8 @@ def extract(
     features, noisy = RowFile(encoder.embed_dim), []
     masks = {"train": ArrayFile(), "val": ArrayFile()}
     transform = ResizeSquare(size, "pil" if settings.mask_size else "native")
-    options: dict[str, Any] = {"attention": True} if settings.foreground == "attention" else {}
-    extractor = FeatureExtractor(encoder, context, mean=settings.mean, std=settings.std, **options)
+    output: Output = "features and attention" if settings.foreground == "attention" else "features"
+    extractor = FeatureExtractor(encoder, context, output=output, mean=settings.mean, std=settings.std)
     for name in ("train", "val"):
         for batch in extractor.stream(data[name], transform, f"extract {name}"):
             maps = batch.features[:, : encoder.embed_dim]
