@@ -239,6 +239,7 @@ def test_half_precision_is_stated_and_bounded() -> None:
         FeatureStore("fp16").rounded(torch.tensor([1e6]))
 
 
+@pytest.mark.slow
 def test_tasks_share_features_and_results_say_so(encoded: list[int]) -> None:
     def run(task: str, **options: Any) -> tuple[Result, int]:
         job = plan(MODEL, find_tasks([task])[0], RunOptions(workers=0, limit=12, **options))
@@ -319,15 +320,15 @@ def test_an_encoder_object_keeps_nothing() -> None:
 
 def test_what_killed_processes_left_goes_with_the_next_stream() -> None:
     """A stream without its description: one that was being made, or deleted."""
-    old, new, held = (store_folder() / name for name in ("old", "new", "held"))
-    for folder in (old, new, held):
+    old, new, locked = (store_folder() / name for name in ("old", "new", "locked"))
+    for folder in (old, new, locked):
         folder.mkdir(parents=True)
         (folder / "features.bin").write_bytes(b"half")
         if folder != new:
             os.utime(folder, (0, 0))
-    with FileLock(held / "lock"):
-        os.utime(held, (0, 0))
+    with FileLock(locked / "lock"):
+        os.utime(locked, (0, 0))
         batches(with_store())
         assert not old.exists()
-        assert held.exists()  # another process has it
+        assert locked.exists()  # another process has it
         assert new.exists()  # may just be made
