@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -72,7 +72,7 @@ class Dataset(abc.ABC):
 
     name, split; version: of the reader and its id mapping. expected: number of items of each full split (empty where
     no such number exists). citation: short reference. ids: item ids in a fixed order (image ids, or pair ids).
-    kind: "segmentation" or "pairs". needs_root: whether it is read from the data root. folder_name: its folder there,
+    kind: "segmentation", "pairs", "video" or "views". needs_root: whether it is read from the data root. folder_name: its folder there,
     the name if empty. layout: the tree of files expected there, shown in error messages. images_from: the collection
     that the images are from, the folder name if empty. fractions: parts that can be drawn from a split, as
     {split: {parts: items}}; see `fraction`.
@@ -157,6 +157,20 @@ class Dataset(abc.ABC):
         part = copy.copy(self)
         part.ids = tuple(self.ids[i] for i in indices)
         return part
+
+
+class Samples(Protocol):
+    """What can be loaded and encoded item by item: a segmentation data set, or the frames of a clip."""
+
+    name: ClassVar[str] | str
+    split: str
+    ids: tuple[str, ...]
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Sample: ...
+
+    def fingerprint(self) -> str: ...
 
 
 class MaskSummary:

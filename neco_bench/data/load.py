@@ -22,6 +22,7 @@ DATASETS: Registry[type[Dataset]] = Registry(
     {
         "shapes": "neco_bench.data.shapes:Shapes",
         "shapes_pairs": "neco_bench.data.shapes:ShapesPairs",
+        "shapes_clips": "neco_bench.data.shapes_clips:ShapesClips",
         "camvid": "neco_bench.data.camvid:CamVid",
         "voc2012": "neco_bench.data.voc2012:VOC2012",
         "ade20k": "neco_bench.data.ade20k:ADE20K",
@@ -39,6 +40,8 @@ DATASETS: Registry[type[Dataset]] = Registry(
         "pf_willow": "neco_bench.data.proposal_flow:PFWillow",
         "pf_pascal": "neco_bench.data.proposal_flow:PFPascal",
         "spair71k": "neco_bench.data.spair71k:SPair71k",
+        "davis2017": "neco_bench.data.davis:DAVIS2017",
+        "davis2016": "neco_bench.data.davis:DAVIS2016",
     },
     listing="neco-bench data list",
 )

@@ -20,7 +20,7 @@ from torch import Tensor
 from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, is_out_of_memory
 from neco_bench.core.task import Context
-from neco_bench.data.base import SegmentationDataset
+from neco_bench.data.base import Samples
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.loader import ItemDataset, load_items
 from neco_bench.features.store import FeatureFile, FeatureStore
@@ -51,24 +51,26 @@ def encode_within_memory(encoder: Encoder, images: Tensor, context: Context, **o
 
 def stream(
     encoder: Encoder,
-    dataset: SegmentationDataset,
+    dataset: Samples,
     transform: Transform,
     context: Context,
     description: str,
     *,
     items: Sequence[tuple[int, int]] | None = None,
     own: bool = False,
+    alone: bool = False,
     **options: Any,
 ) -> Iterator[FeatureBatch]:
     """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to `encode`.
 
     The generator given to the transform depends on (seed, epoch, image id) alone. Where the context has a feature
     store, items that are there come from it, and the others go there. Of several processes each encodes every so many
-    batches; all of them get all batches, in order, or with `own` each only what it encoded.
+    batches; all of them get all batches, in order, or with `own` each only what it encoded. With `alone` this process
+    encodes all items: the others have other data sets.
     """
     if items is None:
         items = [(0, index) for index in range(len(dataset))]
-    if distributed.world() == 1:
+    if alone or distributed.world() == 1:
         yield from _local(encoder, dataset, transform, context, description, items, options)
         return
     size, step = context.batch_size, context.batch_size * distributed.world()
@@ -111,7 +113,7 @@ def _of_size(batches: Iterator[FeatureBatch], size: int) -> Iterator[FeatureBatc
 
 def _local(
     encoder: Encoder,
-    dataset: SegmentationDataset,
+    dataset: Samples,
     transform: Transform,
     context: Context,
     description: str,
@@ -148,7 +150,7 @@ def _local(
 def _open_kept(
     store: FeatureStore,
     encoder: Encoder,
-    dataset: SegmentationDataset,
+    dataset: Samples,
     transform: Transform,
     context: Context,
     items: Sequence[tuple[int, int]],
@@ -158,11 +160,12 @@ def _open_kept(
     if not dataclasses.is_dataclass(transform):  # what else it depends on is not known
         return None
     size = getattr(transform, "size", None)
+    sides = (size, size) if isinstance(size, int) else size
     try:  # what its code does may change from one version to the next
         code = inspect.getsource(inspect.getmodule(transform) or type(transform))
     except (OSError, TypeError):
         return None
-    if not isinstance(size, int):
+    if not isinstance(sides, tuple):
         return None
     facts = {
         "encoder": [encoder.name, encoder.weights_id, encoder.layer, encoder.final_norm, encoder.pos_interp],
@@ -174,13 +177,12 @@ def _open_kept(
         "items": items,
         "seed": context.seed,
     }
-    side = size // encoder.stride
-    return store.open(facts, len(items), (encoder.embed_dim, side, side))
+    return store.open(facts, len(items), (encoder.embed_dim, *(side // encoder.stride for side in sides)))
 
 
 def _computed(
     encoder: Encoder,
-    dataset: SegmentationDataset,
+    dataset: Samples,
     transform: Transform,
     context: Context,
     description: str,

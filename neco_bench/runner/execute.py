@@ -148,7 +148,7 @@ def _executed(
         **asked,
         "only_size": loaded.only_size,
         "size_multiple": loaded.size_multiple or loaded.stride,
-        "tokens": None if used is None else (used // loaded.stride) ** 2,
+        "tokens": outcome.features.get("tokens", None if used is None else (used // loaded.stride) ** 2),
         "layer": loaded.layer,
         "pos_interp": loaded.pos_interp,
         "dtype": "float16" if options.features == "fp16" else "float32",

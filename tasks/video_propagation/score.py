@@ -1,0 +1,172 @@
+"""J and F of tracked objects: scores of frames, of objects and clips, and the Outcome from them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from neco_bench.tasks.video_propagation.settings import Settings
+
+from neco_bench.core import distributed
+from neco_bench.core.errors import BadInputError
+from neco_bench.core.task import Context, Outcome
+from neco_bench.data.base import IGNORE
+from neco_bench.data.video import Clip, VideoDataset, object_count
+from neco_bench.metrics import bootstrap
+from neco_bench.metrics.video import Boundary, FrameScores, boundary_accuracy, region_similarity
+
+# What is kept of each object, in the order of columns: of J, then of F.
+OBJECT_COLUMNS = ("J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
+
+# What is summed over the objects of a clip, in the order of columns.
+CLIP_COLUMNS = ("J&F", "J", "F")
+
+FLOOR = "_first_mask"  # ends the names of the same scores of the first mask, left as it is
+
+
+class Track:
+    """J and F of each object in each frame of a clip after the first, of what is predicted and of the first mask.
+
+    clip: its frames. first: (H, W) mask of the first frame without void. recorded: whether `show` draws the clip.
+    """
+
+    def __init__(self, clip: Clip, first: np.ndarray, settings: Settings, *, recorded: bool = False) -> None:
+        self.clip, self.first, self.settings = clip, first, settings
+        self.objects = object_count(first)
+        if not self.objects:
+            raise BadInputError(f"The first mask of {clip.id!r} has no object. Restore the original masks.")
+        self._first_boundaries = [Boundary.of(first == i) for i in self._ids]
+        self._scores: list[np.ndarray] = []  # of frames: (predicted or first mask, J or F, object)
+        self.truths: list[np.ndarray] | None = [first] if recorded else None
+        self.predictions: list[np.ndarray] = [first]
+
+    @property
+    def _ids(self) -> Iterable[int]:
+        return range(1, self.objects + 1)
+
+    def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
+        """Score the next frame: masks (H, W) uint8 of ids. Raises BadInputError for another size than the first's."""
+        if truth.shape != self.first.shape:
+            raise BadInputError(
+                f"Frame {self.clip.ids[len(self._scores) + 1]!r} is {truth.shape[1]}x{truth.shape[0]} pixels, the "
+                f"first one {self.first.shape[1]}x{self.first.shape[0]}: frames were resized. Restore the originals."
+            )
+        if self.truths is not None:
+            self.truths.append(truth)
+            self.predictions.append(prediction)
+        void, first = truth == IGNORE, self.first
+        boundaries = self._first_boundaries
+        truth = np.where(void, np.uint8(0), truth)
+        if self.settings.ignore_void and void.any():  # nothing is there then, in any of the masks
+            prediction, first = (np.where(void, np.uint8(0), mask) for mask in (prediction, first))
+            boundaries = [Boundary.of(first == i) for i in self._ids]
+        scores = np.zeros((2, 2, self.objects))
+        for i in self._ids:
+            true, edges = truth == i, Boundary.of(truth == i)
+            own = prediction == i
+            scores[0, :, i - 1] = region_similarity(own, true), boundary_accuracy(Boundary.of(own), edges)
+            scores[1, :, i - 1] = region_similarity(first == i, true), boundary_accuracy(boundaries[i - 1], edges)
+        self._scores.append(scores)
+
+    @property
+    def frame_scores(self) -> np.ndarray:
+        """(2, 2, objects, T) of all frames after the first: predicted or first mask left, J or F."""
+        return np.stack(self._scores, axis=-1)
+
+    def object_scores(self) -> np.ndarray:
+        """(2, objects, 6) of the scored frames, as OBJECT_COLUMNS: predicted, and of the first mask left as it is."""
+        frames = self.frame_scores if self.settings.score_last else self.frame_scores[..., :-1]
+        rows = np.zeros((2, self.objects, len(OBJECT_COLUMNS)))
+        for side, kind, number in np.ndindex(*frames.shape[:3]):
+            found = FrameScores.of(frames[side, kind, number])
+            rows[side, number, 3 * kind : 3 * kind + 3] = found.mean, found.recall, found.decay
+        return rows
+
+
+class ClipScore:
+    """Scores of the objects of all clips. Several processes share the clips out, and all get the same outcome."""
+
+    def __init__(self, dataset: VideoDataset, settings: Settings, context: Context) -> None:
+        self.dataset, self.settings, self.context = dataset, settings, context
+        self._objects: dict[str, np.ndarray] = {}
+
+    def add(self, track: Track) -> None:
+        """Count a clip, all of whose frames are scored."""
+        self._objects[track.clip.id] = track.object_scores()
+        if track.truths is not None:
+            scores = track.frame_scores[0].mean(0)  # J&F
+            self.context.record(track.clip.id, truth=track.truths, prediction=track.predictions, scores=scores)
+
+    def outcome(self, shapes: set[tuple[int, int]], stride: int) -> Outcome:
+        """Report means over objects, as the evaluation of DAVIS does, with intervals over clips.
+
+        Args:
+            shapes: (H, W) of the inputs.
+            stride: of the encoder.
+        """
+        for found in distributed.gather(self._objects):
+            self._objects |= found
+        clips = [self._objects[name] for name in self.dataset.ids]
+        objects = np.concatenate(clips, axis=1)  # (2, M, 6)
+        owner = np.repeat(np.arange(len(clips)), [clip.shape[1] for clip in clips])
+        totals = np.array([clip.shape[1] for clip in clips])
+        sums = np.stack([_columns(clip).sum(1) for clip in clips], axis=1)  # (2, n, 3)
+        metrics: dict[str, float] = {}
+        ci95: dict[str, tuple[float, float] | None] = {}
+        for side, ending in enumerate(("", FLOOR)):
+            for column, name in enumerate(CLIP_COLUMNS):
+                hits = sums[side, :, column]
+                metrics[name + ending] = float(hits.sum() / totals.sum())
+                ci95[name + ending] = bootstrap.bootstrap_ratio(hits, totals, seed=self.context.seed)
+        metrics |= {
+            name: float(objects[0, :, column].mean())
+            for column, name in enumerate(OBJECT_COLUMNS)
+            if name not in CLIP_COLUMNS
+        }
+        names = [f"{name}/{i + 1}" for name, clip in zip(self.dataset.ids, clips, strict=True) for i in range(clip.shape[1])]
+        scores = _columns(objects)[0]
+        per_class: dict[str, dict[str, float | None]] = {
+            name: dict(zip(self.dataset.ids, (sums[0, :, column] / totals).tolist(), strict=True))
+            for column, name in enumerate(CLIP_COLUMNS)
+        }
+        per_class |= {
+            f"{name} by object": dict(zip(names, scores[:, column].tolist(), strict=True))
+            for column, name in enumerate(CLIP_COLUMNS)
+        }
+        self.context.notes |= {"objects": len(names), "input_shapes": sorted(shapes), "opencv": _opencv()}
+        height, width = max(shapes)
+        return Outcome(
+            metrics=metrics,
+            per_class=per_class,
+            ci95=ci95,
+            n_images=len(clips),
+            statistics={
+                "hits": sums[0],
+                "hits_first_mask": sums[1],
+                "totals": totals,
+                "category": np.arange(len(clips)),
+                "object_item": owner,
+                "object_scores": objects,
+                "item_id": np.array(self.dataset.ids),
+            },
+            features={
+                "input_size": self.settings.input_size,
+                "used_size": min(height, width),
+                "used_shape": [height, width],
+                "tokens": height // stride * (width // stride),
+                "resize": self.settings.resize,
+                "final_norm": True,
+            },
+        )
+
+
+def _columns(objects: np.ndarray) -> np.ndarray:
+    """(2, M, 3) as CLIP_COLUMNS, from (2, M, 6) as OBJECT_COLUMNS."""
+    region, boundary = objects[..., 0], objects[..., 3]
+    return np.stack([(region + boundary) / 2, region, boundary], axis=-1)
+
+
+def _opencv() -> str:
+    import cv2  # takes 0.1 s
+
+    return str(cv2.__version__)
