@@ -50,6 +50,7 @@ class VideoDataset(Dataset):
     """
 
     kind = "video"
+    sampling_unit = "sequence"
     frame_height: ClassVar[int | None] = None
     frame_counts: ClassVar[dict[str, int]] = {}
     object_counts: ClassVar[dict[str, int]] = {}

@@ -18,8 +18,8 @@ from neco_bench.metrics.video import Boundary, FrameScores, boundary_accuracy, r
 # What is kept of each object, in the order of columns: of J, then of F.
 OBJECT_COLUMNS = ("J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
 
-# What is summed over the objects of a clip, in the order of columns.
-CLIP_COLUMNS = ("J&F", "J", "F")
+# What is reported of the first mask left as it is too, and by clip and object.
+CLIP_SCORES = ("J&F", "J", "F")
 
 FLOOR = "_first_mask"  # ends the names of the same scores of the first mask, left as it is
 
@@ -106,46 +106,31 @@ class ClipScore:
         """
         for found in distributed.gather(self._objects):
             self._objects |= found
-        clips = [self._objects[name] for name in self.dataset.ids]
-        objects = np.concatenate(clips, axis=1)  # (2, M, 6)
-        owner = np.repeat(np.arange(len(clips)), [clip.shape[1] for clip in clips])
-        totals = np.array([clip.shape[1] for clip in clips])
-        sums = np.stack([_columns(clip).sum(1) for clip in clips], axis=1)  # (2, n, 3)
-        metrics: dict[str, float] = {}
-        ci95: dict[str, tuple[float, float] | None] = {}
+        clips = [self._objects[name] for name in self.dataset.ids]  # (2, objects, 6) each
+        weight = np.array([clip.shape[1] for clip in clips])
+        objects = np.concatenate(clips, axis=1)
+        scores: dict[str, np.ndarray] = {}  # of each clip, the mean over its objects
         for side, ending in enumerate(("", FLOOR)):
-            for column, name in enumerate(CLIP_COLUMNS):
-                hits = sums[side, :, column]
-                metrics[name + ending] = float(hits.sum() / totals.sum())
-                ci95[name + ending] = bootstrap.bootstrap_ratio(hits, totals, seed=self.context.seed)
-        metrics |= {
-            name: float(objects[0, :, column].mean())
-            for column, name in enumerate(OBJECT_COLUMNS)
-            if name not in CLIP_COLUMNS
-        }
-        names = [f"{name}/{i + 1}" for name, clip in zip(self.dataset.ids, clips, strict=True) for i in range(clip.shape[1])]
-        scores = _columns(objects)[0]
-        per_class: dict[str, dict[str, float | None]] = {
-            name: dict(zip(self.dataset.ids, (sums[0, :, column] / totals).tolist(), strict=True))
-            for column, name in enumerate(CLIP_COLUMNS)
-        }
-        per_class |= {
-            f"{name} by object": dict(zip(names, scores[:, column].tolist(), strict=True))
-            for column, name in enumerate(CLIP_COLUMNS)
-        }
+            for name in CLIP_SCORES if ending else dict.fromkeys((*CLIP_SCORES, *OBJECT_COLUMNS)):
+                scores[name + ending] = np.array([_named(clip[side], name).mean() for clip in clips])
+        names = [f"{clip}/{i + 1}" for clip, count in zip(self.dataset.ids, weight, strict=True) for i in range(count)]
+        per_class: dict[str, dict[str, float | None]] = {}
+        for name in CLIP_SCORES:
+            per_class[name] = dict(zip(self.dataset.ids, scores[name].tolist(), strict=True))
+            per_class[f"{name} by object"] = dict(zip(names, _named(objects[0], name).tolist(), strict=True))
         self.context.notes |= {"objects": len(names), "input_shapes": sorted(shapes), "opencv": _opencv()}
         height, width = max(shapes)
         return Outcome(
-            metrics=metrics,
+            metrics={name: float(np.average(values, weights=weight)) for name, values in scores.items()},
             per_class=per_class,
-            ci95=ci95,
+            ci95={
+                name: bootstrap.bootstrap_ratio(scores[name] * weight, weight, seed=self.context.seed)
+                for name in (*CLIP_SCORES, *(score + FLOOR for score in CLIP_SCORES))
+            },
             n_images=len(clips),
             statistics={
-                "hits": sums[0],
-                "hits_first_mask": sums[1],
-                "totals": totals,
-                "category": np.arange(len(clips)),
-                "object_item": owner,
+                **{f"score/{name}": values for name, values in scores.items()},
+                "weight": weight,
                 "object_scores": objects,
                 "item_id": np.array(self.dataset.ids),
             },
@@ -160,10 +145,11 @@ class ClipScore:
         )
 
 
-def _columns(objects: np.ndarray) -> np.ndarray:
-    """(2, M, 3) as CLIP_COLUMNS, from (2, M, 6) as OBJECT_COLUMNS."""
-    region, boundary = objects[..., 0], objects[..., 3]
-    return np.stack([(region + boundary) / 2, region, boundary], axis=-1)
+def _named(objects: np.ndarray, name: str) -> np.ndarray:
+    """A score (M,) by its name, from (M, 6) as OBJECT_COLUMNS."""
+    if name == "J&F":
+        return (_named(objects, "J") + _named(objects, "F")) / 2
+    return objects[:, OBJECT_COLUMNS.index(name)]
 
 
 def _opencv() -> str:

@@ -85,7 +85,7 @@ def test_propagation_is_that_of_a_naive_loop(protocol: str) -> None:
         assert tracker.step(features).numpy() == pytest.approx(known, abs=1e-6)
     single = Tracker(maps[0].float(), labels, settings)
     for features, known in zip(maps[1:].float(), expected[1:], strict=True):
-        assert single.step(features).numpy() == pytest.approx(known, abs=1e-4)  # ranks of near-equal cells may change
+        assert single.step(features).numpy() == pytest.approx(known, abs=1e-3)  # ranks of near-equal cells may change
 
 
 def test_ties_survive_where_the_reference_keeps_them() -> None:
@@ -250,10 +250,13 @@ def test_the_outcome_by_hand(tmp_path: Path) -> None:
     arrays = store.statistics(result)
     objects = arrays["object_scores"]
     assert objects.shape == (2, 6, 6)  # one, two and three objects
-    assert arrays["totals"].tolist() == [1, 2, 3]
+    assert arrays["weight"].tolist() == [1, 2, 3]
+    assert arrays["item_id"].tolist() == ["00-disc", "01-ring-arrow", "02-square-cross-star"]
     j_and_f = objects[:, :, [0, 3]].mean(2)
     assert result.metrics["J&F"] == pytest.approx(j_and_f[0].mean())
     assert result.metrics["J&F_first_mask"] == pytest.approx(j_and_f[1].mean())
+    assert arrays["score/J&F"] @ arrays["weight"] / 6 == pytest.approx(result.metrics["J&F"])
+    assert arrays["score/F_decay"] @ arrays["weight"] / 6 == pytest.approx(result.metrics["F_decay"])
     assert result.metrics["J_recall"] == pytest.approx(objects[0, :, 1].mean())
     by_object = result.per_class["J&F by object"]
     assert list(by_object.values()) == pytest.approx(j_and_f[0].tolist())
