@@ -6,6 +6,7 @@ Checking reads every image once, one at a time; describing reads none.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,7 @@ from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.data.base import IGNORE, Dataset, MaskSummary, PairDataset, SegmentationDataset
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.data.load import DATASETS, data_root, dataset_class, dataset_folder, fraction_names, open_split
+from neco_bench.data.video import VideoDataset, object_count
 
 # Damaged items named one by one in each split; the rest is counted.
 _NAMED = 20
@@ -132,6 +134,8 @@ def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
         findings += _check_segmentation(dataset, wrap)
     elif isinstance(dataset, PairDataset):
         findings += _check_pairs(dataset, wrap)
+    elif isinstance(dataset, VideoDataset):
+        findings += _check_video(dataset, wrap)
     return findings
 
 
@@ -220,6 +224,54 @@ def _check_pairs(dataset: PairDataset, wrap: Progress) -> list[Finding]:
             if found != expected:
                 text = f"Pairs by {key} are {found}, in the official release {expected}."
                 findings.append(Finding("error", dataset.split, text, "Restore the official annotations."))
+    return findings
+
+
+def _check_video(dataset: VideoDataset, wrap: Progress) -> list[Finding]:
+    """Every frame with its mask: sizes, objects of the first masks, ids that come later, void."""
+    damage: list[str] = []
+    sizes: Counter[str] = Counter()
+    objects, frames, void = 0, 0, 0
+    late: list[str] = []
+    for index in wrap(range(len(dataset)), desc=f"{dataset.name} {dataset.split}"):
+        clip = dataset.clip(index)
+        known: set[int] | None = None
+        try:
+            for number in range(len(clip)):
+                sample = clip[number]
+                ids = set(np.unique(sample.mask[sample.mask != IGNORE]).tolist()) - {0}
+                if known is None:
+                    known, first = ids, sample.mask.shape
+                    objects += object_count(sample.mask)
+                    sizes[f"{first[1]}x{first[0]}"] += 1
+                    if not ids:
+                        raise BadInputError(f"The first mask of {clip.id!r} has no object. Restore the original masks.")
+                elif sample.mask.shape != first:
+                    size = f"{sample.mask.shape[1]}x{sample.mask.shape[0]}"
+                    raise BadInputError(f"Frame {sample.id!r} is {size} pixels, the first one {first[1]}x{first[0]}.")
+                if ids - known:
+                    late.append(sample.id)
+                void += int(np.count_nonzero(sample.mask == IGNORE))
+                frames += 1
+        except NecoBenchError as error:
+            damage.append(str(error))
+    findings = _damaged(dataset, damage, len(dataset), "sequences")
+    if damage:
+        return findings
+    shown = ", ".join(f"{size} in {count} sequences" for size, count in sizes.most_common())
+    values = {"frames": float(frames), "objects": float(objects), "void pixels": float(void)}
+    text = f"{frames} frames, {objects} objects in the first masks, {void} void pixels; {shown}"
+    findings.append(Finding("ok", dataset.split, text, values=values))
+    if late:
+        text = f"{len(late)} frames hold objects that the first mask lacks, the first is {late[0]!r}."
+        findings.append(Finding("warning", dataset.split, text, "Such objects are not scored."))
+    for what, found, expected in (
+        ("frames", frames, dataset.frame_counts.get(dataset.split)),
+        ("objects", objects, dataset.object_counts.get(dataset.split)),
+    ):
+        if dataset.subset is None and expected not in (None, found):
+            text = f"{found} {what}, the official split has {expected}."
+            findings.append(Finding("error", dataset.split, text, "Restore the official files."))
     return findings
 
 

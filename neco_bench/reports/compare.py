@@ -88,7 +88,7 @@ def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, floa
         MissingError: where a result stores no ids.
         BadInputError: where it stores no counts.
     """
-    ids = arrays.get("image_id", arrays.get("pair_id"))
+    ids = next((arrays[name] for name in ("image_id", "pair_id", "item_id") if name in arrays), None)
     if ids is None:
         raise MissingError(
             f"The result of {result.model} on {result.task}@{result.protocol} was stored without image ids. Run it "
@@ -98,6 +98,8 @@ def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, floa
         counts = arrays["confusion"]
         images = counts.reshape(-1, *counts.shape[-3:]).swapaxes(0, 1)
         scores = [float(np.mean([segmentation.mean_iou(c, absent="exclude") for c in image])) for image in images]
+    elif f"score/{result.primary_metric}" in arrays:
+        scores = arrays[f"score/{result.primary_metric}"].tolist()
     else:
         if "hits" not in arrays:
             raise BadInputError(f"The statistics of {result.model} on {result.column} hold no counts of items.")

@@ -33,7 +33,8 @@ NEIGHBOURS, VIEW, PARTS = 5, 64, 8  # neighbours of a patch, pixels of each, and
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture (H, W, 3) uint8. kind: "photo" (stored as JPEG), "map" (enlarged without blur) or "wide"."""
+    """One picture (H, W, 3) uint8. kind: "photo" (stored as JPEG), "map" (enlarged without blur), "wide", or "animation",
+    of which pixels are frames (T, H, W, 3)."""
 
     title: str
     pixels: np.ndarray
@@ -89,7 +90,7 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
 def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[str, Any], caption: str) -> PictureRow:
     image = dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
-    image = _fitted(image, (side, side), Image.Resampling.BICUBIC)
+    image = fitted(image, (side, side), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
     truth, prediction = (_enlarged(predicted[kind], height, width) for kind in ("truth", "prediction"))
     palette = np.full((256, 3), 128, np.uint8)
@@ -140,7 +141,7 @@ def _strip(
         third = VIEW / 3
         inner = (i * step + 3 + third, 3 + third, i * step + 3 + 2 * third, 3 + 2 * third)
         draw.rectangle(inner, outline=VOID)
-        draw.text((i * step, VIEW + 7), text[:13], fill=(0, 0, 0), font=_font(11))
+        draw.text((i * step, VIEW + 7), text[:13], fill=(0, 0, 0), font=font(11))
     return np.asarray(strip)
 
 
@@ -166,10 +167,10 @@ def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: 
     """Both images side by side, a line from each point to where it was found, a ring where a missed one should be."""
     sample = dataset[dataset.ids.index(name)]
     half = (LARGE // 2, LARGE // 2)
-    images = [_fitted(image, half, Image.Resampling.BICUBIC) for image in (sample.source_image, sample.target_image)]
+    images = [fitted(image, half, Image.Resampling.BICUBIC) for image in (sample.source_image, sample.target_image)]
     scales = [
-        fitted.shape[1] / image.shape[1]
-        for fitted, image in zip(images, (sample.source_image, sample.target_image), strict=True)
+        small.shape[1] / image.shape[1]
+        for small, image in zip(images, (sample.source_image, sample.target_image), strict=True)
     ]
     left = images[0].shape[1] + GAP
     drawn = Image.new("RGB", (left + images[1].shape[1], max(i.shape[0] for i in images)), VOID)
@@ -200,7 +201,7 @@ def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(values.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
+def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
     """Pixels at the largest size that fits the box (width, height), the aspect kept."""
     height, width = pixels.shape[:2]
     scale = min(box[0] / width, box[1] / height)
@@ -209,21 +210,33 @@ def _fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) ->
 
 
 def thumbnail(tile: Tile) -> np.ndarray:
+    """A small picture (h, w, 3) of a tile; of an animation its middle frame."""
+    if tile.kind == "animation":
+        return fitted(tile.pixels[len(tile.pixels) // 2], BOX, Image.Resampling.LANCZOS)
     rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
-    return _fitted(tile.pixels, _box(tile), rule)
+    return fitted(tile.pixels, _box(tile), rule)
 
 
 def _box(tile: Tile) -> tuple[int, int]:
     return WIDE_BOX if tile.kind == "wide" else BOX
 
 
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
+    """The font of all pictures."""
     return ImageFont.load_default(size)
 
 
 def encode_image(pixels: np.ndarray, photo: bool) -> bytes:
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG" if photo else "PNG", quality=88)
+    return buffer.getvalue()
+
+
+def encode_animation(frames: np.ndarray, milliseconds: int = 125) -> bytes:
+    """A GIF that repeats frames (T, H, W, 3)."""
+    buffer = io.BytesIO()
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
     return buffer.getvalue()
 
 
@@ -234,15 +247,15 @@ def draw_grid(rows: Sequence[PictureRow], title: str) -> np.ndarray:
     widths = [max([140, *(row[i].shape[1] for row in small if i < len(row))]) + GAP for i in range(len(longest.tiles))]
     lefts = np.cumsum([0, *widths])
     step = BOX[1] + LINE + GAP
-    title_width = round(_font(14).getlength(title)) + GAP
+    title_width = round(font(14).getlength(title)) + GAP
     grid = Image.new("RGB", (max(int(lefts[-1]), title_width), 2 * LINE + len(rows) * step), VOID)
     draw = ImageDraw.Draw(grid)
-    draw.text((2, 2), title, fill=(0, 0, 0), font=_font(14))
+    draw.text((2, 2), title, fill=(0, 0, 0), font=font(14))
     for left, tile in zip(lefts[:-1], longest.tiles, strict=True):
-        draw.text((left + 2, LINE + 2), tile.title, fill=(90, 90, 90), font=_font(13))
+        draw.text((left + 2, LINE + 2), tile.title, fill=(90, 90, 90), font=font(13))
     for number, row in enumerate(rows):
         top = 2 * LINE + number * step
-        draw.text((2, top + 2), f"{row.name}  {row.caption}", fill=(0, 0, 0), font=_font(13))
+        draw.text((2, top + 2), f"{row.name}  {row.caption}", fill=(0, 0, 0), font=font(13))
         for i, picture in enumerate(small[number]):  # a row may have fewer than the headings
             grid.paste(Image.fromarray(picture), (int(lefts[i]), top + LINE))
     return np.asarray(grid)

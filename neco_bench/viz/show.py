@@ -9,10 +9,12 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from neco_bench.core.errors import UsageError
 from neco_bench.core.files import slug, write_whole
 from neco_bench.data.base import IGNORE, PairDataset, SegmentationDataset
+from neco_bench.data.video import VideoDataset
 from neco_bench.metrics import segmentation
 from neco_bench.reports.compare import hits_column, item_scores
 from neco_bench.reports.render import render
@@ -21,6 +23,7 @@ from neco_bench.runner.execute import record_predictions
 from neco_bench.runner.job import Job
 from neco_bench.viz.diagnostics import principal_colours
 from neco_bench.viz.draw import (
+    BOX,
     RIGHT,
     WRONG,
     PictureRow,
@@ -29,9 +32,12 @@ from neco_bench.viz.draw import (
     draw_hits,
     draw_pair,
     draw_segmentation,
+    encode_animation,
     encode_image,
+    fitted,
     thumbnail,
 )
+from neco_bench.viz.draw_video import draw_clip
 
 
 @dataclass(frozen=True)
@@ -88,8 +94,10 @@ def show(
         raise UsageError(f"Task family {result.family!r} records no predictions that could be drawn.")
     data = job.draws[0]
     dataset = data["test"] if "test" in data else data["val"]
-    stored = _stored_counts(result, arrays)
-    if isinstance(dataset, SegmentationDataset):
+    stored = {} if isinstance(dataset, VideoDataset) else _stored_counts(result, arrays)
+    if isinstance(dataset, VideoDataset):
+        drawn = _draw_clips(dataset, {name: predictions[name] for name in ids}, scores)
+    elif isinstance(dataset, SegmentationDataset):
         drawn = _draw_images(dataset, {name: predictions[name] for name in ids}, scores, stored)
     else:
         assert isinstance(dataset, PairDataset)
@@ -160,6 +168,17 @@ def _draw_pairs(
     return _Drawn(rows, [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)], differing)
 
 
+def _draw_clips(
+    dataset: VideoDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]
+) -> _Drawn:
+    rows, differing = [], 0
+    for name, own in predictions.items():
+        found = own["scores"][0, :, : own["scored"]].mean()
+        rows.append(draw_clip(dataset, name, own, f"J&F {100 * found:.1f}, {len(own['scores'][0])} objects"))
+        differing += not np.isclose(found, scores[name], atol=1e-4)
+    return _Drawn(rows, [], differing)
+
+
 def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
     """Write the page, the grid, and of each tile a thumbnail and the picture."""
     metric = result.primary_metric
@@ -177,12 +196,21 @@ def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
 def _write_tile(out: Path, number: int, row: PictureRow, tile: Tile) -> dict[str, Any]:
     """Write a tile of a numbered row and its thumbnail; returns what the page needs of it."""
     stem = f"pictures/{number:03d}-{slug(tile.title)}"
+    if tile.kind == "animation":
+        small = np.stack([fitted(frame, BOX, Image.Resampling.LANCZOS) for frame in tile.pixels])
+        write_whole(out / f"{stem}.gif", encode_animation(tile.pixels))
+        write_whole(out / f"{stem}-small.gif", encode_animation(small))
+        return _picture(tile, stem, ".gif", small.shape[1:3])
     photo = tile.kind == "photo" or (tile.kind == "wide" and len(row.tiles) == 1)
     ending = ".jpg" if photo else ".png"
     small = thumbnail(tile)
     write_whole(out / f"{stem}{ending}", encode_image(tile.pixels, photo))
     write_whole(out / f"{stem}-small{ending}", encode_image(small, photo))
-    height, width = small.shape[:2]
+    return _picture(tile, stem, ending, small.shape[:2])
+
+
+def _picture(tile: Tile, stem: str, ending: str, size: tuple[int, ...]) -> dict[str, Any]:
+    height, width = size
     return {
         "title": tile.title,
         "file": f"{stem}{ending}",

@@ -94,8 +94,10 @@ class ClipScore:
         """Count a clip, all of whose frames are scored."""
         self._objects[track.clip.id] = track.object_scores()
         if track.truths is not None:
-            scores = track.frame_scores[0].mean(0)  # J&F
-            self.context.record(track.clip.id, truth=track.truths, prediction=track.predictions, scores=scores)
+            scores = track.frame_scores.mean(1)  # J&F (2, objects, T)
+            scored = scores.shape[2] - (not self.settings.score_last)
+            masks = {"truth": track.truths, "prediction": track.predictions}
+            self.context.record(track.clip.id, **masks, scores=scores, scored=scored)
 
     def outcome(self, shapes: set[tuple[int, int]], stride: int) -> Outcome:
         """Report means over objects, as the evaluation of DAVIS does, with intervals over clips.
