@@ -45,6 +45,7 @@ FAMILIES: Registry = Registry(
             "patch_probe",
             "correspondence",
             "video_propagation",
+            "geometric_correspondence",
         )
     },
     listing="neco-bench tasks",

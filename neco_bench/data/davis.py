@@ -96,8 +96,7 @@ class _Davis(VideoDataset):
     def _paired(self, sequence: str) -> tuple[str, ...]:
         """Names of the frames of a sequence, each of which has an image and a mask."""
         images, masks = (
-            file_ids(place / sequence, "", ending)
-            for place, ending in ((self._images, ".jpg"), (self._masks, ".png"))
+            file_ids(place / sequence, "", ending) for place, ending in ((self._images, ".jpg"), (self._masks, ".png"))
         )
         if not images:
             raise missing(type(self), f"sequence {sequence!r} has no frames: {self._images / sequence}/NNNNN.jpg.")

@@ -188,7 +188,7 @@ class Scene:
         return kinds
 
 
-_STREAMS = ("train", "val", "test", "clips", "clip looks", "clip grain", "views", "view looks")
+_STREAMS = ("train", "val", "test", "clips", "clip looks", "clip grain", "views", "view looks", "view scenes")
 
 
 def generator(stream: str, index: int) -> np.random.Generator:
@@ -211,7 +211,7 @@ def _noise(rng: np.random.Generator, cells: int) -> Array:
     return rows[:, low] * (1 - part) + rows[:, low + 1] * part
 
 
-def _two_colours(rng: np.random.Generator, hue: float) -> tuple[Array, Array]:
+def two_colours(rng: np.random.Generator, hue: float) -> tuple[Array, Array]:
     """A light and a dark colour, RGB in 0..1."""
     saturation, value, contrast = between(rng, 0.25, 0.9), between(rng, 0.6, 1), between(rng, 0.4, 0.75)
     light = colorsys.hsv_to_rgb(hue, saturation, value)
@@ -219,9 +219,9 @@ def _two_colours(rng: np.random.Generator, hue: float) -> tuple[Array, Array]:
     return np.array(light), np.array(dark)
 
 
-def _background(rng: np.random.Generator) -> Array:
+def background(rng: np.random.Generator) -> Array:
     """Patches with irregular edges in two colours, over clouds: texture without a preferred orientation."""
-    light, dark = _two_colours(rng, rng.random())
+    light, dark = two_colours(rng, rng.random())
     clouds = 0.5 * _noise(rng, 4) + 0.3 * _noise(rng, 9) + 0.2 * _noise(rng, 20)
     edges = np.clip((_noise(rng, 14) + 0.5 * _noise(rng, 31) - 0.75) * 6 + 0.5, 0, 1)
     return dark + (light - dark) * (0.55 * clouds + 0.45 * edges)[..., None]
@@ -229,7 +229,7 @@ def _background(rng: np.random.Generator) -> Array:
 
 def draw_objects(rng: np.random.Generator, objects: list[ShapeObject]) -> Scene:
     """Paint objects in order, later ones over earlier ones, then blur a little, light and add grain."""
-    image = _background(rng)
+    image = background(rng)
     owner = np.zeros((SIZE, SIZE), np.uint8)
     extents = []
     for number, item in enumerate(objects, 1):
@@ -238,7 +238,7 @@ def draw_objects(rng: np.random.Generator, objects: list[ShapeObject]) -> Scene:
         inside = shape.inside(u, v)
         near_class = rng.random() < 0.5
         hue = (item.kind / len(_SHAPES) + between(rng, -0.05, 0.05)) % 1 if near_class else rng.random()
-        light, dark = _two_colours(rng, hue)
+        light, dark = two_colours(rng, hue)
         waves = 2 * np.pi * item.radius / (9.5 * np.sqrt(item.radius / 50))  # a period of 9.5 pixels at radius 50
         tone = np.clip(0.5 + 1.2 * shape.texture(u * waves, v * waves), 0, 1)
         shade = 1 - 0.18 * (u * between(rng, -1, 1) + v * between(rng, -1, 1))
@@ -258,7 +258,9 @@ def draw_objects(rng: np.random.Generator, objects: list[ShapeObject]) -> Scene:
     return Scene(np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), owner, extents, objects)
 
 
-def _object(rng: np.random.Generator, kind: int, margin: float, turn: float, radius: tuple[float, float]) -> ShapeObject:
+def _object(
+    rng: np.random.Generator, kind: int, margin: float, turn: float, radius: tuple[float, float]
+) -> ShapeObject:
     """An object of random place (centre `margin` pixels inside the image), angle (up to `turn` degrees) and size."""
     x, y = (between(rng, margin, SIZE - 1 - margin) for _ in range(2))
     low, high = radius

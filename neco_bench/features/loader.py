@@ -25,9 +25,7 @@ from neco_bench.features.transforms import Transform
 class ItemDataset(TorchDataset):
     """Loads and transforms item `position` of `items`, a sequence of (epoch, index)."""
 
-    def __init__(
-        self, dataset: Samples, items: Sequence[tuple[int, int]], transform: Transform, seed: int
-    ) -> None:
+    def __init__(self, dataset: Samples, items: Sequence[tuple[int, int]], transform: Transform, seed: int) -> None:
         self.dataset, self.items, self.transform, self.seed = dataset, items, transform, seed
 
     def __len__(self) -> int:

@@ -62,7 +62,9 @@ def draw_clip(dataset: VideoDataset, name: str, predicted: dict[str, Any], capti
     for i in np.unique(np.linspace(0, count - 1, ANIMATED).round().astype(int)):
         image = clip[i].image
         half = (ANIMATION[0] // 2, ANIMATION[1])
-        moving.append(np.concatenate([overlaid(image, predicted[part][i], half) for part in ("truth", "prediction")], 1))
+        moving.append(
+            np.concatenate([overlaid(image, predicted[part][i], half) for part in ("truth", "prediction")], 1)
+        )
     return PictureRow(
         name,
         caption,

@@ -168,9 +168,7 @@ def _draw_pairs(
     return _Drawn(rows, [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)], differing)
 
 
-def _draw_clips(
-    dataset: VideoDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]
-) -> _Drawn:
+def _draw_clips(dataset: VideoDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]) -> _Drawn:
     rows, differing = [], 0
     for name, own in predictions.items():
         found = own["scores"][0, :, : own["scored"]].mean()
