@@ -60,7 +60,8 @@ class _Davis(VideoDataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Say whether the folder has images of a split, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         data = cls.__new__(cls)
         data.folder, data.split = locate(folder, "JPEGImages", "Annotations"), split
         return any(next((data._images / name).glob("[!.]*.jpg"), None) is not None for name in data._listed())
@@ -112,12 +113,15 @@ class _Davis(VideoDataset):
         return tuple(sorted(images))
 
     def frames(self, sequence: str) -> tuple[str, ...]:
+        """Names of the frames of a sequence, in order."""
         return self._frames[sequence]
 
     def files(self, sequence: str, frame: str) -> tuple[Path, Path]:
+        """Paths of the image and the mask of a frame."""
         return self._images / sequence / f"{frame}.jpg", self._masks / sequence / f"{frame}.png"
 
     def check_size(self, path: Path, size: tuple[int, ...]) -> None:
+        """Raise BadInputError for a frame that is not 480 pixels high."""
         if size[0] != self.frame_height:
             raise BadInputError(
                 f"Frame {path} is {size[1]}x{size[0]} pixels (width x height), those of {self.name} at 480p are 480 "
@@ -175,4 +179,5 @@ class DAVIS2016(_Davis):
 
     @property
     def object_ids(self) -> np.ndarray:
+        """Object id of each file value."""
         return id_table({0: 0, 255: 1})

@@ -20,7 +20,7 @@ _logger = logging.getLogger(__name__)
 
 
 def generated_folder(name: str, generate: Callable[[Path], None]) -> Path:
-    """The folder of that name with generated files, made or made anew where files are missing or damaged.
+    """The folder of that name with generated files, made, or made again where files are missing or damaged.
 
     generate: writes them into an empty folder, and `write_manifest` last. Safe for several processes at once. Raises
     UsageError where the cache folder cannot be written.
@@ -33,7 +33,7 @@ def generated_folder(name: str, generate: Callable[[Path], None]) -> Path:
         with FileLock(folder.parent / f"{folder.name}.lock"):
             if not _intact(folder):
                 if folder.exists():
-                    _logger.warning("%s is incomplete or damaged and is made anew.", folder)
+                    _logger.warning("%s is incomplete or damaged and is made again.", folder)
                     shutil.rmtree(folder)
                 for rest in [path for path in folder.parent.glob(f"{folder.name}.*") if path.is_dir()]:
                     shutil.rmtree(rest)  # of a killed process, as this one has the lock

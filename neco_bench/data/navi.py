@@ -74,7 +74,8 @@ class NAVI(ViewDataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Say whether the folder has images of a split, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         place = locate(folder, "*/wild_set/annotations.json")
         return next(place.glob(f"*/wild_set/images/{COPY}*.jpg"), None) is not None
 
@@ -90,8 +91,7 @@ class NAVI(ViewDataset):
         if found != list_text(pairs):
             raise BadInputError(
                 f"The pair list {path} is not the one that the rule gives for these annotations: it was changed, or "
-                f"objects were added or taken away since. Delete it and run: neco-bench data prepare navi. For pairs of "
-                f"your own use --split-file."
+                f"objects were added or taken away since. Delete it and run: neco-bench data prepare navi."
             )
         return pairs
 
@@ -107,14 +107,15 @@ class NAVI(ViewDataset):
         return folder / "images" / f"{COPY}{self._views[name][view].file}", folder / "depth" / f"{COPY}{view}.png"
 
     def read_view(self, view_id: str) -> DepthView:
+        """Read a view. Raises MissingError and BadInputError."""
         name, _, view = view_id.partition("/")
         facts, (image_file, depth_file) = self._views[name][view], self.files(view_id)
         image = read_image(image_file)
         expected = copy_size(*facts.size)
         if image.shape[:2] != expected:
             raise BadInputError(
-                f"Image {image_file} is {image.shape[1]}x{image.shape[0]} pixels (width x height), its annotation gives "
-                f"{expected[1]}x{expected[0]} for a shorter side of {SHORT_SIDE}: it was resized or rotated. Delete it "
+                f"Image {image_file} is {image.shape[1]}x{image.shape[0]} pixels (width x height), its annotation "
+                f"gives {expected[1]}x{expected[0]} for a shorter side of {SHORT_SIDE}: it was resized or rotated. Delete it "
                 f"and run: neco-bench data prepare navi."
             )
         depth = read_disparity(depth_file, expected)
@@ -185,8 +186,8 @@ def read_disparity(path: Path, size: tuple[int, int]) -> np.ndarray:
     if not mode.startswith("I") or values.shape != size:
         shown = f"{image.size[0]}x{image.size[1]} pixels of format {mode}"
         raise BadInputError(
-            f"Depth {path} has {shown}, expected are {size[1]}x{size[0]} pixels of 16 bits: it was converted to 8 bits, "
-            f"resized or belongs to another view. Delete it and run: neco-bench data prepare navi."
+            f"Depth {path} has {shown}, expected are {size[1]}x{size[0]} pixels of 16 bits: it was converted to 8 "
+            f"bits, resized or belongs to another view. Delete it and run: neco-bench data prepare navi."
         )
     disparity = values.astype(np.float64)
     depth = np.where(disparity > 0, DISPARITY / np.maximum(disparity, 1) / 1000, 0).astype(np.float32)

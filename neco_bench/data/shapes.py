@@ -399,11 +399,13 @@ class Shapes(SegmentationFolder):
         self.ids = read_list(type(self), self.list_file)
 
     def files(self, item: str) -> tuple[Path, Path]:
+        """Return the image file and the mask file of an item."""
         part = self.folder / self.split
         return part / "images" / f"{item}.ppm", part / "masks" / f"{item}.pgm"
 
     @property
     def palette(self) -> np.ndarray:
+        """The colours of the classes, (C, 3) uint8."""
         hues = [colorsys.hsv_to_rgb(i / len(_SHAPES), 0.8, 0.95) for i in range(len(_SHAPES))]
         return np.rint(255 * np.array([(0, 0, 0), *hues])).astype(np.uint8)
 

@@ -1,8 +1,8 @@
 """The embedded video data set: textured shapes that move, turn, grow and hide each other, with known masks.
 
 Made at first use in the cache folder from the shapes of `shapes.py`. All frames of a clip are drawn with the same
-random numbers, so that background, colours and light stay and the objects move; each frame has grain of its own, so that
-nothing stays the same to the last digit.
+random numbers, so that background, colours and light stay and the objects move; each frame has grain of its own, so
+that nothing stays the same to the last digit.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from PIL import Image
 
 from neco_bench.data.folder import read_list
 from neco_bench.data.generated import generated_folder, write_manifest
-from neco_bench.data.shapes import SIZE, Scene, Shapes, ShapeObject, any_kind, between, draw_objects, generator
+from neco_bench.data.shapes import SIZE, Scene, ShapeObject, Shapes, any_kind, between, draw_objects, generator
 from neco_bench.data.video import VideoDataset
 
 VERSION = "1"
@@ -52,7 +52,7 @@ def _path(rng: np.random.Generator, kind: int) -> list[ShapeObject]:
 
 
 def clip_scenes(index: int) -> list[Scene]:
-    """The frames of clip `index`: one, two or three objects of different classes; later ones pass before earlier ones."""
+    """The frames of clip `index`: one to three objects of different classes; later ones pass before earlier ones."""
     rng = generator("clips", index)
     kinds: list[int] = []
     while len(kinds) < 1 + index % 3:
@@ -107,7 +107,9 @@ class ShapesClips(VideoDataset):
         self.ids = read_list(type(self), self.folder / f"{split}.txt")
 
     def frames(self, sequence: str) -> tuple[str, ...]:
+        """Names of the frames, the same of each clip."""
         return tuple(f"{number:05d}" for number in range(FRAMES))
 
     def files(self, sequence: str, frame: str) -> tuple[Path, Path]:
+        """Paths of the image and the mask of a frame."""
         return self.folder / "images" / sequence / f"{frame}.ppm", self.folder / "masks" / sequence / f"{frame}.pgm"

@@ -172,6 +172,7 @@ class ShapesViews(ViewDataset):
         self.ids = tuple(pair.id for pair in self.pairs)
 
     def read_view(self, view_id: str) -> DepthView:
+        """Read a view. Raises MissingError and BadInputError."""
         name, _, number = view_id.partition("/")
         depth = np.load(self.folder / name / f"{number}.npy").astype(np.float32) * np.float32(UNIT)
         return DepthView(read_image(self.folder / name / f"{number}.ppm"), depth, self._cameras[name][number])

@@ -43,7 +43,7 @@ class Clip:
 
 
 class VideoDataset(Dataset):
-    """A split of sequences, whose ids are the items. Masks hold object ids 1, 2, ..., 0 for background, IGNORE for void.
+    """A split of sequences, whose ids are the items. Masks hold object ids from 1, 0 for background, IGNORE for void.
 
     `folder` and `ids` are set by the reader. object_ids: what a file value means. frame_height: of every frame, None
     where they differ. frame_counts, object_counts: of full splits, as `data check` compares them.

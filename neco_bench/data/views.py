@@ -87,9 +87,9 @@ def draw_pairs(cameras: Mapping[str, Mapping[str, Camera]], step: int, seed: int
     """Draw the pairs of a list, by a rule that hangs on names alone and on no order of files.
 
     Objects, and the views of each, are sorted by name. Every `step`-th view in that order, over all objects, is the
-    source of a pair. Its partner is drawn evenly, by a generator of its own (seed, object, source), from the other views
-    of its object whose cameras are turned against its own by more than 0 and at most WIDEST degrees; sources without
-    such a view have no pair.
+    source of a pair. Its partner is drawn evenly, by a generator of its own (seed, object, source), from the other
+    views of its object whose cameras are turned against its own by more than 0 and at most WIDEST degrees; sources
+    without such a view have no pair.
 
     Args:
         cameras: of each view of each object, by their names.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 from neco_bench.tasks.geometric_correspondence.settings import Settings
 
@@ -9,7 +11,6 @@ from neco_bench.core import distributed
 from neco_bench.core.errors import NumericalError
 from neco_bench.core.task import Context, Outcome
 from neco_bench.data.views import ViewDataset, ViewPair
-from neco_bench.metrics import bootstrap
 
 
 def threshold_names(settings: Settings) -> list[str]:
@@ -20,8 +21,7 @@ def threshold_names(settings: Settings) -> list[str]:
 
 def bin_names(settings: Settings) -> list[str]:
     """Names of the bins of rotation, "0-30"."""
-    ends = settings.bins
-    return [f"{low:g}-{high:g}" for low, high in zip(ends[:-1], ends[1:], strict=True)]
+    return [f"{low:g}-{high:g}" for low, high in itertools.pairwise(settings.bins)]
 
 
 class MatchScore:
@@ -78,19 +78,16 @@ class MatchScore:
             if own.any():
                 metrics[f"{key}/rotation={name}"] = float(at_bin[own].mean())
         per_class[f"{key} by rotation"] = turned
-        self.context.notes |= {
-            "pairs": len(pairs),
-            "matches": int(matches.sum()),
-            "pairs_with_fewer_matches": int((matches < settings.matches).sum()),
-            "pair_list": getattr(self.dataset, "pair_list", None),
-        }
+        self.context.note(
+            pairs=len(pairs),
+            matches=int(matches.sum()),
+            pairs_with_fewer_matches=int((matches < settings.matches).sum()),
+            pair_list=getattr(self.dataset, "pair_list", None),
+        )
         return Outcome(
             metrics=metrics,
             per_class=per_class,
-            ci95={
-                name: bootstrap.bootstrap_ratio(values * totals, totals, seed=self.context.seed)
-                for name, values in by_object.items()
-            },
+            ci95={},
             n_images=len(pairs),
             statistics={
                 **{f"score/{name}": values for name, values in scores.items()},

@@ -16,8 +16,8 @@ class Settings(BaseSettings):
     may cut, zero padding to the stride that is not added to positions, features upsampled to the grid) or "exact" (one
     bicubic crop about the object, features at exact points). grid: points a side of the crop. matches: of a pair, those
     that stand out most. distances: thresholds of recall in metres, whose mean is the score. pixels: in pixels of a crop
-    of 512. bins: ends of the bins of rotation in degrees, in which recall at `bin_distance` metres is reported. average:
-    over all "matches", or first over those of each pair ("pairs").
+    of 512. bins: ends of the bins of rotation in degrees, in which recall at `bin_distance` metres is reported.
+    average: over all "matches", or first over those of each pair ("pairs").
     """
 
     geometry: Literal["probe3d", "exact"]

@@ -22,7 +22,7 @@ from neco_bench.core import distributed
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.views import ViewDataset, ViewPair
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import encode_within_memory
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.loader import loading_threads
 
 DRAWN = 30  # matches of a pair that `show` draws
@@ -31,7 +31,7 @@ DRAWN = 30  # matches of a pair that `show` draws
 def cost(settings: Settings, data: dict[str, ViewDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: every view once; a third of the grid's points of each pair against as many."""
     dataset = data["test"]
-    size = settings.used_size(stride)
+    size = settings.input_size_for(stride)
     points = settings.grid**2 / 3
     objects = len({pair.object for pair in dataset.pairs})
     return Cost(
@@ -50,7 +50,7 @@ def run(encoder: Encoder, data: dict[str, ViewDataset], settings: Settings, cont
     for pair in dataset.pairs:
         by_object[pair.object].append(pair)
     as_is = settings.geometry == "probe3d" and settings.tokens_per_side is None and encoder.only_size is None
-    size = settings.input_size if as_is else settings.used_size(encoder.stride)
+    size = settings.input_size if as_is else settings.input_size_for(encoder.stride)
     score = MatchScore(dataset, settings, context)
     mine = sorted(by_object)[distributed.rank() :: distributed.world()]
     for name in context.track(mine, "objects"):
@@ -79,6 +79,7 @@ def encode_views(
     def load(view_id: str) -> Prepared:
         return prepare(view_id, dataset.read_view(view_id), size, multiple, mean, settings.grid)
 
+    extractor = FeatureExtractor(encoder, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std)
     found: dict[str, tuple[Prepared, Tensor]] = {}
     with loading_threads() as pool:
         for start in range(0, len(view_ids), context.batch_size):
@@ -87,9 +88,7 @@ def encode_views(
                 prepared = list(pool.map(load, chunk))
             with context.phase("encode"):
                 images = torch.stack([view.image for view in prepared])
-                maps = encode_within_memory(
-                    encoder, images, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std
-                )
+                maps = extractor.encode(images)
                 for name, view, features in zip(chunk, prepared, maps, strict=True):
                     found[name] = view, features_at(features, view, settings.grid, settings.geometry)
     return found

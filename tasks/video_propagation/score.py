@@ -12,7 +12,6 @@ from neco_bench.core.errors import BadInputError
 from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import IGNORE
 from neco_bench.data.video import Clip, VideoDataset, object_count
-from neco_bench.metrics import bootstrap
 from neco_bench.metrics.video import Boundary, FrameScores, boundary_accuracy, region_similarity
 
 # What is kept of each object, in the order of columns: of J, then of F.
@@ -120,15 +119,12 @@ class ClipScore:
         for name in CLIP_SCORES:
             per_class[name] = dict(zip(self.dataset.ids, scores[name].tolist(), strict=True))
             per_class[f"{name} by object"] = dict(zip(names, _named(objects[0], name).tolist(), strict=True))
-        self.context.notes |= {"objects": len(names), "input_shapes": sorted(shapes), "opencv": _opencv()}
+        self.context.note(objects=len(names), input_shapes=sorted(shapes), opencv=_opencv())
         height, width = max(shapes)
         return Outcome(
             metrics={name: float(np.average(values, weights=weight)) for name, values in scores.items()},
             per_class=per_class,
-            ci95={
-                name: bootstrap.bootstrap_ratio(scores[name] * weight, weight, seed=self.context.seed)
-                for name in (*CLIP_SCORES, *(score + FLOOR for score in CLIP_SCORES))
-            },
+            ci95={},
             n_images=len(clips),
             statistics={
                 **{f"score/{name}": values for name, values in scores.items()},

@@ -43,7 +43,7 @@ class Settings(BaseSettings):
 
     def input_shape(self, height: int, width: int, stride: int, multiple: int) -> tuple[int, int]:
         """(H, W) of the input of frames of a size, multiples of `multiple`, itself one of the stride."""
-        short = multiple * max(1, math.floor(self.used_size(stride) / multiple + 0.5))
+        short = multiple * max(1, math.floor(self.input_size_for(stride) / multiple + 0.5))
         exact = short * max(height, width) / min(height, width)
         if self.resize == "floor_64":
             step = math.lcm(64, multiple) if 64 % multiple == 0 else multiple

@@ -19,7 +19,7 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE
 from neco_bench.data.video import Clip, VideoDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.patches import unit_length
 
 
@@ -64,13 +64,13 @@ def track_clip(encoder: Encoder, clip: Clip, shape: tuple[int, int], settings: S
         context: of the run.
     """
     transform = ResizeFrame(shape, "bilinear" if settings.resize == "floor_64" else "bicubic")
-    batches = stream(
-        encoder, clip, transform, context, clip.id, alone=True, final_norm=True, mean=settings.mean, std=settings.std
-    )
+    extractor = FeatureExtractor(encoder, context, final_norm=True, mean=settings.mean, std=settings.std)
+    batches = extractor.stream(clip, transform, clip.id, alone=True)
     frames = ((features, mask) for batch in batches for features, mask in zip(batch.features, batch.masks, strict=True))
     features, mask = next(frames)
     first = np.where(mask == IGNORE, np.uint8(0), mask)
-    tracker = Tracker(unit_length(features, 0), first_labels(first, *features.shape[1:], settings), settings)
+    _, rows, columns = features.shape
+    tracker = Tracker(unit_length(features, 0), first_labels(first, rows, columns, settings), settings)
     track = Track(clip, first, settings, recorded=clip.id in context.recorded_ids)
     for features, truth in frames:
         with context.phase("propagate"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -21,6 +24,7 @@ from neco_bench.metrics.bootstrap import (
     ratio_sums,
 )
 from neco_bench.metrics.segmentation import mean_iou
+from tests.typed import present
 
 # Class 2 occurs in no image; image 1 lacks class 1 but predicts it once.
 HAND = np.array(
@@ -35,7 +39,7 @@ def picks(n: int, draws: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).integers(0, n, (draws, n))
 
 
-def test_hand_computed():
+def test_hand_computed() -> None:
     # Draws of two images, {0,0}: ious 6/8, 8/10; {1,1}: 4/6 (class 1 has no truth); {0,1}: 5/7, 4/6.
     twice_0, mixed, twice_1 = (3 / 4 + 4 / 5) / 2, (5 / 7 + 4 / 6) / 2, 2 / 3
     assert bootstrap_miou(HAND, level=1.0) == pytest.approx((twice_1, twice_0))
@@ -46,7 +50,7 @@ def test_hand_computed():
 
 
 @pytest.mark.parametrize("absent", ["exclude", "zero"])
-def test_same_as_a_naive_loop(absent):
+def test_same_as_a_naive_loop(absent: Any) -> None:
     rng = np.random.default_rng(3)
     confusions = rng.integers(0, 6, (7, 4, 4)) * (rng.random((7, 4, 1)) < 0.4)  # most images lack most classes
     # A class that only the draw lacks is left out; one that all images lack counts as 0 under "zero".
@@ -56,7 +60,7 @@ def test_same_as_a_naive_loop(absent):
     assert bootstrap_miou(confusions, absent=absent, draws=500, seed=5, level=0.9) == pytest.approx(tuple(expected))
 
 
-def test_draws_without_ground_truth_are_left_out():
+def test_draws_without_ground_truth_are_left_out() -> None:
     confusions = np.zeros((3, 2, 2), int)
     confusions[0] = confusions[1] = [[3, 1], [0, 0]]
     confusions[1, 0, 1] = 3
@@ -64,12 +68,12 @@ def test_draws_without_ground_truth_are_left_out():
 
 
 @pytest.mark.parametrize("absent", ["exclude", "zero", "union"])
-def test_masks_of_void_alone_are_an_error(absent):
+def test_masks_of_void_alone_are_an_error(absent: Any) -> None:
     with pytest.raises(NumericalError, match="3 images to score on have no labelled pixel"):
         bootstrap_miou(np.zeros((3, 2, 2), int), absent=absent)
 
 
-def test_a_class_that_a_draw_misses_does_not_count_as_zero():
+def test_a_class_that_a_draw_misses_does_not_count_as_zero() -> None:
     """Twelve images of a common class and one rare class in two of them, both well found: the value is inside."""
     confusions = np.zeros((12, 3, 3), int)
     confusions[:, 0, 0] = np.arange(80, 92)
@@ -77,14 +81,14 @@ def test_a_class_that_a_draw_misses_does_not_count_as_zero():
     confusions[6:, 0, 1] = 1
     confusions[3:5, 1, 1] = 40, 70
     value = mean_iou(confusions.sum(0), absent="zero")
-    low, high = bootstrap_miou(confusions, absent="zero")
-    plain = bootstrap_miou(confusions, absent="exclude")
+    low, high = present(bootstrap_miou(confusions, absent="zero"))
+    plain = present(bootstrap_miou(confusions, absent="exclude"))
     assert (low, high) == pytest.approx([2 / 3 * end for end in plain])  # the third class occurs nowhere
     assert low < value < high
     assert low > 0.9 * value
 
 
-def test_one_item_has_no_interval():
+def test_one_item_has_no_interval() -> None:
     one = np.zeros((4, 2, 2), int)
     one[2] = [[3, 1], [0, 2]]  # the other images are void
     assert bootstrap_miou(one) is bootstrap_miou(one[2:3]) is None
@@ -94,7 +98,7 @@ def test_one_item_has_no_interval():
 
 
 @pytest.mark.parametrize("hits", [0, 1])
-def test_where_all_items_agree_there_is_a_one_sided_bound(hits):
+def test_where_all_items_agree_there_is_a_one_sided_bound(hits: int) -> None:
     """Of 0 hits in 80, Wilson's bound is 1.96² / (80 + 1.96²); that of Clopper and Pearson is 4.5 %, no more."""
     bound = 1.96**2 / (80 + 1.96**2)
     expected = (1 - bound, 1) if hits else (0, bound)
@@ -106,23 +110,23 @@ def test_where_all_items_agree_there_is_a_one_sided_bound(hits):
     expected = (1 - bound, 1) if hits else (0, bound)
     assert bootstrap_ratio(hits * points, points, images=sharing) == pytest.approx(expected, abs=1e-5)
     confusions = np.array([[[4, 0], [0, 4]], [[0, 4], [4, 0]]])[1 - hits]
-    low, high = bootstrap_miou(np.repeat(confusions[None], 80, 0))
+    low, high = present(bootstrap_miou(np.repeat(confusions[None], 80, 0)))
     assert (low, high) == pytest.approx((1 - 1.96**2 / (80 + 1.96**2), 1) if hits else (0, 0.045818), abs=1e-5)
 
 
-def test_items_that_agree_between_the_ends_are_no_certainty():
-    low, high = bootstrap_mean(np.full(10, 0.6))
+def test_items_that_agree_between_the_ends_are_no_certainty() -> None:
+    low, high = present(bootstrap_mean(np.full(10, 0.6)))
     z, n, p = 1.959964, 10, 0.6  # the roots of (p - x)² = z² x (1 - x) / n
     roots = np.roots([1 + z**2 / n, -2 * p - z**2 / n, p**2])
     assert (low, high) == pytest.approx(sorted(roots))
     assert bootstrap_mean(np.full(10, 7.0)) is None  # no share: nothing bounds its variance
 
 
-def test_grouped_ratio_same_as_a_naive_loop():
+def test_grouped_ratio_same_as_a_naive_loop() -> None:
     hits, totals = np.array([1, 2, 0, 3, 4]), np.array([2, 2, 3, 4, 5])
     groups = np.array([7, 7, 3, 3, 9])
 
-    def macro(draw):
+    def macro(draw: np.ndarray) -> np.floating:
         parts = [(hits[draw][groups[draw] == g].sum(), totals[draw][groups[draw] == g].sum()) for g in (3, 7, 9)]
         return np.mean([h / t for h, t in parts if t])
 
@@ -132,20 +136,20 @@ def test_grouped_ratio_same_as_a_naive_loop():
     assert bootstrap_ratio(hits, totals, draws=300) == pytest.approx(tuple(np.quantile(pooled, [0.025, 0.975])))
 
 
-def test_mean_agrees_with_the_normal_interval():
+def test_mean_agrees_with_the_normal_interval() -> None:
     values = np.random.default_rng(1).normal(2, 1, 2000)
-    low, high = bootstrap_mean(values)
+    low, high = present(bootstrap_mean(values))
     half = 1.96 * values.std() / np.sqrt(2000)
     assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.002)
 
 
-def test_pieces_do_not_move_the_interval(monkeypatch):
+def test_pieces_do_not_move_the_interval(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = bootstrap_miou(HAND, draws=1000, level=0.5), bootstrap_mean(np.arange(11.0) ** 2, draws=1000)
     monkeypatch.setattr(bootstrap, "_CHUNK", 37)
     assert (bootstrap_miou(HAND, draws=1000, level=0.5), bootstrap_mean(np.arange(11.0) ** 2, draws=1000)) == whole
 
 
-def test_large_counts_stay_exact():
+def test_large_counts_stay_exact() -> None:
     confusions = np.array([[[10**12, 1], [1, 10**12]]] * 3)
     assert (bootstrap._resampled(miou_sums(confusions), 10, 0) == 10**12 / (10**12 + 2)).all()
 
@@ -159,7 +163,7 @@ def test_large_counts_stay_exact():
         lambda: bootstrap_ratio(np.array([0]), np.array([0])),
     ],
 )
-def test_undefined_is_an_error(call):
+def test_undefined_is_an_error(call: Callable[[], object]) -> None:
     with pytest.raises(NumericalError):
         call()
 
@@ -171,20 +175,20 @@ confusion_stacks = hnp.arrays(
 
 @settings(max_examples=50, deadline=None)
 @given(confusion_stacks, st.sampled_from(["exclude", "zero"]))
-def test_bounds_are_ordered_fractions(confusions, absent):
+def test_bounds_are_ordered_fractions(confusions: np.ndarray, absent: Any) -> None:
     interval = bootstrap_miou(confusions, absent=absent, draws=50)
     assert interval is None or 0 <= interval[0] < interval[1] <= 1
 
 
 @settings(max_examples=30, deadline=None)
 @given(hnp.arrays(np.float64, st.integers(2, 30), elements=st.floats(0, 1)))
-def test_symmetric_values_lie_around_their_mean(values):
-    low, high = bootstrap_mean(np.concatenate([values, 1 - values]), draws=500)
+def test_symmetric_values_lie_around_their_mean(values: np.ndarray) -> None:
+    low, high = present(bootstrap_mean(np.concatenate([values, 1 - values]), draws=500))
     assert low <= 0.5 + 1e-12
     assert high >= 0.5 - 1e-12
 
 
-def test_image_order_moves_it_only_by_chance():
+def test_image_order_moves_it_only_by_chance() -> None:
     rng = np.random.default_rng(0)
     confusions = rng.integers(0, 100, (60, 5, 5))
     bounds = np.array([bootstrap_miou(confusions[rng.permutation(60)]) for _ in range(5)])
@@ -210,17 +214,17 @@ def simulated(rng: np.random.Generator, images: int, skill: np.ndarray) -> np.nd
 SKILL = np.array([0.9, 0.7, 0.6, 0.4])
 
 
-def test_intervals_cover_the_true_value():
+def test_intervals_cover_the_true_value() -> None:
     rng = np.random.default_rng(0)
     truth = mean_iou(simulated(rng, 400_000, SKILL).sum(0), absent="exclude")
     inside = 0
     for seed in range(600):
-        low, high = bootstrap_miou(simulated(rng, 100, SKILL), draws=1000, seed=seed)
+        low, high = present(bootstrap_miou(simulated(rng, 100, SKILL), draws=1000, seed=seed))
         inside += low <= truth <= high
     assert 0.93 <= inside / 600 <= 0.97
 
 
-def test_the_paired_test_rejects_a_true_null_as_often_as_it_says():
+def test_the_paired_test_rejects_a_true_null_as_often_as_it_says() -> None:
     """Two models of equal skill, whose errors on an image go together: 5 % within three simulation errors."""
     rng = np.random.default_rng(1)
     rejected = 0
@@ -242,7 +246,7 @@ def test_the_paired_test_rejects_a_true_null_as_often_as_it_says():
     assert abs(rejected / 600 - 0.05) <= 3 * np.sqrt(0.05 * 0.95 / 600)
 
 
-def test_paired_difference_by_hand():
+def test_paired_difference_by_hand() -> None:
     hits, more, totals = np.array([1, 0, 2, 1]), np.array([2, 1, 2, 2]), np.full(4, 2)
     (same,) = paired_difference(ratio_sums(hits, totals), ratio_sums(hits, totals))
     assert (same.value, same.low, same.high, same.p) == (0, 0, 0, 1)
@@ -255,7 +259,7 @@ def test_paired_difference_by_hand():
         paired_difference(ratio_sums(hits, totals), ratio_sums(more[:3], totals[:3]))
 
 
-def test_one_item_tells_nothing_about_a_difference():
+def test_one_item_tells_nothing_about_a_difference() -> None:
     hits, totals = np.array([3.0]), np.array([7.0])
     (alone,) = paired_difference(ratio_sums(hits, totals), ratio_sums(hits + 2, totals))
     assert alone.value == pytest.approx(2 / 7)
@@ -265,7 +269,7 @@ def test_one_item_tells_nothing_about_a_difference():
     assert np.isnan(one_of_two.p)
 
 
-def test_classes_are_compared_each_on_its_own():
+def test_classes_are_compared_each_on_its_own() -> None:
     other = HAND.copy()
     other[0, 0] = [4, 0, 0]
     differences = paired_difference(class_iou_sums(HAND), class_iou_sums(other))
@@ -275,7 +279,7 @@ def test_classes_are_compared_each_on_its_own():
 
 
 @given(st.lists(st.floats(0, 1), min_size=1, max_size=8))
-def test_holm(values):
+def test_holm(values: list[float]) -> None:
     adjusted = holm(np.array([*values, np.nan]))
     assert np.isnan(adjusted[-1])
     order = np.argsort(values, kind="stable")
@@ -295,12 +299,12 @@ def paired_images(rng: np.random.Generator, spread: float, images: int = 40, pai
 
 
 @pytest.mark.parametrize("spread", [0.0, 0.8])
-def test_coverage_where_pairs_share_images(spread):
+def test_coverage_where_pairs_share_images(spread: float) -> None:
     rng = np.random.default_rng(0)
     naive = covered = 0
     for _ in range(300):
         hits, totals, images = paired_images(rng, spread)
-        bounds = [bootstrap_ratio(hits, totals, images=shared, draws=400) for shared in (None, images)]
+        bounds = [present(bootstrap_ratio(hits, totals, images=shared, draws=400)) for shared in (None, images)]
         naive += bounds[0][0] <= 0.5 <= bounds[0][1]
         covered += bounds[1][0] <= 0.5 <= bounds[1][1]
     assert 0.91 < covered / 300 < 0.99
@@ -308,20 +312,20 @@ def test_coverage_where_pairs_share_images(spread):
         assert naive / 300 < 0.7
 
 
-def test_pairs_without_common_images_are_independent():
+def test_pairs_without_common_images_are_independent() -> None:
     rng = np.random.default_rng(1)
     hits, totals = rng.integers(0, 4, 50).astype(float), np.full(50, 4.0)
     apart = np.arange(100).reshape(50, 2)
-    plain = bootstrap_ratio(hits, totals, draws=500)
+    plain = present(bootstrap_ratio(hits, totals, draws=500))
     assert bootstrap_ratio(hits, totals, images=apart, draws=500) == pytest.approx(plain)
     doubled = np.concatenate([hits, hits])  # each pair twice, there and back: as if there were half as many
     both_ways = np.concatenate([apart, apart[:, ::-1]])
-    wide = bootstrap_ratio(doubled, np.full(100, 4.0), images=both_ways, draws=4000)
-    narrow = bootstrap_ratio(doubled, np.full(100, 4.0), draws=4000)
+    wide = present(bootstrap_ratio(doubled, np.full(100, 4.0), images=both_ways, draws=4000))
+    narrow = present(bootstrap_ratio(doubled, np.full(100, 4.0), draws=4000))
     assert (wide[1] - wide[0]) / (narrow[1] - narrow[0]) == pytest.approx(2**0.5, rel=0.02)
 
 
-def test_a_result_that_knows_no_images_is_compared_as_its_partner():
+def test_a_result_that_knows_no_images_is_compared_as_its_partner() -> None:
     hits, totals, images = paired_images(np.random.default_rng(3), 0.8)
     known, unknown = (ratio_sums(hits, totals, images=shared) for shared in (images, None))
     other = [ratio_sums(np.roll(hits, 1).clip(max=totals), totals, images=shared) for shared in (images, None)]
@@ -331,7 +335,7 @@ def test_a_result_that_knows_no_images_is_compared_as_its_partner():
     assert paired_difference(unknown, other[1], draws=200)[0].high < expected[0].high
 
 
-def test_paired_difference_of_pairs_that_share_images():
+def test_paired_difference_of_pairs_that_share_images() -> None:
     rng = np.random.default_rng(2)
     rejected = [0, 0]
     for _ in range(200):

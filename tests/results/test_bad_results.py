@@ -37,7 +37,7 @@ FACTS = {
     "training": {"contamination": "unknown", "data": ""},
 }
 NUMBERS = (1e308, -1e308, 10**400, -1, 2, 0.5)
-VALUES = (*NUMBERS, None, True, "", "\ud800", "a\0b", "=1+1", [], {}, [[]], {"a": None}, "x" * 9999)
+VALUES: tuple[Any, ...] = (*NUMBERS, None, True, "", "\ud800", "a\0b", "=1+1", [], {}, [[]], {"a": None}, "x" * 9999)
 
 
 def nested(depth: int) -> Any:

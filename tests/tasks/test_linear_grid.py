@@ -10,6 +10,7 @@ from neco_bench.core.task import Context, Outcome
 from neco_bench.encoders import load_encoder
 from neco_bench.runner.job import plan
 from neco_bench.runner.options import RunOptions
+from tests.typed import present
 
 
 def probe(protocol: str, seed: int = 0, **changes: object) -> tuple[Outcome, dict]:
@@ -18,7 +19,7 @@ def probe(protocol: str, seed: int = 0, **changes: object) -> tuple[Outcome, dic
     job = plan("baseline_hog", task, RunOptions(limit=8, seed=seed))
     context = Context(seed=seed, batch_size=8)
     outcome = task.module.run(load_encoder("baseline_hog"), dict(job.data), task.settings(), context)
-    return outcome, context.notes
+    return outcome, context.run.notes
 
 
 @pytest.mark.parametrize("protocol", ["neco-1", "clean-1"])
@@ -43,7 +44,7 @@ def test_starts_are_averaged() -> None:
     assert (confusions[0] != one.statistics["confusion"]).mean() < 0.01
     assert (confusions[0] != confusions[1]).any()
     assert two.metrics["mIoU_std"] > 0
-    low, high = two.ci95["mIoU"]
+    low, high = present(two.ci95["mIoU"])
     assert low < two.metrics["mIoU"] < high
     values = [two.metrics["mIoU"] + sign * two.metrics["mIoU_std"] / 2**0.5 for sign in (-1, 1)]
     assert np.abs(np.array(values) - one.metrics["mIoU"]).min() < 1e-3

@@ -68,7 +68,7 @@ def naive_track(maps: np.ndarray, labels: np.ndarray, settings: Settings) -> lis
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_propagation_is_that_of_a_naive_loop(protocol: str) -> None:
-    """On colours of a generated clip, 14 x 14 cells, with a window smaller than the map and more frames than context."""
+    """On colours of a generated clip, 14 x 14 cells, a window smaller than the map, more frames than context."""
     changes = {"context_frames": 3, "radius": 4.0}
     if protocol == "clean-1":
         changes = {"context_frames": 3, "window_share": 0.3}
@@ -214,7 +214,7 @@ def test_scores_follow_from_the_masks() -> None:
 def test_the_batch_size_and_the_feature_store_move_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path))
     (task,) = find_tasks(["shapes_vos"], {"input_size": 56})
-    scores = []
+    scores: list[tuple[dict[str, float], int]] = []
     for options in (
         RunOptions(limit=2, batch_size=16, workers=0),
         RunOptions(limit=2, batch_size=5, workers=0),

@@ -87,8 +87,8 @@ def gradients(changes: dict[str, Any], rank: int, world: int) -> tuple[list[floa
 def _process(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    found = {name: gradients(changes, rank, world) for name, changes in OPTIONS.items()}
-    torch.save(found, folder / f"{rank}.pt")
+    computed = {name: gradients(changes, rank, world) for name, changes in OPTIONS.items()}
+    torch.save(computed, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
