@@ -115,8 +115,8 @@ class NAVI(ViewDataset):
         if image.shape[:2] != expected:
             raise BadInputError(
                 f"Image {image_file} is {image.shape[1]}x{image.shape[0]} pixels (width x height), its annotation "
-                f"gives {expected[1]}x{expected[0]} for a shorter side of {SHORT_SIDE}: it was resized or rotated. Delete it "
-                f"and run: neco-bench data prepare navi."
+                f"gives {expected[1]}x{expected[0]} for a shorter side of {SHORT_SIDE}: it was resized or rotated. "
+                f"Delete it and run: neco-bench data prepare navi."
             )
         depth = read_disparity(depth_file, expected)
         focal = facts.camera.focal * min(expected) / min(facts.size)

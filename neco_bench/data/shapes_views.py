@@ -116,12 +116,12 @@ def render(shape: Lumps, camera: Camera, rng: np.random.Generator) -> DepthView:
     depth, normals = shape.hit(origin, rays @ camera.rotation)
     seen = np.isfinite(depth)
     points = origin + depth[seen, None] * (rays[seen] @ camera.rotation)
-    image = background(rng).reshape(-1, 3)
+    flat = background(rng).reshape(-1, 3)
     light = camera.rotation.T @ np.array([between(rng, -0.6, 0.6), between(rng, -0.9, 0.1), -1.0])
     shade = 0.45 + 0.6 * np.clip(normals[seen] @ (light / np.linalg.norm(light)), 0, 1)
     tint = np.array([between(rng, 0.9, 1.1) for _ in range(3)])
-    image[seen] = shape.texture(points) * shade[:, None]
-    image = image.reshape(SIZE, SIZE, 3)
+    flat[seen] = shape.texture(points) * shade[:, None]
+    image = flat.reshape(SIZE, SIZE, 3)
     for axis in (0, 1):  # binomial blur against jagged edges
         image = 0.25 * (np.roll(image, 1, axis) + np.roll(image, -1, axis)) + 0.5 * image
     image = image * between(rng, 0.8, 1.1) * tint + 0.05 * (rng.random((SIZE, SIZE, 1)) - 0.5)

@@ -57,9 +57,14 @@ class Boundary:
         """Find it; radius: of the tolerance, that of the mask's size where None."""
         import cv2  # takes 0.1 s
 
-        edges = boundary_map(mask).astype(np.uint8)
-        kernel = disk(tolerance(mask.shape) if radius is None else radius)
-        return cls(edges, cv2.dilate(edges, kernel, borderType=cv2.BORDER_CONSTANT, borderValue=0))
+        edges, near = boundary_map(mask).astype(np.uint8), np.zeros(mask.shape, np.uint8)
+        radius = tolerance(mask.shape) if radius is None else radius
+        rows, columns = edges.any(1).nonzero()[0], edges.any(0).nonzero()[0]
+        if len(rows):  # beyond the boundary's box nothing is near: an object of a tenth of the frame takes a fifth
+            top, left = max(0, rows[0] - radius), max(0, columns[0] - radius)
+            part = (slice(top, rows[-1] + radius + 1), slice(left, columns[-1] + radius + 1))
+            near[part] = cv2.dilate(edges[part], disk(radius), borderType=cv2.BORDER_CONSTANT, borderValue=0)
+        return cls(edges, near)
 
 
 def boundary_accuracy(prediction: Boundary, truth: Boundary) -> float:

@@ -37,10 +37,12 @@ def match_points(source: Tensor, target: Tensor, count: int) -> Matches:
     source, target = unit_length(source, 1), unit_length(target, 1)
     best, weight = [], []
     for part in source.split(CHUNK):
-        cosines, index = (part @ target.T).topk(min(2, len(target)), dim=1)
-        distances = (1 - cosines).clamp(min=SMALLEST)
-        best.append(index[:, 0])
-        weight.append(1 - distances[:, 0] / distances[:, -1])
+        cosines = part @ target.T
+        nearest = cosines.max(1)  # and again without it: topk(2) takes three times as long
+        second = cosines.scatter_(1, nearest.indices[:, None], -1.0).amax(1) if len(target) > 1 else nearest.values
+        near, far = ((1 - values).clamp(min=SMALLEST) for values in (nearest.values, second))
+        best.append(nearest.indices)
+        weight.append(1 - near / far)
     order = torch.sort(torch.cat(weight), descending=True, stable=True).indices[:count]
     return Matches(order.cpu().numpy(), torch.cat(best)[order].cpu().numpy())
 
