@@ -19,6 +19,7 @@ from neco_bench.data.base import IGNORE, Dataset, MaskSummary, PairDataset, Segm
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.data.load import DATASETS, data_root, dataset_class, dataset_folder, fraction_names, open_split
 from neco_bench.data.video import VideoDataset, object_count
+from neco_bench.data.views import ViewDataset
 
 # Damaged items named one by one in each split; the rest is counted.
 _NAMED = 20
@@ -136,6 +137,8 @@ def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
         findings += _check_pairs(dataset, wrap)
     elif isinstance(dataset, VideoDataset):
         findings += _check_video(dataset, wrap)
+    elif isinstance(dataset, ViewDataset):
+        findings += _check_views(dataset, wrap)
     return findings
 
 
@@ -272,6 +275,36 @@ def _check_video(dataset: VideoDataset, wrap: Progress) -> list[Finding]:
         if dataset.subset is None and expected not in (None, found):
             text = f"{found} {what}, the official split has {expected}."
             findings.append(Finding("error", dataset.split, text, "Restore the official files."))
+    return findings
+
+
+def _check_views(dataset: ViewDataset, wrap: Progress) -> list[Finding]:
+    """Every view with its depth: range, share of the object, rotations of the pairs."""
+    damage: list[str] = []
+    near, far, shares = np.inf, 0.0, []
+    for view_id in wrap(dataset.image_ids, desc=f"{dataset.name} {dataset.split}"):
+        try:
+            view = dataset.read_view(view_id)
+            depth = view.depth[view.depth > 0]
+            if not len(depth):
+                raise BadInputError(f"View {view_id!r} has no depth. Restore the original files.")
+            near, far = min(near, float(depth.min())), max(far, float(depth.max()))
+            shares.append(len(depth) / view.depth.size)
+        except NecoBenchError as error:
+            damage.append(str(error))
+    findings = _damaged(dataset, damage, len(dataset.image_ids), "views")
+    if shares:
+        share = float(np.mean(shares))
+        text = f"depth of objects from {near:.3f} to {far:.3f} m, on {100 * share:.1f} % of the pixels"
+        values = {"nearest": near, "farthest": far, "share": share}
+        findings.append(Finding("ok", dataset.split, text, values=values))
+    angles = np.array([pair.angle for pair in dataset.pairs])
+    counts, _ = np.histogram(angles, [0, 30, 60, 90, 120.001])
+    objects = len({pair.object for pair in dataset.pairs})
+    text = f"{len(angles)} pairs of {objects} objects; by rotation 0-30-60-90-120 degrees: {counts.tolist()}"
+    findings.append(Finding("ok", dataset.split, text))
+    if list_id := getattr(dataset, "pair_list", None):
+        findings.append(Finding("ok", dataset.split, f"list of pairs, sha256 {list_id}"))
     return findings
 
 

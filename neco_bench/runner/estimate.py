@@ -17,6 +17,7 @@ import torch
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.data.video import VideoDataset
+from neco_bench.data.views import ViewDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.transforms import resize_image
 from neco_bench.results.provenance import peak_memory_mb
@@ -128,6 +129,11 @@ def _seconds_to_load(dataset: Dataset, size: int) -> float:
         for index in range(min(MEASURED, len(clip))):
             resize_image(clip[index].image, size, size)
         return (time.perf_counter() - start) / min(MEASURED, len(clip))
+    if isinstance(dataset, ViewDataset):
+        views = dataset.image_ids[:MEASURED]
+        for view_id in views:
+            resize_image(dataset.read_view(view_id).image, size, size)
+        return (time.perf_counter() - start) / len(views)
     count = min(MEASURED, len(dataset))
     for index in range(count):
         if isinstance(dataset, SegmentationDataset):

@@ -170,12 +170,30 @@ def draw_hits(predicted: dict[str, Any], alpha: float, strict: bool) -> np.ndarr
 def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: np.ndarray) -> PictureRow:
     """Draw both images, a line from each point to its prediction, and a ring at the target of a missed one."""
     sample = dataset[dataset.ids.index(name)]
+    points = (sample.pair.source_points, predicted["points"], sample.pair.target_points)
+    pixels = draw_matches((sample.source_image, sample.target_image), points, hits)
+    caption = f"{sample.pair.category}: {int(hits.sum())} of {len(hits)} points"
+    return PictureRow(name, caption, [Tile("source and target", pixels, "wide")])
+
+
+def draw_matches(
+    pair: tuple[np.ndarray, np.ndarray],
+    points: tuple[np.ndarray, np.ndarray, np.ndarray],
+    hits: np.ndarray,
+    thickness: int = 4,
+) -> np.ndarray:
+    """Draw two images (H, W, 3) beside each other, with a line from each point to where it was found.
+
+    Args:
+        pair: the images.
+        points: (P, 2) each, (x, y) pixels: where points are in the first image, were found in the second, and should
+            be, where a ring is drawn for those that were missed.
+        hits: (P,) bool, which were found.
+        thickness: of the lines in pixels.
+    """
     half = (LARGE // 2, LARGE // 2)
-    images = [fitted(image, half, Image.Resampling.BICUBIC) for image in (sample.source_image, sample.target_image)]
-    scales = [
-        small.shape[1] / image.shape[1]
-        for small, image in zip(images, (sample.source_image, sample.target_image), strict=True)
-    ]
+    images = [fitted(image, half, Image.Resampling.BICUBIC) for image in pair]
+    scales = [small.shape[1] / image.shape[1] for small, image in zip(images, pair, strict=True)]
     left = images[0].shape[1] + GAP
     drawn = Image.new("RGB", (left + images[1].shape[1], max(i.shape[0] for i in images)), VOID)
     drawn.paste(Image.fromarray(images[0]), (0, 0))
@@ -185,19 +203,16 @@ def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: 
     def dot(x: float, y: float, radius: int, **style: Any) -> None:
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
 
-    for start, answer, end, hit in zip(
-        sample.pair.source_points, predicted["points"], sample.pair.target_points, hits, strict=True
-    ):
-        (x0, y0), (x1, y1), (x2, y2) = start * scales[0], answer * scales[1], end * scales[1]
+    for start, found, end, hit in zip(*points, hits, strict=True):
+        (x0, y0), (x1, y1), (x2, y2) = start * scales[0], found * scales[1], end * scales[1]
         colour = RIGHT if hit else WRONG
-        draw.line((x0, y0, left + x1, y1), fill=colour, width=4)
+        draw.line((x0, y0, left + x1, y1), fill=colour, width=thickness)
         dot(x0, y0, 5, fill=colour, outline=VOID)
         dot(left + x1, y1, 5, fill=colour, outline=VOID)
         if not hit:
             dot(left + x2, y2, 8, outline=VOID, width=3)
             dot(left + x2, y2, 8, outline=WRONG, width=1)
-    caption = f"{sample.pair.category}: {int(hits.sum())} of {len(hits)} points"
-    return PictureRow(name, caption, [Tile("source and target", np.asarray(drawn), "wide")])
+    return np.asarray(drawn)
 
 
 def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:

@@ -15,6 +15,7 @@ from neco_bench.core.errors import UsageError
 from neco_bench.core.files import slug, write_whole
 from neco_bench.data.base import IGNORE, PairDataset, SegmentationDataset
 from neco_bench.data.video import VideoDataset
+from neco_bench.data.views import ViewDataset
 from neco_bench.metrics import segmentation
 from neco_bench.reports.compare import hits_column, item_scores
 from neco_bench.reports.render import render
@@ -30,6 +31,7 @@ from neco_bench.viz.draw import (
     Tile,
     draw_grid,
     draw_hits,
+    draw_matches,
     draw_pair,
     draw_segmentation,
     encode_animation,
@@ -94,8 +96,10 @@ def show(
         raise UsageError(f"Task family {result.family!r} records no predictions that could be drawn.")
     data = job.draws[0]
     dataset = data["test"] if "test" in data else data["val"]
-    stored = {} if isinstance(dataset, VideoDataset) else _stored_counts(result, arrays)
-    if isinstance(dataset, VideoDataset):
+    stored = {} if isinstance(dataset, VideoDataset | ViewDataset) else _stored_counts(result, arrays)
+    if isinstance(dataset, ViewDataset):
+        drawn = _draw_views({name: predictions[name] for name in ids}, result, scores)
+    elif isinstance(dataset, VideoDataset):
         drawn = _draw_clips(dataset, {name: predictions[name] for name in ids}, scores)
     elif isinstance(dataset, SegmentationDataset):
         drawn = _draw_images(dataset, {name: predictions[name] for name in ids}, scores, stored)
@@ -168,11 +172,25 @@ def _draw_pairs(
     return _Drawn(rows, [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)], differing)
 
 
+def _draw_views(predictions: dict[str, dict[str, Any]], result: Result, scores: Mapping[str, float]) -> _Drawn:
+    distances = result.provenance["settings"]["distances"]
+    rows, differing = [], 0
+    for name, own in predictions.items():
+        found = float(np.mean([(own["errors"] < limit).mean() for limit in distances]))
+        matches = own["matches"]
+        points = (matches["starts"], matches["found"], matches["ends"])
+        pixels = draw_matches((own["source"], own["target"]), points, matches["right"], 2)
+        rows.append(PictureRow(name, f"recall {100 * found:.1f}", [Tile("source and target", pixels, "wide")]))
+        differing += not np.isclose(found, scores[name], atol=1e-4)
+    limit = f"within {100 * result.provenance['settings']['bin_distance']:g} cm"
+    return _Drawn(rows, [(limit, RIGHT), ("beyond (a ring is where it should be)", WRONG)], differing)
+
+
 def _draw_clips(dataset: VideoDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]) -> _Drawn:
     rows, differing = [], 0
     for name, own in predictions.items():
         found = own["scores"][0, :, : own["scored"]].mean()
-        rows.append(draw_clip(dataset, name, own, f"J&F {100 * found:.1f}, {len(own['scores'][0])} objects"))
+        rows.append(draw_clip(dataset, name, own, f"J&F {100 * found:.1f}, objects: {len(own['scores'][0])}"))
         differing += not np.isclose(found, scores[name], atol=1e-4)
     return _Drawn(rows, [], differing)
 
