@@ -198,7 +198,7 @@ def cases() -> Iterator[Case]:
     yield Case("mean of 3 seeds that differ, 80 images", "coverage", coverage_over_seeds(80, 3, 0.05), 1000, 0.91, 0.99)
     yield Case("mean of 3 seeds that do not, 80 images", "coverage", coverage_over_seeds(80, 3, 0.0), 1000, 0.92, 0.98)
     for classes in (11, 21, 150):
-        for images, times in ((50, 400), (101, 300), (500, 100), (2000, 40)):
+        for images, times in ((50, 600), (101, 500), (500, 300), (2000, 200)):
             times = times if classes < 150 else times // 2
             name = f"{classes} classes x {images} images"
             yield Case(f"mIoU, {name}", "level", level_of_miou(classes, images), times, 0.0, 0.06)
