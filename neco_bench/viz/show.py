@@ -92,7 +92,7 @@ def show(
     if isinstance(dataset, SegmentationDataset):
         drawn = _draw_images(dataset, {name: predictions[name] for name in ids}, scores, stored)
     else:
-        assert isinstance(dataset, PairDataset)
+        assert isinstance(dataset, PairDataset)  # noqa: S101 - there are two kinds
         drawn = _draw_pairs(dataset, {name: predictions[name] for name in ids}, result, stored)
     order = "As named." if named else f"The {worst} with the lowest scores, then the {best} with the highest."
     if drawn.differing:
