@@ -17,7 +17,7 @@ import numpy as np
 
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.core.sampling import Sampling
-from neco_bench.metrics.intervals import single
+from neco_bench.metrics.intervals import estimate
 from neco_bench.metrics.paired import DRAWS, holm, paired_difference, student
 from neco_bench.metrics.sums import SumMetric, merged
 from neco_bench.reports.grid import NORMAL, Grid
@@ -110,7 +110,7 @@ def _p(first: _Known, second: _Known, pairs: int) -> tuple[float, str]:
     """p of no difference, NaN where nothing can be said, and how it was made."""
     if first.items is not None and second.items is not None and first.sampling is not None:
         if pairs > _MOST_PAIRS:
-            one, other = (single(side, first.sampling) for side in (first.items, second.items))
+            one, other = (estimate(side, first.sampling) for side in (first.items, second.items))
             return student(other.minus(one)), PAIRED
         draws = max(DRAWS, 60 * pairs)
         return paired_difference(first.items, second.items, first.sampling, draws=draws)[0].p, PAIRED

@@ -58,10 +58,9 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     try:
         ready, loaded, context = _ready(job, encoder, record)
         fields, outcome = _executed(ready, loaded, context, provenance)
-        result = Result.ok(fields, outcome, **measured())
         statistics = outcome.statistics | _image_ids(ready, outcome)
         statistics |= _groups(ready, statistics)
-        return with_intervals(result, statistics), statistics
+        return with_intervals(Result.ok(fields, outcome, **measured()), statistics), statistics
     except (Exception, SystemExit) as caught:
         if distributed.world() > 1:  # the other processes wait for this one: end them all
             raise
@@ -88,6 +87,22 @@ def _planned_facts(job: Job) -> dict[str, Any]:
         },
         "dataset_fingerprint": dict(job.facts["data"]),
     }
+
+
+def _unit_of(dataset: Dataset) -> dict[str, str]:
+    """What was drawn, where it is not an image."""
+    return {} if dataset.sampling_unit == "image" else {"sampling_unit": dataset.sampling_unit}
+
+
+def _groups(job: Job, statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The drive, sequence or scene of each item, where items are parts of one."""
+    import numpy as np
+
+    dataset, ids = job.data.get("val", job.data.get("test")), item_ids(statistics)
+    if dataset is None or ids is None or "group" in statistics or "pair_id" in statistics:
+        return {}
+    names = [dataset.group_of(item) for item in ids]
+    return {"group": np.array(names)} if names and None not in names else {}
 
 
 def failed_result(job: Job, error: NecoBenchError) -> Result:
@@ -141,22 +156,6 @@ def _executed(
         "run": context.run.notes,
     }
     return fields, outcome
-
-
-def _unit_of(dataset: Dataset) -> dict[str, str]:
-    """What was drawn, where it is not an image."""
-    return {} if dataset.sampling_unit == "image" else {"sampling_unit": dataset.sampling_unit}
-
-
-def _groups(job: Job, statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The drive, sequence or scene of each item, where items are parts of one."""
-    import numpy as np
-
-    dataset, ids = job.data.get("val", job.data.get("test")), item_ids(statistics)
-    if dataset is None or ids is None or "group" in statistics or "pair_id" in statistics:
-        return {}
-    names = [dataset.group_of(item) for item in ids]
-    return {"group": np.array(names)} if names and None not in names else {}
 
 
 def _ready(

@@ -21,7 +21,7 @@ from neco_bench.features.transforms import ResizeSquare, upsample_argmax
 from neco_bench.metrics.segmentation import hungarian_match, identity_match
 from neco_bench.search.exact import check_neighbours
 
-BYTES = {"exact": 6.0, "bf16": 6.0, "ivf": 4.0, "ivfpq": 0.5}  # of memory, per row and dimension
+BYTES = {"exact": 6.0, "ivf": 4.0, "ivfpq": 0.5}  # of memory, per row and dimension; other indexes: as "exact"
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
@@ -33,12 +33,13 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
     views, patches = settings.passes * len(data["train"]), (size // stride) ** 2
     rows = min(views * patches, settings.memory_size or views * patches)
     check_neighbours(settings.neighbours, rows)
+    stored = BYTES.get(settings.search, BYTES["exact"])
     return Cost(
         images=views + len(data["val"]),
         size=size,
         width=dimension,
         operations=2.0 * rows * dimension * patches * len(data["val"]),
-        memory=rows * (BYTES[settings.search] * dimension + 32) + 4.0 * len(data["val"]) * classes**2,
+        memory=rows * (stored * dimension + 32) + 4.0 * len(data["val"]) * classes**2,
     )
 
 

@@ -62,7 +62,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], R
     [
         *((2, TOGETHER, task) for task in TOGETHER.split(",")),
         pytest.param(2, "shapes_linear", "shapes_linear", marks=pytest.mark.slow),
-        pytest.param(4, "shapes_ic", "shapes_ic", marks=pytest.mark.slow),
+        pytest.param(3, "shapes_ic", "shapes_ic", marks=pytest.mark.slow),
     ],
 )
 def test_same_counts_as_one_process(

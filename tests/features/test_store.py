@@ -239,6 +239,7 @@ def test_half_precision_is_stated_and_bounded() -> None:
         FeatureStore("fp16").rounded(torch.tensor([1e6]))
 
 
+@pytest.mark.slow
 def test_tasks_share_features_and_results_say_so(encoded: list[int]) -> None:
     def run(task: str, **options: Any) -> tuple[Result, int]:
         job = plan(MODEL, find_tasks([task])[0], RunOptions(workers=0, limit=12, **options))

@@ -289,7 +289,7 @@ def ranking(results: list[Result]) -> dict[Any, Any]:
     return {row[0]: row[1:] for row in rows(table)}
 
 
-def test_win_rates_are_over_the_columns_that_two_models_share(make_result):
+def test_win_rates_are_over_the_columns_that_two_models_share(make_result: Callable[..., Result]) -> None:
     scores = {"a": (0.8, 0.6), "b": (0.79, 0.7), "c": (0.5, 0.5), "d": (0.5, None)}
     results = [
         make_result(value, key=model + task, model=model, task=task, ci95={"miou": (value - 0.02, value + 0.02)})
@@ -305,7 +305,7 @@ def test_win_rates_are_over_the_columns_that_two_models_share(make_result):
     assert found["d"] == ("17 %", "1 of 2", "3..4", "")
 
 
-def test_a_result_without_an_interval_has_an_open_rank(make_result):
+def test_a_result_without_an_interval_has_an_open_rank(make_result: Callable[..., Result]) -> None:
     results = [make_result(value, key=name, model=name, ci95={}) for name, value in (("a", 0.5), ("b", 0.9))]
     results.append(make_result(0.1, key="c", model="c"))
     results.append(make_result(0.99, key="d", model="d"))
@@ -319,7 +319,7 @@ def test_a_result_without_an_interval_has_an_open_rank(make_result):
     assert table.frame.columns[-1] == "camvid_ic@hbird-2 (not tested)"
 
 
-def test_a_wide_interval_does_not_tie_what_lies_apart(make_result):
+def test_a_wide_interval_does_not_tie_what_lies_apart(make_result: Callable[..., Result]) -> None:
     """A 60 [30, 90] can be told from none, yet B, C and D are told apart."""
     scores = {"a": (0.6, 0.3), "b": (0.55, 0.02), "c": (0.4, 0.02), "d": (0.29, 0.02)}
     results = [
@@ -334,7 +334,7 @@ def test_a_wide_interval_does_not_tie_what_lies_apart(make_result):
     }
 
 
-def test_a_column_of_one_model_takes_nobodys_rank(make_result):
+def test_a_column_of_one_model_takes_nobodys_rank(make_result: Callable[..., Result]) -> None:
     results = [
         make_result(value, key=name + task, model=name, task=task, ci95={"miou": (value - 0.01, value + 0.01)})
         for name, value in (("a", 0.5), ("b", 0.4))
@@ -347,7 +347,7 @@ def test_a_column_of_one_model_takes_nobodys_rank(make_result):
     assert found["c"] == ("", "1 of 3", "", "")  # the third column has no test, and no place in this table
 
 
-def test_seeds_that_differ_much_leave_ranks_open(make_result):
+def test_seeds_that_differ_much_leave_ranks_open(make_result: Callable[..., Result]) -> None:
     """Three seeds 51.0 ± 10.1 and 41.0 ± 10.1: both have either rank, and the interval shows the spread of seeds."""
     spread = (-0.101, 0.0, 0.101)
     results = [
@@ -369,7 +369,7 @@ def test_seeds_that_differ_much_leave_ranks_open(make_result):
     assert high - low == pytest.approx(2 * half, rel=0.02)
 
 
-def test_less_is_better_where_the_metric_says_so(make_result):
+def test_less_is_better_where_the_metric_says_so(make_result: Callable[..., Result]) -> None:
     results = [
         make_result(
             key=name,
@@ -389,20 +389,25 @@ def test_less_is_better_where_the_metric_says_so(make_result):
     assert ranking(results) == {"a": ("100 %", "1 of 1", "1"), "b": ("0 %", "1 of 1", "2")}
 
 
-def conditions(results):
+def conditions(results: list[Result]) -> dict[tuple[str, str], str]:
     (table,) = (table for table in build_tables(results) if table.name.endswith(".conditions"))
     return {(row[0], row[1]): row[-1] for row in rows(table)}
 
 
-def facts(**changes):
-    known = {"weights_id": "a" * 64, "protocol_hash": "b" * 64, "card_hash": "c" * 64, "precision": "fp32"}
+def facts(**changes: Any) -> dict[str, Any]:
+    known: dict[str, Any] = {
+        "weights_id": "a" * 64,
+        "protocol_hash": "b" * 64,
+        "card_hash": "c" * 64,
+        "precision": "fp32",
+    }
     known |= {"dataset_fingerprint": {"val": "d" * 64}, "encoder": {"stride": 14}}
     known |= {"features": {"input_size": 504, "used_size": 504}, "packages": {"neco-bench": "0.2.0", "torch": "2.14.1"}}
     return known | changes
 
 
 @pytest.mark.parametrize("fact", ["card_hash", "protocol_hash", "dataset_fingerprint"])
-def test_what_compare_refuses_has_a_column_of_its_own(make_result, fact):
+def test_what_compare_refuses_has_a_column_of_its_own(make_result: Callable[..., Result], fact: str) -> None:
     other = {"val": "e" * 64} if fact == "dataset_fingerprint" else "e" * 64
     results = [
         make_result(0.4, model="a", provenance=facts()),
@@ -421,7 +426,7 @@ def test_what_compare_refuses_has_a_column_of_its_own(make_result, fact):
         ({"packages": {"neco-bench": "0.2.0", "torch": "2.7.0"}}, "torch 2.7.0, others 2.14.1"),
     ],
 )
-def test_other_conditions_are_marked(make_result, changes, mark):
+def test_other_conditions_are_marked(make_result: Callable[..., Result], changes: dict[str, Any], mark: str) -> None:
     results = [make_result(0.4, key=name, model=name, provenance=facts()) for name in "ab"]
     results.append(make_result(0.5, key="c", model="c", provenance=facts(**changes)))
     assert rows(ranked(results)) == [("c", "50.0 †"), ("a", "40.0"), ("b", "40.0")]
@@ -429,14 +434,14 @@ def test_other_conditions_are_marked(make_result, changes, mark):
     assert conditions(results)["a", "camvid_ic@hbird-2"] == ""
 
 
-def test_sizes_that_strides_ask_for_are_not_marked(make_result):
+def test_sizes_that_strides_ask_for_are_not_marked(make_result: Callable[..., Result]) -> None:
     results = [make_result(0.4, model="a", provenance=facts())]
     sizes = {"features": {"input_size": 504, "used_size": 512}, "encoder": {"stride": 16}}
     results.append(make_result(0.5, key="b", model="b", provenance=facts(**sizes)))
     assert rows(ranked(results)) == [("b", "50.0"), ("a", "40.0")]
 
 
-def test_a_failed_seed_and_an_interval_of_schema_1_are_marked(make_result):
+def test_a_failed_seed_and_an_interval_of_schema_1_are_marked(make_result: Callable[..., Result]) -> None:
     results = [make_result(0.4, provenance=facts()), make_result(seed=1, key="1", status="failed", provenance=facts())]
     results.append(make_result(0.3, key="2", model="old", schema_version=1, provenance=facts()))
     assert conditions(results)["dino_vits16", "camvid_ic@hbird-2"] == "1 of 2 runs failed"

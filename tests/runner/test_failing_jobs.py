@@ -229,9 +229,8 @@ def test_job_timeouts_that_make_no_sense(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "more", [[], pytest.param(["--job-timeout", "600"], marks=pytest.mark.slow)], ids=["", "a process per job"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--job-timeout", "600"]], ids=["", "a process per job"])
 def test_sigterm_ends_a_run_as_ctrl_c_does(more: list[str], tmp_path: Path, encoders: Path) -> None:
     """Finished results stay, processes and temporary files do not; what encoders print never reaches stdout."""
     models = f"{encoders}:prints,{encoders}:sleeps"

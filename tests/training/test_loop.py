@@ -144,6 +144,7 @@ def _train_in_child(out: Path, resume: bool) -> None:
     train(recipe(queue_length=60, steps=24), options(out, resume=resume, save_every=3))
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path: Path) -> None:
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -179,7 +180,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
-@pytest.mark.parametrize("last", range(1, 12, 2))
+@pytest.mark.parametrize("last", [1, *(pytest.param(last, marks=pytest.mark.slow) for last in range(3, 12, 2))])
 def test_a_run_that_ends_at_any_renaming_is_resumed(last: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plain, renamed = os.replace, []
 
@@ -228,6 +229,7 @@ def _one_of_two(rank: int, port: int, out: Path) -> None:
     train(recipe(queue_length=60, steps=20), options(out, **EVALUATED))
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_wait_for_what_one_does(tmp_path: Path) -> None:
     """Saving and scoring take longer than the time-out of the group. What is scored by two is what one finds."""
     with socket.socket() as free:
@@ -254,6 +256,7 @@ def test_two_processes_train_as_one_and_wait_for_what_one_does(tmp_path: Path) -
     assert [result["provenance"]["processes"] for result in stored] == [2, 2]
 
 
+@pytest.mark.slow
 def test_accumulation_and_other_switches_train(tmp_path: Path) -> None:
     switches: tuple[dict[str, Any], ...] = (
         {"accumulate": 2},

@@ -92,7 +92,7 @@ def _process(rank: int, world: int, folder: Path) -> None:
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two, or of four, processes found."""
     folder = tmp_path_factory.mktemp("processes")
@@ -116,6 +116,7 @@ def alone() -> dict[str, Any]:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_processes_learn_what_one_learns(name: str, shared: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     losses, gradient = alone[name]

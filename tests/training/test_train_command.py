@@ -41,7 +41,7 @@ def test_two_commands(tmp_path: Path) -> None:
     assert further.code == 0, further.err
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_all_processes_ends_the_run_in_order(kind: signal.Signals, tmp_path: Path) -> None:
     """As a terminal and a cluster send it: loading processes get it too."""
     out = tmp_path / "run"
