@@ -76,15 +76,11 @@ DataRoot = Annotated[
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
-
 Weights = Annotated[Path | None, typer.Option(help="Weights file (safetensors, .pth, .ckpt) for the model.")]
-
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
 
-
 Precision = Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16 for the encoder.")]
-
 
 Layers = Annotated[str | None, typer.Option(help="Inner blocks of a ViT (8 or 2,5,8,11), or the stage of a CNN.")]
 

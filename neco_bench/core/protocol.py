@@ -55,7 +55,6 @@ FAMILIES: Registry = Registry(
 # Renamed task ids keep resolving here: old id -> new id.
 RENAMED: dict[str, str] = {}
 
-
 MOST = 10**12  # of any number in settings: arrays hold the product of two as integers, and as single precision
 
 
@@ -98,12 +97,9 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
 
 Rounds = Annotated[int, Field(gt=0, lt=2**31)]  # what FAISS can count
 
-
 Share = Annotated[float, Field(ge=0, le=1)]
 
-
 Temperature = Annotated[float, Field(ge=1e-6)]  # of a softmax: what is divided by less overflows
-
 
 Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
 

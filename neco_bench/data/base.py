@@ -25,7 +25,6 @@ IGNORE = 255
 # What IGNORE does where labels vote: it counts as a label that wins or loses ties, or it has no vote.
 Void = Literal["wins ties", "loses ties", "never votes"]
 
-
 FEW, MANY = 4, 16  # masks from which on their statistics, and their sizes, mean something
 
 

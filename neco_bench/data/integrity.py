@@ -146,17 +146,18 @@ def _check_count(dataset: Dataset) -> Finding:
     coverage = dataset.coverage
     if coverage is None:
         return Finding("ok", dataset.split, f"{len(dataset)} items")
-    if coverage["found"] > coverage["expected"]:
+    present, full = coverage["found"], coverage["expected"]
+    if present > full:
         return Finding(
             "error",
             dataset.split,
-            f"{coverage['found']} items are listed, the full split has {coverage['expected']}.",
+            f"{present} items are listed, the full split has {full}.",
             "Restore the official split list.",
         )
     return Finding(
         "warning",
         dataset.split,
-        f"{coverage['found']} of {coverage['expected']} items of the full split: results are marked as on a subset.",
+        f"{present} of the {full} items of the full split: results are marked as on a subset.",
         "Get the whole data set for comparable numbers.",
     )
 

@@ -35,9 +35,7 @@ from neco_bench.data.voc2012 import VOC2012
 
 _SBD_IMAGES = 10582
 
-
 _LOCK = ".neco-bench.lock"
-
 
 # What a system says of names in an archive that cannot be written; anything else is the fault of the disk.
 _BAD_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ELOOP}

@@ -29,9 +29,7 @@ from neco_bench.data.io import read_image
 
 VERSION = "1"
 
-
 SIZE = 224
-
 
 TRAIN, VAL, PAIR_IMAGES, PAIRS = 160, 80, 64, 200
 

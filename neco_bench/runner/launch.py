@@ -24,7 +24,6 @@ from neco_bench.runner.options import RunOptions
 
 LAUNCHERS = ("slurm", "local")
 
-
 GRACE = 3  # seconds that an interrupted process has to remove its temporary files
 
 

@@ -17,7 +17,6 @@ from neco_bench.data.voc2012 import VOC2012
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
-
 MAX_SHAPES = 10_000_000  # whose names take a gigabyte
 
 # Data sets by name: the folder of each below the data root, and where its training images are in that.

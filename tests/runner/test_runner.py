@@ -134,9 +134,9 @@ def test_a_failed_overwrite_keeps_the_result(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(NumericalError):
         run(overwrite=True)
     store = ResultStore(tmp_path)
-    (kept,) = store.load_all()
-    assert (kept.status, kept.metrics) == ("ok", good.metrics)
-    assert store.statistics(kept)["confusion"].shape[0] == good.n_images
+    (stored_result,) = store.load_all()
+    assert (stored_result.status, stored_result.metrics) == ("ok", good.metrics)
+    assert store.statistics(stored_result)["confusion"].shape[0] == good.n_images
 
 
 def test_layers_of_one_encoder_are_two_results(tmp_path: Path) -> None:
