@@ -27,7 +27,7 @@ GREY = (150, 150, 150)
 
 def object_colours(count: int) -> np.ndarray:
     """(count + 1, 3) uint8: background, then the objects in hues that lie apart."""
-    return np.concatenate([np.zeros((1, 3), np.uint8), distinct_colours(count)])
+    return np.concatenate([np.zeros((1, 3), np.uint8), distinct_colours(count).reshape(-1, 3)])
 
 
 def overlaid(image: np.ndarray, mask: np.ndarray, box: tuple[int, int]) -> np.ndarray:
@@ -37,7 +37,8 @@ def overlaid(image: np.ndarray, mask: np.ndarray, box: tuple[int, int]) -> np.nd
     ids = np.where(ids == IGNORE, np.uint8(0), ids)
     colours = object_colours(int(ids.max()))[ids]
     drawn = np.where((ids > 0)[..., None], 0.45 * small + 0.55 * colours, small).astype(np.uint8)
-    drawn[np.any([boundary_map(ids == i) for i in range(1, ids.max() + 1)], axis=0)] = VOID
+    for i in range(1, int(ids.max()) + 1):
+        drawn[boundary_map(ids == i)] = VOID
     return drawn
 
 
