@@ -119,7 +119,7 @@ class ClipScore:
         for name in CLIP_SCORES:
             per_class[name] = dict(zip(self.dataset.ids, scores[name].tolist(), strict=True))
             per_class[f"{name} by object"] = dict(zip(names, _named(objects[0], name).tolist(), strict=True))
-        self.context.note(objects=len(names), input_shapes=sorted(shapes), opencv=_opencv())
+        self.context.note(objects=len(names), input_shapes=sorted(shapes))
         height, width = max(shapes)
         return Outcome(
             metrics={name: float(np.average(values, weights=weight)) for name, values in scores.items()},
@@ -148,9 +148,3 @@ def _named(objects: np.ndarray, name: str) -> np.ndarray:
     if name == "J&F":
         return (_named(objects, "J") + _named(objects, "F")) / 2
     return objects[:, OBJECT_COLUMNS.index(name)]
-
-
-def _opencv() -> str:
-    import cv2  # takes 0.1 s
-
-    return str(cv2.__version__)
