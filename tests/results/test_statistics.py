@@ -29,7 +29,11 @@ def counts(images: int = 12) -> np.ndarray:
 
 def segmented(make_result: Make, confusion: np.ndarray, **changes: Any) -> Result:
     provenance = {"settings": {"absent": "exclude"}, "dataset": {"val": {"name": "camvid"}}}
-    fields = {"primary_metric": "mIoU", "metrics": {"mIoU": mean_iou(confusion.sum(0), absent="exclude")}, "ci95": {}}
+    fields: dict[str, Any] = {
+        "primary_metric": "mIoU",
+        "metrics": {"mIoU": mean_iou(confusion.sum(0), absent="exclude")},
+        "ci95": {},
+    }
     fields |= {"n_images": len(confusion), "provenance": provenance}
     return make_result(**(fields | changes))
 
