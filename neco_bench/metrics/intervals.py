@@ -24,6 +24,7 @@ import numpy as np
 
 from neco_bench.core.errors import NumericalError
 from neco_bench.core.sampling import Sampling
+from neco_bench.metrics.segmentation import AbsentClasses
 from neco_bench.metrics.sums import SumMetric, category_sums, mean_sums, miou_sums
 
 LEVEL = 0.95

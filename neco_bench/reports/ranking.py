@@ -75,7 +75,8 @@ def ranks_of(grid: Grid, statistics: Statistics | None) -> dict[str, Ranks]:
 
 def _known(cell: Any, statistics: Statistics | None, ids: tuple[str, ...]) -> _Known:
     results: Sequence[Result] = cell.results[: cell.usable]
-    error = None if np.isnan(cell.low) else (cell.high - cell.low) / 2 / NORMAL
+    untold = np.isnan(cell.low) or any(result.has_old_interval for result in results)
+    error = None if untold else (cell.high - cell.low) / 2 / NORMAL
     if statistics is None:
         return _Known(cell.value, error=error)
     try:

@@ -206,6 +206,11 @@ class Result(BaseModel):
         return self.drawn.text if self.drawn is not None else ""
 
     @property
+    def has_old_interval(self) -> bool:
+        """Whether its interval is one of schema 1 that could not be made again, as its counts are not stored."""
+        return self.schema_version < SCHEMA_VERSION and self.drawn is None and bool(self.ci95)
+
+    @property
     def rankable(self) -> bool:
         """Whether it may stand in a ranked table: of the whole data set, with an unchanged protocol."""
         return self.status == "ok" and not (self.subset or self.is_changed)

@@ -447,6 +447,7 @@ def test_a_failed_seed_and_an_interval_of_schema_1_are_marked(make_result: Calla
     assert conditions(results)["dino_vits16", "camvid_ic@hbird-2"] == "1 of 2 runs failed"
     assert conditions(results)["old", "camvid_ic@hbird-2"].startswith("interval of an earlier version")
     assert rows(ranked(results)) == [("dino_vits16", "40.0 †"), ("old", "30.0 †")]
+    assert {row[-1] for row in ranking(results).values()} == {"1..2"}  # nothing is tested by the old one
 
 
 def test_one_model_has_one_name_in_all_tables(make_result: Callable[..., Result]) -> None:
