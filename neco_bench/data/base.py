@@ -99,6 +99,10 @@ class Dataset(abc.ABC):
     def __len__(self) -> int:
         return len(self.ids)
 
+    def __repr__(self) -> str:
+        """Name, split and number of items."""
+        return f"<{self.kind} data set {self.name!r}, split {self.split!r}: {len(self)} items>"
+
     @property
     def coverage(self) -> dict[str, int] | None:
         """{"found": n, "expected": m} where the split on disk is not the full one, whatever `head` took; else None."""

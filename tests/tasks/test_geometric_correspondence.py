@@ -134,7 +134,7 @@ def test_features_at_points() -> None:
     """Exact points sample bilinearly; the reference upsamples bicubically and reads the cell."""
     features = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))
     places = np.array([[0.125, 0.125], [0.25, 0.125]])
-    prepared = Prepared(torch.zeros(3, 8, 8), np.zeros((2, 3)), places, np.array([0, 9]), 1.0, 8, views()._cameras)  # type: ignore[arg-type, attr-defined]
+    prepared = Prepared(torch.zeros(3, 8, 8), np.zeros((2, 3)), places, np.array([0, 9]), 1.0, 8, views()._cameras)  # type: ignore[attr-defined]
     exact = features_at(features, prepared, 8, "exact")
     assert exact[0].tolist() == pytest.approx(features[:, 0, 0].tolist(), abs=1e-6)
     assert exact[1].tolist() == pytest.approx(((features[:, 0, 0] + features[:, 0, 1]) / 2).tolist(), abs=1e-6)
