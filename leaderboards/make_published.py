@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from neco_bench.core.metric import metric_named
+
 Row = dict[str, str]
 
 
-COLUMNS = ("model", "arch", "task", "protocol", "metric", "value", "setting", "source", "quality")
+COLUMNS = ("model", "arch", "task", "protocol", "metric", "unit", "direction", "value", "setting", "source", "quality")
 
 # Reason, column, pattern: the first that is found drops the row.
 DROPPED = (
@@ -91,6 +93,8 @@ DATASETS = {
     "pascal_context": r"Pascal Context( val)?",
     "spair": r"SPair-71k",
     "sun": r"SUN.?RGB-?D.*",
+    "navi": r"NAVI",
+    "davis_vos": r"DAVIS-2017( val)?",
 }
 
 
@@ -143,10 +147,18 @@ def model_id(row: Row, publication: str) -> str:
     return name
 
 
+def video_task(row: Row) -> str:
+    """The task of a number on DAVIS 2017, by the size of the input where DINOv3 has three."""
+    size = first({"_960": r": M |equals size M", "_1440": r": L "}, f": {row['setting']}")
+    return f"davis_vos{size}"
+
+
 def task_id(measure: str, dataset: str, row: Row) -> str:
     """Our task id by the naming rule; empty where we have no such task."""
     if measure == "correspondence":
-        return dataset if dataset == "spair" else ""
+        return dataset if dataset in ("spair", "navi") else ""
+    if measure == "video":
+        return video_task(row) if dataset == "davis_vos" else ""
     if measure == "finetune" and dataset in ("ade20k", "pascal_context", "cityscapes"):
         return f"{dataset}_finetune".replace("context_", "context60_")
     if not dataset or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup", "knn", "logreg"):
@@ -186,6 +198,15 @@ def convert(row: Row) -> tuple[Row, tuple]:
     if publication == "neco" and row["model"] == "NeCo":
         notes.append("start model DINOv2R-XR inferred")
     metric = re.sub(r" %$| \(digitised.*", "", row["metric"])
+    if measure == "video":  # as our metrics are named
+        metric = re.sub(r" mean$", "", metric).replace(" ", "_")
+        quoted = publication == "dino" and not re.match(r"DINO|Supervised ImageNet", row["model"])
+        if publication in ("dino", "dinov3") and task and metric == "J&F" and not quoted:
+            protocol = f"{publication}-1"
+        if protocol == "dinov3-1":
+            notes.append("nearest upsampling, as in the released notebook, inferred")
+        if publication == "dinov3" and "equals size M" in row["setting"]:
+            notes.append("size M inferred for all")
     metric = "RMSE m" if metric == "RMSE" else re.sub(r"^(SPair|NAVI) score.*", "recall", metric)
     value = row["value"]
     if publication == "crw":  # printed as fractions
@@ -196,6 +217,8 @@ def convert(row: Row) -> tuple[Row, tuple]:
         "task": task,
         "protocol": protocol,
         "metric": metric,
+        "unit": metric_named(metric).unit,
+        "direction": metric_named(metric).direction,
         "value": value,
         "setting": f"{row['dataset']}, {row['task']}: {'; '.join(notes)}",
         "source": f"NeCo {row['source']}" if row["source"].startswith("paper ") else row["source"],

@@ -50,6 +50,8 @@ FAMILIES: Registry = Registry(
             "attention_maps",
             "patch_probe",
             "correspondence",
+            "video_propagation",
+            "geometric_correspondence",
         )
     },
     listing="neco-bench tasks",

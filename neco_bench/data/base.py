@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, Protocol
 
 import numpy as np
 
@@ -80,9 +80,10 @@ class Dataset(abc.ABC):
 
     name, split; version: of the reader and its id mapping. expected: number of items of each full split (empty where
     no such number exists). citation: short reference. ids: item ids in a fixed order (image ids, or pair ids).
-    kind: "segmentation", "pairs" or "boxes". needs_root: whether it is read from the data root. folder_name: its folder
-    there, the name if empty. layout: the tree of files expected there, shown in error messages. images_from: the
-    collection that the images are from, the folder name if empty. fractions: parts that can be drawn from a split, as
+    kind: "segmentation", "pairs", "boxes", "video" or "views". needs_root: whether it is read from the data root.
+    folder_name: its folder there, the name if empty. layout: the tree of files expected there, shown in error
+    messages. images_from: the collection that the images are from, the folder name if empty. fractions: parts that can
+    be drawn from a split, as
     {split: {parts: items}}; see `fraction`. sampling_unit: what was drawn from a population, so that intervals can be
     made: "image", "pair", "frame" (of drives, in order), "sequence", "scene", ...; see `core.sampling`.
     """
@@ -177,6 +178,26 @@ class Dataset(abc.ABC):
         part = copy.copy(self)
         part.ids = tuple(self.ids[i] for i in indices)
         return part
+
+
+class Samples(Protocol):
+    """What can be loaded and encoded item by item: a segmentation data set, or the frames of a clip."""
+
+    split: str
+    ids: tuple[str, ...]
+
+    @property
+    def name(self) -> str:
+        """Of the data set."""
+
+    def __len__(self) -> int:
+        """Number of items."""
+
+    def __getitem__(self, index: int) -> Sample:
+        """Read an item."""
+
+    def fingerprint(self) -> str:
+        """Hex digest that changes with the items and the files behind them."""
 
 
 class MaskSummary:

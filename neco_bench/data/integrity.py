@@ -6,6 +6,7 @@ Checking reads every image once, one at a time; describing reads none.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +20,8 @@ from neco_bench.core.paths import data_root
 from neco_bench.data.base import IGNORE, BoxDataset, Dataset, MaskSummary, PairDataset, SegmentationDataset
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.data.load import DATASETS, dataset_class, dataset_folder, fraction_names, open_split
+from neco_bench.data.video import VideoDataset, object_count
+from neco_bench.data.views import ViewDataset
 
 # Damaged items named one by one in each split; the rest is counted.
 _NAMED = 20
@@ -136,6 +139,10 @@ def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
         findings += _check_pairs(dataset, wrap)
     elif isinstance(dataset, BoxDataset):
         findings += _check_boxes(dataset, wrap)
+    elif isinstance(dataset, VideoDataset):
+        findings += _check_video(dataset, wrap)
+    elif isinstance(dataset, ViewDataset):
+        findings += _check_views(dataset, wrap)
     return findings
 
 
@@ -249,6 +256,84 @@ def _check_boxes(dataset: BoxDataset, wrap: Progress) -> list[Finding]:
     if empty:
         text = f"{len(empty)} images have no object, the first is {empty[0]}."
         findings.append(Finding("warning", dataset.split, text, "They are not scored."))
+    return findings
+
+
+def _check_video(dataset: VideoDataset, wrap: Progress) -> list[Finding]:
+    """Every frame with its mask: sizes, objects of the first masks, ids that come later, void."""
+    damage: list[str] = []
+    sizes: Counter[str] = Counter()
+    objects, frames, void = 0, 0, 0
+    late: list[str] = []
+    for index in wrap(range(len(dataset)), desc=f"{dataset.name} {dataset.split}"):
+        clip = dataset.clip(index)
+        known: set[int] | None = None
+        try:
+            for number in range(len(clip)):
+                sample = clip[number]
+                ids = set(np.unique(sample.mask[sample.mask != IGNORE]).tolist()) - {0}
+                if known is None:
+                    known, first = ids, sample.mask.shape
+                    objects += object_count(sample.mask)
+                    sizes[f"{first[1]}x{first[0]}"] += 1
+                    if not ids:
+                        raise BadInputError(f"The first mask of {clip.id!r} has no object. Restore the original masks.")
+                elif sample.mask.shape != first:
+                    size = f"{sample.mask.shape[1]}x{sample.mask.shape[0]}"
+                    raise BadInputError(f"Frame {sample.id!r} is {size} pixels, the first one {first[1]}x{first[0]}.")
+                if ids - known:
+                    late.append(sample.id)
+                void += int(np.count_nonzero(sample.mask == IGNORE))
+                frames += 1
+        except NecoBenchError as error:
+            damage.append(str(error))
+    findings = _damaged(dataset, damage, len(dataset), "sequences")
+    if damage:
+        return findings
+    shown = ", ".join(f"{size} in {count} sequences" for size, count in sizes.most_common())
+    values = {"frames": float(frames), "objects": float(objects), "void pixels": float(void)}
+    text = f"{frames} frames, {objects} objects in the first masks, {void} void pixels; {shown}"
+    findings.append(Finding("ok", dataset.split, text, values=values))
+    if late:
+        text = f"{len(late)} frames hold objects that the first mask lacks, the first is {late[0]!r}."
+        findings.append(Finding("warning", dataset.split, text, "Such objects are not scored."))
+    for what, found, expected in (
+        ("frames", frames, dataset.frame_counts.get(dataset.split)),
+        ("objects", objects, dataset.object_counts.get(dataset.split)),
+    ):
+        if dataset.coverage is None and expected not in (None, found):
+            text = f"{found} {what}, the official split has {expected}."
+            findings.append(Finding("error", dataset.split, text, "Restore the official files."))
+    return findings
+
+
+def _check_views(dataset: ViewDataset, wrap: Progress) -> list[Finding]:
+    """Every view with its depth: range, share of the object, rotations of the pairs."""
+    damage: list[str] = []
+    near, far, shares = np.inf, 0.0, []
+    for view_id in wrap(dataset.image_ids, desc=f"{dataset.name} {dataset.split}"):
+        try:
+            view = dataset.read_view(view_id)
+            depth = view.depth[view.depth > 0]
+            if not len(depth):
+                raise BadInputError(f"View {view_id!r} has no depth. Restore the original files.")
+            near, far = min(near, float(depth.min())), max(far, float(depth.max()))
+            shares.append(len(depth) / view.depth.size)
+        except NecoBenchError as error:
+            damage.append(str(error))
+    findings = _damaged(dataset, damage, len(dataset.image_ids), "views")
+    if shares:
+        share = float(np.mean(shares))
+        text = f"depth of objects from {near:.3f} to {far:.3f} m, on {100 * share:.1f} % of the pixels"
+        values = {"nearest": near, "farthest": far, "share": share}
+        findings.append(Finding("ok", dataset.split, text, values=values))
+    angles = np.array([pair.angle for pair in dataset.pairs])
+    counts, _ = np.histogram(angles, [0, 30, 60, 90, 120.001])
+    objects = len({pair.object for pair in dataset.pairs})
+    text = f"{len(angles)} pairs of {objects} objects; by rotation 0-30-60-90-120 degrees: {counts.tolist()}"
+    findings.append(Finding("ok", dataset.split, text))
+    if list_id := getattr(dataset, "pair_list", None):
+        findings.append(Finding("ok", dataset.split, f"list of pairs, sha256 {list_id}"))
     return findings
 
 

@@ -34,6 +34,8 @@ DATASETS: Registry[type[Dataset]] = Registry(
     {
         "shapes": "neco_bench.data.shapes:Shapes",
         "shapes_pairs": "neco_bench.data.shapes:ShapesPairs",
+        "shapes_clips": "neco_bench.data.shapes_clips:ShapesClips",
+        "shapes_views": "neco_bench.data.shapes_views:ShapesViews",
         "camvid": "neco_bench.data.camvid:CamVid",
         "voc2012": "neco_bench.data.voc2012:VOC2012",
         "ade20k": "neco_bench.data.ade20k:ADE20K",
@@ -55,6 +57,9 @@ DATASETS: Registry[type[Dataset]] = Registry(
         "coco20k": "neco_bench.data.boxes:COCO20k",
         "shapes_boxes": "neco_bench.data.boxes:ShapesBoxes",
         "spair71k": "neco_bench.data.spair71k:SPair71k",
+        "navi": "neco_bench.data.navi:NAVI",
+        "davis2017": "neco_bench.data.davis:DAVIS2017",
+        "davis2016": "neco_bench.data.davis:DAVIS2016",
     },
     listing="neco-bench data list",
 )

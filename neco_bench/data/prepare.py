@@ -30,6 +30,7 @@ from neco_bench.data.coco import find_annotation, panoptic_categories, read_segm
 from neco_bench.data.folder import locate, missing
 from neco_bench.data.io import decoding, id_table, read_mask, read_mat, read_text, voc_colours
 from neco_bench.data.load import dataset_class
+from neco_bench.data.navi import NAVI, prepare_navi
 from neco_bench.data.nyuv2 import FRAMES, LABELS, NYUv2, frames
 from neco_bench.data.voc2012 import VOC2012
 
@@ -60,8 +61,8 @@ def prepare(
     into: str = "",
     progress: Progress | None = None,
 ) -> list[Prepared]:
-    """`voc_sbd` (source: SBD, folder or archive), `coco_panoptic`, `nyuv2` (source: nyu_depth_v2_labeled.mat), or any
-    data set, whose `source` archive is unpacked.
+    """`voc_sbd` (source: SBD, folder or archive), `coco_panoptic`, `nyuv2` (source: nyu_depth_v2_labeled.mat), `navi`
+    (source: its archive, or none where it is unpacked), or any data set, whose `source` archive is unpacked.
 
     into: sub-folder of the data set's folder for the archive, such as "stuffthingmaps". progress: as in
     `check_dataset`. Raises UsageError (also where nothing can be written), MissingError (no source, no originals) and
@@ -89,6 +90,10 @@ def _prepare(name: str, base: Path, source: Path | None, into: str, wrap: Progre
             raise UsageError("voc_sbd needs --source: the SBD archive (benchmark.tgz) or the folder it unpacks to.")
         return _voc_sbd(base, source, wrap)
     cls = dataset_class(name, base)
+    if issubclass(cls, NAVI):
+        done = [] if source is None else [unpack(source, base / cls.name, wrap)]
+        path, written, note = prepare_navi(base / cls.name, wrap)
+        return [*done, Prepared(str(path), written, note)]
     if source is None or not source.is_file():
         raise UsageError(f"Preparing {name!r} means unpacking an archive: give it as --source FILE.zip or FILE.tar.gz.")
     folder = base / (cls.folder_name or cls.name)

@@ -12,24 +12,19 @@ eye off its centre, so that no keypoint can be confused with another by symmetry
 from __future__ import annotations
 
 import colorsys
-import hashlib
 import itertools
 import json
-import logging
-import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
 from PIL import Image
 
-from neco_bench.core.errors import UsageError
-from neco_bench.core.paths import cache_dir
 from neco_bench.data.base import IGNORE, PairDataset
 from neco_bench.data.folder import SegmentationFolder, file_digest, pair_text, parse_pair, read_list
+from neco_bench.data.generated import generated_folder, write_manifest
 from neco_bench.data.io import read_image
 
 VERSION = "1"
@@ -39,8 +34,6 @@ SIZE = 224
 TRAIN, VAL, PAIR_IMAGES, PAIRS = 160, 80, 64, 200
 
 Array = np.ndarray
-
-_logger = logging.getLogger(__name__)
 
 
 def _stripes(angle: float) -> Callable[[Array, Array], Array]:
@@ -153,7 +146,7 @@ _CLASSES = ("background", *(shape.name for shape in _SHAPES))
 
 
 @dataclass(frozen=True)
-class _Object:
+class ShapeObject:
     """An instance. kind: class id, from 1. x, y, radius: pixels. turn: radians, clockwise in the image."""
 
     kind: int
@@ -182,7 +175,7 @@ class Scene:
     image: Array
     owner: Array
     extents: list[Array]
-    objects: list[_Object]
+    objects: list[ShapeObject]
 
     def mask(self) -> Array:
         """(S, S) uint8 class ids, IGNORE where one of the 8 neighbours belongs to another object."""
@@ -193,11 +186,16 @@ class Scene:
         return kinds
 
 
-def _rng(part: str, index: int) -> np.random.Generator:
-    return np.random.Generator(np.random.PCG64([int(VERSION), ("train", "val", "test").index(part), index]))
+_STREAMS = ("train", "val", "test", "clips", "clip looks", "clip grain", "views", "view looks", "view scenes")
 
 
-def _between(rng: np.random.Generator, low: float, high: float) -> float:
+def generator(stream: str, index: int) -> np.random.Generator:
+    """The random numbers of item `index` of a part or stage."""
+    return np.random.Generator(np.random.PCG64([int(VERSION), _STREAMS.index(stream), index]))
+
+
+def between(rng: np.random.Generator, low: float, high: float) -> float:
+    """A uniform number from low to high."""
     return low + (high - low) * rng.random()
 
 
@@ -211,25 +209,25 @@ def _noise(rng: np.random.Generator, cells: int) -> Array:
     return rows[:, low] * (1 - part) + rows[:, low + 1] * part
 
 
-def _two_colours(rng: np.random.Generator, hue: float) -> tuple[Array, Array]:
+def two_colours(rng: np.random.Generator, hue: float) -> tuple[Array, Array]:
     """A light and a dark colour, RGB in 0..1."""
-    saturation, value, contrast = _between(rng, 0.25, 0.9), _between(rng, 0.6, 1), _between(rng, 0.4, 0.75)
+    saturation, value, contrast = between(rng, 0.25, 0.9), between(rng, 0.6, 1), between(rng, 0.4, 0.75)
     light = colorsys.hsv_to_rgb(hue, saturation, value)
-    dark = colorsys.hsv_to_rgb((hue + _between(rng, -0.15, 0.15)) % 1, saturation, value * (1 - contrast))
+    dark = colorsys.hsv_to_rgb((hue + between(rng, -0.15, 0.15)) % 1, saturation, value * (1 - contrast))
     return np.array(light), np.array(dark)
 
 
-def _background(rng: np.random.Generator) -> Array:
+def background(rng: np.random.Generator) -> Array:
     """Patches with irregular edges in two colours, over clouds: texture without a preferred orientation."""
-    light, dark = _two_colours(rng, rng.random())
+    light, dark = two_colours(rng, rng.random())
     clouds = 0.5 * _noise(rng, 4) + 0.3 * _noise(rng, 9) + 0.2 * _noise(rng, 20)
     edges = np.clip((_noise(rng, 14) + 0.5 * _noise(rng, 31) - 0.75) * 6 + 0.5, 0, 1)
     return dark + (light - dark) * (0.55 * clouds + 0.45 * edges)[..., None]
 
 
-def _draw(rng: np.random.Generator, objects: list[_Object]) -> Scene:
+def draw_objects(rng: np.random.Generator, objects: list[ShapeObject]) -> Scene:
     """Paint objects in order, later ones over earlier ones, then blur a little, light and add grain."""
-    image = _background(rng)
+    image = background(rng)
     owner = np.zeros((SIZE, SIZE), np.uint8)
     extents = []
     for number, item in enumerate(objects, 1):
@@ -237,11 +235,11 @@ def _draw(rng: np.random.Generator, objects: list[_Object]) -> Scene:
         u, v = item.frame()
         inside = shape.inside(u, v)
         near_class = rng.random() < 0.5
-        hue = (item.kind / len(_SHAPES) + _between(rng, -0.05, 0.05)) % 1 if near_class else rng.random()
-        light, dark = _two_colours(rng, hue)
+        hue = (item.kind / len(_SHAPES) + between(rng, -0.05, 0.05)) % 1 if near_class else rng.random()
+        light, dark = two_colours(rng, hue)
         waves = 2 * np.pi * item.radius / (9.5 * np.sqrt(item.radius / 50))  # a period of 9.5 pixels at radius 50
         tone = np.clip(0.5 + 1.2 * shape.texture(u * waves, v * waves), 0, 1)
-        shade = 1 - 0.18 * (u * _between(rng, -1, 1) + v * _between(rng, -1, 1))
+        shade = 1 - 0.18 * (u * between(rng, -1, 1) + v * between(rng, -1, 1))
         colour = (dark + (light - dark) * tone[..., None]) * shade[..., None]
         eye = np.hypot(u - shape.points["eye"][0], v - shape.points["eye"][1])
         colour[eye < 0.17] = 0.95
@@ -252,39 +250,42 @@ def _draw(rng: np.random.Generator, objects: list[_Object]) -> Scene:
     for axis in (0, 1):  # binomial blur against jagged edges
         image = 0.25 * (np.roll(image, 1, axis) + np.roll(image, -1, axis)) + 0.5 * image
     x, y = np.arange(SIZE) / SIZE - 0.5, np.arange(SIZE)[:, None] / SIZE - 0.5
-    gain = _between(rng, 0.7, 1.15) + 0.4 * (x * _between(rng, -1, 1) + y * _between(rng, -1, 1))
-    tint = np.array([_between(rng, 0.88, 1.12) for _ in range(3)])
+    gain = between(rng, 0.7, 1.15) + 0.4 * (x * between(rng, -1, 1) + y * between(rng, -1, 1))
+    tint = np.array([between(rng, 0.88, 1.12) for _ in range(3)])
     image = image * gain[..., None] * tint + 0.06 * (rng.random((SIZE, SIZE, 1)) - 0.5)
     return Scene(np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), owner, extents, objects)
 
 
-def _object(rng: np.random.Generator, kind: int, margin: float, turn: float, radius: tuple[float, float]) -> _Object:
+def _object(
+    rng: np.random.Generator, kind: int, margin: float, turn: float, radius: tuple[float, float]
+) -> ShapeObject:
     """An object of random place (centre `margin` pixels inside the image), angle (up to `turn` degrees) and size."""
-    x, y = (_between(rng, margin, SIZE - 1 - margin) for _ in range(2))
+    x, y = (between(rng, margin, SIZE - 1 - margin) for _ in range(2))
     low, high = radius
-    return _Object(kind, x, y, low * (high / low) ** rng.random(), float(np.radians(_between(rng, -turn, turn))))
+    return ShapeObject(kind, x, y, low * (high / low) ** rng.random(), float(np.radians(between(rng, -turn, turn))))
 
 
-def _any_kind(rng: np.random.Generator) -> int:
+def any_kind(rng: np.random.Generator) -> int:
+    """The id of a class."""
     return 1 + int(rng.random() * len(_SHAPES))
 
 
 def segmentation_scene(part: str, index: int) -> Scene:
     """Scene `index` of "train" or "val": three to five objects, the topmost of class 1 + index % 8."""
-    rng = _rng(part, index)
-    kinds = [_any_kind(rng) for _ in range(2 + int(rng.random() * 3))] + [1 + index % len(_SHAPES)]
-    return _draw(rng, [_object(rng, kind, 35, 20, (40, 76)) for kind in kinds])
+    rng = generator(part, index)
+    kinds = [any_kind(rng) for _ in range(2 + int(rng.random() * 3))] + [1 + index % len(_SHAPES)]
+    return draw_objects(rng, [_object(rng, kind, 35, 20, (40, 76)) for kind in kinds])
 
 
 def pair_scene(index: int) -> tuple[Scene, int]:
     """Image `index` of the pairs and the place of its main object, of class 1 + index % 8, in `objects`."""
-    rng = _rng("test", index)
+    rng = generator("test", index)
     kind = index % len(_SHAPES)
     main = _object(rng, 1 + kind, 55, 35, (34, 76))
     other_kind = 1 + (kind + 1 + int(rng.random() * (len(_SHAPES) - 1))) % len(_SHAPES)  # never the main one's
     other = _object(rng, other_kind, 40, 35, (24, 40))
     order = [[main], [other, main], [main, other]][int(rng.random() * 3)]
-    return _draw(rng, order), order.index(main)
+    return draw_objects(rng, order), order.index(main)
 
 
 def _describe(scene: Scene, main: int) -> dict[str, Any]:
@@ -335,7 +336,7 @@ def _pair(name: str, names: tuple[str, str], source: dict[str, Any], target: dic
 
 def _choose_pairs(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """PAIRS ordered pairs of one class with at least three common points, equally many per class."""
-    rng = _rng("test", PAIR_IMAGES)
+    rng = generator("test", PAIR_IMAGES)
     pairs = []
     for kind in range(len(_SHAPES)):
         members = range(kind, PAIR_IMAGES, len(_SHAPES))
@@ -369,53 +370,12 @@ def generate(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene.image).save(path)
     (folder / "test.json").write_text(json.dumps(_choose_pairs(facts)))
-    digests = {path.relative_to(folder).as_posix(): _sha256(path) for path in _all_files(folder)}
-    (folder / "manifest.json").write_text(json.dumps(digests, indent=0, sort_keys=True))
+    write_manifest(folder)
 
 
 def shapes_folder() -> Path:
-    """The folder of the generated files, made, or made again where files are missing or damaged.
-
-    Safe for several processes at once. Raises UsageError where the cache folder cannot be written.
-    """
-    folder = cache_dir() / f"shapes-{VERSION}"
-    if _intact(folder):
-        return folder
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder.parent / f"{folder.name}.lock"):
-            if not _intact(folder):
-                if folder.exists():
-                    _logger.warning("%s is incomplete or damaged and is made again.", folder)
-                    shutil.rmtree(folder)
-                for rest in [path for path in folder.parent.glob(f"{folder.name}.*") if path.is_dir()]:
-                    shutil.rmtree(rest)  # of a killed process, as this one has the lock
-                made = folder.with_name(f"{folder.name}.partial")
-                made.mkdir()
-                generate(made)
-                made.replace(folder)
-    except OSError as error:
-        raise UsageError(
-            f"Cannot write the embedded data set to {folder}: {error}. Set NECO_BENCH_CACHE to a folder with 60 MB of "
-            f"space that you may write."
-        ) from error
-    return folder
-
-
-def _all_files(folder: Path) -> Iterator[Path]:
-    return (path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != "manifest.json")
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _intact(folder: Path) -> bool:
-    try:
-        digests = json.loads((folder / "manifest.json").read_bytes())
-        return all(_sha256(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
-        return False
+    """The folder of the generated files, see `generated_folder`."""
+    return generated_folder(f"shapes-{VERSION}", generate)
 
 
 class Shapes(SegmentationFolder):

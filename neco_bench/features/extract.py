@@ -20,7 +20,7 @@ from torch import Tensor
 from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, is_out_of_memory
 from neco_bench.core.task import Context
-from neco_bench.data.base import SegmentationDataset
+from neco_bench.data.base import Samples
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.loader import ItemDataset, load_items
 from neco_bench.features.store import FeatureFile
@@ -77,12 +77,13 @@ class FeatureExtractor:
 
     def stream(
         self,
-        dataset: SegmentationDataset,
+        dataset: Samples,
         transform: Transform,
         description: str,
         *,
         items: Sequence[tuple[int, int]] | None = None,
         own: bool = False,
+        alone: bool = False,
     ) -> Iterator[FeatureBatch]:
         """Yield features of `items`, (epoch, index) pairs in order; default: every image once.
 
@@ -96,11 +97,12 @@ class FeatureExtractor:
             description: of the progress bar.
             items: in which order.
             own: whether each process gets its own batches alone.
+            alone: whether this process encodes all items; the others have other data sets.
         """
         if items is None:
             items = [(0, index) for index in range(len(dataset))]
         source = ItemDataset(dataset, items, transform, self.context.seed)
-        if distributed.world() == 1:
+        if alone or distributed.world() == 1:
             yield from self._local(source, description)
             return
         size, step = self.context.batch_size_used, self.context.batch_size_used * distributed.world()
@@ -157,8 +159,9 @@ class FeatureExtractor:
         transform, dataset, encoder = source.transform, source.dataset, self.encoder
         size = getattr(transform, "size", None)
         # Of other transforms it is not known what else they depend on, and heads are not counted before encoding.
+        sides = (size, size) if isinstance(size, int) else size
         known = dataclasses.is_dataclass(transform) and self.output != "attention"
-        if self.context.store is None or not len(source) or not known or not isinstance(size, int):
+        if self.context.store is None or not len(source) or not known or not isinstance(sides, tuple):
             return None
         try:  # what its code does may change from one version to the next
             code = inspect.getsource(inspect.getmodule(transform) or type(transform))
@@ -174,9 +177,9 @@ class FeatureExtractor:
             "items": source.items,
             "seed": self.context.seed,
         }
-        side = size // encoder.stride
         channels = encoder.embed_dim + (self.output == "features and attention")
-        return self.context.store.open(facts, len(source), (channels, side, side))
+        shape = (channels, *(side // encoder.stride for side in sides))
+        return self.context.store.open(facts, len(source), shape)
 
     def _computed(self, source: ItemDataset, start: int, description: str) -> Iterator[FeatureBatch]:
         """Batches of the items from `start` on, loaded and encoded."""

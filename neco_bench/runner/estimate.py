@@ -16,6 +16,8 @@ import torch
 
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.data.base import BoxDataset, Dataset, PairDataset, SegmentationDataset
+from neco_bench.data.video import VideoDataset
+from neco_bench.data.views import ViewDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.transforms import resize_image
 from neco_bench.results.provenance import peak_memory_mb
@@ -123,6 +125,16 @@ def _median(call: Callable[[], object]) -> float:
 def _seconds_to_load(dataset: Dataset, size: int) -> float:
     """Seconds per image: reading, decoding and resizing a few of them."""
     start = time.perf_counter()
+    if isinstance(dataset, VideoDataset):
+        clip = dataset.clip(0)
+        for index in range(min(MEASURED, len(clip))):
+            resize_image(clip[index].image, size, size)
+        return (time.perf_counter() - start) / min(MEASURED, len(clip))
+    if isinstance(dataset, ViewDataset):
+        views = dataset.image_ids[:MEASURED]
+        for view_id in views:
+            resize_image(dataset.read_view(view_id).image, size, size)
+        return (time.perf_counter() - start) / len(views)
     count = min(MEASURED, len(dataset))
     for index in range(count):
         if isinstance(dataset, (SegmentationDataset, BoxDataset)):

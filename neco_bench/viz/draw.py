@@ -29,7 +29,10 @@ NEIGHBOURS, VIEW, PARTS = 5, 64, 8  # neighbours of a patch, pixels of each, and
 
 @dataclass(frozen=True)
 class Tile:
-    """One picture (H, W, 3) uint8. kind: "photo" (stored as JPEG), "map" (enlarged without blur) or "wide"."""
+    """One picture (H, W, 3) uint8, or frames (T, H, W, 3) of an animation.
+
+    kind: "photo" (stored as JPEG), "map" (enlarged without blur), "wide" or "animation".
+    """
 
     title: str
     pixels: np.ndarray
@@ -86,7 +89,7 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[s
     """Draw an image with its truth, its prediction and where they differ, side by side."""
     image = dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
-    image = _fitted(image, (side, side), Image.Resampling.BICUBIC)
+    image = fitted(image, (side, side), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
     truth, prediction = (_enlarged(predicted[kind], height, width) for kind in ("truth", "prediction"))
     palette = np.full((256, 3), 128, np.uint8)
@@ -141,7 +144,7 @@ def _strip(
         third = VIEW / 3
         inner = (i * step + 3 + third, 3 + third, i * step + 3 + 2 * third, 3 + 2 * third)
         draw.rectangle(inner, outline=VOID)
-        draw.text((i * step, VIEW + 7), text[:13], fill=(0, 0, 0), font=_font(11))
+        draw.text((i * step, VIEW + 7), text[:13], fill=(0, 0, 0), font=font(11))
     return np.asarray(strip)
 
 
@@ -167,12 +170,30 @@ def draw_hits(predicted: dict[str, Any], alpha: float, strict: bool) -> np.ndarr
 def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: np.ndarray) -> PictureRow:
     """Draw both images, a line from each point to its prediction, and a ring at the target of a missed one."""
     sample = dataset[dataset.ids.index(name)]
+    points = (sample.pair.source_points, predicted["points"], sample.pair.target_points)
+    pixels = draw_matches((sample.source_image, sample.target_image), points, hits)
+    caption = f"{sample.pair.category}: {int(hits.sum())} of {len(hits)} points"
+    return PictureRow(name, caption, [Tile("source and target", pixels, "wide")])
+
+
+def draw_matches(
+    pair: tuple[np.ndarray, np.ndarray],
+    points: tuple[np.ndarray, np.ndarray, np.ndarray],
+    hits: np.ndarray,
+    thickness: int = 4,
+) -> np.ndarray:
+    """Draw two images (H, W, 3) beside each other, with a line from each point to where it was found.
+
+    Args:
+        pair: the images.
+        points: (P, 2) each, (x, y) pixels: where points are in the first image, were found in the second, and should
+            be, where a ring is drawn for those that were missed.
+        hits: (P,) bool, which were found.
+        thickness: of the lines in pixels.
+    """
     half = (LARGE // 2, LARGE // 2)
-    images = [_fitted(image, half, Image.Resampling.BICUBIC) for image in (sample.source_image, sample.target_image)]
-    scales = [
-        fitted.shape[1] / image.shape[1]
-        for fitted, image in zip(images, (sample.source_image, sample.target_image), strict=True)
-    ]
+    images = [fitted(image, half, Image.Resampling.BICUBIC) for image in pair]
+    scales = [small.shape[1] / image.shape[1] for small, image in zip(images, pair, strict=True)]
     left = images[0].shape[1] + GAP
     drawn = Image.new("RGB", (left + images[1].shape[1], max(i.shape[0] for i in images)), VOID)
     drawn.paste(Image.fromarray(images[0]), (0, 0))
@@ -182,24 +203,21 @@ def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: 
     def dot(x: float, y: float, radius: int, **style: Any) -> None:
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
 
-    for start, answer, end, hit in zip(
-        sample.pair.source_points, predicted["points"], sample.pair.target_points, hits, strict=True
-    ):
-        (x0, y0), (x1, y1), (x2, y2) = start * scales[0], answer * scales[1], end * scales[1]
+    for start, found, end, hit in zip(*points, hits, strict=True):
+        (x0, y0), (x1, y1), (x2, y2) = start * scales[0], found * scales[1], end * scales[1]
         colour = RIGHT if hit else WRONG
-        draw.line((x0, y0, left + x1, y1), fill=colour, width=4)
+        draw.line((x0, y0, left + x1, y1), fill=colour, width=thickness)
         dot(x0, y0, 5, fill=colour, outline=VOID)
         dot(left + x1, y1, 5, fill=colour, outline=VOID)
         if not hit:
             dot(left + x2, y2, 8, outline=VOID, width=3)
             dot(left + x2, y2, 8, outline=WRONG, width=1)
-    caption = f"{sample.pair.category}: {int(hits.sum())} of {len(hits)} points"
-    return PictureRow(name, caption, [Tile("source and target", np.asarray(drawn), "wide")])
+    return np.asarray(drawn)
 
 
 def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str, Any]) -> PictureRow:
     """Draw the attention of an image, what of it is taken for foreground, and the ground truth."""
-    image = _fitted(dataset[dataset.ids.index(name)].image, (SMALL, SMALL), Image.Resampling.BICUBIC)
+    image = fitted(dataset[dataset.ids.index(name)].image, (SMALL, SMALL), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
     palette = np.full((256, 3), 128, np.uint8)
     palette[: len(dataset.classes)] = dataset.palette
@@ -220,7 +238,7 @@ def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str,
 def draw_boxes(dataset: BoxDataset, name: str, predicted: dict[str, Any], right: bool) -> PictureRow:
     """Draw the boxes of the objects in white and the predicted one in green or red; its region; what it came from."""
     pixels = dataset.read_image(name)
-    image = _fitted(pixels, (LARGE // 2, LARGE // 2), Image.Resampling.BICUBIC)
+    image = fitted(pixels, (LARGE // 2, LARGE // 2), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
     scale = width / pixels.shape[1]
     drawn = Image.fromarray(image)
@@ -242,8 +260,8 @@ def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(values.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
-    """Pixels at the largest size that fits the box (width, height), in the same aspect."""
+def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
+    """Pixels at the largest size that fits the box (width, height), the aspect kept."""
     height, width = pixels.shape[:2]
     scale = min(box[0] / width, box[1] / height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -251,16 +269,19 @@ def _fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) ->
 
 
 def thumbnail(tile: Tile) -> np.ndarray:
-    """Return the picture of a tile at the size at which a sheet shows it, (h, w, 3) uint8."""
+    """A small picture (h, w, 3) of a tile; of an animation its middle frame."""
+    if tile.kind == "animation":
+        return fitted(tile.pixels[len(tile.pixels) // 2], BOX, Image.Resampling.LANCZOS)
     rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
-    return _fitted(tile.pixels, _box(tile), rule)
+    return fitted(tile.pixels, _box(tile), rule)
 
 
 def _box(tile: Tile) -> tuple[int, int]:
     return WIDE_BOX if tile.kind == "wide" else BOX
 
 
-def _font(size: int) -> Any:
+def font(size: int) -> Any:
+    """The font of all pictures."""
     return ImageFont.load_default(size)
 
 
@@ -271,6 +292,14 @@ def encode_image(pixels: np.ndarray, photo: bool) -> bytes:
     return buffer.getvalue()
 
 
+def encode_animation(frames: np.ndarray, milliseconds: int = 125) -> bytes:
+    """A GIF that repeats frames (T, H, W, 3)."""
+    buffer = io.BytesIO()
+    first, *others = [Image.fromarray(frame) for frame in frames]
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    return buffer.getvalue()
+
+
 def draw_grid(rows: Sequence[PictureRow], title: str) -> np.ndarray:
     """All rows as one picture: headings, and above each row its name and caption."""
     longest = max(rows, key=lambda row: len(row.tiles))
@@ -278,15 +307,15 @@ def draw_grid(rows: Sequence[PictureRow], title: str) -> np.ndarray:
     widths = [max([140, *(row[i].shape[1] for row in small if i < len(row))]) + GAP for i in range(len(longest.tiles))]
     lefts = np.cumsum([0, *widths])
     step = BOX[1] + LINE + GAP
-    title_width = round(_font(14).getlength(title)) + GAP
+    title_width = round(font(14).getlength(title)) + GAP
     grid = Image.new("RGB", (max(int(lefts[-1]), title_width), 2 * LINE + len(rows) * step), VOID)
     draw = ImageDraw.Draw(grid)
-    draw.text((2, 2), title, fill=(0, 0, 0), font=_font(14))
+    draw.text((2, 2), title, fill=(0, 0, 0), font=font(14))
     for left, tile in zip(lefts[:-1], longest.tiles, strict=True):
-        draw.text((left + 2, LINE + 2), tile.title, fill=(90, 90, 90), font=_font(13))
+        draw.text((left + 2, LINE + 2), tile.title, fill=(90, 90, 90), font=font(13))
     for number, row in enumerate(rows):
         top = 2 * LINE + number * step
-        draw.text((2, top + 2), f"{row.name}  {row.caption}", fill=(0, 0, 0), font=_font(13))
+        draw.text((2, top + 2), f"{row.name}  {row.caption}", fill=(0, 0, 0), font=font(13))
         for i, picture in enumerate(small[number]):  # a row may have fewer than the headings
             grid.paste(Image.fromarray(picture), (int(lefts[i]), top + LINE))
     return np.asarray(grid)

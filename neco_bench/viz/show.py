@@ -9,10 +9,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from neco_bench.core.errors import UsageError
 from neco_bench.core.files import slug, write_whole
 from neco_bench.data.base import IGNORE, BoxDataset, PairDataset, SegmentationDataset
+from neco_bench.data.video import VideoDataset
+from neco_bench.data.views import ViewDataset
 from neco_bench.metrics import segmentation
 from neco_bench.reports.compare import hits_column, item_scores
 from neco_bench.reports.render import render
@@ -21,6 +24,7 @@ from neco_bench.runner.execute import record_predictions
 from neco_bench.runner.job import Job
 from neco_bench.viz.diagnostics import principal_colours
 from neco_bench.viz.draw import (
+    BOX,
     RIGHT,
     VOID,
     WRONG,
@@ -30,11 +34,15 @@ from neco_bench.viz.draw import (
     draw_boxes,
     draw_grid,
     draw_hits,
+    draw_matches,
     draw_pair,
     draw_segmentation,
+    encode_animation,
     encode_image,
+    fitted,
     thumbnail,
 )
+from neco_bench.viz.draw_video import draw_clip
 
 
 @dataclass(frozen=True)
@@ -101,6 +109,10 @@ def show(
     dataset = data["test"] if "test" in data else data["val"]
     if isinstance(dataset, BoxDataset):
         drawn = _draw_boxes(dataset, {name: predictions[name] for name in ids}, result, scores)
+    elif isinstance(dataset, ViewDataset):
+        drawn = _draw_views({name: predictions[name] for name in ids}, result, scores)
+    elif isinstance(dataset, VideoDataset):
+        drawn = _draw_clips(dataset, {name: predictions[name] for name in ids}, scores)
     elif isinstance(dataset, SegmentationDataset) and f"score/{result.primary_metric}" in arrays:
         drawn = _draw_attention(dataset, {name: predictions[name] for name in ids}, scores)
     elif isinstance(dataset, SegmentationDataset):
@@ -201,6 +213,29 @@ def _draw_pairs(
     return _Drawn(rows, [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)], differing)
 
 
+def _draw_views(predictions: dict[str, dict[str, Any]], result: Result, scores: Mapping[str, float]) -> _Drawn:
+    distances = result.provenance["settings"]["distances"]
+    rows, differing = [], 0
+    for name, own in predictions.items():
+        found = float(np.mean([(own["errors"] < limit).mean() for limit in distances]))
+        matches = own["matches"]
+        points = (matches["starts"], matches["found"], matches["ends"])
+        pixels = draw_matches((own["source"], own["target"]), points, matches["right"], 2)
+        rows.append(PictureRow(name, f"recall {100 * found:.1f}", [Tile("source and target", pixels, "wide")]))
+        differing += not np.isclose(found, scores[name], atol=1e-4)
+    limit = f"within {100 * result.provenance['settings']['bin_distance']:g} cm"
+    return _Drawn(rows, [(limit, RIGHT), ("beyond (a ring is where it should be)", WRONG)], differing)
+
+
+def _draw_clips(dataset: VideoDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]) -> _Drawn:
+    rows, differing = [], 0
+    for name, own in predictions.items():
+        found = own["scores"][0, :, : own["scored"]].mean()
+        rows.append(draw_clip(dataset, name, own, f"J&F {100 * found:.1f}, objects: {len(own['scores'][0])}"))
+        differing += not np.isclose(found, scores[name], atol=1e-4)
+    return _Drawn(rows, [], differing)
+
+
 def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
     """Write the page, the grid, and of each tile a thumbnail and the picture."""
     metric = result.primary_metric
@@ -218,12 +253,21 @@ def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
 def _write_tile(out: Path, number: int, row: PictureRow, tile: Tile) -> dict[str, Any]:
     """Write a tile of a numbered row and its thumbnail; returns what the page needs of it."""
     stem = f"pictures/{number:03d}-{slug(tile.title)}"
+    if tile.kind == "animation":
+        small = np.stack([fitted(frame, BOX, Image.Resampling.LANCZOS) for frame in tile.pixels])
+        write_whole(out / f"{stem}.gif", encode_animation(tile.pixels))
+        write_whole(out / f"{stem}-small.gif", encode_animation(small))
+        return _picture(tile, stem, ".gif", small.shape[1:3])
     photo = tile.kind == "photo" or (tile.kind == "wide" and len(row.tiles) == 1)
     ending = ".jpg" if photo else ".png"
     small = thumbnail(tile)
     write_whole(out / f"{stem}{ending}", encode_image(tile.pixels, photo))
     write_whole(out / f"{stem}-small{ending}", encode_image(small, photo))
-    height, width = small.shape[:2]
+    return _picture(tile, stem, ending, small.shape[:2])
+
+
+def _picture(tile: Tile, stem: str, ending: str, size: tuple[int, ...]) -> dict[str, Any]:
+    height, width = size
     return {
         "title": tile.title,
         "file": f"{stem}{ending}",

@@ -28,6 +28,7 @@ ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.timeout(900)  # a launch takes half a minute on a quiet machine, ten times that on a full one
 MODEL = "timm:test_vit3?pretrained=false&seed=0"
 TOGETHER = "shapes_ic,shapes_overcluster_50,shapes_correspondence"
+MOVED = "shapes_vos,shapes_views"
 
 
 def torchrun(processes: int, out: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -64,6 +65,7 @@ def launched(tmp_path_factory: pytest.TempPathFactory) -> Callable[[int, str], R
         *((2, TOGETHER, task) for task in TOGETHER.split(",")),
         pytest.param(2, "shapes_linear", "shapes_linear", marks=pytest.mark.slow),
         pytest.param(3, "shapes_ic", "shapes_ic", marks=pytest.mark.slow),
+        *(pytest.param(2, MOVED, task, marks=pytest.mark.slow) for task in MOVED.split(",")),
     ],
 )
 def test_same_counts_as_one_process(

@@ -1,0 +1,105 @@
+"""The contract of video data sets: sequences of frames, each with a mask of object ids, read frame by frame."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+
+from neco_bench.data.base import IGNORE, Dataset, Sample
+from neco_bench.data.folder import file_digest
+from neco_bench.data.io import id_table, read_image, read_mask, read_size
+
+
+class Clip:
+    """The frames of one sequence, in order, as items that are loaded and encoded like images.
+
+    id: of the sequence. ids: "SEQUENCE/FRAME". Items are samples whose masks hold object ids, 0 for the background.
+    """
+
+    def __init__(self, dataset: VideoDataset, sequence: str) -> None:
+        self._dataset, self.id = dataset, sequence
+        self.name, self.split = dataset.name, f"{dataset.split} {sequence}"
+        self._frames = dataset.frames(sequence)
+        self.ids = tuple(f"{sequence}/{frame}" for frame in self._frames)
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def __getitem__(self, index: int) -> Sample:
+        return self._dataset.sample(self.id, self._frames[index])
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(H, W) of the first frame, and so of all."""
+        return read_size(self._dataset.files(self.id, self._frames[0])[0])
+
+    def fingerprint(self) -> str:
+        """Hex digest over names and sizes of the files of this sequence."""
+        return self._dataset.digest([self.id])
+
+
+class VideoDataset(Dataset):
+    """A split of sequences, whose ids are the items. Masks hold object ids from 1, 0 for background, IGNORE for void.
+
+    `folder` and `ids` are set by the reader. object_ids: what a file value means. frame_height: of every frame, None
+    where they differ. frame_counts, object_counts: of full splits, as `data check` compares them.
+    """
+
+    kind = "video"
+    sampling_unit = "sequence"
+    frame_height: ClassVar[int | None] = None
+    frame_counts: ClassVar[dict[str, int]] = {}
+    object_counts: ClassVar[dict[str, int]] = {}
+    folder: Path
+
+    @abc.abstractmethod
+    def frames(self, sequence: str) -> tuple[str, ...]:
+        """Names of the frames of a sequence in their order, at least three."""
+
+    @abc.abstractmethod
+    def files(self, sequence: str, frame: str) -> tuple[Path, Path]:
+        """Paths of the image and the mask of a frame."""
+
+    @property
+    def object_ids(self) -> np.ndarray:
+        """Object id of each file value, see `id_table`: as in the file, 255 for void."""
+        return id_table({i: i for i in range(256)})
+
+    @property
+    def colours(self) -> np.ndarray | None:
+        """(256, 3) uint8 palette of mask files beside VOC's, see `read_mask`."""
+        return None
+
+    def clip(self, index: int) -> Clip:
+        """The frames of sequence `index`."""
+        return Clip(self, self.ids[index])
+
+    def sample(self, sequence: str, frame: str) -> Sample:
+        """Read a frame. Raises MissingError (no such file) and BadInputError (wrong kind of mask, wrong sizes)."""
+        image_file, mask_file = self.files(sequence, frame)
+        image = read_image(image_file)
+        self.check_size(image_file, image.shape[:2])
+        size = (image.shape[0], image.shape[1])
+        mask = read_mask(mask_file, table=self.object_ids, colours=self.colours, size=size)
+        return Sample(image, mask, f"{sequence}/{frame}")
+
+    def check_size(self, path: Path, size: tuple[int, ...]) -> None:
+        """Raise BadInputError where a frame cannot have its original size."""
+
+    def fingerprint(self) -> str:
+        """Sha256 over name, reader version, split, the sequences, and names and sizes of their files."""
+        return self.digest(self.ids)
+
+    def digest(self, sequences: Sequence[str]) -> str:
+        """Sha256 over name, reader version, split, some sequences, and names and sizes of their files."""
+        paths = [path for name in sequences for frame in self.frames(name) for path in self.files(name, frame)]
+        return file_digest((self.name, self.version, self.split, *sequences), self.folder, paths)
+
+
+def object_count(mask: np.ndarray) -> int:
+    """The number of objects of a first mask: its highest id, void left out."""
+    return int(mask[mask != IGNORE].max(initial=0))

@@ -1,0 +1,1 @@
+"""Geometric correspondence between views of an object."""
