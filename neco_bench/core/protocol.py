@@ -45,6 +45,9 @@ FAMILIES: Registry = Registry(
             "linear_segmentation",
             "finetuning",
             "overclustering",
+            "unsupervised_segmentation",
+            "object_discovery",
+            "attention_maps",
             "patch_probe",
             "correspondence",
         )
