@@ -41,7 +41,13 @@ class _Command(_WithoutPydantic, typer.core.TyperCommand):
 
 
 class _Group(_WithoutPydantic, typer.core.TyperGroup):
-    pass
+    def get_params(self, ctx: Any) -> Any:
+        """Return the options, those of completion with False for None too."""
+        options = super().get_params(ctx)
+        for option in options:
+            if option.name in ("install_completion", "show_completion") and getattr(option, "is_flag", False):
+                option.default = False
+        return options
 
 
 class App(typer.Typer):

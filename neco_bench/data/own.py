@@ -1,4 +1,4 @@
-"""Data sets of one's own: readers made from a `dataset.toml` (`neco_bench.core.own_data`).
+"""Data sets of one's own: readers made from a `dataset.toml` (`neco_bench.core.dataset_file`).
 
 A split is a list of ids in a file, or, with {split} in the patterns, what lies in a folder. Ids are what {id} stands
 for in the path of the image, with "/" between folders.
@@ -12,9 +12,10 @@ from typing import Any, ClassVar
 
 import numpy as np
 
+from neco_bench.core.dataset_file import DatasetFile
 from neco_bench.core.errors import BadInputError
 from neco_bench.core.files import digest
-from neco_bench.core.own_data import FILE, DatasetFile, OwnDataset, read_own
+from neco_bench.core.own_data import FILE, OwnDataset, read_own
 from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset
 from neco_bench.data.folder import (
     AbsentSplitError,

@@ -318,7 +318,7 @@ def test_a_failure_stops_no_other_job(tmp_path: Path, root: Path, file: Path) ->
     again = ("--data-root", root, *QUICK, "--seed", 1)  # another seed, so that nothing is stored yet
     own = run(tmp_path, *again, model=f"{file}:own,baseline_rgb", task="camvid_cluster_gt")
     assert_says(own, 4, "my own mistake")
-    assert "baseline_rgb on camvid_cluster_gt@neco-1*: done" in own.err
+    assert "baseline_rgb on camvid_cluster_gt@neco-1*, seed 1: done" in own.err
     failed = stored["nan", "camvid_cluster_gt"]
     assert failed.error_code == 5
     assert failed.error is not None
