@@ -6,7 +6,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,11 @@ from neco_bench.cli.output import (
     print_rows,
 )
 from neco_bench.core.errors import MissingError, user_error
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from neco_bench.results.schema import Result
 
 
 @app.command()
@@ -33,7 +38,7 @@ def leaderboard(
 ) -> None:
     """Write one CSV per task family and a Markdown page from stored results, published numbers beside measured ones.
 
-    The page is printed too; on a terminal, its ranked tables.
+    The ranking of each family is printed, or the tables of results that are never ranked where there is none.
 
     Example: neco-bench leaderboard --results results --out leaderboards/local
     """
@@ -46,24 +51,26 @@ def leaderboard(
     found, places = [result for result, _ in by_store], {result.key: store for result, store in by_store}
     if not found:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
+
+    def statistics(result: Result) -> dict[str, np.ndarray]:
+        return places[result.key].statistics(result)
+
     shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
     paths = write_leaderboard(
         found,
         out,
         published or shipped,
         latex_intervals=latex_intervals,
-        statistics=lambda result: places[result.key].statistics(result),
+        statistics=statistics,
     )
     if as_json:
         print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return
-    if sys.stdout.isatty():
-        for table in build_tables(found):
-            if table.ranked and table.detailed is not None:
-                print(f"\n{table.title}")
-                print_rows(table.detailed.to_dict("records"), False)
-    else:
-        print((out / "leaderboard.md").read_text(encoding="utf-8"))
+    tables = {table.name: table for table in build_tables(found, statistics=statistics)}
+    rankings = [tables.get(f"{name}.ranking", table) for name, table in tables.items() if table.ranked]
+    for table in rankings or [table for table in tables.values() if table.detailed is not None]:
+        print(f"\n{table.title}")
+        print_rows((table.frame if table.detailed is None else table.detailed).to_dict("records"), False)
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
 
 
@@ -132,9 +139,9 @@ def show(
 
     Example: neco-bench show baseline_hog --task shapes_ic
     """
-    from neco_bench.core.files import slug
     from neco_bench.reports.compare import results_of
     from neco_bench.runner.job import job_of
+    from neco_bench.viz.api import folder_of
     from neco_bench.viz.show import show as draw
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
@@ -145,7 +152,7 @@ def show(
     with open_stores(results) as stores:
         matching = results_of(stores, model, patterns)
     for result, store in matching.values():
-        folder = out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
+        folder = folder_of(result, out)
         try:
             with foreign_code():
                 job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)
