@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,6 +19,11 @@ from neco_bench.cli.output import (
     print_rows,
 )
 from neco_bench.core.errors import MissingError, user_error
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from neco_bench.results.schema import Result
 
 
 @app.command()
@@ -41,15 +47,26 @@ def leaderboard(
     from neco_bench.reports.tables import build_tables
 
     with open_stores(results) as stores:
-        loaded = [result for store in stores for result in store.load_all()]
-    if not loaded:
+        by_store = [(result, store) for store in stores for result in store.load_all()]
+    found, places = [result for result, _ in by_store], {result.key: store for result, store in by_store}
+    if not found:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
+
+    def statistics(result: Result) -> dict[str, np.ndarray]:
+        return places[result.key].statistics(result)
+
     shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
-    paths = write_leaderboard(loaded, out, published or shipped, latex_intervals=latex_intervals)
+    paths = write_leaderboard(
+        found,
+        out,
+        published or shipped,
+        latex_intervals=latex_intervals,
+        statistics=statistics,
+    )
     if as_json:
-        print(json.dumps({"results": len(loaded), "files": [str(path) for path in paths]}))
+        print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return
-    tables = {table.name: table for table in build_tables(loaded)}
+    tables = {table.name: table for table in build_tables(found, statistics=statistics)}
     rankings = [tables.get(f"{name}.ranking", table) for name, table in tables.items() if table.ranked]
     for table in rankings or [table for table in tables.values() if table.detailed is not None]:
         print(f"\n{table.title}")
@@ -72,11 +89,12 @@ def compare(
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Compare two models, second minus first, by paired bootstrap over images: interval, p, and p after Holm.
+    """Compare two models, second minus first, on the same items: interval, p by sign flips, and p after Holm.
 
     Example: neco-bench compare baseline_rgb baseline_hog --task 'shapes_*'
     """
     from neco_bench.reports import compare as comparing
+    from neco_bench.reports.words import MEANING, TESTS
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
     not_negative("--images", images)
@@ -97,6 +115,7 @@ def compare(
     for title, table in tables.items():
         print(f"{first} -> {second}" if title == "tasks" else f"\n{title}")
         print_rows(table, False)
+    print("\n" + textwrap.fill(f"{TESTS} {MEANING}", 118), file=sys.stderr)  # stdout is the tables
 
 
 @app.command()

@@ -97,14 +97,14 @@ class Metric(BaseModel):
 ROUNDING = 1e-6  # by which a mean of values may leave their range
 
 
+_RATIO = Metric(unit="ratio", lower_is_better=True, high=None)
+
 # By name: the first pattern that is the whole name, without "_std" and what follows a "/".
 METRICS: dict[str, Metric] = {
     r"(?i)((mean|median|rmse)[-_ ])?(angle|angular[-_ ]error)": Metric(
         unit="degrees", lower_is_better=True, high=180.0
     ),
-    r"(?i)si[-_ ]?rmse|rmse[-_ ]?log|log_?10|silog|abs[-_ ]?rel|sq[-_ ]?rel|rmse x10": Metric(
-        unit="ratio", lower_is_better=True, high=None
-    ),
+    r"(?i)si[-_ ]?rmse|rmse[-_ ]?log|log_?10|silog|abs[-_ ]?rel|sq[-_ ]?rel|rmse x10": _RATIO,
     r"(?i)rmse( m|_\w+)?|mae( m|_m)?": Metric(unit="metres", lower_is_better=True, high=None),
     r"[JF][ _]decay": Metric(lower_is_better=True, low=-1.0),
     r"images_per_second": Metric(unit="images/s", high=None),

@@ -46,8 +46,10 @@ def test_numpy_and_paths_in_a_result_become_plain(tmp_path: Path, make_result: C
 def test_old_schema_versions_still_load() -> None:
     path = Path(__file__).parent / "fixtures"
     store = ResultStore(path)
-    (result,) = store.load_all()
+    result, newer = store.load_all()
     assert store.problems == []
+    assert newer.metric().legend == newer.metric("distance").legend == "m, lower is better"
+    assert newer.drawn_text == "215 scenes"
     assert (result.limit, result.changed, result.ci95["miou"]) == (10, {"k": 50}, (0.5011, 0.5235))
     assert not result.rankable
 

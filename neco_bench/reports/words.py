@@ -1,0 +1,32 @@
+"""What intervals, tests and ranks mean, in the words that the page, `compare`, LaTeX and the README share."""
+
+from __future__ import annotations
+
+MEANING = (
+    "An interval is that of the metric over the population that the units of the data set (images, pairs of images, "
+    "scenes, sequences, or blocks of frames of a drive) were drawn from, for this encoder, protocol and training "
+    "set; where a number is a mean over seeds or draws of the training set, their spread is in it too. It is made "
+    "by leaving out one unit at a time, from the variance and the bias that this shows. Called 95 %, it covered the "
+    "true value in 90 to 100 % of simulations (docs/pages/intervals.md), in fewer where many classes are in fewer "
+    "than five images, or where all frames are of one drive. It says nothing of other data sets, of errors in "
+    "labels, of other protocols, and, for a number of one seed, of other seeds."
+)
+
+TESTS = (
+    "Two models are compared on the same units: p is that of exchanging the two unit by unit (sign flips; Student's "
+    "t where pairs share images, or where seeds are averaged), adjusted for the number of comparisons made together "
+    "(Holm). Units in which the two do not differ are not counted, and below six that do there is no p. Intervals "
+    "that overlap are no test, and models that are not told apart are not shown to be equal."
+)
+
+RANKS = (
+    "Ranks: in each column every two models are compared as above, Holm over the pairs; `2..4` are the ranks left "
+    "open, from 1 + the models that are better to the number less those that are worse, at an adjusted p below "
+    "0.05. `unpaired`: no counts are stored, and the intervals were compared as if the two models had different "
+    "items, which tells fewer apart. `not tested`: a result has no interval, or one of an earlier version whose "
+    "counts are not stored, and its rank is open. The win rate is no test: the share of columns in which a model "
+    "has the better value, with each other model over the columns that both have, then the mean over those models; "
+    "it depends on which models are there."
+)
+
+WORDS = {"meaning": MEANING, "tests": TESTS, "ranks": RANKS}
