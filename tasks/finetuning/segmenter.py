@@ -84,8 +84,8 @@ class Segmenter(nn.Module):
     @torch.inference_mode()
     def scores(self, images: Tensor, context: Context) -> Tensor:
         """Compute scores (B, K, h, w) of images (B, 3, H, W) in [0, 1], in parts that fit into memory, for testing."""
-        options = {"final_norm": True, "mean": self.settings.mean, "std": self.settings.std}
-        features = FeatureExtractor(self.encoder, context, **options).encode(images)
+        mean, std = self.settings.mean, self.settings.std
+        features = FeatureExtractor(self.encoder, context, final_norm=True, mean=mean, std=std).encode(images)
         with self.autocast():
             return torch.cat([self.decoder(part).float() for part in features.split(context.batch_size_used)])
 

@@ -34,7 +34,8 @@ from neco_bench.core.task import Context
 from neco_bench.data.base import IGNORE, Sample
 from neco_bench.encoders import DenseFeatures, Encoder, checkpoints, load_encoder
 from neco_bench.encoders.weights import state_sha256
-from neco_bench.metrics import bootstrap
+from neco_bench.metrics.paired import paired_difference
+from neco_bench.metrics.sums import miou_sums
 from neco_bench.results.store import ResultStore
 from tests.typed import load_segmentation
 
@@ -649,6 +650,6 @@ def test_fine_tuning_beats_the_linear_probe_on_shapes(tmp_path: Path) -> None:
     sums, encoder = [], Convolutions(16)
     for name, changes in (("shapes_linear@clean-1", {"epochs": 5}), ("shapes_finetune@segmenter-linear-1", {})):
         result = neco_bench.run(encoder, name, out=tmp_path, limit=80, workers=0, changes=changes)
-        sums.append(bootstrap.miou_sums(ResultStore(tmp_path).statistics(result)["confusion"]))
-    gain = bootstrap.paired_difference(*sums)[0]
+        sums.append(miou_sums(ResultStore(tmp_path).statistics(result)["confusion"]))
+    gain = paired_difference(*sums)[0]
     assert gain.low > 0
