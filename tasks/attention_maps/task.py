@@ -17,7 +17,6 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.features.attention import MIN_SIDE, foreground, top_mass
 from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
-from neco_bench.metrics import bootstrap
 
 
 def check_encoder(encoder: Encoder, settings: Settings) -> None:
@@ -106,10 +105,7 @@ def outcome(
     return Outcome(
         metrics={name: float(column.mean()) for name, column in zip(names, values.T, strict=True)},
         per_class={},
-        ci95={
-            name: bootstrap.bootstrap_mean(column, seed=context.seed)
-            for name, column in zip(names, values.T, strict=True)
-        },
+        ci95={},
         n_images=len(items),
         statistics={
             "image_id": np.array([val.ids[item] for item in items]),
