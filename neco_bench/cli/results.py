@@ -6,7 +6,7 @@ import json
 import sys
 import textwrap
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -19,6 +19,11 @@ from neco_bench.cli.output import (
     print_rows,
 )
 from neco_bench.core.errors import MissingError, user_error
+
+if TYPE_CHECKING:
+    import numpy as np
+
+    from neco_bench.results.schema import Result
 
 
 @app.command()
@@ -46,18 +51,22 @@ def leaderboard(
     found, places = [result for result, _ in by_store], {result.key: store for result, store in by_store}
     if not found:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
+
+    def statistics(result: Result) -> dict[str, np.ndarray]:
+        return places[result.key].statistics(result)
+
     shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
     paths = write_leaderboard(
         found,
         out,
         published or shipped,
         latex_intervals=latex_intervals,
-        statistics=lambda result: places[result.key].statistics(result),
+        statistics=statistics,
     )
     if as_json:
         print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return
-    tables = {table.name: table for table in build_tables(found)}
+    tables = {table.name: table for table in build_tables(found, statistics=statistics)}
     rankings = [tables.get(f"{name}.ranking", table) for name, table in tables.items() if table.ranked]
     for table in rankings or [table for table in tables.values() if table.detailed is not None]:
         print(f"\n{table.title}")
