@@ -43,11 +43,15 @@ FAMILIES: Registry = Registry(
         for name in (
             "in_context",
             "linear_segmentation",
+            "finetuning",
             "overclustering",
+            "unsupervised_segmentation",
+            "object_discovery",
+            "attention_maps",
             "patch_probe",
             "correspondence",
-            "video_propagation",
             "geometric_correspondence",
+            "video_propagation",
         )
     },
     listing="neco-bench tasks",

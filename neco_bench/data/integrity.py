@@ -17,7 +17,7 @@ import numpy as np
 from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.core.own_data import FILE, own_datasets
 from neco_bench.core.paths import data_root
-from neco_bench.data.base import IGNORE, Dataset, MaskSummary, PairDataset, SegmentationDataset
+from neco_bench.data.base import IGNORE, BoxDataset, Dataset, MaskSummary, PairDataset, SegmentationDataset
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.data.load import DATASETS, dataset_class, dataset_folder, fraction_names, open_split
 from neco_bench.data.video import VideoDataset, object_count
@@ -141,6 +141,8 @@ def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
         findings += _check_video(dataset, wrap)
     elif isinstance(dataset, ViewDataset):
         findings += _check_views(dataset, wrap)
+    elif isinstance(dataset, BoxDataset):
+        findings += _check_boxes(dataset, wrap)
     return findings
 
 
@@ -275,7 +277,7 @@ def _check_video(dataset: VideoDataset, wrap: Progress) -> list[Finding]:
         ("frames", frames, dataset.frame_counts.get(dataset.split)),
         ("objects", objects, dataset.object_counts.get(dataset.split)),
     ):
-        if dataset.subset is None and expected not in (None, found):
+        if dataset.coverage is None and expected not in (None, found):
             text = f"{found} {what}, the official split has {expected}."
             findings.append(Finding("error", dataset.split, text, "Restore the official files."))
     return findings
@@ -308,6 +310,30 @@ def _check_views(dataset: ViewDataset, wrap: Progress) -> list[Finding]:
     findings.append(Finding("ok", dataset.split, text))
     if list_id := getattr(dataset, "pair_list", None):
         findings.append(Finding("ok", dataset.split, f"list of pairs, sha256 {list_id}"))
+    return findings
+
+
+def _check_boxes(dataset: BoxDataset, wrap: Progress) -> list[Finding]:
+    damage: list[str] = []
+    outside, empty = [], []
+    for image_id in wrap(dataset.ids, desc=f"{dataset.name} {dataset.split}"):
+        try:
+            height, width = dataset.read_image(image_id).shape[:2]
+            boxes = dataset.boxes(image_id)
+        except NecoBenchError as error:
+            damage.append(str(error))
+            continue
+        if not len(boxes):
+            empty.append(image_id)
+        elif (boxes[:, :2] < -1).any() or (boxes[:, 2:] > (width + 1, height + 1)).any():
+            outside.append(image_id)
+    findings = _damaged(dataset, damage, len(dataset), "images and annotations")
+    if outside:
+        text = f"{len(outside)} images have boxes outside them, the first is {outside[0]}."
+        findings.append(Finding("error", dataset.split, text, "Restore the annotations and images of one version."))
+    if empty:
+        text = f"{len(empty)} images have no object, the first is {empty[0]}."
+        findings.append(Finding("warning", dataset.split, text, "They are not scored."))
     return findings
 
 
