@@ -85,8 +85,8 @@ class Context:
                 `foreground` (H, W) bool, `features` (D, h, w), of equal shape for all images, and `neighbours`, a
                 function (passed as the value of a function) from a patch's number to its `Neighbour`s. Of pairs
                 `points` (P, 2), the predicted pixels (x, y) of the target, their `errors` (P,) and the longest `side`
-                of the target's box, in pixels. Of clips `truth` and `prediction`,
-                lists of (H, W), and `scores` (2, objects, T), see `draw_clip`.
+                of the target's box, in pixels. Of clips `truth` and `prediction`, lists of (H, W), and `scores`
+                (2, objects, T), see `draw_clip`.
         """
         if item_id in self.recorded_ids:
             self.run.predictions[item_id] = {

@@ -24,6 +24,8 @@ from neco_bench.core.protocol import FAMILIES, Task
 from neco_bench.core.registry import BUILTIN
 from neco_bench.core.task import Context, Outcome, RunRecord
 from neco_bench.data.base import BoxDataset, Dataset, PairDataset, SegmentationDataset
+from neco_bench.data.video import VideoDataset
+from neco_bench.data.views import ViewDataset
 from neco_bench.encoders.identity import loaded_id
 from neco_bench.encoders.load import load_encoder
 from neco_bench.encoders.spec import parse_spec
@@ -192,15 +194,18 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, En
     return job, loaded, context
 
 
+# Kinds of data whose items do not depend on each other in any family.
+_ALONE = (PairDataset, BoxDataset, VideoDataset, ViewDataset)
+
+
 def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Run a job again and return what `show` draws of some items (`Context.record`); of a fraction's draws the first.
 
-    Pairs are computed alone; images within their whole split, on which clusters and heads depend.
+    Pairs and clips are computed alone; images within their whole split, on which clusters and heads depend.
     """
     recorded = frozenset(ids)
     job, encoder, context = _ready(job, None, _context(job, RunRecord(), recorded))
-    alone = (PairDataset, BoxDataset)
-    data = {role: d.subset(recorded) if isinstance(d, alone) else d for role, d in job.draws[0].items()}
+    data = {role: d.subset(recorded) if isinstance(d, _ALONE) else d for role, d in job.draws[0].items()}
     job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
     return context.run.predictions
 
