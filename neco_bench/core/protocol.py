@@ -40,7 +40,17 @@ FAMILIES: Registry = Registry(
     "neco_bench.tasks",
     {
         name: f"neco_bench.tasks.{name}"
-        for name in ("in_context", "linear_segmentation", "overclustering", "patch_probe", "correspondence")
+        for name in (
+            "in_context",
+            "linear_segmentation",
+            "finetuning",
+            "overclustering",
+            "unsupervised_segmentation",
+            "object_discovery",
+            "attention_maps",
+            "patch_probe",
+            "correspondence",
+        )
     },
     listing="neco-bench tasks",
 )
