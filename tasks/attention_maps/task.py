@@ -105,7 +105,7 @@ def outcome(
     return Outcome(
         metrics={name: float(column.mean()) for name, column in zip(names, values.T, strict=True)},
         per_class={},
-        ci95={},
+        ci95={},  # the runner makes them of the statistics
         n_images=len(items),
         statistics={
             "image_id": np.array([val.ids[item] for item in items]),

@@ -127,7 +127,7 @@ def outcome(
     return Outcome(
         metrics={"CorLoc": float(hits.mean()), "best_IoU": float(ious.mean())},
         per_class={},
-        ci95={},
+        ci95={},  # the runner makes them of the statistics
         n_images=len(items),
         statistics={
             "image_id": np.array([dataset.ids[item] for item in items]),

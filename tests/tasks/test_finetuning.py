@@ -647,7 +647,8 @@ def test_fine_tuning_beats_the_linear_probe_on_shapes(tmp_path: Path) -> None:
 
     On all of shapes, where it takes a minute and a half of one core, it is 13.4 points, from 11.2 to 15.6.
     """
-    sums, encoder = [], Convolutions(16)
+    sums: list[SumMetric] = []
+    encoder = Convolutions(16)
     for name, changes in (("shapes_linear@clean-1", {"epochs": 5}), ("shapes_finetune@segmenter-linear-1", {})):
         result = neco_bench.run(encoder, name, out=tmp_path, limit=80, workers=0, changes=changes)
         sums.append(miou_sums(ResultStore(tmp_path).statistics(result)["confusion"]))
