@@ -372,16 +372,30 @@ def generate(folder: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(scene.image).save(path)
     (folder / "test.json").write_text(json.dumps(_choose_pairs(facts)))
+    write_manifest(folder)
+
+
+def write_manifest(folder: Path) -> None:
+    """Write `manifest.json`, the sha256 of each other file of a generated folder."""
     digests = {path.relative_to(folder).as_posix(): _sha256(path) for path in _all_files(folder)}
     (folder / "manifest.json").write_text(json.dumps(digests, indent=0, sort_keys=True))
 
 
 def shapes_folder() -> Path:
-    """The folder of the generated files, made or made anew where files are missing or damaged.
+    """The folder of both data sets, see `generated_folder`."""
+    return generated_folder(f"shapes-{VERSION}", generate)
+
+
+def generated_folder(name: str, make: Callable[[Path], None]) -> Path:
+    """A folder of generated files in the cache, made or made anew where files are missing or damaged.
 
     Safe for several processes at once. Raises UsageError where the cache folder cannot be written.
+
+    Args:
+        name: of the folder.
+        make: writes all files and the manifest into an empty folder.
     """
-    folder = cache_dir() / f"shapes-{VERSION}"
+    folder = cache_dir() / name
     if _intact(folder):
         return folder
     try:
@@ -395,7 +409,7 @@ def shapes_folder() -> Path:
                     shutil.rmtree(rest)  # of a killed process, as this one has the lock
                 made = folder.with_name(f"{folder.name}.partial")
                 made.mkdir()
-                generate(made)
+                make(made)
                 made.replace(folder)
     except OSError as error:
         raise UsageError(
