@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from neco_bench.core.metric import Metric
+
 T = TypeVar("T")
 
 
@@ -82,9 +84,11 @@ class Neighbour:
 class Outcome:
     """What a task family returns.
 
-    metrics: fractions. per_class: by metric and class, None for a class without a value. ci95: intervals by metric,
-    None where there can be none, as from a single image. statistics: per-image arrays, stored beside the result.
-    features: how inputs were prepared, for the provenance.
+    metrics: by name; fractions, unless `core.metric.METRICS` or `units` say otherwise. per_class: by metric and class,
+    None for a class without a value. statistics: per-item arrays, stored beside the result; from those of the forms in
+    `results/statistics.py` the runner makes the intervals, and gives them the data set's sampling unit. ci95: intervals
+    by metric that the family makes itself, None where there can be none, as from a single image. features: how inputs
+    were prepared, for the provenance. units: of metrics that METRICS does not name, as those of a plug-in.
     """
 
     metrics: dict[str, float]
@@ -93,6 +97,7 @@ class Outcome:
     n_images: int
     statistics: dict[str, np.ndarray]
     features: dict[str, Any]
+    units: Mapping[str, Metric] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ class Dataset(abc.ABC):
     kind: "segmentation", "pairs", "depth" or "normals". needs_root: whether it is read from the data root. folder_name: its folder there,
     the name if empty. layout: the tree of files expected there, shown in error messages. images_from: the collection
     that the images are from, the folder name if empty. fractions: parts that can be drawn from a split, as
-    {split: {parts: items}}; see `fraction`.
+    {split: {parts: items}}; see `fraction`. sampling_unit: what was drawn from a population, so that intervals can be
+    made: "image", "pair", "frame" (of drives, in order), "sequence", "scene", ...; see `core.sampling`.
     """
 
     name: ClassVar[str]
@@ -89,6 +90,7 @@ class Dataset(abc.ABC):
     images_from: ClassVar[str] = ""
     splits: ClassVar[tuple[str, ...]]
     fractions: ClassVar[dict[str, dict[int, int]]] = {}
+    sampling_unit: ClassVar[str] = "image"
     split: str
     ids: tuple[str, ...]
     _before_limit: int | None = None
@@ -103,6 +105,11 @@ class Dataset(abc.ABC):
         full = self._full or self.expected.get(self.split)
         found = self._before_limit or len(self)
         return None if full is None or found == full else {"found": found, "expected": full}
+
+    @classmethod
+    def group_of(cls, item: str) -> str | None:
+        """Name the drive, sequence or scene that an item is part of, from its id; None: it was drawn by itself."""
+        return None
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
@@ -281,6 +288,7 @@ class PairDataset(Dataset):
     """
 
     kind = "pairs"
+    sampling_unit = "pair"
     expected_attributes: ClassVar[dict[str, dict[str, tuple[int, ...]]]] = {}
     pairs: Sequence[Pair]
 

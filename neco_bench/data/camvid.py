@@ -38,6 +38,7 @@ class CamVid(SegmentationFolder):
     )  # fmt: skip
     void = 11
     image_size = (360, 480)
+    sampling_unit = "frame"
     larger = (3, 4)  # road, pavement
     causes = {255: "that void was rewritten from 11 to 255"}  # noqa: RUF012 (a ClassVar of the base class)
 
@@ -46,6 +47,11 @@ class CamVid(SegmentationFolder):
         self.split = split
         self.list_file = self.folder / f"{split}.txt"
         self.ids = read_list(type(self), self.list_file, stems=True)
+
+    @classmethod
+    def group_of(cls, item: str) -> str:
+        """The drive, as in "0016E5_07959": val is one, test is two."""
+        return item.partition("_")[0]
 
     def files(self, item: str) -> tuple[Path, Path]:
         return self.folder / self.split / f"{item}.png", self.folder / f"{self.split}annot" / f"{item}.png"

@@ -39,7 +39,13 @@ class Cityscapes(PairedFolders):
     )  # fmt: skip
     image_size = (1024, 2048)
     larger = (0, 1)  # road, sidewalk
+    sampling_unit = "frame"
     causes = {IGNORE: "that train ids (255 = void) lie in a file of label ids (0..33)"}  # noqa: RUF012 (ClassVar)
+
+    @classmethod
+    def group_of(cls, item: str) -> str:
+        """The city: its images lie in the order of the drives through it, and val is three cities."""
+        return item.partition("/")[0]
 
     @classmethod
     def tree(cls, folder: Path, split: str) -> Tree:

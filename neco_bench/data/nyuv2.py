@@ -6,6 +6,8 @@ with 40 or 13 classes, named by the 1-based frame number in four digits.
 
 from __future__ import annotations
 
+import functools
+import re
 from pathlib import Path
 from typing import ClassVar
 
@@ -67,6 +69,20 @@ def frames(split: str) -> list[int]:
     return sorted(test) if split == "test" else sorted(set(range(1, FRAMES + 1)) - test)
 
 
+@functools.cache
+def scene_runs() -> dict[int, int]:
+    """The first frame of the run of each frame: frames in a row of one split, which are one scene or several.
+
+    The file has the frames of a scene in a row, and no scene is in both splits; it names scenes, the masks do not.
+    """
+    runs: dict[int, int] = {}
+    for split in ("train", "test"):
+        own = set(frames(split))
+        for frame in sorted(own):
+            runs[frame] = runs[frame - 1] if frame - 1 in own else frame
+    return runs
+
+
 def labels_to_classes(classes: int) -> dict[int, int]:
     """The class id 0..39, or 0..12, of each label 1..894."""
     of_40 = dict.fromkeys(range(1, LABELS + 1), 39)
@@ -82,6 +98,7 @@ class NYUv2(PairedFolders):
     splits = ("train", "test")
     expected = {"train": 795, "test": 654}  # noqa: RUF012 (a ClassVar of the base class)
     image_size = (480, 640)
+    sampling_unit = "scene"
     citation = "Silberman et al., ECCV 2012; 40 classes: Gupta et al., CVPR 2013; 13 classes: Couprie et al., ICLR 2013"
     layout = """\
   <data root>/nyuv2/
@@ -98,6 +115,12 @@ class NYUv2(PairedFolders):
         "person", "night stand", "toilet", "sink", "lamp", "bathtub", "bag", "otherstructure", "otherfurniture",
         "otherprop",
     )  # fmt: skip
+
+    @classmethod
+    def group_of(cls, item: str) -> str | None:
+        """The run of frames (`scene_runs`) that holds a frame, as in "0014"."""
+        number = re.search(r"\d+$", item)
+        return str(scene_runs()[int(number[0])]) if number and int(number[0]) in scene_runs() else None
 
     @classmethod
     def tree(cls, folder: Path, split: str) -> Tree:

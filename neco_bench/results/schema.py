@@ -1,6 +1,6 @@
 """The Result: one JSON document per (model, task, protocol, seed). Each field says what it holds.
 
-Metrics are fractions in [0, 1] here, percent in tables.
+Metrics in percent are fractions in [0, 1] here; others are in their unit (`Result.metric`).
 """
 
 from __future__ import annotations
@@ -10,14 +10,13 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from neco_bench.core.errors import NumericalError
+from neco_bench.core.metric import Metric, metric_named
 
-SCHEMA_VERSION = 1
+# 2: units, drawn; ci95 is that of metrics.intervals. In 1 it is a percentile bootstrap over images or pairs.
+SCHEMA_VERSION = 2
 
 
-ROUNDING = 1e-6  # by which a mean of fractions may leave [0, 1]
-
-
-Fraction = Annotated[float, Field(ge=-ROUNDING, le=1 + ROUNDING, allow_inf_nan=False)]
+Value = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]  # of a metric; its own range is checked too
 
 
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -47,6 +46,25 @@ class _ProvenanceFacts(BaseModel):
     arguments: dict[str, Any] = {}
 
 
+class Drawn(BaseModel):
+    """What the interval of the primary metric rests on.
+
+    unit: what was drawn (`core.sampling`). units: how many independent ones there are, of blocks of frames their number.
+    groups: drives, sequences or scenes; None where items are drawn by themselves. repeats: seeds or draws of the
+    training set whose spread is in the interval, 1 where there is none. method: how it was made. notes: what it does not
+    cover.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    unit: str
+    units: Count
+    groups: Count | None = None
+    repeats: Count = 1
+    method: str
+    notes: list[str] = []
+
+
 class Result(BaseModel):
     """Result of one run of one task. The per-image sufficient statistics are in `<same name>.npz` beside it."""
 
@@ -58,10 +76,12 @@ class Result(BaseModel):
     task: str  # task name, e.g. "ade20k_ic"
     family: str  # task family, e.g. "in_context"; one leaderboard table each
     protocol: str  # protocol id, with "*" appended where --set changed a constant
-    primary_metric: str  # the key of `metrics` that stands in the leaderboard; higher is better
-    metrics: dict[str, Fraction]
-    per_class: dict[str, dict[str, Fraction | None]]  # metric -> class name -> fraction; None: undefined (absent class)
-    ci95: dict[str, tuple[Fraction, Fraction]]  # metric -> 95 % percentile-bootstrap interval over images or pairs
+    primary_metric: str  # the key of `metrics` that stands in the leaderboard
+    metrics: dict[str, Value]
+    per_class: dict[str, dict[str, Value | None]]  # metric -> class name -> value; None: undefined (absent class)
+    ci95: dict[str, tuple[Value, Value]]  # metric -> 95 % interval, see `drawn`
+    units: dict[str, Metric] = {}  # of metrics that core.metric does not know by name, and that are no fractions
+    drawn: Drawn | None = None  # what the interval rests on; None: not known (plug-ins, results of schema 1)
     n_images: Count  # evaluated items: images, or pairs
     seed: Count
     status: Literal["ok", "failed"]
@@ -86,9 +106,31 @@ class Result(BaseModel):
             raise ValueError(f"status is ok, but metrics lack the primary metric {self.primary_metric!r}")
         return self
 
+    @model_validator(mode="after")
+    def _within_range(self) -> Result:
+        for name, value in self.metrics.items():
+            self._check(name, name, value)
+        for name, classes in self.per_class.items():
+            for key, known in classes.items():
+                self._check(name, f"{name}.{key}", known, "per_class")
+        for name, ends in self.ci95.items():
+            for number, end in enumerate(ends):
+                self._check(name, f"{name}.{number}", end, "ci95")
+        return self
+
+    def _check(self, name: str, place: str, value: float | None, table: str = "metrics") -> None:
+        problem = None if value is None else self.metric(name).problem(value)
+        if problem:
+            raise ValueError(f"{table}.{place}: {problem}")
+
+    def metric(self, name: str | None = None) -> Metric:
+        """Unit, direction and range of one of its metrics, or of the primary one."""
+        name = name or self.primary_metric
+        return self.units.get(name.removesuffix("_std")) or metric_named(name)
+
     @classmethod
     def of_run(cls, **fields: Any) -> Result:
-        """Make the result of a run. Raises NumericalError for metrics that are no fractions, such as NaN."""
+        """Make the result of a run. Raises NumericalError for metrics outside their range, such as NaN."""
         try:
             return cls(**fields)
         except ValidationError as error:

@@ -210,8 +210,10 @@ def _parse(path: Path, content: bytes) -> Result:
             f"{path}: is not a whole JSON document ({error}). Delete it and run its task again."
         ) from error
     version = document.get("schema_version") if isinstance(document, dict) else None
-    if not isinstance(version, int):
-        raise BadInputError(f"{path}: is not a neco-bench result (no schema_version). Move it out of this folder.")
+    if not isinstance(version, int) or isinstance(version, bool) or version < 1:
+        raise BadInputError(
+            f"{path}: is not a neco-bench result (no schema_version from 1 on). Move it out of this folder."
+        )
     if version > SCHEMA_VERSION:
         raise BadInputError(
             f"{path}: has schema_version {version}; this neco-bench reads up to {SCHEMA_VERSION}. Upgrade neco-bench."

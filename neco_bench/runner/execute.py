@@ -167,6 +167,7 @@ def _executed(
         metrics=outcome.metrics,
         per_class=outcome.per_class,
         ci95={name: interval for name, interval in outcome.ci95.items() if interval is not None},
+        units=dict(outcome.units),
         n_images=outcome.n_images,
         status="ok",
         provenance=provenance,
