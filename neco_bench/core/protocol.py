@@ -38,7 +38,14 @@ FAMILIES: Registry = Registry(
     "neco_bench.tasks",
     {
         name: f"neco_bench.tasks.{name}"
-        for name in ("in_context", "linear_segmentation", "overclustering", "patch_probe", "correspondence")
+        for name in (
+            "in_context",
+            "linear_segmentation",
+            "overclustering",
+            "patch_probe",
+            "correspondence",
+            "dense_regression",
+        )
     },
     listing="neco-bench tasks",
 )

@@ -89,10 +89,6 @@ class DenseDataset(Dataset):
         """The image of an item, (H, W, 3) uint8."""
         return read_image(self.files(item)[0], listed_in=self.list_file)
 
-    def unit(self, index: int) -> str:
-        """What is drawn when items are drawn anew (scene, drive): items of one unit depend on each other."""
-        return self.ids[index]
-
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
         if not cls.needs_root:

@@ -16,7 +16,7 @@ import numpy as np
 from neco_bench.core.errors import BadInputError
 from neco_bench.data.dense import DenseDataset, read_depth
 from neco_bench.data.folder import AbsentSplitError, contents, file_ids, first_entry, locate, missing, read_lines
-from neco_bench.data.nyuv2 import frames
+from neco_bench.data.nyuv2 import frames, scene_runs
 
 MM = 1000.0  # file values of NYU to a metre
 
@@ -27,6 +27,7 @@ class LabelledFrames(DenseDataset):
     """The 795/654 labelled frames of NYUv2 in the folders that `data prepare nyuv2` makes."""
 
     folder_name = "nyuv2"
+    sampling_unit = "scene"
     splits = ("train", "test")
     expected: ClassVar[dict[str, int]] = {"train": 795, "test": 654}
     image_sizes = (NYU_SIZE,)
@@ -56,7 +57,6 @@ class LabelledFrames(DenseDataset):
                     f"first is {lacking[0]}.png.",
                 )
         self.ids = tuple(sorted(found[0]))
-        self._scenes = self._read_scenes()
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
@@ -67,18 +67,10 @@ class LabelledFrames(DenseDataset):
     def files(self, item: str) -> tuple[Path, ...]:
         return tuple(self.folder / f"{self.split}_{part}" / f"{item}.png" for part in self.parts)
 
-    def unit(self, index: int) -> str:
-        """The scene of `scenes.txt`, which `data prepare` writes; without it the frame alone."""
-        return self._scenes.get(self.ids[index], self.ids[index])
-
-    def _read_scenes(self) -> dict[str, str]:
-        path = self.folder / "scenes.txt"
-        if not path.is_file():
-            return {}
-        entries = [line.split() for line in read_lines(type(self), path)]
-        if any(len(entry) != 2 for entry in entries):
-            raise BadInputError(f"{path} must hold a frame and its scene on each line, such as '0001 kitchen_0004'.")
-        return {frame: scene for frame, scene in entries}  # noqa: C416 (lists of two are no pairs for dict())
+    @classmethod
+    def group_of(cls, item: str) -> str:
+        """The run of frames of a scene (`scene_runs`)."""
+        return str(scene_runs()[int(item)])
 
 
 class NYUDepthLabelled(LabelledFrames):
@@ -94,7 +86,6 @@ class NYUDepthLabelled(LabelledFrames):
   <data root>/nyuv2/
     {train,test}_rgb/NNNN.png      640x480, NNNN = 1-based frame number of nyu_depth_v2_labeled.mat
     {train,test}_depth/NNNN.png    16-bit millimetres; 0 = none
-    scenes.txt                     optional: frame and scene; scenes are then what intervals are drawn from
   made from the official file by: neco-bench data prepare nyuv2 --source nyu_depth_v2_labeled.mat"""
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
@@ -166,6 +157,7 @@ class NYUDepth(ListedDepth):
     """
 
     name = "nyu_depth"
+    sampling_unit = "scene"
     splits = ("train", "test")
     expected: ClassVar[dict[str, int]] = {"train": 24_231, "test": 654}
     images_from = "nyuv2"
@@ -192,19 +184,21 @@ class NYUDepth(ListedDepth):
     def is_test(cls, item: str) -> bool:
         """Test frames lie in folders of scene types, which have no number, and are of the official test split."""
         path = PurePosixPath(item)
-        number = re.search(r"(\d+)$", path.stem)
+        number = re.search(r"_(\d{5})$", path.stem)
         return not re.search(r"\d", path.parent.name) and number is not None and int(number[1]) + 1 in cls._OFFICIAL
 
-    def unit(self, index: int) -> str:
-        """The scene of a training frame; test frames do not name theirs."""
-        item = self.ids[index]
-        return str(PurePosixPath(item).parent) if self.split == "train" else item
+    @classmethod
+    def group_of(cls, item: str) -> str:
+        """The scene of a training frame, the run of frames (`scene_runs`) of a test frame."""
+        path = PurePosixPath(item)
+        return str(scene_runs()[int(path.stem[-5:]) + 1]) if cls.is_test(item) else str(path.parent)
 
 
 class KITTIDepth(ListedDepth):
     """KITTI, Eigen split: 23,158 training images and 652 of the 697 test images, which have improved ground truth."""
 
     name = "kitti_depth"
+    sampling_unit = "drive"
     splits = ("train", "test")
     expected: ClassVar[dict[str, int]] = {"train": 23_158, "test": 652}
     images_from = "kitti"
@@ -247,9 +241,10 @@ class KITTIDepth(ListedDepth):
         other = image.with_suffix(".jpg")
         return (other if not image.is_file() and other.is_file() else image), depth
 
-    def unit(self, index: int) -> str:
+    @classmethod
+    def group_of(cls, item: str) -> str:
         """The drive."""
-        return "_drive_".join(self._drive(self.ids[index]))
+        return "_drive_".join(cls._drive(item))
 
     @staticmethod
     def _drive(item: str) -> tuple[str, str]:

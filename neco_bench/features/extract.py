@@ -20,9 +20,8 @@ from torch import Tensor
 from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, is_out_of_memory
 from neco_bench.core.task import Context
-from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.loader import ItemDataset, load_items
+from neco_bench.features.loader import ImageDataset, ItemDataset, load_items
 from neco_bench.features.store import FeatureFile, FeatureStore
 from neco_bench.features.transforms import Transform
 
@@ -37,10 +36,10 @@ class FeatureBatch:
 
 
 def encode_within_memory(encoder: Encoder, images: Tensor, context: Context, **options: Any) -> Tensor:
-    """`encoder.encode(images).map`; after an out-of-memory error in halves, and so from then on."""
+    """`features_of` images; after an out-of-memory error in halves, and so from then on."""
     while True:
         try:
-            parts = [encoder.encode(part, **options).map for part in images.split(context.batch_size)]
+            parts = [features_of(encoder, part, **options) for part in images.split(context.batch_size)]
             return torch.cat(parts) if len(parts) > 1 else parts[0]
         except (RuntimeError, MemoryError, NecoBenchError) as error:
             if context.batch_size == 1 or not is_out_of_memory(error):
@@ -49,9 +48,32 @@ def encode_within_memory(encoder: Encoder, images: Tensor, context: Context, **o
         torch.cuda.empty_cache()
 
 
+def features_of(
+    encoder: Encoder, images: Tensor, *, class_token: bool = False, mirrored: bool = False, **options: Any
+) -> Tensor:
+    """`encoder.encode(images).map`, (B, D, h, w), with what else is asked for behind it as further channels.
+
+    Args:
+        encoder: of the images.
+        images: (B, 3, H, W) in [0, 1].
+        class_token: the first prefix token at each cell; of encoders without one, the mean of the cells.
+        mirrored: after these, the same of the mirrored images, mirrored back.
+        options: of `encode`.
+    """
+    found = encoder.encode(images, **options)
+    features = found.map
+    if class_token:
+        token = features.mean((2, 3)) if found.prefix is None else found.prefix[:, 0]
+        features = torch.cat([features, token[:, :, None, None].expand_as(features)], 1)
+    if not mirrored:
+        return features
+    other = features_of(encoder, images.flip(-1), class_token=class_token, **options)
+    return torch.cat([features, other.flip(-1)], 1)
+
+
 def stream(
     encoder: Encoder,
-    dataset: SegmentationDataset,
+    dataset: ImageDataset,
     transform: Transform,
     context: Context,
     description: str,
@@ -60,7 +82,8 @@ def stream(
     own: bool = False,
     **options: Any,
 ) -> Iterator[FeatureBatch]:
-    """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to `encode`.
+    """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to
+    `features_of`.
 
     The generator given to the transform depends on (seed, epoch, image id) alone. Where the context has a feature
     store, items that are there come from it, and the others go there. Of several processes each encodes every so many
@@ -111,7 +134,7 @@ def _of_size(batches: Iterator[FeatureBatch], size: int) -> Iterator[FeatureBatc
 
 def _local(
     encoder: Encoder,
-    dataset: SegmentationDataset,
+    dataset: ImageDataset,
     transform: Transform,
     context: Context,
     description: str,
@@ -148,7 +171,7 @@ def _local(
 def _open_kept(
     store: FeatureStore,
     encoder: Encoder,
-    dataset: SegmentationDataset,
+    dataset: ImageDataset,
     transform: Transform,
     context: Context,
     items: Sequence[tuple[int, int]],
@@ -162,7 +185,8 @@ def _open_kept(
         code = inspect.getsource(inspect.getmodule(transform) or type(transform))
     except (OSError, TypeError):
         return None
-    if not isinstance(size, int):
+    sides = (size, size) if isinstance(size, int) else size
+    if not isinstance(sides, tuple):
         return None
     facts = {
         "encoder": [encoder.name, encoder.weights_id, encoder.layer, encoder.final_norm, encoder.pos_interp],
@@ -174,13 +198,13 @@ def _open_kept(
         "items": items,
         "seed": context.seed,
     }
-    side = size // encoder.stride
-    return store.open(facts, len(items), (encoder.embed_dim, side, side))
+    channels = encoder.embed_dim * 2 ** sum(bool(options.get(name)) for name in ("class_token", "mirrored"))
+    return store.open(facts, len(items), (channels, *(side // encoder.stride for side in sides)))
 
 
 def _computed(
     encoder: Encoder,
-    dataset: SegmentationDataset,
+    dataset: ImageDataset,
     transform: Transform,
     context: Context,
     description: str,

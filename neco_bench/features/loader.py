@@ -19,14 +19,18 @@ from neco_bench.core.errors import BadInputError, NecoBenchError, user_error
 from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context
 from neco_bench.data.base import SegmentationDataset
+from neco_bench.data.dense import DenseDataset
 from neco_bench.features.transforms import Transform
+
+
+ImageDataset = SegmentationDataset | DenseDataset
 
 
 class ItemDataset(TorchDataset):
     """Loads and transforms item `position` of `items`, a sequence of (epoch, index)."""
 
     def __init__(
-        self, dataset: SegmentationDataset, items: Sequence[tuple[int, int]], transform: Transform, seed: int
+        self, dataset: ImageDataset, items: Sequence[tuple[int, int]], transform: Transform, seed: int
     ) -> None:
         self.dataset, self.items, self.transform, self.seed = dataset, items, transform, seed
 

@@ -148,7 +148,7 @@ def _executed(
         **asked,
         "only_size": loaded.only_size,
         "size_multiple": loaded.size_multiple or loaded.stride,
-        "tokens": None if used is None else (used // loaded.stride) ** 2,
+        "tokens": (used // loaded.stride) ** 2 if isinstance(used, int) else outcome.features.get("tokens"),
         "layer": loaded.layer,
         "pos_interp": loaded.pos_interp,
         "dtype": "float16" if options.features == "fp16" else "float32",
@@ -253,9 +253,9 @@ def load_job_encoder(job: Job) -> Encoder:
 
 
 def _check_masks(job: Job) -> None:
-    """Raise BadInputError where a few masks of a split already show that they are not those of the data set."""
+    """Raise BadInputError where a few masks or depth maps of a split already show that they are of something else."""
     for dataset in job.data.values():
-        if isinstance(dataset, SegmentationDataset) and (doubts := dataset.sample_doubts()):
+        if doubts := dataset.sample_doubts():
             raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {doubts[0]}")
 
 
