@@ -17,6 +17,7 @@ import torch
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.core.task import Context
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
+from neco_bench.data.dense import DenseDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.transforms import resize_image
 from neco_bench.results.provenance import peak_memory_mb
@@ -125,7 +126,7 @@ def _seconds_to_load(dataset: Dataset, size: int) -> float:
     start = time.perf_counter()
     count = min(MEASURED, len(dataset))
     for index in range(count):
-        if isinstance(dataset, SegmentationDataset):
+        if isinstance(dataset, SegmentationDataset | DenseDataset):
             resize_image(dataset[index].image, size, size)
         elif isinstance(dataset, PairDataset):
             resize_image(dataset.read_image(dataset.image_ids[index]), size, size)

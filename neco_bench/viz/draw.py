@@ -89,7 +89,7 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
 def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[str, Any], caption: str) -> PictureRow:
     image = dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
-    image = _fitted(image, (side, side), Image.Resampling.BICUBIC)
+    image = fitted(image, (side, side), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
     truth, prediction = (_enlarged(predicted[kind], height, width) for kind in ("truth", "prediction"))
     palette = np.full((256, 3), 128, np.uint8)
@@ -166,7 +166,7 @@ def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: 
     """Both images side by side, a line from each point to where it was found, a ring where a missed one should be."""
     sample = dataset[dataset.ids.index(name)]
     half = (LARGE // 2, LARGE // 2)
-    images = [_fitted(image, half, Image.Resampling.BICUBIC) for image in (sample.source_image, sample.target_image)]
+    images = [fitted(image, half, Image.Resampling.BICUBIC) for image in (sample.source_image, sample.target_image)]
     scales = [
         fitted.shape[1] / image.shape[1]
         for fitted, image in zip(images, (sample.source_image, sample.target_image), strict=True)
@@ -200,7 +200,7 @@ def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(Image.fromarray(values.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
 
 
-def _fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
+def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
     """Pixels at the largest size that fits the box (width, height), the aspect kept."""
     height, width = pixels.shape[:2]
     scale = min(box[0] / width, box[1] / height)
@@ -210,7 +210,7 @@ def _fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) ->
 
 def thumbnail(tile: Tile) -> np.ndarray:
     rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
-    return _fitted(tile.pixels, _box(tile), rule)
+    return fitted(tile.pixels, _box(tile), rule)
 
 
 def _box(tile: Tile) -> tuple[int, int]:

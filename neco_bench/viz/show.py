@@ -13,6 +13,7 @@ import torch
 from neco_bench.core.errors import UsageError
 from neco_bench.core.files import slug, write_whole
 from neco_bench.data.base import IGNORE, PairDataset, SegmentationDataset
+from neco_bench.data.dense import DenseDataset
 from neco_bench.metrics import segmentation
 from neco_bench.reports.compare import hits_column, item_scores
 from neco_bench.reports.render import render
@@ -32,6 +33,7 @@ from neco_bench.viz.draw import (
     encode_image,
     thumbnail,
 )
+from neco_bench.viz.draw_dense import dense_legend, draw_dense
 
 
 @dataclass(frozen=True)
@@ -88,8 +90,10 @@ def show(
         raise UsageError(f"Task family {result.family!r} records no predictions that could be drawn.")
     data = job.draws[0]
     dataset = data["test"] if "test" in data else data["val"]
-    stored = _stored_counts(result, arrays)
-    if isinstance(dataset, SegmentationDataset):
+    stored = {} if isinstance(dataset, DenseDataset) else _stored_counts(result, arrays)
+    if isinstance(dataset, DenseDataset):
+        drawn = _draw_dense({name: predictions[name] for name in ids}, dataset.kind, result, arrays)
+    elif isinstance(dataset, SegmentationDataset):
         drawn = _draw_images(dataset, {name: predictions[name] for name in ids}, scores, stored)
     else:
         assert isinstance(dataset, PairDataset)
@@ -160,12 +164,26 @@ def _draw_pairs(
     return _Drawn(rows, [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)], differing)
 
 
+def _draw_dense(
+    predictions: dict[str, dict[str, Any]], kind: str, result: Result, arrays: Mapping[str, np.ndarray]
+) -> _Drawn:
+    metric = result.metric()
+    stored = dict(zip(arrays["item_id"].tolist(), arrays[f"score/{result.primary_metric}"].tolist(), strict=True))
+    rows, differing = [], 0
+    for name, own in predictions.items():
+        value = own["values"][result.primary_metric]
+        rows.append(draw_dense(name, own, kind, f"{result.primary_metric} {metric.text(value)}"))
+        differing += not np.isclose(value, stored[name], rtol=1e-4)
+    return _Drawn(rows, dense_legend(kind), differing)
+
+
 def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
     """Write the page, the grid, and of each tile a thumbnail and the picture."""
     metric = result.primary_metric
     low, high = result.ci95.get(metric, (float("nan"), float("nan")))
     title = f"{result.model} on {result.task}@{result.protocol}"
-    value = f"{metric}: {100 * result.metrics[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    unit = result.metric()
+    value = f"{metric}: {unit.text(result.metrics[metric])} [{unit.text(low) or 'nan'}, {unit.text(high) or 'nan'}]"
     for old in (out / "pictures").glob("[0-9][0-9][0-9]-*"):  # of an earlier call
         old.unlink()
     rows = [(row, [_write_tile(out, number, row, tile) for tile in row.tiles]) for number, row in enumerate(drawn.rows)]
