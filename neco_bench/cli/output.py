@@ -40,25 +40,25 @@ def foreign_code() -> Iterator[None]:
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """Write a result as a row: value and interval in percent, and the part of the data it was measured on."""
-    value = result.metrics.get(result.primary_metric)
-    low, high = result.ci95.get(result.primary_metric, (None, None))
+    """Write a result as a row: value and interval in its unit, what the interval rests on, and the part of the data."""
+    value, metric = result.metrics.get(result.primary_metric), result.metric()
     notes = result.subset_notes
     notes += [f"limit {result.limit}"] if result.limit else []
     return {
         "model": result.model,
         "task": result.task,
         "protocol": result.protocol,
-        "metric": result.primary_metric,
-        "value": "failed" if value is None else f"{100 * value:.1f}",
-        "95 % interval": "" if low is None or high is None else f"[{100 * low:.1f}, {100 * high:.1f}]",
+        "metric": result.primary_metric + (f" ({metric.legend})" if metric.legend else ""),
+        "value": "failed" if value is None else metric.text(value),
+        "95 % interval": metric.interval(*result.ci95.get(result.primary_metric, (None, None))),
+        "over": result.drawn_text,
         "note": ", ".join([*(["subset"] if result.subset else []), *notes]),
         "seconds": f"{result.timing.get('total', 0):.1f}",
     }
 
 
 def comparison_fractions(row: ComparisonRow) -> dict[str, Any]:
-    """Write a row of a comparison for JSON: fractions, None where there is no number."""
+    """Write a row of a comparison for JSON: values as stored, None where there is no number."""
     difference = row.difference
     values: dict[str, Any] = {
         "first": row.first,
@@ -70,26 +70,30 @@ def comparison_fractions(row: ComparisonRow) -> dict[str, Any]:
         "p_holm": row.p_holm,
     }
     values = {name: None if value is None or value != value else float(value) for name, value in values.items()}
-    return {"name": row.name, **values, "items": row.items}
+    facts = {"items": row.items, "unit": row.unit, "test": difference.test, "note": row.note}
+    return {"name": row.name, **values, **facts, "better": row.metric.direction}
+
+
+def plural(unit: str, count: int) -> str:
+    """The name of so many units."""
+    first, _, rest = unit.partition(" ")
+    return unit if count == 1 else f"{first}s {rest}".rstrip()
 
 
 def comparison_percent(row: ComparisonRow) -> dict[str, Any]:
-    """Write a row of a comparison for a table: percent points, empty where there is no number."""
-
-    def percent(value: float | None, sign: str = "") -> str:
-        return "" if value is None or value != value else f"{100 * value:{sign}.1f}"
-
-    difference = row.difference
+    """Write a row of a comparison for a table: in the unit of the metric, empty where there is no number."""
+    difference, metric = row.difference, row.metric
     defined = difference.p == difference.p
     return {
-        "name": row.name,
-        "first": percent(row.first),
-        "second": percent(row.second),
-        "difference": percent(difference.value, "+"),
-        "95 % interval": f"[{percent(difference.low, '+')}, {percent(difference.high, '+')}]" if defined else "",
+        "name": row.name + (f" ({metric.legend})" if metric.legend else ""),
+        "first": metric.text(row.first),
+        "second": metric.text(row.second),
+        "difference": metric.text(difference.value, plus=True),
+        "95 % interval": metric.interval(difference.low, difference.high, plus=True),
         "p": f"{difference.p:.4f}" if defined else "",
         "p (Holm)": f"{row.p_holm:.4f}" if defined else "",
-        "items": row.items,
+        "items": f"{row.items} {plural(row.unit, row.items)}",
+        "note": row.note,
     }
 
 

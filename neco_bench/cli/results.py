@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -41,11 +42,18 @@ def leaderboard(
     from neco_bench.reports.tables import build_tables
 
     with open_stores(results) as stores:
-        found = [result for store in stores for result in store.load_all()]
+        by_store = [(result, store) for store in stores for result in store.load_all()]
+    found, places = [result for result, _ in by_store], {result.key: store for result, store in by_store}
     if not found:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
     shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
-    paths = write_leaderboard(found, out, published or shipped, latex_intervals=latex_intervals)
+    paths = write_leaderboard(
+        found,
+        out,
+        published or shipped,
+        latex_intervals=latex_intervals,
+        statistics=lambda result: places[result.key].statistics(result),
+    )
     if as_json:
         print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return
@@ -74,11 +82,12 @@ def compare(
     ] = 0,
     as_json: Json = False,
 ) -> None:
-    """Compare two models, second minus first, by paired bootstrap over images: interval, p, and p after Holm.
+    """Compare two models, second minus first, on the same items: interval, p by sign flips, and p after Holm.
 
     Example: neco-bench compare baseline_rgb baseline_hog --task 'shapes_*'
     """
     from neco_bench.reports import compare as comparing
+    from neco_bench.reports.words import MEANING, TESTS
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
     not_negative("--images", images)
@@ -99,6 +108,7 @@ def compare(
     for title, table in tables.items():
         print(f"{first} -> {second}" if title == "tasks" else f"\n{title}")
         print_rows(table, False)
+    print("\n" + textwrap.fill(f"{TESTS} {MEANING}", 118))
 
 
 @app.command()

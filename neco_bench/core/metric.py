@@ -2,8 +2,8 @@
 
 The contract of task families, from the commit "Metrics: unit, direction and range" on: a metric is known by its name.
 One that is a fraction, printed in percent, of which more is better needs nothing. For any other, add a line to
-METRICS; a plug-in gives `Outcome(units={name: Metric(...)})`. Tables, ranks, comparisons, pages and `published.csv` read
-unit and direction from here and nowhere else.
+METRICS; a plug-in gives `Outcome(units={name: Metric(...)})`. Tables, ranks, comparisons, pages and `published.csv`
+read unit and direction from here and nowhere else.
 """
 
 from __future__ import annotations
@@ -89,15 +89,15 @@ class Metric(BaseModel):
 ROUNDING = 1e-6  # by which a mean of values may leave their range
 
 
-_ERROR = {"lower_is_better": True, "high": None}
+_RATIO = Metric(unit="ratio", lower_is_better=True, high=None)
 
 # By name: the first pattern that is the whole name, without "_std" and what follows a "/".
 METRICS: dict[str, Metric] = {
     r"(?i)((mean|median|rmse)[-_ ])?(angle|angular[-_ ]error)": Metric(
         unit="degrees", lower_is_better=True, high=180.0
     ),
-    r"(?i)si[-_ ]?rmse|rmse[-_ ]?log|log_?10|silog|abs[-_ ]?rel|sq[-_ ]?rel|rmse x10": Metric(unit="ratio", **_ERROR),
-    r"(?i)rmse( m|_\w+)?|mae( m|_m)?": Metric(unit="metres", **_ERROR),
+    r"(?i)si[-_ ]?rmse|rmse[-_ ]?log|log_?10|silog|abs[-_ ]?rel|sq[-_ ]?rel|rmse x10": _RATIO,
+    r"(?i)rmse( m|_\w+)?|mae( m|_m)?": Metric(unit="metres", lower_is_better=True, high=None),
     r"[JF][ _]decay": Metric(lower_is_better=True, low=-1.0),
 }
 

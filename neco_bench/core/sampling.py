@@ -1,8 +1,8 @@
 """Which unit is drawn from a population: what intervals and tests take to be independent. Imports no torch.
 
 The contract of data sets and task families, from the commit "Metrics: unit, direction and range" on. A data set says
-`sampling_unit`, and where items are parts of larger units `group_of(id)`. A family stores the ids of its items and their
-statistics in one of these forms; the runner then makes intervals, and reports make paired tests, by the unit drawn.
+`sampling_unit`, and where items are parts of larger units `group_of(id)`. A family stores the ids of its items and
+their statistics in one of these forms; the runner then makes intervals, and reports make paired tests, by the unit.
 
 - `image_id` (n,), `confusion` (..., n, C, C): of mIoU; leading axes are draws of the training set and seeds.
 - `pair_id` (n,), `hits` (n, thresholds), `totals` (n,), `category` (n,), `images` (n, 2): of PCK.

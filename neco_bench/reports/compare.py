@@ -1,28 +1,33 @@
-"""Two models on the same tasks: paired bootstrap differences from stored per-image statistics. No re-run."""
+"""Two models on the same tasks: paired differences from stored per-item statistics. No re-run."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from typing import Any
+from functools import partial
 
 import numpy as np
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
+from neco_bench.core.metric import Metric
 from neco_bench.metrics import segmentation
-from neco_bench.metrics.bootstrap import (
-    BootstrapMetric,
-    Difference,
-    class_iou_sums,
-    holm,
-    miou_sums,
-    paired_difference,
-    ratio_sums,
-    size_sums,
-)
+from neco_bench.metrics.intervals import FEWEST
+from neco_bench.metrics.paired import DRAWS, Difference, holm, paired_difference
+from neco_bench.metrics.sums import SumMetric, class_iou_sums, merged, size_sums
+from neco_bench.reports.comparable import MUST, differences, fact
 from neco_bench.results.schema import Result
+from neco_bench.results.statistics import (
+    Arrays,
+    hits_column,
+    in_order,
+    item_ids,
+    pck_sums,
+    primary_sums,
+    sampling_of,
+)
 from neco_bench.results.store import ResultStore
 
 # Sizes of regions: the share of an image's labelled pixels that a class covers, from and below.
@@ -34,14 +39,29 @@ MOST_LISTED = 8  # results in a message
 
 @dataclass(frozen=True)
 class ComparisonRow:
-    """The comparison of two models on a task, or on one class or size of it."""
+    """The comparison of two models on a task, or on one class or size of it.
+
+    first, second: values of the metric; None: undefined. difference: second less first. p_holm: p adjusted for the
+    number of rows compared together. note: what else the two differ in, and what cannot be said.
+    """
 
     name: str
-    first: float | None  # fractions; None: undefined
+    metric: Metric
+    first: float | None
     second: float | None
-    difference: Difference  # second minus first
-    p_holm: float  # p adjusted for the number of rows compared together
-    items: int  # images or pairs
+    difference: Difference
+    p_holm: float
+    note: str = ""
+
+    @property
+    def items(self) -> int:
+        """The units that p rests on: those in which the two models differ."""
+        return self.difference.units
+
+    @property
+    def unit(self) -> str:
+        """What one of them is."""
+        return self.difference.unit
 
 
 ResultKey = tuple[object, ...]
@@ -79,8 +99,8 @@ def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str])
     return matching
 
 
-def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, float]:
-    """Score each image or pair by its id: mIoU over the classes in it, the mean over seeds and draws, or PCK.
+def item_scores(result: Result, arrays: Arrays) -> dict[str, float]:
+    """Score each item by its id: mIoU over the classes in the image, the mean over seeds and draws, PCK, or its score.
 
     Images without ground truth are left out.
 
@@ -88,7 +108,7 @@ def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, floa
         MissingError: where a result stores no ids.
         BadInputError: where it stores no counts.
     """
-    ids = arrays.get("image_id", arrays.get("pair_id"))
+    ids = item_ids(arrays)
     if ids is None:
         raise MissingError(
             f"The result of {result.model} on {result.task}@{result.protocol} was stored without image ids. Run it "
@@ -98,53 +118,72 @@ def item_scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, floa
         counts = arrays["confusion"]
         images = counts.reshape(-1, *counts.shape[-3:]).swapaxes(0, 1)
         scores = [float(np.mean([segmentation.mean_iou(c, absent="exclude") for c in image])) for image in images]
-    else:
-        if "hits" not in arrays:
-            raise BadInputError(f"The statistics of {result.model} on {result.column} hold no counts of items.")
+    elif "hits" in arrays:
         scores = (arrays["hits"][:, hits_column(result)] / arrays["totals"]).tolist()
-    return {str(name): score for name, score in zip(ids, scores, strict=True) if not np.isnan(score)}
-
-
-def hits_column(result: Result) -> int:
-    """Find the column of the stored hits that belongs to the primary metric, PCK@alpha."""
-    try:
-        alphas = [f"PCK@{alpha:.2f}" for alpha in _setting(result, "alphas")]
-        return alphas.index(result.primary_metric)
-    except (TypeError, ValueError) as error:
-        raise BadInputError(
-            f"The result of {result.model} on {result.column} is not complete: its settings do not name "
-            f"{result.primary_metric}. Run it again with --overwrite."
-        ) from error
-
-
-def _setting(result: Result, name: str) -> Any:
-    """Read a constant that a result was measured with. Raises BadInputError where it is not recorded."""
-    try:
-        return result.provenance["settings"][name]
-    except KeyError as error:
-        raise BadInputError(
-            f"The result of {result.model} on {result.column} is not complete: it does not record {name}. Run it again "
-            f"with --overwrite."
-        ) from error
+    else:
+        form = next((f for f in ("score", "square") if f"{f}/{result.primary_metric}" in arrays), None)
+        if form is None:
+            raise BadInputError(f"The statistics of {result.model} on {result.column} hold no counts of items.")
+        values = np.atleast_2d(arrays[f"{form}/{result.primary_metric}"]).mean(0)
+        scores = (np.sqrt(values) if form == "square" else values).tolist()
+    return {name: score for name, score in zip(ids, scores, strict=True) if not np.isnan(score)}
 
 
 @dataclass(frozen=True)
 class ResultPair:
-    """Results of two models on one task and protocol, with their per-image statistics."""
+    """Results of two models on one task and protocol, one of each per seed, and their per-item statistics.
 
-    first: Result
-    second: Result
-    first_arrays: dict[str, np.ndarray]
-    second_arrays: dict[str, np.ndarray]
+    The items of all are in one order.
+    """
+
+    results: Sequence[tuple[Result, Result]]
+    arrays: Sequence[tuple[Arrays, Arrays]]
+
+    @property
+    def first(self) -> Result:
+        """The first model's result of the first seed."""
+        return self.results[0][0]
+
+    @property
+    def second(self) -> Result:
+        """The second model's."""
+        return self.results[0][1]
+
+    @property
+    def first_arrays(self) -> Arrays:
+        """Statistics of `first`."""
+        return self.arrays[0][0]
+
+    @property
+    def second_arrays(self) -> Arrays:
+        """Statistics of `second`."""
+        return self.arrays[0][1]
 
     @property
     def name(self) -> str:
-        """The task with its protocol and what was changed, and the seed where it is not 0."""
+        """The task with its protocol and what was changed, and the seed where it is one other than 0."""
+        if len(self.results) > 1:
+            return f"{self.first.column} ({len(self.results)} seeds)"
         return _measured(self.first)
+
+    @property
+    def note(self) -> str:
+        """What the two results differ in, and what their interval does not cover."""
+        drawn = self.first.drawn
+        notes = [note for note in (drawn.notes if drawn else []) if not note.startswith("fewer than")]
+        return "; ".join([*differences(self.first, self.second), *notes])
+
+    def sums(self, of: Callable[[Result, Arrays], SumMetric]) -> tuple[SumMetric, SumMetric]:
+        """A metric of the two models over the same items, over all seeds."""
+        first, second = (
+            merged([of(results[side], arrays[side]) for results, arrays in zip(self.results, self.arrays, strict=True)])
+            for side in (0, 1)
+        )
+        return first, second
 
 
 def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[ResultPair]:
-    """Pair the results of two models of the same task, protocol, seed and settings.
+    """Pair the results of two models of the same task, protocol and settings; those of several seeds are one pair.
 
     Args:
         folders: where to look.
@@ -165,35 +204,55 @@ def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: S
             f"{first!r} and {second!r} have nothing in common{_for_tasks(tasks)}: task, protocol, settings, limit and "
             f"seed must be the same. {first!r} has {_listed(of_first)}; {second!r} has {_listed(of_second)}."
         )
-    pairs, failure = [], None
+    by_task: dict[ResultKey, list[tuple[tuple[Result, Result], tuple[Arrays, Arrays]]]] = defaultdict(list)
+    failure = None
     for place in shared:
         (one, store), (other, other_store) = of_first[place], of_second[place]
+        task = (*place[:3], place[4])  # without the seed
         try:
-            pairs.append(_pair(one, other, store.statistics(one), other_store.statistics(other)))
+            ids = item_ids(by_task[task][0][1][0]) if by_task[task] else None
+            arrays = _paired(one, other, store.statistics(one), other_store.statistics(other), ids)
+            by_task[task].append(((one, other), arrays))
         except NecoBenchError as error:  # the other pairs are compared all the same
             failure = error
             store.problems.append(str(error))
+    pairs = [ResultPair(*map(list, zip(*found, strict=True))) for found in by_task.values() if found]
     if failure and not pairs:
         raise failure
     return pairs
 
 
-def _pair(first: Result, second: Result, *arrays: dict[str, np.ndarray]) -> ResultPair:
-    """Pair two results. Raises BadInputError where their images or settings are not the same."""
-    for fact in ("dataset_fingerprint", "card_hash", "protocol_hash"):  # input sizes may differ, as strides do
-        if first.provenance.get(fact) != second.provenance.get(fact):
+def _paired(first: Result, second: Result, own: Arrays, others: Arrays, ids: list[str] | None) -> tuple[Arrays, Arrays]:
+    """The statistics of two results with equal items in equal order: that of `ids`, else of the first.
+
+    Raises:
+        BadInputError: where their images or settings are not the same.
+    """
+    place = f"{first.task}@{first.protocol}"
+    for name in MUST:
+        if fact(first, name) != fact(second, name):
             raise BadInputError(
-                f"{first.task}@{first.protocol}: the two results differ in {fact}, so their images or settings are not "
-                f"the same. Run one of them again with --overwrite."
+                f"{place}: the two results differ in {name}, so their images or settings are not the same. Run one of "
+                f"them again with --overwrite."
             )
     counts = ("confusion", "hits", "totals")
-    shapes = [{name: side[name].shape for name in counts if name in side} for side in arrays]
+    shapes = [{name: side[name].shape for name in counts if name in side} for side in (own, others)]
+    if shapes[0] != shapes[1] and {*shapes[0]} == {*shapes[1]}:
+        shapes = [{name: shape[-2:] for name, shape in side.items() if name != "totals"} for side in shapes]
     if shapes[0] != shapes[1]:
         raise BadInputError(
-            f"{first.task}@{first.protocol}: the statistics of the two results have different shapes, {shapes[0]} and "
-            f"{shapes[1]}. Run both again with --overwrite."
+            f"{place}: the statistics of the two results have different shapes, {shapes[0]} and {shapes[1]}. Run both "
+            f"again with --overwrite."
         )
-    return ResultPair(first, second, *arrays)
+    ids = ids or item_ids(own)
+    if ids is None or item_ids(others) is None:
+        raise MissingError(f"{place}: a result was stored without the ids of its items. Run it again with --overwrite.")
+    try:
+        return in_order(own, ids), in_order(others, ids)
+    except BadInputError as error:
+        raise BadInputError(
+            f"{place}: the two results are not of the same items. Run both again with --overwrite."
+        ) from error
 
 
 def _measured(result: Result) -> str:
@@ -211,46 +270,48 @@ def _for_tasks(tasks: Sequence[str]) -> str:
     return f" for {', '.join(tasks)}" if tasks else ""
 
 
-def compare_tasks(pairs: Sequence[ResultPair], *, draws: int = 10_000) -> list[ComparisonRow]:
-    """Compare the primary metric of each pair; p is adjusted over the rows."""
+def compare_tasks(pairs: Sequence[ResultPair], *, draws: int = DRAWS) -> list[ComparisonRow]:
+    """Compare the primary metric of each pair; p is adjusted over the rows, of which several seeds are one."""
     rows = []
     for pair in pairs:
-        (difference,) = paired_difference(*_sums(pair), draws=draws, seed=pair.first.seed)
-        metric = pair.first.primary_metric
-        values = pair.first.metrics[metric], pair.second.metrics[metric]
-        rows.append((pair.name, *values, difference, pair.first.n_images))
+        first, second = pair.sums(primary_sums)
+        (difference,) = _differences(pair, first, second, draws)
+        rows.append(
+            _row(pair.name, float(first.value()), float(second.value()), difference, pair.first.metric(), pair.note)
+        )
     return _adjusted(rows)
 
 
-def compare_classes(pair: ResultPair, *, draws: int = 10_000) -> list[ComparisonRow]:
+def compare_classes(pair: ResultPair, *, draws: int = DRAWS) -> list[ComparisonRow]:
     """Compare the classes of pixels or categories of pairs, the largest gain first; p is adjusted over them.
 
     Raises:
         BadInputError: for a result that does not name them.
     """
     if "confusion" in pair.first_arrays:
-        first, second = (class_iou_sums(arrays["confusion"]) for arrays in (pair.first_arrays, pair.second_arrays))
+        first, second = pair.sums(lambda _, arrays: class_iou_sums(arrays["confusion"]))
         names = list(next(iter(pair.first.per_class.values()), ()))
         if len(names) != pair.first_arrays["confusion"].shape[-1]:
             raise BadInputError(f"{pair.name}: the result of {pair.first.model} does not name its classes.")
-        items = np.full(len(names), pair.first.n_images)
-    else:
-        first, second = _point_sums(pair, apart=True)
+    elif "hits" in pair.first_arrays:
+        first, second = pair.sums(lambda result, own: pck_sums(result, own, hits_column(result), apart=True))
         categories = list(pair.first.per_class.get(pair.first.primary_metric, ()))
-        present, items = np.unique(pair.first_arrays["category"], return_counts=True)
+        present = np.unique(pair.first_arrays["category"])
         if present.max(initial=0) >= len(categories):
             raise BadInputError(f"{pair.name}: the result of {pair.first.model} does not name its categories.")
         names = [categories[number] for number in present]
-    differences = paired_difference(first, second, draws=draws, seed=pair.first.seed)
+    else:
+        return []
+    values = first.value(), second.value()
     rows = [
-        (name, None if np.isnan(a) else float(a), None if np.isnan(b) else float(b), d, int(count))
-        for name, a, b, d, count in zip(names, first.value(), second.value(), differences, items, strict=True)
+        _row(name, a, b, difference, Metric())
+        for name, a, b, difference in zip(names, *values, _differences(pair, first, second, draws), strict=True)
     ]
-    rows.sort(key=lambda row: -np.nan_to_num(row[3].value, nan=-9.0))
+    rows.sort(key=lambda row: -np.nan_to_num(row.difference.value, nan=-9.0))
     return _adjusted(rows)
 
 
-def compare_sizes(pair: ResultPair, *, draws: int = 10_000) -> list[ComparisonRow]:
+def compare_sizes(pair: ResultPair, *, draws: int = DRAWS) -> list[ComparisonRow]:
     """Compare mIoU on small, medium and large regions (SIZES); p is adjusted over them.
 
     A region is all that one class covers in one image.
@@ -261,15 +322,16 @@ def compare_sizes(pair: ResultPair, *, draws: int = 10_000) -> list[ComparisonRo
     if "confusion" not in pair.first_arrays:
         raise UsageError(f"{pair.name} has no regions of pixels to compare.")
     rows = []
-    for name, (low, high) in SIZES.items():
-        first, second = (
-            size_sums(arrays["confusion"], low, high) for arrays in (pair.first_arrays, pair.second_arrays)
-        )
-        items = int((first.columns > 0).any(1).sum())
-        if items:
-            (difference,) = paired_difference(first, second, draws=draws, seed=pair.first.seed)
-            rows.append((name, float(first.value()), float(second.value()), difference, items))
+    for name, limits in SIZES.items():
+        first, second = pair.sums(partial(_of_size, limits))
+        if (first.columns > 0).any():
+            (difference,) = _differences(pair, first, second, draws)
+            rows.append(_row(name, float(first.value()), float(second.value()), difference, Metric()))
     return _adjusted(rows)
+
+
+def _of_size(limits: tuple[float, float], result: Result, arrays: Arrays) -> SumMetric:
+    return size_sums(arrays["confusion"], *limits)
 
 
 def compare_images(pair: ResultPair) -> list[tuple[str, float, float]]:
@@ -283,35 +345,20 @@ def compare_images(pair: ResultPair) -> list[tuple[str, float, float]]:
     return sorted(rows, key=lambda row: (row[1] - row[2], row[0]))
 
 
-def _sums(pair: ResultPair) -> tuple[BootstrapMetric, BootstrapMetric]:
-    """The primary metric of the two, over the same items. Raises BadInputError for statistics of another kind."""
-    sides = (pair.first_arrays, pair.second_arrays)
-    if all("confusion" in arrays for arrays in sides):
-        first, second = (miou_sums(arrays["confusion"], _setting(pair.first, "absent")) for arrays in sides)
-        return first, second
-    if all("hits" in arrays for arrays in sides):
-        first, second = _point_sums(pair)
-        return first, second
-    raise BadInputError(f"{pair.name}: the stored statistics are not of a kind that can be compared.")
+def _differences(pair: ResultPair, first: SumMetric, second: SumMetric, draws: int) -> list[Difference]:
+    sampling = sampling_of(pair.first, pair.first_arrays)
+    return paired_difference(first, second, sampling, draws=draws, seed=pair.first.seed)
 
 
-def _point_sums(pair: ResultPair, *, apart: bool = False) -> list[BootstrapMetric]:
-    """PCK of the two by the average of the primary metric, or with `apart` that of each category."""
-    settings, column = pair.first.provenance.get("settings", {}), hits_column(pair.first)
-    average = settings.get("average") or ("class_mean" if settings.get("pairs_per_bin") is not None else "points")
-    sides = []
-    for arrays in (pair.first_arrays, pair.second_arrays):
-        hits, totals = arrays["hits"][:, column], arrays["totals"]
-        if average == "pairs":
-            hits, totals = hits / totals, np.ones(len(totals))
-        groups = arrays["category"] if apart or average == "class_mean" else None
-        sides.append(ratio_sums(hits, totals, groups, images=arrays.get("images"), apart=apart))
-    return sides
+def _row(
+    name: str, first: float, second: float, difference: Difference, metric: Metric, note: str = ""
+) -> ComparisonRow:
+    a, b = (None if np.isnan(value) else float(value) for value in (first, second))
+    if np.isnan(difference.p) and difference.units:
+        note = "; ".join(filter(None, [f"no p below {FEWEST} units that differ", note]))
+    return ComparisonRow(name, metric, a, b, difference, float("nan"), note)
 
 
-def _adjusted(rows: Sequence[tuple[str, float | None, float | None, Difference, int]]) -> list[ComparisonRow]:
-    adjusted = holm(np.array([difference.p for _, _, _, difference, _ in rows]))
-    return [
-        ComparisonRow(name, a, b, difference, float(p), items)
-        for (name, a, b, difference, items), p in zip(rows, adjusted, strict=True)
-    ]
+def _adjusted(rows: Sequence[ComparisonRow]) -> list[ComparisonRow]:
+    adjusted = holm(np.array([row.difference.p for row in rows]))
+    return [replace(row, p_holm=float(p)) for row, p in zip(rows, adjusted, strict=True)]

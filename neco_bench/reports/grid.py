@@ -1,8 +1,9 @@
-"""Results arranged as models by columns (task@protocol), and their ranks."""
+"""Results arranged as models by columns (task@protocol), and what a cell says."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -10,10 +11,12 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from neco_bench.core.metric import Metric
+from neco_bench.reports.comparable import MUST, fact, marks, with_ids
 from neco_bench.results.schema import Result
 
 # Provenance entries in which the results of one cell (the seeds) must agree; otherwise the cell reads "ambiguous".
-SETTINGS = ("dataset_fingerprint", "card_hash", "features", "precision")
+SETTINGS = ("features", "precision")
 
 # Results that stand in a table of their own, by the ending of its name.
 KINDS = {"": "", ".subset": "parts of the data sets", ".unranked": "--limit or --set, never ranked"}
@@ -25,11 +28,13 @@ RUN_COLUMNS = {
     "column": "object",
     "weights_id": "object",
     "protocol_hash": "object",
+    "card_hash": "object",
+    "dataset_fingerprint": "object",
     "official": "object",  # are these the weights that a name of the zoo stands for? None: it stands for none
     "seed": "int64",
     "settings": "object",  # as JSON
     "ok": "bool",
-    "value": "float64",  # of the primary metric, a fraction, with its interval
+    "value": "float64",  # of the primary metric, with its interval
     "low": "float64",
     "high": "float64",
     "draws": "int64",  # of the training set, and the deviation over them
@@ -51,11 +56,17 @@ def runs_frame(results: Iterable[Result]) -> pd.DataFrame:
     weights = runs.groupby(["model", "weights_id"], dropna=False).official
     other = weights.transform(lambda known: False in set(known) and True not in set(known)).astype(bool)
     several_weights = runs.groupby("model").weights_id.transform("nunique") > 1
-    several_hashes = runs.groupby(["family", "column"]).protocol_hash.transform("nunique") > 1
-    return runs.assign(
-        model=runs.model.mask(other | several_weights, _with_id(runs.model, "weights", runs.weights_id)),
-        column=runs.column.mask(several_hashes, _with_id(runs.column, "hash", runs.protocol_hash)),
-    )
+    names = runs.column
+    for name, word in MUST.items():
+        several = runs.groupby(["family", "column"])[name].transform("nunique") > 1
+        names = names.mask(several, pd.Series(with_ids(names, word, runs[name]), runs.index, dtype="object"))
+    with_weights = pd.Series(with_ids(runs.model, "weights", runs.weights_id), runs.index, dtype="object")
+    runs = runs.assign(model=runs.model.mask(other | several_weights, with_weights), column=names)
+    runs["marks"] = None
+    for _, rows in runs[runs.ok].groupby(["family", "column"]):
+        for row, notes in zip(rows.index, marks(rows.result.tolist()), strict=True):
+            runs.at[row, "marks"] = notes
+    return runs
 
 
 def _run(result: Result) -> dict[str, Any]:
@@ -69,7 +80,7 @@ def _run(result: Result) -> dict[str, Any]:
         "model": result.model,
         "column": result.column,
         "weights_id": provenance.get("weights_id") or None,
-        "protocol_hash": provenance.get("protocol_hash") or None,
+        **{name: fact(result, name) for name in MUST},
         "official": official if isinstance(official, bool) else None,
         "seed": result.seed,
         "settings": json.dumps([provenance.get(name) for name in SETTINGS], sort_keys=True, default=str),
@@ -83,52 +94,86 @@ def _run(result: Result) -> dict[str, Any]:
     }
 
 
-def _with_id(names: pd.Series, word: str, ids: pd.Series) -> pd.Series:
-    return names + f" ({word} " + ids.map(lambda identity: identity[:8] if identity else "unknown") + ")"
-
-
 def cells_of(runs: pd.DataFrame) -> pd.DataFrame:
     """Summarise the runs of each cell of the tables.
 
     Returns:
         A table indexed by family, kind, model and column, of `value` (mean over seeds; NaN where the cell has no one
-        number), `low` and `high` (means too; NaN without intervals), `deviation` (over `repeats` seeds, or draws of the
-        training set, as `over` says; NaN for one), `usable` (number of results that did not fail), and `results` (these
-        first, by seed).
+        number), `low` and `high` (NaN without an interval; of several seeds the one that holds both the spread of items
+        and of seeds), `deviation` (over `repeats` seeds, or draws of the training set, as `over` says; NaN for one),
+        `usable` (number of results that did not fail), `results` (these first, by seed), and `marks`, what sets the
+        cell apart from others of its column.
     """
     cell = ["family", "kind", "model", "column"]
     runs = runs.sort_values(["ok", "seed"], ascending=[False, True], kind="stable")
-    good = runs[runs.ok]
-    mean = good.groupby(cell).value.transform("mean")
-    # A seed without an interval counts as a point, where others have one.
-    good = good.assign(low=good.low.fillna(mean), high=good.high.fillna(mean), interval=good.low.notna())
-    groups = good.groupby(cell)
-    cells = groups.agg(
-        value=("value", "mean"),
-        low=("low", "mean"),
-        high=("high", "mean"),
-        interval=("interval", "any"),
-        over_seeds=("value", "std"),
-        over_draws=("deviation", "first"),
-        draws=("draws", "first"),
-        usable=("seed", "size"),
-        seeds=("seed", "nunique"),
-        settings=("settings", "nunique"),
-    )
-    cells = runs.groupby(cell).result.agg(list).to_frame("results").join(cells)
-    several = cells.usable > 1
-    return pd.DataFrame(
-        {
-            "value": cells.value.where((cells.settings == 1) & (cells.seeds == cells.usable)),
-            "low": cells.low.where(cells.interval.eq(True)),
-            "high": cells.high.where(cells.interval.eq(True)),
-            "deviation": cells.over_seeds.where(several, cells.over_draws.where(cells.draws > 0)),
-            "repeats": cells.usable.where(several, cells.draws).fillna(0).astype(int),
-            "over": np.where(several, "seeds", "draws"),
-            "usable": cells.usable.fillna(0).astype(int),
-            "results": cells.results,
-        }
-    )
+    groups: dict[tuple[str, ...], list[Any]] = defaultdict(list)
+    for run in runs.itertuples():
+        groups[run.family, run.kind, run.model, run.column].append(run)
+    rows = [dict(zip(cell, names, strict=True)) | _cell(groups[names]) for names in sorted(groups)]
+    return pd.DataFrame(rows, columns=[*cell, *CELL_COLUMNS]).astype(CELL_COLUMNS).set_index(cell)
+
+
+CELL_COLUMNS = {
+    "value": "float64",
+    "low": "float64",
+    "high": "float64",
+    "deviation": "float64",
+    "repeats": "int64",
+    "over": "object",
+    "usable": "int64",
+    "results": "object",
+    "marks": "object",
+}
+
+
+def _cell(runs: list[Any]) -> dict[str, Any]:
+    """The row of `cells_of` of the runs of one cell, those that did not fail first."""
+    good = [run for run in runs if run.ok]
+    several = len(good) > 1
+    one_number = len({run.settings for run in good}) == 1 and len({run.seed for run in good}) == len(good)
+    notes = [note for run in good for note in run.marks]
+    if good and len(good) < len(runs):
+        notes.append(f"{len(runs) - len(good)} of {len(runs)} runs failed")
+    values = [run.value for run in good]
+    low, high = _interval_over_seeds(good) if several else (good[0].low, good[0].high) if good else (np.nan, np.nan)
+    draws = good[0].draws if good else 0
+    if one_number and np.isnan(low):
+        notes.append("no interval")
+    return {
+        "value": float(np.mean(values)) if one_number else np.nan,
+        "low": low if one_number else np.nan,
+        "high": high if one_number else np.nan,
+        "deviation": float(np.std(values, ddof=1)) if several else good[0].deviation if draws else np.nan,
+        "repeats": len(good) if several else draws,
+        "over": "seeds" if several else "draws",
+        "usable": len(good),
+        "results": [run.result for run in runs],
+        "marks": list(dict.fromkeys(notes)),
+    }
+
+
+def _interval_over_seeds(good: list[Any]) -> tuple[float, float]:
+    """The interval of the mean over seeds: the variance of items, the mean over seeds, and that of seeds together.
+
+    It is Student's t with the degrees of freedom of both (Welch and Satterthwaite), those of the items taken as many. A
+    seed without an interval is as wide as the others.
+    """
+    from scipy.stats import t
+
+    metric, values = good[0].result.metric(), np.array([run.value for run in good])
+    widths = [run.high - run.low for run in good if not np.isnan(run.low)]
+    of_items = (np.mean(widths) / 2 / NORMAL) ** 2 if widths else 0.0
+    of_seeds = values.var(ddof=1) / len(values)
+    total = of_items + of_seeds
+    if total <= 0:
+        return np.nan, np.nan
+    freedom = (len(values) - 1) * total**2 / of_seeds**2 if of_seeds > 0 else np.inf
+    half = float(t.ppf(0.975, freedom)) * total**0.5
+    low, high = np.clip((values.mean() - half, values.mean() + half), metric.low, metric.high)
+    return float(low), float(high)
+
+
+NORMAL = 1.959964
 
 
 @dataclass(frozen=True)
@@ -144,6 +189,11 @@ class Grid:
     columns: Sequence[str]
     cells: pd.DataFrame
 
+    def metric(self, column: str) -> Metric:
+        """Unit and direction of a column."""
+        metric: Metric = self.cells.xs(column, level="column").results.iloc[0][0].metric()
+        return metric
+
     def wide(self, values: pd.Series) -> pd.DataFrame:
         """Spread values of the cells to a table of models by columns; NaN where there is no cell."""
         return values.unstack("column").reindex(index=self.models, columns=self.columns)
@@ -152,24 +202,30 @@ class Grid:
 def grids_of(cells: pd.DataFrame) -> Iterator[Grid]:
     """Arrange cells as grids, family by family.
 
-    Models of a ranked grid that have every column come first, by mean rank; ties, and all others, are in order of name.
+    Models of a ranked grid are in order of their win rate; ties, those without one, and others in order of name.
     """
     for (family, kind), part in cells.groupby(level=["family", "kind"]):
         part = part.droplevel(["family", "kind"])
         models, columns = (sorted(part.index.unique(level)) for level in ("model", "column"))
         grid = Grid(family, kind, models, columns, part)
         if not kind:
-            mean_ranks = ranks(grid.wide(part.value)).mean(axis=1)
-            models = list(mean_ranks.reindex(models).sort_values(kind="stable").index)
+            rates = win_rates(grid)
+            models = list(rates.sort_values(ascending=False, kind="stable", na_position="last").index)
             grid = Grid(family, kind, models, columns, part)
         yield grid
 
 
-def ranks(values: pd.DataFrame) -> pd.DataFrame:
-    """Rank the models that have every column, 1 for the best; ties share the mean of their ranks."""
-    return values.dropna().rank(ascending=False)
-
-
-def percent(fraction: float) -> str:
-    """Format a fraction as all tables print it."""
-    return f"{100 * fraction:.1f}"
+def win_rates(grid: Grid) -> pd.Series:
+    """The share of comparisons that a model wins: with each other model over the columns that both have, then the mean
+    over those models. A tie is half a win; NaN for a model that shares a column with no other."""
+    values = grid.wide(grid.cells.value)
+    signs = np.array([grid.metric(name).sign for name in grid.columns])
+    scores = values.to_numpy() * signs
+    shared = np.isfinite(scores)[:, None] & np.isfinite(scores)[None]
+    wins = (scores[:, None] > scores[None]) + 0.5 * (scores[:, None] == scores[None])
+    number = shared.sum(2)
+    rates = np.divide((wins * shared).sum(2), number, out=np.full(number.shape, np.nan), where=number > 0)
+    np.fill_diagonal(rates, np.nan)
+    known = np.isfinite(rates).sum(1)
+    mean = np.divide(np.nansum(rates, axis=1), known, out=np.full(len(rates), np.nan), where=known > 0)
+    return pd.Series(mean, values.index)

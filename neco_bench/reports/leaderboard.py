@@ -9,9 +9,11 @@ from neco_bench.core.errors import NecoBenchError
 from neco_bench.core.files import write_whole
 from neco_bench.reports.grid import KINDS
 from neco_bench.reports.published import read_published
+from neco_bench.reports.ranking import Statistics
 from neco_bench.reports.render import render
 from neco_bench.reports.report import report_page
 from neco_bench.reports.tables import BESIDE, FULL_COLUMNS, build_tables
+from neco_bench.reports.words import WORDS
 from neco_bench.results.schema import Result
 
 
@@ -21,6 +23,7 @@ def write_leaderboard(
     published: Path | str | None = None,
     *,
     latex_intervals: bool = False,
+    statistics: Statistics | None = None,
 ) -> list[Path]:
     """Write every table as CSV, the ranked ones as LaTeX, `leaderboard.md` and `report.html`.
 
@@ -31,6 +34,7 @@ def write_leaderboard(
         out: the folder to write to; it is made where there is none.
         published: a published.csv, whose numbers are set beside the measured ones; None: no such tables.
         latex_intervals: whether the LaTeX tables have intervals.
+        statistics: gives the per-item statistics of a result, for paired tests; None: ranks come from intervals.
 
     Returns:
         The paths of the files.
@@ -40,11 +44,13 @@ def write_leaderboard(
     """
     out = Path(out)
     results = list(results)
-    tables = build_tables(results, () if published is None else read_published(published))
+    tables = build_tables(results, () if published is None else read_published(published), statistics)
     contents = {f"{table.name}.csv": table.to_csv() for table in tables}
     contents |= {f"{table.name}.tex": table.to_latex(latex_intervals) for table in tables if table.ranked}
     contents["report.html"] = report_page(results)
-    contents["leaderboard.md"] = render("leaderboard.md", tables=[t for t in tables if t.detailed is not None])
+    contents["leaderboard.md"] = render(
+        "leaderboard.md", tables=[t for t in tables if t.detailed is not None], words=WORDS
+    )
     try:
         # Ours is every family with a full table that starts with our header.
         ours = [

@@ -11,6 +11,8 @@ _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
+    "†": r"$\dagger$",
+    "°": r"$^\circ$",
     "|": r"\textbar{}",
     "<": r"\textless{}",
     ">": r"\textgreater{}",

@@ -21,9 +21,12 @@ import pandas as pd
 from pandas.api.types import is_numeric_dtype
 
 from neco_bench.core.files import slug
-from neco_bench.reports.grid import KINDS, Grid, cells_of, grids_of, percent, ranks, runs_frame
+from neco_bench.core.metric import metric_named
+from neco_bench.reports.grid import KINDS, Grid, cells_of, grids_of, runs_frame, win_rates
 from neco_bench.reports.published import Published
+from neco_bench.reports.ranking import PAIRED, Statistics, ranks_of
 from neco_bench.reports.render import render
+from neco_bench.reports.words import WORDS
 from neco_bench.results.frame import COLUMNS, results_frame
 from neco_bench.results.schema import Result
 
@@ -32,7 +35,11 @@ BESIDE = (".ranking", ".conditions", ".published", ".full")
 
 FULL_COLUMNS = [name for name in COLUMNS if name not in ("family", "rankable")]
 
-CONDITIONS_COLUMNS = ["model", "task", "input_size", "used_size", "tokens", "contamination", "training_data"]
+CONDITIONS_COLUMNS = [
+    *("model", "task", "input_size", "used_size", "tokens", "interval_over", "contamination", "training_data", "marks")
+]
+
+MARK = "†"  # of cells whose conditions are not those of the others; the table of conditions says which
 
 PUBLISHED_COLUMNS = [
     *("model", "task", "protocol", "metric", "measured", "published", "difference", "quality", "setting", "source")
@@ -44,7 +51,8 @@ class Table:
     """One table as it is written; all but the `.full` ones hold text.
 
     name: file name without ".csv". frame: its first column names the model. detailed: the same with intervals, as it
-    stands on the page; None for a table that does not. ranked: is it the leaderboard of its family?
+    stands on the page; None for a table that does not. ranked: is it the leaderboard of its family? lower: columns of
+    which less is better.
     """
 
     name: str
@@ -52,6 +60,7 @@ class Table:
     frame: pd.DataFrame
     detailed: pd.DataFrame | None = None
     ranked: bool = False
+    lower: tuple[str, ...] = ()
 
     def to_csv(self) -> str:
         """Write the table as CSV with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
@@ -62,13 +71,14 @@ class Table:
     def to_latex(self, intervals: bool = False) -> str:
         """Write the table for booktabs: the best of each column bold, the second underlined, equal ones alike.
 
-        intervals: beside each value, small.
+        That is the order of the values as printed, and no test. intervals: beside each value, small.
         """
         frame = self.detailed if intervals and self.detailed is not None else self.frame
-        values = frame.iloc[:, 1:].apply(lambda cells: cells.str.extract(r"^([\d.]+)", expand=False)).astype(float)
+        values = frame.iloc[:, 1:].apply(lambda cells: cells.str.extract(r"^(-?[\d.]+)", expand=False)).astype(float)
+        values = values.mul([-1 if name in self.lower else 1 for name in values.columns])
         places = values.rank(method="dense", ascending=False)
         rows = zip(frame.itertuples(index=False, name=None), places.itertuples(index=False, name=None), strict=True)
-        return render("table.tex", title=self.title, header=list(frame.columns), rows=rows)
+        return render("table.tex", title=self.title, header=list(frame.columns), rows=rows, words=WORDS)
 
 
 def _no_formula(cell: Any) -> Any:
@@ -78,8 +88,10 @@ def _no_formula(cell: Any) -> Any:
     return cell if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell) else f"'{cell}"
 
 
-def build_tables(results: Iterable[Result], published: Iterable[Published] = ()) -> list[Table]:
-    """Make the tables of all families.
+def build_tables(
+    results: Iterable[Result], published: Iterable[Published] = (), statistics: Statistics | None = None
+) -> list[Table]:
+    """Make the tables of all families; statistics: gives those of a result, for the ranks.
 
     They are `<family>` and `.ranking`, `.subset`, `.unranked`, `.conditions`, `.published` where they have rows, and
     `.full`. Results of equal key and metrics (copies in several folders) count once.
@@ -87,13 +99,14 @@ def build_tables(results: Iterable[Result], published: Iterable[Published] = ())
     runs = runs_frame(results)
     papers = pd.DataFrame([row.model_dump() for row in published], columns=list(Published.model_fields))
     tables = []
-    for family, grids in groupby(grids_of(cells_of(runs)), key=attrgetter("family")):
+    cells = cells_of(runs)
+    for family, grids in groupby(grids_of(cells), key=attrgetter("family")):
         members = runs[runs.family == family]
         for grid in grids:
             tables.append(_wide_table(grid))
             if not grid.kind and len(grid.models) > 1:
-                tables.append(_text_table(family, "ranking", _ranking(grid)))
-        tables.append(_text_table(family, "conditions", _conditions(members)))
+                tables.append(_text_table(family, "ranking", _ranking(grid, statistics)))
+        tables.append(_text_table(family, "conditions", _conditions(members, cells.xs(family, drop_level=False))))
         if len(papers):
             tables.append(_text_table(family, "published", _published(members, papers), "published beside measured"))
         full = results_frame(members.result)[FULL_COLUMNS].sort_values(FULL_COLUMNS, na_position="first")
@@ -110,7 +123,11 @@ def _wide_table(grid: Grid) -> Table:
     title = grid.family.replace("_", " ") + (f" ({KINDS[grid.kind]})" if grid.kind else "")
     short, detailed = (grid.wide(_cell_texts(grid.cells, detailed)).fillna("") for detailed in (False, True))
     name = f"{slug(grid.family)}{grid.kind}"
-    return Table(name, title, _with_models(short), _with_models(detailed), ranked=not grid.kind)
+    metrics = {column: grid.metric(column) for column in grid.columns}
+    headers = {column: f"{column} ({m.legend})" if m.legend else column for column, m in metrics.items()}
+    lower = tuple(headers[column] for column, m in metrics.items() if m.lower_is_better)
+    short, detailed = (frame.rename(columns=headers) for frame in (short, detailed))
+    return Table(name, title, _with_models(short), _with_models(detailed), ranked=not grid.kind, lower=lower)
 
 
 def _with_models(frame: pd.DataFrame) -> pd.DataFrame:
@@ -119,59 +136,52 @@ def _with_models(frame: pd.DataFrame) -> pd.DataFrame:
 
 
 def _cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
-    """Write `cells_of`: in percent, with the deviation where there is one, else, if detailed, with the interval."""
+    """Write `cells_of`: value and deviation, if detailed with the interval; MARK where the conditions are others."""
 
     def text(cell: Any) -> str:
         if np.isnan(cell.value):
             return "ambiguous" if cell.usable else "failed"
+        metric = cell.results[0].metric()
+        parts = [metric.text(cell.value)]
         if not np.isnan(cell.deviation):
-            repeats = f" ({cell.repeats} {cell.over})" if detailed else ""
-            return f"{percent(cell.value)} ± {percent(cell.deviation)}{repeats}"
-        if detailed and not np.isnan(cell.low):
-            return f"{percent(cell.value)} [{percent(cell.low)}, {percent(cell.high)}]"
-        return percent(cell.value)
+            parts.append(f"± {metric.text(cell.deviation)}")
+        if detailed:
+            parts.append(metric.interval(cell.low, cell.high))
+            parts.append(f"({cell.repeats} {cell.over})" if not np.isnan(cell.deviation) else "")
+        return " ".join([*filter(None, parts), *([MARK] if cell.marks else [])])
 
     return pd.Series([text(cell) for cell in cells.itertuples()], index=cells.index, dtype="object")
 
 
-def _ranking(grid: Grid) -> pd.DataFrame:
-    """Mean rank, Borda count and tie groups of the models that have every column; below, those that lack some."""
-    values = grid.wide(grid.cells.value)
-    ranked = ranks(values)
-    low, high = (
-        grid.wide(grid.cells[end].fillna(grid.cells.value)).loc[ranked.index].to_numpy() for end in ("low", "high")
-    )
-    ahead = low[:, None] > high[None]  # (model, other, column): the model's interval lies wholly above the other's
-    best, worst = 1 + ahead.sum(0), len(ranked) - ahead.sum(1)
-    span = np.vectorize(lambda best, worst: f"{best}" if best == worst else f"{best}..{worst}", otypes=["object"])
-    wins = ahead.sum(2)
-    leader, group, groups = -1, 0, []
-    for model in range(len(ranked)):
-        if leader < 0 or wins[leader, model] > wins[model, leader]:
-            leader, group = model, group + 1
-        groups.append(str(group))
-    lacking = values.isna().sum(axis=1)
+def _ranking(grid: Grid, statistics: Statistics | None) -> pd.DataFrame:
+    """Win rate of each model and, by column, the ranks that the tests leave open."""
+    rates, tested = win_rates(grid), ranks_of(grid, statistics)
+    number = grid.wide(grid.cells.value).notna().sum(axis=1)
     table = pd.DataFrame(
         {
-            "group": pd.Series(groups, ranked.index, dtype="object"),
-            "mean_rank": ranked.mean(axis=1).map("{:.2f}".format),
-            "borda": (len(ranked) - ranked).sum(axis=1).map("{:g}".format),
-            "lacking": lacking[lacking > 0].map(str),
+            "win_rate": rates.map(lambda rate: "" if np.isnan(rate) else f"{100 * rate:.0f} %"),
+            "columns": number.map(lambda count: f"{count} of {len(grid.columns)}"),
         },
-        index=values.index,
+        index=grid.models,
         dtype="object",
     )
-    places = pd.DataFrame(span(best, worst), ranked.index, values.columns, dtype="object")
-    return _with_models(table.join(places).fillna(""))
+    for column, ranks in tested.items():
+        places = {m: f"{best}" if best == worst else f"{best}..{worst}" for m, (best, worst) in ranks.open.items()}
+        name = column if ranks.how == PAIRED else f"{column} ({ranks.how})"
+        table[name] = pd.Series(places, index=grid.models, dtype="object")
+    return _with_models(table.fillna(""))
 
 
-def _conditions(runs: pd.DataFrame) -> pd.DataFrame:
-    """What each model was given in each column, and what is known of its training images."""
+def _conditions(runs: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
+    """What each model was given in each column, what its interval rests on, what is known of its training images, and
+    what sets it apart from the others of its column."""
+    marks = {(cell.Index[2], cell.Index[3]): "; ".join(cell.marks) for cell in cells.itertuples()}
     rows = []
     for run in runs[runs.ok].itertuples():
         features, training = (run.result.provenance.get(name) or {} for name in ("features", "training"))
         known = [features.get("input_size"), features.get("used_size"), features.get("tokens")]
-        known += [training.get("contamination"), training.get("data")]
+        known += [run.result.drawn_text, training.get("contamination"), training.get("data")]
+        known.append(marks.get((run.model, run.column)))
         if any(known):
             rows.append([run.model, run.column, *("" if cell is None else str(cell) for cell in known)])
     return pd.DataFrame(rows, columns=CONDITIONS_COLUMNS).drop_duplicates().sort_values(CONDITIONS_COLUMNS)
@@ -202,11 +212,17 @@ def _published(runs: pd.DataFrame, papers: pd.DataFrame) -> pd.DataFrame:
     # Models and tasks that have both numbers:
     both = measured[["spec", "task"]].merge(papers[["spec", "task"]]).drop_duplicates()
     rows = measured.merge(papers, how="outer", on=["spec", "task", "protocol_id", "metric"]).merge(both)
-    points = rows.published.astype(float) - 100 * rows["mean"]
+    metrics = [metric_named(name) for name in rows.metric]
+    scales = [metric.scale for metric in metrics]
+    points = rows.published.astype(float) - scales * rows["mean"]
+    digits = [metric.digits for metric in metrics]
     rows = rows.assign(
         model=rows.model.fillna(rows.spec),
         protocol=rows.protocol.fillna(rows.protocol_id),
         published=rows.published.map(str, na_action="ignore"),
-        difference=[None if np.isnan(value) else f"{round(value, 1) + 0.0:+.1f}" for value in points],
+        difference=[
+            None if np.isnan(value) else f"{round(value, places) + 0.0:+.{places}f}"
+            for value, places in zip(points, digits, strict=True)
+        ],
     )
     return rows[PUBLISHED_COLUMNS].fillna("").sort_values(PUBLISHED_COLUMNS)

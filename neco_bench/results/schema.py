@@ -49,10 +49,9 @@ class _ProvenanceFacts(BaseModel):
 class Drawn(BaseModel):
     """What the interval of the primary metric rests on.
 
-    unit: what was drawn (`core.sampling`). units: how many independent ones there are, of blocks of frames their number.
-    groups: drives, sequences or scenes; None where items are drawn by themselves. repeats: seeds or draws of the
-    training set whose spread is in the interval, 1 where there is none. method: how it was made. notes: what it does not
-    cover.
+    unit: what was drawn (`core.sampling`). units: how many independent ones there are; of frames, the blocks. groups:
+    drives that frames are of; None where units are independent. repeats: seeds or draws of the training set whose
+    spread is in the interval, 1 where there is none. method: how it was made. notes: what it does not cover.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -63,6 +62,16 @@ class Drawn(BaseModel):
     repeats: Count = 1
     method: str
     notes: list[str] = []
+
+    @property
+    def text(self) -> str:
+        """The same in words."""
+        if self.method.startswith("moving blocks"):
+            name = "blocks of frames" if self.units != 1 else "block of frames"
+        else:
+            name = self.unit + ("" if self.units == 1 else "s")
+        parts = [f"{self.units} {name}"] + ([f"{self.repeats} seeds or draws"] if self.repeats > 1 else [])
+        return " and ".join(parts) + (f" ({'; '.join(self.notes)})" if self.notes else "")
 
 
 class Result(BaseModel):
@@ -153,6 +162,11 @@ class Result(BaseModel):
         """`split found/expected` of each split that is not whole."""
         subset = sorted((self.subset or {}).items())
         return [f"{split} {counts.get('found', '?')}/{counts.get('expected', '?')}" for split, counts in subset]
+
+    @property
+    def drawn_text(self) -> str:
+        """What its interval rests on, as in "80 images" or "7 blocks of frames (frames of one drive: ...)"."""
+        return self.drawn.text if self.drawn is not None else ""
 
     @property
     def rankable(self) -> bool:

@@ -34,6 +34,7 @@ class ResultStore:
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.problems: list[str] = []
+        self._paths: dict[str, Path] = {}  # of the documents that `load_all` gave, by key
 
     def save(self, result: Result, statistics: dict[str, np.ndarray] | None = None) -> Path:
         """Write a result and its statistics, each file whole; returns the path of the JSON document.
@@ -89,7 +90,8 @@ class ResultStore:
     def load_all(self) -> list[Result]:
         """Load every readable result, ordered by path; one per key, a successful one before a failed one.
 
-        Files that cannot be used are named in `problems`.
+        Where statistics are stored, the primary metric is computed again from them, and so are the intervals of schema
+        1. Files that cannot be used are named in `problems`.
 
         Raises:
             MissingError: where there is no such folder.
@@ -100,7 +102,7 @@ class ResultStore:
         by_key: dict[str, tuple[Path, Result]] = {}
         for path in self._documents():
             try:
-                result = _parse(path, path.read_bytes())
+                result = _verified(path, _parse(path, path.read_bytes()))
             except NecoBenchError as error:
                 self.problems.append(str(error))
                 continue
@@ -116,6 +118,7 @@ class ResultStore:
             self.problems.append(
                 f"{unused}: is not used, {by_key[result.key][0]} has the same key. Delete one of the two."
             )
+        self._paths = {key: path for key, (path, _) in by_key.items()}
         return [result for _, result in sorted(by_key.values(), key=lambda item: item[0])]
 
     def statistics(self, result: Result) -> dict[str, np.ndarray]:
@@ -125,25 +128,11 @@ class ResultStore:
             MissingError: where there are none.
             BadInputError: for a damaged file, or arrays that are not those of this result.
         """
-        import numpy as np
-
-        stored = self._with_key(result.key)
-        path = (stored[0][0] if stored else self._default_path(result)).with_suffix(".npz")
-        try:
-            with np.load(path, allow_pickle=False) as arrays:
-                statistics = {name: arrays[name] for name in arrays.files}
-                _check_statistics(result, statistics)
-                return statistics
-        except FileNotFoundError as error:
-            raise MissingError(
-                f"{path}: no statistics are stored for {result.model} on {result.task}@{result.protocol}. "
-                f"Run the task again with --overwrite."
-            ) from error
-        except Exception as error:  # numpy and zipfile raise anything on bad bytes
-            raise BadInputError(
-                f"{path}: the stored statistics cannot be read ({type(error).__name__}: {error}). Run the task again "
-                f"with --overwrite."
-            ) from error
+        path = self._paths.get(result.key)
+        if path is None or not path.exists():
+            stored = self._with_key(result.key)
+            path = stored[0][0] if stored else self._default_path(result)
+        return _read_statistics(path.with_suffix(".npz"), result)
 
     def _default_path(self, result: Result) -> Path:
         name = f"{slug(result.model)}@{slug(result.protocol)}_seed{result.seed}_{slug(result.key)[:8]}.json"
@@ -160,7 +149,7 @@ class ResultStore:
                 content = path.read_bytes()
                 if key.encode() not in content:
                     continue
-                result = _parse(path, content)
+                result = _verified(path, _parse(path, content))
             except (OSError, NecoBenchError):
                 continue
             if result.key == key:
@@ -177,6 +166,51 @@ def _may_block(path: Path) -> bool:
     return not (stat.S_ISREG(mode) or stat.S_ISDIR(mode))
 
 
+def _read_statistics(path: Path, result: Result) -> dict[str, np.ndarray]:
+    """The arrays of a file. Raises MissingError and BadInputError."""
+    import numpy as np
+
+    try:
+        with np.load(path, allow_pickle=False) as arrays:
+            statistics = {name: arrays[name] for name in arrays.files}
+            _check_statistics(result, statistics)
+            return statistics
+    except FileNotFoundError as error:
+        raise MissingError(
+            f"{path}: no statistics are stored for {result.model} on {result.task}@{result.protocol}. "
+            f"Run the task again with --overwrite."
+        ) from error
+    except Exception as error:  # numpy and zipfile raise anything on bad bytes
+        raise BadInputError(
+            f"{path}: the stored statistics cannot be read ({type(error).__name__}: {error}). Run the task again "
+            f"with --overwrite."
+        ) from error
+
+
+def _verified(path: Path, result: Result) -> Result:
+    """A result whose primary metric its statistics give again, with the intervals of this schema where they do.
+
+    Statistics that cannot be read, or are of no known form, say nothing; what needs them gives the error.
+
+    Raises:
+        BadInputError: where the two do not agree.
+    """
+    if result.status != "ok" or not path.with_suffix(".npz").is_file():
+        return result
+    from neco_bench.results.statistics import check_primary, known_sums, with_intervals  # numpy, where it is needed
+
+    try:
+        arrays = _read_statistics(path.with_suffix(".npz"), result)
+        sums = known_sums(result, arrays)
+    except (NecoBenchError, ValueError, TypeError, AttributeError, KeyError, IndexError):
+        return result
+    try:
+        check_primary(result, sums)
+    except BadInputError as error:
+        raise BadInputError(f"{path}: {error}") from error
+    return with_intervals(result, arrays, sums) if result.schema_version < SCHEMA_VERSION else result
+
+
 def _check_statistics(result: Result, arrays: dict[str, np.ndarray]) -> None:
     """Raise ValueError for statistics whose shapes or values cannot be those of this result."""
     import numpy as np
@@ -186,9 +220,9 @@ def _check_statistics(result: Result, arrays: dict[str, np.ndarray]) -> None:
             raise ValueError(f"{name} holds NaN or infinite values")
         if name in ("confusion", "hits", "totals") and (array.dtype.kind not in "iuf" or (array < 0).any()):
             raise ValueError(f"{name} does not hold counts")
-        if name in ("image_id", "pair_id", "category", "totals", "hits", "images") and (
-            array.ndim == 0 or len(array) != result.n_images
-        ):
+        by_item = ("image_id", "pair_id", "item_id", "group", "weight", "category", "totals", "hits", "images")
+        last = name.startswith(("score/", "square/"))
+        if (last or name in by_item) and (array.ndim == 0 or array.shape[-1 if last else 0] != result.n_images):
             raise ValueError(f"{name} has the shape {array.shape} for {result.n_images} items")
     if "confusion" in arrays:
         shape = arrays["confusion"].shape

@@ -21,13 +21,14 @@ from neco_bench.core.files import digest
 from neco_bench.core.protocol import FAMILIES, Task
 from neco_bench.core.registry import BUILTIN
 from neco_bench.core.task import Context, Outcome
-from neco_bench.data.base import PairDataset, SegmentationDataset
+from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.identity import loaded_id
 from neco_bench.encoders.load import load_encoder
 from neco_bench.encoders.spec import parse_spec
 from neco_bench.encoders.zoo import contamination, declared_overlap, zoo
 from neco_bench.results.provenance import environment, peak_memory_mb
 from neco_bench.results.schema import Result
+from neco_bench.results.statistics import item_ids, with_intervals
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.capacity import check_fits
 from neco_bench.runner.job import Job, stored
@@ -75,7 +76,9 @@ def _planned_facts(job: Job) -> dict[str, Any]:
         "protocol_hash": task.hash,
         "settings": task.constants,
         "citation": task.citation,
-        "dataset": {role: {"name": d.name, "split": d.split, "items": len(d)} for role, d in job.data.items()},
+        "dataset": {
+            role: {"name": d.name, "split": d.split, "items": len(d)} | _unit_of(d) for role, d in job.data.items()
+        },
         "dataset_fingerprint": dict(job.facts["data"]),
     }
 
@@ -174,7 +177,25 @@ def _executed(
         timing=_timing(context, start),
         peak_memory_mb=peak_memory_mb(),
     )
-    return result, outcome.statistics | _image_ids(job, outcome)
+    statistics = outcome.statistics | _image_ids(job, outcome)
+    statistics |= _groups(job, statistics)
+    return with_intervals(result, statistics), statistics
+
+
+def _unit_of(dataset: Dataset) -> dict[str, str]:
+    """What was drawn, where it is not an image."""
+    return {} if dataset.sampling_unit == "image" else {"sampling_unit": dataset.sampling_unit}
+
+
+def _groups(job: Job, statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The drive, sequence or scene of each item, where items are parts of one."""
+    import numpy as np
+
+    dataset, ids = job.data.get("val", job.data.get("test")), item_ids(statistics)
+    if dataset is None or ids is None or "group" in statistics or "pair_id" in statistics:
+        return {}
+    names = [dataset.group_of(item) for item in ids]
+    return {"group": np.array(names)} if names and None not in names else {}
 
 
 def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, Encoder]:
@@ -281,18 +302,15 @@ def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
     if len(outcomes) == 1:
         return outcomes[0]
     context.notes = {"draws": notes}
-    return _mean_of_draws(outcomes, settings, context.seed)
+    return _mean_of_draws(outcomes)
 
 
-def _mean_of_draws(outcomes: list[Outcome], settings: Any, seed: int) -> Outcome:
+def _mean_of_draws(outcomes: list[Outcome]) -> Outcome:
     """Mean over the draws of a fraction, with the sample standard deviation of each metric as `<metric>_std`.
 
-    The interval is that of the mean mIoU when the val images are drawn anew, the same ones for every draw. Statistics
-    are stacked, draws first.
+    Statistics are stacked, draws first; their spread is in the interval.
     """
     import numpy as np
-
-    from neco_bench.metrics import bootstrap
 
     values = {name: np.array([outcome.metrics[name] for outcome in outcomes]) for name in outcomes[0].metrics}
     stacked = {name: np.stack([o.statistics[name] for o in outcomes]) for name in outcomes[0].statistics}
@@ -301,14 +319,13 @@ def _mean_of_draws(outcomes: list[Outcome], settings: Any, seed: int) -> Outcome
         columns = {name: [outcome.per_class[metric][name] for outcome in outcomes] for name in rows}
         known = {name: [value for value in column if value is not None] for name, column in columns.items()}
         per_class[metric] = {name: float(np.mean(column)) if column else None for name, column in known.items()}
-    confusions = stacked["confusion"].reshape(-1, *stacked["confusion"].shape[-3:])
     return Outcome(
         metrics={
             **{name: float(column.mean()) for name, column in values.items()},
             **{f"{name}_std": float(column.std(ddof=1)) for name, column in values.items()},
         },
         per_class=per_class,
-        ci95={"mIoU": bootstrap.bootstrap_miou(confusions, absent=settings.absent, seed=seed)},
+        ci95={},
         n_images=outcomes[0].n_images,
         statistics=stacked,
         features=outcomes[0].features,

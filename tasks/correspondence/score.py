@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
-from neco_bench.tasks.correspondence.settings import Average, Settings
+from neco_bench.tasks.correspondence.settings import Settings
 
 from neco_bench.core import distributed
 from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import Pair, PairDataset
-from neco_bench.metrics import bootstrap
 from neco_bench.metrics.pck import box_side, pck_averages, pck_hits
 
 # Named groups of pairs; "" is that of the primary metric.
@@ -67,9 +66,7 @@ class PairScore:
             self._totals |= totals
         metrics: dict[str, float] = {}
         per_class: dict[str, dict[str, float | None]] = {}
-        ci95: dict[str, tuple[float, float] | None] = {}
         statistics: dict[str, np.ndarray] = {}
-        average, seed = self.settings.average_used, self.context.seed
         for name in dict.fromkeys(name for of_category in groups for name in of_category):
             members = [pair for of_category in groups for pair in of_category.get(name, ())]
             if not members:
@@ -80,8 +77,6 @@ class PairScore:
                 key, hits = f"PCK@{alpha:.2f}{name}", arrays["hits"][:, column]
                 metrics |= self._averages(key, hits, totals, category)
                 per_class[key] = self._by_category(hits, totals, category)
-                if name == "":
-                    ci95[key] = interval(average, hits, totals, category, arrays["images"], seed)
             if name == "":
                 statistics = arrays | {"pair_id": np.array([pair.id for pair in members])}
         self.context.notes |= {
@@ -92,7 +87,7 @@ class PairScore:
         return Outcome(
             metrics=metrics,
             per_class=per_class,
-            ci95=ci95,
+            ci95={},  # the runner makes them of the statistics
             n_images=len(statistics["totals"]),
             statistics=statistics,
             features={
@@ -133,16 +128,3 @@ class PairScore:
             values = pck_averages(hits[own], totals[own], category[own])
             rates[self._categories[number]] = values["pairs" if self.settings.average_used == "pairs" else "points"]
         return rates
-
-
-def interval(
-    average: Average, hits: np.ndarray, totals: np.ndarray, category: np.ndarray, images: np.ndarray, seed: int
-) -> tuple[float, float] | None:
-    """95 % interval of an average when pairs are drawn again, and wider as far as they share images.
-
-    hits, totals, category: (n,) of each pair; images: (n, 2) numbers of its images.
-    """
-    if average == "pairs":
-        return bootstrap.bootstrap_mean(hits / totals, images=images, seed=seed)
-    groups = category if average == "class_mean" else None
-    return bootstrap.bootstrap_ratio(hits, totals, groups, images=images, seed=seed)

@@ -1,0 +1,137 @@
+"""Tests of the difference between two models on the same items. Pure numpy.
+
+Under the hypothesis that it does not matter which model a unit's prediction came from, the two may be exchanged unit by
+unit: the sign of each unit's part of the difference is random (Fisher 1935, section 21; Edgington and Onghena,
+*Randomization Tests*, 2007). A part is what exchanging one unit changes, the other units being half of each model, so
+that it changes sign exactly. Units in which the two do not differ carry no information and are not counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from neco_bench.core.sampling import Sampling
+from neco_bench.metrics.intervals import FEWEST, Estimate, Units, estimate
+from neco_bench.metrics.sums import SumMetric
+
+DRAWS = 10_000
+
+_EXACT = 13  # up to so many units, all 2**12 patterns of signs are fewer than draws
+
+_CHUNK = 4_000_000  # signs held at once
+
+
+@dataclass(frozen=True)
+class Difference:
+    """value: of the second less the first; low, high: its interval; p: two-sided, of no difference; units: that p rests
+    on, those in which the two differ; unit: what one is; test: "sign flips", "exact sign flips" or "t". NaN where there
+    is no number."""
+
+    value: float
+    low: float
+    high: float
+    p: float
+    units: int
+    unit: str
+    test: str = ""
+
+
+_NAN = float("nan")
+
+
+def paired_difference(
+    first: SumMetric, second: SumMetric, sampling: Sampling | None = None, *, draws: int = DRAWS, seed: int = 0
+) -> list[Difference]:
+    """Compare each metric between two models on the same items, in the same order: one Difference per metric.
+
+    p is that of exchanging the models unit by unit (`sign_flips`), of blocks of frames in a row. Where pairs share
+    images, or values are means over seeds or draws, whose spread counts too, it is Student's t of the interval. There
+    is no p for fewer than six units that differ. NaN where a metric is undefined for all items.
+
+    Raises:
+        NumericalError: where the items differ in number.
+    """
+    sampling = sampling or Sampling()
+    sides = [estimate(side, sampling) for side in (first, second)]
+    before, after = (side if isinstance(side, list) else [side] for side in sides)
+    middle, units = _exchanged(first, second, sampling)
+    found = []
+    for one, other, parts in zip(before, after, middle.T, strict=True):
+        if np.isnan(one.repeats).any() or np.isnan(other.repeats).any():
+            found.append(Difference(_NAN, _NAN, _NAN, _NAN, 0, units.name))
+            continue
+        found.append(compared(one, other, parts, units, draws=draws, seed=seed))
+    return found
+
+
+def compared(
+    one: Estimate, other: Estimate, parts: np.ndarray, units: Units, *, draws: int = DRAWS, seed: int = 0
+) -> Difference:
+    """Compare two estimates; parts: (U,) of the difference, by unit."""
+    change = other.minus(one)
+    length = change.length
+    if length > 1:
+        parts = np.bincount(units.blocks(length), parts)
+    informative = int((np.abs(parts) > 1e-12 * max(np.abs(parts).max(initial=0), 1e-300)).sum())
+    unit = units.name if length == 1 else "block of frames"
+    ends = change.interval().ends or (_NAN, _NAN)
+    if not informative:  # the two are the same
+        ends = (0.0, 0.0) if change.value == 0 and change.informative.any() else ends
+        return Difference(change.value, *ends, _NAN, 0, unit)
+    if informative < FEWEST:
+        ends = ends if informative > 1 else (_NAN, _NAN)
+        return Difference(change.value, *ends, _NAN, informative, unit)
+    if len(change.repeats) > 1 or units.member.ndim == 2:
+        return Difference(change.value, *ends, student(change), informative, unit, "t")
+    p, test = sign_flips(parts, draws=draws, seed=seed)
+    return Difference(change.value, *ends, p, informative, unit, test)
+
+
+def student(change: Estimate) -> float:
+    """p of no difference, two-sided, by Student's t of the interval."""
+    from scipy.stats import t
+
+    variance, df = change.variance
+    return float(2 * t.sf(abs(change.value) / variance**0.5, df)) if variance > 0 else float("nan")
+
+
+def sign_flips(parts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> tuple[float, str]:
+    """Two-sided p of parts (U,) whose signs are random under the hypothesis, and the name of the test.
+
+    Of few units all patterns of signs are counted; else p is 2 (1 + the draws at least as large) / (draws + 1), so that
+    its smallest value is 2 / (draws + 1).
+    """
+    parts = parts[np.abs(parts) > 1e-12 * np.abs(parts).max(initial=0)]
+    observed = abs(parts.sum()) - 1e-9 * np.abs(parts).sum()  # equal sums in another order are equal
+    if len(parts) <= _EXACT:
+        patterns = (np.arange(2 ** max(0, len(parts) - 1))[:, None] >> np.arange(len(parts))) & 1
+        sums = np.abs((1 - 2 * patterns) @ parts)
+        return float((sums >= observed).mean()), "exact sign flips"
+    rng, larger = np.random.default_rng(seed), 0
+    rows = max(1, _CHUNK // len(parts))
+    for start in range(0, draws, rows):
+        signs = rng.integers(0, 2, (min(rows, draws - start), len(parts)), dtype=np.int8)
+        larger += int((signs.astype(np.float64) @ (2 * parts) - parts.sum() >= observed).sum())
+    return min(1.0, 2 * (1 + larger) / (draws + 1)), "sign flips"
+
+
+def holm(values: np.ndarray) -> np.ndarray:
+    """p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 1979); NaN stays NaN."""
+    adjusted = np.full(len(values), np.nan)
+    known = np.flatnonzero(~np.isnan(values))
+    order = known[np.argsort(values[known], kind="stable")]
+    steps = values[order] * np.arange(len(order), 0, -1)
+    adjusted[order] = np.minimum(1.0, np.maximum.accumulate(steps))
+    return adjusted
+
+
+def _exchanged(first: SumMetric, second: SumMetric, sampling: Sampling) -> tuple[np.ndarray, Units]:
+    """(U, M) what exchanging the two models in one unit changes, the others being half of each; and the units."""
+    before, after = (side.columns.astype(np.float64) for side in (first, second))
+    units = Units.of(sampling, len(before), first.strata)
+    middle = (before.sum(0) + after.sum(0)) / 2
+    step = units.sums(after - before) / 2
+    up, down = (second.statistic(middle + sign * step).mean(-1) for sign in (1, -1))
+    return np.nan_to_num(up - down).reshape(len(step), -1), units

@@ -1,0 +1,121 @@
+"""Ranks of models from paired tests: what may be said of their order, and no more.
+
+In each column every two models are compared on the items that both were measured on, p-values are adjusted for the
+number of pairs (Holm), and a model's rank is open between 1 + the models that are better and the number less the models
+that are worse, at an adjusted p below 0.05.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from statistics import NormalDist
+from typing import Any
+
+import numpy as np
+
+from neco_bench.core.errors import NecoBenchError
+from neco_bench.core.sampling import Sampling
+from neco_bench.metrics.intervals import single
+from neco_bench.metrics.paired import DRAWS, holm, paired_difference, student
+from neco_bench.metrics.sums import SumMetric, merged
+from neco_bench.reports.grid import NORMAL, Grid
+from neco_bench.results.schema import Result
+from neco_bench.results.statistics import in_order, item_ids, primary_sums, sampling_of
+
+# The statistics of a result; raises NecoBenchError where there are none.
+Statistics = Callable[[Result], Mapping[str, np.ndarray]]
+
+SIGNIFICANT = 0.05
+
+# More pairs than this would need more draws than are worth their time: Student's t of the same differences then.
+_MOST_PAIRS = 500
+
+# How the pairs of a column were compared.
+PAIRED = "paired"
+UNPAIRED = "unpaired: no counts are stored"
+NOT_TESTED = "not tested"
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """Of one column: {model: (best, worst) rank}, of how many models, and how they were compared."""
+
+    open: Mapping[str, tuple[int, int]]
+    how: str
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What a cell gives for a test. items: its sums over items; None without statistics. error: of the value."""
+
+    value: float
+    items: SumMetric | None = None
+    sampling: Sampling | None = None
+    ids: tuple[str, ...] = ()
+    error: float | None = None
+
+
+def ranks_of(grid: Grid, statistics: Statistics | None) -> dict[str, Ranks]:
+    """The open ranks of each column of a grid."""
+    found = {}
+    for column in grid.columns:
+        cells = grid.cells.xs(column, level="column")
+        cells = cells[cells.value.notna()]
+        ids: tuple[str, ...] = ()  # of the first model with statistics: the others are put in this order
+        known = {}
+        for cell in cells.itertuples():
+            known[cell.Index] = own = _known(cell, statistics, ids)
+            ids = ids or own.ids
+        found[column] = _ranks(known, grid.metric(column).sign)
+    return found
+
+
+def _known(cell: Any, statistics: Statistics | None, ids: tuple[str, ...]) -> _Known:
+    results: Sequence[Result] = cell.results[: cell.usable]
+    error = None if np.isnan(cell.low) else (cell.high - cell.low) / 2 / NORMAL
+    if statistics is None:
+        return _Known(cell.value, error=error)
+    try:
+        arrays = [statistics(result) for result in results]
+        ids = ids or tuple(item_ids(arrays[0]) or ())
+        arrays = [in_order(own, ids) for own in arrays]
+        sums = merged([primary_sums(result, own) for result, own in zip(results, arrays, strict=True)])
+        return _Known(cell.value, sums, sampling_of(results[0], arrays[0]), ids, error)
+    except (NecoBenchError, ValueError, KeyError, IndexError):
+        return _Known(cell.value, error=error)
+
+
+def _ranks(known: Mapping[str, _Known], sign: int) -> Ranks:
+    models = list(known)
+    pairs = list(combinations(models, 2))
+    tests = [_p(known[first], known[second], len(pairs)) for first, second in pairs]
+    adjusted = holm(np.array([p for p, _ in tests]))
+    beaten_by = dict.fromkeys(models, 0)
+    beats = dict.fromkeys(models, 0)
+    for (first, second), p in zip(pairs, adjusted, strict=True):
+        if p < SIGNIFICANT:
+            ahead = sign * known[first].value > sign * known[second].value
+            winner, loser = (first, second) if ahead else (second, first)
+            beats[winner] += 1
+            beaten_by[loser] += 1
+    hows = {how for _, how in tests}
+    how = next((how for how in (NOT_TESTED, UNPAIRED, PAIRED) if how in hows), PAIRED)
+    return Ranks({model: (1 + beaten_by[model], len(models) - beats[model]) for model in models}, how)
+
+
+def _p(first: _Known, second: _Known, pairs: int) -> tuple[float, str]:
+    """p of no difference, NaN where nothing can be said, and how it was made."""
+    if first.items is not None and second.items is not None and first.sampling is not None:
+        if pairs > _MOST_PAIRS:
+            one, other = (single(side, first.sampling) for side in (first.items, second.items))
+            return student(other.minus(one)), PAIRED
+        draws = max(DRAWS, 60 * pairs)
+        return paired_difference(first.items, second.items, first.sampling, draws=draws)[0].p, PAIRED
+    if first.error is None or second.error is None:
+        return float("nan"), NOT_TESTED
+    error = (first.error**2 + second.error**2) ** 0.5
+    if error <= 0:
+        return float("nan"), NOT_TESTED
+    return 2 * NormalDist().cdf(-abs(first.value - second.value) / error), UNPAIRED

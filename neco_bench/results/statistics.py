@@ -1,0 +1,200 @@
+"""What the stored per-item statistics say of a result: its primary metric again, its intervals, its items.
+
+The forms that are known are those of `core.sampling`. Results of other forms (plug-ins) are taken as they are stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from neco_bench.core.errors import BadInputError, NecoBenchError
+from neco_bench.core.sampling import Sampling
+from neco_bench.data.load import DATASETS
+from neco_bench.metrics.intervals import Interval, single
+from neco_bench.metrics.sums import SumMetric, category_sums, mean_sums, miou_sums
+from neco_bench.results.schema import Drawn, Result
+
+Arrays = Mapping[str, np.ndarray]
+
+TOLERANCE = 1e-9  # of a metric that is computed again; the same numbers give the same up to rounding
+
+# Classes in fewer images than this have no interval that covers as often as it says.
+RARE = 5
+
+IDS = ("image_id", "pair_id", "item_id")
+
+
+def item_ids(arrays: Arrays) -> list[str] | None:
+    """The ids of the items; None where they were not stored."""
+    found = next((arrays[name] for name in IDS if name in arrays), None)
+    return None if found is None else found.astype(str).tolist()
+
+
+def in_order(arrays: Arrays, ids: Sequence[str]) -> dict[str, np.ndarray]:
+    """The statistics with their items in the order of `ids`.
+
+    Raises:
+        BadInputError: where their items have other ids, or none.
+    """
+    own = item_ids(arrays)
+    if own is None or len(set(own)) < len(own) or set(own) != set(ids):
+        raise BadInputError("The statistics are not of the same items. Run both tasks again with --overwrite.")
+    if own == list(ids):
+        return dict(arrays)
+    rows = {name: row for row, name in enumerate(own)}
+    order = np.array([rows[name] for name in ids])
+    found = {}
+    for name, array in arrays.items():
+        axis = -3 if name == "confusion" else -1 if name.startswith(("score/", "square/")) else 0
+        found[name] = array if name == "mapping" else np.take(array, order, axis=axis)
+    return found
+
+
+def setting(result: Result, name: str) -> Any:
+    """Read a constant that a result was measured with. Raises BadInputError where it is not recorded."""
+    try:
+        return result.provenance["settings"][name]
+    except KeyError as error:
+        raise BadInputError(
+            f"The result of {result.model} on {result.column} is not complete: it does not record {name}. Run it again "
+            f"with --overwrite."
+        ) from error
+
+
+def hits_column(result: Result) -> int:
+    """Find the column of the stored hits that belongs to the primary metric, PCK@alpha."""
+    try:
+        alphas = [f"PCK@{alpha:.2f}" for alpha in setting(result, "alphas")]
+        return alphas.index(result.primary_metric)
+    except (TypeError, ValueError) as error:
+        raise BadInputError(
+            f"The result of {result.model} on {result.column} is not complete: its settings do not name "
+            f"{result.primary_metric}. Run it again with --overwrite."
+        ) from error
+
+
+def pck_sums(result: Result, arrays: Arrays, column: int, *, apart: bool = False) -> SumMetric:
+    """PCK at one threshold by the average of the primary metric, or with `apart` that of each category."""
+    settings = result.provenance.get("settings", {})
+    average = settings.get("average") or ("class_mean" if settings.get("pairs_per_bin") is not None else "points")
+    hits, totals = arrays["hits"][:, column], arrays["totals"]
+    if average == "pairs":
+        hits, totals = hits / totals, np.ones(len(totals))
+    mean = "categories" if average == "class_mean" else "totals"
+    return category_sums(hits, totals, arrays["category"], mean=mean, apart=apart)
+
+
+def primary_sums(result: Result, arrays: Arrays) -> SumMetric:
+    """The primary metric as a function of sums over items. Raises BadInputError for statistics of no known form."""
+    name = result.primary_metric
+    if "confusion" in arrays:
+        return miou_sums(arrays["confusion"], setting(result, "absent"))
+    if "hits" in arrays and "category" in arrays:
+        return pck_sums(result, arrays, hits_column(result))
+    for form in ("score", "square"):
+        if f"{form}/{name}" in arrays:
+            return _mean(result, name, arrays, form)
+    raise BadInputError(f"The statistics of {result.model} on {result.column} are not of a kind that can be compared.")
+
+
+def _mean(result: Result, name: str, arrays: Arrays, form: str) -> SumMetric:
+    metric = result.metric(name)
+    fraction = form == "score" and (metric.low, metric.high) == (0.0, 1.0)
+    return mean_sums(arrays[f"{form}/{name}"], arrays.get("weight"), root=form == "square", fraction=fraction)
+
+
+def known_sums(result: Result, arrays: Arrays) -> dict[str, SumMetric]:
+    """Every metric that the statistics give, by name; those that no known form has are left out."""
+    settings = result.provenance.get("settings", {})
+    if "confusion" in arrays:
+        known = result.primary_metric == "mIoU" and settings.get("absent") in ("zero", "exclude", "union")
+        return {"mIoU": primary_sums(result, arrays)} if known else {}
+    if "hits" in arrays and "category" in arrays:
+        alphas = [f"PCK@{alpha:.2f}" for alpha in settings.get("alphas", ())]
+        if result.primary_metric not in alphas or len(alphas) != arrays["hits"].shape[1]:
+            return {}
+        return {name: pck_sums(result, arrays, column) for column, name in enumerate(alphas)}
+    found = {}
+    for array in arrays:
+        form, _, name = array.partition("/")
+        if form in ("score", "square") and name in result.metrics:
+            found[name] = _mean(result, name, arrays, form)
+    return found
+
+
+def sampling_of(result: Result, arrays: Arrays) -> Sampling:
+    """How the items were drawn: as their data set says, known by name, of the ids that are stored."""
+    if "hits" in arrays:
+        return Sampling("pair", images=arrays.get("images"))
+    datasets = result.provenance.get("dataset", {})
+    facts: dict[str, Any] = next((datasets[role] for role in ("val", "test") if role in datasets), {})
+    ids, unit, names = item_ids(arrays), facts.get("sampling_unit"), arrays.get("group")
+    if names is not None:
+        return Sampling.of(unit or "group", names.astype(str).tolist())
+    try:
+        dataset = DATASETS.load(facts.get("name", ""))
+        if ids is None:
+            return Sampling(unit or dataset.sampling_unit)
+        return Sampling.of(unit or dataset.sampling_unit, [dataset.group_of(item) for item in ids])
+    except (NecoBenchError, AttributeError):  # the data set of a plug-in that is not installed, or no data set
+        return Sampling(unit or "image")
+
+
+def check_primary(result: Result, sums: Mapping[str, SumMetric]) -> None:
+    """Raise BadInputError where the primary metric of a document is not what its statistics give."""
+    name = result.primary_metric
+    if result.status != "ok" or name not in sums:
+        return
+    again, stored = float(sums[name].value()), result.metrics[name]
+    if not abs(again - stored) <= TOLERANCE * max(1.0, abs(stored)):
+        raise BadInputError(
+            f"{name} of {result.model} on {result.column} is {stored:.6g}, but its stored counts give {again:.6g}: one "
+            f"of the two was changed. Run it again with --overwrite."
+        )
+
+
+def with_intervals(result: Result, arrays: Arrays, sums: Mapping[str, SumMetric] | None = None) -> Result:
+    """The result with the intervals that its statistics give; as it is where they give none."""
+    sums = known_sums(result, arrays) if sums is None else sums
+    if not sums or result.status != "ok":
+        return result
+    sampling, ci95 = sampling_of(result, arrays), dict(result.ci95)
+    drawn = result.drawn
+    for name, metric in sums.items():
+        try:
+            interval = single(metric, sampling).interval(_notes(result, arrays))
+        except NecoBenchError:  # undefined
+            continue
+        ci95.pop(name, None)
+        if interval.ends is not None:
+            ci95[name] = interval.ends
+        if name == result.primary_metric:
+            drawn = _drawn(interval)
+    return result.model_copy(update={"ci95": ci95, "drawn": drawn})
+
+
+def _drawn(interval: Interval) -> Drawn:
+    return Drawn(
+        unit=interval.unit,
+        units=interval.units,
+        groups=interval.groups,
+        repeats=interval.repeats,
+        method=interval.method,
+        notes=list(interval.notes),
+    )
+
+
+def _notes(result: Result, arrays: Arrays) -> list[str]:
+    """What the interval does not cover, seen from the counts."""
+    if "confusion" not in arrays:
+        return []
+    counts = arrays["confusion"]
+    truth = counts.reshape(-1, *counts.shape[-3:])[0].sum(2)
+    images = (truth > 0).sum(0)
+    rare, absent, classes = int(((images > 0) & (images < RARE)).sum()), int((images == 0).sum()), len(images)
+    notes = [f"{rare} of {classes} classes are in fewer than {RARE} images"] if rare else []
+    zero = result.provenance.get("settings", {}).get("absent") == "zero"
+    return notes + ([f"{absent} of {classes} classes are in no image and count as 0"] if absent and zero else [])
