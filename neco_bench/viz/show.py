@@ -76,15 +76,15 @@ def show(
         arrays: the statistics stored with it.
         job: its job, see `job_of`.
         out: folder of the page.
-        worst: number of items with the lowest scores.
-        best: number of items with the highest scores.
+        worst: number of items with the lowest scores, or the largest errors.
+        best: number of the others.
         named: ids to draw instead of these.
 
     Raises:
         UsageError: for a task family that records no predictions; also what running the job raises.
     """
-    scores = item_scores(result, arrays)
-    ids = choose(scores, worst, best, named)
+    scores, sign = item_scores(result, arrays), result.metric().sign
+    ids = choose({name: sign * score for name, score in scores.items()}, worst, best, named)
     predictions = record_predictions(job, ids)
     if any(name not in predictions for name in ids):
         raise UsageError(f"Task family {result.family!r} records no predictions that could be drawn.")
@@ -98,7 +98,8 @@ def show(
     else:
         assert isinstance(dataset, PairDataset)
         drawn = _draw_pairs(dataset, {name: predictions[name] for name in ids}, result, stored)
-    order = "As named." if named else f"The {worst} with the lowest scores, then the {best} with the highest."
+    ends = ("lowest scores", "highest") if sign > 0 else ("largest errors", "smallest")
+    order = "As named." if named else f"The {worst} with the {ends[0]}, then the {best} with the {ends[1]}."
     if drawn.differing:
         counts = (
             f"Counted again, {drawn.differing} of them differ from the stored counts: other versions, weights or data."

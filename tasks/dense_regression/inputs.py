@@ -129,7 +129,7 @@ class Frame:
 
 
 @dataclass(frozen=True)
-class TestInput:
+class FrameInput:
     """A frame as the encoder gets it, and its target at the frame's own size."""
 
     frame: Frame

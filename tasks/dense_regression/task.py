@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from neco_bench.tasks.dense_regression.heads import DenseHead, predict
-from neco_bench.tasks.dense_regression.inputs import Augment, Frame, InputGrid, TestInput, crop_frame, train_crop, unpack
+from neco_bench.tasks.dense_regression.inputs import Augment, Frame, InputGrid, FrameInput, crop_frame, train_crop, unpack
 from neco_bench.tasks.dense_regression.score import RegressionScore
 from neco_bench.tasks.dense_regression.settings import Settings
 from neco_bench.tasks.dense_regression.training import train_head
@@ -61,7 +61,7 @@ def run(encoder: Encoder, data: dict[str, DenseDataset], settings: Settings, con
 
     frame = Frame.of(test, s, encoder.stride)
     grid = InputGrid.of(frame.resized, encoder)
-    transform = TestInput(frame, grid, grid.size, s.mean or encoder.mean)
+    transform = FrameInput(frame, grid, grid.size, s.mean or encoder.mean)
     score = RegressionScore(test, s, context)
     for batch in features_of_items(encoder, test, transform, s, context, "score", mirrored=s.mirror_test, own=True):
         with context.phase("predict"):
@@ -123,7 +123,7 @@ def training_order(count: int, total: int, seed: int) -> list[tuple[int, int]]:
 def features_of_items(
     encoder: Encoder,
     dataset: DenseDataset,
-    transform: TestInput | Augment,
+    transform: FrameInput | Augment,
     settings: Settings,
     context: Context,
     description: str,
