@@ -90,6 +90,8 @@ DATASETS = {
     "cityscapes": r"Cityscapes( val)?",
     "pascal_context": r"Pascal Context( val)?",
     "spair": r"SPair-71k",
+    "nyu": r"NYUv2",
+    "kitti": r"KITTI",
     "sun": r"SUN.?RGB-?D.*",
 }
 
@@ -134,13 +136,23 @@ def task_id(measure: str, dataset: str, row: Row) -> str:
     """Our task id by the naming rule; empty where we have no such task."""
     if measure == "correspondence":
         return dataset if dataset == "spair" else ""
-    if not dataset or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup", "knn", "logreg"):
+    if measure == "depth":
+        return f"{dataset}_depth" if dataset in ("nyu", "kitti") else ""
+    if not dataset or dataset in ("nyu", "kitti") or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup", "knn", "logreg"):
         return ""
     if measure == "overcluster":
         clusters = re.search(r"K=(\d+)", row["setting"] + row["task"])
         return f"{dataset}_overcluster_{clusters[1]}" if clusters else ""
     fraction = re.search(r"fraction 1/(\d+)", row["setting"])
     return f"{dataset}_{measure}" + (f"_1of{fraction[1]}" if fraction and fraction[1] != "1" else "")
+
+
+def depth_protocol(publication: str, task: str, row: Row) -> str:
+    """Our protocol of linear depth, where a number was obtained by it; else nothing."""
+    if publication == "dinov3" and task == "nyu_depth":
+        return "dinov3-1"
+    lin1 = publication == "dinov2" and task and row["setting"] == "lin. 1"
+    return "dinov2-lin1" if lin1 else ""
 
 
 def convert(row: Row) -> tuple[Row, tuple]:
@@ -156,11 +168,17 @@ def convert(row: Row) -> tuple[Row, tuple]:
     task = task_id(measure, dataset, row)
     ours = publication == "neco" and measure in ("linear", "overcluster", "cluster_gt")
     dinov3 = (publication, task) == ("dinov3", "ade20k_linear") and re.match(r"ViT-.*/16$", row["arch"])
+    depth = depth_protocol(publication, task, row)
     protocol = f"paper:{publication}-{measure}".replace("-scann-ic", "-scann")
     protocol = "neco-1" if ours else "dinov3-1" if dinov3 else "capi-1" if publication == "capi" else protocol
+    protocol = depth or protocol
     notes = [row["setting"]]
     if dinov3:
         notes.append("the released evaluator's settings inferred")
+    if depth == "dinov3-1":
+        notes.append("the released evaluator's settings inferred; the paper sweeps learning rate and weight decay")
+    if depth == "dinov2-lin1":
+        notes.append("settings as in a third party's copy of the configuration inferred")
     if ours and measure == "linear":
         notes.append("25 epochs and 100 px masks inferred")
     if ours and "K=21" in row["setting"] and dataset == "coco_things":
@@ -169,6 +187,8 @@ def convert(row: Row) -> tuple[Row, tuple]:
         notes.append("start model DINOv2R-XR inferred")
     metric = re.sub(r" %$| \(digitised.*", "", row["metric"])
     metric = "RMSE m" if metric == "RMSE" else re.sub(r"^(SPair|NAVI) score.*", "recall", metric)
+    if metric == "RMSE m" and task:
+        metric = "rmse"
     value = row["value"]
     if publication == "crw":  # printed as fractions
         value = format((100 * Decimal(value)).normalize(), "f")
