@@ -17,10 +17,12 @@ from pathlib import Path
 
 import pandas as pd
 
+from neco_bench.core.metric import metric_named
+
 Row = dict[str, str]
 
 
-COLUMNS = ("model", "arch", "task", "protocol", "metric", "value", "setting", "source", "quality")
+COLUMNS = ("model", "arch", "task", "protocol", "metric", "unit", "direction", "value", "setting", "source", "quality")
 
 # Reason, column, pattern: the first that is found drops the row.
 DROPPED = (
@@ -198,6 +200,8 @@ def convert(row: Row) -> tuple[Row, tuple]:
         "task": task,
         "protocol": protocol,
         "metric": metric,
+        "unit": metric_named(metric).unit,
+        "direction": metric_named(metric).direction,
         "value": value,
         "setting": f"{row['dataset']}, {row['task']}: {'; '.join(notes)}",
         "source": f"NeCo {row['source']}" if row["source"].startswith("paper ") else row["source"],

@@ -74,6 +74,10 @@ def comparison_fractions(row: ComparisonRow) -> dict[str, Any]:
     return {"name": row.name, **values, **facts, "better": row.metric.direction}
 
 
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.00005 else "<0.0001"
+
+
 def plural(unit: str, count: int) -> str:
     """The name of so many units."""
     first, _, rest = unit.partition(" ")
@@ -90,8 +94,8 @@ def comparison_percent(row: ComparisonRow) -> dict[str, Any]:
         "second": metric.text(row.second),
         "difference": metric.text(difference.value, plus=True),
         "95 % interval": metric.interval(difference.low, difference.high, plus=True),
-        "p": f"{difference.p:.4f}" if defined else "",
-        "p (Holm)": f"{row.p_holm:.4f}" if defined else "",
+        "p": _p(difference.p) if defined else "",
+        "p (Holm)": _p(row.p_holm) if defined else "",
         "items": f"{row.items} {plural(row.unit, row.items)}",
         "note": row.note,
     }

@@ -108,7 +108,7 @@ def compare(
     for title, table in tables.items():
         print(f"{first} -> {second}" if title == "tasks" else f"\n{title}")
         print_rows(table, False)
-    print("\n" + textwrap.fill(f"{TESTS} {MEANING}", 118))
+    print("\n" + textwrap.fill(f"{TESTS} {MEANING}", 118), file=sys.stderr)  # stdout is the tables
 
 
 @app.command()

@@ -8,10 +8,11 @@ that it changes sign exactly. Units in which the two do not differ carry no info
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from neco_bench.core.errors import NumericalError
 from neco_bench.core.sampling import Sampling
 from neco_bench.metrics.intervals import FEWEST, Estimate, Units, estimate
 from neco_bench.metrics.sums import SumMetric
@@ -53,40 +54,45 @@ def paired_difference(
     Raises:
         NumericalError: where the items differ in number.
     """
+    if len(first.columns) != len(second.columns):
+        raise NumericalError(f"{len(first.columns)} items cannot be paired with {len(second.columns)}.")
     sampling = sampling or Sampling()
     sides = [estimate(side, sampling) for side in (first, second)]
     before, after = (side if isinstance(side, list) else [side] for side in sides)
     middle, units = _exchanged(first, second, sampling)
-    found = []
-    for one, other, parts in zip(before, after, middle.T, strict=True):
-        if np.isnan(one.repeats).any() or np.isnan(other.repeats).any():
-            found.append(Difference(_NAN, _NAN, _NAN, _NAN, 0, units.name))
-            continue
-        found.append(compared(one, other, parts, units, draws=draws, seed=seed))
-    return found
+    found = [_untested(*three, units) for three in zip(before, after, middle.T, strict=True)]
+    flipped = [m for m, (_, parts) in enumerate(found) if parts is not None]
+    alone = {m: parts for m in flipped if (parts := found[m][1]) is not None}
+    for shape in {parts.shape for parts in alone.values()}:  # blocks may differ between metrics
+        same = [m for m in flipped if alone[m].shape == shape]
+        p, exact = sign_flips(np.stack([alone[m] for m in same], axis=1), draws=draws, seed=seed)
+        for m, value, few in zip(same, p, exact, strict=True):
+            test = "exact sign flips" if few else "sign flips"
+            found[m] = replace(found[m][0], p=float(value), test=test), None
+    return [difference for difference, _ in found]
 
 
-def compared(
-    one: Estimate, other: Estimate, parts: np.ndarray, units: Units, *, draws: int = DRAWS, seed: int = 0
-) -> Difference:
-    """Compare two estimates; parts: (U,) of the difference, by unit."""
+def _untested(one: Estimate, other: Estimate, parts: np.ndarray, units: Units) -> tuple[Difference, np.ndarray | None]:
+    """A difference, and its parts by unit where signs are still to be flipped for its p."""
+    if np.isnan(one.repeats).any() or np.isnan(other.repeats).any():
+        return Difference(_NAN, _NAN, _NAN, _NAN, 0, units.name), None
     change = other.minus(one)
     length = change.length
     if length > 1:
         parts = np.bincount(units.blocks(length), parts)
-    informative = int((np.abs(parts) > 1e-12 * max(np.abs(parts).max(initial=0), 1e-300)).sum())
+    informative = int((np.abs(parts) > 1e-12 * np.abs(parts).max(initial=0)).sum())
     unit = units.name if length == 1 else "block of frames"
     ends = change.interval().ends or (_NAN, _NAN)
-    if not informative:  # the two are the same
-        ends = (0.0, 0.0) if change.value == 0 and change.informative.any() else ends
-        return Difference(change.value, *ends, _NAN, 0, unit)
+    if not informative and change.value == 0 and change.informative.any():  # the two are the same
+        ends = (0.0, 0.0)
+    if informative == 1:
+        ends = (_NAN, _NAN)
+    untested = Difference(change.value, *ends, _NAN, informative, unit)
     if informative < FEWEST:
-        ends = ends if informative > 1 else (_NAN, _NAN)
-        return Difference(change.value, *ends, _NAN, informative, unit)
+        return untested, None
     if len(change.repeats) > 1 or units.member.ndim == 2:
-        return Difference(change.value, *ends, student(change), informative, unit, "t")
-    p, test = sign_flips(parts, draws=draws, seed=seed)
-    return Difference(change.value, *ends, p, informative, unit, test)
+        return replace(untested, p=student(change), test="t"), None
+    return untested, parts
 
 
 def student(change: Estimate) -> float:
@@ -97,24 +103,31 @@ def student(change: Estimate) -> float:
     return float(2 * t.sf(abs(change.value) / variance**0.5, df)) if variance > 0 else float("nan")
 
 
-def sign_flips(parts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> tuple[float, str]:
-    """Two-sided p of parts (U,) whose signs are random under the hypothesis, and the name of the test.
+def sign_flips(parts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Two-sided p of parts (U, M), whose signs are random under the hypothesis, of each of M metrics.
 
     Of few units all patterns of signs are counted; else p is 2 (1 + the draws at least as large) / (draws + 1), so that
     its smallest value is 2 / (draws + 1).
+
+    Returns:
+        (M,) p, and (M,) whether all patterns were counted.
     """
-    parts = parts[np.abs(parts) > 1e-12 * np.abs(parts).max(initial=0)]
-    observed = abs(parts.sum()) - 1e-9 * np.abs(parts).sum()  # equal sums in another order are equal
-    if len(parts) <= _EXACT:
-        patterns = (np.arange(2 ** max(0, len(parts) - 1))[:, None] >> np.arange(len(parts))) & 1
-        sums = np.abs((1 - 2 * patterns) @ parts)
-        return float((sums >= observed).mean()), "exact sign flips"
-    rng, larger = np.random.default_rng(seed), 0
+    size = np.abs(parts)
+    counted = size > 1e-12 * size.max(0, initial=0)
+    observed = np.abs(parts.sum(0)) - 1e-9 * size.sum(0)  # equal sums in another order are equal
+    exact = counted.sum(0) <= _EXACT
+    p, larger = np.ones(parts.shape[1]), np.zeros(parts.shape[1])
+    for m in np.flatnonzero(exact):
+        own = parts[counted[:, m], m]
+        patterns = (np.arange(2 ** max(0, len(own) - 1))[:, None] >> np.arange(len(own))) & 1
+        p[m] = (np.abs((1 - 2 * patterns) @ own) >= observed[m]).mean()
+    rng, drawn = np.random.default_rng(seed), parts[:, ~exact]
     rows = max(1, _CHUNK // len(parts))
-    for start in range(0, draws, rows):
-        signs = rng.integers(0, 2, (min(rows, draws - start), len(parts)), dtype=np.int8)
-        larger += int((signs.astype(np.float64) @ (2 * parts) - parts.sum() >= observed).sum())
-    return min(1.0, 2 * (1 + larger) / (draws + 1)), "sign flips"
+    for start in range(0, draws if drawn.shape[1] else 0, rows):
+        bits = rng.integers(0, 256, (min(rows, draws - start), -(-len(parts) // 8)), dtype=np.uint8)
+        signs = np.unpackbits(bits, axis=1, count=len(parts)).astype(np.float64)
+        larger[~exact] += (signs @ (2 * drawn) - drawn.sum(0) >= observed[~exact]).sum(0)
+    return np.where(exact, p, np.minimum(1.0, 2 * (1 + larger) / (draws + 1))), exact
 
 
 def holm(values: np.ndarray) -> np.ndarray:

@@ -58,7 +58,25 @@ def miou_sums(confusions: np.ndarray, absent: AbsentClasses = "exclude") -> SumM
 
     absent: which classes count, see `segmentation.mean_iou`.
     """
-    columns, ious = _segmentation(confusions)
+    return miou_of_counts(class_counts(confusions), absent)
+
+
+def class_iou_sums(confusions: np.ndarray) -> SumMetric:
+    """The IoU of each class, NaN where it is in neither truth nor prediction; confusions as in `miou_sums`."""
+    return class_iou_of_counts(class_counts(confusions))
+
+
+def class_counts(confusions: np.ndarray) -> np.ndarray:
+    """(3, R, n, C) pixels of each class: hits, union of truth and prediction, and truth."""
+    stack = confusions.reshape(-1, *confusions.shape[-3:])
+    hits = np.einsum("snii->sni", stack)
+    truth = stack.sum(3)
+    return np.stack([hits, truth + stack.sum(2) - hits, truth])
+
+
+def miou_of_counts(counts: np.ndarray, absent: AbsentClasses = "exclude") -> SumMetric:
+    """`miou_sums` of `class_counts`."""
+    columns, ious = _ious_of(counts)
 
     def miou(sums: np.ndarray) -> np.ndarray:
         values, truth, union = ious(sums)
@@ -69,9 +87,9 @@ def miou_sums(confusions: np.ndarray, absent: AbsentClasses = "exclude") -> SumM
     return SumMetric(columns, miou)
 
 
-def class_iou_sums(confusions: np.ndarray) -> SumMetric:
-    """The IoU of each class, NaN where it is in neither truth nor prediction; confusions as in `miou_sums`."""
-    columns, ious = _segmentation(confusions)
+def class_iou_of_counts(counts: np.ndarray) -> SumMetric:
+    """`class_iou_sums` of `class_counts`."""
+    columns, ious = _ious_of(counts)
 
     def per_class(sums: np.ndarray) -> np.ndarray:
         values, _, union = ious(sums)
@@ -83,17 +101,16 @@ def class_iou_sums(confusions: np.ndarray) -> SumMetric:
 def size_sums(confusions: np.ndarray, low: float, high: float) -> SumMetric:
     """mIoU over the regions of one size: what a class covers of an image, where that is a share in [low, high) of the
     image's labelled pixels. Classes without such a region are left out. Confusions as in `miou_sums`."""
-    truth = (confusions[0] if confusions.ndim == 4 else confusions).sum(2)
+    counts = class_counts(confusions)
+    truth = counts[2, 0]
     share = truth / np.maximum(truth.sum(1, keepdims=True), 1)
-    inside = (truth > 0) & (share >= low) & (share < high)
-    columns, ious = _segmentation(confusions)
-    parts = columns.reshape(len(columns), 3, -1, truth.shape[1]) * inside[:, None, None]
+    columns, ious = _ious_of(counts * ((truth > 0) & (share >= low) & (share < high)))
 
     def miou(sums: np.ndarray) -> np.ndarray:
         values, total, _ = ious(sums)
         return _mean_counted(values, total > 0)
 
-    return SumMetric(parts.reshape(columns.shape), miou)
+    return SumMetric(columns, miou)
 
 
 def ratio_sums(hits: np.ndarray, totals: np.ndarray) -> SumMetric:
@@ -150,19 +167,15 @@ def mean_sums(
     return SumMetric(columns, mean, fraction=fraction)
 
 
-def _segmentation(confusions: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, ...]]]:
+def _ious_of(counts: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, ...]]]:
     """Columns, and a function of their sums: IoU, pixels of ground truth and of the union, (rows, R, C) each."""
-    stack = confusions.reshape(-1, *confusions.shape[-3:])
-    hits = np.einsum("snii->sni", stack)
-    truth = stack.sum(3)
-    union = truth + stack.sum(2) - hits
-    repeats, images, classes = hits.shape
+    _, repeats, images, classes = counts.shape
 
     def ious(sums: np.ndarray) -> tuple[np.ndarray, ...]:
         tp, total, gt = sums.reshape(-1, 3, repeats, classes).swapaxes(0, 1)
         return _ratios(tp, total), gt, total
 
-    return np.stack([hits, union, truth]).transpose(2, 0, 1, 3).reshape(images, 3 * repeats * classes), ious
+    return counts.transpose(2, 0, 1, 3).reshape(images, 3 * repeats * classes), ious
 
 
 def _ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:

@@ -347,6 +347,8 @@ def compare_images(pair: ResultPair) -> list[tuple[str, float, float]]:
 
 def _differences(pair: ResultPair, first: SumMetric, second: SumMetric, draws: int) -> list[Difference]:
     sampling = sampling_of(pair.first, pair.first_arrays)
+    if sampling.unit == "pair" and sampling.images is None:  # an older result does not name the images of its pairs
+        sampling = sampling_of(pair.second, pair.second_arrays)
     return paired_difference(first, second, sampling, draws=draws, seed=pair.first.seed)
 
 

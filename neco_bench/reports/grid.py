@@ -137,8 +137,6 @@ def _cell(runs: list[Any]) -> dict[str, Any]:
     values = [run.value for run in good]
     low, high = _interval_over_seeds(good) if several else (good[0].low, good[0].high) if good else (np.nan, np.nan)
     draws = good[0].draws if good else 0
-    if one_number and np.isnan(low):
-        notes.append("no interval")
     return {
         "value": float(np.mean(values)) if one_number else np.nan,
         "low": low if one_number else np.nan,

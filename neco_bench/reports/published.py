@@ -7,9 +7,10 @@ from decimal import Decimal
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 
 from neco_bench.core.errors import BadInputError, MissingError
+from neco_bench.core.metric import Unit, metric_named
 
 
 class Published(BaseModel):
@@ -22,10 +23,20 @@ class Published(BaseModel):
     task: str
     protocol: str
     metric: str
-    value: Decimal  # in percent, with the digits that were printed
+    unit: Unit | None = None  # of the value; None: that of the metric
+    direction: Literal["higher", "lower"] | None = None  # which values are better; None: that of the metric
+    value: Decimal  # in its unit, with the digits that were printed
     setting: str
     source: str
     quality: Literal["printed", "digitised"]
+
+    @model_validator(mode="after")
+    def _as_the_metric_has_it(self) -> Published:
+        metric = metric_named(self.metric)
+        for name, stated, known in (("unit", self.unit, metric.unit), ("direction", self.direction, metric.direction)):
+            if stated is not None and stated != known:
+                raise ValueError(f"{name} is {stated!r}, that of {self.metric!r} is {known!r}")
+        return self
 
 
 def read_published(path: Path | str) -> list[Published]:
@@ -37,7 +48,8 @@ def read_published(path: Path | str) -> list[Published]:
                 return [Published.model_validate(row) for row in reader]
             except ValidationError as error:
                 item = error.errors()[0]
-                where = f"{path}, line {reader.line_num}: {'.'.join(map(str, item['loc']))}: {item['msg']}"
+                place = ".".join(map(str, item["loc"])) or "row"
+                where = f"{path}, line {reader.line_num}: {place}: {item['msg']}"
                 raise BadInputError(f"{where}. See leaderboards/README.md for the columns.") from error
     except FileNotFoundError as error:
         raise MissingError(f"{path}: there is no such file of published numbers.") from error

@@ -58,7 +58,7 @@ class _Known:
 
 
 def ranks_of(grid: Grid, statistics: Statistics | None) -> dict[str, Ranks]:
-    """The open ranks of each column of a grid."""
+    """The open ranks of each column of a grid that has two models or more."""
     found = {}
     for column in grid.columns:
         cells = grid.cells.xs(column, level="column")
@@ -68,7 +68,8 @@ def ranks_of(grid: Grid, statistics: Statistics | None) -> dict[str, Ranks]:
         for cell in cells.itertuples():
             known[cell.Index] = own = _known(cell, statistics, ids)
             ids = ids or own.ids
-        found[column] = _ranks(known, grid.metric(column).sign)
+        if len(known) > 1:
+            found[column] = _ranks(known, grid.metric(column).sign)
     return found
 
 

@@ -154,8 +154,10 @@ def _cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
 
 
 def _ranking(grid: Grid, statistics: Statistics | None) -> pd.DataFrame:
-    """Win rate of each model and, by column, the ranks that the tests leave open."""
+    """Win rate of each model and, by column, the ranks that the tests leave open; empty without two models in one."""
     rates, tested = win_rates(grid), ranks_of(grid, statistics)
+    if not tested:
+        return pd.DataFrame()
     number = grid.wide(grid.cells.value).notna().sum(axis=1)
     table = pd.DataFrame(
         {

@@ -152,7 +152,19 @@ def test_the_leaderboard_writes_tables(results: Path, tmp_path: Path) -> None:
 def test_tables_for_people(results: Path) -> None:
     answer = neco(*RUN, "--out", results)
     header, row = answer.out.splitlines()
-    assert header.split() == ["model", "task", "protocol", "metric", "value", "95", "%", "interval", "note", "seconds"]
+    assert header.split() == [
+        "model",
+        "task",
+        "protocol",
+        "metric",
+        "value",
+        "95",
+        "%",
+        "interval",
+        "over",
+        "note",
+        "seconds",
+    ]
     assert row.split()[:4] == ["baseline_rgb", "shapes_ic", "hbird-2*", "mIoU"]
     assert "limit 4" in row
     assert answer.err == "baseline_rgb on shapes_ic@hbird-2*: done\n"

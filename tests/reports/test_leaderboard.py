@@ -94,15 +94,17 @@ def test_unrankable_results_never_stand_in_the_ranked_table(results):
         assert f"{100 * result.metrics['miou']:.1f}" not in text
 
 
-def test_models_rank_over_columns_that_all_have(make_result):
+def test_models_are_in_order_of_their_win_rate(make_result):
     scores = {"worst": (0.1, 0.2), "best": (0.8, 0.9), "tie_b": (0.5, 0.6), "tie_a": (0.6, 0.5)}
     results = [
         make_result(value, key=model + task, model=model, task=task)
         for model, values in scores.items()
         for task, value in zip(("camvid_ic", "voc_ic"), values, strict=True)
     ]
-    results.append(make_result(0.99, model="partial"))
-    assert list(ranked(results).frame.model) == ["best", "tie_a", "tie_b", "worst", "partial"]
+    results.append(make_result(0.3, model="partial"))  # beats one of four in its only column
+    assert list(ranked(results).frame.model) == ["best", "tie_a", "tie_b", "partial", "worst"]
+    results.append(make_result(0.99, key="f" * 16, model="worst", task="ade20k_ic"))  # a column that no other has
+    assert list(ranked(results).frame.model) == ["best", "tie_a", "tie_b", "partial", "worst"]
 
 
 def test_other_weights_under_one_name_are_rows_of_their_own(make_result):
@@ -196,7 +198,9 @@ def test_difference_is_published_minus_measured(make_result):
     assert beside([result], value="38.75") == [("hbird-2", "40.0", "38.75", "-1.2")]
     assert beside([result], value="39.99") == [("hbird-2", "40.0", "39.99", "+0.0")]
     seeds = [result, make_result(0.42, seed=1, key="1", ci95={})]
-    assert beside(seeds) == [("hbird-2", "41.0 ± 1.4 (2 seeds)", "41.3", "+0.3")]
+    half = 12.706 * 1.0  # t of one degree of freedom; the standard error of 40.0 and 42.0 is 1.0
+    ends = f"[{41 - half:.1f}, {41 + half:.1f}]"
+    assert beside(seeds) == [("hbird-2", f"41.0 ± 1.4 {ends} (2 seeds)", "41.3", "+0.3")]
 
 
 @pytest.mark.parametrize(
@@ -256,18 +260,19 @@ def test_conditions_say_what_each_model_was_given(make_result):
     results = [make_result(provenance=provenance), make_result(model="x", key="f" * 16)]
     tables = {table.name: table for table in build_tables(results)}
     table = tables["in_context.conditions"]
-    names = ["model", "task", "input_size", "used_size", "tokens", "contamination", "training_data"]
-    assert list(table.frame) == names
-    assert rows(table) == [("dino_vits16", "camvid_ic@hbird-2", "512", "518", "1369", "near", "LVD-142M")]
+    names = ["model", "task", "input_size", "used_size", "tokens", "interval_over", "contamination", "training_data"]
+    assert list(table.frame) == [*names, "marks"]
+    assert rows(table) == [("dino_vits16", "camvid_ic@hbird-2", "512", "518", "1369", "", "near", "LVD-142M", "")]
     assert table.title == "in context: conditions"
 
 
 def test_draws_of_a_fraction_show_their_deviation(make_result):
     roles = {f"train/{draw}": {"name": "voc2012"} for draw in range(5)}
     provenance = {"weights_id": "a" * 64, "protocol_hash": "b" * 64, "dataset": roles}
-    (table, _) = build_tables([make_result(metrics={"miou": 0.666, "miou_std": 0.0123}, provenance=provenance)])
+    metrics, ends = {"miou": 0.666, "miou_std": 0.0123}, {"miou": (0.64, 0.69)}
+    (table, _) = build_tables([make_result(metrics=metrics, ci95=ends, provenance=provenance)])
     assert rows(table) == [("dino_vits16", "66.6 ± 1.2")]
-    assert rows(table, detailed=True) == [("dino_vits16", "66.6 ± 1.2 (5 draws)")]
+    assert rows(table, detailed=True) == [("dino_vits16", "66.6 ± 1.2 [64.0, 69.0] (5 draws)")]
 
 
 def ranking(results):
@@ -275,7 +280,7 @@ def ranking(results):
     return {row[0]: row[1:] for row in rows(table)}
 
 
-def test_ranking_counts_only_models_with_every_column(make_result):
+def test_win_rates_are_over_the_columns_that_two_models_share(make_result):
     scores = {"a": (0.8, 0.6), "b": (0.79, 0.7), "c": (0.5, 0.5), "d": (0.5, None)}
     results = [
         make_result(value, key=model + task, model=model, task=task, ci95={"miou": (value - 0.02, value + 0.02)})
@@ -285,29 +290,149 @@ def test_ranking_counts_only_models_with_every_column(make_result):
     ]
     found = ranking(results)
     assert list(found) == ["a", "b", "c", "d"]
-    # a and b win once each, their intervals overlap on camvid_ic; b is clearly ahead on voc_ic, yet a leads by name
-    assert found["a"] == ("1", "1.50", "3", "", "1..2", "2")
-    assert found["b"] == ("1", "1.50", "3", "", "1..2", "1")
-    assert found["c"] == ("2", "3.00", "0", "", "3", "3")
-    assert found["d"] == ("", "", "", "1", "", "")
+    assert found["a"][:3] == ("83 %", "2 of 2", "1..2")  # half of b's two columns, both of c's, the one of d's
+    assert found["b"] == ("83 %", "2 of 2", "1..2", "1")
+    assert found["c"] == ("17 %", "2 of 2", "3..4", "3")  # c and d tie in their one column
+    assert found["d"] == ("17 %", "1 of 2", "3..4", "")
 
 
-def test_equal_values_share_the_borda_point(make_result):
-    results = [make_result(0.5, key=name, model=name, ci95={}) for name in "ab"]
-    assert ranking(results) == {"a": ("1", "1.50", "0.5", "", "1..2"), "b": ("1", "1.50", "0.5", "", "1..2")}
-
-
-def test_seeds_do_not_make_a_point_of_the_interval(make_result):
-    """Two models of three seeds each that lie within their intervals share a group."""
-    results = [
-        make_result(value + 0.001 * seed, key=f"{name}{seed}", model=name, seed=seed, ci95={"miou": (0.2, 0.7)})
-        for name, value in (("a", 0.5), ("b", 0.4))
-        for seed in range(3)
-    ]
-    assert {model: (row[0], row[-1]) for model, row in ranking(results).items()} == {
-        "a": ("1", "1..2"),
-        "b": ("1", "1..2"),
+def test_a_result_without_an_interval_has_an_open_rank(make_result):
+    results = [make_result(value, key=name, model=name, ci95={}) for name, value in (("a", 0.5), ("b", 0.9))]
+    results.append(make_result(0.1, key="c", model="c"))
+    results.append(make_result(0.99, key="d", model="d"))
+    assert {model: row[-1] for model, row in ranking(results).items()} == {
+        "d": "1..3",  # better than c alone: a and b cannot be tested
+        "b": "1..4",
+        "a": "1..4",
+        "c": "2..4",
     }
+    (table,) = (table for table in build_tables(results) if table.name.endswith(".ranking"))
+    assert table.frame.columns[-1] == "camvid_ic@hbird-2 (not tested)"
+
+
+def test_a_wide_interval_does_not_tie_what_lies_apart(make_result):
+    """A 60 [30, 90] can be told from none, yet B, C and D are told apart."""
+    scores = {"a": (0.6, 0.3), "b": (0.55, 0.02), "c": (0.4, 0.02), "d": (0.29, 0.02)}
+    results = [
+        make_result(value, key=name, model=name, ci95={"miou": (value - half, value + half)})
+        for name, (value, half) in scores.items()
+    ]
+    assert {name: row[-1] for name, row in ranking(results).items()} == {
+        "a": "1..4",
+        "b": "1..2",
+        "c": "2..3",
+        "d": "3..4",
+    }
+
+
+def test_a_column_of_one_model_takes_nobodys_rank(make_result):
+    results = [
+        make_result(value, key=name + task, model=name, task=task, ci95={"miou": (value - 0.01, value + 0.01)})
+        for name, value in (("a", 0.5), ("b", 0.4))
+        for task in ("camvid_ic", "voc_ic")
+    ]
+    results.append(make_result(0.9, key="c", model="c", task="ade20k_ic"))
+    found = ranking(results)
+    assert list(found) == ["a", "b", "c"]
+    assert found["a"] == ("100 %", "2 of 3", "1", "1")
+    assert found["c"] == ("", "1 of 3", "", "")  # the third column has no test, and no place in this table
+
+
+def test_seeds_that_differ_much_leave_ranks_open(make_result):
+    """Three seeds 51.0 ± 10.1 and 41.0 ± 10.1: both have either rank, and the interval shows the spread of seeds."""
+    spread = (-0.101, 0.0, 0.101)
+    results = [
+        make_result(
+            value + step,
+            key=f"{name}{seed}",
+            model=name,
+            seed=seed,
+            ci95={"miou": (value + step - 0.01, value + step + 0.01)},
+        )
+        for name, value in (("a", 0.51), ("b", 0.41))
+        for seed, step in enumerate(spread)
+    ]
+    assert {model: row[-1] for model, row in ranking(results).items()} == {"a": "1..2", "b": "1..2"}
+    (a, _) = rows(ranked(results), detailed=True)
+    low, high = (float(end) for end in a[1].partition("[")[2].partition("]")[0].split(","))
+    half = 4.303 * 10.1 / 3**0.5  # t of two degrees of freedom, and the interval of items beside it
+    assert 51 - half - 0.5 < low < 51 - half + 0.5
+    assert high - low == pytest.approx(2 * half, rel=0.02)
+
+
+def test_less_is_better_where_the_metric_says_so(make_result):
+    results = [
+        make_result(
+            key=name,
+            model=name,
+            task="nyuv2_depth",
+            primary_metric="rmse",
+            metrics={"rmse": value},
+            ci95={"rmse": (value - 0.01, value + 0.01)},
+        )
+        for name, value in (("a", 0.402), ("b", 1.31))
+    ]
+    table = ranked(results)
+    assert list(table.frame) == ["model", "nyuv2_depth@hbird-2 (m, lower is better)"]
+    assert rows(table) == [("a", "0.402"), ("b", "1.310")]
+    assert rows(table, detailed=True)[0] == ("a", "0.402 [0.392, 0.412]")
+    assert r"a & \textbf{0.402}" in table.to_latex()
+    assert ranking(results) == {"a": ("100 %", "1 of 1", "1"), "b": ("0 %", "1 of 1", "2")}
+
+
+def conditions(results):
+    (table,) = (table for table in build_tables(results) if table.name.endswith(".conditions"))
+    return {(row[0], row[1]): row[-1] for row in rows(table)}
+
+
+def facts(**changes):
+    known = {"weights_id": "a" * 64, "protocol_hash": "b" * 64, "card_hash": "c" * 64, "precision": "fp32"}
+    known |= {"dataset_fingerprint": {"val": "d" * 64}, "encoder": {"stride": 14}}
+    known |= {"features": {"input_size": 504, "used_size": 504}, "packages": {"neco-bench": "0.2.0", "torch": "2.14.1"}}
+    return known | changes
+
+
+@pytest.mark.parametrize("fact", ["card_hash", "protocol_hash", "dataset_fingerprint"])
+def test_what_compare_refuses_has_a_column_of_its_own(make_result, fact):
+    other = {"val": "e" * 64} if fact == "dataset_fingerprint" else "e" * 64
+    results = [
+        make_result(0.4, model="a", provenance=facts()),
+        make_result(0.5, key="b", model="b", provenance=facts(**{fact: other})),
+    ]
+    assert len(ranked(results).frame.columns) == 3
+    assert not any(table.name.endswith(".ranking") for table in build_tables(results))
+
+
+@pytest.mark.parametrize(
+    ("changes", "mark"),
+    [
+        ({"precision": "bf16"}, "precision bf16, others fp32"),
+        ({"features": {"input_size": 504, "used_size": 224}}, "size 224 px, others as asked"),
+        ({"packages": {"neco-bench": "0.1.9", "torch": "2.14.1"}}, "stale: neco-bench 0.1.9, newest 0.2.0"),
+        ({"packages": {"neco-bench": "0.2.0", "torch": "2.7.0"}}, "torch 2.7.0, others 2.14.1"),
+    ],
+)
+def test_other_conditions_are_marked(make_result, changes, mark):
+    results = [make_result(0.4, key=name, model=name, provenance=facts()) for name in "ab"]
+    results.append(make_result(0.5, key="c", model="c", provenance=facts(**changes)))
+    assert rows(ranked(results)) == [("c", "50.0 †"), ("a", "40.0"), ("b", "40.0")]
+    assert conditions(results)["c", "camvid_ic@hbird-2"] == mark
+    assert conditions(results)["a", "camvid_ic@hbird-2"] == ""
+
+
+def test_sizes_that_strides_ask_for_are_not_marked(make_result):
+    results = [make_result(0.4, model="a", provenance=facts())]
+    sizes = {"features": {"input_size": 504, "used_size": 512}, "encoder": {"stride": 16}}
+    results.append(make_result(0.5, key="b", model="b", provenance=facts(**sizes)))
+    assert rows(ranked(results)) == [("b", "50.0"), ("a", "40.0")]
+
+
+def test_a_failed_seed_and_an_interval_of_schema_1_are_marked(make_result):
+    results = [make_result(0.4, provenance=facts()), make_result(seed=1, key="1", status="failed", provenance=facts())]
+    results.append(make_result(0.3, key="2", model="old", schema_version=1, provenance=facts()))
+    assert conditions(results)["dino_vits16", "camvid_ic@hbird-2"] == "1 of 2 runs failed"
+    assert conditions(results)["old", "camvid_ic@hbird-2"].startswith("interval of an earlier version")
+    assert rows(ranked(results)) == [("dino_vits16", "40.0 †"), ("old", "30.0 †")]
 
 
 def test_one_model_has_one_name_in_all_tables(make_result):

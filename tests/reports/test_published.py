@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from neco_bench.core.errors import BadInputError
+from neco_bench.core.metric import metric_named
 from neco_bench.core.protocol import all_cards
 from neco_bench.encoders.zoo import zoo
 from neco_bench.reports.published import Published, read_published
@@ -20,11 +22,26 @@ def rows() -> list[Published]:
     return read_published(FILE)
 
 
-def test_values_are_percent_or_a_named_error(rows):
+def test_units_and_directions_are_those_of_the_metrics(rows):
     assert len(rows) > 800
     for row in rows:
-        limit = 5 if "RMSE" in row.metric else 100  # metres, or as the metric says; lower is better
+        limit = 100 if row.unit == "percent" else 5
         assert 0 < row.value <= limit, row
+        assert row.direction == ("lower" if "rmse" in row.metric.lower() or "decay" in row.metric else "higher"), row
+        assert (row.unit, row.direction) == (metric_named(row.metric).unit, metric_named(row.metric).direction)
+    counts = Counter((row.unit, row.direction) for row in rows)
+    assert counts["metres", "lower"] > 100
+    assert counts["percent", "lower"] == 2  # J decay and F decay
+
+
+@pytest.mark.parametrize(("column", "wrong"), [("unit", "percent"), ("direction", "higher")])
+def test_another_unit_or_direction_is_an_error(column, wrong, tmp_path):
+    head, *lines = FILE.read_text().splitlines()
+    line = next(line for line in lines if ",RMSE m,metres,lower," in line)
+    file = tmp_path / "published.csv"
+    file.write_text(f"{head}\n{line.replace('metres' if column == 'unit' else 'lower', wrong, 1)}\n")
+    with pytest.raises(BadInputError, match=rf"line 2: .*{column} is '{wrong}'"):
+        read_published(file)
 
 
 def test_no_number_stands_twice(rows):

@@ -70,7 +70,7 @@ def test_classes_are_those_of_the_metric_that_is_shown_and_of_all_seeds(make_res
         for (seed, value, _), classes in zip(scores, per_class, strict=True)
     ]
     (both,) = content(results)["results"]
-    assert (both["value"], both["low"], both["classes"], both["own"]["seeds"]) == (124, None, [300, None], [0, 1])
+    assert (both["value"], both["low"], both["classes"], both["own"]["seeds"]) == (124, 74, [300, None], [0, 1])
     failed = make_result(key="f", seed=2, status="failed", primary_metric="PCK@0.10")
     (one,) = content([failed, results[0]])["results"]
     assert (one["value"], one["low"], one["high"]) == (123, 100, 200)  # 12.3 %, as the tables print 0.1235

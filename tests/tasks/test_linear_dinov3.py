@@ -34,7 +34,6 @@ from neco_bench.data.base import IGNORE, Sample
 from neco_bench.data.shapes import Shapes
 from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.metrics import segmentation
-from neco_bench.metrics.bootstrap import bootstrap_miou
 
 CONSTANTS = dict(protocol("linear_segmentation", "dinov3-1").constants)
 OPTIONS = BnProbeOptions(
@@ -299,16 +298,6 @@ def test_only_classes_without_any_pixel_are_left_out() -> None:
     assert np.isnan(segmentation.mean_iou(np.zeros((3, 3), int), absent="union"))
 
 
-def test_its_interval_equals_a_naive_loop() -> None:
-    rng = np.random.default_rng(3)
-    confusions = rng.integers(0, 6, (7, 4, 4)) * (rng.random((7, 4, 4)) < 0.15)  # classes are often absent
-    draws = np.random.default_rng(5).integers(0, 7, (500, 7))
-    values = {a: [segmentation.mean_iou(confusions[d].sum(0), absent=a) for d in draws] for a in ("union", "exclude")}
-    assert values["union"] != values["exclude"]
-    expected = np.nanquantile(values["union"], [0.05, 0.95])
-    assert bootstrap_miou(confusions, absent="union", draws=500, seed=5, level=0.9) == pytest.approx(tuple(expected))
-
-
 def test_training_order_is_whole_epochs_end_to_end() -> None:
     items = dinov3.training_order(10, make_settings(iterations=7, batch_size=4), seed=0)
     assert len(items) == 28  # the third batch has two items of epoch 0 and two of epoch 1
@@ -357,8 +346,6 @@ def test_a_whole_run_beats_chance() -> None:
     assert outcome.metrics["mIoU"] == pytest.approx(segmentation.mean_iou(total, absent="union"))
     assert outcome.metrics["mIoU_last"] <= outcome.metrics["mIoU"]
     assert context.notes["iteration_reported"] in (20, 40, 50)
-    low, high = outcome.ci95["mIoU"]
-    assert low <= outcome.metrics["mIoU"] <= high
     truth = [np.bincount(s.mask[s.mask != IGNORE], minlength=9) for s in (data["val"][i] for i in range(16))]
     np.testing.assert_array_equal(confusion.sum(2), truth)  # every image, at its own resolution
 

@@ -14,7 +14,7 @@ from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import stream
 from neco_bench.features.transforms import ResizeSquare
-from neco_bench.metrics import bootstrap
+from neco_bench.metrics.intervals import mean_interval
 
 
 class Settings(BaseSettings):
@@ -37,7 +37,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     return Outcome(
         metrics={"within_tolerance": float(hits.mean()), "mean_error": float(errors.mean())},
         per_class={},
-        ci95={"within_tolerance": bootstrap.bootstrap_mean(hits, seed=context.seed)},
+        ci95={"within_tolerance": mean_interval(hits)},
         n_images=len(hits),
         statistics={"error": errors, "share": y_val},
         features={"input_size": settings.input_size, "used_size": size, "resize": "squash", "final_norm": True},
