@@ -140,7 +140,11 @@ def task_id(measure: str, dataset: str, row: Row) -> str:
         return dataset if dataset == "spair" else ""
     if measure == "depth":
         return f"{dataset}_depth" if dataset in ("nyu", "kitti") else ""
-    if not dataset or dataset in ("nyu", "kitti") or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup", "knn", "logreg"):
+    if (
+        not dataset
+        or dataset in ("nyu", "kitti")
+        or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup", "knn", "logreg")
+    ):
         return ""
     if measure == "overcluster":
         clusters = re.search(r"K=(\d+)", row["setting"] + row["task"])

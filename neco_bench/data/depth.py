@@ -34,7 +34,7 @@ class LabelledFrames(DenseDataset):
     parts: ClassVar[tuple[str, ...]]  # ends of the names of folders: images, then what targets are made of
 
     def __init__(self, folder: Path, split: str) -> None:
-        """Raises AbsentSplitError (no images), MissingError (files without partners), BadInputError (swapped splits)."""
+        """Raises AbsentSplitError (no images), MissingError (files without partners), BadInputError (swapped)."""
         cls = type(self)
         self.folder, self.split = locate(folder, f"{split}_rgb", "train_rgb", "test_rgb"), split
         found = [file_ids(self.folder / f"{split}_{part}", "", ".png") for part in cls.parts]
@@ -174,7 +174,7 @@ class NYUDepth(ListedDepth):
     )
     layout = """\
   <data root>/nyu_depth/
-    nyu_train.txt  nyu_test.txt              lines "image depth focal" (nyudepthv2_{train,test}_files_with_gt.txt of BTS)
+    nyu_train.txt  nyu_test.txt              BTS's nyudepthv2_{train,test}_files_with_gt.txt: "image depth focal"
     [sync/]SCENE/rgb_NNNNN.jpg               640x480
     [sync/]SCENE/sync_depth_NNNNN.png        16-bit millimetres; 0 = none
     [official_splits/test/]TYPE/rgb_NNNNN.jpg, sync_depth_NNNNN.png   NNNNN = frame number from 0"""
@@ -219,7 +219,7 @@ class KITTIDepth(ListedDepth):
     input/DATE/DRIVE/image_02/data/NNNNNNNNNN.png  or .jpg, about 1242x375
     gt_depth/[train/ or val/]DRIVE/proj_depth/groundtruth/image_02/NNNNNNNNNN.png   16-bit, 256 to a metre; 0 = none
   unpack the official archives by: neco-bench data prepare kitti_depth --source data_depth_annotated.zip
-  and the same for each 2011_..._sync.zip of the raw data; the lists are those of the Monocular-Depth-Estimation-Toolbox"""
+  and the same for each 2011_..._sync.zip of the raw data; lists: those of the Monocular-Depth-Estimation-Toolbox"""
     # Drives of Eigen's 697 test images.
     _TEST: ClassVar[dict[str, str]] = {
         "2011_09_26": "0002 0009 0013 0020 0023 0027 0029 0036 0046 0048 0052 0056 0059 0064 0084 0086 0093 0096 0101 "

@@ -1,7 +1,7 @@
 """Embedded scenes of known geometry: depth and surface normals of rendered rooms with balls, boxes and columns.
 
-Made at first use in the cache folder, `shapes_geometry-<version>/`, beside those of `shapes.py` and by its rules: an image
-depends on (version, part, index) alone, only `Generator.random` of PCG64 and numpy in float64 are used, files are
+Made at first use in the cache folder, `shapes_geometry-<version>/`, by the rules of `shapes.py`: an image depends on
+ (version, part, index) alone, only `Generator.random` of PCG64 and numpy in float64 are used, files are
 uncompressed. A pinhole camera (224 x 224, 53 degrees) looks at a floor, a wall and three to five things that stand on
 the floor. What tells depth is the place on the floor and the width of texture, in metres, what tells normals is shading
 by a light from the upper left and the slant of texture.
@@ -120,12 +120,13 @@ def _box(foot: Array, half: tuple[float, float], height: float, turn: float) -> 
     for axis, other, reach, width in ((first, second, *half), (second, first, *half[::-1])):
         for sign in (-1.0, 1.0):
             normal = (sign * axis[0], 0.0, sign * axis[2])
-            surfaces.append(_plane(normal, foot + reach * np.array(normal) + height / 2 * up, other, _UP, width, height / 2))  # fmt: skip
+            middle = foot + reach * np.array(normal) + height / 2 * up
+            surfaces.append(_plane(normal, middle, other, _UP, width, height / 2))
     return surfaces
 
 
 def _paint(rng: np.random.Generator) -> Callable[[Array], Array]:
-    """Checks or stripes in two colours, a function from (N, 2) metres to (N, 3) in 0..1; their period is 0.25 to 0.5 m."""
+    """Checks or stripes of 0.25 to 0.5 m in two colours: a function from (N, 2) metres to (N, 3) in 0..1."""
     light, dark = _two_colours(rng, rng.random())
     turn, waves = _between(rng, 0, np.pi), 2 * np.pi / _between(rng, 0.25, 0.5)
     checks = rng.random() < 0.5

@@ -22,7 +22,6 @@ from neco_bench.data.base import SegmentationDataset
 from neco_bench.data.dense import DenseDataset
 from neco_bench.features.transforms import Transform
 
-
 ImageDataset = SegmentationDataset | DenseDataset
 
 

@@ -1,4 +1,4 @@
-"""Errors of depth and of surface normals, of one image each; data sets are scored by their means over images. Pure numpy.
+"""Errors of depth and of surface normals, of one image; data sets are scored by means over images. Pure numpy.
 
 Depth: Eigen, Puhrsch and Fergus, NeurIPS 2014. Normals: Fouhey, Gupta and Hebert, ICCV 2013.
 """

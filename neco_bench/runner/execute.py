@@ -143,8 +143,9 @@ def _executed(
         raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
     used = outcome.features.get("used_size")
     common = _common(job)
-    if loaded.only_size and used == loaded.only_size != job.task.settings().used_size(loaded.stride):
-        common["model"] += f"[input={loaded.only_size}]"  # is another condition than the card's, and never the same row
+    only = loaded.only_size
+    if only and used in (only, f"{only}x{only}") and only != job.task.settings().used_size(loaded.stride):
+        common["model"] += f"[input={only}]"  # is another condition than the card's, and never the same row
     asked = {"input_size": job.task.settings().input_size} if "input_size" in outcome.features else {}
     provenance["features"] = {
         **outcome.features,

@@ -20,7 +20,7 @@ def depth_colours(depth: np.ndarray, low: float, high: float) -> np.ndarray:
 
 
 def normal_colours(normals: np.ndarray, flip: bool) -> np.ndarray:
-    """Colours (H, W, 3) of directions (H, W, 3): red to the right, green up, blue to the camera; white where they are 0.
+    """Colours (H, W, 3) of directions (H, W, 3): red right, green up, blue to the camera; white where they are 0.
 
     flip: y is down and z away from the camera in these numbers.
     """

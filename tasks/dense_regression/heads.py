@@ -12,8 +12,8 @@ from torch import Tensor, nn
 class DenseHead(nn.Module):
     """BatchNorm or none, a convolution, and for depth the expected value of bins.
 
-    Depth: K bins c_k, evenly from min_depth to max_depth, have the weights (relu(z_k) + 0.1) / sum(relu(z) + 0.1) (linear
-    normalisation of the Monocular-Depth-Estimation-Toolbox), so that logits of 0 predict their middle.
+    Depth: K bins c_k, evenly from min_depth to max_depth, have the weights (relu(z_k) + 0.1) / sum(relu(z) + 0.1),
+    the linear normalisation of the Monocular-Depth-Estimation-Toolbox, so that logits of 0 predict their middle.
     """
 
     def __init__(self, channels: int, settings: Settings, seed: int) -> None:

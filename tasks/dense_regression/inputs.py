@@ -1,6 +1,6 @@
 """From frames with targets to inputs of an encoder: what of a frame is used, its size, padding, and augmentation.
 
-Targets travel as bytes, (H, 4 W) uint8 of depth or (H, 12 W) of normals, the form in which the feature store keeps masks.
+Targets travel as bytes, (H, 4 W) uint8 of depth or (H, 12 W) of normals, the form in which the store keeps masks.
 """
 
 from __future__ import annotations
@@ -123,7 +123,7 @@ class Frame:
         if image.shape[:2] != self.cropped:
             raise BadInputError(
                 f"Frame {sample.id!r} is {image.shape[1]}x{image.shape[0]} pixels, others of its data set are "
-                f"{self.cropped[1]}x{self.cropped[0]}: this family needs frames of one size. Restore the original files."
+                f"{self.cropped[1]}x{self.cropped[0]}: all must have one size. Restore the original files."
             )
         return image, target
 
@@ -171,9 +171,7 @@ class Augment:
             target = np.asarray(Image.fromarray(target).rotate(angle, Image.Resampling.NEAREST))
         if rng.random() < s.flip_probability:
             image, target = image[:, ::-1], mirrored(target)
-        top, left = (
-            int(rng.integers(side - used + 1)) for side, used in zip(target.shape[:2], self.crop, strict=True)
-        )
+        top, left = (int(rng.integers(side - used + 1)) for side, used in zip(target.shape[:2], self.crop, strict=True))
         place = (slice(top, top + self.crop[0]), slice(left, left + self.crop[1]))
         image, target = image[place], target[place]
         pixels = self._coloured(np.ascontiguousarray(image), rng)
@@ -203,16 +201,16 @@ def train_crop(frame: Frame, settings: Settings) -> tuple[int, int]:
         return height, width
     used = tuple(round(side * frame.scale) for side in settings.crop)
     if used[0] > height or used[1] > width or not all(used):
-        raise UsageError(f"crop={used[0]},{used[1]} does not fit into {height}x{width} pixels. Lower it with --set crop.")
+        raise UsageError(
+            f"crop={used[0]},{used[1]} does not fit into {height}x{width} pixels. Lower it with --set crop."
+        )
     return used  # type: ignore[return-value]
 
 
 def region_slices(region: tuple[tuple[int, int], tuple[int, int]], shape: tuple[int, ...]) -> tuple[slice, slice]:
     """Rows and columns of a region of 480 x 640, in proportion for other shapes."""
     scales = shape[0] / 480, shape[1] / 640
-    rows, columns = (
-        slice(*(round(end * scale) for end in ends)) for ends, scale in zip(region, scales, strict=True)
-    )
+    rows, columns = (slice(*(round(end * scale) for end in ends)) for ends, scale in zip(region, scales, strict=True))
     return rows, columns
 
 

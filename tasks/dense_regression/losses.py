@@ -18,7 +18,7 @@ CLIP = 1 - 1e-4  # of cosines before their arc cosine
 def sig_loss(prediction: Tensor, depth: Tensor, valid: Tensor, *, with_variance: bool = True) -> Tensor:
     """SigLoss: sqrt(var(g) + 0.15 mean(g)²) with g = ln(p + 0.001) - ln(d + 0.001), of all valid pixels together.
 
-    The scale-invariant loss of Eigen et al. (NeurIPS 2014, eq. 4) with lambda = 0.85 and the unbiased variance, as in the
+    The scale-invariant loss of Eigen et al. (NeurIPS 2014, eq. 4) with lambda = 0.85 and unbiased variance, as in the
     Monocular-Depth-Estimation-Toolbox. Without the variance it is sqrt(0.15) |mean(g)|: its first 100 calls there.
 
     Args:

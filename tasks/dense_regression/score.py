@@ -27,9 +27,7 @@ def region_of(region: str, shape: tuple[int, ...]) -> tuple[slice, slice]:
     if region == "eigen":
         return region_slices(EIGEN, shape)
     if region == "garg":
-        rows, columns = (
-            slice(*(int(end * side) for end in ends)) for ends, side in zip(GARG, shape[:2], strict=True)
-        )
+        rows, columns = (slice(*(int(end * side) for end in ends)) for ends, side in zip(GARG, shape[:2], strict=True))
         return rows, columns
     return slice(None), slice(None)
 
@@ -109,7 +107,8 @@ class RegressionScore:
             for place, region in enumerate(s.regions):
                 metrics |= {f"{name}/{region}": _mean(values[:, place, i]) for i, name in enumerate(self.names)}
         for shown in self.context.predictions.values():
-            shown |= {"prediction": shown["prediction"][head], "values": dict(zip(self.names, shown["values"][head], strict=True))}  # fmt: skip
+            own = dict(zip(self.names, shown["values"][head].tolist(), strict=True))
+            shown |= {"prediction": shown["prediction"][head], "values": own}
         self.context.notes |= {"scored_images": int(scored.sum())}
         return Outcome(
             metrics=metrics,

@@ -18,7 +18,7 @@ class Settings(BaseSettings):
     """Constants of a protocol and a card. input_size is the height of frames in pixels; frames of another height are
     resized to it, crops of training in proportion.
 
-    target: what is predicted. frame: what of an image is used at all, see `inputs.crop_frame`. regions: where pixels are
+    target: what is predicted. frame: what of an image is used, see `inputs.crop_frame`. regions: where pixels are
     scored, see `score.region_of`; the first gives the plain metrics, with several each is named too ("rmse/full").
 
     Features: final_norm; class_token is put beside every patch. mirror_test: predictions are means with those of the

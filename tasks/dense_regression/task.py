@@ -16,7 +16,15 @@ from typing import Any
 import numpy as np
 import torch
 from neco_bench.tasks.dense_regression.heads import DenseHead, predict
-from neco_bench.tasks.dense_regression.inputs import Augment, Frame, InputGrid, FrameInput, crop_frame, train_crop, unpack
+from neco_bench.tasks.dense_regression.inputs import (
+    Augment,
+    Frame,
+    FrameInput,
+    InputGrid,
+    crop_frame,
+    train_crop,
+    unpack,
+)
 from neco_bench.tasks.dense_regression.score import RegressionScore
 from neco_bench.tasks.dense_regression.settings import Settings
 from neco_bench.tasks.dense_regression.training import train_head

@@ -20,7 +20,8 @@ BASE_MOMENTUM, MAX_MOMENTUM = 0.85, 0.95  # between which the one-cycle schedule
 WARMUP_START = 1e-3  # share of the rate at the first step, of "dinov2" and "dinov3"
 
 NOTHING_KNOWN = (
-    "No pixel of the training images has a target, so there is nothing to learn from. Check them: neco-bench data check."
+    "No pixel of the training images has a target, so there is nothing to learn from. Check them: neco-bench data "
+    "check."
 )
 
 
@@ -33,7 +34,7 @@ def rates_at(step: int, total: int, settings: Settings) -> tuple[float, float]:
     """Learning rate and beta1 of step 0..total-1.
 
     "dinov3": warm-up linear, plus a thousandth of the rate, times the cosine of all steps, beta1 0; then the cosine, to
-    1/25,000 of the rate, beta1 from 0.85 to 0.95. "dinov2": mmcv's cosine to 1e-8 of the rate with linear warm-up from a
+    1/25,000 of the rate, beta1 from 0.85 to 0.95. "dinov2": mmcv's cosine to 1e-8 of the rate, linear warm-up from a
     thousandth, and its one-cycle momentum, 0.95 to 0.85 in the first 30 % and back. "probe3d": linear from 0.01 to 1,
     then a quarter of a cosine to 0.01. "cosine": linear warm-up, then a cosine to 0. beta1 is 0.9 in the last two.
     """

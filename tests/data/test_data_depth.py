@@ -274,7 +274,7 @@ def test_the_real_sample(samples):
 
 
 def test_the_geometry_of_rendered_scenes():
-    """Normals are those of the surface through the depth of neighbouring pixels; scenes depend on their number alone."""
+    """Normals are those of the surface through the depth of neighbouring pixels; a scene depends on its number."""
     scene = geometry_scene("val", 3)
     again, other = geometry_scene("val", 3), geometry_scene("val", 4)
     assert all(np.array_equal(getattr(scene, part), getattr(again, part)) for part in ("image", "depth", "normals"))

@@ -35,7 +35,9 @@ def test_normals_by_hand() -> None:
     """3 x 3 pixels: right angles, an opposite, 45 degrees, one of another length, and one without a normal."""
     x, y, z, none = (1.0, 0, 0), (0.0, 1, 0), (0.0, 0, 1), (0.0, 0, 0)
     truth = np.array([[x, x, x], [y, y, z], [z, z, none]])
-    found = np.array([[x, y, (-1.0, 0, 0)], [(0, 5.0, 0), (1.0, 1, 0), z], [z, (0, math.tan(math.radians(20)), 1.0), x]])
+    found = np.array(
+        [[x, y, (-1.0, 0, 0)], [(0, 5.0, 0), (1.0, 1, 0), z], [z, (0, math.tan(math.radians(20)), 1.0), x]]
+    )
     counts = truth.any(2)
     errors = normal_errors(found[counts], truth[counts])
     expected = [0, 90, 180, 0, 45, 0, 0, 20]

@@ -135,7 +135,7 @@ Plain = Callable[[nn.Module, nn.Conv2d, Tensor, Tensor, int], Tensor]
     ],
 )
 def test_fifty_steps_equal_plain_pytorch(task: str, plain: Plain) -> None:
-    """Weights after each constant of the protocol has acted: loss, groups, warm-up, schedule, betas, decay, clipping."""
+    """Weights after each constant of the protocol has acted: loss, groups, schedule, betas, decay, clipping."""
     settings = settings_of(task, loss_warmup=20) if task == "nyu_depth@dinov2-lin1" else settings_of(task)
     head = DenseHead(CHANNELS, settings, seed=3)
     norm = nn.BatchNorm2d(CHANNELS) if settings.batch_norm else nn.Identity()
@@ -230,8 +230,5 @@ def test_padding_stretches_a_prediction_only_where_the_protocol_says_so(keep: bo
     features = torch.arange(28).float().expand(1, 1, 28, 28)
     found = predict(head, features, grid, (20, 20))[0, 10]
     depth = 9 - 8 * 0.1 / (torch.arange(28.0) + 0.2)  # of the cells: weights 0.1 and x + 0.1
-    if keep:
-        depth = F.interpolate(depth[None, None], 20, mode="linear", align_corners=False)[0, 0]
-    else:
-        depth = depth[4:24]
-    assert torch.allclose(found, depth, atol=1e-4)
+    stretched = F.interpolate(depth[None, None], 20, mode="linear", align_corners=False)[0, 0]
+    assert torch.allclose(found, stretched if keep else depth[4:24], atol=1e-4)

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from neco_bench.tasks.dense_regression.inputs import (
     Augment,
     Frame,
-    InputGrid,
     FrameInput,
+    InputGrid,
     crop_frame,
     mirrored,
     pack,
@@ -34,7 +34,7 @@ from neco_bench.core.errors import BadInputError, NumericalError, UsageError
 from neco_bench.core.protocol import find_tasks
 from neco_bench.core.rng import item_rng
 from neco_bench.data.dense import DenseSample
-from neco_bench.data.load import DATASETS, load_dataset
+from neco_bench.data.load import DATASETS
 from neco_bench.data.shapes_geometry import ShapesDepth, ShapesNormals
 from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.encoders.load import load_encoder
@@ -58,7 +58,9 @@ class PaintedDepth(ShapesDepth):
     def __getitem__(self, index: int) -> DenseSample:
         sample = super().__getitem__(index)
         values = np.rint(sample.target * MM).astype(np.uint16)
-        return DenseSample(np.stack([values >> 8, values & 255, 0 * values], 2).astype(np.uint8), sample.target, sample.id)
+        return DenseSample(
+            np.stack([values >> 8, values & 255, 0 * values], 2).astype(np.uint8), sample.target, sample.id
+        )
 
 
 class PaintedNormals(ShapesNormals):
@@ -169,7 +171,8 @@ def test_every_protocol_gives_whole_results(task: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("task", ["shapes_depth@dinov3-1", "shapes_normals@probe3d-1"])
 def test_batch_size_and_stored_features_move_nothing(task: str, tmp_path: Path) -> None:
     first, again = (
-        neco_bench.run("baseline_rgb", task, limit=5, workers=0, changes=quick(task), batch_size=size) for size in (4, 2)
+        neco_bench.run("baseline_rgb", task, limit=5, workers=0, changes=quick(task), batch_size=size)
+        for size in (4, 2)
     )
     assert first.provenance["features_reused"] == 0
     assert again.provenance["features_reused"] > 0
@@ -295,12 +298,15 @@ def test_resizing_targets_samples_cell_centres() -> None:
 
 
 def test_frames_of_another_height_are_resized_and_scored_at_their_own() -> None:
-    result = neco_bench.run("baseline_rgb", "shapes_depth", limit=4, workers=0, changes={"input_size": 112, "iterations": 2})
+    result = neco_bench.run(
+        "baseline_rgb", "shapes_depth", limit=4, workers=0, changes={"input_size": 112, "iterations": 2}
+    )
     assert result.protocol == "clean-1*"
     assert result.provenance["features"]["used_size"] == "112x112"
     frame = Frame("whole", (224, 224), 112)
     grid = InputGrid((112, 112), (112, 112))
-    image, packed = FrameInput(frame, grid, grid.size, (0, 0, 0))(load_dataset("shapes_depth", "val")[0], item_rng(0))  # type: ignore[index]
+    sample = ShapesDepth(None, "val")[0]
+    image, packed = FrameInput(frame, grid, grid.size, (0, 0, 0))(sample, item_rng(0))
     assert image.shape == (3, 112, 112)
     assert unpack(packed, "depth").shape == (224, 224)
 
@@ -324,7 +330,7 @@ def test_frames_of_other_sizes_and_no_depth_are_errors(monkeypatch: pytest.Monke
 
     changes = {"iterations": 2, "batch_size": 2}
     monkeypatch.setattr(DATASETS, "load", lambda name: Cut)
-    with pytest.raises(BadInputError, match="needs frames of one size"):
+    with pytest.raises(BadInputError, match="all must have one size"):
         neco_bench.run("baseline_rgb", "shapes_depth", limit=4, workers=0, changes=changes, features="off")
     monkeypatch.setattr(DATASETS, "load", lambda name: Empty)
     with pytest.raises(BadInputError, match="No pixel of the training images has a target"):
@@ -359,13 +365,16 @@ def test_tables_compare_and_pictures(tmp_path: Path) -> None:
     store = ResultStore(results)
     for task in ("shapes_depth", "shapes_normals"):
         first, second = (
-            next(r for r in store.load_all() if (r.model, r.task) == (model, task)) for model in ("baseline_rgb", "baseline_hog")
+            next(r for r in store.load_all() if (r.model, r.task) == (model, task))
+            for model in ("baseline_rgb", "baseline_hog")
         )
         metric = first.primary_metric
         assert rows[task]["difference"] == pytest.approx(second.metrics[metric] - first.metrics[metric])
     for task, words in (("shapes_depth", " m"), ("shapes_normals", "angle")):
         out = tmp_path / task
-        answer = neco("show", "baseline_hog", "--task", task, "--results", results, "--out", out, "--worst", 1, "--best", 1)
+        answer = neco(
+            "show", "baseline_hog", "--task", task, "--results", results, "--out", out, "--worst", 1, "--best", 1
+        )
         assert answer.code == 0, answer.err
         assert "warning" not in answer.err
         page = next(out.rglob("index.html")).read_text()
@@ -377,7 +386,9 @@ def test_tables_compare_and_pictures(tmp_path: Path) -> None:
 
 
 def test_dry_run_says_what_it_costs() -> None:
-    answer = neco("run", "--model", "baseline_rgb", "--task", "shapes_depth,shapes_normals@probe3d-1", "--dry-run", "--json")
+    answer = neco(
+        "run", "--model", "baseline_rgb", "--task", "shapes_depth,shapes_normals@probe3d-1", "--dry-run", "--json"
+    )
     assert answer.code == 0
     rows = json.loads(answer.out)
     assert all(row["hours"] > 0 and row["memory_gb"] > 0 for row in rows)
@@ -386,10 +397,22 @@ def test_dry_run_says_what_it_costs() -> None:
 @pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
     arguments = ["--model", "baseline_rgb", "--task", "shapes_depth", "--limit", "7", "--set", "iterations=4"]
-    one = neco("run", *arguments, "--set", "batch_size=4", "--batch-size", 2, "--features", "off", "--out", tmp_path / "one")
+    one = neco(
+        "run", *arguments, "--set", "batch_size=4", "--batch-size", 2, "--features", "off", "--out", tmp_path / "one"
+    )
     assert one.code == 0
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "neco_bench", "run"]
-    command += [*arguments, "--set", "batch_size=4", "--batch-size", "2", "--features", "off", "--out", str(tmp_path / "two")]
+    command += [
+        *arguments,
+        "--set",
+        "batch_size=4",
+        "--batch-size",
+        "2",
+        "--features",
+        "off",
+        "--out",
+        str(tmp_path / "two"),
+    ]
     subprocess.run(command, check=True, capture_output=True, timeout=250)
     (first,), (second,) = (ResultStore(tmp_path / name).load_all() for name in ("one", "two"))
     assert second.metrics == pytest.approx(first.metrics, rel=1e-5)
@@ -399,7 +422,7 @@ def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
 def nyu_root(real_data: Path, folder: Path) -> Path:
     """The ten real frames, all of the test split, as five for training and five for tests.
 
-    Training frames get numbers of training frames: what the head learns from is real, the split is not the official one.
+    Training frames get numbers of training frames: what the head learns from is real, the split is not official.
     """
     source = real_data / "nyuv2"
     names = sorted(path.stem for path in (source / "test_rgb").glob("*.png"))

@@ -23,7 +23,7 @@ from neco_bench.metrics import segmentation
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 
-CARDS = {name: card for name, card in all_cards()[0].items() if card.dataset.startswith("shapes")}
+CARDS = {name: card for name, card in all_cards()[0].items() if card.dataset in ("shapes", "shapes_pairs")}
 CASES = [f"{card.name}@{protocol}" for card in CARDS.values() for protocol in card.protocols]
 # Few images and rounds; the constants that say what is measured stay.
 SMALL: dict[str, dict[str, Any]] = {
