@@ -75,8 +75,9 @@ class Dataset(abc.ABC):
     kind: "segmentation", "pairs", "depth" or "normals". needs_root: whether it is read from the data root.
     folder_name: its folder there, the name if empty. layout: the tree of files expected there, shown in error messages.
     images_from: the collection that the images are from, the folder name if empty. fractions: parts that can be drawn
-    from a split, as {split: {parts: items}}; see `fraction`. sampling_unit: what was drawn from a population, so that intervals can be
-    made: "image", "pair", "frame" (of drives, in order), "sequence", "scene", ...; see `core.sampling`.
+    from a split, as {split: {parts: items}}; see `fraction`. sampling_unit: what was drawn from a population, so that
+    intervals can be made: "image", "pair", "frame" (of drives, in order), "sequence", "scene", ...; see
+    `core.sampling`.
     """
 
     name: ClassVar[str]
