@@ -116,8 +116,8 @@ class ListedDepth(DenseDataset):
             if not rest:
                 raise BadInputError(f"{self.list_file} must hold an image, its depth and the focal length: {line!r}.")
             if rest[0] != "None":
-                image, depth = (PurePosixPath(name.lstrip("/")) for name in (image, rest[0]))
-                pairs[str(image.with_suffix(""))] = image, depth
+                paths = PurePosixPath(image.lstrip("/")), PurePosixPath(rest[0].lstrip("/"))
+                pairs[str(paths[0].with_suffix(""))] = paths
         if not pairs:
             raise BadInputError(f"Split list {self.list_file} names no image with depth. Restore the official list.")
         self.ids = tuple(sorted(pairs))

@@ -168,17 +168,19 @@ def geometry_scene(part: str, index: int) -> GeometryScene:
     things = [[floor], [wall], *_things(rng, far, ground)]
     paints = [_paint(rng) for _ in things]
     surfaces = [(surface, paint) for thing, paint in zip(things, paints, strict=True) for surface in thing]
-    depth, owner = np.full(SIZE**2, np.inf), np.zeros(SIZE**2, np.uint8)
+    depth: Array = np.full(SIZE**2, np.inf)
+    owner = np.zeros(SIZE**2, np.uint8)
     for number, ((hit, _), _) in enumerate(surfaces):
         nearer = np.flatnonzero(hit.ravel() < depth)
         depth[nearer], owner[nearer] = hit.ravel()[nearer], number
-    image, normals = np.empty((SIZE**2, 3)), np.empty((SIZE**2, 3))
+    image: Array = np.empty((SIZE**2, 3))
+    normals: Array = np.empty((SIZE**2, 3))
     points = np.stack([*np.broadcast_arrays(_X, _Y), np.ones((SIZE, SIZE))], 2).reshape(-1, 3) * depth[:, None]
     for number, ((_, at), paint) in enumerate(surfaces):
         own = np.flatnonzero(owner == number)
         normals[own], place = at(points[own])
         image[own] = paint(place)
-    depth, normals, image = depth.reshape(SIZE, SIZE), normals.reshape(SIZE, SIZE, 3), image.reshape(SIZE, SIZE, 3)
+    depth, normals, image = (array.reshape(SIZE, SIZE, *array.shape[1:]) for array in (depth, normals, image))
     image = image * (0.35 + 0.65 * np.maximum(normals @ _LIGHT, 0))[..., None]
     image = image * _between(rng, 0.85, 1.15) + 0.04 * (rng.random((SIZE, SIZE, 1)) - 0.5)
     return GeometryScene(np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), depth, normals)
