@@ -112,6 +112,7 @@ CONVNEXT = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
 
 
 def first(table: dict[str, str], text: str, match: Callable[[str, str], object] = re.search) -> str:
+    """Return the first name whose pattern matches a text, "" where none does."""
     return next((name for name, pattern in table.items() if match(pattern, text)), "")
 
 

@@ -65,7 +65,7 @@ class SegmentationScore:
         Raises:
             BadInputError: for ids that no class or cluster has.
         """
-        truth = self.dataset.scored(mask)
+        truth = self.dataset.eval_mask(mask)
         flat = prediction.reshape(-1, *truth.shape)
         for counts, own in zip(self._counts, flat, strict=True):
             counts.add(truth, own)
@@ -142,7 +142,7 @@ class SegmentationScore:
 
     def _select_recorded(self, number: int, mapping: np.ndarray | None) -> None:
         """Leave one of the recorded predictions of each image, as class ids."""
-        for values in self.context.predictions.values():
+        for values in self.context.run.predictions.values():
             ids = values["prediction"][number]
             if self.clusters is not None:
                 values["clusters"] = ids

@@ -15,6 +15,15 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist has a process per 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that fetch run only where `-m` names them."""
+    if "network" not in config.option.markexpr:
+        skip = pytest.mark.skip(reason="fetches; run with -m network")
+        for item in items:
+            if item.get_closest_marker("network"):
+                item.add_marker(skip)
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """The folder of real sample data; skips where it is not there."""
@@ -35,9 +44,12 @@ def golden() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
-    """Every test session has a cache folder of its own, shared by its subprocesses, and never asks the network."""
-    patch = pytest.MonkeyPatch()
-    patch.setenv("NECO_BENCH_CACHE", str(tmp_path_factory.mktemp("cache")))
+    """Every test session has a cache folder of its own, shared by all its processes, and never asks the network."""
+    patch, base = pytest.MonkeyPatch(), tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # that of the session; the embedded data set takes seconds to make
+    (base / "cache").mkdir(exist_ok=True)
+    patch.setenv("NECO_BENCH_CACHE", str(base / "cache"))
     patch.setenv("NECO_BENCH_OFFLINE", "1")
     patch.delenv("NECO_BENCH_DATA", raising=False)
     yield

@@ -14,7 +14,7 @@ from neco_bench.tasks.overclustering.clustering import kmeans, nearest
 import neco_bench
 from neco_bench.core.task import Context
 from neco_bench.encoders import load_encoder
-from neco_bench.features.extract import encode_within_memory
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.results.store import ResultStore
 from neco_bench.search import exact
 from neco_bench.search.approximate import ApproximateIndex, recall
@@ -31,8 +31,7 @@ from .tasks.test_shapes import CARDS, CASES, SMALL
 from .training.helpers import recipe
 from .training.test_loop import losses, options
 
-if not torch.cuda.is_available():
-    pytest.skip("no GPU here", allow_module_level=True)
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")]
 CUDA = torch.device("cuda", 0)
 MODEL = "timm:test_vit3?pretrained=false&seed=0"
 
@@ -118,7 +117,7 @@ def test_the_batch_size_moves_next_to_nothing(model: str, tmp_path: Path) -> Non
     counts = []
     for size in (16, 5, 1):
         store = ResultStore(tmp_path / str(size))
-        where = {"out": store.folder, "device": "cuda", "limit": 20, "workers": 0, "features": "off"}
+        where: dict[str, Any] = {"out": store.folder, "device": "cuda", "limit": 20, "workers": 0, "features": "off"}
         result = neco_bench.run(f"timm:{model}?pretrained=false&seed=0", "shapes_ic", batch_size=size, **where)
         counts.append(store.statistics(result)["confusion"].astype(np.int64))
     for other in counts[1:]:
@@ -141,17 +140,17 @@ def test_a_full_device_halves_the_batch() -> None:
     torch.cuda.empty_cache()
     torch.cuda.set_per_process_memory_fraction(min(1.0, 1.2 * 2**30 / torch.cuda.get_device_properties(0).total_memory))
     try:
-        features = encode_within_memory(encoder, images, context)
+        features = FeatureExtractor(encoder, context).encode(images)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert context.batch_size < 1024
+    assert context.batch_size_used < 1024
     torch.testing.assert_close(features[-8:], encoder.encode(images[-8:]).map, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.parametrize("network", ["bitonic", "odd_even"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_sorting_and_loss(network: str, dtype: torch.dtype) -> None:
-    close = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-10, "rtol": 1e-8}
+    close: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-10, "rtol": 1e-8}
     student, teacher = torch.randn(2, 700, 49, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 0.1
     found = []
     for device in ("cpu", "cuda"):

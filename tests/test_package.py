@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 
+import neco_bench
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -32,6 +34,12 @@ def test_no_package_is_missing(given: dict[str, Any]) -> None:
     }
     assert set(given["packages"]) == names
     assert {"neco_bench.viz", "neco_bench.tasks.in_context", "neco_bench.leaderboards"} <= names
+
+
+def test_the_api_page_has_every_public_name() -> None:
+    page = (ROOT / "docs" / "pages" / "api.md").read_text(encoding="utf-8")
+    shown = {line.rpartition(".")[2] for line in page.splitlines() if line.startswith("::: ")}
+    assert shown == set(neco_bench.__all__) - {"__version__"}
 
 
 def test_no_file_of_a_package_is_missing(given: dict[str, Any]) -> None:

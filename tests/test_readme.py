@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.command import neco
+
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -50,13 +52,15 @@ def test_the_example_encoder_is_short() -> None:
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_command(command: str, place: Path, request: pytest.FixtureRequest) -> None:
+def test_command(command: str, place: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process: a new one for each would spend most of its time importing torch."""
     if "/data" in command:
         command = command.replace("/data", str(request.getfixturevalue("real_data")))
-    done = execute([sys.executable, "-m", "neco_bench", *shlex.split(command)[1:]], place)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip()
-    assert "Traceback" not in done.stderr
+    monkeypatch.chdir(place)
+    done = neco(*shlex.split(command)[1:])
+    assert done.code == 0, done.err
+    assert done.out.strip()
+    assert "Traceback" not in done.err
 
 
 def test_python_example(place: Path) -> None:
@@ -69,7 +73,9 @@ def test_links_lead_somewhere() -> None:
         assert (ROOT / target).exists(), target
 
 
-@pytest.mark.parametrize("arguments", [["ruff", "check"], ["ruff", "format", "--check"], ["mypy"]])
+@pytest.mark.parametrize(
+    "arguments", [["ruff", "check"], ["ruff", "format", "--check"], pytest.param(["mypy"], marks=pytest.mark.slow)]
+)
 def test_style(arguments: list[str]) -> None:
     done = execute([sys.executable, "-m", *arguments], ROOT)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -1,4 +1,4 @@
-"""A wrong data set never gives a number: each usual mistake is planted, and `run` ends with its code and the mend."""
+"""A wrong data set never gives a number: each usual mistake is planted, and `run` ends with its code and the fix."""
 
 from __future__ import annotations
 
@@ -151,15 +151,15 @@ def attempt(root: Path, task: str) -> tuple[int, str, list[Path]]:
 
 @pytest.mark.parametrize("task", sorted({task for _, task, _, _ in MISTAKES}))
 def test_the_sound_data_give_a_number(task: str, root: Path) -> None:
-    code, told, stored = attempt(root, task)
-    assert code == 0, told
+    code, message, stored = attempt(root, task)
+    assert code == 0, message
     assert len(stored) == 1
 
 
-@pytest.mark.parametrize(("plant", "task", "code", "mend"), MISTAKES)
-def test_a_mistake_gives_none(plant: Callable[[Path], None], task: str, code: int, mend: str, root: Path) -> None:
+@pytest.mark.parametrize(("plant", "task", "code", "fix"), MISTAKES)
+def test_a_mistake_gives_none(plant: Callable[[Path], None], task: str, code: int, fix: str, root: Path) -> None:
     plant(root)
-    found, told, stored = attempt(root, task)
-    assert (found, stored) == (code, []), told
-    assert mend in told
-    assert "Traceback" not in told
+    exit_code, message, stored = attempt(root, task)
+    assert (exit_code, stored) == (code, []), message
+    assert fix in message
+    assert "Traceback" not in message

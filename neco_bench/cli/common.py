@@ -6,30 +6,63 @@ import contextlib
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
+import typer.core
 
 from neco_bench.core.errors import UsageError
 
 if TYPE_CHECKING:
     from neco_bench.results.store import ResultStore
 
-app = typer.Typer(
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _WithoutPydantic:
+    """Commands that import pydantic only where an option needs it, which takes 0.2 s of CPU time.
+
+    Typer 0.29 uses it to convert the value of `--help`, None where that is not given. A bool is not converted.
+    """
+
+    def get_help_option(self, ctx: Any) -> Any:
+        """Return the option with False for None."""
+        option = super().get_help_option(ctx)  # type: ignore[misc]
+        if option is not None:
+            option.default = False
+        return option
+
+
+class _Command(_WithoutPydantic, typer.core.TyperCommand):
+    pass
+
+
+class _Group(_WithoutPydantic, typer.core.TyperGroup):
+    pass
+
+
+class App(typer.Typer):
+    """A Typer application of these commands."""
+
+    def __init__(self, **settings: Any) -> None:
+        super().__init__(cls=_Group, no_args_is_help=True, rich_markup_mode=None, **settings)
+
+    def command(self, name: str | None = None, **settings: Any) -> Callable[[F], F]:
+        """Register a command."""
+        return super().command(name, cls=_Command, **settings)
+
+
+app = App(
     add_completion=False,
-    no_args_is_help=True,
-    rich_markup_mode=None,
     pretty_exceptions_enable=False,
     help="Evaluate dense visual encoders under named protocols.\n\n"
     "Example: neco-bench run --model baseline_hog --task 'shapes_*'",
 )
 
 
-data_app = typer.Typer(
-    no_args_is_help=True,
-    rich_markup_mode=None,
+data_app = App(
     help="Data sets: what is there, and is it whole.\n\nExample: neco-bench data list",
 )
 

@@ -50,7 +50,7 @@ def cache(
     clear: Annotated[bool, typer.Option("--clear", help="Delete them; those that a process writes stay.")] = False,
     as_json: Json = False,
 ) -> None:
-    """List the features that are kept to be shared by tasks (NECO_BENCH_FEATURES_GB, 20 by default), or delete them.
+    """List the features that are stored to be shared by tasks (NECO_BENCH_FEATURES_GB, 20 by default), or delete them.
 
     Example: neco-bench cache
     """
@@ -134,7 +134,7 @@ def data_check(
 
     with foreign_code():
         findings = check_dataset(name, data_root, progress=partial(tqdm, disable=None, leave=False))
-    short = [{"level": f.level, "split": f.split, "finding": f"{f.text} {f.mend}"} for f in findings]  # long text last
+    short = [{"level": f.level, "split": f.split, "finding": f"{f.text} {f.fix}"} for f in findings]  # long text last
     print_rows([vars(finding) for finding in findings] if as_json else short, as_json)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(4)

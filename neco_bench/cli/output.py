@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import sys
@@ -34,6 +33,8 @@ def foreign_code() -> Iterator[None]:
     finally:
         with contextlib.suppress(AttributeError, OSError, TypeError, ValueError):
             (sys.__stdout__ or sys.stdout).flush()  # some code prints there
+            import ctypes  # takes a tenth of the time of `--help`
+
             ctypes.CDLL(None).fflush(None)  # what C code printed lies in a buffer of its own
         os.dup2(stdout, 1)
         os.close(stdout)

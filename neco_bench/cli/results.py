@@ -143,8 +143,8 @@ def show(
     rows: list[dict[str, Any]] = []
     failure = 0
     with open_stores(results) as stores:
-        found = results_of(stores, model, patterns)
-    for result, store in found.values():
+        matching = results_of(stores, model, patterns)
+    for result, store in matching.values():
         folder = out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
         try:
             with foreign_code():
@@ -152,7 +152,7 @@ def show(
                 shown = draw(result, store.statistics(result), job, folder, worst=worst, best=best, named=image or [])
         except Exception as caught:
             error = user_error(caught)
-            if error is None or len(found) == 1:
+            if error is None or len(matching) == 1:
                 raise
             print(f"error: {result.model} on {result.column}: {error}", file=sys.stderr)
             failure = failure or error.exit_code

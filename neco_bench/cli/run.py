@@ -135,8 +135,8 @@ def run(
     except KeyboardInterrupt:
         if launcher is not None:
             grid.cancel()
-        kept = f"finished results are in {out}" if results else "nothing was finished yet"
-        print(f"interrupted; {kept}, the same command goes on from there.", file=sys.stderr)
+        done = f"finished results are in {out}" if results else "nothing was finished yet"
+        print(f"interrupted; {done}, the same command goes on from there.", file=sys.stderr)
         raise typer.Exit(130) from None
     if distributed.rank() == 0 and as_json:
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))

@@ -72,9 +72,9 @@ def gather(value: Any) -> list[Any]:
         return [value]
     import torch.distributed as dist
 
-    found: list[Any] = [None] * world()
-    dist.all_gather_object(found, value, group=_group)
-    return found
+    values: list[Any] = [None] * world()
+    dist.all_gather_object(values, value, group=_group)
+    return values
 
 
 def gather_rows(rows: Tensor, most: int) -> list[Tensor]:

@@ -1,6 +1,6 @@
 """Errors that a user can cause, each with the exit code that the command line returns for it.
 
-Every message names the file or option at fault and the mend. Anything that is not a `NecoBenchError` is a bug of ours.
+Every message names the file or option at fault and the fix. Anything that is not a `NecoBenchError` is a bug of ours.
 """
 
 from __future__ import annotations
@@ -86,8 +86,8 @@ def user_error(error: BaseException) -> NecoBenchError | None:
             f"with --set input_size=N, or use --precision bf16, --limit or a larger machine."
         )
     if "DataLoader worker (pid" in text:  # raised wherever the main process is at that moment
-        found = text[text.index("DataLoader worker") :]
-        return NecoBenchError(f"A loading process died ({found}). Memory may have run out: use --workers 0, or fewer.")
+        reason = text[text.index("DataLoader worker") :]
+        return NecoBenchError(f"A loading process died ({reason}). Memory may have run out: use --workers 0, or fewer.")
     if isinstance(error, NecoBenchError):
         return error
     if isinstance(error, SystemExit):

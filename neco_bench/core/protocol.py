@@ -81,7 +81,7 @@ class Settings(BaseModel):
             raise ValueError(f"must be at most {MOST:,}")
         return value
 
-    def used_size(self, stride: int) -> int:
+    def input_size_for(self, stride: int) -> int:
         """Side of the input in pixels: the multiple of `stride` nearest to `input_size`, or `tokens_per_side` strides.
 
         The larger multiple on ties, at least one stride.
@@ -123,6 +123,7 @@ class Protocol:
 
     @property
     def hash(self) -> str:
+        """The digest of the id and every constant, hexadecimal."""
         return digest({"id": self.id, "family": self.family, "constants": dict(self.constants)})
 
 
@@ -146,9 +147,11 @@ class Card:
 
     @property
     def default_protocol(self) -> str:
+        """The id of the protocol that stands first."""
         return next(iter(self.protocols))
 
     def hash(self, protocol: str) -> str:
+        """Digest the card, and of its protocols the one that is named."""
         return digest(
             [
                 self.name,
@@ -171,6 +174,7 @@ class Task:
 
     @property
     def label(self) -> str:
+        """The id, with `*` where constants were changed."""
         return self.protocol.id + ("*" if self.changed else "")
 
     @property
@@ -284,11 +288,11 @@ def all_cards() -> tuple[dict[str, Card], dict[str, str]]:
     broken: dict[str, str] = {}
     for family in FAMILIES:
         try:
-            found = _read_family(family)[1]
+            own = _read_family(family)[1]
         except NecoBenchError as error:
             broken[family] = str(error)
             continue
-        for name, card in found.items():
+        for name, card in own.items():
             if name in cards:
                 broken[family] = f"task {name!r} is already defined by {cards[name].origin}"
             else:
@@ -307,7 +311,7 @@ def protocol(family: str, name: str) -> Protocol:
 
 
 def find_tasks(requests: Iterable[str], changed: Mapping[str, Any] | None = None) -> list[Task]:
-    """Tasks of names, globs and `name@protocol`, comma-separated or not, without repeats, in the order asked for.
+    """Tasks of names, globs and `name@protocol`, comma-separated or not, without repeats, in the given order.
 
     A glob without a protocol takes each card's default; with one, the cards that have it.
     Raises UsageError for unknown names and protocols, or a glob that matches nothing.
@@ -328,14 +332,14 @@ def find_tasks(requests: Iterable[str], changed: Mapping[str, Any] | None = None
                     f"Unknown task {match!r}.{did_you_mean(match, cards)} `neco-bench tasks` lists all.{note}"
                 )
             card = cards[match]
-            chosen = wanted or card.default_protocol
-            if chosen not in card.protocols:
-                protocol(card.family, chosen)
+            wanted_id = wanted or card.default_protocol
+            if wanted_id not in card.protocols:
+                protocol(card.family, wanted_id)
                 raise UsageError(
-                    f"Task {match!r} is not defined under protocol {chosen!r}; it has {', '.join(card.protocols)}."
+                    f"Task {match!r} is not defined under protocol {wanted_id!r}; it has {', '.join(card.protocols)}."
                 )
-            task = Task(card, protocol(card.family, chosen), dict(changed or {}))
-            tasks.setdefault((match, chosen), task)
+            task = Task(card, protocol(card.family, wanted_id), dict(changed or {}))
+            tasks.setdefault((match, wanted_id), task)
         if not names:
             raise UsageError(f"No task matches {request!r}. `neco-bench tasks` lists all.")
     if not tasks:

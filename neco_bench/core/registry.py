@@ -1,7 +1,7 @@
 """One generic lazy registry: names to "module:attr" values, built-in ones and those of third-party entry points.
 
 Listing imports nothing that is registered; loading happens in `Registry.load`. A plug-in that fails to load is an
-error when it is asked for, and shown as broken in listings; it never hides the other entries.
+error when it is used, and shown as broken in listings; it never hides the other entries.
 """
 
 from __future__ import annotations
@@ -57,17 +57,17 @@ class Registry(Generic[T]):
 
     def entries(self) -> dict[str, Entry]:
         """All entries by name. Raises `UsageError` where two packages claim one name."""
-        found = dict(self._builtin)
+        entries = dict(self._builtin)
         for point in importlib.metadata.entry_points(group=self.group):
             origin = point.dist.name if point.dist else "an unnamed package"
-            known = found.get(point.name)
+            known = entries.get(point.name)
             if known is not None and known.value != point.value:
                 raise UsageError(
                     f"{self.kind} {point.name!r} is registered by both {known.origin} ({known.value}) and {origin} "
                     f"({point.value}). Uninstall one of the two, or rename its entry point."
                 )
-            found[point.name] = Entry(point.name, point.value, origin)
-        return found
+            entries[point.name] = Entry(point.name, point.value, origin)
+        return entries
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries())

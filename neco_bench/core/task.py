@@ -17,34 +17,54 @@ T = TypeVar("T")
 
 
 @dataclass
-class Context:
-    """One run: seed, loading and batch settings, and what is measured on the way.
+class RunRecord:
+    """What is measured and noted while a task runs.
 
-    batch_size: images per encoder forward; halved when the device runs out of memory. timing: seconds per phase.
-    notes: facts of the run that belong in its provenance. store: where features are stored; None stores none. reused:
-    images whose features came from it.
-    recorded_ids: ids of items that `show` will draw. predictions: what `record` stored of them, by id.
+    batch_size: images per encoder forward, where they are fewer than requested: it is halved when the device runs out
+    of memory. timing: seconds per phase. notes: facts that belong in the provenance. reused: images whose features came
+    from the feature store. predictions: what `Context.record` stored of items, by id.
+    """
+
+    batch_size: int | None = None
+    timing: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    notes: dict[str, Any] = field(default_factory=dict)
+    reused: int = 0
+    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Context:
+    """How a task is to run, and `run`, the record of how it did.
+
+    batch_size: images per encoder forward, at most. workers: loading processes; with 0, threads load. store: where
+    features are stored; None stores none. recorded_ids: ids of items that `show` will draw.
     """
 
     seed: int = 0
     batch_size: int = 16
     workers: int = 0
     progress: bool = False
-    timing: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    notes: dict[str, Any] = field(default_factory=dict)
     store: Any = None
-    reused: int = 0
     recorded_ids: frozenset[str] = frozenset()
-    predictions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    run: RunRecord = field(default_factory=RunRecord)
+
+    @property
+    def batch_size_used(self) -> int:
+        """Images per encoder forward from now on."""
+        return self.run.batch_size or self.batch_size
+
+    def note(self, **facts: Any) -> None:
+        """Add facts of the run to its provenance."""
+        self.run.notes |= facts
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to `timing[name]`."""
+        """Add the seconds inside to `run.timing[name]`."""
         start = time.perf_counter()
         try:
             yield
         finally:
-            self.timing[name] += time.perf_counter() - start
+            self.run.timing[name] += time.perf_counter() - start
 
     def record(self, item_id: str, **values: Any) -> None:
         """Store what `show` draws of an item, if it is one of `recorded_ids`; a function is called for its value.
@@ -58,7 +78,9 @@ class Context:
                 depth and normals `image`, `truth`, `prediction` (H, W) or (H, W, 3), and `values`, the metrics by name.
         """
         if item_id in self.recorded_ids:
-            self.predictions[item_id] = {name: value() if callable(value) else value for name, value in values.items()}
+            self.run.predictions[item_id] = {
+                name: value() if callable(value) else value for name, value in values.items()
+            }
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
         """Iterate over `items`, with a progress bar on stderr where that is a terminal."""

@@ -54,6 +54,7 @@ class ADE20K(PairedFolders):
 
     @classmethod
     def tree(cls, folder: Path, split: str) -> Tree:
+        """Return where the files of a split should be."""
         base = locate(folder, "images/training", "images/validation", "images/ADE", name="ADEChallengeData2016")
         full = [path for path in folder.glob("ADE20K_20*") if path.is_dir()]
         full += [path for name in ("index_ade20k.*", "images/ADE", "images/*/a") for path in base.glob(name)]
@@ -68,6 +69,7 @@ class ADE20K(PairedFolders):
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         return id_table({0: IGNORE, **{i + 1: i for i in range(150)}})
 
 
@@ -81,4 +83,5 @@ class ADE20K151(ADE20K):
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         return id_table({i: i for i in range(151)})

@@ -1,4 +1,4 @@
-"""The dataset contracts: segmentation sets and image-pair sets, read item by item, images never kept.
+"""The dataset contracts: segmentation sets and image-pair sets, read item by item, images never stored.
 
 Masks hold class ids 0..C-1 and `IGNORE` (255 where C <= 255) for void. A dataset knows nothing of encoders or tasks.
 """
@@ -94,18 +94,18 @@ class Dataset(abc.ABC):
     sampling_unit: ClassVar[str] = "image"
     split: str
     ids: tuple[str, ...]
-    _before_limit: int | None = None
+    _before_head: int | None = None
     _full: int | None = None
 
     def __len__(self) -> int:
         return len(self.ids)
 
     @property
-    def subset(self) -> dict[str, int] | None:
-        """{"found": n, "expected": m} where the split on disk is not the full one (limited or not), else None."""
+    def coverage(self) -> dict[str, int] | None:
+        """{"found": n, "expected": m} where the split on disk is not the full one, whatever `head` took; else None."""
         full = self._full or self.expected.get(self.split)
-        found = self._before_limit or len(self)
-        return None if full is None or found == full else {"found": found, "expected": full}
+        count = self._before_head or len(self)
+        return None if full is None or count == full else {"found": count, "expected": full}
 
     @classmethod
     def group_of(cls, item: str) -> str | None:
@@ -121,24 +121,25 @@ class Dataset(abc.ABC):
     def fingerprint(self) -> str:
         """Hex digest that changes with the list of items and with the files behind them (names and sizes)."""
 
-    def sample_doubts(self) -> list[str]:
+    def sample_sanity_check(self) -> list[str]:
         """What a few items of the split say against its files; `run` looks before it starts, and stops."""
         return []
 
-    def limited(self, count: int) -> Self:
+    def head(self, count: int) -> Self:
         """The same data set with its first `count` items only. Raises UsageError where count < 1."""
         if count < 1:
             raise UsageError(f"A data set cannot be limited to {count} items: give 1 or more.")
         part = self._part(range(min(count, len(self))))
-        part._before_limit = self._before_limit or len(self)
+        part._before_head = self._before_head or len(self)
         return part
 
     def fraction(self, parts: int, draw: int) -> Self:
         """Draw `draw` of one in `parts` items of this split, as its own split "<split>_1of<parts>_<draw>".
 
-        The rule: item ids are ordered by the sha256 of "<folder name>/<split>/<draw>/<id>" and the first n are kept, in
-        the order of the full split. So draws of equal number are nested, and none hangs on a machine or on the order
-        of files. n is `fractions[split][parts]`, and proportionally less where files of the full split are absent.
+        The rule: item ids are ordered by the sha256 of "<folder name>/<split>/<draw>/<id>" and the first n are taken,
+        in the order of the full split. So draws of equal number are nested, and none depends on the machine or on the
+        order of files. n is `fractions[split][parts]`, and proportionally less where files of the full split are
+        absent.
         """
         count, full = self.fractions[self.split][parts], self.expected[self.split]
         text = f"{self.folder_name or self.name}/{self.split}/{draw}/"
@@ -147,7 +148,7 @@ class Dataset(abc.ABC):
         part.split, part._full = f"{self.split}_1of{parts}_{draw}", count
         return part
 
-    def chosen(self, ids: Iterable[str]) -> Self:
+    def subset(self, ids: Iterable[str]) -> Self:
         """The items of a list of ids only, in the order of this split; the last component of an id is enough.
 
         Raises BadInputError naming ids that this split does not have.
@@ -233,48 +234,48 @@ class SegmentationDataset(Dataset):
         """The mask of sample `index` alone."""
         return self[index].mask
 
-    def scored(self, mask: np.ndarray) -> np.ndarray:
+    def eval_mask(self, mask: np.ndarray) -> np.ndarray:
         """The mask as losses and scores see it: pixels of `void_class` are IGNORE too."""
         return mask if self.void_class is None else np.where(mask == self.void_class, np.uint8(IGNORE), mask)
 
-    def doubts(self, masks: MaskSummary) -> list[str]:
-        """What the masks of a split, or 16 across it, say against its files.
+    def sanity_check(self, masks: MaskSummary) -> list[str]:
+        """List what shows that the masks of a split, or 16 across it, are not the official ones.
 
         `data check` reports it for whole splits; `run` looks at 16 masks before it starts, and stops.
         """
-        counts, found = masks.total, []
+        counts, problems = masks.total, []
         if len(self.classes) > 2 and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
-            found.append(
+            problems.append(
                 f"The masks hold {self.classes[0]!r} and void only: they are black-and-white pictures (0 and 255), "
                 f"not class ids. Restore the original masks."
             )
         if len(masks) < FEW:
-            return found
+            return problems
         rare = self.rare_class
         if rare is not None and masks.presence(rare) > 0.5 and counts[rare] > 0.02 * counts.sum():
-            found.append(
+            problems.append(
                 f"{100 * masks.presence(rare):.0f} % of the masks hold {self.classes[rare]!r}, which is rare: ids are "
                 f"shifted by one, with void as the last id. Restore the original masks."
             )
         if self.larger and counts[self.larger[1]] > 2 * counts[self.larger[0]]:
             first, second = (self.classes[i] for i in self.larger)
-            found.append(
+            problems.append(
                 f"The masks hold more {second!r} than {first!r}: ids are shifted or of another mapping. Restore the "
                 f"original masks."
             )
-        whole = self.subset is None  # a part is marked as such anyway
+        whole = self.coverage is None  # a part is marked as such anyway
         if self.sizes_differ and whole and len(masks) >= MANY and len(set(masks.sizes)) == 1:
             height, width = masks.sizes[0]
-            found.append(
+            problems.append(
                 f"All images are {width}x{height} pixels, those of {self.name} differ in size: they were resized. "
                 f"Scores of resized copies cannot be compared: restore the original files."
             )
-        return found
+        return problems
 
-    def sample_doubts(self) -> list[str]:
-        """`doubts` of 16 masks across the split."""
+    def sample_sanity_check(self) -> list[str]:
+        """`sanity_check` of 16 masks across the split."""
         indices = np.unique(np.linspace(0, len(self) - 1, MANY).astype(int))
-        return self.doubts(MaskSummary(self.mask(index) for index in indices))
+        return self.sanity_check(MaskSummary(self.mask(index) for index in indices))
 
     @property
     @abc.abstractmethod

@@ -54,8 +54,10 @@ class CamVid(SegmentationFolder):
         return item.partition("_")[0]
 
     def files(self, item: str) -> tuple[Path, Path]:
+        """Return the image file and the mask file of an item."""
         return self.folder / self.split / f"{item}.png", self.folder / f"{self.split}annot" / f"{item}.png"
 
     @property
     def palette(self) -> np.ndarray:
+        """The colours of the classes, (C, 3) uint8."""
         return np.array(_COLOURS, np.uint8)

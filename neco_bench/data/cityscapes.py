@@ -59,27 +59,29 @@ class Cityscapes(PairedFolders):
     def _bases(self) -> Sequence[Path]:
         return self.folder, self._masks.folder.parents[1]
 
-    def doubts(self, masks: MaskSummary) -> list[str]:
+    def sanity_check(self, masks: MaskSummary) -> list[str]:
         """Every official mask has void, such as the own car; train ids in files of label ids are 0..18."""
-        counts, found = masks.total, super().doubts(masks)
+        counts, problems = masks.total, super().sanity_check(masks)
         if not counts[IGNORE]:
-            found.append(
+            problems.append(
                 "No mask has void pixels, all official ones do (the own car, the border): void was given the id of a "
                 "class. Restore the original gtFine."
             )
         if len(masks) >= FEW and self.source == "labelIds" and not counts[6 : len(self.classes)].any():
-            found.append(
+            problems.append(
                 "No label id of the masks is above 18: train ids (0..18) lie in files of label ids (0..33). Name them "
                 "*_gtFine_labelTrainIds.png, or restore the original gtFine."
             )
-        return found
+        return problems
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         if self.source == "labelTrainIds":
             return super().table
         return id_table({**dict.fromkeys(range(34), IGNORE), **{value: i for i, value in enumerate(LABEL_IDS)}})
 
     @property
     def palette(self) -> np.ndarray:
+        """The colours of the classes, (C, 3) uint8."""
         return np.array(_COLOURS, np.uint8)

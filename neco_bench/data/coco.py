@@ -129,10 +129,10 @@ def read_segments(path: Path) -> dict[str, list[Any]]:
         if raw["images"] and "segments_info" in raw["annotations"][0]:
             return {Path(valid_name(item["file_name"])).stem: item["segments_info"] for item in raw["annotations"]}
         stems = {item["id"]: Path(valid_name(item["file_name"])).stem for item in raw["images"]}
-        found: dict[str, list[Any]] = {stem: [] for stem in stems.values()}
+        segments: dict[str, list[Any]] = {stem: [] for stem in stems.values()}
         for item in raw["annotations"]:
-            found[stems[item["image_id"]]].append(item)
-        return found
+            segments[stems[item["image_id"]]].append(item)
+        return segments
 
     return read_json(path, parse, "COCO annotation file")
 
@@ -228,6 +228,7 @@ class _Coco(PairedFolders):
 
     @classmethod
     def tree(cls, folder: Path, split: str) -> Tree:
+        """Return where the files of a split should be."""
         folder = locate(folder, "annotations", "images", "stuffthingmaps*", "train2017", "val2017")
         folders = (folder / "images" / f"{split}2017", folder / f"{split}2017")
         images = Files(next((path for path in folders if path.is_dir()), folders[0]), ".jpg")
@@ -243,7 +244,8 @@ class _Coco(PairedFolders):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Say whether the folder has images of a split, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         tree = cls.tree(folder, split)
         return tree.images.any() and (tree.source == "instances" or tree.masks.any())
 
@@ -258,11 +260,13 @@ class _Coco(PairedFolders):
         self.ids = tuple(sorted(image_ids))
 
     def files(self, item: str) -> tuple[Path, Path]:
+        """Return the image file and the mask file of an item."""
         image, mask = super().files(item)
         return image, self.shared_files[0] if self.source == "instances" else mask
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         shift = self.shift
         values = VALUES[self.source].items()
         return id_table({value: self.rows.get(id_ + shift if id_ else 0, IGNORE) for value, id_ in values})

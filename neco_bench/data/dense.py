@@ -91,6 +91,7 @@ class DenseDataset(Dataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
+        """Whether images and targets of a split are there, found without reading them."""
         if not cls.needs_root:
             return True
         data = cls(folder, split)  # type: ignore[call-arg]
@@ -105,7 +106,7 @@ class DenseDataset(Dataset):
                 f"restore the original files."
             )
 
-    def doubts(self, targets: DepthSummary) -> list[str]:
+    def sanity_check(self, targets: DepthSummary) -> list[str]:
         """What the targets of a split, or 16 across it, say against its files."""
         if self.kind == "normals":
             return []
@@ -122,9 +123,10 @@ class DenseDataset(Dataset):
 
     file_unit: ClassVar[str] = ""  # of values in depth files, in words
 
-    def sample_doubts(self) -> list[str]:
+    def sample_sanity_check(self) -> list[str]:
+        """`sanity_check` of 16 targets across the split."""
         indices = np.unique(np.linspace(0, len(self) - 1, MANY).astype(int))
-        return self.doubts(DepthSummary(self[index].target for index in indices))
+        return self.sanity_check(DepthSummary(self[index].target for index in indices))
 
     def fingerprint(self) -> str:
         """Sha256 over name, reader version, split, ids, and names and sizes of all files."""

@@ -60,11 +60,14 @@ class LabelledFrames(DenseDataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Whether images and targets of a split are there, found without reading them."""
+        if folder is None:
+            return False
         place = locate(folder, f"{split}_rgb", "train_rgb", "test_rgb")
         return all(next((place / f"{split}_{part}").glob("*.png"), None) for part in cls.parts)
 
     def files(self, item: str) -> tuple[Path, ...]:
+        """Paths of the image and of what its target is made of."""
         return tuple(self.folder / f"{self.split}_{part}" / f"{item}.png" for part in self.parts)
 
     @classmethod
@@ -89,6 +92,7 @@ class NYUDepthLabelled(LabelledFrames):
   made from the official file by: neco-bench data prepare nyuv2 --source nyu_depth_v2_labeled.mat"""
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
+        """The target of an item whose image has the size (H, W)."""
         return read_depth(self.files(item)[1], MM, size)
 
 
@@ -138,6 +142,7 @@ class ListedDepth(DenseDataset):
         return self.is_test(item) == (self.split == "test")
 
     def files(self, item: str) -> tuple[Path, ...]:
+        """Paths of the image and of what its target is made of."""
         image, depth = self._pairs[item]
         return self._place(self.image_roots, image), self._place(self.depth_roots, depth)
 
@@ -147,6 +152,7 @@ class ListedDepth(DenseDataset):
         return next((place for place in places if place.is_file()), places[0])
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
+        """The target of an item whose image has the size (H, W)."""
         return read_depth(self.files(item)[1], self.per_metre, size, listed_in=self.list_file)
 
 
@@ -232,6 +238,7 @@ class KITTIDepth(ListedDepth):
 
     @classmethod
     def is_test(cls, item: str) -> bool:
+        """Whether an image is of one of the drives of Eigen's test images."""
         date, number = cls._drive(item)
         return number in cls._TEST.get(date, "").split()
 

@@ -56,15 +56,15 @@ def locate(folder: Path, *markers: str, name: str = "") -> Path:
     """
     level = [folder]
     for _ in range(_DEPTH + 1):
-        found = [place for place in level if any(next(place.glob(marker), None) for marker in markers)]
-        if len(found) > 1 and name:
-            found = [place for place in found if name in place.name] or found
-        if len(found) > 1:
+        holders = [place for place in level if any(next(place.glob(marker), None) for marker in markers)]
+        if len(holders) > 1 and name:
+            holders = [place for place in holders if name in place.name] or holders
+        if len(holders) > 1:
             raise BadInputError(
-                f"{folder} holds several copies: {', '.join(map(str, found[:5]))}. Move all but one of them away."
+                f"{folder} holds several copies: {', '.join(map(str, holders[:5]))}. Move all but one of them away."
             )
-        if found:
-            return found[0]
+        if holders:
+            return holders[0]
         level = [inner for place in level if place.is_dir() for inner in sorted(place.iterdir()) if _searched(inner)]
     return folder
 
@@ -176,7 +176,7 @@ def checked_box(values: Iterable[Any]) -> tuple[float, float, float, float]:
 
 def file_ids(folder: Path, before: str, after: str) -> set[str]:
     """Ids of all files BEFORE + NAME + AFTER below a folder: the path from it without the two, as in "aachen/0001"."""
-    found: set[str] = set()
+    ids: set[str] = set()
 
     def fail(error: OSError) -> None:
         if not isinstance(error, FileNotFoundError):
@@ -185,12 +185,12 @@ def file_ids(folder: Path, before: str, after: str) -> set[str]:
     for place, _, names in os.walk(folder, onerror=fail):
         inner = Path(place).relative_to(folder).as_posix()
         start = "" if inner == "." else f"{inner}/"
-        found.update(
+        ids.update(
             start + name[len(before) : len(name) - len(after)]
             for name in names
             if name.startswith(before) and name.endswith(after) and not name.startswith(".")
         )
-    return found
+    return ids
 
 
 class SegmentationFolder(SegmentationDataset):
@@ -222,6 +222,7 @@ class SegmentationFolder(SegmentationDataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
+        """Say whether the folder has images of a split, without reading them."""
         if not cls.needs_root:
             return True
         data = cls(folder, split)  # type: ignore[call-arg]
@@ -235,6 +236,7 @@ class SegmentationFolder(SegmentationDataset):
         return Sample(image, self.read_mask(item, image.shape[:2]), item)
 
     def mask(self, index: int) -> np.ndarray:
+        """Read the mask of sample `index` alone, (H, W) class ids. Raises as `[index]` does."""
         item = self.ids[index]
         path = self.files(item)[0]
         size = read_size(path, listed_in=self.list_file)
@@ -301,6 +303,7 @@ class Files:
     before: str = ""
 
     def path(self, item: str) -> Path:
+        """Return the file of an item."""
         start, slash, name = item.rpartition("/")
         return self.folder / f"{start}{slash}{self.before}{name}{self.after}"
 
@@ -343,11 +346,12 @@ class PairedFolders(SegmentationFolder):
     @classmethod
     @abc.abstractmethod
     def tree(cls, folder: Path, split: str) -> Tree:
-        """Where the files of a split should be."""
+        """Return where the files of a split should be."""
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Say whether the folder has images of a split, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         tree = cls.tree(folder, split)
         return tree.images.any() and tree.masks.any()
 
@@ -377,6 +381,7 @@ class PairedFolders(SegmentationFolder):
                 )
 
     def files(self, item: str) -> tuple[Path, Path]:
+        """Return the image file and the mask file of an item."""
         return self._images.path(item), self._masks.path(item)
 
 
@@ -400,9 +405,9 @@ def _any_file(folder: Path, before: str, after: str) -> bool:
 
 def other_files(files: Files) -> str:
     """What lies where none of `files` does, as a sentence; empty where there is nothing."""
-    if found := sorted(file_ids(files.folder, "", "")):
+    if present := sorted(file_ids(files.folder, "", "")):
         wanted = files.path("NAME").name
-        return f"It holds {len(found)} files such as {Path(found[0]).name!r}; {wanted} is expected: rename them."
+        return f"It holds {len(present)} files such as {Path(present[0]).name!r}; {wanted} is expected: rename them."
     return ""
 
 
@@ -429,8 +434,8 @@ def why_alone(alone: list[str], have: set[str], lack: set[str], one: Files, othe
 
 def _shifted(first: set[str], second: set[str]) -> bool:
     """Whether names end in numbers, and those of one set are one more than those of the other."""
-    found = [[re.fullmatch(r"(.*?)(\d+)", name) for name in names] for names in (first, second)]
-    numbers, others = ({(match[1], int(match[2])) for match in matches if match} for matches in found)
+    parsed = [[re.fullmatch(r"(.*?)(\d+)", name) for name in names] for names in (first, second)]
+    numbers, others = ({(match[1], int(match[2])) for match in matches if match} for matches in parsed)
     return len(numbers) == len(first) > 1 and others in (
         {(start, number + 1) for start, number in numbers},
         {(start, number - 1) for start, number in numbers},

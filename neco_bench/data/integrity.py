@@ -32,7 +32,7 @@ class Finding:
     level: Literal["ok", "warning", "error"]
     split: str
     text: str
-    mend: str = ""
+    fix: str = ""
     values: dict[str, float] = field(default_factory=dict)
 
 
@@ -83,17 +83,17 @@ def _present(cls: type[Dataset], base: Path | None) -> tuple[tuple[str, ...], st
     folder = base / (cls.folder_name or cls.name)
     if not folder.is_dir():
         return (), f"not in {base}"
-    found: list[str] = []
+    present: list[str] = []
     reasons: list[str] = []
     for split in cls.splits:
         try:
             if cls.has_images(folder, split):
-                found.append(split)
+                present.append(split)
             else:
                 reasons.insert(0, f"no images of split {split!r} in {folder}")
         except Exception as error:  # of a plug-in, too: a listing names what is wrong
             reasons.append(str(error).partition("\n")[0])
-    return tuple(found), "" if found else reasons[0]
+    return tuple(present), "" if present else reasons[0]
 
 
 def check_dataset(
@@ -139,20 +139,20 @@ def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
 
 
 def _check_count(dataset: Dataset) -> Finding:
-    subset = dataset.subset
-    if subset is None:
+    coverage = dataset.coverage
+    if coverage is None:
         return Finding("ok", dataset.split, f"{len(dataset)} items")
-    if subset["found"] > subset["expected"]:
+    if coverage["found"] > coverage["expected"]:
         return Finding(
             "error",
             dataset.split,
-            f"{subset['found']} items are listed, the full split has {subset['expected']}.",
+            f"{coverage['found']} items are listed, the full split has {coverage['expected']}.",
             "Restore the official split list.",
         )
     return Finding(
         "warning",
         dataset.split,
-        f"{subset['found']} of the {subset['expected']} items of the full split: results are marked as on a subset.",
+        f"{coverage['found']} of {coverage['expected']} items of the full split: results are marked as on a subset.",
         "Get the whole data set for comparable numbers.",
     )
 
@@ -174,7 +174,7 @@ def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Fi
             damage.append(str(error))
     findings = _damaged(dataset, damage, len(dataset), "image and mask pairs")
     if not damage:
-        findings += [Finding("error", dataset.split, text) for text in dataset.doubts(masks)]
+        findings += [Finding("error", dataset.split, text) for text in dataset.sanity_check(masks)]
     counts = masks.total
     if counts.sum():
         names = {name: i for i, name in enumerate(dataset.classes)} | {"void": IGNORE}
@@ -201,7 +201,7 @@ def _check_dense(dataset: DenseDataset, wrap: Progress) -> list[Finding]:
             damage.append(str(error))
     findings = _damaged(dataset, damage, len(dataset), f"images and maps of {dataset.kind}")
     if not damage:
-        findings += [Finding("error", dataset.split, text) for text in dataset.doubts(targets)]
+        findings += [Finding("error", dataset.split, text) for text in dataset.sanity_check(targets)]
     if not len(targets):
         return findings
     sizes = ", ".join(f"{width}x{height}" for height, width in sorted(targets.sizes))
@@ -253,13 +253,13 @@ def _check_pairs(dataset: PairDataset, wrap: Progress) -> list[Finding]:
     if empty:
         text = f"{len(empty)} pairs have no common keypoint, the first is {empty[0]}."
         findings.append(Finding("warning", dataset.split, text, "They are not scored."))
-    if dataset.subset is None:
+    if dataset.coverage is None:
         for key, expected in dataset.expected_attributes.get(dataset.split, {}).items():
-            found = tuple(
+            counts = tuple(
                 sum(pair.attributes[key] == level for pair in dataset.pairs) for level in range(len(expected))
             )
-            if found != expected:
-                text = f"Pairs by {key} are {found}, in the official release {expected}."
+            if counts != expected:
+                text = f"Pairs by {key} are {counts}, in the official release {expected}."
                 findings.append(Finding("error", dataset.split, text, "Restore the official annotations."))
     return findings
 
@@ -268,8 +268,8 @@ def _damaged(dataset: Dataset, damage: list[str], count: int, what: str) -> list
     if not damage:
         return [Finding("ok", dataset.split, f"all {count} {what} can be read and agree")]
     findings = [Finding("error", dataset.split, text) for text in damage[:_NAMED]]
-    mend = f"Get the data set again: {dataset.citation}." if dataset.citation else "Get the data set again."
+    fix = f"Get the data set again: {dataset.citation}." if dataset.citation else "Get the data set again."
     return [
         *findings,
-        Finding("error", dataset.split, f"{len(damage)} of {count} {what} are damaged or missing.", mend),
+        Finding("error", dataset.split, f"{len(damage)} of {count} {what} are damaged or missing.", fix),
     ]

@@ -37,8 +37,8 @@ _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 @contextlib.contextmanager
-def decoding(wrong: str, mend: str = RESTORE) -> Iterator[None]:
-    """Turn anything that wrong content raises inside into BadInputError("<wrong>: <error>. <mend>").
+def decoding(wrong: str, fix: str = RESTORE) -> Iterator[None]:
+    """Turn anything that wrong content raises inside into BadInputError("<wrong>: <error>. <fix>").
 
     Errors of ours and FileNotFoundError pass.
     """
@@ -49,8 +49,8 @@ def decoding(wrong: str, mend: str = RESTORE) -> Iterator[None]:
     except Exception as error:  # decoders raise anything on bad bytes
         text = str(error)
         if isinstance(error, OSError) and error.errno is not None:  # of the system: decoders give no number
-            text, mend = error.strerror or text, "Make it readable."
-        raise BadInputError(f"{wrong}: {type(error).__name__}: {_shown(text)}. {mend}") from error
+            text, fix = error.strerror or text, "Make it readable."
+        raise BadInputError(f"{wrong}: {type(error).__name__}: {_shown(text)}. {fix}") from error
 
 
 def _shown(text: str) -> str:

@@ -105,8 +105,8 @@ def load_dataset(
             f"Data set {name!r} has no split {split!r}; it has {', '.join((*cls.splits, *fraction_names(cls)))}."
         )
     if split_file is not None:
-        dataset = dataset.chosen(read_lines(cls, Path(split_file)))
-    return dataset if limit is None else dataset.limited(limit)
+        dataset = dataset.subset(read_lines(cls, Path(split_file)))
+    return dataset if limit is None else dataset.head(limit)
 
 
 def open_split(cls: type[Dataset], folder: Path | None, split: str) -> Dataset:

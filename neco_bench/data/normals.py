@@ -39,6 +39,7 @@ class NYUNormalsLabelled(LabelledFrames):
   images and depth are made by: neco-bench data prepare nyuv2 --source nyu_depth_v2_labeled.mat"""
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
+        """The target of an item whose image has the size (H, W)."""
         _, normals, depth = self.files(item)
         return read_normals(normals, size) * (read_depth(depth, MM, size) > 0)[..., None]
 
@@ -78,9 +79,11 @@ class NYUNormals(DenseDataset):
         return NYUNormalsLabelled.group_of(item) if item.isdigit() and len(item) == 4 else item
 
     def files(self, item: str) -> tuple[Path, ...]:
+        """Paths of the image and of what its target is made of."""
         return (self.folder / f"{item}.mat",) if self._test is None else self._test.files(item)
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
+        """The target of an item whose image has the size (H, W)."""
         return self._read(item)[1] if self._test is None else self._test.read_target(item, size)
 
     def __getitem__(self, index: int) -> DenseSample:

@@ -124,6 +124,7 @@ class NYUv2(PairedFolders):
 
     @classmethod
     def tree(cls, folder: Path, split: str) -> Tree:
+        """Return where the files of a split should be."""
         folder = locate(folder, "train_rgb", "test_rgb")
         count = len(cls.classes)
         images = Files(folder / f"{split}_rgb", ".png")
@@ -135,18 +136,19 @@ class NYUv2(PairedFolders):
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         count = len(self.classes)
         return id_table({0: IGNORE, **(labels_to_classes(count) if self.source else {i + 1: i for i in range(count)})})
 
-    def doubts(self, masks: MaskSummary) -> list[str]:
+    def sanity_check(self, masks: MaskSummary) -> list[str]:
         """Official frames have a border without labels."""
-        found = super().doubts(masks)
+        problems = super().sanity_check(masks)
         if len(masks) >= FEW and np.mean(np.array(masks.corners) == IGNORE) < 0.5:
-            found.append(
+            problems.append(
                 "The borders of the masks hold a class, those of official ones are void (0): ids are shifted, or void "
                 "was given the id of a class. Restore the original masks."
             )
-        return found
+        return problems
 
 
 class NYUv213(NYUv2):

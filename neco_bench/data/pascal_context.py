@@ -55,10 +55,12 @@ class PascalContext(SegmentationFolder):
         self.ids = read_list(type(self), self.list_file, stems=True)
 
     def files(self, item: str) -> tuple[Path, Path]:
+        """Return the image file and the mask file of an item."""
         return self.folder / "JPEGImages" / f"{item}.jpg", self.folder / "SegmentationClassContext" / f"{item}.png"
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         return id_table({0: IGNORE, **{i + 1: i for i in range(59)}})
 
 
@@ -71,4 +73,5 @@ class PascalContext60(PascalContext):
 
     @property
     def table(self) -> np.ndarray:
+        """Class id of each value in the files, (256,) integers."""
         return id_table({i: i for i in range(60)})

@@ -107,7 +107,7 @@ def _prepare(name: str, base: Path, source: Path | None, into: str, wrap: Progre
 
 
 def unpack(archive: Path, folder: Path, wrap: Progress = lambda items, desc: items) -> Prepared:
-    """Unpack a zip or tar archive into a folder; files already there with the same size are kept.
+    """Unpack a zip or tar archive into a folder; files already there with the same size stay.
 
     Only regular files are taken, under relative paths without "..": anything else, links included, is refused before
     it is written. Raises BadInputError (damaged, unsafe) and UsageError (another file of that name is there, or another
@@ -216,7 +216,7 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, Callable[[], I
 
 def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
     content = tar.extractfile(member)
-    assert content is not None  # of regular files it never is
+    assert content is not None  # noqa: S101 - of regular files it never is
     return content
 
 
@@ -248,7 +248,7 @@ def _convert(goal: Path, names: list[str], make: Callable[[str], Image.Image], w
         if absent:
             raise UsageError(
                 f"{goal} is there already, but lacks {len(absent)} of {len(names)} files, the first is "
-                f"{absent[0]}.png. Move it away to have it made anew."
+                f"{absent[0]}.png. Move it away to have it made again."
             )
         return Prepared(str(goal), 0, "is there already")
     staging = goal.with_name(f"{goal.name}.partial")
@@ -258,7 +258,9 @@ def _convert(goal: Path, names: list[str], make: Callable[[str], Image.Image], w
         for name in wrap(names, desc=goal.name):
             path = staging / f"{name}.png"
             if not path.exists():
-                make(name).save(temporary, "png")
+                with decoding(f"{name}.png of {goal} cannot be made from its source"):
+                    image = make(name)
+                image.save(temporary, "png")
                 temporary.replace(path)
                 written += 1
         for rest in [path for path in staging.iterdir() if path.name.startswith(".")]:
@@ -309,7 +311,7 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
     note = "" if len(names) == _SBD_IMAGES else f"{len(names)} images, the whole set has {_SBD_IMAGES}"
     made = _convert(train.folder / "SegmentationClassAug", names, make, wrap)
     done.append(Prepared(made.path, made.written, "; ".join(filter(None, (made.note, note)))))
-    assert train.list_file is not None
+    assert train.list_file is not None  # noqa: S101 - every split of VOC has a list
     path = train.list_file.with_name("trainaug.txt")
     text = "".join(f"{name}\n" for name in names)
     if not path.exists():
@@ -333,10 +335,10 @@ def _nyuv2(folder: Path, source: Path, wrap: Progress) -> list[Prepared]:
         import h5py
     except ImportError as error:
         raise UsageError(f"Reading {source.name} needs h5py: pip install 'neco-bench[nyuv2]'.") from error
-    wrong, mend = f"{source} is not nyu_depth_v2_labeled.mat", "Download it again."
+    wrong, fix = f"{source} is not nyu_depth_v2_labeled.mat", "Download it again."
     height, width = NYUv2.image_size
     with contextlib.ExitStack() as stack:
-        with decoding(wrong, mend):
+        with decoding(wrong, fix):
             file = stack.enter_context(h5py.File(source, "r"))
             images, labels = file["images"], file["labels"]  # (N, 3, W, H) and (N, W, H)
             count = len(images)
@@ -347,26 +349,26 @@ def _nyuv2(folder: Path, source: Path, wrap: Progress) -> list[Prepared]:
                 )
 
         def image(name: str) -> Image.Image:
-            with decoding(wrong, mend):
+            with decoding(wrong, fix):
                 return Image.fromarray(np.ascontiguousarray(images[int(name) - 1].T))
 
         def depth(name: str) -> Image.Image:
-            with decoding(wrong, mend):
+            with decoding(wrong, fix):
                 metres = np.ascontiguousarray(file["rawDepths"][int(name) - 1].T)
                 if not 0 <= metres.min() <= metres.max() <= DEEPEST:
                     raise ValueError(f"frame {name} holds depths of {metres.min():g} to {metres.max():g}, not metres")
                 return Image.fromarray(np.rint(metres * MM).astype(np.uint16))
 
         def mask(name: str) -> Image.Image:
-            with decoding(wrong, mend):
-                found = np.ascontiguousarray(labels[int(name) - 1].T)
-                if found.max() > LABELS:
-                    raise ValueError(f"frame {name} holds label {found.max()}, the highest is {LABELS}")
-                return Image.fromarray(found)
+            with decoding(wrong, fix):
+                frame = np.ascontiguousarray(labels[int(name) - 1].T)
+                if frame.max() > LABELS:
+                    raise ValueError(f"frame {name} holds label {frame.max()}, the highest is {LABELS}")
+                return Image.fromarray(frame)
 
         kinds = [("rgb", image), ("labels_894", mask)]
         if "rawDepths" in file:
-            with decoding(wrong, mend):
+            with decoding(wrong, fix):
                 if file["rawDepths"].shape != (count, width, height):
                     raise ValueError(f"it holds rawDepths {file['rawDepths'].shape}")
             kinds.append(("depth", depth))

@@ -91,7 +91,8 @@ class PFWillow(_ProposalFlow):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Say whether the folder has images of a split, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         return next(locate(folder, "*(*)/*.mat", name="WILLOW").glob("*(*)/*.png"), None) is not None
 
     def _read(self, path: Path) -> np.ndarray:
@@ -151,7 +152,8 @@ class PFPascal(_ProposalFlow):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Say whether the folder has images of a split, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         data = cls.__new__(cls)
         data.split = split
         return data._image_file(data._read_list(folder)[0][0]).is_file()

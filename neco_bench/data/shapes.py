@@ -387,7 +387,7 @@ def shapes_folder() -> Path:
 
 
 def generated_folder(name: str, make: Callable[[Path], None]) -> Path:
-    """A folder of generated files in the cache, made or made anew where files are missing or damaged.
+    """A folder of generated files in the cache, made, or made again where files are missing or damaged.
 
     Safe for several processes at once. Raises UsageError where the cache folder cannot be written.
 
@@ -403,7 +403,7 @@ def generated_folder(name: str, make: Callable[[Path], None]) -> Path:
         with FileLock(folder.parent / f"{folder.name}.lock"):
             if not _intact(folder):
                 if folder.exists():
-                    _logger.warning("%s is incomplete or damaged and is made anew.", folder)
+                    _logger.warning("%s is incomplete or damaged and is made again.", folder)
                     shutil.rmtree(folder)
                 for rest in [path for path in folder.parent.glob(f"{folder.name}.*") if path.is_dir()]:
                     shutil.rmtree(rest)  # of a killed process, as this one has the lock
@@ -454,11 +454,13 @@ class Shapes(SegmentationFolder):
         self.ids = read_list(type(self), self.list_file)
 
     def files(self, item: str) -> tuple[Path, Path]:
+        """Return the image file and the mask file of an item."""
         part = self.folder / self.split
         return part / "images" / f"{item}.ppm", part / "masks" / f"{item}.pgm"
 
     @property
     def palette(self) -> np.ndarray:
+        """The colours of the classes, (C, 3) uint8."""
         hues = [colorsys.hsv_to_rgb(i / len(_SHAPES), 0.8, 0.95) for i in range(len(_SHAPES))]
         return np.rint(255 * np.array([(0, 0, 0), *hues])).astype(np.uint8)
 

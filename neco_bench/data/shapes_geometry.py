@@ -228,10 +228,12 @@ class ShapesDepth(DenseDataset):
         self.ids = read_list(type(self), self.list_file)
 
     def files(self, item: str) -> tuple[Path, ...]:
+        """Paths of the image and of what its target is made of."""
         part = self.folder / self.split
         return part / "images" / f"{item}.ppm", part / "depth" / f"{item}.pgm"
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
+        """The target of an item whose image has the size (H, W)."""
         return read_depth(self.files(item)[1], MM, size)
 
 
@@ -242,8 +244,10 @@ class ShapesNormals(ShapesDepth):
     kind = "normals"
 
     def files(self, item: str) -> tuple[Path, ...]:
+        """Paths of the image and of what its target is made of."""
         part = self.folder / self.split
         return part / "images" / f"{item}.ppm", part / "normals" / f"{item}.ppm"
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
+        """The target of an item whose image has the size (H, W)."""
         return read_normals(self.files(item)[1], size)

@@ -63,7 +63,8 @@ class SPair71k(PairDataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None
+        """Say whether the folder has images of a split, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
         data = cls.__new__(cls)
         data.split = split
         data._set_places(folder)
@@ -83,7 +84,7 @@ class SPair71k(PairDataset):
             return read_json(path, parse, "pair annotation of SPair-71k")
         except FileNotFoundError:
             near = sorted(path.parent.glob(glob.escape(name.partition(":")[0]) + "*"))
-            renamed = [found for found in near if ":" not in found.name]
+            renamed = [file for file in near if ":" not in file.name]
             if renamed:
                 raise MissingError(
                     f"No pair annotation {path}, but {renamed[0].name!r} is there: the ':' in file names was replaced "

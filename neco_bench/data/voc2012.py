@@ -64,18 +64,19 @@ class VOC2012(SegmentationFolder):
             raise missing(type(self), f"the mask folder {self._masks} of split {split!r} is not there.")
 
     def files(self, item: str) -> tuple[Path, Path]:
+        """Return the image file and the mask file of an item."""
         return self._images / f"{item}.jpg", self._masks / f"{item}.png"
 
-    def doubts(self, masks: MaskSummary) -> list[str]:
+    def sanity_check(self, masks: MaskSummary) -> list[str]:
         """Every official mask has a border of void, nearly every one background."""
-        counts, found = masks.total, super().doubts(masks)
+        counts, problems = masks.total, super().sanity_check(masks)
         if not self.split.startswith("trainaug") and not counts[IGNORE]:
-            found.append(
+            problems.append(
                 "No mask has a void border (255), all official ones do: 255 was turned into background (0). "
                 "Use the original SegmentationClass."
             )
         if len(masks) >= FEW and not counts[0]:
-            found.append(
+            problems.append(
                 "No mask has background (0): ids are shifted, or background was made void. Restore the original masks."
             )
-        return found
+        return problems

@@ -1,4 +1,4 @@
-"""The extraction loop: items in a stated order, through a transform and an encoder, one batch of features at a time.
+"""Extraction: items in a stated order, through a transform and an encoder, one batch of features at a time.
 
 Order and content do not depend on the number of workers or the batch size; only floating-point rounding inside the
 encoder may. When the device runs out of memory the batch is halved and the size used is recorded.
@@ -22,7 +22,7 @@ from neco_bench.core.errors import NecoBenchError, is_out_of_memory
 from neco_bench.core.task import Context
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.loader import ImageDataset, ItemDataset, load_items
-from neco_bench.features.store import FeatureFile, FeatureStore
+from neco_bench.features.store import FeatureFile
 from neco_bench.features.transforms import Transform
 
 
@@ -35,23 +35,10 @@ class FeatureBatch:
     masks: tuple[np.ndarray, ...]
 
 
-def encode_within_memory(encoder: Encoder, images: Tensor, context: Context, **options: Any) -> Tensor:
-    """`features_of` images; after an out-of-memory error in halves, and so from then on."""
-    while True:
-        try:
-            parts = [features_of(encoder, part, **options) for part in images.split(context.batch_size)]
-            return torch.cat(parts) if len(parts) > 1 else parts[0]
-        except (RuntimeError, MemoryError, NecoBenchError) as error:
-            if context.batch_size == 1 or not is_out_of_memory(error):
-                raise
-        context.batch_size = min(context.batch_size, len(images)) // 2 or 1
-        torch.cuda.empty_cache()
-
-
 def features_of(
     encoder: Encoder, images: Tensor, *, class_token: bool = False, mirrored: bool = False, **options: Any
 ) -> Tensor:
-    """`encoder.encode(images).map`, (B, D, h, w), with what else is asked for behind it as further channels.
+    """Encode images: `Encoder.encode(images).map`, with what else is asked for behind it as further channels.
 
     Args:
         encoder: of the images.
@@ -59,11 +46,14 @@ def features_of(
         class_token: the first prefix token at each cell; of encoders without one, the mean of the cells.
         mirrored: after these, the same of the mirrored images, mirrored back.
         options: of `encode`.
+
+    Returns:
+        (B, D, h, w), D times 2 for each of the two.
     """
-    found = encoder.encode(images, **options)
-    features = found.map
+    encoded = encoder.encode(images, **options)
+    features = encoded.map
     if class_token:
-        token = features.mean((2, 3)) if found.prefix is None else found.prefix[:, 0]
+        token = features.mean((2, 3)) if encoded.prefix is None else encoded.prefix[:, 0]
         features = torch.cat([features, token[:, :, None, None].expand_as(features)], 1)
     if not mirrored:
         return features
@@ -71,43 +61,75 @@ def features_of(
     return torch.cat([features, other.flip(-1)], 1)
 
 
-def stream(
-    encoder: Encoder,
-    dataset: ImageDataset,
-    transform: Transform,
-    context: Context,
-    description: str,
-    *,
-    items: Sequence[tuple[int, int]] | None = None,
-    own: bool = False,
-    **options: Any,
-) -> Iterator[FeatureBatch]:
-    """Features of `items`, (epoch, index) pairs in order; default: every image once. `options` go to
-    `features_of`.
+class FeatureExtractor:
+    """Features of images by one encoder, in the batches, with the workers and through the feature store of a run.
 
-    The generator given to the transform depends on (seed, epoch, image id) alone. Where the context has a feature
-    store, items that are there come from it, and the others go there. Of several processes each encodes every so many
-    batches; all of them get all batches, in order, or with `own` each only what it encoded.
+    Args:
+        encoder: the encoder.
+        context: of the run. What happens on the way, such as a smaller batch size, is in `context.run`.
+        options: of every call of `features_of`, such as `mean` and `std`.
     """
-    if items is None:
-        items = [(0, index) for index in range(len(dataset))]
-    if distributed.world() == 1:
-        yield from _local(encoder, dataset, transform, context, description, items, options)
-        return
-    size, step = context.batch_size, context.batch_size * distributed.world()
-    starts = range(distributed.rank() * size, len(items), step)
-    mine = [position for start in starts for position in range(start, min(start + size, len(items)))]
-    local = _local(encoder, dataset, transform, context, description, [items[p] for p in mine], options)
-    batches = _of_size(local, size)
-    nothing = FeatureBatch((), torch.zeros(0, device=encoder.device), ())
-    for _ in range(0, len(items), step):
-        batch = next(batches, nothing)
-        batch = FeatureBatch(tuple(mine[p] for p in batch.positions), batch.features, batch.masks)
-        if own:
-            if batch.positions:
+
+    def __init__(self, encoder: Encoder, context: Context, **options: Any) -> None:
+        self.encoder, self.context, self.options = encoder, context, options
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Encode images (B, 3, H, W): (B, D, h, w); after an out-of-memory error in halves, and so from then on."""
+        while True:
+            size = self.context.batch_size_used
+            try:
+                parts = [features_of(self.encoder, part, **self.options) for part in images.split(size)]
+                return torch.cat(parts) if len(parts) > 1 else parts[0]
+            except (RuntimeError, MemoryError, NecoBenchError) as error:
+                if size == 1 or not is_out_of_memory(error):
+                    raise
+            self.context.run.batch_size = min(size, len(images)) // 2 or 1
+            torch.cuda.empty_cache()
+
+    def stream(
+        self,
+        dataset: ImageDataset,
+        transform: Transform,
+        description: str,
+        *,
+        items: Sequence[tuple[int, int]] | None = None,
+        own: bool = False,
+    ) -> Iterator[FeatureBatch]:
+        """Yield features of `items`, (epoch, index) pairs in order; default: every image once.
+
+        The generator given to the transform depends on (seed, epoch, image id) alone. Where the context has a feature
+        store, items that are there come from it, and the others go there. Of several processes each encodes every so
+        many batches; all of them get all batches, in order, or with `own` each only what it encoded.
+
+        Args:
+            dataset: what the items are of.
+            transform: makes an input and a mask of each sample.
+            description: of the progress bar.
+            items: in which order.
+            own: whether each process gets its own batches alone.
+        """
+        if items is None:
+            items = [(0, index) for index in range(len(dataset))]
+        source = ItemDataset(dataset, items, transform, self.context.seed)
+        if distributed.world() == 1:
+            yield from self._local(source, description)
+            return
+        size, step = self.context.batch_size_used, self.context.batch_size_used * distributed.world()
+        starts = range(distributed.rank() * size, len(items), step)
+        mine = [position for start in starts for position in range(start, min(start + size, len(items)))]
+        batches = _of_size(self._local(source.part([items[p] for p in mine]), description), size)
+        nothing = FeatureBatch((), torch.zeros(0, device=self.encoder.device), ())
+        for _ in range(0, len(items), step):
+            batch = next(batches, nothing)
+            batch = FeatureBatch(tuple(mine[p] for p in batch.positions), batch.features, batch.masks)
+            if not own:
+                yield from self._gathered(batch, size)
+            elif batch.positions:
                 yield batch
-            continue
-        with context.phase("gather"):
+
+    def _gathered(self, batch: FeatureBatch, size: int) -> Iterator[FeatureBatch]:
+        """The batches of all processes, of at most `size` items, in their order; some may have none."""
+        with self.context.phase("gather"):
             facts = distributed.gather((batch.positions, batch.masks, batch.features.shape[1:]))
             shape = facts[0][2]  # the first process has a batch whenever another has one
             own_rows = batch.features if batch.positions else batch.features.new_zeros(0, *shape)
@@ -116,119 +138,90 @@ def stream(
             if positions:
                 yield FeatureBatch(positions, rows, masks)
 
+    def _local(self, source: ItemDataset, description: str) -> Iterator[FeatureBatch]:
+        """Batches of items from the store, as far as it has them, then computed."""
+        file = self._open(source)
+        start = 0
+        try:
+            while file and start < file.done:
+                stop = min(start + self.context.batch_size_used, file.done)
+                with self.context.phase("load"):
+                    stored = file.read(start, stop)
+                if stored is None:
+                    file.drop()
+                    file = None
+                    break
+                self.context.run.reused += stop - start
+                yield FeatureBatch(tuple(range(start, stop)), stored[0].to(self.encoder.device), stored[1])
+                start = stop
+            for batch in self._computed(source, start, description):
+                if file:
+                    with self.context.phase("keep"):
+                        file.append(batch.features, batch.masks)
+                yield batch
+        finally:
+            if file:
+                file.close()
+
+    def _open(self, source: ItemDataset) -> FeatureFile | None:
+        """The stored stream of these items, known by all that its content depends on; None where there can be none."""
+        transform, dataset, encoder = source.transform, source.dataset, self.encoder
+        size = getattr(transform, "size", None)
+        known = dataclasses.is_dataclass(transform)  # of others it is not known what else they depend on
+        if self.context.store is None or not len(source) or not known or not isinstance(size, (int, tuple)):
+            return None
+        try:  # what its code does may change from one version to the next
+            code = inspect.getsource(inspect.getmodule(transform) or type(transform))
+        except (OSError, TypeError):
+            return None
+        facts = {
+            "encoder": [encoder.name, encoder.weights_id, encoder.layer, encoder.final_norm, encoder.pos_interp],
+            "input": [encoder.stride, encoder.mean, encoder.std, sorted(self.options.items())],
+            "numbers": [encoder.precision, encoder.device.type, torch.__version__],
+            "data": f"{dataset.name} {dataset.split}",
+            "fingerprint": dataset.fingerprint(),
+            "transform": [repr(transform), hashlib.sha256(code.encode()).hexdigest()],
+            "items": source.items,
+            "seed": self.context.seed,
+        }
+        sides = (size, size) if isinstance(size, int) else size
+        channels = encoder.embed_dim * 2 ** sum(bool(self.options.get(name)) for name in ("class_token", "mirrored"))
+        shape = (channels, *(side // encoder.stride for side in sides))
+        return self.context.store.open(facts, len(source), shape)
+
+    def _computed(self, source: ItemDataset, start: int, description: str) -> Iterator[FeatureBatch]:
+        """Batches of the items from `start` on, loaded and encoded."""
+        if start == len(source):
+            return
+        context = self.context
+        loaded = load_items(source.part(source.items[start:]), context.batch_size_used, context.workers)
+        batches = iter(context.track(loaded, description))
+        while True:
+            with context.phase("load"):
+                batch = next(batches, None)
+            if batch is None:
+                return
+            if isinstance(batch, NecoBenchError):
+                raise batch
+            positions, images, masks = batch
+            with context.phase("encode"):
+                features = self.encode(images)
+                del batch, images  # not to be in memory while the next are loaded
+                if context.store is not None:
+                    features = context.store.rounded(features)
+            yield FeatureBatch(tuple(start + position for position in positions), features, masks)
+
 
 def _of_size(batches: Iterator[FeatureBatch], size: int) -> Iterator[FeatureBatch]:
     """The same items in batches of `size`; where the store begins or ends they may be smaller."""
-    held: FeatureBatch | None = None
+    rest: FeatureBatch | None = None
     for batch in batches:
-        if held is not None:
-            features = torch.cat([held.features, batch.features])
-            batch = FeatureBatch(held.positions + batch.positions, features, held.masks + batch.masks)
+        if rest is not None:
+            features = torch.cat([rest.features, batch.features])
+            batch = FeatureBatch(rest.positions + batch.positions, features, rest.masks + batch.masks)
         while len(batch.positions) >= size:
             yield FeatureBatch(batch.positions[:size], batch.features[:size], batch.masks[:size])
             batch = FeatureBatch(batch.positions[size:], batch.features[size:], batch.masks[size:])
-        held = batch if batch.positions else None
-    if held is not None:
-        yield held
-
-
-def _local(
-    encoder: Encoder,
-    dataset: ImageDataset,
-    transform: Transform,
-    context: Context,
-    description: str,
-    items: Sequence[tuple[int, int]],
-    options: dict[str, Any],
-) -> Iterator[FeatureBatch]:
-    """Batches of items from the store, as far as it has them, then computed."""
-    kept = None
-    if context.store is not None and items:
-        kept = _open_kept(context.store, encoder, dataset, transform, context, items, options)
-    start = 0
-    try:
-        while kept and start < kept.done:
-            stop = min(start + context.batch_size, kept.done)
-            with context.phase("load"):
-                found = kept.read(start, stop)
-            if found is None:
-                kept.drop()
-                kept = None
-                break
-            context.reused += stop - start
-            yield FeatureBatch(tuple(range(start, stop)), found[0].to(encoder.device), found[1])
-            start = stop
-        for batch in _computed(encoder, dataset, transform, context, description, items, start, options):
-            if kept:
-                with context.phase("keep"):
-                    kept.append(batch.features, batch.masks)
-            yield batch
-    finally:
-        if kept:
-            kept.close()
-
-
-def _open_kept(
-    store: FeatureStore,
-    encoder: Encoder,
-    dataset: ImageDataset,
-    transform: Transform,
-    context: Context,
-    items: Sequence[tuple[int, int]],
-    options: dict[str, Any],
-) -> FeatureFile | None:
-    """The stored stream of these items, known by everything its content depends on; None where it cannot be kept."""
-    if not dataclasses.is_dataclass(transform):  # what else it depends on is not known
-        return None
-    size = getattr(transform, "size", None)
-    try:  # what its code does may change from one version to the next
-        code = inspect.getsource(inspect.getmodule(transform) or type(transform))
-    except (OSError, TypeError):
-        return None
-    sides = (size, size) if isinstance(size, int) else size
-    if not isinstance(sides, tuple):
-        return None
-    facts = {
-        "encoder": [encoder.name, encoder.weights_id, encoder.layer, encoder.final_norm, encoder.pos_interp],
-        "input": [encoder.stride, encoder.mean, encoder.std, sorted(options.items())],
-        "numbers": [encoder.precision, encoder.device.type, torch.__version__],
-        "data": f"{dataset.name} {dataset.split}",
-        "fingerprint": dataset.fingerprint(),
-        "transform": [repr(transform), hashlib.sha256(code.encode()).hexdigest()],
-        "items": items,
-        "seed": context.seed,
-    }
-    channels = encoder.embed_dim * 2 ** sum(bool(options.get(name)) for name in ("class_token", "mirrored"))
-    return store.open(facts, len(items), (channels, *(side // encoder.stride for side in sides)))
-
-
-def _computed(
-    encoder: Encoder,
-    dataset: ImageDataset,
-    transform: Transform,
-    context: Context,
-    description: str,
-    items: Sequence[tuple[int, int]],
-    start: int,
-    options: dict[str, Any],
-) -> Iterator[FeatureBatch]:
-    """Batches of the items from `start` on, loaded and encoded."""
-    if start == len(items):
-        return
-    batches = iter(
-        context.track(load_items(ItemDataset(dataset, items[start:], transform, context.seed), context), description)
-    )
-    while True:
-        with context.phase("load"):
-            batch = next(batches, None)
-        if batch is None:
-            return
-        if isinstance(batch, NecoBenchError):
-            raise batch
-        positions, images, masks = batch
-        with context.phase("encode"):
-            features = encode_within_memory(encoder, images, context, **options)
-            del batch, images  # not to be held while the next are loaded
-            if context.store is not None:
-                features = context.store.rounded(features)
-        yield FeatureBatch(tuple(start + position for position in positions), features, masks)
+        rest = batch if batch.positions else None
+    if rest is not None:
+        yield rest

@@ -17,7 +17,6 @@ from torch.utils.data import Dataset as TorchDataset
 
 from neco_bench.core.errors import BadInputError, NecoBenchError, user_error
 from neco_bench.core.rng import item_rng
-from neco_bench.core.task import Context
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.data.dense import DenseDataset
 from neco_bench.features.transforms import Transform
@@ -32,6 +31,10 @@ class ItemDataset(TorchDataset):
         self, dataset: ImageDataset, items: Sequence[tuple[int, int]], transform: Transform, seed: int
     ) -> None:
         self.dataset, self.items, self.transform, self.seed = dataset, items, transform, seed
+
+    def part(self, items: Sequence[tuple[int, int]]) -> ItemDataset:
+        """The same with other items."""
+        return ItemDataset(self.dataset, items, self.transform, self.seed)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -56,20 +59,20 @@ def _collate(rows: list[Any]) -> tuple[tuple[int, ...], Tensor, tuple[np.ndarray
     return positions, torch.stack(images), masks
 
 
-def load_items(items: ItemDataset, context: Context) -> DataLoader | _Threaded:
+def load_items(items: ItemDataset, batch_size: int, workers: int) -> DataLoader | _Threaded:
     """Batches of items by worker processes, or without them by threads of this one.
 
     Beside an encoder on the same cores, threads that take turns with it lose less than processes that disturb it.
     """
-    if context.workers:
+    if workers:
         return DataLoader(
             items,
-            batch_size=context.batch_size,
-            num_workers=context.workers,
+            batch_size=batch_size,
+            num_workers=workers,
             collate_fn=_collate,
             pin_memory=torch.cuda.is_available(),
         )
-    return _Threaded(items, context.batch_size)
+    return _Threaded(items, batch_size)
 
 
 @contextlib.contextmanager
@@ -94,7 +97,7 @@ def loading_threads() -> Iterator[ThreadPoolExecutor]:
 
 
 class _Threaded:
-    """Batches of items, each loaded by several threads when it is asked for."""
+    """Batches of items, each loaded by several threads when it is needed."""
 
     def __init__(self, items: ItemDataset, batch_size: int) -> None:
         self.items, self.batch_size = items, batch_size

@@ -1,11 +1,11 @@
-"""The feature store: what an encoder gave for the items of a stream, kept on disk and shared by every task and run.
+"""The feature store: what an encoder gave for the items of a stream, stored on disk and shared by every task and run.
 
 One folder per stream under `<cache>/features`, named by the digest of all that its content depends on: encoder and
 weights, layer, precision, kind of device, normalisation, data set and split, transform, items and seed. Augmentation is
-drawn per item, so augmented features are kept like others. Features lie one after the other in a file; masks, as the
+drawn per item, so augmented features are stored like others. Features lie one after the other in a file; masks, as the
 transform gave them, beside them. Items are appended in order and each has a checksum, so that a run that was killed
 loses the item it was writing and no more. One process writes a stream; others that come meanwhile compute for
-themselves. The least recently used streams go when the budget is spent.
+themselves. The least recently used streams go when the budget is exceeded.
 """
 
 from __future__ import annotations
@@ -49,11 +49,11 @@ _FILES = "index.bin", "features.bin", "masks.bin"
 STARTING = 60  # seconds within which a new stream has its description
 
 
-_RENEWED: set[Path] = set()  # by this process, once for all its tasks
+_REBUILT: set[Path] = set()  # by this process, once for all its tasks
 
 
 def store_folder() -> Path:
-    """Where streams are kept. It need not exist yet."""
+    """Where streams are stored. It need not exist yet."""
     return cache_dir() / "features"
 
 
@@ -108,7 +108,7 @@ class FeatureFile:
             content = features.read((stop - start) * self._item)
             place = int(self._records["end"][start - 1]) if start else 0
             masks.seek(place)
-            found = []
+            images = []
             for i, record in enumerate(self._records[start:stop]):
                 packed = masks.read(int(record["end"]) - place)
                 place = int(record["end"])
@@ -116,12 +116,12 @@ class FeatureFile:
                 if zlib.crc32(packed, zlib.crc32(item)) != record["checksum"]:
                     return None
                 mask = np.frombuffer(bytearray(zlib.decompress(packed)), np.uint8)
-                found.append(mask.reshape(record["height"], record["width"]))
+                images.append(mask.reshape(record["height"], record["width"]))
         rows = np.frombuffer(bytearray(content), self.dtype).reshape(stop - start, *self.shape)
-        return torch.from_numpy(rows).float(), tuple(found)
+        return torch.from_numpy(rows).float(), tuple(images)
 
     def append(self, features: Tensor, masks: Sequence[np.ndarray]) -> None:
-        """Keep the next items. A disk that is full ends the keeping, not the run."""
+        """Store the next items. A disk that is full ends the storing, not the run."""
         if self._lock is None:
             return
         if features.shape[1:] != self.shape or any(mask.dtype != np.uint8 for mask in masks):  # a plug-in's transform
@@ -145,7 +145,7 @@ class FeatureFile:
                 file.flush()
             self._records = np.concatenate([self._records, records])
         except OSError as error:
-            log.warning("%s: features are no longer kept (%s).", self.folder, error.strerror or error)
+            log.warning("%s: features are no longer stored (%s).", self.folder, error.strerror or error)
             self.close()
 
     def _open(self) -> None:
@@ -176,17 +176,17 @@ class FeatureFile:
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Opens streams. kept_as: "fp32", the very numbers of the encoder, or "fp16", each with a relative error of at most
-    2**-11 in half the space. identity: of the encoder as it was asked for, with code and package versions, which its
-    weights do not tell; None keeps nothing. anew: what was kept before is deleted."""
+    """Opens streams. dtype: "fp32", the very numbers of the encoder, or "fp16", each with a relative error of at most
+    2**-11 in half the space. identity: of the encoder as it was requested, with code and package versions, which its
+    weights do not show; None stores nothing. rebuild: what was stored before is deleted."""
 
-    kept_as: str = "fp32"
+    dtype: str = "fp32"
     identity: str | None = None
-    anew: bool = False
+    rebuild: bool = False
 
     def rounded(self, features: Tensor) -> Tensor:
         """Features as they come back from the store. Raises NumericalError where half precision cannot hold them."""
-        if self.kept_as == "fp32":
+        if self.dtype == "fp32":
             return features
         half = features.half()
         if not torch.isfinite(half).all():
@@ -194,20 +194,20 @@ class FeatureStore:
         return half.float()
 
     def open(self, facts: dict[str, Any], count: int, shape: tuple[int, ...]) -> FeatureFile | None:
-        """The stream of `facts`: `count` items of features (D, h, w). None where it does not fit, or cannot be kept."""
+        """Open the stream of `facts`: `count` items of features (D, h, w). None where it cannot be stored."""
         if self.identity is None:
             return None
-        dtype = DTYPES[self.kept_as]
+        dtype = DTYPES[self.dtype]
         needed = count * int(np.prod(shape)) * dtype.itemsize
-        folder = store_folder() / digest([self.identity, facts, self.kept_as, count, list(shape)])
+        folder = store_folder() / digest([self.identity, facts, self.dtype, count, list(shape)])
         try:
-            if self.anew and folder not in _RENEWED:
+            if self.rebuild and folder not in _REBUILT:
                 remove_file(folder)
-                _RENEWED.add(folder)
+                _REBUILT.add(folder)
             if not folder.exists() and not self._make_room(needed):
                 return None
             about = {"encoder": facts["encoder"][0], "data": facts["data"], "items": count, "bytes": needed}
-            write_whole(folder / _ABOUT, json.dumps(about | {"kept_as": self.kept_as}).encode())
+            write_whole(folder / _ABOUT, json.dumps(about | {"kept_as": self.dtype}).encode())
             lock = FileLock(folder / "lock")
             try:
                 lock.acquire(blocking=False)
@@ -217,7 +217,7 @@ class FeatureStore:
         except UsageError:
             raise
         except (OSError, NecoBenchError) as error:
-            log.warning("Features are not kept: %s", error)
+            log.warning("Features are not stored: %s", error)
             return None
 
     def _make_room(self, needed: int) -> bool:

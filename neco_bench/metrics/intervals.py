@@ -24,6 +24,7 @@ import numpy as np
 
 from neco_bench.core.errors import NumericalError
 from neco_bench.core.sampling import Sampling
+from neco_bench.metrics.segmentation import AbsentClasses
 from neco_bench.metrics.sums import SumMetric, category_sums, mean_sums, miou_sums
 
 LEVEL = 0.95
@@ -171,8 +172,7 @@ class Estimate:
         if self.length == 1:
             variance = float((np.square(centred) * ((number - 1) / number)[strata]).sum())
             return variance + bias**2, max(1.0, len(effects) - float((number > 0).sum()))
-        drives = self.units.drives
-        assert drives is not None
+        drives = np.zeros(len(effects)) if self.units.drives is None else self.units.drives
         sums = np.concatenate([_running_sums(centred[drives == drive], self.length) for drive in np.unique(drives)])
         share = self.length / len(effects)
         variance = float(np.square(sums).mean() / share / (1 - share))
@@ -225,11 +225,11 @@ class Estimate:
         return (max(0.0, low), min(1.0, high)) if self.fraction else (low, high)
 
 
-def estimate(sums: SumMetric, sampling: Sampling | None = None) -> Estimate | list[Estimate]:
-    """Estimate a metric, or each of several: a list.
+def estimates(sums: SumMetric, sampling: Sampling | None = None) -> list[Estimate]:
+    """Estimate each metric of the statistic; of one, a list of one.
 
     Raises:
-        NumericalError: for no items, values that are not finite, or a metric that no item defines.
+        NumericalError: for no items, values that are not finite, or a single metric that no item defines.
     """
     sampling = sampling or Sampling()
     columns = sums.columns.astype(np.float64)  # pixel counts below 2**53 stay exact
@@ -242,22 +242,21 @@ def estimate(sums: SumMetric, sampling: Sampling | None = None) -> Estimate | li
     if values.ndim == 1:
         if np.isnan(values).any():
             raise NumericalError("No item has ground truth, so the metric is undefined.")
-        return _estimate(values, without, (parts != 0).any(1), units, sums.fraction)
+        return [_estimate(values, without, (parts != 0).any(1), units, sums.fraction)]
     informative = np.any(~_close(without, values[None]), axis=2)
     return [
         _estimate(values[m], without[:, m], informative[:, m], units, sums.fraction) for m in range(values.shape[0])
     ]
 
 
-def single(sums: SumMetric, sampling: Sampling | None = None) -> Estimate:
-    """Estimate one metric. Raises as `estimate`."""
-    found = estimate(sums, sampling)
-    assert isinstance(found, Estimate)
+def estimate(sums: SumMetric, sampling: Sampling | None = None) -> Estimate:
+    """Estimate the one metric of a statistic. Raises as `estimates`."""
+    (found,) = estimates(sums, sampling)
     return found
 
 
 def miou_interval(
-    confusions: np.ndarray, *, absent: str = "exclude", sampling: Sampling | None = None
+    confusions: np.ndarray, *, absent: AbsentClasses = "exclude", sampling: Sampling | None = None
 ) -> Bounds | None:
     """(low, high) of the mIoU over pooled pixels, from per-image confusions (n, C, C) or (R, n, C, C) of repeats.
 
@@ -268,7 +267,7 @@ def miou_interval(
             f"The masks of the {confusions.shape[-3]} images to score on have no labelled pixel, so the metric is "
             f"undefined. Check them: neco-bench data check."
         )
-    return single(miou_sums(confusions, absent), sampling).interval().ends  # type: ignore[arg-type]
+    return estimate(miou_sums(confusions, absent), sampling).interval().ends
 
 
 def mean_interval(values: np.ndarray, *, sampling: Sampling | None = None, fraction: bool = True) -> Bounds | None:
@@ -276,14 +275,14 @@ def mean_interval(values: np.ndarray, *, sampling: Sampling | None = None, fract
 
     Raises NumericalError for no values, or NaN among them.
     """
-    return single(mean_sums(values, fraction=fraction), sampling).interval().ends
+    return estimate(mean_sums(values, fraction=fraction), sampling).interval().ends
 
 
 def pck_interval(
     hits: np.ndarray, totals: np.ndarray, category: np.ndarray, images: np.ndarray, *, mean: str
 ) -> Bounds | None:
     """(low, high) of a PCK over pairs of images: see `category_sums`; images: (n, 2)."""
-    return single(category_sums(hits, totals, category, mean=mean), Sampling("pair", images=images)).interval().ends
+    return estimate(category_sums(hits, totals, category, mean=mean), Sampling("pair", images=images)).interval().ends
 
 
 def wilson(mean: float, trials: float, quantile: float | None = None, level: float = LEVEL) -> Bounds:

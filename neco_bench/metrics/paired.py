@@ -14,7 +14,7 @@ import numpy as np
 
 from neco_bench.core.errors import NumericalError
 from neco_bench.core.sampling import Sampling
-from neco_bench.metrics.intervals import FEWEST, Estimate, Units, estimate
+from neco_bench.metrics.intervals import FEWEST, Estimate, Units, estimates
 from neco_bench.metrics.sums import SumMetric
 
 DRAWS = 10_000
@@ -57,8 +57,7 @@ def paired_difference(
     if len(first.columns) != len(second.columns):
         raise NumericalError(f"{len(first.columns)} items cannot be paired with {len(second.columns)}.")
     sampling = sampling or Sampling()
-    sides = [estimate(side, sampling) for side in (first, second)]
-    before, after = (side if isinstance(side, list) else [side] for side in sides)
+    before, after = (estimates(side, sampling) for side in (first, second))
     middle, units = _exchanged(first, second, sampling)
     found = [_untested(*three, units) for three in zip(before, after, middle.T, strict=True)]
     flipped = [m for m, (_, parts) in enumerate(found) if parts is not None]

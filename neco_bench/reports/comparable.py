@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 
 from neco_bench.core.files import digest
-from neco_bench.results.schema import SCHEMA_VERSION, Result
+from neco_bench.results.schema import Result
 
 # Provenance in which results must agree, and the word for it in the names of columns.
 MUST = {"protocol_hash": "hash", "card_hash": "card", "dataset_fingerprint": "data"}
@@ -72,7 +72,7 @@ def marks(results: Sequence[Result]) -> list[list[str]]:
         ]
         if newest and version(own.get("neco-bench", newest)) < version(newest):
             notes.append(f"stale: neco-bench {own['neco-bench']}, newest {newest}")
-        if result.status == "ok" and result.schema_version < SCHEMA_VERSION and result.ci95 and result.drawn is None:
+        if result.has_old_interval:
             notes.append("interval of an earlier version: a percentile bootstrap, its counts are not stored")
         found.append(notes)
     return found

@@ -17,7 +17,7 @@ import numpy as np
 
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.core.sampling import Sampling
-from neco_bench.metrics.intervals import single
+from neco_bench.metrics.intervals import estimate
 from neco_bench.metrics.paired import DRAWS, holm, paired_difference, student
 from neco_bench.metrics.sums import SumMetric, merged
 from neco_bench.reports.grid import NORMAL, Grid
@@ -75,7 +75,8 @@ def ranks_of(grid: Grid, statistics: Statistics | None) -> dict[str, Ranks]:
 
 def _known(cell: Any, statistics: Statistics | None, ids: tuple[str, ...]) -> _Known:
     results: Sequence[Result] = cell.results[: cell.usable]
-    error = None if np.isnan(cell.low) else (cell.high - cell.low) / 2 / NORMAL
+    untold = np.isnan(cell.low) or any(result.has_old_interval for result in results)
+    error = None if untold else (cell.high - cell.low) / 2 / NORMAL
     if statistics is None:
         return _Known(cell.value, error=error)
     try:
@@ -110,7 +111,7 @@ def _p(first: _Known, second: _Known, pairs: int) -> tuple[float, str]:
     """p of no difference, NaN where nothing can be said, and how it was made."""
     if first.items is not None and second.items is not None and first.sampling is not None:
         if pairs > _MOST_PAIRS:
-            one, other = (single(side, first.sampling) for side in (first.items, second.items))
+            one, other = (estimate(side, first.sampling) for side in (first.items, second.items))
             return student(other.minus(one)), PAIRED
         draws = max(DRAWS, 60 * pairs)
         return paired_difference(first.items, second.items, first.sampling, draws=draws)[0].p, PAIRED

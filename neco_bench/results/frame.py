@@ -22,7 +22,7 @@ COLUMNS = {
     "status": "object",  # ok or failed
     "metric": "object",
     "primary": "bool",  # is this the metric of the leaderboards?
-    "value": "float64",  # a fraction
+    "value": "float64",  # as stored: a fraction where the unit is percent
     "ci95_low": "float64",
     "ci95_high": "float64",
     "n_images": "int64",  # images or pairs
@@ -35,6 +35,9 @@ COLUMNS = {
     "peak_memory_mb": "float64",
     "key": "object",
     "error": "object",
+    "unit": "object",  # percent (value is a fraction), metres, degrees or ratio
+    "direction": "object",  # higher or lower is better
+    "interval_over": "object",  # what the interval of the primary metric rests on
     "rankable": "bool",  # of the whole data set, with an unchanged protocol
 }
 
@@ -99,6 +102,9 @@ def results_frame(results: Iterable[Result]) -> pd.DataFrame:
                     "peak_memory_mb": result.peak_memory_mb,
                     "key": result.key,
                     "error": result.error,
+                    "unit": result.metric(metric).unit,
+                    "direction": result.metric(metric).direction,
+                    "interval_over": (result.drawn_text or None) if metric == result.primary_metric else None,
                     "rankable": result.rankable,
                 }
             )

@@ -88,7 +88,8 @@ def _git_state(package: Path) -> tuple[str | None, bool | None]:
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(package.parent), *arguments]
-        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, env=env).stdout.strip()
+        done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=30, env=env)  # noqa: S603 - git
+        return done.stdout.strip()
 
     try:
         if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:  # a venv inside someone's project

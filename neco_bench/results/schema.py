@@ -5,12 +5,16 @@ Metrics in percent are fractions in [0, 1] here; others are in their unit (`Resu
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from neco_bench.core.errors import NumericalError
+from neco_bench.core.errors import NecoBenchError, NumericalError
 from neco_bench.core.metric import Metric, metric_named
+
+if TYPE_CHECKING:
+    from neco_bench.core.task import Outcome
 
 # 2: units, drawn; ci95 is that of metrics.intervals. In 1 it is a percentile bootstrap over images or pairs.
 SCHEMA_VERSION = 2
@@ -138,16 +142,49 @@ class Result(BaseModel):
         return self.units.get(name.removesuffix("_std")) or metric_named(name)
 
     @classmethod
-    def of_run(cls, **fields: Any) -> Result:
-        """Make the result of a run. Raises NumericalError for metrics outside their range, such as NaN."""
+    def ok(cls, fields: Mapping[str, Any], outcome: Outcome, **measured: Any) -> Result:
+        """Make the result of a run that ended well.
+
+        Args:
+            fields: those that do not depend on how it went (`Job.result_fields`).
+            outcome: what the family returned.
+            measured: `provenance`, `timing` and `peak_memory_mb`.
+
+        Raises:
+            NumericalError: for metrics outside their range, such as NaN.
+        """
         try:
-            return cls(**fields)
+            return cls(
+                **fields,
+                metrics=outcome.metrics,
+                per_class=outcome.per_class,
+                ci95={name: interval for name, interval in outcome.ci95.items() if interval is not None},
+                units=dict(outcome.units),
+                n_images=outcome.n_images,
+                status="ok",
+                **measured,
+            )
         except ValidationError as error:
             item = error.errors()[0]
             raise NumericalError(
                 f"The task gave a result that cannot be stored: {'.'.join(map(str, item['loc']))} = {item['input']!r} "
                 f"({item['msg']})."
             ) from error
+
+    @classmethod
+    def failed(cls, fields: Mapping[str, Any], error: NecoBenchError, **measured: Any) -> Result:
+        """Make the result of a run that ended in an error; arguments as for `ok`."""
+        return cls(
+            **fields,
+            metrics={},
+            per_class={},
+            ci95={},
+            n_images=0,
+            status="failed",
+            error=str(error),
+            error_code=error.exit_code,
+            **measured,
+        )
 
     @property
     def column(self) -> str:
@@ -167,6 +204,11 @@ class Result(BaseModel):
     def drawn_text(self) -> str:
         """What its interval rests on, as in "80 images" or "7 blocks of frames (frames of one drive: ...)"."""
         return self.drawn.text if self.drawn is not None else ""
+
+    @property
+    def has_old_interval(self) -> bool:
+        """Whether its interval is one of schema 1 that could not be made again, as its counts are not stored."""
+        return self.schema_version < SCHEMA_VERSION and self.drawn is None and bool(self.ci95)
 
     @property
     def rankable(self) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.core.sampling import Sampling
 from neco_bench.data.load import DATASETS
-from neco_bench.metrics.intervals import Interval, single
+from neco_bench.metrics.intervals import Interval, estimate
 from neco_bench.metrics.sums import SumMetric, category_sums, mean_sums, miou_sums
 from neco_bench.results.schema import Drawn, Result
 
@@ -165,7 +165,7 @@ def with_intervals(result: Result, arrays: Arrays, sums: Mapping[str, SumMetric]
     drawn = result.drawn
     for name, metric in sums.items():
         try:
-            interval = single(metric, sampling).interval(_notes(result, arrays))
+            interval = estimate(metric, sampling).interval(_notes(result, arrays))
         except NecoBenchError:  # undefined
             continue
         ci95.pop(name, None)

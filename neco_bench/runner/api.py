@@ -47,15 +47,15 @@ def run(
     tasks = find_tasks(list(names), changes) if names else []
     if len(tasks) != 1:
         raise UsageError(f"run() takes one task, {task!r} names {len(tasks)}. Call it once for each.")
-    chosen = RunOptions(data_root=Path(data_root) if data_root else None, **options)
+    run_options = RunOptions(data_root=Path(data_root) if data_root else None, **options)
     if isinstance(model, str | os.PathLike):
         name = os.fspath(model)
-        identity = identify(name, chosen, ResultStore(out)) if out else None
-        job, encoder = plan(name, tasks[0], chosen, identity=identity), None
+        identity = identify(name, run_options, ResultStore(out)) if out else None
+        job, encoder = plan(name, tasks[0], run_options, identity=identity), None
     else:
-        identity = _object_id(model, chosen)
+        identity = _object_id(model, run_options)
         name = model.name + ("" if model.layer == "last" else f"[{model.layer}]")
-        job, encoder = plan(name, tasks[0], chosen, identity=identity), model
+        job, encoder = plan(name, tasks[0], run_options, identity=identity), model
     store = ResultStore(out) if out else None
     if store is None or stored(job, store) is None:
         job.task.settings()  # a wrong setting is an error now, not after the encoder is loaded

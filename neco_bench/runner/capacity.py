@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 from neco_bench.core.errors import UsageError
 from neco_bench.core.paths import cache_dir
-from neco_bench.core.task import Context
 
 if TYPE_CHECKING:
     from neco_bench.core.protocol import Task
@@ -43,14 +42,14 @@ def memory_there(device: Any = None) -> float:
     return memory
 
 
-def check_fits(task: Task, draws: Iterable[Mapping[str, Any]], encoder: Encoder, context: Context) -> None:
-    """Raise UsageError for a run that needs more memory or disk than there is; lower the batch size to what fits.
+def check_fits(task: Task, draws: Iterable[Mapping[str, Any]], encoder: Encoder, batch_size: int) -> int:
+    """Raise UsageError for a run that needs more memory or disk than there is; return the batch size that fits.
 
     Known from the family's `cost`; families without one, of plug-ins, are not checked.
     """
     cost_of = getattr(task.module, "cost", None)
     if cost_of is None:
-        return
+        return batch_size
     there, settings = memory_there(encoder.device), task.settings()
     for data in draws:
         cost = cost_of(settings, data, encoder.stride, encoder.embed_dim)
@@ -64,12 +63,13 @@ def check_fits(task: Task, draws: Iterable[Mapping[str, Any]], encoder: Encoder,
                 + (f"Lower what --set gives ({changed})." if changed else "Use --limit, a lower --set input_size=N.")
             )
         free = shutil.disk_usage(next(p for p in (cache_dir(), *cache_dir().absolute().parents) if p.exists())).free
-        if cost.disk / 2 > free:  # part of that is for features that are kept only where there is room
+        if cost.disk / 2 > free:  # part of that is for features that are stored only where there is room
             raise UsageError(
                 f"{task.card.name}@{task.label} needs about {cost.disk / 2**30:,.0f} GiB in {cache_dir()}, "
                 f"{free / 2**30:,.0f} GiB are free. Free space, set NECO_BENCH_CACHE to another disk, or use --limit."
             )
         fitting = max(1, int((there - needed) / 4 / image))  # the rest is for the encoder, and for loading
-        if context.batch_size > fitting:
-            log.warning("--batch-size %d does not fit into memory: %d is used.", context.batch_size, fitting)
-            context.batch_size = fitting
+        if batch_size > fitting:
+            log.warning("--batch-size %d does not fit into memory: %d is used.", batch_size, fitting)
+            batch_size = fitting
+    return batch_size

@@ -15,7 +15,6 @@ import numpy as np
 import torch
 
 from neco_bench.core.errors import NecoBenchError
-from neco_bench.core.task import Context
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset
 from neco_bench.encoders.base import Encoder
@@ -48,7 +47,7 @@ def forecast(jobs: Sequence[Job], store: ResultStore) -> list[dict[str, Any]]:
     encoders: dict[str, Encoder | NecoBenchError] = {}
     for job in jobs:
         is_stored = stored(job, store) is not None
-        found, problem = None, None
+        cost, problem = None, None
         if not is_stored:
             try:
                 if job.model not in encoders:
@@ -56,7 +55,7 @@ def forecast(jobs: Sequence[Job], store: ResultStore) -> list[dict[str, Any]]:
                 encoder = encoders[job.model]
                 if isinstance(encoder, NecoBenchError):
                     raise encoder
-                found = estimate(job, encoder)
+                cost = estimate(job, encoder)
             except NecoBenchError as error:
                 problem = error
         rows.append(
@@ -65,11 +64,11 @@ def forecast(jobs: Sequence[Job], store: ResultStore) -> list[dict[str, Any]]:
                 "task": job.task.card.name,
                 "protocol": job.task.label,
                 "items": {role: len(d) for role, d in job.data.items()},
-                "subset": {role: d.subset for role, d in job.data.items() if d.subset},
+                "subset": {role: d.coverage for role, d in job.data.items() if d.coverage},
                 "stored": is_stored,
-                "hours": found and float(f"{found.hours:.2g}"),
-                "memory_gb": found and float(f"{found.memory / 2**30:.2g}"),
-                "disk_gb": found and float(f"{found.disk / 2**30:.2g}"),
+                "hours": cost and float(f"{cost.hours:.2g}"),
+                "memory_gb": cost and float(f"{cost.memory / 2**30:.2g}"),
+                "disk_gb": cost and float(f"{cost.disk / 2**30:.2g}"),
                 "problem": problem and str(problem),
                 "exit_code": problem and problem.exit_code,
             }
@@ -83,7 +82,7 @@ def estimate(job: Job, encoder: Encoder) -> Estimate | None:
     if cost_of is None:
         return None
     check_size(job.task, encoder)
-    check_fits(job.task, job.draws, encoder, Context(batch_size=job.options.batch_size))
+    check_fits(job.task, job.draws, encoder, job.options.batch_size)
     settings = settings_for(job.task, encoder)
     costs = [cost_of(settings, data, encoder.stride, encoder.embed_dim) for data in job.draws]
     size = costs[0].size + -costs[0].size % encoder.stride

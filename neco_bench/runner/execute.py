@@ -20,7 +20,7 @@ from neco_bench.core.errors import BadInputError, NecoBenchError, NumericalError
 from neco_bench.core.files import digest
 from neco_bench.core.protocol import FAMILIES, Task
 from neco_bench.core.registry import BUILTIN
-from neco_bench.core.task import Context, Outcome
+from neco_bench.core.task import Context, Outcome, RunRecord
 from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.identity import loaded_id
 from neco_bench.encoders.load import load_encoder
@@ -48,12 +48,19 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
     Whatever goes wrong becomes a Result with status "failed"; only interruptions pass through, and, where several
     processes run, every error, which ends them all.
     """
-    options = job.options
-    context = Context(options.seed, options.batch_size, options.workers_used, options.progress)
-    provenance = _planned_facts(job)
-    start = time.perf_counter()
+    record, provenance, start = RunRecord(), _planned_facts(job), time.perf_counter()
+
+    def measured() -> dict[str, Any]:
+        phases = {name: round(seconds, 4) for name, seconds in record.timing.items()}
+        timing = {**phases, "total": round(time.perf_counter() - start, 4)}
+        return {"provenance": provenance, "timing": timing, "peak_memory_mb": peak_memory_mb()}
+
     try:
-        return _executed(job, encoder, context, provenance, start)
+        ready, loaded, context = _ready(job, encoder, record)
+        fields, outcome = _executed(ready, loaded, context, provenance)
+        statistics = outcome.statistics | _image_ids(ready, outcome)
+        statistics |= _groups(ready, statistics)
+        return with_intervals(Result.ok(fields, outcome, **measured()), statistics), statistics
     except (Exception, SystemExit) as caught:
         if distributed.world() > 1:  # the other processes wait for this one: end them all
             raise
@@ -62,8 +69,7 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
             log.error("%s on %s: this is a bug.", job.label, job.task.card.name, exc_info=caught)
             provenance["traceback"] = traceback.format_exception(caught)
             error = NecoBenchError(f"{type(caught).__name__}: {caught}. This is a bug: report it with its traceback.")
-        failed = failed_result(job, error, provenance)
-        return failed.model_copy(update={"timing": _timing(context, start)}), None
+        return Result.failed(job.result_fields, error, **measured()), None
 
 
 def _planned_facts(job: Job) -> dict[str, Any]:
@@ -83,106 +89,6 @@ def _planned_facts(job: Job) -> dict[str, Any]:
     }
 
 
-def _common(job: Job) -> dict[str, Any]:
-    """The fields of a Result that do not depend on how the run went."""
-    task = job.task
-    subset = {role.partition("/")[0]: d.subset for role, d in job.data.items() if d.subset is not None}
-    return {
-        "model": job.label,
-        "task": task.card.name,
-        "family": task.card.family,
-        "protocol": task.label,
-        "primary_metric": task.card.metric,
-        "seed": job.options.seed,
-        "subset": subset or None,
-        "limit": job.options.limit,
-        "changed": dict(task.changed),
-    }
-
-
-def failed_result(job: Job, error: NecoBenchError, provenance: dict[str, Any] | None = None) -> Result:
-    """The Result of a job that ended in an error. provenance: None takes what is known before a run."""
-    try:
-        key = job.key
-    except NecoBenchError:  # files of the model are gone
-        key = digest([dict(job.facts), job.model])
-    return Result(
-        key=key,
-        **_common(job),
-        metrics={},
-        per_class={},
-        ci95={},
-        n_images=0,
-        status="failed",
-        error=str(error),
-        error_code=error.exit_code,
-        provenance=_planned_facts(job) if provenance is None else provenance,
-        timing={},
-        peak_memory_mb=peak_memory_mb(),
-    )
-
-
-def _executed(
-    job: Job, encoder: Encoder | None, context: Context, provenance: dict[str, Any], start: float
-) -> tuple[Result, dict[str, np.ndarray] | None]:
-    """What `execute` returns where all goes well; `provenance` is filled on the way."""
-    options = job.options
-    job, loaded = _ready(job, encoder, context)
-    provenance |= _encoder_facts(loaded) | {"training": _training(job, loaded)}
-    if provenance["official"] is False:
-        _say_once(_unofficial(loaded.name))
-    check_size(job.task, loaded)
-    check_fits(job.task, job.draws, loaded, context)
-    for role, dataset in job.data.items():
-        if dataset.fingerprint() != job.facts["data"][role]:
-            raise BadInputError(f"Files of {dataset.name!r}, split {dataset.split!r}, changed since the run began.")
-    _check_masks(job)
-    outcome = _outcome(job, loaded, context)
-    undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
-    if undefined:
-        raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
-    used = outcome.features.get("used_size")
-    common = _common(job)
-    only = loaded.only_size
-    if only and used in (only, f"{only}x{only}") and only != job.task.settings().used_size(loaded.stride):
-        common["model"] += f"[input={only}]"  # is another condition than the card's, and never the same row
-    asked = {"input_size": job.task.settings().input_size} if "input_size" in outcome.features else {}
-    provenance["features"] = {
-        **outcome.features,
-        **asked,
-        "only_size": loaded.only_size,
-        "size_multiple": loaded.size_multiple or loaded.stride,
-        "tokens": (used // loaded.stride) ** 2 if isinstance(used, int) else outcome.features.get("tokens"),
-        "layer": loaded.layer,
-        "pos_interp": loaded.pos_interp,
-        "dtype": "float16" if options.features == "fp16" else "float32",
-    }
-    provenance |= {
-        "device": _device_name(loaded),
-        "batch_size_used": context.batch_size,
-        "workers": context.workers,
-        "features_reused": context.reused,
-        "processes": distributed.world(),
-        "run": context.notes,
-    }
-    result = Result.of_run(
-        key=job.key,
-        **common,
-        metrics=outcome.metrics,
-        per_class=outcome.per_class,
-        ci95={name: interval for name, interval in outcome.ci95.items() if interval is not None},
-        units=dict(outcome.units),
-        n_images=outcome.n_images,
-        status="ok",
-        provenance=provenance,
-        timing=_timing(context, start),
-        peak_memory_mb=peak_memory_mb(),
-    )
-    statistics = outcome.statistics | _image_ids(job, outcome)
-    statistics |= _groups(job, statistics)
-    return with_intervals(result, statistics), statistics
-
-
 def _unit_of(dataset: Dataset) -> dict[str, str]:
     """What was drawn, where it is not an image."""
     return {} if dataset.sampling_unit == "image" else {"sampling_unit": dataset.sampling_unit}
@@ -199,54 +105,111 @@ def _groups(job: Job, statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray
     return {"group": np.array(names)} if names and None not in names else {}
 
 
-def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, Encoder]:
-    """A job with its encoder, loaded unless it is given, by whose content it is then known; the context set for it."""
+def failed_result(job: Job, error: NecoBenchError) -> Result:
+    """The Result of a job that ended in an error before it ran, or in a process that left no result."""
+    return Result.failed(
+        job.result_fields, error, provenance=_planned_facts(job), timing={}, peak_memory_mb=peak_memory_mb()
+    )
+
+
+def _executed(
+    job: Job, encoder: Encoder, context: Context, provenance: dict[str, Any]
+) -> tuple[dict[str, Any], Outcome]:
+    """The fields of the result that are known before a run, and its outcome; `provenance` is filled on the way."""
+    provenance |= _encoder_facts(encoder) | {"training": _training(job, encoder)}
+    if provenance["official"] is False:
+        _warn_once(_unofficial(encoder.name))
+    check_size(job.task, encoder)
+    fitting = check_fits(job.task, job.draws, encoder, context.batch_size)
+    context = replace(context, batch_size=fitting)
+    for role, dataset in job.data.items():
+        if dataset.fingerprint() != job.facts["data"][role]:
+            raise BadInputError(f"Files of {dataset.name!r}, split {dataset.split!r}, changed since the run began.")
+    _check_masks(job)
+    outcome = _outcome(job, encoder, context)
+    undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
+    if undefined:
+        raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
+    used = outcome.features.get("used_size")
+    fields = job.result_fields
+    only = encoder.only_size
+    if only and used in (only, f"{only}x{only}") and only != job.task.settings().input_size_for(encoder.stride):
+        fields["model"] += f"[input={only}]"  # is another condition than the card's, and never the same row
+    requested = {"input_size": job.task.settings().input_size} if "input_size" in outcome.features else {}
+    provenance["features"] = {
+        **outcome.features,
+        **requested,
+        "only_size": encoder.only_size,
+        "size_multiple": encoder.size_multiple or encoder.stride,
+        "tokens": (used // encoder.stride) ** 2 if isinstance(used, int) else outcome.features.get("tokens"),
+        "layer": encoder.layer,
+        "pos_interp": encoder.pos_interp,
+        "dtype": "float16" if job.options.features == "fp16" else "float32",
+    }
+    provenance |= {
+        "device": _device_name(encoder),
+        "batch_size_used": context.batch_size_used,
+        "workers": context.workers,
+        "features_reused": context.run.reused,
+        "processes": distributed.world(),
+        "run": context.run.notes,
+    }
+    return fields, outcome
+
+
+def _ready(
+    job: Job, encoder: Encoder | None, record: RunRecord, recorded_ids: frozenset[str] = frozenset()
+) -> tuple[Job, Encoder, Context]:
+    """A job with its encoder, loaded unless given, by whose content it is then known, and the context to run in."""
     options = job.options
+    context = Context(
+        options.seed, options.batch_size, options.workers_used, options.progress, None, recorded_ids, record
+    )
     with context.phase("load_encoder"):
         loaded = encoder or load_job_encoder(job)
     if encoder is None:
-        job = replace(job, identity=loaded_id(job.model, options.weights, loaded))
+        job = job.identified(loaded_id(job.model, options.weights, loaded))
     if options.workers is None and loaded.device.type == "cpu":
-        context.workers = 0  # threads load: processes would disturb an encoder on the same cores
+        context = replace(context, workers=0)  # threads load: processes would disturb an encoder on the same cores
     if options.features == "fp16" or (options.features != "off" and encoder is None):
         from neco_bench.features.store import FeatureStore
 
-        identity, anew = None, False
+        identity, rebuild = None, False
         if encoder is None:
             identity = digest([job.identity, job.facts["versions"]])
-            anew = options.overwrite and parse_spec(job.model).kind == "file"  # which may import more
-        context.store = FeatureStore(options.features, identity, anew)
-    return job, loaded
+            rebuild = options.overwrite and parse_spec(job.model).kind == "file"  # which may import more
+        context = replace(context, store=FeatureStore(options.features, identity, rebuild))
+    return job, loaded, context
 
 
 def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Run a job again and return what `show` draws of some items (`Context.record`); of a fraction's draws the first.
 
-    Pairs are computed alone; images within their whole split, on which clusters and heads hang.
+    Pairs are computed alone; images within their whole split, on which clusters and heads depend.
     """
-    options = job.options
-    chosen = frozenset(ids)
-    context = Context(options.seed, options.batch_size, options.workers_used, options.progress, recorded_ids=chosen)
-    job, encoder = _ready(job, None, context)
-    data = {role: d.chosen(chosen) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
+    recorded = frozenset(ids)
+    job, encoder, context = _ready(job, None, RunRecord(), recorded)
+    data = {role: d.subset(recorded) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
     job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
-    return context.predictions
+    return context.run.predictions
 
 
 def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None) -> Result:
     """The stored result of a job, or a new one, stored at once. encoder: None loads what the job names."""
     try:
-        if store and (found := stored(job, store)):
-            return found
+        if store and (known := stored(job, store)):
+            return known
     except NecoBenchError as error:  # a file of the model is gone
         if distributed.world() > 1:
             raise
         return failed_result(job, error)
     result, statistics = execute(job, encoder)
-    return result if store is None else keep(job, store, result, statistics)
+    return result if store is None else store_result(job, store, result, statistics)
 
 
-def keep(job: Job, store: ResultStore, result: Result, statistics: dict[str, np.ndarray] | None = None) -> Result:
+def store_result(
+    job: Job, store: ResultStore, result: Result, statistics: dict[str, np.ndarray] | None = None
+) -> Result:
     """Store what a job gave; where that fails, the same result as a failed one, its numbers still in it."""
     mistyped = result.error_code == UsageError.exit_code  # is no gap in a table
     try:
@@ -275,10 +238,10 @@ def load_job_encoder(job: Job) -> Encoder:
 
 
 def _check_masks(job: Job) -> None:
-    """Raise BadInputError where a few masks or depth maps of a split already show that they are of something else."""
+    """Raise BadInputError where a few masks or maps of a split already show that they are of something else."""
     for dataset in job.data.values():
-        if doubts := dataset.sample_doubts():
-            raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {doubts[0]}")
+        if problems := dataset.sample_sanity_check():
+            raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {problems[0]}")
 
 
 def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
@@ -288,9 +251,9 @@ def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
     outcomes, notes = [], []
     try:
         for data in job.draws:
-            context.notes = {}
+            context.run.notes = {}
             outcomes.append(task.module.run(encoder, data, settings, context))
-            notes.append(context.notes)
+            notes.append(context.run.notes)
     except NecoBenchError:
         raise
     except Exception as error:
@@ -302,7 +265,7 @@ def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
         ) from error
     if len(outcomes) == 1:
         return outcomes[0]
-    context.notes = {"draws": notes}
+    context.run.notes = {"draws": notes}
     return _mean_of_draws(outcomes)
 
 
@@ -352,7 +315,7 @@ def _training(job: Job, encoder: Encoder) -> dict[str, str]:
 
 
 @functools.cache
-def _say_once(text: str) -> None:
+def _warn_once(text: str) -> None:
     log.warning(text)
 
 
@@ -364,10 +327,6 @@ def _unofficial(name: str) -> str:
     else:
         why = f"These weights are not the official ones of {name!r}."
     return f"{why} Leaderboards add their id to the name, and put no published numbers beside them."
-
-
-def _timing(context: Context, start: float) -> dict[str, float]:
-    return {**{k: round(v, 4) for k, v in context.timing.items()}, "total": round(time.perf_counter() - start, 4)}
 
 
 def check_size(task: Task, encoder: Encoder) -> None:
@@ -392,7 +351,7 @@ def settings_for(task: Task, encoder: Encoder) -> Any:
     Raises UsageError where equal tokens are asked for and the encoder cannot have as many.
     """
     settings = task.settings()
-    used = settings.used_size(encoder.stride)
+    used = settings.input_size_for(encoder.stride)
     size = encoder.nearest_size(used)
     if size == used:
         return settings

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ class Job:
     """One model on one task with its data opened: what `--dry-run` shows and `execute` runs.
 
     data: by role; the draws of a fraction have the roles "train/0", "train/1", ... identity: of the encoder's content,
-    as far as it was known when the job was planned.
+    as far as it is known. key: the content key, of facts and identity.
     """
 
     model: str
@@ -38,11 +38,28 @@ class Job:
     options: RunOptions
     facts: Mapping[str, Any]
     identity: str
+    key: str
+
+    def identified(self, identity: str) -> Job:
+        """The job with what is known of its encoder once that is loaded."""
+        return replace(self, identity=identity, key=digest([dict(self.facts), identity]))
 
     @property
-    def key(self) -> str:
-        """The content key."""
-        return digest([dict(self.facts), self.identity])
+    def result_fields(self) -> dict[str, Any]:
+        """The fields of its Result that do not depend on how the run went."""
+        coverage = {role.partition("/")[0]: d.coverage for role, d in self.data.items() if d.coverage is not None}
+        return {
+            "key": self.key,
+            "model": self.label,
+            "task": self.task.card.name,
+            "family": self.task.card.family,
+            "protocol": self.task.label,
+            "primary_metric": self.task.card.metric,
+            "seed": self.options.seed,
+            "subset": coverage or None,
+            "limit": self.options.limit,
+            "changed": dict(self.task.changed),
+        }
 
     @property
     def draws(self) -> list[dict[str, Dataset]]:
@@ -85,7 +102,7 @@ def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = 
     }
     if options.features == "fp16":  # the other two give the same numbers
         facts["features"] = options.features
-    return Job(model, task, data, options, facts, identity)
+    return Job(model, task, data, options, facts, identity, digest([facts, identity]))
 
 
 def job_of(result: Result, **given: Any) -> Job:

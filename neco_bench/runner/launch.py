@@ -18,7 +18,7 @@ from neco_bench.core.errors import NecoBenchError, UsageError
 from neco_bench.core.protocol import find_tasks
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
-from neco_bench.runner.execute import failed_result, keep, run_job
+from neco_bench.runner.execute import failed_result, run_job, store_result
 from neco_bench.runner.job import Job, identify, plan, stored
 from neco_bench.runner.options import RunOptions
 
@@ -30,9 +30,9 @@ GRACE = 3  # seconds that an interrupted process has to remove its temporary fil
 
 def work(model: str, task: str, changes: Mapping[str, Any], options: RunOptions, out: Path) -> Result:
     """What a submitted job does: one result, stored in `out`."""
-    (chosen,) = find_tasks([task], changes)
+    (named,) = find_tasks([task], changes)
     store = ResultStore(out)
-    return run_job(plan(model, chosen, options, identity=identify(model, options, store)), store)
+    return run_job(plan(model, named, options, identity=identify(model, options, store)), store)
 
 
 def run_apart(job: Job, store: ResultStore, seconds: float) -> Result:
@@ -41,8 +41,8 @@ def run_apart(job: Job, store: ResultStore, seconds: float) -> Result:
     Whatever happens to that process is a failed result of this job: also a hang, a crash in C code, or a system that
     kills it as memory runs out.
     """
-    if (found := stored(job, store)) is not None:
-        return found
+    if (known := stored(job, store)) is not None:
+        return known
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads or a GPU may hang
     receiver, sender = spawn.Pipe(duplex=False)
     task = f"{job.task.card.name}@{job.task.protocol.id}"
@@ -67,7 +67,7 @@ def run_apart(job: Job, store: ResultStore, seconds: float) -> Result:
     finally:
         _end(process)
         receiver.close()
-    return keep(job, store, failed_result(job, NecoBenchError(problem)))
+    return store_result(job, store, failed_result(job, NecoBenchError(problem)))
 
 
 def _work_and_send(sender: Connection, *arguments: Any) -> None:
@@ -75,7 +75,7 @@ def _work_and_send(sender: Connection, *arguments: Any) -> None:
     if hasattr(os, "setsid"):
         os.setsid()
     parent = multiprocessing.parent_process()
-    assert parent is not None
+    assert parent is not None  # noqa: S101 - this is the child of `run_apart`
 
     def follow() -> None:
         parent.join()
@@ -129,32 +129,32 @@ class JobPool:
         self._store = store
         self._waiting: list[tuple[Job, Any]] = []  # with a result, or the job that will give it
         for job in jobs:
-            found: Any = stored(job, store)
-            if found is None:
+            pending: Any = stored(job, store)
+            if pending is None:
                 task = f"{job.task.card.name}@{job.task.protocol.id}"
-                found = executor.submit(work, job.model, task, dict(job.task.changed), job.options, store.folder)
-            self._waiting.append((job, found))
+                pending = executor.submit(work, job.model, task, dict(job.task.changed), job.options, store.folder)
+            self._waiting.append((job, pending))
 
     def cancel(self) -> None:
         """End the jobs that are not done."""
-        for _, found in self._waiting:
-            if not isinstance(found, Result) and not found.done():
-                found.cancel(check=False)
+        for _, pending in self._waiting:
+            if not isinstance(pending, Result) and not pending.done():
+                pending.cancel(check=False)
 
     def result(self, number: int) -> Result:
         """Wait for one of them. Where it died, a failed result that names its log."""
-        job, found = self._waiting[number]
-        if isinstance(found, Result):
-            return found
+        job, pending = self._waiting[number]
+        if isinstance(pending, Result):
+            return pending
         try:
-            result: Result = found.result()
+            result: Result = pending.result()
             return result
         except NecoBenchError as error:
             return failed_result(job, error)
         except Exception as error:  # submitit's own, whose names and kinds are its affair
             text = str(error).strip().splitlines()
-            told = NecoBenchError(
-                f"{job.label} on {job.task.card.name}: job {found.job_id} ended without a result "
-                f"({text[-1] if text else type(error).__name__}). Its log: {found.paths.stderr}"
+            died = NecoBenchError(
+                f"{job.label} on {job.task.card.name}: job {pending.job_id} ended without a result "
+                f"({text[-1] if text else type(error).__name__}). Its log: {pending.paths.stderr}"
             )
-            return keep(job, self._store, failed_result(job, told))
+            return store_result(job, self._store, failed_result(job, died))

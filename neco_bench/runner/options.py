@@ -18,7 +18,7 @@ class RunOptions:
     """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers
     beside a GPU and none beside a CPU.
 
-    features: how those of a named model are kept and shared by tasks, "fp32", "fp16" or "off".
+    features: how those of a named model are stored and shared by tasks, "fp32", "fp16" or "off".
     """
 
     data_root: Path | None = None

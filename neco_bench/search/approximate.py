@@ -20,10 +20,10 @@ import torch
 from torch import Tensor
 
 from neco_bench.core.errors import NumericalError, UsageError
-from neco_bench.search.exact import Found, check_neighbours, nearest_of
+from neco_bench.search.exact import TopK, check_neighbours, nearest_of
 from neco_bench.search.row_file import RowFile
 
-RECALL = 0.99  # that parameters are chosen for
+RECALL = 0.99  # that parameters are tuned for
 
 
 SAMPLE = 256  # queries whose recall is measured
@@ -38,7 +38,7 @@ TRAINING = 40  # keys per list that an index is trained on, and at least so many
 SEED = 0
 
 
-# Parameters of FAISS's indexes that trade time for recall, with their largest values, in the order they are chosen in.
+# Parameters of FAISS's indexes that trade time for recall, with their largest values, in the order of tuning.
 LIMITS = {"k_factor_rf": 256, "quantizer_efSearch": 1024, "efSearch": 4096, "nprobe": 2**20}
 
 
@@ -53,7 +53,7 @@ class ApproximateIndex:
         self.kind, self.facts = kind, dict[str, Any]()
         self._rows = RowFile(dimension)
         self._index: Any = None
-        self._make()  # a mistake is told now, not when all keys are there
+        self._make()  # a mistake is an error now, not when all keys are there
 
     @property
     def rows(self) -> int:
@@ -64,7 +64,7 @@ class ApproximateIndex:
         """Append (n, dimension) float32 keys, before the first search."""
         self._rows.append(keys.cpu().numpy())
 
-    def search(self, queries: Tensor, k: int) -> Found:
+    def search(self, queries: Tensor, k: int) -> TopK:
         """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows or there
         are too few to build the index, NumericalError where it finds fewer than k."""
         check_neighbours(k, self.rows)
@@ -140,7 +140,7 @@ def tune(index: Any, queries: Tensor, k: int, exact: Tensor) -> tuple[dict[str, 
         return recall(torch.from_numpy(index.search(queries.numpy(), k)[1]), exact)
 
     share = reached(limits)
-    chosen = dict[str, int]()
+    parameters = dict[str, int]()
     for number, (name, limit) in enumerate(limits.items(), 1):
         wanted = 1 - (1 - RECALL) * number / len(limits)
         high = _lists_with(inverted, k) if name == "nprobe" else 1
@@ -150,14 +150,14 @@ def tune(index: Any, queries: Tensor, k: int, exact: Tensor) -> tuple[dict[str, 
         while high - low > 1:
             middle = (low + high) // 2
             low, high = (low, middle) if reached({name: middle}) >= wanted else (middle, high)
-        chosen[name] = high
-        share = reached(chosen)
-    return chosen, share
+        parameters[name] = high
+        share = reached(parameters)
+    return parameters, share
 
 
-def recall(found: Tensor, exact: Tensor) -> float:
-    """Share of the exact ids (n, k) that are among those found."""
-    hits = [len(set(a) & set(b)) for a, b in zip(found.tolist(), exact.tolist(), strict=True)]
+def recall(ids: Tensor, exact: Tensor) -> float:
+    """Share of the exact ids (n, k) that are among `ids`."""
+    hits = [len(set(a) & set(b)) for a, b in zip(ids.tolist(), exact.tolist(), strict=True)]
     return sum(hits) / exact.numel()
 
 
@@ -177,5 +177,5 @@ def _lists_with(inverted: Any, k: int) -> int:
 
 def _reason(error: RuntimeError) -> str:
     """What FAISS says, without where in its source."""
-    said = re.sub(r"^Error in .*? at \S+:\d+: (Error: '.*' failed: ?)?", "", str(error).strip(), flags=re.DOTALL)
-    return said.rstrip(".") + "." if said else "it takes no inner products."
+    reason = re.sub(r"^Error in .*? at \S+:\d+: (Error: '.*' failed: ?)?", "", str(error).strip(), flags=re.DOTALL)
+    return reason.rstrip(".") + "." if reason else "it takes no inner products."

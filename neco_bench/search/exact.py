@@ -20,31 +20,31 @@ from neco_bench.search.faiss_gpu import faiss_sees_gpu, to_gpu
 
 KEYS, QUERIES = 131_072, 2048  # in one product of PyTorch: 1 GiB of scores
 
-Found = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
+TopK = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
 
 
-def merged(found: list[Found], k: int) -> Found:
-    """The k best of findings among different keys, best first; fewer where there are fewer."""
-    values, ids = torch.cat([f[0] for f in found], 1), torch.cat([f[1] for f in found], 1)
+def merged(parts: list[TopK], k: int) -> TopK:
+    """The k best of results among different keys, best first; fewer where there are fewer."""
+    values, ids = torch.cat([f[0] for f in parts], 1), torch.cat([f[1] for f in parts], 1)
     values, order = values.topk(min(k, values.shape[1]))
     return values, ids.gather(1, order)
 
 
-def by_faiss(queries: Tensor, keys: Tensor, k: int) -> Found:
+def by_faiss(queries: Tensor, keys: Tensor, k: int) -> TopK:
     """The k best of keys (m, D) for each query (n, D), both on the CPU."""
     scores, ids = faiss.knn(queries.numpy(), keys.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(scores), torch.from_numpy(ids)
 
 
-def by_products(queries: Tensor, keys: Tensor, k: int) -> Found:
+def by_products(queries: Tensor, keys: Tensor, k: int) -> TopK:
     """The same on any device, QUERIES at a time."""
     parts = [(part @ keys.T).topk(k) for part in queries.split(QUERIES)]
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
-def nearest_of(blocks: Iterable[Tensor], queries: Tensor, k: int) -> Found:
+def nearest_of(blocks: Iterable[Tensor], queries: Tensor, k: int) -> TopK:
     """The k best for each query (n, D) among keys that come block after block, (m, D) each; ids count through them."""
-    best: Found = torch.zeros(len(queries), 0).to(queries), torch.zeros(len(queries), 0).to(queries.device, torch.long)
+    best: TopK = torch.zeros(len(queries), 0).to(queries), torch.zeros(len(queries), 0).to(queries.device, torch.long)
     start = 0
     for block in blocks:
         find = by_faiss if block.device.type == "cpu" else by_products
@@ -77,7 +77,7 @@ class ExactIndex:
         self._keys[self.rows : needed] = keys
         self.rows, self._on_gpu = needed, None
 
-    def search(self, queries: Tensor, k: int) -> Found:
+    def search(self, queries: Tensor, k: int) -> TopK:
         """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows."""
         check_neighbours(k, self.rows)
         keys, queries = self._keys[: self.rows], queries.to(self.device, torch.float32)
@@ -93,8 +93,8 @@ class ExactIndex:
             for part in keys.split(KEYS):
                 self._on_gpu.add(part.cpu().numpy())
         self.facts["bytes"] *= 2
-        found = self._on_gpu.search(np.ascontiguousarray(queries.cpu().numpy()), k)
-        return torch.from_numpy(found[0]), torch.from_numpy(found[1])
+        scores, ids = self._on_gpu.search(np.ascontiguousarray(queries.cpu().numpy()), k)
+        return torch.from_numpy(scores), torch.from_numpy(ids)
 
 
 class SharedIndex:
@@ -110,10 +110,10 @@ class SharedIndex:
         """Of this process's share."""
         return self.own.facts
 
-    def search(self, queries: Tensor, k: int) -> Found:
+    def search(self, queries: Tensor, k: int) -> TopK:
         """Scores and row ids, each (n, k), best first, on the CPU."""
         check_neighbours(k, self.rows)
-        mine: Found = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
+        mine: TopK = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
         if self.own.rows:
             scores, ids = self.own.search(queries, min(k, self.own.rows))
             mine = scores, ids + self.before
@@ -124,6 +124,6 @@ def check_neighbours(k: int, rows: int) -> None:
     """Raise UsageError where k exceeds the rows."""
     if k > rows:
         raise UsageError(
-            f"{k} neighbours were asked for, but the memory bank holds {rows} patches. "
+            f"{k} neighbours are needed, but the memory bank holds {rows} patches. "
             f"Lower it with --set neighbours={rows}, or use more images."
         )

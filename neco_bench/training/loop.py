@@ -6,7 +6,7 @@ A run folder holds
     checkpoint-<step>/         see `checkpoints`; encoder.json says which is the newest
     log.csv                    one line per step
     eval.csv, results/         scores on task cards, where they were requested
-    lock                       held by the process that trains here
+    lock                       locked by the process that trains here
 
 On one process a resumed run gives the same weights, bit for bit, as one that was never interrupted. Started by torchrun
 (`torchrun --nproc-per-node 2 -m neco_bench train ...`) a step's batch is shared by the processes, and gradients are
@@ -324,7 +324,7 @@ def _unscored_tasks(scores: Table, step: int, tasks: tuple[str, ...]) -> list[st
     rows = scores.rows()
     scored = {*rows["task"][rows["step"] == step]} if len(rows) else set()
     cards = {task: find_tasks([task])[0] for task in tasks}
-    return [task for task, chosen in cards.items() if f"{chosen.card.name}@{chosen.label}" not in scored]
+    return [task for task, entry in cards.items() if f"{entry.card.name}@{entry.label}" not in scored]
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -30,20 +30,20 @@ def diagnose(
     than two images or a size below four patches.
     """
     size = encoder.only_size or size - size % (encoder.size_multiple or encoder.stride)
-    chosen = np.unique(np.linspace(0, len(data) - 1, max(count, 0)).astype(int))
-    if len(chosen) < 2 or size < 4 * encoder.stride:
+    indices = np.unique(np.linspace(0, len(data) - 1, max(count, 0)).astype(int))
+    if len(indices) < 2 or size < 4 * encoder.stride:
         raise UsageError(
-            f"diagnose needs two images and four patches a side; {len(chosen)} at {size} pixels were given."
+            f"diagnose needs two images and four patches a side; {len(indices)} at {size} pixels were given."
         )
     maps, shifted, labels, images = [], [], [], []
-    for number, index in enumerate(chosen):
+    for number, index in enumerate(indices):
         sample = data[int(index)]
         wide = resize_image(sample.image, size, size + encoder.stride)
         pair = torch.stack([wide[:, :, :size], wide[:, :, encoder.stride :]])
         before, after = encoder.encode(pair).map.cpu()
         maps.append(before)
         shifted.append(after)
-        mask = data.scored(resize_nearest_pil(sample.mask, size, size + encoder.stride)[:, :size])
+        mask = data.eval_mask(resize_nearest_pil(sample.mask, size, size + encoder.stride)[:, :size])
         frequent = majority_label(patchify(mask, encoder.stride), len(data.classes), "loses ties")
         labels.append(frequent.view(before.shape[1:]))
         if number < SHOWN:

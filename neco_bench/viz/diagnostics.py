@@ -46,14 +46,14 @@ def positional_leakage(maps: Tensor, *, ridge: float = 1e-3) -> float:
     rows, columns = maps.shape[-2:]
     grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij"), -1)
     place = grid.flatten(0, 1).double()
-    fit, held = (_rows(maps[start::2]).double() for start in (0, 1))
+    fit, test = (_rows(maps[start::2]).double() for start in (0, 1))
     mean, scale = fit.mean(0), fit.std(0) + 1e-6
-    fit, held = ((part - mean) / scale for part in (fit, held))
+    fit, test = ((part - mean) / scale for part in (fit, test))
     target = place.repeat(len(fit) // len(place), 1)
     gram = fit.T @ fit + ridge * len(fit) * torch.eye(fit.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(gram, fit.T @ target)
-    expected = place.repeat(len(held) // len(place), 1)
-    error = (held @ weights - expected).square().sum() / (expected - expected.mean(0)).square().sum()
+    expected = place.repeat(len(test) // len(place), 1)
+    error = (test @ weights - expected).square().sum() / (expected - expected.mean(0)).square().sum()
     return max(0.0, 1 - float(error))
 
 
@@ -66,9 +66,9 @@ def neighbour_purity(maps: Tensor, labels: np.ndarray, ignore: int = 255) -> flo
     features = unit_length(_rows(maps), 1)
     flat = labels.reshape(len(maps), -1)
     image = np.repeat(np.arange(len(maps)), flat.shape[1])
-    kept = flat.ravel() != ignore
-    features, image, flat = features[torch.from_numpy(kept)], image[kept], flat.ravel()[kept]
-    hits, seen = 0, 0
+    labelled = flat.ravel() != ignore
+    features, image, flat = features[torch.from_numpy(labelled)], image[labelled], flat.ravel()[labelled]
+    hits, total = 0, 0
     for number in np.unique(image):
         mine = image == number
         if mine.all():
@@ -77,8 +77,8 @@ def neighbour_purity(maps: Tensor, labels: np.ndarray, ignore: int = 255) -> flo
         index.add(features[torch.from_numpy(~mine)])
         nearest = index.search(features[torch.from_numpy(mine)], 1)[1][:, 0].numpy()
         hits += int((flat[~mine][nearest] == flat[mine]).sum())
-        seen += int(mine.sum())
-    return hits / seen if seen else float("nan")
+        total += int(mine.sum())
+    return hits / total if total else float("nan")
 
 
 def shift_sensitivity(maps: Tensor, shifted: Tensor) -> float:

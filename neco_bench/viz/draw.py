@@ -87,6 +87,7 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
 
 
 def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[str, Any], caption: str) -> PictureRow:
+    """Draw an image with its truth, its prediction and where they differ, side by side."""
     image = dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
     image = fitted(image, (side, side), Image.Resampling.BICUBIC)
@@ -105,13 +106,13 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[s
         tiles.append(Tile("features (PCA)", _enlarged(predicted["colours"], height, width), "map"))
     if "clusters" in predicted:
         clusters = predicted["clusters"]
-        found = distinct_colours(int(clusters.max()) + 1)[clusters]
-        tiles.append(Tile("clusters", _enlarged(found, height, width), "map"))
+        coloured = distinct_colours(int(clusters.max()) + 1)[clusters]
+        tiles.append(Tile("clusters", _enlarged(coloured, height, width), "map"))
     if "neighbours" in predicted:
         rows, columns = predicted["features"].shape[1:]
-        chosen = query_patches(predicted["truth"], predicted["prediction"], rows, columns)
-        tiles[0] = Tile("image", _outlined(image, chosen, rows, columns), "photo")
-        strips = [_strip(image, predicted, patch, rows, columns, dataset.classes) for patch in chosen]
+        queries = query_patches(predicted["truth"], predicted["prediction"], rows, columns)
+        tiles[0] = Tile("image", _outlined(image, queries, rows, columns), "photo")
+        strips = [_strip(image, predicted, patch, rows, columns, dataset.classes) for patch in queries]
         if strips:
             tiles.append(Tile("nearest patches in memory", np.concatenate(strips), "wide"))
     return PictureRow(name, caption, tiles)
@@ -158,12 +159,13 @@ def _outlined(image: np.ndarray, patches: Sequence[int], rows: int, columns: int
 
 
 def draw_hits(predicted: dict[str, Any], alpha: float, strict: bool) -> np.ndarray:
+    """Say for each of P points whether it lies within `alpha` of the side, the bound itself unless `strict`."""
     limit = alpha * predicted["side"]
     return predicted["errors"] < limit if strict else predicted["errors"] <= limit
 
 
 def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: np.ndarray) -> PictureRow:
-    """Both images side by side, a line from each point to where it was found, a ring where a missed one should be."""
+    """Draw both images, a line from each point to its prediction, and a ring at the target of a missed one."""
     sample = dataset[dataset.ids.index(name)]
     half = (LARGE // 2, LARGE // 2)
     images = [fitted(image, half, Image.Resampling.BICUBIC) for image in (sample.source_image, sample.target_image)]
@@ -180,10 +182,10 @@ def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: 
     def dot(x: float, y: float, radius: int, **style: Any) -> None:
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
 
-    for start, found, end, hit in zip(
+    for start, answer, end, hit in zip(
         sample.pair.source_points, predicted["points"], sample.pair.target_points, hits, strict=True
     ):
-        (x0, y0), (x1, y1), (x2, y2) = start * scales[0], found * scales[1], end * scales[1]
+        (x0, y0), (x1, y1), (x2, y2) = start * scales[0], answer * scales[1], end * scales[1]
         colour = RIGHT if hit else WRONG
         draw.line((x0, y0, left + x1, y1), fill=colour, width=4)
         dot(x0, y0, 5, fill=colour, outline=VOID)
@@ -201,7 +203,7 @@ def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
 
 
 def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
-    """Pixels at the largest size that fits the box (width, height), the aspect kept."""
+    """Pixels at the largest size that fits the box (width, height), in the same aspect."""
     height, width = pixels.shape[:2]
     scale = min(box[0] / width, box[1] / height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -209,6 +211,7 @@ def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> 
 
 
 def thumbnail(tile: Tile) -> np.ndarray:
+    """Return the picture of a tile at the size at which a sheet shows it, (h, w, 3) uint8."""
     rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
     return fitted(tile.pixels, _box(tile), rule)
 
@@ -222,6 +225,7 @@ def _font(size: int) -> Any:
 
 
 def encode_image(pixels: np.ndarray, photo: bool) -> bytes:
+    """Encode as JPEG for a photo, as PNG for a map, from (H, W, 3) uint8."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG" if photo else "PNG", quality=88)
     return buffer.getvalue()

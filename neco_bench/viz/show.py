@@ -96,7 +96,7 @@ def show(
     elif isinstance(dataset, SegmentationDataset):
         drawn = _draw_images(dataset, {name: predictions[name] for name in ids}, scores, stored)
     else:
-        assert isinstance(dataset, PairDataset)
+        assert isinstance(dataset, PairDataset)  # noqa: S101 - there are two kinds
         drawn = _draw_pairs(dataset, {name: predictions[name] for name in ids}, result, stored)
     ends = ("lowest scores", "highest") if sign > 0 else ("largest errors", "smallest")
     order = "As named." if named else f"The {worst} with the {ends[0]}, then the {best} with the {ends[1]}."

@@ -93,7 +93,7 @@ def _at(views: Sequence[View], grids: Sequence[Tensor], *, align_corners: bool) 
 
 
 def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """Prepare (3, S, S) in [0, 1]: longer side to `size`, aspect kept, padded right and bottom with the mean."""
+    """Prepare (3, S, S) in [0, 1]: longer side to `size`, aspect unchanged, padded right and bottom with the mean."""
     height, width = image.shape[:2]
     scale = size / max(height, width)
     new = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -122,7 +122,7 @@ def _ends(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """Prepare (3, S, S) in [0, 1]: longer side to `size` (Lanczos), aspect kept, in the middle of a black square."""
+    """Prepare (3, S, S) in [0, 1]: longer side to `size` (Lanczos), aspect unchanged, centred on black."""
     height, width = image.shape[:2]
     new_width, new_height = (_resized(side, max(height, width), size) for side in (width, height))
     canvas = np.zeros((size, size, 3), np.uint8)
@@ -166,7 +166,7 @@ def _resized(side: int, longest: int, size: int) -> int:
 
 
 def prepare_squash(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """Prepare (3, S, S) in [0, 1]: both sides to `size` (bicubic), aspect not kept."""
+    """Prepare (3, S, S) in [0, 1]: both sides to `size` (bicubic), aspect changed."""
     return to_tensor(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
 
 

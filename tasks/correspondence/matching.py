@@ -133,5 +133,5 @@ def draw_pairs(pairs: Sequence[Pair], attribute: str, level: int | None, count: 
     probe3d's draw; it shuffles in directory order, which differs between machines, and we in order of file names.
     """
     drawn = sorted((p for p in pairs if level is None or p.attributes[attribute] == level), key=lambda p: p.id)
-    random.Random(seed).shuffle(drawn)
+    random.Random(seed).shuffle(drawn)  # noqa: S311 - a seeded draw, no secret
     return drawn[:count]

@@ -79,11 +79,11 @@ class PairScore:
                 per_class[key] = self._by_category(hits, totals, category)
             if name == "":
                 statistics = arrays | {"pair_id": np.array([pair.id for pair in members])}
-        self.context.notes |= {
-            "pairs": len(statistics["totals"]),
-            "keypoints": int(statistics["totals"].sum()),
-            "pairs_evaluated": len(self._hits),
-        }
+        self.context.note(
+            pairs=len(statistics["totals"]),
+            keypoints=int(statistics["totals"].sum()),
+            pairs_evaluated=len(self._hits),
+        )
         return Outcome(
             metrics=metrics,
             per_class=per_class,

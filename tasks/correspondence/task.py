@@ -24,7 +24,7 @@ from neco_bench.core.errors import BadInputError
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import Pair, PairDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import encode_within_memory
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.loader import loading_threads
 from neco_bench.features.patches import rescaled, unit_length
 
@@ -32,7 +32,7 @@ from neco_bench.features.patches import rescaled, unit_length
 def cost(settings: Settings, data: dict[str, PairDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: every image once, about eight points a pair against every cell."""
     dataset = data["test"]
-    size = settings.used_size(stride)
+    size = settings.input_size_for(stride)
     cells, categories = (size // stride) ** 2, len({pair.category for pair in dataset.pairs})
     return Cost(
         images=len(dataset.image_ids),
@@ -48,19 +48,23 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
     dataset = data["test"]
     groups = groups_by_category(dataset, settings)
     as_is = settings.geometry == "probe3d" and settings.tokens_per_side is None
-    size = settings.input_size if as_is else settings.used_size(encoder.stride)
+    size = settings.input_size if as_is else settings.input_size_for(encoder.stride)
     prepare, match = GEOMETRIES[settings.geometry]
     prepare = partial(prepare, size=size, stride=encoder.stride, mean=settings.mean or encoder.mean)
     if settings.geometry == "padded_centre":
         match = partial(match_padded_centre, settings=settings)
 
+    # "squash" mixes features of their own lengths before it compares directions.
+    normalise = partial(rescaled, dim=None) if settings.geometry == "squash" else partial(unit_length, dim=0)
+    options = {"final_norm": settings.final_norm, "mean": settings.mean, "std": settings.std}
+    extractor = FeatureExtractor(encoder, context, **options)
     score = PairScore(dataset, settings, context)
     for category in context.track(score.to_match(groups), "pairs"):
         by_target: dict[str, list[Pair]] = defaultdict(list)
         for pair in {pair.id: pair for members in groups[category].values() for pair in members}.values():
             by_target[pair.target_id].append(pair)
         images = {i for pairs in by_target.values() for pair in pairs for i in (pair.source_id, pair.target_id)}
-        views = encode_views(encoder, dataset, images, prepare, settings, context)
+        views = encode_views(extractor, dataset, images, prepare, normalise)
         with context.phase("match"):
             for target, pairs in by_target.items():
                 sources = [views[pair.source_id] for pair in pairs]
@@ -107,28 +111,23 @@ def _groups(pairs: Sequence[Pair], settings: Settings) -> Groups:
 
 
 def encode_views(
-    encoder: Encoder,
+    extractor: FeatureExtractor,
     dataset: PairDataset,
     image_ids: Iterable[str],
     prepare: Callable[[np.ndarray], torch.Tensor],
-    settings: Settings,
-    context: Context,
+    normalise: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, View]:
-    """Load, prepare and encode images: {image id: view}."""
-    ids = sorted(image_ids)
+    """Load, prepare and encode images, and normalise their features: {image id: view}."""
+    ids, context = sorted(image_ids), extractor.context
     views: dict[str, View] = {}
     with loading_threads() as pool:
-        for start in range(0, len(ids), context.batch_size):
-            chunk = ids[start : start + context.batch_size]
+        for start in range(0, len(ids), context.batch_size_used):
+            chunk = ids[start : start + context.batch_size_used]
             with context.phase("load"):
                 images = list(pool.map(dataset.read_image, chunk))
                 batch = torch.stack(list(pool.map(prepare, images)))
             with context.phase("encode"):
-                features = encode_within_memory(
-                    encoder, batch, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std
-                )
+                features = extractor.encode(batch)
             for name, image, feature in zip(chunk, images, features, strict=True):
-                # "squash" mixes features of their own lengths before it compares directions.
-                feature = rescaled(feature, None) if settings.geometry == "squash" else unit_length(feature, 0)
-                views[name] = View(feature, image.shape[1], image.shape[0])
+                views[name] = View(normalise(feature), image.shape[1], image.shape[0])
     return views

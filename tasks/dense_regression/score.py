@@ -106,10 +106,10 @@ class RegressionScore:
         if len(s.regions) > 1:
             for place, region in enumerate(s.regions):
                 metrics |= {f"{name}/{region}": _mean(values[:, place, i]) for i, name in enumerate(self.names)}
-        for shown in self.context.predictions.values():
+        for shown in self.context.run.predictions.values():
             own = dict(zip(self.names, shown["values"][head].tolist(), strict=True))
             shown |= {"prediction": shown["prediction"][head], "values": own}
-        self.context.notes |= {"scored_images": int(scored.sum())}
+        self.context.note(scored_images=int(scored.sum()))
         return Outcome(
             metrics=metrics,
             per_class={},

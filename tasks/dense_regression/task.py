@@ -11,7 +11,6 @@ frozen encoder is never in train mode; encoders without a class token get the me
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 import torch
@@ -35,7 +34,7 @@ from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.dense import DenseDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import FeatureBatch, stream
+from neco_bench.features.extract import FeatureBatch, FeatureExtractor
 
 
 def cost(settings: Settings, data: dict[str, DenseDataset], stride: int, dimension: int) -> Cost:
@@ -71,7 +70,8 @@ def run(encoder: Encoder, data: dict[str, DenseDataset], settings: Settings, con
     grid = InputGrid.of(frame.resized, encoder)
     transform = FrameInput(frame, grid, grid.size, s.mean or encoder.mean)
     score = RegressionScore(test, s, context)
-    for batch in features_of_items(encoder, test, transform, s, context, "score", mirrored=s.mirror_test, own=True):
+    extractor = extractor_of(encoder, s, context, mirrored=s.mirror_test)
+    for batch in extractor.stream(test, transform, "score", own=True):
         with context.phase("predict"):
             for item, features, packed in zip(batch.positions, batch.features, batch.masks, strict=True):
                 truth = unpack(packed, test.kind)
@@ -79,9 +79,9 @@ def run(encoder: Encoder, data: dict[str, DenseDataset], settings: Settings, con
                 score.add(item, truth, np.stack(maps), lambda item=item: crop_frame(test[item].image, s.frame))
 
     chosen = score.best("abs_rel") if s.select == "best" else len(heads) - 1
-    context.notes |= {"iteration_reported": list(heads)[chosen]}
+    context.note(iteration_reported=list(heads)[chosen])
     if s.class_token:
-        context.notes |= {"class_token": "first prefix token, or the mean of the patches"}
+        context.note(token="the first prefix token, or the mean of the patches")
     height, width = grid.size
     return score.outcome(
         chosen,
@@ -116,7 +116,7 @@ def trained_heads(
     transform = Augment(frame, grid, grid.size, s.mean or encoder.mean, crop, s)
     total = s.iterations_used(len(train))
     items = training_order(len(train), total * s.batch_size, context.seed)
-    batches = features_of_items(encoder, train, transform, s, context, "train", items=items)
+    batches = extractor_of(encoder, s, context).stream(train, transform, "train", items=items)
     return train_head(head, batched(_with_targets(batches, train.kind), s.batch_size), grid, total)
 
 
@@ -128,32 +128,11 @@ def training_order(count: int, total: int, seed: int) -> list[tuple[int, int]]:
     return items[:total]
 
 
-def features_of_items(
-    encoder: Encoder,
-    dataset: DenseDataset,
-    transform: FrameInput | Augment,
-    settings: Settings,
-    context: Context,
-    description: str,
-    **options: Any,
-) -> Iterator[FeatureBatch]:
-    """`stream` with what the protocol says of features. options: of `stream`."""
+def extractor_of(encoder: Encoder, settings: Settings, context: Context, *, mirrored: bool = False) -> FeatureExtractor:
+    """An extractor of the features that the protocol says; mirrored: with those of the mirrored images."""
     s = settings
-    named = {name: True for name in ("class_token",) if s.class_token}
-    if options.pop("mirrored", False):
-        named["mirrored"] = True
-    return stream(
-        encoder,
-        dataset,
-        transform,
-        context,
-        description,
-        final_norm=s.final_norm,
-        mean=s.mean,
-        std=s.std,
-        **named,
-        **options,
-    )
+    options = {name: True for name, wanted in (("class_token", s.class_token), ("mirrored", mirrored)) if wanted}
+    return FeatureExtractor(encoder, context, final_norm=s.final_norm, mean=s.mean, std=s.std, **options)
 
 
 def _with_targets(batches: Iterator[FeatureBatch], kind: str) -> Iterator[tuple[Tensor, Tensor]]:

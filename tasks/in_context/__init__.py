@@ -1,0 +1,1 @@
+"""In-context segmentation: an image is labelled by the nearest patches of a memory of training images."""

@@ -16,10 +16,9 @@ from torch import Tensor
 from neco_bench.core import distributed
 from neco_bench.core.errors import NOTHING_LABELLED, BadInputError
 from neco_bench.core.rng import item_rng
-from neco_bench.core.task import Context, Neighbour
+from neco_bench.core.task import Neighbour
 from neco_bench.data.base import IGNORE, SegmentationDataset
-from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.patches import patch_view, rescaled, unit_length
 from neco_bench.search.approximate import ApproximateIndex
 from neco_bench.search.exact import ExactIndex, SharedIndex
@@ -38,7 +37,7 @@ def choose_patches(labels: np.ndarray, noise: np.ndarray, count: int) -> np.ndar
     """Choose at most `count` patches of one image, rare classes favoured: their ids by increasing noisy score.
 
     score = sum over the classes in the patch of how many patches of this image have that class; the patches with the
-    smallest score * noise are chosen. labels (N, C), noise (N,) in [0, 1). Patches without any label are never chosen.
+    smallest score * noise are selected, none of them without any label. labels (N, C), noise (N,) in [0, 1).
     """
     present = labels > 0
     score = (present * present.sum(0)).sum(1).astype(np.float32) * noise
@@ -112,13 +111,12 @@ def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: fl
     return torch.from_numpy((mix @ labels).toarray())
 
 
-def build_memory(
-    encoder: Encoder, train: SegmentationDataset, settings: Settings, context: Context, size: int
-) -> Memory:
+def build_memory(extractor: FeatureExtractor, train: SegmentationDataset, settings: Settings, size: int) -> Memory:
     """Make the memory of `settings.passes` augmented copies of each training image, size x size pixels each.
 
     Raises BadInputError where they have no labelled pixel.
     """
+    encoder, context = extractor.encoder, extractor.context
     transform = HummingbirdTrain(
         size, settings.jitter, settings.jitter_probability, settings.crop_scale, settings.crop_ratio
     )
@@ -132,9 +130,7 @@ def build_memory(
     else:
         index = ApproximateIndex(settings.search, encoder.embed_dim)
     labels, origins, labelled = [], [], False
-    for batch in stream(
-        encoder, train, transform, context, "memory", items=items, own=True, mean=settings.mean, std=settings.std
-    ):
+    for batch in extractor.stream(train, transform, "memory", items=items, own=True):
         with context.phase("memory"):
             features = unit_length(batch.features.flatten(2).transpose(1, 2), 2)
             for position, tokens, mask in zip(batch.positions, features, batch.masks, strict=True):
@@ -144,11 +140,13 @@ def build_memory(
                 share = patch_labels(mask, encoder.stride, len(train.classes))
                 epoch, image = items[position]
                 noise = item_rng(context.seed, "memory", epoch, train.ids[image]).random(len(share), np.float32)
-                chosen = np.flatnonzero(share.any(1)) if per_image is None else choose_patches(share, noise, per_image)
-                share = share[chosen]
+                selected = (
+                    np.flatnonzero(share.any(1)) if per_image is None else choose_patches(share, noise, per_image)
+                )
+                share = share[selected]
                 labels.append(csr_matrix(share / share.sum(1, keepdims=True)))
-                origins.append((epoch, image, chosen.astype(np.int32)))
-                index.add(tokens[torch.from_numpy(chosen).to(tokens.device)])
+                origins.append((epoch, image, selected.astype(np.int32)))
+                index.add(tokens[torch.from_numpy(selected).to(tokens.device)])
     if not any(distributed.gather(labelled)):
         raise BadInputError(NOTHING_LABELLED)
     every = [row for part in distributed.gather(labels) for row in part]

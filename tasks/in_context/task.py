@@ -16,12 +16,12 @@ from neco_bench.tasks.segmentation import SegmentationScore
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import ResizeSquare, upsample_argmax
 from neco_bench.metrics.segmentation import hungarian_match, identity_match
 from neco_bench.search.exact import check_neighbours
 
-BYTES = {"exact": 6.0, "bf16": 6.0, "ivf": 4.0, "ivfpq": 0.5}  # of memory, per row and dimension
+BYTES = {"exact": 6.0, "ivf": 4.0, "ivfpq": 0.5}  # of memory, per row and dimension; other indexes: as "exact"
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
@@ -29,28 +29,29 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
     Raises UsageError for more neighbours than there can be rows.
     """
-    size, classes = settings.used_size(stride), len(data["val"].classes)
+    size, classes = settings.input_size_for(stride), len(data["val"].classes)
     views, patches = settings.passes * len(data["train"]), (size // stride) ** 2
     rows = min(views * patches, settings.memory_size or views * patches)
     check_neighbours(settings.neighbours, rows)
+    stored = BYTES.get(settings.search, BYTES["exact"])
     return Cost(
         images=views + len(data["val"]),
         size=size,
         width=dimension,
         operations=2.0 * rows * dimension * patches * len(data["val"]),
-        memory=rows * (BYTES[settings.search] * dimension + 32) + 4.0 * len(data["val"]) * classes**2,
+        memory=rows * (stored * dimension + 32) + 4.0 * len(data["val"]) * classes**2,
     )
 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU of retrieval segmentation: memory from data["train"], queries from data["val"]."""
-    size = settings.used_size(encoder.stride)
-    memory = build_memory(encoder, data["train"], settings, context, size)
+    size = settings.input_size_for(encoder.stride)
+    extractor = FeatureExtractor(encoder, context, mean=settings.mean, std=settings.std)
+    memory = build_memory(extractor, data["train"], settings, size)
 
     score = SegmentationScore(data["val"], settings, context)
     transform = ResizeSquare(size, "torch" if settings.score_at == "input" else "native")
-    colours = {"mean": settings.mean, "std": settings.std}
-    for batch in stream(encoder, data["val"], transform, context, "query", **colours):
+    for batch in extractor.stream(data["val"], transform, "query"):
         with context.phase("search"):
             cosines, rows = memory.nearest(batch.features, settings.neighbours)
         with context.phase("predict"):
@@ -62,7 +63,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
                 neighbours = memory.neighbours_of(cosines[image], rows[image])
                 score.add(item, mask, prediction, features=features.cpu, neighbours=neighbours)
 
-    context.notes |= {"memory_patches": memory.index.rows, "search": memory.index.facts}
+    context.note(memory_patches=memory.index.rows, search=memory.index.facts)
     metrics = {"mIoU_identity": float(score.mean_ious())}
     score.match(hungarian_match if settings.matching == "hungarian" else identity_match)
     return score.outcome(used_size=size, resize="squash", metrics=metrics)

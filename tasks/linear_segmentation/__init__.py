@@ -1,0 +1,1 @@
+"""Linear segmentation: a 1x1 convolution on frozen patch features."""

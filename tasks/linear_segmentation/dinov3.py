@@ -28,7 +28,7 @@ from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import encode_within_memory, stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import to_tensor, upsample_argmax
 
 
@@ -50,17 +50,18 @@ def merge_windows(logits: Tensor, corners: list[tuple[int, int]], window: int) -
 
 
 def encode_windows(
-    encoder: Encoder, image: np.ndarray, window: int, settings: Settings, context: Context
+    extractor: FeatureExtractor, image: np.ndarray, window: int, step: int
 ) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Encode windows over an image (H, W, 3) uint8, its short side resized: features (n, D, h, w) and corners."""
+    """Encode windows, `step` apart, over an image (H, W, 3) uint8, its short side resized to one of them.
+
+    Returns features (n, D, h, w) and corners.
+    """
     resized = to_tensor(resize_short_side(image, window))
-    step = max(1, int(window * settings.window_step))
     rows, columns = (window_starts(side, window, step) for side in resized.shape[1:])
     corners = list(itertools.product(rows, columns))
     crops = torch.stack([resized[:, top : top + window, left : left + window] for top, left in corners])
-    with context.phase("encode"):
-        features = encode_within_memory(encoder, crops, context, final_norm=True, mean=settings.mean, std=settings.std)
-    return features, corners
+    with extractor.context.phase("encode"):
+        return extractor.encode(crops), corners
 
 
 @torch.inference_mode()
@@ -74,7 +75,7 @@ def classify_windows(
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: crops for every iteration, about two windows per val image."""
-    window, classes = settings.used_size(stride), len(data["val"].classes)
+    window, classes = settings.input_size_for(stride), len(data["val"].classes)
     crops = settings.iterations * settings.batch_size
     return Cost(
         images=crops + 2 * len(data["val"]),
@@ -89,22 +90,24 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU of a linear head trained on data["train"], scored on data["val"]."""
-    val, window = data["val"], settings.used_size(encoder.stride)
+    val, window = data["val"], settings.input_size_for(encoder.stride)
     if settings.batch_size == 1 and window == encoder.stride:
         raise UsageError(
             "BatchNorm needs more than one patch in a batch: use --set batch_size=2, or a larger input_size."
         )
     head = BnHead(encoder.embed_dim, len(val.classes), context.seed).to(encoder.device)
     options = BnProbeOptions(**settings.model_dump(include=set(BnProbeOptions.__dataclass_fields__)))
-    batches = training_batches(encoder, data["train"], window, settings, context)
+    extractor = FeatureExtractor(encoder, context, final_norm=True, mean=settings.mean, std=settings.std)
+    batches = training_batches(extractor, data["train"], window, settings)
     trained = train_bn_probe(head, batches, options, context.seed, ignore=IGNORE)
     iterations = list(trained) if settings.select == "best" else list(trained)[-1:]
 
     score = SegmentationScore(val, settings, context, shape=(len(iterations),))
+    step = max(1, int(window * settings.window_step))
     for item in context.track(range(len(val)), "score"):
         with context.phase("load"):
             sample = val[item]
-        features, corners = encode_windows(encoder, sample.image, window, settings, context)
+        features, corners = encode_windows(extractor, sample.image, window, step)
         with context.phase("predict"):
             shape = sample.mask.shape
             maps = [classify_windows(trained[i], features, corners, window, shape).cpu().numpy() for i in iterations]
@@ -112,7 +115,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
     scores = score.mean_ious()
     best = int(scores.argmax())
-    context.notes |= {"iteration_reported": iterations[best], "scored_images": len(val)}
+    context.note(iteration_reported=iterations[best], scored_images=len(val))
     return score.outcome(
         used_size=window,
         resize="short side, sliding window",
@@ -130,14 +133,12 @@ def training_order(count: int, settings: Settings, seed: int) -> list[tuple[int,
     return items[:total]
 
 
-def training_batches(
-    encoder: Encoder, train: SegmentationDataset, size: int, settings: Settings, context: Context
-) -> Batches:
+def training_batches(extractor: FeatureExtractor, train: SegmentationDataset, size: int, settings: Settings) -> Batches:
     """Yield features (B, D, h, w) and targets (B, size, size) of the probe's batches, one for each iteration."""
     s = settings
     distortion = Distortion(s.distortion_probability, s.brightness, s.contrast, s.saturation, s.hue)
-    fill = s.mean or encoder.mean
+    fill = s.mean or extractor.encoder.mean
     transform = ScaleCropDistort(size, s.scale, s.max_class_share, s.crop_tries, s.flip_probability, distortion, fill)
-    items = training_order(len(train), s, context.seed)
-    batches = stream(encoder, train, transform, context, "train", items=items, final_norm=True, mean=s.mean, std=s.std)
-    return batched(labelled(batches, train.scored), s.batch_size)
+    items = training_order(len(train), s, extractor.context.seed)
+    batches = extractor.stream(train, transform, "train", items=items)
+    return batched(labelled(batches, train.eval_mask), s.batch_size)

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator
-from typing import Any
 
 import numpy as np
 from neco_bench.tasks.linear_segmentation.augment import CropFlip
@@ -24,13 +23,13 @@ from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: every training image once per epoch, with the head's forward and backward pass."""
-    size, classes = settings.used_size(stride), len(data["val"].classes)
+    size, classes = settings.input_size_for(stride), len(data["val"].classes)
     views, side = settings.epochs * len(data["train"]), settings.train_mask_size
     grid = len(settings.rates) * settings.probe_seeds
     per_view = 6.0 * grid * classes * (dimension * (size // stride) ** 2 + 8 * side**2)
@@ -49,10 +48,11 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU of a linear head trained on data["train"], scored on data["val"]."""
-    val, size = data["val"], settings.used_size(encoder.stride)
+    val, size = data["val"], settings.input_size_for(encoder.stride)
     seeds = range(context.seed, context.seed + settings.probe_seeds)
     scored = images_used(len(val), settings.batch_size if settings.drop_last_val else 1, "drop_last_val", "val")
-    epochs = training_epochs(encoder, data["train"], settings, context, size)
+    extractor = FeatureExtractor(encoder, context, mean=settings.mean, std=settings.std)
+    epochs = training_epochs(extractor, data["train"], settings, size)
 
     classes = len(val.classes)
     heads = [new_head(encoder.embed_dim, classes, seed, encoder.device) for _ in settings.rates for seed in seeds]
@@ -64,9 +64,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
     score = SegmentationScore(val, settings, context, shape=(len(snapshots), len(settings.rates), len(seeds)))
     transform = ResizeSquare(size, "pil" if settings.score_size else "native")
-    chosen: dict[str, Any] = {"items": [(0, i) for i in range(scored)], "own": True}
-    colours = {"mean": settings.mean, "std": settings.std}
-    for batch in stream(encoder, val, transform, context, "score", **chosen, **colours):
+    for batch in extractor.stream(val, transform, "score", items=[(0, i) for i in range(scored)], own=True):
         with context.phase("predict"):
             for item, features, mask in zip(batch.positions, batch.features, batch.masks, strict=True):
                 if settings.score_size:
@@ -77,10 +75,10 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     scores = score.mean_ious()  # [epoch, rate, seed]
     means = scores.mean(2)
     epoch, rate = (int(i) for i in np.unravel_index(means.argmax(), means.shape))
-    context.notes |= {"epoch_reported": settings.epochs - len(snapshots) + epoch + 1, "scored_images": scored}
+    context.note(epoch_reported=settings.epochs - len(snapshots) + epoch + 1, scored_images=scored)
     if settings.learning_rates:
         by_rate = dict(zip(map(str, settings.rates), means.max(0).tolist(), strict=True))
-        context.notes |= {"learning_rate_reported": settings.rates[rate], "mIoU_by_learning_rate": by_rate}
+        context.note(learning_rate_reported=settings.rates[rate], mIoU_by_learning_rate=by_rate)
     metrics = {"mIoU_last_epoch": float(means[-1, rate])}
     if len(seeds) > 1:
         metrics["mIoU_std"] = float(scores[epoch, rate].std(ddof=1))
@@ -100,7 +98,7 @@ def images_used(count: int, batch_size: int, setting: str, split: str) -> int:
 
 
 def training_epochs(
-    encoder: Encoder, train: SegmentationDataset, settings: Settings, context: Context, size: int
+    extractor: FeatureExtractor, train: SegmentationDataset, settings: Settings, size: int
 ) -> Iterator[Batches]:
     """Yield the probe's batches of each epoch, from one stream over all epochs, so that workers start once.
 
@@ -111,10 +109,10 @@ def training_epochs(
     for epoch in range(settings.epochs):
         order = np.arange(len(train))
         if settings.shuffle:
-            order = item_rng(context.seed, "order", epoch).permutation(len(train))
+            order = item_rng(extractor.context.seed, "order", epoch).permutation(len(train))
         items += [(epoch, int(i)) for i in order[:count]]
     transform = CropFlip(size, settings.crop_scale, settings.crop_ratio, settings.flip_probability)
-    side, colours = settings.train_mask_size, {"mean": settings.mean, "std": settings.std}
-    batches = stream(encoder, train, transform, context, "train", items=items, **colours)
-    images = labelled(batches, lambda mask: train.scored(resize_nearest_torch(mask, side, side)))
+    batches = extractor.stream(train, transform, "train", items=items)
+    side = settings.train_mask_size
+    images = labelled(batches, lambda mask: train.eval_mask(resize_nearest_torch(mask, side, side)))
     return (batched(itertools.islice(images, count), settings.batch_size) for _ in range(settings.epochs))

@@ -27,7 +27,7 @@ from neco_bench.core.errors import UsageError
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 from neco_bench.metrics.segmentation import hungarian_match, majority_match
 from neco_bench.search.row_file import ArrayFile, RowFile
@@ -38,7 +38,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
     Raises UsageError for more clusters or components than patches.
     """
-    size, classes = settings.used_size(stride), len(data["val"].classes)
+    size, classes = settings.input_size_for(stride), len(data["val"].classes)
     clusters, reduced = settings.clusters or classes, min(dimension, settings.components)
     rows = len(data["val"]) * (size // stride) ** 2
     points = min(rows, KMEANS_POINTS * clusters)
@@ -59,7 +59,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU averaged over k-means seeds, on data["val"]."""
-    val, size = data["val"], settings.used_size(encoder.stride)
+    val, size = data["val"], settings.input_size_for(encoder.stride)
     side, clusters = size // encoder.stride, settings.clusters or len(val.classes)
     count = len(val) // settings.drop_last * settings.drop_last if settings.drop_last else len(val)
     if not count:
@@ -67,8 +67,8 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
     features, masks = RowFile(encoder.embed_dim), ArrayFile()
     transform = ResizeSquare(size, "pil" if settings.mask_size else "native")
-    items = [(0, i) for i in range(count)]
-    for batch in stream(encoder, val, transform, context, "extract", items=items, mean=settings.mean, std=settings.std):
+    extractor = FeatureExtractor(encoder, context, mean=settings.mean, std=settings.std)
+    for batch in extractor.stream(val, transform, "extract", items=[(0, i) for i in range(count)]):
         features.append(batch.features.flatten(2).transpose(1, 2).flatten(0, 1).cpu().numpy())
         for mask in batch.masks:
             small = resize_nearest_torch(mask, settings.mask_size, settings.mask_size) if settings.mask_size else mask
@@ -92,7 +92,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     score.match(hungarian_match if clusters == len(val.classes) else majority_match)
 
     scores = score.mean_ious()
-    context.notes |= {"clusters": clusters, "components": reduced.dimension, "scored_images": count}
+    context.note(clusters=clusters, components=reduced.dimension, scored_images=count)
     return score.outcome(
         used_size=size,
         resize="squash",

@@ -1,0 +1,1 @@
+"""Patch probe: k nearest neighbours and logistic regression on single patches."""

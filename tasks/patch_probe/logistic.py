@@ -98,7 +98,7 @@ def fit_on_device(
             loss = F.cross_entropy(logits, y, reduction="sum") / len(features)
             loss.backward()
             total += loss.item()
-        assert weights.grad is not None
+        assert weights.grad is not None  # noqa: S101 - after `backward`
         return total, weights.grad.cpu().numpy().ravel()
 
     fitted = minimize(

@@ -73,7 +73,7 @@ class LogisticProbe:
     def predict(self, fitted: Patches, queries: Tensor, point: Any) -> Tensor:
         """Predict blocks (Q, A) uint8 for queries (Q, D), and note how the fit ended."""
         model = self._fit(fitted, point)
-        self.context.notes |= {"iterations": model.iterations, "converged": model.converged}
+        self.context.note(iterations=model.iterations, converged=model.converged)
         return self._blocks(model, fitted, queries)
 
     def _fit(self, fitted: Patches, c: float) -> Logistic:

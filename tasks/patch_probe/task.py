@@ -28,7 +28,7 @@ from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset, Void
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.patches import BicubicResizeSquare, majority_label, patchify, unpatchify
 from neco_bench.features.transforms import resize_nearest_pil
 from neco_bench.metrics import segmentation
@@ -49,7 +49,7 @@ def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: all patches are in memory; the grid on the held-out images, then the val images."""
-    size, classes = settings.used_size(stride), len(data["val"].classes)
+    size, classes = settings.input_size_for(stride), len(data["val"].classes)
     patches, images = (size // stride) ** 2, len(data["train"])
     wide = 12.0 if settings.method == "logreg" else 4.0  # bytes of a number: logistic regression has a copy in float64
     rows = min(images * patches, settings.max_patches or images * patches)
@@ -79,10 +79,11 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
     """Measure the mIoU on data["val"] of the probe fitted on the patches of data["train"]."""
     train, val = data["train"], data["val"]
-    size = settings.used_size(encoder.stride)
+    size = settings.input_size_for(encoder.stride)
     side = size // encoder.stride
-    patches, split, scaler = read_train(encoder, train, settings, context, size)
-    queries, masks = read_val(encoder, val, settings, context, size)
+    extractor = FeatureExtractor(encoder, context, mean=settings.mean, std=settings.std)
+    patches, split, scaler = read_train(extractor, train, settings, size)
+    queries, masks = read_val(extractor, val, settings, size)
     if settings.standardise:
         standardise(patches.features, scaler)
         standardise(queries, scaler)
@@ -115,7 +116,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         grid = {point: select(blocks) for point, blocks in probe.grid(patches[:split], patches.features[split:])}
     best = max(grid, key=lambda point: grid[point])
     scores = {probe.name(point): value for point, value in grid.items()}
-    context.notes |= {"held_out_mIoU": scores, "chosen": probe.name(best)}
+    context.note(held_out_mIoU=scores, chosen=probe.name(best))
     with context.phase("predict"):
         predicted = probe.predict(refit_rows(patches, split), queries.flatten(0, 1), best)
 
@@ -142,13 +143,14 @@ def feature_map(rows: Tensor, columns: int) -> Tensor:
 
 
 def read_train(
-    encoder: Encoder, train: SegmentationDataset, settings: Settings, context: Context, size: int
+    extractor: FeatureExtractor, train: SegmentationDataset, settings: Settings, size: int
 ) -> tuple[Patches, int, StandardScaler]:
     """Read patches of the images to fit on, then, from the returned row on, all patches of the held-out images.
 
     Of the former only those with a majority label are stored, at most max_patches / images; the scaler has seen all
     their patches. Raises UsageError for a single image, BadInputError where no patch has a majority label.
     """
+    encoder, context = extractor.encoder, extractor.context
     fit, held_out = hold_out(len(train), settings.holdout, settings.holdout_seed)
     items = [(0, image) for image in fit + held_out]
     tokens, area, dimension = (size // encoder.stride) ** 2, encoder.stride**2, encoder.embed_dim
@@ -159,10 +161,10 @@ def read_train(
     scaler = StandardScaler()
     stop = split = dropped = 0
     transform = BicubicResizeSquare(size, resize_mask=True)
-    for batch in stream(encoder, train, transform, context, "train", items=items, mean=settings.mean, std=settings.std):
+    for batch in extractor.stream(train, transform, "train", items=items):
         features = batch.features.flatten(2).transpose(1, 2).cpu()
         for position, image, mask in zip(batch.positions, features, batch.masks, strict=True):
-            blocks = patchify(train.scored(mask), encoder.stride)
+            blocks = patchify(train.eval_mask(mask), encoder.stride)
             rows = Patches(image, blocks, majority_label(blocks, len(train.classes), void))
             dropped += int((rows.labels == IGNORE).sum())
             drop_above(quota, rows.labels, item_rng(context.seed, "patches", train.ids[items[position][1]]))
@@ -178,7 +180,7 @@ def read_train(
             f"their masks are all or mostly void."
         )
     fitted = split + int((patches.labels[split:stop] != IGNORE).sum())
-    context.notes |= {"training_patches": fitted, "dropped_patches": dropped, "held_out_images": len(held_out)}
+    context.note(training_patches=fitted, dropped_patches=dropped, held_out_images=len(held_out))
     return patches[:stop], split, scaler
 
 
@@ -190,13 +192,14 @@ def drop_above(quota: int, labels: Tensor, rng: np.random.Generator) -> None:
 
 
 def read_val(
-    encoder: Encoder, val: SegmentationDataset, settings: Settings, context: Context, size: int
+    extractor: FeatureExtractor, val: SegmentationDataset, settings: Settings, size: int
 ) -> tuple[Tensor, list[np.ndarray]]:
     """Read (n, N, D) features of the patches of each image, on the CPU, and one mask per image to score on."""
+    encoder = extractor.encoder
     tokens = (size // encoder.stride) ** 2
     features, masks = torch.empty(len(val), tokens, encoder.embed_dim), list[np.ndarray]()
     transform = BicubicResizeSquare(size, resize_mask=settings.score_at == "input")
-    for batch in stream(encoder, val, transform, context, "val", mean=settings.mean, std=settings.std):
+    for batch in extractor.stream(val, transform, "val"):
         features[list(batch.positions)] = batch.features.flatten(2).transpose(1, 2).cpu()
         masks += batch.masks
     return features, masks

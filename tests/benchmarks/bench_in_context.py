@@ -18,6 +18,13 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+
+from neco_bench.data.base import Sample, SegmentationDataset
+from neco_bench.encoders import Encoder
 
 ENCODER = """
 import torch
@@ -34,7 +41,7 @@ def cheap():
 APPROXIMATE = "PCA256,RFlat"  # of the variant "fast"
 
 
-def baseline(encoder, train, val, settings) -> float:
+def baseline(encoder: Encoder, train: Any, val: Any, settings: Any) -> float:
     import faiss
     import torch
     import torch.nn.functional as F
@@ -47,11 +54,11 @@ def baseline(encoder, train, val, settings) -> float:
     from neco_bench.features.transforms import ResizeSquare, crop_box, resize_nearest_torch
     from neco_bench.metrics import segmentation
 
-    size, stride, classes = settings.used_size(encoder.stride), encoder.stride, len(train.classes)
+    size, stride, classes = settings.input_size_for(encoder.stride), encoder.stride, len(train.classes)
     jitters = ((tvf.adjust_brightness, 1), (tvf.adjust_contrast, 1), (tvf.adjust_saturation, 1), (tvf.adjust_hue, 0))
     per_image = max(1, settings.memory_size // len(train))
 
-    def augment(sample, rng):
+    def augment(sample: Sample, rng: np.random.Generator) -> tuple[Any, np.ndarray]:
         image = Image.fromarray(sample.image)
         for adjust, centre in jitters:
             apply, change = rng.random() < settings.jitter_probability, rng.uniform(-settings.jitter, settings.jitter)
@@ -61,7 +68,7 @@ def baseline(encoder, train, val, settings) -> float:
         image = tvf.resized_crop(to_tensor(image), top, left, height, width, [size, size], antialias=True)
         return image, resize_nearest_torch(sample.mask[top : top + height, left : left + width], size, size)
 
-    def batches(dataset, transform):
+    def batches(dataset: SegmentationDataset, transform: Callable[..., Any]) -> Iterator[tuple[Any, ...]]:
         for start in range(0, len(dataset), 16):
             samples = [dataset[i] for i in range(start, min(start + 16, len(dataset)))]
             rows = [transform(s, item_rng(0, "augment", 0, s.id)) for s in samples]
@@ -69,7 +76,8 @@ def baseline(encoder, train, val, settings) -> float:
             maps = encoder.encode(images, mean=settings.mean, std=settings.std).map
             yield samples, maps.flatten(2).transpose(1, 2), [mask for _, mask in rows]
 
-    keys, labels = [], []
+    parts: list[Any] = []
+    shares_of_parts: list[Any] = []
     for samples, features, masks in batches(train, augment):
         for sample, tokens, mask in zip(samples, features, masks, strict=True):
             ids = torch.from_numpy(mask).long()
@@ -78,9 +86,9 @@ def baseline(encoder, train, val, settings) -> float:
             share = hot.flatten(3).mean(3).flatten(0, 1)
             noise = item_rng(0, "memory", 0, sample.id).random(len(share), "float32")
             chosen = torch.from_numpy(choose_patches(share.numpy(), noise, per_image))
-            keys.append(F.normalize(tokens[chosen], dim=1))
-            labels.append(share[chosen])
-    keys, labels = torch.cat(keys), torch.cat(labels)
+            parts.append(F.normalize(tokens[chosen], dim=1))
+            shares_of_parts.append(share[chosen])
+    keys, labels = torch.cat(parts), torch.cat(shares_of_parts)
     index = faiss.IndexFlatIP(keys.shape[1])
     index.add(keys.numpy())
     predictions, truths = [], []
@@ -93,7 +101,7 @@ def baseline(encoder, train, val, settings) -> float:
         side = size // stride
         shares = shares.view(len(samples), side, side, classes).permute(0, 3, 1, 2)
         predictions.append(F.interpolate(shares, (size, size), mode="bilinear").argmax(1))
-        truths += [torch.from_numpy(val.scored(mask)) for mask in masks]
+        truths += [torch.from_numpy(val.eval_mask(mask)) for mask in masks]
     confusion = segmentation.confusion_matrix(torch.stack(truths).numpy(), torch.cat(predictions).numpy(), classes)
     merged = segmentation.merge_clusters(confusion, segmentation.hungarian_match(confusion))
     return segmentation.mean_iou(merged, absent="zero")

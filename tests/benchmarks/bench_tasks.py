@@ -27,7 +27,7 @@ from neco_bench.runner.job import plan
 from neco_bench.runner.options import RunOptions
 
 MODEL, SIZE, BATCH = "timm:vit_small_patch16_224?pretrained=false&seed=0", 224, 16
-FIRST = {
+FIRST: dict[str, dict[str, Any]] = {
     "camvid_ic@hbird-2": {"memory_size": 51_200},
     "camvid_ic@hbird-2 PCA": {"memory_size": 51_200, "search": "PCA256,RFlat"},
     "camvid_linear@neco-1 1 epoch": {"epochs": 1},

@@ -63,6 +63,7 @@ def main() -> None:
     def bare() -> float:
         start = now()
         with torch.autocast(device.type, torch.bfloat16, enabled=chosen.precision == "bf16"):
+            assert run.teacher is not None
             with torch.no_grad():
                 run.teacher._run(groups[0], False)
             means = [run.student._run(images, False).map.float().mean() for images in groups]

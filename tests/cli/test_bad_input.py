@@ -1,4 +1,4 @@
-"""Every mistake of a user gives its exit code and one message that names the file or option at fault, and the mend."""
+"""Every mistake of a user gives its exit code and one message that names the file or option at fault, and the fix."""
 
 from __future__ import annotations
 

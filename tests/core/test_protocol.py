@@ -31,7 +31,9 @@ def test_constants_do_not_change_under_an_id() -> None:
         f"Constants changed under the ids {changed}: stored results would be compared with other measurements. Undo "
         f"the change, or give the protocol a new id (name-2) and keep the old one."
     )
-    assert now.keys() == HASHES.keys(), "add what is new to protocol_hashes.json; nothing may disappear from it"
+    new = {name: now[name] for name in sorted(now) if name not in HASHES}
+    assert not new, f"add to protocol_hashes.json, in its order: {json.dumps(new, indent=2)[1:-1]}"
+    assert now.keys() == HASHES.keys(), "no protocol and no task may disappear"
 
 
 @pytest.mark.parametrize("name", EVERY)
@@ -40,7 +42,7 @@ def test_every_card_has_valid_settings(name: str) -> None:
     settings = task.settings()
     assert f"{task.card.name}@{task.label}" == name
     with pytest.raises(Exception, match="frozen"):
-        settings.input_size = 1  # type: ignore[attr-defined]
+        settings.input_size = 1
 
 
 def test_requests_are_names_globs_protocols_and_lists() -> None:
@@ -183,8 +185,8 @@ def test_a_family_that_cannot_be_imported_is_named(monkeypatch: pytest.MonkeyPat
     [(448, 14, 448), (448, 16, 448), (320, 14, 322), (518, 16, 512), (800, 14, 798), (5, 16, 16), (24, 16, 32)],
 )
 def test_sizes_are_taken_to_the_stride(size: int, stride: int, expected: int) -> None:
-    assert Settings(input_size=size).used_size(stride) == expected
-    assert Settings(input_size=size, tokens_per_side=32).used_size(stride) == 32 * stride
+    assert Settings(input_size=size).input_size_for(stride) == expected
+    assert Settings(input_size=size, tokens_per_side=32).input_size_for(stride) == 32 * stride
 
 
 def test_a_protocol_of_other_authors_cites_them() -> None:

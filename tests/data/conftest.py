@@ -1,26 +1,20 @@
-"""Miniature data sets in official layouts, a cache for the embedded ones, and the folder of real samples."""
+"""Miniature data sets in official layouts, and the folder of real samples."""
+
+from __future__ import annotations
 
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import CAMVID_SIZE, PAIRS, image_of, save, save_indices
+
+from tests.data.data_helpers import CAMVID_SIZE, PAIRS, image_of, save, save_indices
 
 SAMPLES = Path(__file__).parents[2].parent / "shared" / "data"
 
 
-@pytest.fixture(scope="session", autouse=True)
-def shapes_cache(tmp_path_factory):
-    """One cache for all tests of this folder, so that the shapes are made once."""
-    folder = tmp_path_factory.mktemp("cache")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NECO_BENCH_CACHE", str(folder))
-        yield folder
-
-
 @pytest.fixture
-def samples(request):
+def samples(request: pytest.FixtureRequest) -> Path:
     """The folder of real samples; the test is skipped where they are absent."""
     if not SAMPLES.is_dir():
         pytest.skip("no real samples beside the repository (../shared/data)")
@@ -28,7 +22,7 @@ def samples(request):
 
 
 @pytest.fixture
-def voc(tmp_path):
+def voc(tmp_path: Path) -> Path:
     """A root with a VOC 2012 of three val images; the folder that holds ImageSets is `voc2012/VOCdevkit/VOC2012`."""
     base = tmp_path / "voc2012" / "VOCdevkit" / "VOC2012"
     for i in range(3):
@@ -43,7 +37,7 @@ def voc(tmp_path):
 
 
 @pytest.fixture
-def camvid(tmp_path):
+def camvid(tmp_path: Path) -> Path:
     base = tmp_path / "camvid"
     for i in range(2):
         save(base / "train" / f"a{i}.png", image_of(i, CAMVID_SIZE))
@@ -55,7 +49,7 @@ def camvid(tmp_path):
 
 
 @pytest.fixture
-def spair(tmp_path):
+def spair(tmp_path: Path) -> Path:
     base = tmp_path / "spair71k" / "SPair-71k"
     for name, size in (("a", (20, 30)), ("b", (40, 25))):
         save(base / "JPEGImages" / "cat" / f"{name}.jpg", image_of(1, size))

@@ -1,17 +1,22 @@
 """ADE20K and the COCO sets: id tables against `protocols/neco.md` 3.3, 3.5 and 3.6, real samples, planted mistakes."""
 
+from __future__ import annotations
+
 import json
 import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import image_of, save
 from PIL import Image
 
 from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.data.coco import THINGS, CocoStuff, CocoStuff27, CocoStuff171, CocoThings, CocoThingsShifted
 from neco_bench.data.integrity import check_dataset
-from neco_bench.data.load import load_dataset
+from tests import typed
+from tests.data.data_helpers import image_of, save
+from tests.typed import load_folder, load_segmentation
 
 # neco.md 3.5 and 3.6, ids only.
 NECO_THINGS = {
@@ -48,7 +53,7 @@ NECO_STUFF = {
 VALUES = np.array([0, 1, 15, 26, 27, 30, 33, 43, 91, 115, 156, 181, 255], np.uint8)
 
 
-def coco(root, split, masks, folder, count=2):
+def coco(root: Path, split: str, masks: np.ndarray, folder: str, count: int = 2) -> Path:
     """A COCO folder with `count` images whose masks, all the same, lie in `folder`."""
     for i in range(count):
         save(root / "coco" / "images" / f"{split}2017" / f"{i:012d}.jpg", image_of(i, masks.shape))
@@ -56,17 +61,17 @@ def coco(root, split, masks, folder, count=2):
     return root
 
 
-def table(dataset, root, folder, values):
+def table(dataset: str, root: Path, folder: str, values: Sequence[int]) -> dict[int, int]:
     """{file value: class id} as the reader maps it, one column of pixels per value."""
     coco(root, "val", np.tile(np.array(values, np.uint8), (8, 1)), folder, 1)
-    return dict(zip(values, load_dataset(dataset, "val", root=root)[0].mask[0].tolist(), strict=True))
+    return dict(zip(values, load_segmentation(dataset, "val", root=root)[0].mask[0].tolist(), strict=True))
 
 
-def merged(groups):
+def merged(groups: Mapping[str, Sequence[int]]) -> dict[int, int]:
     return {number: row for row, name in enumerate(sorted(groups)) for number in groups[name]}
 
 
-def test_class_names_and_order():
+def test_class_names_and_order() -> None:
     assert CocoThings.classes == tuple(sorted(NECO_THINGS))
     assert CocoStuff.classes == tuple(sorted(NECO_STUFF))
     assert CocoStuff27.classes == CocoThings.classes + CocoStuff.classes
@@ -76,14 +81,14 @@ def test_class_names_and_order():
     assert THINGS["person"] == {1: "person"}
 
 
-def test_things_table_of_panoptic_semantic_maps(tmp_path):
+def test_things_table_of_panoptic_semantic_maps(tmp_path: Path) -> None:
     stuff = [92, 95, 133, 181, 184, 200]
     ids = [0, *merged(NECO_THINGS), *stuff]
     found = table("coco_things", tmp_path, "annotations/panoptic_annotations/semantic_segmentation_val2017", ids)
     assert found == {0: 255, **merged(NECO_THINGS), **dict.fromkeys(stuff, 255)}
 
 
-def test_stuff_table_of_pixelmaps_and_of_stuffthingmaps(tmp_path):
+def test_stuff_table_of_pixelmaps_and_of_stuffthingmaps(tmp_path: Path) -> None:
     ids = [0, *merged(NECO_STUFF), 183]
     found = table("coco_stuff", tmp_path / "a", "annotations/stuff_annotations/stuff_val2017_pixelmaps", ids)
     assert found == {0: 255, 183: 255, **merged(NECO_STUFF)}
@@ -95,7 +100,7 @@ def test_stuff_table_of_pixelmaps_and_of_stuffthingmaps(tmp_path):
     assert [found[v] for v in sorted(values)] == [*range(171), 255]
 
 
-def test_official_pixelmaps_have_a_palette_of_their_own(tmp_path):
+def test_official_pixelmaps_have_a_palette_of_their_own(tmp_path: Path) -> None:
     (tmp_path / "images" / "val2017").mkdir(parents=True)
     folder = tmp_path / "annotations" / "stuff_annotations" / "stuff_val2017_pixelmaps"
     folder.mkdir(parents=True)
@@ -106,7 +111,7 @@ def test_official_pixelmaps_have_a_palette_of_their_own(tmp_path):
     assert CocoStuff(tmp_path, "val").mask(0).tolist() == [[255, merged(NECO_STUFF)[92], 255]]
 
 
-def test_the_off_by_one_trap_is_a_named_set_of_its_own(tmp_path):
+def test_the_off_by_one_trap_is_a_named_set_of_its_own(tmp_path: Path) -> None:
     values = sorted(i - 1 for i in (*merged(NECO_THINGS), *merged(NECO_STUFF)))
     right = table("coco_things", tmp_path, "annotations/val2017", values)
     assert right == {v: merged(NECO_THINGS).get(v + 1, 255) for v in values}
@@ -117,24 +122,24 @@ def test_the_off_by_one_trap_is_a_named_set_of_its_own(tmp_path):
     assert [names[wrong[v]] for v in (1, 27, 33, 43)] == ["person", "accessory", "accessory", "sports"]
 
 
-def test_stuffthingmaps_of_the_sample(samples, tmp_path):
+def test_stuffthingmaps_of_the_sample(samples: Path, tmp_path: Path) -> None:
     (tmp_path / "coco").symlink_to(samples / "coco_stuff_sample")
     for name in ("coco_things", "coco_things_shifted", "coco_stuff", "coco_stuff27", "coco_stuff171"):
         for split, count in (("train", 13), ("val", 8)):
-            dataset = load_dataset(name, split, root=tmp_path)
+            dataset = load_folder(name, split, root=tmp_path)
             assert len(dataset) == count
             assert dataset.source == "stuffthingmaps"
     stored = np.array(Image.open(samples / "coco_stuff_sample/annotations/val2017/000000000785.png"))
-    things = load_dataset("coco_things", "val", root=tmp_path)
+    things = load_segmentation("coco_things", "val", root=tmp_path)
     mask = things[things.ids.index("000000000785")].mask
     assert np.array_equal(mask == things.classes.index("person"), stored == 0)
     assert np.array_equal(mask == 255, stored > 89)
     assert not [f for f in check_dataset("coco_stuff27", tmp_path) if f.level == "error"]
 
 
-def test_instances_of_the_sample(samples, tmp_path):
+def test_instances_of_the_sample(samples: Path, tmp_path: Path) -> None:
     (tmp_path / "coco").symlink_to(samples / "coco_instances_sample")
-    dataset = load_dataset("coco_things", "val", root=tmp_path)
+    dataset = load_folder("coco_things", "val", root=tmp_path)
     assert dataset.source == "instances"
     raw = json.loads((samples / "coco_instances_sample/annotations/instances_val2017.json").read_bytes())
     ids = {image["id"]: image["file_name"][:-4] for image in raw["images"]}
@@ -147,11 +152,11 @@ def test_instances_of_the_sample(samples, tmp_path):
         # The masks cover about as much as the annotations say, overlaps apart.
         assert (sample.mask != 255).sum() <= sum(a["area"] for a in annotations) * 1.05
     before = dataset.fingerprint()
-    assert before == load_dataset("coco_things", "val", root=tmp_path).fingerprint()
+    assert before == load_segmentation("coco_things", "val", root=tmp_path).fingerprint()
 
 
 @pytest.fixture
-def panoptic(samples, tmp_path):
+def panoptic(samples: Path, tmp_path: Path) -> Path:
     source = samples / "coco_panoptic_sample"
     target = tmp_path / "coco"
     shutil.copytree(source / "input_images", target / "val2017")
@@ -160,8 +165,8 @@ def panoptic(samples, tmp_path):
     return tmp_path
 
 
-def test_panoptic_of_the_sample(samples, panoptic):
-    dataset = load_dataset("coco_things", "val", root=panoptic)
+def test_panoptic_of_the_sample(samples: Path, panoptic: Path) -> None:
+    dataset = load_folder("coco_things", "val", root=panoptic)
     assert dataset.source == "panoptic"
     # An independent copy of the same annotation: category in red, instance in green.
     for index, item in enumerate(dataset.ids):
@@ -174,37 +179,37 @@ def test_panoptic_of_the_sample(samples, panoptic):
     raw["annotations"][0]["segments_info"].pop()
     path.write_text(json.dumps(raw))
     with pytest.raises(BadInputError, match=r"holds segment \d+, for which the JSON"):
-        [sample.mask for sample in load_dataset("coco_things", "val", root=panoptic)]
+        list(typed.samples(load_segmentation("coco_things", "val", root=panoptic)))
     path.write_text("{}")
     with pytest.raises(BadInputError, match=r"panoptic_val2017\.json is not a COCO annotation file: KeyError"):
-        load_dataset("coco_things", "val", root=panoptic)
+        load_segmentation("coco_things", "val", root=panoptic)
 
 
-def test_confused_coco_maps_are_named(tmp_path):
+def test_confused_coco_maps_are_named(tmp_path: Path) -> None:
     coco(tmp_path / "a", "val", np.full((8, 8), 190, np.uint8), "stuffthingmaps/val2017")
     with pytest.raises(BadInputError, match="panoptic category ids"):
-        load_dataset("coco_stuff27", "val", root=tmp_path / "a")[0]
+        load_segmentation("coco_stuff27", "val", root=tmp_path / "a")[0]
     folder = "annotations/panoptic_annotations/semantic_segmentation_val2017"
     coco(tmp_path / "b", "val", np.full((8, 8), 255, np.uint8), folder)
     with pytest.raises(BadInputError, match="is a stuffthingmap"):
-        load_dataset("coco_things", "val", root=tmp_path / "b")[0]
+        load_segmentation("coco_things", "val", root=tmp_path / "b")[0]
     with pytest.raises(MissingError, match="no annotation; pixelmaps, stuffthingmaps would do"):
-        load_dataset("coco_stuff", "val", root=tmp_path / "b")
+        load_segmentation("coco_stuff", "val", root=tmp_path / "b")
 
 
-def test_half_extracted_coco(tmp_path):
+def test_half_extracted_coco(tmp_path: Path) -> None:
     coco(tmp_path, "val", np.zeros((8, 8), np.uint8), "stuffthingmaps/val2017", 4)
     for name in ("000000000001", "000000000003"):
         (tmp_path / "coco" / "stuffthingmaps" / "val2017" / f"{name}.png").unlink()
     with pytest.raises(MissingError, match=r"2 of 4 files in .*: 000000000001\.jpg, 000000000003\.jpg\. .*in part"):
-        load_dataset("coco_stuff27", "val", root=tmp_path)
+        load_segmentation("coco_stuff27", "val", root=tmp_path)
     (tmp_path / "coco" / "images" / "val2017" / "000000000001.jpg").unlink()
     shutil.rmtree(tmp_path / "coco" / "stuffthingmaps")
     errors = [f for f in check_dataset("coco_stuff27", tmp_path) if f.level == "error"]
     assert [f.split for f in errors] == ["val"]
 
 
-def ade(root, values=(0, 1, 150), count=3):
+def ade(root: Path, values: Sequence[int] = (0, 1, 150), count: int = 3) -> Path:
     base = root / "ade20k" / "ADEChallengeData2016"
     for i in range(count):
         save(base / "images" / "training" / f"ADE_train_{i:08d}.jpg", image_of(i, (8, len(values))))
@@ -212,54 +217,54 @@ def ade(root, values=(0, 1, 150), count=3):
     return base
 
 
-def test_ade_in_both_forms(tmp_path):
+def test_ade_in_both_forms(tmp_path: Path) -> None:
     ade(tmp_path, range(151))
-    usual = load_dataset("ade20k", "train", root=tmp_path)
+    usual = load_segmentation("ade20k", "train", root=tmp_path)
     assert usual[0].mask[0].tolist() == [255, *range(150)]
     assert (len(usual.classes), usual.void_class) == (150, None)
     assert (usual.classes[0], usual.classes[149]) == ("wall", "flag")
-    with_other = load_dataset("ade20k_151", "train", root=tmp_path)
+    with_other = load_segmentation("ade20k_151", "train", root=tmp_path)
     assert with_other[0].mask[0].tolist() == [*range(151)]
     assert (with_other.classes[:2], with_other.void_class) == (("other", "wall"), 0)
     assert usual.fingerprint() != with_other.fingerprint()
 
 
-def test_ade_of_the_sample(samples):
+def test_ade_of_the_sample(samples: Path) -> None:
     names = [
         line.split("\t")[4]
         for line in (samples / "ade20k/ADEChallengeData2016/objectInfo150.txt").open()
         if "\t" in line
     ]
-    dataset = load_dataset("ade20k", "val", root=samples)
+    dataset = load_segmentation("ade20k", "val", root=samples)
     assert all(full.startswith(short) for short, full in zip(dataset.classes, names[1:], strict=True))
     stored = np.array(Image.open(samples / f"ade20k/ADEChallengeData2016/annotations/validation/{dataset.ids[0]}.png"))
     assert np.array_equal(dataset[0].mask, np.where(stored == 0, 255, stored.astype(int) - 1))
-    assert dataset.subset == {"found": 3, "expected": 2000}
+    assert dataset.coverage == {"found": 3, "expected": 2000}
 
 
-def test_ade_mistakes_are_named(tmp_path):
+def test_ade_mistakes_are_named(tmp_path: Path) -> None:
     ade(tmp_path / "shifted", (0, 5, 149, 255))
     for name in ("ade20k", "ade20k_151"):
         with pytest.raises(BadInputError, match=r"values 255 .*already shifted to 0\.\.149"):
-            load_dataset(name, "train", root=tmp_path / "shifted")[0]
+            load_segmentation(name, "train", root=tmp_path / "shifted")[0]
         errors = [f.text for f in check_dataset(name, tmp_path / "shifted") if f.level == "error"]
         assert "3 of 3" in errors[-1]
     base = ade(tmp_path / "colour")
     save(base / "annotations" / "training" / "ADE_train_00000001.png", image_of(1, (8, 3)))
     with pytest.raises(BadInputError, match="is a colour mask"):
-        load_dataset("ade20k", "train", root=tmp_path / "colour")[1]
+        load_segmentation("ade20k", "train", root=tmp_path / "colour")[1]
     (base / "annotations" / "training" / "ADE_train_00000002.png").unlink()
     with pytest.raises(MissingError, match=r"1 of 3 files .*unpacked in part"):
-        load_dataset("ade20k", "train", root=tmp_path / "colour")
+        load_segmentation("ade20k", "train", root=tmp_path / "colour")
 
 
 @pytest.mark.parametrize(
     "place", ["ADE20K_2021_17_01/index_ade20k.pkl", "images/ADE/training/x.jpg", "images/training/a/abbey/x.jpg"]
 )
-def test_the_full_ade20k_is_refused(tmp_path, place):
+def test_the_full_ade20k_is_refused(tmp_path: Path, place: str) -> None:
     path = tmp_path / "ade20k" / place
     path.parent.mkdir(parents=True)
     path.touch()
     with pytest.raises(MissingError, match=r"full ADE20K.*ADEChallengeData2016\.zip"):
-        load_dataset("ade20k", "train", root=tmp_path)
+        load_segmentation("ade20k", "train", root=tmp_path)
     assert all("full ADE20K" in f.text for f in check_dataset("ade20k", tmp_path))

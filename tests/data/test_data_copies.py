@@ -1,18 +1,22 @@
 """Copies of a data set that would give wrong numbers: other palettes, other sizes, shifted ids. None is scored."""
 
+from __future__ import annotations
+
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import CAMVID_SIZE, image_of, save, save_indices
 from PIL import Image
 
 from neco_bench.core.errors import BadInputError
 from neco_bench.data.ade20k import ADE20K
+from neco_bench.data.base import SegmentationDataset
 from neco_bench.data.cityscapes import LABEL_IDS, Cityscapes
 from neco_bench.data.integrity import check_dataset
 from neco_bench.data.io import id_table, read_mask, voc_colours
-from neco_bench.data.load import load_dataset
+from tests.data.data_helpers import CAMVID_SIZE, image_of, save, save_indices
+from tests.typed import load_folder, load_segmentation
 
 CITY_SIZE = (1024, 2048)
 
@@ -22,7 +26,7 @@ def compact(path: Path) -> None:
     Image.open(path).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(path)
 
 
-def test_a_compacted_palette_is_refused(voc):
+def test_a_compacted_palette_is_refused(voc: Path) -> None:
     """Ids 0, 5, 8, 255 become 0..3, all allowed, while the colours stay right."""
     folder = voc / "voc2012" / "VOCdevkit" / "VOC2012" / "SegmentationClass"
     for path in folder.iterdir():
@@ -32,7 +36,7 @@ def test_a_compacted_palette_is_refused(voc):
         compact(path)
         assert np.array_equal(np.array(Image.open(path).convert("RGB")), before)
         assert np.array(Image.open(path)).max() == 3
-    dataset = load_dataset("voc2012", "val", root=voc)
+    dataset = load_segmentation("voc2012", "val", root=voc)
     with pytest.raises(
         BadInputError, match=r"2007_000000\.png is a palette image whose colours are not those of .*index"
     ):
@@ -42,14 +46,14 @@ def test_a_compacted_palette_is_refused(voc):
     assert any("palette image" in finding.text for finding in check_dataset("voc2012", voc))
 
 
-def test_a_palette_copy_of_a_grey_set(tmp_path):
+def test_a_palette_copy_of_a_grey_set(tmp_path: Path) -> None:
     base = tmp_path / "ade20k"
     mask = np.array([0, 4, 30, 150], np.uint8).repeat(150).reshape(20, 30)
     save(base / "images" / "validation" / "a.jpg", image_of(0))
     path = base / "annotations" / "validation" / "a.png"
     save(path, mask)
     Image.open(path).convert("P").save(path)  # keeps indices, with grey colours
-    dataset = load_dataset("ade20k", "val", root=tmp_path)
+    dataset = load_segmentation("ade20k", "val", root=tmp_path)
     assert sorted(set(dataset[0].mask.ravel().tolist())) == [3, 29, 149, 255]
     compact(path)
     with pytest.raises(BadInputError, match=r"a\.png is a palette image"):
@@ -57,7 +61,7 @@ def test_a_palette_copy_of_a_grey_set(tmp_path):
 
 
 @pytest.mark.parametrize("white_border", [False, True])
-def test_known_palettes_are_read(tmp_path, white_border):
+def test_known_palettes_are_read(tmp_path: Path, white_border: bool) -> None:
     """VOC's colours, also with a white border; a set's own colours; a palette that is too short."""
     mask = np.array([[0, 1, 20, 255]], np.uint8)
     table = id_table({**{i: i for i in range(21)}, 255: 255})
@@ -72,7 +76,7 @@ def test_known_palettes_are_read(tmp_path, white_border):
     image.save(tmp_path / "m.gif")
     own = Image.fromarray(np.array([[7, 8]], np.uint8))
     city = np.zeros((256, 3), np.uint8)
-    city[list(LABEL_IDS)] = Cityscapes.palette.fget(None)
+    city[list(LABEL_IDS)] = Cityscapes.palette.fget(None)  # type: ignore[attr-defined]
     own.putpalette(city.tobytes())
     own.save(tmp_path / "c.png")
     table = id_table({7: 0, 8: 1})
@@ -85,8 +89,8 @@ def resized(path: Path, size: tuple[int, int]) -> None:
     Image.open(path).resize(size[::-1], Image.Resampling.NEAREST).save(path)
 
 
-def test_resized_copies_of_sets_with_one_size(camvid, tmp_path):
-    dataset = load_dataset("camvid", "train", root=camvid)
+def test_resized_copies_of_sets_with_one_size(camvid: Path, tmp_path: Path) -> None:
+    dataset = load_segmentation("camvid", "train", root=camvid)
     for folder in ("train", "trainannot"):
         for path in (camvid / "camvid" / folder).iterdir():
             resized(path, (180, 240))
@@ -100,41 +104,41 @@ def test_resized_copies_of_sets_with_one_size(camvid, tmp_path):
     save(base / "test_rgb" / "0001.png", image_of(0))
     save(base / "test_labels_13" / "new_nyu_class13_0001.png", np.zeros((20, 30), np.uint8))
     with pytest.raises(BadInputError, match="all images of nyuv2_13 are 640x480"):
-        load_dataset("nyuv2_13", "test", root=tmp_path)[0]
+        load_segmentation("nyuv2_13", "test", root=tmp_path)[0]
 
 
-def test_enlarged_copies(voc, tmp_path):
+def test_enlarged_copies(voc: Path, tmp_path: Path) -> None:
     base = voc / "voc2012" / "VOCdevkit" / "VOC2012"
     for path in (base / "JPEGImages" / "2007_000000.jpg", base / "SegmentationClass" / "2007_000000.png"):
         resized(path, (400, 600))
     with pytest.raises(BadInputError, match="no image of voc2012 has a side longer than 500"):
-        load_dataset("voc2012", "val", root=voc)[0]
+        load_segmentation("voc2012", "val", root=voc)[0]
     for folder in ("images", "stuffthingmaps"):
         save(
             tmp_path / "coco" / folder / "val2017" / f"1.{'jpg' if folder == 'images' else 'png'}",
             image_of(0, (700, 9)),
         )
     with pytest.raises(BadInputError, match="no image of coco_stuff27 has a side longer than 640"):
-        load_dataset("coco_stuff27", "val", root=tmp_path)[0]
+        load_segmentation("coco_stuff27", "val", root=tmp_path)[0]
 
 
-def test_copies_resized_to_one_size(tmp_path, monkeypatch):
+def test_copies_resized_to_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """From 16 images on, equal sizes in a whole set whose sizes differ are no chance."""
     base = tmp_path / "ade20k"
     for i in range(16):
         save(base / "images" / "validation" / f"{i}.jpg", image_of(i))
         save(base / "annotations" / "validation" / f"{i}.png", image_of(i)[..., 0] % 150)
-    dataset = load_dataset("ade20k", "val", root=tmp_path)
-    assert not dataset.sample_doubts()
+    dataset = load_segmentation("ade20k", "val", root=tmp_path)
+    assert not dataset.sample_sanity_check()
     monkeypatch.setattr(ADE20K, "expected", {"val": 16})
-    assert any("All images are 30x20 pixels" in text for text in dataset.sample_doubts())
-    assert not dataset.limited(15).sample_doubts()
+    assert any("All images are 30x20 pixels" in text for text in dataset.sample_sanity_check())
+    assert not dataset.head(15).sample_sanity_check()
     for folder, ending in (("images", "jpg"), ("annotations", "png")):
         resized(base / folder / "validation" / f"7.{ending}", (21, 30))
-    assert not dataset.sample_doubts()
+    assert not dataset.sample_sanity_check()
 
 
-def dataset_of(name, root, split, masks):
+def dataset_of(name: str, root: Path, split: str, masks: Sequence[np.ndarray]) -> SegmentationDataset:
     """ADE20K or Pascal Context with these masks."""
     for i, mask in enumerate(masks):
         if name.startswith("ade20k"):
@@ -147,81 +151,81 @@ def dataset_of(name, root, split, masks):
         lists = root / "pascal_context" / "ImageSets" / "SegmentationContext"
         lists.mkdir(parents=True, exist_ok=True)
         (lists / "val.txt").write_text("".join(f"{i}\n" for i in range(len(masks))))
-    return load_dataset(name, split, root=root)
+    return load_segmentation(name, split, root=root)
 
 
 @pytest.mark.parametrize(
     ("name", "classes"), [("ade20k", 150), ("ade20k_151", 150), ("pascal_context", 59), ("pascal_context60", 59)]
 )
-def test_ids_from_zero_with_void_at_the_end(tmp_path, name, classes):
+def test_ids_from_zero_with_void_at_the_end(tmp_path: Path, name: str, classes: int) -> None:
     """0..149 with other = 150: every value is allowed, and every class wrong."""
     rng = np.random.default_rng(0)
     right = [rng.integers(0, 30, (20, 30), dtype=np.uint8) for _ in range(6)]
-    assert not dataset_of(name, tmp_path / "right", "val", right).sample_doubts()
+    assert not dataset_of(name, tmp_path / "right", "val", right).sample_sanity_check()
     shifted = [np.where(mask == 0, classes, mask - 1).astype(np.uint8) for mask in right]
-    (doubt,) = dataset_of(name, tmp_path / "shifted", "val", shifted).sample_doubts()
-    assert "100 % of the masks hold" in doubt
-    assert "shifted by one" in doubt
+    (problem,) = dataset_of(name, tmp_path / "shifted", "val", shifted).sample_sanity_check()
+    assert "100 % of the masks hold" in problem
+    assert "shifted by one" in problem
 
 
-def camvid_of(root, masks):
+def camvid_of(root: Path, masks: Sequence[np.ndarray]) -> SegmentationDataset:
     base = root / "camvid"
     for i, mask in enumerate(masks):
         save(base / "val" / f"{i}.png", np.zeros((*CAMVID_SIZE, 3), np.uint8))
         save(base / "valannot" / f"{i}.png", mask)
     (base / "val.txt").write_text("".join(f"val/{i}.png valannot/{i}.png\n" for i in range(len(masks))))
-    return load_dataset("camvid", "val", root=root)
+    return load_segmentation("camvid", "val", root=root)
 
 
-def test_camvid_with_void_as_zero(tmp_path):
+def test_camvid_with_void_as_zero(tmp_path: Path) -> None:
     mask = np.zeros(CAMVID_SIZE, np.uint8)  # sky
     mask[180:] = 3  # road
     mask[170:180] = 4  # pavement
-    assert not camvid_of(tmp_path / "right", [mask] * 4).sample_doubts()
-    (doubt,) = camvid_of(tmp_path / "shifted", [mask + np.uint8(1)] * 4).sample_doubts()
-    assert "more 'Pavement' than 'Road'" in doubt
+    assert not camvid_of(tmp_path / "right", [mask] * 4).sample_sanity_check()
+    (problem,) = camvid_of(tmp_path / "shifted", [mask + np.uint8(1)] * 4).sample_sanity_check()
+    assert "more 'Pavement' than 'Road'" in problem
 
 
-def city_of(root, masks, kind="labelIds"):
+def city_of(root: Path, masks: Sequence[np.ndarray], kind: str = "labelIds") -> SegmentationDataset:
     base = root / "cityscapes"
     for i, mask in enumerate(masks):
         save(base / "leftImg8bit" / "val" / "ulm" / f"{i}_leftImg8bit.png", np.zeros((*CITY_SIZE, 3), np.uint8))
         save(base / "gtFine" / "val" / "ulm" / f"{i}_gtFine_{kind}.png", mask)
-    return load_dataset("cityscapes", "val", root=root)
+    return load_segmentation("cityscapes", "val", root=root)
 
 
-def test_cityscapes_label_ids_that_are_none(tmp_path, monkeypatch):
+def test_cityscapes_label_ids_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Cityscapes, "image_size", (20, 30))
     monkeypatch.setitem(globals(), "CITY_SIZE", (20, 30))
     right = np.full(CITY_SIZE, 7, np.uint8)
     right[:3], right[3:6], right[18:] = 23, 26, 1  # sky, cars, the own car
-    assert not city_of(tmp_path / "right", [right] * 4).sample_doubts()
+    assert not city_of(tmp_path / "right", [right] * 4).sample_sanity_check()
     full = np.where(right == 1, np.uint8(7), right)
-    (doubt,) = city_of(tmp_path / "full", [full] * 4).sample_doubts()
-    assert "No mask has void pixels" in doubt
+    (problem,) = city_of(tmp_path / "full", [full] * 4).sample_sanity_check()
+    assert "No mask has void pixels" in problem
     train_ids = np.select([right == value for value in LABEL_IDS], range(19), 4).astype(np.uint8)
-    doubts = city_of(tmp_path / "train", [train_ids] * 4).sample_doubts()
-    assert any("train ids (0..18) lie in files of label ids" in doubt for doubt in doubts)
+    problems = city_of(tmp_path / "train", [train_ids] * 4).sample_sanity_check()
+    assert any("train ids (0..18) lie in files of label ids" in problem for problem in problems)
     train_ids[right == 1] = 255
-    assert not city_of(tmp_path / "named", [train_ids] * 4, "labelTrainIds").sample_doubts()
-    (doubt,) = city_of(tmp_path / "swapped", [np.where(right == 7, np.uint8(8), right)] * 4).sample_doubts()
-    assert "more 'sidewalk' than 'road'" in doubt
+    assert not city_of(tmp_path / "named", [train_ids] * 4, "labelTrainIds").sample_sanity_check()
+    (problem,) = city_of(tmp_path / "swapped", [np.where(right == 7, np.uint8(8), right)] * 4).sample_sanity_check()
+    assert "more 'sidewalk' than 'road'" in problem
 
 
-def test_nyuv2_with_void_at_the_end(samples, tmp_path):
-    right = load_dataset("nyuv2_13", "test", root=samples)
-    assert not right.sample_doubts()
+def test_nyuv2_with_void_at_the_end(samples: Path, tmp_path: Path) -> None:
+    right = load_folder("nyuv2_13", "test", root=samples)
+    assert not right.sample_sanity_check()
     for image, mask in map(right.files, right.ids[:4]):
         target = tmp_path / "nyuv2" / mask.parent.name / mask.name
         values = np.array(Image.open(mask))
         save(target, np.where(values == 0, 13, values - 1).astype(np.uint8))
         (tmp_path / "nyuv2" / "test_rgb").mkdir(exist_ok=True)
         (tmp_path / "nyuv2" / "test_rgb" / image.name).symlink_to(image)
-    (doubt,) = load_dataset("nyuv2_13", "test", root=tmp_path).sample_doubts()
-    assert "borders of the masks" in doubt
+    (problem,) = load_segmentation("nyuv2_13", "test", root=tmp_path).sample_sanity_check()
+    assert "borders of the masks" in problem
 
 
-def test_voc_without_background(voc):
+def test_voc_without_background(voc: Path) -> None:
     folder = voc / "voc2012" / "VOCdevkit" / "VOC2012"
     for name in ("2007_000003", "2007_000004"):
         save(folder / "JPEGImages" / f"{name}.jpg", image_of(1))
@@ -231,10 +235,10 @@ def test_voc_without_background(voc):
         mask[0] = 255
         save_indices(folder / "SegmentationClass" / f"{name}.png", mask)
     (folder / "ImageSets" / "Segmentation" / "val.txt").write_text("\n".join(names))
-    (doubt,) = load_dataset("voc2012", "val", root=voc).sample_doubts()
-    assert "No mask has background" in doubt
+    (problem,) = load_segmentation("voc2012", "val", root=voc).sample_sanity_check()
+    assert "No mask has background" in problem
 
 
-def test_real_samples_raise_no_doubt(samples):
+def test_real_samples_raise_no_doubt(samples: Path) -> None:
     for name, split in (("camvid", "val"), ("voc2012", "val"), ("voc2012", "trainaug"), ("ade20k", "val")):
-        assert not load_dataset(name, split, root=samples).sample_doubts()
+        assert not load_segmentation(name, split, root=samples).sample_sanity_check()

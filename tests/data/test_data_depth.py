@@ -86,7 +86,7 @@ def test_labelled_frames(labelled):
     sample = test[1]
     assert sample.target.dtype == np.float32
     assert np.array_equal(sample.target, depth_of(1, NYU).astype(np.float32) / 1000)
-    assert test.sample_doubts() == []
+    assert test.sample_sanity_check() == []
     groups = [test.group_of(item) for item in test.ids]
     assert groups == ["1", "1", "9", "14"]  # runs of frames: what intervals are drawn from
     assert Sampling.of(test.sampling_unit, groups).unit == "scene"
@@ -136,9 +136,9 @@ def test_geonet(labelled):
     assert np.abs(train[0].image.astype(int) - image[:480, :640]).max() <= 1  # cut down from float32
     assert not train[0].target[0].any()
     assert np.array_equal(train[0].target[1, 1], [0, 0, -1])
-    assert len(test.limited(2)) == 2
-    assert test.limited(2)[1].id == "0002"
-    assert test.fingerprint() != test.limited(2).fingerprint()
+    assert len(test.head(2)) == 2
+    assert test.head(2)[1].id == "0002"
+    assert test.fingerprint() != test.head(2).fingerprint()
     (base / "a-1.mat").write_bytes(b"no MATLAB file")
     with pytest.raises(BadInputError, match=r"a-1\.mat is no readable file of GeoNet's release"):
         train[0]
@@ -157,7 +157,7 @@ def test_depth_in_another_unit(name, pattern, labelled, kitti):
     """Metres where millimetres are expected, millimetres where 256 to a metre are: one error that says so."""
     factor = 1 / 1000 if name == "nyu_depth_labelled" else 1000 / 256
     change_depth(labelled, pattern, lambda values: np.rint(values * factor).astype(np.uint16))
-    (doubt,) = load_dataset(name, "test", root=labelled).sample_doubts()
+    (doubt,) = load_dataset(name, "test", root=labelled).sample_sanity_check()
     assert "the files hold another unit" in doubt
     findings = [row for row in check_dataset(name, labelled) if row.level == "error" and row.split == "test"]
     assert [row.text for row in findings] == [doubt]
@@ -169,7 +169,7 @@ def test_depth_read_with_8_bits(labelled):
     with pytest.raises(BadInputError, match=r"0001\.png has pixel format L, but 16 bits are needed"):
         load_dataset("nyu_depth_labelled", "test", root=labelled)[0]
     change_depth(labelled, "nyuv2/train_depth/*.png", lambda values: values & 255)
-    (doubt,) = load_dataset("nyu_depth_labelled", "train", root=labelled).sample_doubts()
+    (doubt,) = load_dataset("nyu_depth_labelled", "train", root=labelled).sample_sanity_check()
     assert "cut down to 8 bits" in doubt
 
 
@@ -268,7 +268,7 @@ def test_archives_of_kitti_go_where_they_are_looked_for(tmp_path):
 def test_the_real_sample(samples):
     test = load_dataset("nyu_depth_labelled", "test", root=samples)
     assert test.subset == {"found": 10, "expected": 654}
-    assert test.sample_doubts() == []
+    assert test.sample_sanity_check() == []
     assert test[0].target.min() == np.float32(1.798)
     assert test[0].target.max() == np.float32(3.615)
 

@@ -1,16 +1,19 @@
 """Reading images, masks and the miniature data sets: what is accepted, and that every defect is named with its file."""
 
+from __future__ import annotations
+
 import json
 import pickle
 import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from data_helpers import CAMVID_SIZE, PAIRS, image_of, save, save_indices
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -18,12 +21,14 @@ from PIL import Image
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.data.integrity import check_dataset, describe_datasets
 from neco_bench.data.io import id_table, read_image, read_mask
-from neco_bench.data.load import list_datasets, load_dataset
+from neco_bench.data.load import list_datasets
 from neco_bench.data.voc2012 import VOC2012
+from tests.data.data_helpers import CAMVID_SIZE, PAIRS, image_of, save, save_indices
+from tests.typed import load_pairs, load_segmentation
 
 
 @pytest.mark.parametrize("mode", ["L", "RGB", "RGBA", "CMYK", "P", "1", "LA"])
-def test_images_of_every_mode_become_rgb(tmp_path, mode):
+def test_images_of_every_mode_become_rgb(tmp_path: Path, mode: str) -> None:
     path = tmp_path / ("x.tif" if mode == "CMYK" else "x.png")
     original = Image.fromarray(image_of(0)).convert(mode)
     original.save(path)
@@ -34,14 +39,14 @@ def test_images_of_every_mode_become_rgb(tmp_path, mode):
     assert np.array_equal(image, np.array(original.convert("RGB")))
 
 
-def test_exif_orientation_is_not_applied(tmp_path):
+def test_exif_orientation_is_not_applied(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
     save(tmp_path / "x.jpg", image_of(0), exif=exif)
     assert read_image(tmp_path / "x.jpg").shape == (20, 30, 3)
 
 
-def test_bad_images_are_named(tmp_path):
+def test_bad_images_are_named(tmp_path: Path) -> None:
     path = tmp_path / "x.jpg"
     with pytest.raises(MissingError, match=r"x\.jpg, which .*val\.txt names"):
         read_image(path, listed_in=Path("val.txt"))
@@ -59,7 +64,9 @@ def test_bad_images_are_named(tmp_path):
 
 @settings(max_examples=40, deadline=None)
 @given(st.lists(st.integers(0, 255), min_size=1, max_size=12), st.integers(1, 20), st.integers(20, 255))
-def test_masks_read_back_or_name_the_wrong_values(tmp_path_factory, values, classes, void):
+def test_masks_read_back_or_name_the_wrong_values(
+    tmp_path_factory: pytest.TempPathFactory, values: Sequence[int], classes: int, void: int
+) -> None:
     path = tmp_path_factory.mktemp("masks") / "m.png"
     array = np.array([values], np.uint8)
     save_indices(path, array)
@@ -72,10 +79,10 @@ def test_masks_read_back_or_name_the_wrong_values(tmp_path_factory, values, clas
         assert np.array_equal(read_mask(path, table=table), np.where(array == void, 255, array))
 
 
-def test_voc_reads_indices_and_void(voc):
-    dataset = load_dataset("voc2012", "val", root=voc)
+def test_voc_reads_indices_and_void(voc: Path) -> None:
+    dataset = load_segmentation("voc2012", "val", root=voc)
     assert len(dataset) == 3
-    assert dataset.subset == {"found": 3, "expected": 1449}
+    assert dataset.coverage == {"found": 3, "expected": 1449}
     sample = dataset[2]
     assert sample.id == "2007_000002"
     assert set(sample.mask[0]) == {255}
@@ -84,21 +91,21 @@ def test_voc_reads_indices_and_void(voc):
 
 
 @pytest.mark.parametrize("place", ["voc2012/VOC2012", "voc2012"])
-def test_voc_is_found_in_other_places(voc, tmp_path, place):
-    before = load_dataset("voc2012", "val", root=voc).fingerprint()
+def test_voc_is_found_in_other_places(voc: Path, tmp_path: Path, place: str) -> None:
+    before = load_segmentation("voc2012", "val", root=voc).fingerprint()
     other = tmp_path / "other"
     shutil.copytree(voc / "voc2012" / "VOCdevkit" / "VOC2012", other / place)
-    dataset = load_dataset("voc2012", "val", root=other)
+    dataset = load_segmentation("voc2012", "val", root=other)
     assert dataset[1].mask[1, 1] == 1
     assert dataset.fingerprint() == before  # places do not matter
 
 
-def _voc_file(root, folder, name):
+def _voc_file(root: Path, folder: str, name: str) -> Path:
     return root / "voc2012" / "VOCdevkit" / "VOC2012" / folder / name
 
 
-def test_voc_defects_are_named(voc):
-    dataset = load_dataset("voc2012", "val", root=voc)
+def test_voc_defects_are_named(voc: Path) -> None:
+    dataset = load_segmentation("voc2012", "val", root=voc)
     mask = _voc_file(voc, "SegmentationClass", "2007_000001.png")
     save(mask, np.zeros((20, 30, 3), np.uint8))
     with pytest.raises(BadInputError, match=r"2007_000001\.png is a colour mask"):
@@ -123,54 +130,54 @@ def test_voc_defects_are_named(voc):
     assert any("2 of 3" in text for text in found)
 
 
-def test_voc_trainaug_asks_for_its_masks(voc):
+def test_voc_trainaug_asks_for_its_masks(voc: Path) -> None:
     lists = _voc_file(voc, "ImageSets", "Segmentation")
     shutil.copy(lists / "val.txt", lists / "trainaug.txt")
     with pytest.raises(MissingError, match="SegmentationClassAug"):
-        load_dataset("voc2012", "trainaug", root=voc)
+        load_segmentation("voc2012", "trainaug", root=voc)
 
 
-def test_wrong_lists(voc):
+def test_wrong_lists(voc: Path) -> None:
     file = _voc_file(voc, "ImageSets", "Segmentation/val.txt")
     file.write_text("\n \n")
     with pytest.raises(BadInputError, match=r"val\.txt is empty"):
-        load_dataset("voc2012", "val", root=voc)
+        load_segmentation("voc2012", "val", root=voc)
     file.write_text("a\nb\na\n")
     with pytest.raises(BadInputError, match=r"names 'a' more than once"):
-        load_dataset("voc2012", "val", root=voc)
+        load_segmentation("voc2012", "val", root=voc)
     file.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(BadInputError, match=r"not a readable text file"):
-        load_dataset("voc2012", "val", root=voc)
+        load_segmentation("voc2012", "val", root=voc)
     file.unlink()
     (finding,) = check_dataset("voc2012", voc)
     assert finding.level == "error"
     assert "ImageSets/Segmentation/train.txt" in finding.text
 
 
-def test_missing_roots_show_the_tree_and_the_command(tmp_path, monkeypatch):
+def test_missing_roots_show_the_tree_and_the_command(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NECO_BENCH_DATA", raising=False)
     for root in (None, tmp_path):
         with pytest.raises(
             MissingError, match=r"(?s)trainannot/.*neco-bench data check camvid --data-root DIR"
         ) as error:
-            load_dataset("camvid", "train", root=root)
+            load_segmentation("camvid", "train", root=root)
         assert error.value.exit_code == 3
     monkeypatch.setenv("NECO_BENCH_DATA", str(tmp_path))
     with pytest.raises(MissingError, match="there is no folder"):
-        load_dataset("camvid", "train")
+        load_segmentation("camvid", "train")
 
 
-def test_wrong_names(voc):
+def test_wrong_names(voc: Path) -> None:
     with pytest.raises(UsageError, match="voc2012"):
-        load_dataset("voc2021", "val")
+        load_segmentation("voc2021", "val")
     with pytest.raises(UsageError, match=r"train, trainaug, val, trainaug_1of\{128,64,8\}_\{0\.\.4\}"):
-        load_dataset("voc2012", "test", root=voc)
+        load_segmentation("voc2012", "test", root=voc)
     with pytest.raises(UsageError, match="1 or more"):
-        load_dataset("voc2012", "val", root=voc, limit=0)
+        load_segmentation("voc2012", "val", root=voc, limit=0)
 
 
-def test_camvid_void_and_base_names(camvid):
-    dataset = load_dataset("camvid", "train", root=camvid)
+def test_camvid_void_and_base_names(camvid: Path) -> None:
+    dataset = load_segmentation("camvid", "train", root=camvid)
     assert dataset.ids == ("a0", "a1")
     assert set(dataset[0].mask.ravel()) == {10}
     assert set(dataset[1].mask.ravel()) == {255}
@@ -180,22 +187,22 @@ def test_camvid_void_and_base_names(camvid):
         dataset[1]
 
 
-def test_limited_and_fingerprint(camvid):
-    dataset = load_dataset("camvid", "train", root=camvid)
-    first = dataset.limited(1)
+def test_limited_and_fingerprint(camvid: Path) -> None:
+    dataset = load_segmentation("camvid", "train", root=camvid)
+    first = dataset.head(1)
     assert first.ids == dataset.ids[:1]
     assert len(dataset) == 2
-    assert load_dataset("camvid", "train", root=camvid, limit=1).fingerprint() == first.fingerprint()
+    assert load_segmentation("camvid", "train", root=camvid, limit=1).fingerprint() == first.fingerprint()
     assert first.fingerprint() != dataset.fingerprint()
     before = dataset.fingerprint()
     assert pickle.loads(pickle.dumps(dataset)).fingerprint() == before
     with (camvid / "camvid" / "train" / "a1.png").open("ab") as file:
         file.write(b"x")
     assert dataset.fingerprint() != before
-    assert first.fingerprint() == load_dataset("camvid", "train", root=camvid, limit=1).fingerprint()
+    assert first.fingerprint() == load_segmentation("camvid", "train", root=camvid, limit=1).fingerprint()
 
 
-def test_fingerprint_of_ten_thousand_files_is_quick(tmp_path):
+def test_fingerprint_of_ten_thousand_files_is_quick(tmp_path: Path) -> None:
     base = tmp_path / "voc2012"
     for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
         (base / folder).mkdir(parents=True)
@@ -209,8 +216,8 @@ def test_fingerprint_of_ten_thousand_files_is_quick(tmp_path):
     assert time.perf_counter() - start < 3  # 0.2 s on an idle machine
 
 
-def test_spair_pairs_sorted_and_as_annotated(spair):
-    dataset = load_dataset("spair71k", "val", root=spair)
+def test_spair_pairs_sorted_and_as_annotated(spair: Path) -> None:
+    dataset = load_pairs("spair71k", "val", root=spair)
     assert dataset.ids == tuple(sorted(PAIRS))
     sample = dataset[0]
     pair = sample.pair
@@ -223,15 +230,15 @@ def test_spair_pairs_sorted_and_as_annotated(spair):
     assert sample.source_image.shape == (40, 25, 3)
     assert sample.target_image.shape == (20, 30, 3)
     assert dataset.image_ids == ("cat/a", "cat/b")
-    part = dataset.limited(1)
+    part = dataset.head(1)
     assert (len(part), len(part.pairs)) == (1, 1)
     assert part.fingerprint() != dataset.fingerprint()
     assert pickle.loads(pickle.dumps(dataset)).fingerprint() == dataset.fingerprint()
 
 
-def test_spair_defects_are_named(spair):
+def test_spair_defects_are_named(spair: Path) -> None:
     base = spair / "spair71k" / "SPair-71k"
-    dataset = load_dataset("spair71k", "val", root=spair)
+    dataset = load_pairs("spair71k", "val", root=spair)
     save(base / "JPEGImages" / "cat" / "a.jpg", image_of(0, (10, 15)))
     with pytest.raises(BadInputError, match=r"a\.jpg is 15x10 pixels, its annotations are for 30x20"):
         dataset[0]
@@ -244,20 +251,20 @@ def test_spair_defects_are_named(spair):
     raw = json.loads(annotation.read_text())
     annotation.write_text(json.dumps(raw | {"trg_kps": [[1, 2]]}))
     with pytest.raises(BadInputError, match="2 source points, 1 target points"):
-        load_dataset("spair71k", "val", root=spair)
+        load_pairs("spair71k", "val", root=spair)
     annotation.write_text("{")
     with pytest.raises(BadInputError, match=r"cat\.json is not a pair annotation of SPair-71k: JSONDecodeError"):
-        load_dataset("spair71k", "val", root=spair)
+        load_pairs("spair71k", "val", root=spair)
     annotation.rename(annotation.with_name(annotation.name.replace(":", "_")))
     with pytest.raises(MissingError, match="the ':' in file names was replaced"):
-        load_dataset("spair71k", "val", root=spair)
+        load_pairs("spair71k", "val", root=spair)
     assert any(f.level == "error" and "':'" in f.text for f in check_dataset("spair71k", spair))
     annotation.with_name(annotation.name.replace(":", "_")).unlink()
     with pytest.raises(MissingError, match=r"val\.txt names it"):
-        load_dataset("spair71k", "val", root=spair)
+        load_pairs("spair71k", "val", root=spair)
 
 
-def test_check_finds_points_outside(spair):
+def test_check_finds_points_outside(spair: Path) -> None:
     annotation = spair / "spair71k" / "SPair-71k" / "PairAnnotation" / "val" / f"{PAIRS[0]}.json"
     raw = json.loads(annotation.read_text())
     annotation.write_text(json.dumps(raw | {"trg_kps": [[1, 2], [300, 3]]}))
@@ -266,10 +273,10 @@ def test_check_finds_points_outside(spair):
     assert PAIRS[0] in errors[0].text
 
 
-def test_check_reports_progress_counts_and_fractions(camvid):
+def test_check_reports_progress_counts_and_fractions(camvid: Path) -> None:
     calls = []
 
-    def progress(items, desc):
+    def progress(items: Sequence[Any], desc: str) -> Sequence[Any]:
         calls.append((desc, len(items)))
         return items
 
@@ -282,7 +289,7 @@ def test_check_reports_progress_counts_and_fractions(camvid):
     assert any("2 of the 367" in f.text for f in findings)
 
 
-def test_listing_reads_no_image(voc):
+def test_listing_reads_no_image(voc: Path) -> None:
     for file in voc.rglob("*.jpg"):
         file.write_bytes(b"")
     rows = {row.name: row for row in describe_datasets(voc)}
@@ -295,7 +302,7 @@ def test_listing_reads_no_image(voc):
     assert set(rows) == set(list_datasets())
 
 
-def test_no_torch_is_imported():
+def test_no_torch_is_imported() -> None:
     code = (
         "import sys, neco_bench.data as d, neco_bench.data.integrity as i; i.describe_datasets(); "
         "bad = {'torch', 'cv2', 'faiss'} & set(sys.modules); assert not bad, bad"

@@ -1,21 +1,25 @@
 """Files under other names, in other places, in other lists: found, or told as what they are."""
 
+from __future__ import annotations
+
 import json
 import shutil
+from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import image_of, save, save_indices
 
 from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.core.protocol import all_cards
 from neco_bench.data.folder import first_entry
 from neco_bench.data.integrity import check_dataset, describe_datasets
-from neco_bench.data.load import load_dataset
 from tests.command import neco
+from tests.data.data_helpers import image_of, save, save_indices
+from tests.typed import load_folder, load_segmentation
 
 
-def ade(root, names=("a", "b", "c")):
+def ade(root: Path, names: Sequence[str] = ("a", "b", "c")) -> tuple[Path, Path]:
     """ADE20K's val split; the two folders."""
     base = root / "ade20k" / "ADEChallengeData2016"
     for i, name in enumerate(names):
@@ -24,15 +28,15 @@ def ade(root, names=("a", "b", "c")):
     return base / "images" / "validation", base / "annotations" / "validation"
 
 
-def message(root, name="ade20k", split="val"):
+def message(root: Path, name: str = "ade20k", split: str = "val") -> str:
     with pytest.raises(MissingError) as error:
-        load_dataset(name, split, root=root)
+        load_segmentation(name, split, root=root)
     text = str(error.value).partition("\n")[0]
     assert "unpack both" not in text
     return text
 
 
-def test_another_suffix(tmp_path):
+def test_another_suffix(tmp_path: Path) -> None:
     images, _ = ade(tmp_path)
     for path in list(images.iterdir()):
         path.rename(path.with_suffix(".JPEG"))
@@ -40,7 +44,7 @@ def test_another_suffix(tmp_path):
     assert any("'a.JPEG'" in finding.text for finding in check_dataset("ade20k", tmp_path) if finding.level == "error")
 
 
-def test_one_file_with_another_suffix(tmp_path):
+def test_one_file_with_another_suffix(tmp_path: Path) -> None:
     images, masks = ade(tmp_path)
     (images / "b.jpg").rename(images / "b.JPG")
     text = message(tmp_path)
@@ -52,14 +56,14 @@ def test_one_file_with_another_suffix(tmp_path):
 
 
 @pytest.mark.parametrize("copy", ["b (1).jpg", "b(2).jpg", "b - Copy.jpg"])
-def test_a_second_download(tmp_path, copy):
+def test_a_second_download(tmp_path: Path, copy: str) -> None:
     images, _ = ade(tmp_path)
     shutil.copy(images / "b.jpg", images / copy)
     text = message(tmp_path)
     assert f"whose names look like 'a.png': {copy}. {copy!r} looks like a second download" in text
 
 
-def test_names_that_count_from_zero_and_from_one(tmp_path):
+def test_names_that_count_from_zero_and_from_one(tmp_path: Path) -> None:
     _, masks = ade(tmp_path, [f"ADE_val_{i:08d}" for i in range(4)])
     for i in reversed(range(4)):
         (masks / f"ADE_val_{i:08d}.png").rename(masks / f"ADE_val_{i + 1:08d}.png")
@@ -67,33 +71,33 @@ def test_names_that_count_from_zero_and_from_one(tmp_path):
     assert "ADE_val_00000000.jpg" in message(tmp_path)
 
 
-def test_masks_one_folder_deeper(tmp_path):
+def test_masks_one_folder_deeper(tmp_path: Path) -> None:
     _, masks = ade(tmp_path)
     shutil.move(masks, masks.with_name("moved"))
     shutil.move(masks.with_name("moved"), masks / "validation")
     assert "The same names lie at different depths" in message(tmp_path)
 
 
-def test_half_an_archive_is_told_as_such(tmp_path):
+def test_half_an_archive_is_told_as_such(tmp_path: Path) -> None:
     _, masks = ade(tmp_path)
     (masks / "b.png").unlink()
     with pytest.raises(MissingError, match=r"1 of 3 files .* look like 'a\.png': b\.jpg\. .*unpack both again"):
-        load_dataset("ade20k", "val", root=tmp_path)
+        load_segmentation("ade20k", "val", root=tmp_path)
 
 
-def stuff(root):
+def stuff(root: Path) -> Path:
     for i in range(2):
         save(root / "coco" / "images" / "val2017" / f"{i:012d}.jpg", image_of(i))
         save(root / "coco" / "stuffthingmaps" / "val2017" / f"{i:012d}.png", np.full((20, 30), i, np.uint8))
     return root / "coco" / "stuffthingmaps" / "val2017"
 
 
-def test_train_ids_beside_stuffthingmaps_are_no_masks_without_images(tmp_path):
+def test_train_ids_beside_stuffthingmaps_are_no_masks_without_images(tmp_path: Path) -> None:
     """Converters of other code bases write them there."""
     folder = stuff(tmp_path)
     for path in list(folder.iterdir()):
         shutil.copy(path, path.with_name(f"{path.stem}_labelTrainIds.png"))
-    dataset = load_dataset("coco_stuff27", "val", root=tmp_path)
+    dataset = load_segmentation("coco_stuff27", "val", root=tmp_path)
     assert len(dataset) == 2
     (folder / "000000000001.png").unlink()
     assert "'000000000001_labelTrainIds.png' is there instead of '000000000001.png'" in message(
@@ -101,7 +105,7 @@ def test_train_ids_beside_stuffthingmaps_are_no_masks_without_images(tmp_path):
     )
 
 
-def test_cityscapes_of_two_kinds(tmp_path):
+def test_cityscapes_of_two_kinds(tmp_path: Path) -> None:
     base = tmp_path / "cityscapes"
     for i, kind in enumerate(("labelIds", "labelTrainIds")):
         save(base / "leftImg8bit" / "val" / "ulm" / f"ulm_{i}_leftImg8bit.png", image_of(i))
@@ -110,12 +114,12 @@ def test_cityscapes_of_two_kinds(tmp_path):
     assert "'ulm_1_gtFine_labelTrainIds.png' is there instead of 'ulm_1_gtFine_labelIds.png'" in text
 
 
-def test_cityscapes_unpacked_into_a_folder_per_archive(tmp_path):
+def test_cityscapes_unpacked_into_a_folder_per_archive(tmp_path: Path) -> None:
     for root, places in (("official", ("", "")), ("apart", ("leftImg8bit_trainvaltest", "gtFine_trainvaltest"))):
         images, masks = (tmp_path / root / "cityscapes" / place for place in places)
         save(images / "leftImg8bit" / "val" / "ulm" / "1_leftImg8bit.png", np.zeros((1024, 2048, 3), np.uint8))
         save(masks / "gtFine" / "val" / "ulm" / "1_gtFine_labelIds.png", np.full((1024, 2048), 8, np.uint8))
-    apart, official = (load_dataset("cityscapes", "val", root=tmp_path / root) for root in ("apart", "official"))
+    apart, official = (load_segmentation("cityscapes", "val", root=tmp_path / root) for root in ("apart", "official"))
     assert apart.mask(0)[0, 0] == 1
     assert apart.fingerprint() == official.fingerprint()
 
@@ -123,29 +127,29 @@ def test_cityscapes_unpacked_into_a_folder_per_archive(tmp_path):
 @pytest.mark.parametrize(
     "place", ["VOCdevkit/VOCdevkit/VOC2012", "VOC2012_train_val/VOC2012_train_val", "archive/VOC2012", "VOCdevkit"]
 )
-def test_nested_voc_is_found(voc, tmp_path, place):
-    before = load_dataset("voc2012", "val", root=voc)
+def test_nested_voc_is_found(voc: Path, tmp_path: Path, place: str) -> None:
+    before = load_segmentation("voc2012", "val", root=voc)
     other = tmp_path / "other" / "voc2012"
     shutil.copytree(voc / "voc2012" / "VOCdevkit" / "VOC2012", other / place)
     (other / "VOC2012_test" / "VOC2012_test" / "ImageSets" / "Segmentation").mkdir(parents=True)  # Kaggle has it
     (other / "VOC2012_test" / "VOC2012_test" / "ImageSets" / "Segmentation" / "test.txt").write_text("x\n")
-    dataset = load_dataset("voc2012", "val", root=tmp_path / "other")
+    dataset = load_folder("voc2012", "val", root=tmp_path / "other")
     assert dataset.folder == other / place
     assert dataset.fingerprint() == before.fingerprint()
     assert dataset[1].mask[1, 1] == 1
     assert any(str(other / place) in f.text for f in check_dataset("voc2012", tmp_path / "other") if f.level == "ok")
 
 
-def test_voc_of_two_years_and_two_copies(voc):
+def test_voc_of_two_years_and_two_copies(voc: Path) -> None:
     devkit = voc / "voc2012" / "VOCdevkit"
     shutil.copytree(devkit / "VOC2012", devkit / "VOC2007")
-    assert load_dataset("voc2012", "val", root=voc).folder == devkit / "VOC2012"
+    assert load_folder("voc2012", "val", root=voc).folder == devkit / "VOC2012"
     shutil.copytree(devkit / "VOC2012", devkit / "VOC2012-old")
     with pytest.raises(BadInputError, match=r"several copies: .*VOC2012, .*VOC2012-old"):
-        load_dataset("voc2012", "val", root=voc)
+        load_segmentation("voc2012", "val", root=voc)
 
 
-def test_other_nested_trees_are_found(tmp_path, camvid, spair):
+def test_other_nested_trees_are_found(tmp_path: Path, camvid: Path, spair: Path) -> None:
     ade(tmp_path)
     stuff(tmp_path)
     for folder, inner in (
@@ -160,21 +164,21 @@ def test_other_nested_trees_are_found(tmp_path, camvid, spair):
         (place / inner).parent.mkdir(parents=True, exist_ok=True)
         shutil.move(tmp_path / "moved", place / inner)
     for name, split in (("ade20k", "val"), ("camvid", "train"), ("spair71k", "val"), ("coco_stuff27", "val")):
-        assert len(load_dataset(name, split, root=tmp_path)) > 1
+        assert len(load_segmentation(name, split, root=tmp_path)) > 1
 
 
-def test_what_is_there_instead_of_a_data_set(voc):
+def test_what_is_there_instead_of_a_data_set(voc: Path) -> None:
     with pytest.raises(MissingError, match=r"there is no folder .*/voc2012/voc2012\. .*voc2012 holds 'VOCdevkit'\."):
-        load_dataset("voc2012", "val", root=voc / "voc2012")  # the root is one folder too deep
+        load_segmentation("voc2012", "val", root=voc / "voc2012")  # the root is one folder too deep
     (voc / "VOC2012").mkdir()
     (voc / "voc2012").rename(voc / "away")
     with pytest.raises(MissingError, match=r"Did you mean 'VOC2012'"):
-        load_dataset("voc2012", "val", root=voc)
+        load_segmentation("voc2012", "val", root=voc)
 
 
-def test_a_listed_file_with_another_suffix(voc):
+def test_a_listed_file_with_another_suffix(voc: Path) -> None:
     base = voc / "voc2012" / "VOCdevkit" / "VOC2012" / "JPEGImages"
-    dataset = load_dataset("voc2012", "val", root=voc)
+    dataset = load_segmentation("voc2012", "val", root=voc)
     (base / "2007_000001.jpg").rename(base / "2007_000001.JPG")
     for read in (lambda: dataset[1], lambda: dataset.mask(1), dataset.fingerprint):
         with pytest.raises(MissingError, match=r"2007_000001\.jpg.* '2007_000001\.JPG' is there instead: name it"):
@@ -188,37 +192,37 @@ def test_a_listed_file_with_another_suffix(voc):
 @pytest.mark.parametrize(
     "line", ["{}", "  {}  ", "{}.jpg", "C:\\data\\JPEGImages\\{}.jpg", "/my data/{}.jpg /x/{}.png"]
 )
-def test_lists_of_other_programs(voc, encoding, line):
+def test_lists_of_other_programs(voc: Path, encoding: str, line: str) -> None:
     path = voc / "voc2012" / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
     path.write_bytes("\r\n".join(line.format(f"2007_00000{i}", "y") for i in range(3)).encode(encoding))
-    assert load_dataset("voc2012", "val", root=voc).ids == ("2007_000000", "2007_000001", "2007_000002")
+    assert load_segmentation("voc2012", "val", root=voc).ids == ("2007_000000", "2007_000001", "2007_000002")
 
 
-def test_a_split_file_of_another_program(voc, tmp_path):
+def test_a_split_file_of_another_program(voc: Path, tmp_path: Path) -> None:
     path = tmp_path / "mine.txt"
     path.write_bytes("JPEGImages\\2007_000002.jpg\r\n  2007_000000 1\r\n".encode("utf-16"))
-    part = load_dataset("voc2012", "val", root=voc, split_file=path)
+    part = load_segmentation("voc2012", "val", root=voc, split_file=path)
     assert part.ids == ("2007_000000", "2007_000002")
 
 
-def test_names_with_spaces():
+def test_names_with_spaces() -> None:
     assert first_entry("my image 1.png other.png") == "my image 1.png"
     assert first_entry("/a b/c.v2 d.JPG") == "/a b/c.v2 d.JPG"
     assert first_entry("2007_000032 1") == "2007_000032"
 
 
-def test_nul_in_a_list(voc):
+def test_nul_in_a_list(voc: Path) -> None:
     path = voc / "voc2012" / "VOCdevkit" / "VOC2012" / "ImageSets" / "Segmentation" / "val.txt"
     path.write_bytes(b"2007_000000\n2007_0000\x0001\n")
     with pytest.raises(BadInputError, match=r"val\.txt is not a readable text file: .*NUL"):
-        load_dataset("voc2012", "val", root=voc)
+        load_segmentation("voc2012", "val", root=voc)
 
 
-def present(root):
+def present(root: Path) -> dict[str, tuple[str, ...]]:
     return {row.name: row.present for row in describe_datasets(root)}
 
 
-def test_a_set_is_present_where_its_splits_have_images(voc, camvid, spair):
+def test_a_set_is_present_where_its_splits_have_images(voc: Path, camvid: Path, spair: Path) -> None:
     """`voc` and the others share one root."""
     rows = present(voc)
     assert (rows["voc2012"], rows["camvid"], rows["spair71k"]) == (("val",), ("train",), ("val",))
@@ -231,15 +235,15 @@ def test_a_set_is_present_where_its_splits_have_images(voc, camvid, spair):
     assert rows["ade20k"] == rows["ade20k_151"] == rows["coco_stuff27"] == ("val",)
     for path in voc.rglob("*.jpg"):
         path.unlink()
-    rows = {row.name: row for row in describe_datasets(voc)}
-    assert rows["voc2012"].present == rows["spair71k"].present == rows["ade20k"].present == ()
-    assert "no images" in rows["voc2012"].problem
+    described = {row.name: row for row in describe_datasets(voc)}
+    assert all(described[name].present == () for name in ("voc2012", "spair71k", "ade20k"))
+    assert "no images" in described["voc2012"].problem
 
 
-def test_tasks_ask_for_their_own_splits(voc):
+def test_tasks_ask_for_their_own_splits(voc: Path) -> None:
     base = voc / "voc2012" / "VOCdevkit" / "VOC2012"
 
-    def with_data():
+    def with_data() -> set[str]:
         return {row["task"] for row in json.loads(neco("tasks", "--data-root", voc, "--json").out) if row["data"]}
 
     cards = all_cards()[0]

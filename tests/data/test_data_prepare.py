@@ -1,5 +1,7 @@
 """`data prepare`: archives, SBD, panoptic maps. Originals stay, interruptions do no harm, bad archives are refused."""
 
+from __future__ import annotations
+
 import contextlib
 import hashlib
 import io
@@ -9,27 +11,30 @@ import stat
 import sys
 import tarfile
 import zipfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pytest
-from data_helpers import image_of, save
 from filelock import FileLock
 from PIL import Image
 from scipy.io import loadmat, savemat
 
 from neco_bench.cli.app import main
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
-from neco_bench.data.load import load_dataset
 from neco_bench.data.nyuv2 import frames
 from neco_bench.data.prepare import prepare, unpack
+from tests.data.data_helpers import image_of, save
+from tests.typed import load_folder, load_segmentation, present, samples
 
 
-def digests(folder):
+def digests(folder: Path) -> dict[Path, str]:
     return {p: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.rglob("*") if p.is_file()}
 
 
 @pytest.fixture
-def voc_and_sbd(voc):
+def voc_and_sbd(voc: Path) -> tuple[Path, Path, Path]:
     """VOC with one train image beside the three of val; SBD with that one, one of val, and two of its own."""
     base = voc / "voc2012" / "VOCdevkit" / "VOC2012"
     save(base / "JPEGImages" / "2008_000009.jpg", image_of(9))
@@ -46,7 +51,7 @@ def voc_and_sbd(voc):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_voc_sbd(voc_and_sbd, tmp_path, packed):
+def test_voc_sbd(voc_and_sbd: tuple[Path, Path, Path], tmp_path: Path, packed: bool) -> None:
     root, base, source = voc_and_sbd
     before = digests(root)
     if packed:
@@ -56,13 +61,13 @@ def test_voc_sbd(voc_and_sbd, tmp_path, packed):
     made = prepare("voc_sbd", root, source=given)
     assert made[-2].written == 3
     assert "3 images, the whole set has 10582" in made[-2].note
-    dataset = load_dataset("voc2012", "trainaug", root=root)
+    dataset = load_segmentation("voc2012", "trainaug", root=root)
     assert dataset.ids == ("2008_000009", "2010_000001", "2010_000002")  # no image of val
     assert set(dataset[0].mask.ravel()) == {3, 255}  # VOC's own mask, not SBD's
     assert [int(dataset[i].mask[0, 0]) for i in (1, 2)] == [12, 13]
     stored = Image.open(base / "SegmentationClassAug" / "2010_000001.png")
     assert stored.mode == "P"
-    assert stored.getpalette()[3:6] == [128, 0, 0]
+    assert present(stored.getpalette())[3:6] == [128, 0, 0]
     after = digests(root)
     assert before.items() <= after.items()
     again = prepare("voc_sbd", root, source=given)
@@ -70,26 +75,26 @@ def test_voc_sbd(voc_and_sbd, tmp_path, packed):
     assert digests(root) == after
 
 
-def test_voc_sbd_goes_on_after_an_interruption(voc_and_sbd):
+def test_voc_sbd_goes_on_after_an_interruption(voc_and_sbd: tuple[Path, Path, Path]) -> None:
     root, base, source = voc_and_sbd
 
-    def interrupted(items, desc):
+    def interrupted(items: Sequence[Any], desc: str) -> Iterator[Any]:
         yield from list(items)[:2]
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
         prepare("voc_sbd", root, source=source, progress=interrupted)
     with pytest.raises(MissingError, match="prepare voc_sbd"):
-        load_dataset("voc2012", "trainaug", root=root)
+        load_segmentation("voc2012", "trainaug", root=root)
     assert prepare("voc_sbd", root, source=source)[0].written == 1
-    assert len(load_dataset("voc2012", "trainaug", root=root)) == 3
+    assert len(load_segmentation("voc2012", "trainaug", root=root)) == 3
     assert not list(base.glob("*.partial"))
     (base / "SegmentationClassAug" / "2010_000001.png").unlink()
     with pytest.raises(UsageError, match=r"lacks 1 of 3 files, the first is 2010_000001\.png"):
         prepare("voc_sbd", root, source=source)
 
 
-def test_voc_sbd_defects(voc_and_sbd, tmp_path):
+def test_voc_sbd_defects(voc_and_sbd: tuple[Path, Path, Path], tmp_path: Path) -> None:
     root, _, source = voc_and_sbd
     (tmp_path / "file").touch()
     with pytest.raises(NecoBenchError, match="Cannot write below"):
@@ -108,7 +113,7 @@ def test_voc_sbd_defects(voc_and_sbd, tmp_path):
         prepare("voc_sbd", root, source=source)
 
 
-def test_coco_panoptic(samples, tmp_path):
+def test_coco_panoptic(samples: Path, tmp_path: Path) -> None:
     sample, coco = samples / "coco_panoptic_sample", tmp_path / "coco"
     shutil.copytree(sample / "input_images", coco / "val2017")
     (coco / "annotations").mkdir()
@@ -122,21 +127,37 @@ def test_coco_panoptic(samples, tmp_path):
     before = digests(tmp_path)
     assert [row.written for row in prepare("coco_panoptic", tmp_path)] == [2, 2]
     assert before.items() <= digests(tmp_path).items()
-    made = load_dataset("coco_things", "val", root=tmp_path)
+    made = load_folder("coco_things", "val", root=tmp_path)
     assert made.source == "panoptic_semantic"
     shutil.move(coco / "annotations" / "panoptic_annotations", tmp_path / "away")
-    direct = load_dataset("coco_things", "val", root=tmp_path)
+    direct = load_folder("coco_things", "val", root=tmp_path)
     assert direct.source == "panoptic"
     assert all(np.array_equal(made_mask, direct[i].mask) for i, made_mask in enumerate(masks_of(tmp_path, coco)))
 
 
-def masks_of(root, coco):
+def masks_of(root: Path, coco: Path) -> list[np.ndarray]:
     shutil.copytree(root / "away", coco / "annotations" / "panoptic_annotations")
-    return [sample.mask for sample in load_dataset("coco_things", "val", root=root)]
+    return [sample.mask for sample in samples(load_segmentation("coco_things", "val", root=root))]
+
+
+@pytest.mark.parametrize(
+    "segments", [[{"id": 1}], [{"category_id": 1}], [1.5], 1.5, None, [{"id": None, "category_id": 1}]]
+)
+def test_panoptic_segments_of_another_form(tmp_path: Path, segments: object) -> None:
+    annotations = tmp_path / "coco" / "annotations"
+    (annotations / "panoptic_val2017").mkdir(parents=True)
+    Image.new("RGB", (4, 3)).save(annotations / "panoptic_val2017" / "000000000139.png")
+    item = {"image_id": 139, "file_name": "000000000139.png"}
+    rows = [{**item, "segments_info": segments}]
+    (annotations / "panoptic_val2017.json").write_text(
+        json.dumps({"images": [{"id": 139, "file_name": "000000000139.jpg"}], "annotations": rows, "categories": []})
+    )
+    with pytest.raises(BadInputError, match=r"000000000139\.png of .* cannot be made from its source"):
+        prepare("coco_panoptic", tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
-def test_unpacking(tmp_path, kind):
+def test_unpacking(tmp_path: Path, kind: str) -> None:
     content = {"ADEChallengeData2016/images/a.jpg": b"12345", "ADEChallengeData2016/b:c.txt": b"6"}
     archive = tmp_path / f"set.{kind}"
     pack(archive, content)
@@ -153,12 +174,12 @@ def test_unpacking(tmp_path, kind):
     assert (tmp_path / "root/coco/stuffthingmaps/ADEChallengeData2016/images/a.jpg").is_file()
 
 
-def packed_one(folder):
+def packed_one(folder: Path) -> Path:
     pack(folder / "one.zip", {"a": b"1"})
     return folder / "one.zip"
 
 
-def pack(archive, content):
+def pack(archive: Path, content: Any) -> None:
     if archive.suffix == ".zip":
         with zipfile.ZipFile(archive, "w") as file:
             for name, data in content.items():
@@ -173,7 +194,7 @@ def pack(archive, content):
 
 @pytest.mark.parametrize("kind", ["zip", "tar.gz"])
 @pytest.mark.parametrize("name", ["../evil", "a/../../evil", "/tmp/evil", "C:/evil", "a\\..\\evil"])
-def test_paths_out_of_the_folder_are_refused(tmp_path, kind, name):
+def test_paths_out_of_the_folder_are_refused(tmp_path: Path, kind: str, name: str) -> None:
     pack(tmp_path / f"set.{kind}", {"fine": b"1", name: b"2"})
     with pytest.raises(BadInputError, match="not safe to unpack"):
         unpack(tmp_path / f"set.{kind}", tmp_path / "in" / "folder")
@@ -181,7 +202,7 @@ def test_paths_out_of_the_folder_are_refused(tmp_path, kind, name):
     assert not (tmp_path / "in" / "folder" / "fine").exists()
 
 
-def test_links_and_damage_are_refused(tmp_path):
+def test_links_and_damage_are_refused(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "link.tar", "w") as tar:
         info = tarfile.TarInfo("link")
         info.type, info.linkname = tarfile.SYMTYPE, "/etc"
@@ -203,7 +224,7 @@ def test_links_and_damage_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("mode", ["w", "w:gz", "w:xz", "w:bz2"])
-def test_no_part_of_a_tar_is_taken_for_the_whole(tmp_path, mode):
+def test_no_part_of_a_tar_is_taken_for_the_whole(tmp_path: Path, mode: Literal["w", "w:gz", "w:xz", "w:bz2"]) -> None:
     """Cut anywhere, with a damaged header, or with a byte changed in what is compressed."""
     path, folder = tmp_path / "set.tar", tmp_path / "folder"
     content = np.random.default_rng(0).bytes(3000)
@@ -226,7 +247,7 @@ def test_no_part_of_a_tar_is_taken_for_the_whole(tmp_path, mode):
     assert unpack(path, folder).written == 6
 
 
-def test_of_equal_names_in_a_tar_the_last_counts(tmp_path):
+def test_of_equal_names_in_a_tar_the_last_counts(tmp_path: Path) -> None:
     with tarfile.open(tmp_path / "set.tar", "w") as tar:
         for content in (b"old", b"new"):
             info = tarfile.TarInfo("a")
@@ -236,13 +257,13 @@ def test_of_equal_names_in_a_tar_the_last_counts(tmp_path):
     assert (tmp_path / "folder" / "a").read_bytes() == b"new"
 
 
-def test_the_option_is_named_where_into_leaves_the_folder(tmp_path):
+def test_the_option_is_named_where_into_leaves_the_folder(tmp_path: Path) -> None:
     for into in ("../x", "/abs"):
         with pytest.raises(UsageError, match="--into"):
             prepare("coco_stuff", tmp_path, source=packed_one(tmp_path), into=into)
 
 
-def test_a_bad_mask_of_voc_is_named_as_such(voc_and_sbd):
+def test_a_bad_mask_of_voc_is_named_as_such(voc_and_sbd: tuple[Path, Path, Path]) -> None:
     root, base, source = voc_and_sbd
     mask = base / "SegmentationClass" / "2008_000009.png"
     save(mask, image_of(9))
@@ -253,7 +274,9 @@ def test_a_bad_mask_of_voc_is_named_as_such(voc_and_sbd):
         prepare("voc_sbd", root, source=source)
 
 
-def test_the_command(voc_and_sbd, capsys, monkeypatch):
+def test_the_command(
+    voc_and_sbd: tuple[Path, Path, Path], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     root, _, source = voc_and_sbd
     arguments = ["data", "prepare", "voc_sbd", "--source", str(source), "--data-root", str(root), "--json"]
     with pytest.raises(SystemExit) as exit_:
@@ -267,7 +290,7 @@ def test_the_command(voc_and_sbd, capsys, monkeypatch):
 
 
 @pytest.fixture
-def nyu_mat(tmp_path):
+def nyu_mat(tmp_path: Path) -> Path:
     """The first 12 frames of a nyu_depth_v2_labeled.mat: HDF5, arrays transposed, as MATLAB writes them."""
     h5py = pytest.importorskip("h5py")
     rng = np.random.default_rng(0)
@@ -288,7 +311,7 @@ def nyu_mat(tmp_path):
     return path
 
 
-def test_nyuv2_from_its_official_file(nyu_mat, tmp_path, samples):
+def test_nyuv2_from_its_official_file(nyu_mat: Path, tmp_path: Path, samples: Path) -> None:
     root = tmp_path / "root"
     before = digests(tmp_path)
     done = prepare("nyuv2", root, source=nyu_mat)
@@ -296,7 +319,7 @@ def test_nyuv2_from_its_official_file(nyu_mat, tmp_path, samples):
         ("train_rgb", 9), ("train_labels_894", 9), ("test_rgb", 3), ("test_labels_894", 3)
     ]  # fmt: skip
     assert all(row.note == "12 frames, the whole set has 1449" for row in done)
-    test, train = (load_dataset("nyuv2", split, root=root) for split in ("test", "train"))
+    test, train = (load_segmentation("nyuv2", split, root=root) for split in ("test", "train"))
     assert test.ids == ("0001", "0002", "0009")
     assert train.ids[:3] == ("0003", "0004", "0005")
     splits = loadmat(samples / "nyuv2" / "splits.mat")
@@ -308,13 +331,13 @@ def test_nyuv2_from_its_official_file(nyu_mat, tmp_path, samples):
     assert np.argwhere(sample.image.any(axis=2)).tolist() == [[16, 8]]
     assert np.argwhere(sample.mask != 255).tolist() == [[16, 8]]
     assert sample.mask[16, 8] == mapping[29 - 1] - 1
-    assert len(load_dataset("nyuv2_13", "train", root=root)) == 9
+    assert len(load_segmentation("nyuv2_13", "train", root=root)) == 9
     again = prepare("nyuv2_13", root, source=nyu_mat)
     assert [row.written for row in again] == [0] * 4
     assert before.items() <= digests(tmp_path).items()
 
 
-def test_other_files_than_that_of_nyuv2(nyu_mat, tmp_path, monkeypatch):
+def test_other_files_than_that_of_nyuv2(nyu_mat: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import h5py
 
     with h5py.File(nyu_mat, "r+") as file:
@@ -337,14 +360,14 @@ def test_other_files_than_that_of_nyuv2(nyu_mat, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", ["a\0b", "", "x" * 300])
 @pytest.mark.parametrize("kind", ["zip", "tar"])
-def test_names_that_no_file_can_have(tmp_path, name, kind):
+def test_names_that_no_file_can_have(tmp_path: Path, name: str, kind: str) -> None:
     archive = tmp_path / f"set.{kind}"
     if kind == "zip":
         with zipfile.ZipFile(archive, "w") as file:
             file.writestr("fine", "1")
-            info = zipfile.ZipInfo("other")
-            info.filename = name
-            file.writestr(info, "2")
+            other = zipfile.ZipInfo("other")
+            other.filename = name
+            file.writestr(other, "2")
     else:
         with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as tar:
             for entry in ("fine", name):
@@ -358,14 +381,14 @@ def test_names_that_no_file_can_have(tmp_path, name, kind):
     assert not list(folder.glob(".*"))
 
 
-def test_a_file_where_a_folder_should_be(tmp_path):
+def test_a_file_where_a_folder_should_be(tmp_path: Path) -> None:
     pack(tmp_path / "set.zip", {"a": b"1", "a/b": b"2"})
     with pytest.raises(BadInputError, match=r"set\.zip cannot be unpacked here"):
         unpack(tmp_path / "set.zip", tmp_path / "folder")
     assert not list((tmp_path / "folder").iterdir())
 
 
-def test_two_processes_do_not_write_into_each_others_files(tmp_path):
+def test_two_processes_do_not_write_into_each_others_files(tmp_path: Path) -> None:
     folder = tmp_path / "root" / "ade20k"
     archive = packed_one(tmp_path)
     staging = folder / ".one.zip.partial"
@@ -376,7 +399,7 @@ def test_two_processes_do_not_write_into_each_others_files(tmp_path):
     assert [path.name for path in folder.iterdir()] == ["a"]
 
 
-def test_a_killed_conversion_leaves_nothing_in_the_masks(voc_and_sbd):
+def test_a_killed_conversion_leaves_nothing_in_the_masks(voc_and_sbd: tuple[Path, Path, Path]) -> None:
     root, base, source = voc_and_sbd
     staging = base / "SegmentationClassAug.partial"
     staging.mkdir()

@@ -1,19 +1,22 @@
 """The readers on real samples, compared with reading the files directly."""
 
+from __future__ import annotations
+
 import json
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from neco_bench.data.integrity import check_dataset
-from neco_bench.data.load import load_dataset
+from tests.typed import load_pairs, load_segmentation
 
 
-def test_camvid(samples):
-    dataset = load_dataset("camvid", "val", root=samples)
+def test_camvid(samples: Path) -> None:
+    dataset = load_segmentation("camvid", "val", root=samples)
     assert len(dataset) == 101
-    assert dataset.subset is None
+    assert dataset.coverage is None
     sample = dataset[7]
     stored = np.array(Image.open(samples / "camvid" / "valannot" / f"{sample.id}.png"))
     assert sample.image.shape == (360, 480, 3)
@@ -21,10 +24,10 @@ def test_camvid(samples):
     assert np.array_equal(sample.mask[stored < 11], stored[stored < 11])
 
 
-def test_voc(samples):
-    counts = {split: len(load_dataset("voc2012", split, root=samples)) for split in ("train", "trainaug", "val")}
+def test_voc(samples: Path) -> None:
+    counts = {split: len(load_segmentation("voc2012", split, root=samples)) for split in ("train", "trainaug", "val")}
     assert counts == {"train": 170, "trainaug": 270, "val": 200}
-    dataset = load_dataset("voc2012", "val", root=samples)
+    dataset = load_segmentation("voc2012", "val", root=samples)
     path = samples / "voc2012" / "VOCdevkit" / "VOC2012" / "SegmentationClass" / f"{dataset.ids[0]}.png"
     stored = Image.open(path)
     assert np.array_equal(dataset[0].mask, np.array(stored))
@@ -32,8 +35,8 @@ def test_voc(samples):
     assert np.array_equal(dataset.palette, colours)
 
 
-def test_spair(samples):
-    dataset = load_dataset("spair71k", "test", root=samples)
+def test_spair(samples: Path) -> None:
+    dataset = load_pairs("spair71k", "test", root=samples)
     assert len(dataset) == 20
     assert len(dataset.image_ids) == 26
     checked = 0
@@ -47,7 +50,7 @@ def test_spair(samples):
     assert checked >= 5
 
 
-def test_checks_find_no_error(samples):
+def test_checks_find_no_error(samples: Path) -> None:
     for name in ("camvid", "voc2012", "spair71k"):
         levels = Counter(finding.level for finding in check_dataset(name, samples))
         assert levels["error"] == 0

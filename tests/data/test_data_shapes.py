@@ -1,31 +1,33 @@
 """The embedded data sets: the same everywhere, safe to make, of the promised content."""
 
+from __future__ import annotations
+
 import hashlib
 import logging
 import pickle
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 from neco_bench.core.errors import UsageError
+from neco_bench.data import shapes
 from neco_bench.data.integrity import check_dataset
-from neco_bench.data.load import load_dataset
-from neco_bench.data.shapes import generate, pair_scene, segmentation_scene, shapes_folder
+from neco_bench.data.shapes import pair_scene, segmentation_scene, shapes_folder
+from tests.typed import load_pairs, load_segmentation
 
 
-def test_a_scene_has_its_stored_digest():
+def test_a_scene_has_its_stored_digest() -> None:
     mask = segmentation_scene("val", 3).mask()
     assert hashlib.sha256(mask.tobytes()).hexdigest()[:16] == "16653004d8863038"
 
 
-def test_making_it_again_gives_the_same_files(shapes_cache, tmp_path):
-    generate(tmp_path)
-    assert (tmp_path / "manifest.json").read_bytes() == (shapes_folder() / "manifest.json").read_bytes()
-
-
-def test_two_processes_and_a_half_written_cache(tmp_path, monkeypatch):
+def test_two_processes_make_the_same_files_of_a_half_written_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     (tmp_path / "shapes-1").mkdir()
     (tmp_path / "shapes-1" / "train.txt").write_text("000\n")
     for leftover in ("shapes-1.partial", "shapes-1.x1y2z3"):  # of killed processes
@@ -36,33 +38,39 @@ def test_two_processes_and_a_half_written_cache(tmp_path, monkeypatch):
     printed = [run.communicate(timeout=120)[0] for run in runs]
     assert [run.returncode for run in runs] == [0, 0]
     monkeypatch.undo()
-    assert printed == [load_dataset("shapes", "val").fingerprint() + "\n"] * 2
+    assert printed == [load_segmentation("shapes", "val").fingerprint() + "\n"] * 2
     assert sorted(path.name for path in tmp_path.iterdir()) == ["shapes-1", "shapes-1.lock"]
+    assert (tmp_path / "shapes-1/manifest.json").read_bytes() == (shapes_folder() / "manifest.json").read_bytes()
 
 
-def test_a_damaged_cache_is_noticed(shapes_cache, caplog):
-    before = load_dataset("shapes", "train")[0]
+def test_a_damaged_cache_is_noticed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before, whole = load_segmentation("shapes", "train")[0], shapes_folder()
+    shutil.copytree(whole, tmp_path / whole.name)
+    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path))
+    monkeypatch.setattr(shapes, "generate", lambda folder: shutil.copytree(whole, folder, dirs_exist_ok=True))
     path = shapes_folder() / "train" / "images" / "000.ppm"
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
-        after = load_dataset("shapes", "train")[0]
-    assert "made anew" in caplog.text
+        after = load_segmentation("shapes", "train")[0]
+    assert "made again" in caplog.text
     assert np.array_equal(after.image, before.image)
 
 
-def test_a_cache_that_cannot_be_written_is_named(tmp_path, monkeypatch):
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "file"))
     with pytest.raises(UsageError, match="NECO_BENCH_CACHE"):
-        load_dataset("shapes", "val")
+        load_segmentation("shapes", "val")
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
-def test_scenes(split):
-    dataset = load_dataset("shapes", split)
-    assert dataset.subset is None
+def test_scenes(split: str) -> None:
+    dataset = load_segmentation("shapes", split)
+    assert dataset.coverage is None
     assert len(dataset.classes) == len(dataset.palette) == 9
     present = np.zeros(256, int)
     for sample in (dataset[i] for i in range(0, len(dataset), 2)):
@@ -77,15 +85,15 @@ def test_scenes(split):
     assert not present[9:255].any()
 
 
-def test_check_and_pickle():
+def test_check_and_pickle() -> None:
     for name in ("shapes", "shapes_pairs"):
         assert {finding.level for finding in check_dataset(name)} == {"ok"}
-    for dataset in (load_dataset("shapes", "val"), load_dataset("shapes_pairs", "test")):
+    for dataset in (load_segmentation("shapes", "val"), load_pairs("shapes_pairs", "test")):
         assert pickle.loads(pickle.dumps(dataset)).fingerprint() == dataset.fingerprint()
 
 
-def test_pairs():
-    dataset = load_dataset("shapes_pairs", "test")
+def test_pairs() -> None:
+    dataset = load_pairs("shapes_pairs", "test")
     assert len(dataset) == len(set(dataset.ids)) == 200
     for pair in dataset.pairs:
         assert 3 <= len(pair.point_ids) <= 6
@@ -104,8 +112,8 @@ def test_pairs():
         assert {pair.attributes[key] for pair in dataset.pairs} == set(range(levels))
 
 
-def test_keypoints_are_visible_and_attributes_follow_from_the_scenes():
-    dataset = load_dataset("shapes_pairs", "test")
+def test_keypoints_are_visible_and_attributes_follow_from_the_scenes() -> None:
+    dataset = load_pairs("shapes_pairs", "test")
     scenes = {image_id: pair_scene(int(image_id.split("/")[1])) for image_id in dataset.image_ids}
     for pair in dataset.pairs:
         turns = []

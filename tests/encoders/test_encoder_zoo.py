@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import time
+import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from neco_bench.data.load import DATASETS
 from neco_bench.encoders import content_id, describe_models, load_encoder, model_info
 from neco_bench.encoders.adapters import tiny
 from neco_bench.encoders.spec import architecture, parse_spec, training_of
-from neco_bench.encoders.zoo import aliases, contamination, models, zoo
+from neco_bench.encoders.zoo import ZooEntry, aliases, contamination, models, zoo
 
 
 def test_what_the_zoo_holds() -> None:
@@ -36,7 +37,7 @@ def test_what_the_zoo_holds() -> None:
 
 
 @pytest.mark.parametrize("entry", zoo().values(), ids=zoo())
-def test_facts(entry) -> None:  # type: ignore[no-untyped-def]
+def test_facts(entry: ZooEntry) -> None:
     for fact in ("source", "licence", "citation", "training_data"):
         assert getattr(entry, fact), fact
     assert entry.pos_interp in ("timm", "scale_offset", "size_antialias", "none")
@@ -144,6 +145,17 @@ def test_wrong_specs(spec: str, message: str) -> None:
     for function in (content_id, model_info):
         with pytest.raises(UsageError, match=message):
             function(spec)
+
+
+ADDRESSES = {entry.id: entry.weights for entry in zoo().values() if (entry.weights or "").startswith("https:")}
+
+
+@pytest.mark.network
+@pytest.mark.parametrize("address", ADDRESSES.values(), ids=ADDRESSES)
+def test_weights_are_where_the_zoo_says(address: str) -> None:
+    request = urllib.request.Request(address, method="HEAD")  # noqa: S310 - an address of zoo.toml
+    with urllib.request.urlopen(request, timeout=30) as answer:  # noqa: S310 - as above
+        assert answer.status == 200
 
 
 def test_device_and_precision() -> None:

@@ -17,7 +17,7 @@ import neco_bench
 from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.encoders import DenseFeatures, Encoder, content_id, load_encoder
 from neco_bench.encoders.spec import needs_loading, parse_spec, training_of
-from neco_bench.encoders.zoo import aliases, models, zoo
+from neco_bench.encoders.zoo import ZooEntry, aliases, models, zoo
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from tests.command import neco
@@ -233,7 +233,7 @@ def test_a_factory_that_ends_python_ends_its_own_job_only(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize("entry", [entry for entry in zoo().values() if entry.packaged], ids=lambda entry: entry.id)
-def test_the_sha256_of_packaged_weights_is_that_of_their_file(entry) -> None:  # type: ignore[no-untyped-def]
+def test_the_sha256_of_packaged_weights_is_that_of_their_file(entry: ZooEntry) -> None:
     assert load_encoder(entry.id).official is True
 
 

@@ -27,14 +27,14 @@ def main() -> int:
     wrong: list[str] = []
     with tempfile.TemporaryDirectory() as folder:
         if given.kills:
-            wrong += commands.many(Path(folder) / "kills", given.kills, given.seed, ("kill",), names, say=True)
+            wrong += commands.many(Path(folder) / "kills", given.kills, given.seed, ("kill",), names, verbose=True)
         if given.full:
             kinds = ("full", "readonly", "deleted")
-            wrong += commands.many(Path(folder) / "full", given.full, given.seed, kinds, names, say=True)
+            wrong += commands.many(Path(folder) / "full", given.full, given.seed, kinds, names, verbose=True)
         if given.inputs:
             from tests.faults import inputs
 
-            wrong += inputs.many(Path(folder) / "inputs", given.inputs, given.seed, names, say=True)
+            wrong += inputs.many(Path(folder) / "inputs", given.inputs, given.seed, names, verbose=True)
     print(f"{len(wrong)} faults")
     return 1 if wrong else 0
 

@@ -235,17 +235,19 @@ def begin(server: Server, command: Command, folder: Path) -> None:
 
 
 def contents(folder: Path) -> dict[str, Any]:
-    """What matters of each file below a folder; raises where a file that has its final name is not whole."""
+    """What matters of each file below a folder; raises where a file that has its final name is not whole.
+
+    None for names that begin with a dot, and what is in such folders: not whole, and not taken for it.
+    """
     return {
-        str(path.relative_to(folder)): _content(path)
+        str(name): None if any(part.startswith(".") for part in name.parts) else _content(path)
         for path in sorted(folder.rglob("*"))
+        for name in [path.relative_to(folder)]
         if path.is_file() and path.name not in ("lock", ".lock")
     }
 
 
 def _content(path: Path) -> Any:
-    if path.name.startswith("."):
-        return None  # not whole, and not taken for it
     if path.suffix == ".json":
         document = json.loads(path.read_bytes())
         changing = ("timing", "peak_memory_mb", "provenance", "created")
@@ -330,7 +332,12 @@ def trial(server: Server, command: Command, start: Path, folder: Path, fault: Fa
 
 
 def many(
-    work: Path, number: int, seed: int, kinds: Sequence[str] = ("kill",), names: Sequence[str] = (), say: bool = False
+    work: Path,
+    number: int,
+    seed: int,
+    kinds: Sequence[str] = ("kill",),
+    names: Sequence[str] = (),
+    verbose: bool = False,
 ) -> list[str]:
     """`number` faults shared out among the commands; what went wrong, one line each."""
     server, rng, wrong = Server(), random.Random(seed), []
@@ -348,9 +355,9 @@ def many(
             problem = trial(server, command, start, work / f"{command.name}-fault", fault, whole)
             if problem:
                 wrong.append(f"{command.name}, {fault}: {problem}")
-                if say:
+                if verbose:
                     print(wrong[-1], flush=True)
-        if say:
-            spent = time.monotonic() - begun
-            print(f"{command.name}: {share} faults at {first.operations} file operations, {spent:.0f} s", flush=True)
+        if verbose:
+            seconds = time.monotonic() - begun
+            print(f"{command.name}: {share} faults at {first.operations} file operations, {seconds:.0f} s", flush=True)
     return wrong

@@ -14,7 +14,6 @@ import random
 import re
 import shutil
 import signal
-import sys
 import tarfile
 import time
 import traceback
@@ -34,7 +33,7 @@ from safetensors.torch import save_file
 from neco_bench import load_encoder
 from neco_bench.core.config import read_toml
 from neco_bench.core.errors import NecoBenchError
-from neco_bench.data.base import PairDataset
+from neco_bench.data.base import PairDataset, SegmentationDataset
 from neco_bench.data.load import load_dataset
 from neco_bench.training.images import open_images
 from neco_bench.training.recipe import load_recipe
@@ -48,7 +47,7 @@ TEXTS = (
     b"/etc/passwd", b"\r", b"\n\n", b"=1+1", b"'", b'"', b",", b" ", b"%s{0}", b"a" * 300, b"1970-01-01", b"0x10",
     b"-" * 50,
 )  # fmt: skip
-VALUES = (
+VALUES: tuple[Any, ...] = (
     None, True, -1, 0, 2**63, 10**400, 1e308, -1e308, float("nan"), float("inf"), "", "\ud800", "\0", "../../outside",
     "x" * 5000, [], {}, [None], [[]], {"a": {}}, [1e308] * 4, [0] * 3, "é\n",
 )  # fmt: skip
@@ -162,8 +161,9 @@ def _use(name: str, split: str, **options: Any) -> Callable[[Path], None]:
     def read(folder: Path) -> None:
         data = load_dataset(name, split, root=folder / "data", **options)
         data.fingerprint()
-        if not isinstance(data, PairDataset):
-            data.sample_doubts()
+        assert isinstance(data, (PairDataset, SegmentationDataset))
+        if isinstance(data, SegmentationDataset):
+            data.sample_sanity_check()
         for index in range(min(3, len(data))):
             data[index]
 
@@ -174,7 +174,7 @@ def _answered(*words: str) -> Callable[[Path], None]:
     """A reader that is a command, run in the folder."""
 
     def read(folder: Path) -> None:
-        with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
+        with _chdir(folder):
             answer = neco(*words)
         if "Traceback" in answer.err:
             raise AssertionError(answer.err[-1500:])
@@ -321,7 +321,7 @@ def _leaderboard(folder: Path) -> None:
 def _leaderboard_read(folder: Path) -> None:
     """One bad result is left out, and hides no other."""
     documents = len(list((folder / "results").rglob("*.json")))
-    with contextlib.chdir(folder) if sys.version_info >= (3, 11) else _chdir(folder):
+    with _chdir(folder):
         answer = neco("leaderboard", "--published", "published.csv", "--json")
     assert "Traceback" not in answer.err, answer.err[-1500:]
     assert answer.code in (0, 4), answer
@@ -485,7 +485,7 @@ def attempt(reader: Reader, folder: Path) -> str:
     return ""
 
 
-def _share(work: Path, name: str, begin: int, end: int, seed: int, say: bool) -> None:
+def _share(work: Path, name: str, begin: int, end: int, seed: int, verbose: bool) -> None:
     """Give a reader its changed files. File `wrong`: one line for each fault; file `at`: the current number."""
     (reader,) = (reader for reader in READERS if reader.name == name)
     warnings.simplefilter("ignore")
@@ -513,30 +513,30 @@ def _share(work: Path, name: str, begin: int, end: int, seed: int, say: bool) ->
         if not problem and (now := _listing(box, folder)) != around:
             problem = f"wrote outside: {sorted(set(now.items()) ^ set(around.items()))}"
         if problem:
-            _note(work, f"{name}, input {count} of seed {seed} ({file}): {problem}", say)
+            _note(work, f"{name}, input {count} of seed {seed} ({file}): {problem}", verbose)
     (work / "at").write_text(str(end))
 
 
-def _note(work: Path, line: str, say: bool) -> None:
+def _note(work: Path, line: str, verbose: bool) -> None:
     with (work / "wrong").open("a", encoding="utf-8", errors="backslashreplace") as file:
         file.write(" ".join(line.split()) + "\n")
-    if say:
+    if verbose:
         print(line.encode("utf-8", "backslashreplace").decode(), flush=True)
 
 
 def _watch(child: Any, at: Path) -> None:
     """Wait for a child; kill it where one file takes so long that not even a signal is handled."""
-    seen, since = "", time.monotonic()
+    last, since = "", time.monotonic()
     while child.exitcode is None:
         child.join(1)
         now = at.read_text() if at.exists() else ""
-        if now != seen:
-            seen, since = now, time.monotonic()
-        if seen and time.monotonic() - since > 2 * SECONDS:
+        if now != last:
+            last, since = now, time.monotonic()
+        if last and time.monotonic() - since > 2 * SECONDS:
             child.kill()
 
 
-def many(work: Path, number: int, seed: int, names: Sequence[str] = (), say: bool = False) -> list[str]:
+def many(work: Path, number: int, seed: int, names: Sequence[str] = (), verbose: bool = False) -> list[str]:
     """`number` changed files shared out among the readers; what went wrong, one line each.
 
     Each reader has a process of its own: a library that crashes on a file ends that one, and the next goes on.
@@ -548,17 +548,17 @@ def many(work: Path, number: int, seed: int, names: Sequence[str] = (), say: boo
         folder.mkdir(parents=True)
         share = number // len(readers) + (index < number % len(readers))
         while begin < share:
-            child = server.context.Process(target=_share, args=(folder, reader.name, begin, share, seed, say))
+            child = server.context.Process(target=_share, args=(folder, reader.name, begin, share, seed, verbose))
             child.start()
             _watch(child, folder / "at")
             assert (folder / "at").exists(), f"{reader.name} does not read whole files"
             begin = int((folder / "at").read_text()) + bool(child.exitcode)
             if child.exitcode:
                 line = f"{reader.name}, input {begin - 1} of seed {seed}: the process ended with {child.exitcode}"
-                _note(folder, line, say)
+                _note(folder, line, verbose)
         found = (folder / "wrong").read_text().splitlines() if (folder / "wrong").exists() else []
         wrong += found
-        if say:
+        if verbose:
             print(f"{reader.name}: {share} inputs, {len(found)} faults", flush=True)
         shutil.rmtree(folder)
     return wrong

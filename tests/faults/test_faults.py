@@ -10,8 +10,11 @@ import pytest
 from tests.faults import commands, inputs
 from tests.faults.commands import COMMANDS, Command, Fault, Server
 
-NAMES = [command.name for command in COMMANDS]
 QUICK = ("run", "leaderboard", "prepare")
+NAMES = [
+    command.name if command.name in QUICK else pytest.param(command.name, marks=pytest.mark.slow)
+    for command in COMMANDS
+]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -20,9 +23,7 @@ def test_kills(name: str, tmp_path: Path) -> None:
     assert commands.many(tmp_path, 2, 0, ("kill",), (name,)) == []
 
 
-@pytest.mark.parametrize(
-    "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in NAMES]
-)
+@pytest.mark.parametrize("name", NAMES)
 def test_a_disk_that_fills_or_turns_read_only_and_folders_that_are_deleted(name: str, tmp_path: Path) -> None:
     assert commands.many(tmp_path, 3, 1, ("full", "readonly", "deleted"), (name,)) == []
 
@@ -46,6 +47,7 @@ def test_files_that_cannot_grow(name: str, tmp_path: Path) -> None:
         assert commands.trial(server, command, tmp_path / "start", tmp_path / "fault", fault, whole) == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "codes"), [("run", {0}), ("leaderboard", {0}), ("prepare", {0, 2})])
 def test_eight_processes_on_one_folder(name: str, codes: set[int], tmp_path: Path) -> None:
     """All end as documented, and the folder is as after one."""
@@ -61,6 +63,7 @@ def test_eight_processes_on_one_folder(name: str, codes: set[int], tmp_path: Pat
     assert commands.check_after(server, command, folder, {}, whole) == ""
 
 
+@pytest.mark.slow
 def test_changed_files(tmp_path: Path) -> None:
     """Every reader reads them or refuses them with an error of ours, in time, and writes nothing elsewhere."""
     assert inputs.many(tmp_path, 200, 0) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import colorsys
 import math
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -196,7 +197,7 @@ def test_an_item_is_transformed_alike_for_a_seed_and_epoch() -> None:
     assert (mask[mask != IGNORE] < 5).all()
 
 
-def distorted(pixels: list[list[int]], seed: int = 0, **changes: object) -> np.ndarray:
+def distorted(pixels: list[list[int]], seed: int = 0, **changes: Any) -> np.ndarray:
     """(N, 3) pixels after every step of a distortion that otherwise changes nothing."""
     still = Distortion(1, 0, (1, 1), (1, 1), 0)
     image = torch.tensor(pixels, dtype=torch.uint8).T[:, None]

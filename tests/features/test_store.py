@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import os
 import signal
+from collections.abc import Generator
 from pathlib import Path
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -15,15 +17,16 @@ from neco_bench.tasks.linear_segmentation.augment import CropFlip
 from neco_bench.core.errors import NumericalError, UsageError
 from neco_bench.core.protocol import find_tasks
 from neco_bench.core.task import Context
-from neco_bench.data.load import load_dataset
 from neco_bench.encoders import load_encoder
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import FeatureBatch, stream
+from neco_bench.features.extract import FeatureBatch, FeatureExtractor, Transform
 from neco_bench.features.store import FeatureStore, budget, remove_file, store_folder, stored_files
 from neco_bench.features.transforms import ResizeSquare
+from neco_bench.results.schema import Result
 from neco_bench.runner.execute import execute
 from neco_bench.runner.job import plan
 from neco_bench.runner.options import RunOptions
+from tests.typed import load_segmentation
 
 MODEL = "baseline_rgb"
 
@@ -39,7 +42,7 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     sizes: list[int] = []
     encode = Encoder.encode
 
-    def counted(self: Encoder, images: torch.Tensor, **options: object) -> object:
+    def counted(self: Encoder, images: torch.Tensor, **options: Any) -> object:
         sizes.append(len(images))
         return encode(self, images, **options)
 
@@ -47,19 +50,22 @@ def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return sizes
 
 
-def batches(context: Context, transform: object = None, count: int = 20, epochs: int = 1) -> list[FeatureBatch]:
-    dataset = load_dataset("shapes", "val", limit=count)
+def batches(
+    context: Context, transform: Transform | None = None, count: int = 20, epochs: int = 1
+) -> list[FeatureBatch]:
+    dataset = load_segmentation("shapes", "val", limit=count)
     items = [(epoch, i) for epoch in range(epochs) for i in range(count)]
-    return list(stream(load_encoder(MODEL), dataset, transform or ResizeSquare(64, "pil"), context, "x", items=items))
+    extractor = FeatureExtractor(load_encoder(MODEL), context)
+    return list(extractor.stream(dataset, transform or ResizeSquare(64, "pil"), "x", items=items))
 
 
-def with_store(kept_as: str = "fp32", batch_size: int = 8) -> Context:
-    return Context(batch_size=batch_size, store=FeatureStore(kept_as, "one"))
+def with_store(dtype: str = "fp32", batch_size: int = 8) -> Context:
+    return Context(batch_size=batch_size, store=FeatureStore(dtype, "one"))
 
 
-def flat(found: list[FeatureBatch]) -> tuple[torch.Tensor, np.ndarray, list[int]]:
-    masks = np.stack([mask for batch in found for mask in batch.masks])
-    return torch.cat([b.features for b in found]), masks, [p for b in found for p in b.positions]
+def flat(streamed: list[FeatureBatch]) -> tuple[torch.Tensor, np.ndarray, list[int]]:
+    masks = np.stack([mask for batch in streamed for mask in batch.masks])
+    return torch.cat([b.features for b in streamed]), masks, [p for b in streamed for p in b.positions]
 
 
 def assert_same(a: list[FeatureBatch], b: list[FeatureBatch]) -> None:
@@ -68,13 +74,13 @@ def assert_same(a: list[FeatureBatch], b: list[FeatureBatch]) -> None:
 
 
 @pytest.mark.parametrize("transform", [ResizeSquare(64, "pil"), CropFlip(64, (0.2, 1.0), (0.75, 1.3), 0.5)])
-def test_what_comes_back_is_what_was_computed(transform: object, encoded: list[int]) -> None:
+def test_what_comes_back_is_what_was_computed(transform: Transform, encoded: list[int]) -> None:
     plain = batches(Context(batch_size=8), transform, epochs=2)
     first, context = batches(with_store(), transform, epochs=2), with_store(batch_size=7)
     computed = sum(encoded)
     again = batches(context, transform, epochs=2)
     assert sum(encoded) == computed == 80
-    assert context.reused == 40
+    assert context.run.reused == 40
     assert_same(plain, first)
     assert_same(plain, again)
 
@@ -98,9 +104,10 @@ def test_other_code_of_a_transform_shares_nothing(encoded: list[int], monkeypatc
 def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]) -> None:
     plain = batches(Context(batch_size=4))
     encoded.clear()
-    dataset, items = load_dataset("shapes", "val", limit=20), [(0, i) for i in range(20)]
+    dataset, items = load_segmentation("shapes", "val", limit=20), [(0, i) for i in range(20)]
     context = with_store(batch_size=4)
-    started = stream(load_encoder(MODEL), dataset, ResizeSquare(64, "pil"), context, "x", items=items)
+    extractor = FeatureExtractor(load_encoder(MODEL), context)
+    started = cast(Generator, extractor.stream(dataset, ResizeSquare(64, "pil"), "x", items=items))
     for _ in range(3):  # the third is appended when the fourth is asked for
         next(started)
     started.close()
@@ -117,7 +124,7 @@ def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]
     encoded.clear()
     context = with_store(batch_size=4)
     assert_same(plain, batches(context))
-    assert (context.reused, sum(encoded)) == (12 - lost, 8 + lost)
+    assert (context.run.reused, sum(encoded)) == (12 - lost, 8 + lost)
     encoded.clear()
     assert_same(plain, batches(with_store()))
     assert not encoded
@@ -166,17 +173,17 @@ def test_a_disk_may_be_full_before_a_buffer_is_written(caplog: pytest.LogCapture
     resource = pytest.importorskip("resource")
     plain = batches(Context(batch_size=8))
     before, handler = resource.getrlimit(resource.RLIMIT_FSIZE), signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    found = []
+    streamed = []
     try:
         for most in (300, 2000, 5000, 30000):
             resource.setrlimit(resource.RLIMIT_FSIZE, (most, before[1]))
-            found.append(batches(with_store()))
+            streamed.append(batches(with_store()))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
-    for part in found:
+    for part in streamed:
         assert_same(plain, part)
-    assert caplog.text.count("no longer kept") == len(found)
+    assert caplog.text.count("no longer stored") == len(streamed)
     assert_same(plain, batches(with_store()))
 
 
@@ -220,7 +227,7 @@ def test_a_full_disk_ends_the_keeping_and_not_the_run(
     plain = batches(Context(batch_size=8))
     monkeypatch.setattr("neco_bench.features.store.zlib.compress", full)
     assert_same(plain, batches(with_store()))
-    assert "no longer kept (No space left" in caplog.text
+    assert "no longer stored (No space left" in caplog.text
 
 
 def test_half_precision_is_stated_and_bounded() -> None:
@@ -232,8 +239,9 @@ def test_half_precision_is_stated_and_bounded() -> None:
         FeatureStore("fp16").rounded(torch.tensor([1e6]))
 
 
+@pytest.mark.slow
 def test_tasks_share_features_and_results_say_so(encoded: list[int]) -> None:
-    def run(task: str, **options: object):
+    def run(task: str, **options: Any) -> tuple[Result, int]:
         job = plan(MODEL, find_tasks([task])[0], RunOptions(workers=0, limit=12, **options))
         encoded.clear()
         result, _ = execute(job, None)
@@ -295,13 +303,12 @@ def test_features_that_another_process_deleted_are_computed(encoded: list[int]) 
     plain = batches(with_store())
     folder = Path(stored_files()[0]["folder"])
     encoded.clear()
-    reading = stream(
-        load_encoder(MODEL), load_dataset("shapes", "val", limit=20), ResizeSquare(64, "pil"), with_store(), "x"
-    )
-    found = [next(reading)]
+    extractor = FeatureExtractor(load_encoder(MODEL), with_store())
+    reading = extractor.stream(load_segmentation("shapes", "val", limit=20), ResizeSquare(64, "pil"), "x")
+    streamed = [next(reading)]
     (folder / "features.bin").unlink()
-    found += reading
-    assert_same(plain, found)
+    streamed += reading
+    assert_same(plain, streamed)
     assert sum(encoded) == 12
 
 

@@ -12,6 +12,7 @@ import pytest
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.core.protocol import find_tasks
 from neco_bench.reports.compare import SIZES, compare_classes, compare_images, compare_sizes, compare_tasks, find_pairs
+from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import run_job
 from neco_bench.runner.job import plan, plan_all
@@ -176,3 +177,49 @@ def test_command(store: ResultStore) -> None:
     code, _, err = neco("compare", "nothing", "baseline_hog", "--results", str(store.folder))
     assert code == 3
     assert "No result of 'nothing'" in err
+
+
+def save(folder: Path, result: Result, arrays: dict[str, np.ndarray], **changes: object) -> None:
+    provenance = {**result.provenance, **{k: v for k, v in changes.items() if k not in Result.model_fields}}
+    fields = {k: v for k, v in changes.items() if k in Result.model_fields}
+    ResultStore(folder).save(result.model_copy(update={**fields, "provenance": provenance}), arrays)
+
+
+def test_conditions_that_differ_are_said(store: ResultStore, tmp_path: Path) -> None:
+    result = next(r for r in store.load_all() if (r.model, r.task) == ("baseline_rgb", "shapes_ic"))
+    arrays = store.statistics(result)
+    features = {**result.provenance["features"], "used_size": 64}
+    save(tmp_path, result, arrays, key="f" * 16, model="other", precision="bf16", features=features)
+    (row,) = compare_tasks(find_pairs([store, ResultStore(tmp_path)], "baseline_rgb", "other", []), draws=100)
+    assert row.note.startswith("precision fp32 / bf16; size as asked / 64 px")
+
+
+def test_items_are_paired_by_id_and_not_by_position(store: ResultStore, tmp_path: Path) -> None:
+    result = next(r for r in store.load_all() if (r.model, r.task) == ("baseline_hog", "shapes_ic"))
+    arrays = store.statistics(result)
+    order = np.random.default_rng(0).permutation(result.n_images)
+    moved = {name: array[order] for name, array in arrays.items() if name in ("image_id", "confusion")}
+    save(tmp_path, result, moved, key="f" * 16, model="moved")
+    (row,) = compare_tasks(find_pairs([store, ResultStore(tmp_path)], "baseline_hog", "moved", []), draws=100)
+    assert (row.difference.value, row.items) == (0, 0)
+    others = {**arrays, "image_id": np.array([f"{name}x" for name in arrays["image_id"]])}
+    save(tmp_path, result, others, key="e" * 16, model="others")
+    with pytest.raises(BadInputError, match="not of the same items"):
+        find_pairs([store, ResultStore(tmp_path)], "baseline_hog", "others", [])
+
+
+def test_seeds_are_one_row_and_no_tasks(store: ResultStore, tmp_path: Path) -> None:
+    for model in ("baseline_rgb", "baseline_hog"):
+        result = next(r for r in store.load_all() if (r.model, r.task, r.protocol) == (model, "shapes_ic", "hbird-2"))
+        for seed in (1, 2):
+            save(tmp_path, result, store.statistics(result), key=f"{model}{seed}" + "0" * 8, seed=seed)
+    rows = compare_tasks(
+        find_pairs([store, ResultStore(tmp_path)], "baseline_rgb", "baseline_hog", ["shapes_ic"]), draws=500
+    )
+    assert sorted(row.name for row in rows) == [
+        "shapes_ic@clean-1 [limit 24]",
+        "shapes_ic@hbird-2 [limit 24] (3 seeds)",
+    ]
+    seeds = next(row for row in rows if "seeds" in row.name)
+    assert seeds.difference.test == "t"
+    assert seeds.p_holm <= 2 * seeds.difference.p  # Holm of two rows, not of four

@@ -5,6 +5,8 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +14,7 @@ import pytest
 from neco_bench.results.provenance import _git_state, environment, peak_memory_mb
 
 
-def test_environment_is_json_and_names_what_matters():
+def test_environment_is_json_and_names_what_matters() -> None:
     found = json.loads(json.dumps(environment()))
     assert found["packages"]["numpy"] == np.__version__
     assert {"neco-bench", "torch", "timm"} <= set(found["packages"])
@@ -21,7 +23,7 @@ def test_environment_is_json_and_names_what_matters():
     assert (found["git_commit"] is None) == (found["git_dirty"] is None)
 
 
-def test_environment_imports_no_torch():
+def test_environment_imports_no_torch() -> None:
     code = (
         "import sys; from neco_bench.results.provenance import environment; environment(); "
         "print('torch' in sys.modules)"
@@ -29,7 +31,7 @@ def test_environment_imports_no_torch():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
-def test_peak_memory_grows():
+def test_peak_memory_grows() -> None:
     before = peak_memory_mb()
     size = int(before + 100) * 2**20
     block = np.ones(size, np.uint8)
@@ -38,8 +40,8 @@ def test_peak_memory_grows():
 
 
 @pytest.mark.skipif(shutil.which("git") is None, reason="needs git")
-def test_git_state_is_of_the_source_tree_only(tmp_path, monkeypatch):
-    def git(*arguments):
+def test_git_state_is_of_the_source_tree_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: Any) -> None:
         identity = ["-c", "user.name=t", "-c", "user.email=t@t"]
         subprocess.run(["git", *identity, *arguments], cwd=tmp_path, check=True, capture_output=True)
 
@@ -54,6 +56,7 @@ def test_git_state_is_of_the_source_tree_only(tmp_path, monkeypatch):
     git("add", ".")
     git("commit", "-m", "one")
     commit, dirty = _git_state(package)
+    assert commit is not None
     assert len(commit) == 40
     assert dirty is False
     (tmp_path / "results.json").write_text("{}")

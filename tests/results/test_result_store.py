@@ -4,7 +4,9 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any, NoReturn
 
 import numpy as np
 import pytest
@@ -21,7 +23,7 @@ def files(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder).as_posix()) for p in folder.rglob("*") if p.is_file())
 
 
-def test_round_trip(tmp_path, make_result):
+def test_round_trip(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     store = ResultStore(tmp_path)
     result = make_result(per_class={"iou": {"sky": 0.9, "tunnel": None}}, subset={"train": {"found": 1, "expected": 2}})
     path = store.save(result, ARRAYS)
@@ -35,28 +37,30 @@ def test_round_trip(tmp_path, make_result):
     assert path == tmp_path / "in_context/camvid_ic/dino_vits16@hbird-2_seed0_01234567.json"
 
 
-def test_numpy_and_paths_in_a_result_become_plain(tmp_path, make_result):
+def test_numpy_and_paths_in_a_result_become_plain(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     result = make_result(metrics={"miou": np.float32(0.5)}, provenance={"size": np.int64(3), "root": Path("x")})
     path = ResultStore(tmp_path).save(result)
     assert json.loads(path.read_text())["provenance"] == {"size": 3, "root": "x"}
 
 
-def test_old_schema_versions_still_load():
+def test_old_schema_versions_still_load() -> None:
     path = Path(__file__).parent / "fixtures"
     store = ResultStore(path)
-    (result,) = store.load_all()
+    result, newer = store.load_all()
     assert store.problems == []
+    assert newer.metric().legend == newer.metric("distance").legend == "m, lower is better"
+    assert newer.drawn_text == "215 scenes"
     assert (result.limit, result.changed, result.ci95["miou"]) == (10, {"k": 50}, (0.5011, 0.5235))
     assert not result.rankable
 
 
-def test_an_ok_result_needs_its_primary_metric(make_result):
+def test_an_ok_result_needs_its_primary_metric(make_result: Callable[..., Result]) -> None:
     with pytest.raises(ValidationError, match="primary metric"):
         make_result(metrics={"accuracy": 0.5})
 
 
 @pytest.mark.parametrize("model", ["../../evil.py:factory", "timm:a/b?seed=0", "x" * 300, "*", 'CON|<>:"', "..", "é"])
-def test_file_names_are_safe(tmp_path, make_result, model):
+def test_file_names_are_safe(tmp_path: Path, make_result: Callable[..., Result], model: str) -> None:
     store = ResultStore(tmp_path / "results")
     result = make_result(model=model, protocol="hbird-2*", key="*/" * 20)
     path = store.save(result, ARRAYS)
@@ -67,7 +71,7 @@ def test_file_names_are_safe(tmp_path, make_result, model):
     assert store.find(result.key) == result
 
 
-def test_find_is_by_key_not_by_name(tmp_path, make_result):
+def test_find_is_by_key_not_by_name(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     store = ResultStore(tmp_path)
     result = make_result()
     path = store.save(result, ARRAYS)
@@ -82,13 +86,13 @@ def test_find_is_by_key_not_by_name(tmp_path, make_result):
     assert store.load_all() == [make_result(0.7)]
 
 
-def test_another_key_in_the_text_is_no_hit(tmp_path, make_result):
+def test_another_key_in_the_text_is_no_hit(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     store = ResultStore(tmp_path)
     store.save(make_result(key="aaaa", provenance={"teacher": "ffff"}))
     assert store.find("ffff") is None
 
 
-def test_failed_is_no_hit_and_is_replaced(tmp_path, make_result):
+def test_failed_is_no_hit_and_is_replaced(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     store = ResultStore(tmp_path)
     failed = make_result(status="failed")
     store.save(failed)
@@ -102,7 +106,7 @@ def test_failed_is_no_hit_and_is_replaced(tmp_path, make_result):
     assert len(files(tmp_path)) == 1, "the arrays of the replaced result went with it"
 
 
-def test_duplicates_give_one_result_and_a_problem(tmp_path, make_result):
+def test_duplicates_give_one_result_and_a_problem(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     store = ResultStore(tmp_path)
     path = store.save(make_result(), ARRAYS)
     (tmp_path / "a.json").write_text(make_result(status="failed").model_dump_json())
@@ -112,7 +116,7 @@ def test_duplicates_give_one_result_and_a_problem(tmp_path, make_result):
     assert str(path) in problem
 
 
-def test_bad_files_are_reported_and_lose_nothing(tmp_path, make_result):
+def test_bad_files_are_reported_and_lose_nothing(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     store = ResultStore(tmp_path)
     result = make_result()
     text = store.save(result, ARRAYS).read_text()
@@ -136,12 +140,14 @@ def test_bad_files_are_reported_and_lose_nothing(tmp_path, make_result):
 
 
 @pytest.mark.parametrize("crash", [OSError(28, "No space left on device"), KeyboardInterrupt()])
-def test_a_crash_before_the_rename_leaves_the_old_files(tmp_path, make_result, monkeypatch, crash):
+def test_a_crash_before_the_rename_leaves_the_old_files(
+    tmp_path: Path, make_result: Callable[..., Result], monkeypatch: pytest.MonkeyPatch, crash: BaseException
+) -> None:
     store = ResultStore(tmp_path)
     store.save(make_result(), ARRAYS)
     before = {name: (tmp_path / name).read_bytes() for name in files(tmp_path)}
 
-    def fail(*_):
+    def fail(*_: Any) -> NoReturn:
         raise crash
 
     monkeypatch.setattr(os, "replace", fail)
@@ -150,11 +156,13 @@ def test_a_crash_before_the_rename_leaves_the_old_files(tmp_path, make_result, m
     assert {name: (tmp_path / name).read_bytes() for name in files(tmp_path)} == before
 
 
-def test_a_crash_between_arrays_and_document_leaves_no_document(tmp_path, make_result, monkeypatch):
+def test_a_crash_between_arrays_and_document_leaves_no_document(
+    tmp_path: Path, make_result: Callable[..., Result], monkeypatch: pytest.MonkeyPatch
+) -> None:
     store = ResultStore(tmp_path)
     replace = os.replace
 
-    def fail_on_json(source, target):
+    def fail_on_json(source: Path, target: Path) -> None:
         if str(target).endswith(".json"):
             raise OSError(28, "No space left on device")
         replace(source, target)
@@ -166,26 +174,26 @@ def test_a_crash_between_arrays_and_document_leaves_no_document(tmp_path, make_r
     assert all(name.endswith(".npz") for name in files(tmp_path))
 
 
-def test_a_folder_that_cannot_be_made_is_told(tmp_path, make_result):
+def test_a_folder_that_cannot_be_made_is_told(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(NecoBenchError, match="could not be written"):
         ResultStore(tmp_path / "file").save(make_result(), ARRAYS)
 
 
-def test_missing_folder(tmp_path):
+def test_missing_folder(tmp_path: Path) -> None:
     store = ResultStore(tmp_path / "none")
     assert store.find("abc") is None
     with pytest.raises(MissingError, match="none"):
         store.load_all()
 
 
-def test_nan_is_never_stored(tmp_path, make_result):
+def test_nan_is_never_stored(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     with pytest.raises(NumericalError, match="dino_vits16 on camvid_ic@hbird-2"):
         ResultStore(tmp_path).save(make_result(provenance={"run": {"loss": float("nan")}}), ARRAYS)
     assert files(tmp_path) == []
 
 
-def test_damaged_arrays(tmp_path, make_result):
+def test_damaged_arrays(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     store = ResultStore(tmp_path)
     arrays = store.save(make_result(), ARRAYS).with_suffix(".npz")
     content = arrays.read_bytes()
@@ -195,7 +203,7 @@ def test_damaged_arrays(tmp_path, make_result):
             store.statistics(make_result())
 
 
-def test_import_is_light():
+def test_import_is_light() -> None:
     code = (
         "import sys, neco_bench.results.store, neco_bench.cli.app; "
         "print([m for m in ('torch', 'pandas', 'numpy', 'jinja2') if m in sys.modules])"
@@ -203,13 +211,13 @@ def test_import_is_light():
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
 
 
-def test_result_is_frozen(make_result):
+def test_result_is_frozen(make_result: Callable[..., Result]) -> None:
     result: Result = make_result()
     with pytest.raises(ValidationError):
         result.seed = 1
 
 
-def test_a_run_clears_what_killed_processes_left(tmp_path, make_result):
+def test_a_run_clears_what_killed_processes_left(tmp_path: Path, make_result: Callable[..., Result]) -> None:
     """Also in folders that it does not write to itself."""
     left = tmp_path / "linear" / "old_task" / f".{'a' * 32}.tmp"
     left.parent.mkdir(parents=True)

@@ -27,7 +27,7 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("no_encoding")
 @pytest.mark.parametrize(
-    ("task", "changes", "told"),
+    ("task", "changes", "message"),
     [
         ("shapes_ic", {"passes": HUGE}, "GiB of memory"),
         ("shapes_ic", {"input_size": 800_000}, "GiB of memory"),
@@ -52,8 +52,8 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     ],
     ids=lambda value: " ".join(map(str, value.items())) if isinstance(value, dict) else "",
 )
-def test_settings_without_measure(task: str, changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_settings_without_measure(task: str, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         neco_bench.run("baseline_rgb", task, limit=4, workers=0, changes=changes)
 
 
@@ -69,7 +69,7 @@ def test_the_batch_is_no_larger_than_what_fits(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(capacity, "memory_there", lambda device: 40e6)
-    small = {"limit": 4, "workers": 0, "changes": {"input_size": 56}, "features": "off"}
+    small: dict[str, Any] = {"limit": 4, "workers": 0, "changes": {"input_size": 56}, "features": "off"}
     with caplog.at_level(logging.WARNING):
         result = neco_bench.run("baseline_rgb", "shapes_ic", batch_size=HUGE, **small)
     assert 1 <= result.provenance["batch_size_used"] < 1000

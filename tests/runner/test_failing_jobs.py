@@ -92,7 +92,7 @@ def test_no_failure_of_an_encoder_stops_the_next_job(tmp_path: Path, encoders: P
 
 
 @pytest.mark.parametrize(
-    ("error", "code", "told"),
+    ("error", "code", "message"),
     [
         (OSError(5, "Input/output error", "/data/a.jpg"), 1, "/data/a.jpg: Input/output error"),
         (MemoryError(), 1, "Out of memory"),
@@ -102,7 +102,7 @@ def test_no_failure_of_an_encoder_stops_the_next_job(tmp_path: Path, encoders: P
     ids=lambda value: type(value).__name__,
 )
 def test_no_failure_of_a_data_set_stops_the_next_job(
-    error: BaseException, code: int, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    error: BaseException, code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, left = Shapes.__getitem__, [False, True]  # the first job fails
 
@@ -124,7 +124,7 @@ def test_no_failure_of_a_data_set_stops_the_next_job(
     monkeypatch.setattr(execute, "execute", counted)
     answer, rows = run(tmp_path, "baseline_rgb,baseline_hog")
     assert (answer.code, rows["baseline_rgb"]["status"], rows["baseline_hog"]["status"]) == (code, "failed", "ok")
-    assert told in rows["baseline_rgb"]["error"]
+    assert message in rows["baseline_rgb"]["error"]
     assert "Traceback" not in answer.err
 
 
@@ -223,33 +223,32 @@ def test_a_job_that_kills_its_process(tmp_path: Path, encoders: Path) -> None:
 
 
 def test_job_timeouts_that_make_no_sense(tmp_path: Path) -> None:
-    for more, told in ((("0",), "seconds above 0"), (("5", "--launcher", "local"), "timeout_min")):
+    for more, message in ((("0",), "seconds above 0"), (("5", "--launcher", "local"), "timeout_min")):
         answer = neco("run", "--model", "baseline_rgb", *QUICK, "--out", tmp_path, "--job-timeout", *more)
-        assert (answer.code, told in answer.err) == (2, True), answer.err
+        assert (answer.code, message in answer.err) == (2, True), answer.err
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(
-    "more", [[], pytest.param(["--job-timeout", "600"], marks=pytest.mark.slow)], ids=["", "a process per job"]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["--job-timeout", "600"]], ids=["", "a process per job"])
 def test_sigterm_ends_a_run_as_ctrl_c_does(more: list[str], tmp_path: Path, encoders: Path) -> None:
     """Finished results stay, processes and temporary files do not; what encoders print never reaches stdout."""
     models = f"{encoders}:prints,{encoders}:sleeps"
     command = [sys.executable, "-m", "neco_bench", "run", "--model", models, *QUICK, "--out", tmp_path / "r", "--json"]
     process = subprocess.Popen([*map(str, command), *more], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stderr is not None
-    told = ""
-    while "begins to sleep" not in told and (line := process.stderr.readline()):
-        told += line
+    message = ""
+    while "begins to sleep" not in message and (line := process.stderr.readline()):
+        message += line
     process.send_signal(signal.SIGTERM)
     out, error = process.communicate(timeout=120)
-    told += error
-    assert process.returncode == 130, told
-    assert "interrupted; finished results are in" in told
-    assert "Traceback" not in told
+    message += error
+    assert process.returncode == 130, message
+    assert "interrupted; finished results are in" in message
+    assert "Traceback" not in message
     assert out == ""
     for source in ("Python", "the system", "C"):
-        assert f"hello from {source}" in told
+        assert f"hello from {source}" in message
     (stored,) = ResultStore(tmp_path / "r").load_all()
     assert (stored.model, stored.status) == (f"{encoders}:prints", "ok")
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
@@ -259,7 +258,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(more: list[str], tmp_path: Path, enco
 def test_which_exceptions_are_bugs() -> None:
     assert user_error(ZeroDivisionError()) is None
     assert user_error(RuntimeError("no such memory format")) is None
-    ours = NecoBenchError("told")
+    ours = NecoBenchError("message")
     assert user_error(ours) is ours
     wrapped = NecoBenchError("failed")
     with contextlib.suppress(NecoBenchError):

@@ -20,17 +20,17 @@ def test_one_result_each_and_none_twice(tmp_path: Path) -> None:
     run = ["run", *GRID, "--set", "neighbours=5", "--out", tmp_path, "--launcher", "local", "--json"]
     code, out, err = neco(*run)
     assert code == 0, err
-    found = json.loads(out)
-    assert [(row["model"], row["status"]) for row in found] == [("baseline_rgb", "ok"), ("baseline_hog", "ok")]
-    assert {row["protocol"] for row in found} == {"clean-1*"}
+    rows = json.loads(out)
+    assert [(row["model"], row["status"]) for row in rows] == [("baseline_rgb", "ok"), ("baseline_hog", "ok")]
+    assert {row["protocol"] for row in rows} == {"clean-1*"}
     store = ResultStore(tmp_path)
-    assert {result.key for result in store.load_all()} == {row["key"] for row in found}
+    assert {result.key for result in store.load_all()} == {row["key"] for row in rows}
     assert not store.problems
     jobs = sorted((tmp_path / "jobs").glob("[0-9]*"))
     assert len(jobs) == 2
     code, out, _ = neco(*run)
     assert code == 0
-    assert json.loads(out) == found
+    assert json.loads(out) == rows
     assert sorted((tmp_path / "jobs").glob("[0-9]*")) == jobs
 
 
@@ -42,8 +42,8 @@ def test_a_job_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
     options = ["--limit", "6", "--workers", "0", "--out", tmp_path / "r", "--launcher", "local", "--json"]
     code, out, err = neco("run", "--model", f"{model},baseline_rgb", "--task", "shapes_ic", *options)
     assert code == 1
-    found = [(row["model"], row["status"]) for row in json.loads(out)]
-    assert found == [(model, "failed"), ("baseline_rgb", "ok")]  # the other job is not lost
+    rows = [(row["model"], row["status"]) for row in json.loads(out)]
+    assert rows == [(model, "failed"), ("baseline_rgb", "ok")]  # the other job is not lost
     assert "ended without a result" in err
     assert "_log.err" in err
 

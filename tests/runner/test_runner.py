@@ -152,7 +152,7 @@ def test_layers_of_one_encoder_are_two_results(tmp_path: Path) -> None:
 
 
 def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
-    for arguments, error, told in (
+    for arguments, error, message in (
         (("baseline_hgo", "shapes_ic"), UsageError, "baseline_hog"),
         (("baseline_hog", "shape_ic"), UsageError, "shapes_ic"),
         (("baseline_hog", "shapes_*"), UsageError, "takes one task"),
@@ -161,15 +161,15 @@ def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
         ((Mean(), "shapes_ic"), BadInputError, "lacks name, weights_id"),
         ((NotFinite(), "shapes_ic"), NumericalError, "NaN or infinite"),
     ):
-        with pytest.raises(error, match=told):
-            neco_bench.run(*arguments, **QUICK)  # type: ignore[arg-type]
-    for options, told in (
+        with pytest.raises(error, match=message):
+            neco_bench.run(*arguments, **QUICK)
+    for options, message in (
         ({"batchsize": 3}, "Unknown option.*batchsize"),
         ({"batch_size": 0}, "--batch-size must be at least 1"),
         ({"changes": {"input_size": "large"}}, "input_size: .*integer"),
         ({"changes": {"neighbors": 3}}, "Did you mean 'neighbours'"),
     ):
-        with pytest.raises(UsageError, match=told):
+        with pytest.raises(UsageError, match=message):
             neco_bench.run("baseline_rgb", "shapes_ic", **options)
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+import neco_bench
 from neco_bench.core.config import parse_changes
 from neco_bench.core.errors import UsageError
 from neco_bench.core.protocol import find_tasks
@@ -113,3 +116,10 @@ def test_recall_counts_shared_ids() -> None:
 def test_too_many_neighbours() -> None:
     with pytest.raises(UsageError, match="holds 5 patches"):
         filled("ivf", clustered(5, 0)).search(clustered(1, 1), 6)
+
+
+def test_a_task_takes_any_index_of_faiss() -> None:
+    quick: dict[str, Any] = {"limit": 4, "workers": 0, "changes": {"search": "PCA2,RFlat", "input_size": 56}}
+    result = neco_bench.run("baseline_rgb", "shapes_ic", **quick)
+    facts = result.provenance["run"]["search"]
+    assert (facts["index"], facts["recall"] >= 0.99) == ("PCA2,Flat,RFlat", True)

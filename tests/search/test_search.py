@@ -53,9 +53,15 @@ def test_blocks_are_merged(width: int) -> None:
     assert torch.equal(ids, expected.indices)
 
 
+def filled(keys: torch.Tensor) -> ExactIndex:
+    index = ExactIndex(keys.shape[1], CPU)
+    index.add(keys)
+    return index
+
+
 def test_the_same_search_gives_the_same_digits() -> None:
     keys, queries = clustered(5000, 0), clustered(300, 1)
-    first, second = ((index := ExactIndex(16, CPU)).add(keys) or index.search(queries, 30) for _ in range(2))
+    first, second = (filled(keys).search(queries, 30) for _ in range(2))
     assert torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
 
@@ -82,10 +88,10 @@ def test_shared_rows_are_merged(shares: tuple[int, ...], monkeypatch: pytest.Mon
                 return list(shares)
             starts = [sum(shares[:i]) for i in range(len(shares))]
             given = [(queries @ p.T).topk(min(7, len(p))) for p in parts]
-            found: list[Any] = [(g.values, g.indices + start) for g, start in zip(given, starts, strict=True)]
-            torch.testing.assert_close(value[0], found[rank][0])
-            assert torch.equal(value[1], found[rank][1])
-            return found
+            results: list[Any] = [(g.values, g.indices + start) for g, start in zip(given, starts, strict=True)]
+            torch.testing.assert_close(value[0], results[rank][0])
+            assert torch.equal(value[1], results[rank][1])
+            return results
 
         monkeypatch.setattr(search.distributed, "gather", gather)
         monkeypatch.setattr(search.distributed, "rank", lambda rank=rank: rank)

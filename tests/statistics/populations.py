@@ -6,6 +6,7 @@ from functools import cache
 
 import numpy as np
 
+from neco_bench.metrics.segmentation import AbsentClasses
 from neco_bench.metrics.sums import SumMetric, category_sums, class_iou_of_counts, mean_sums, miou_of_counts
 
 Rng = np.random.Generator
@@ -71,9 +72,9 @@ def scenes(classes: int) -> Scenes:
     return Scenes(classes, {11: 8.0, 21: 2.5, 150: 9.0}[classes])
 
 
-def miou(counts: np.ndarray, absent: str) -> SumMetric:
+def miou(counts: np.ndarray, absent: AbsentClasses) -> SumMetric:
     """The mIoU of a sample."""
-    return miou_of_counts(counts, absent)  # type: ignore[arg-type]
+    return miou_of_counts(counts, absent)
 
 
 def class_ious(counts: np.ndarray) -> SumMetric:

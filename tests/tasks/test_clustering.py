@@ -23,6 +23,7 @@ from neco_bench.data.base import Sample
 from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.search import row_file
 from neco_bench.search.row_file import ArrayFile, RowFile
+from tests.typed import present
 
 
 def features(rows: int = 3000, columns: int = 24) -> np.ndarray:
@@ -60,13 +61,13 @@ def test_rows_come_back_in_parts_and_in_faiss_order() -> None:
     np.testing.assert_array_equal(everything(rows), x)
     np.testing.assert_array_equal(rows.read(10, 20), x[10:20])
     permutation = np.empty(3000, np.int32)
-    faiss.rand_perm(faiss.swig_ptr(permutation), 3000, 5)
+    faiss.rand_perm(faiss.swig_ptr(permutation), 3000, 5)  # type: ignore[attr-defined]
     np.testing.assert_array_equal(rows.faiss_subsample(1900, 5), x[permutation[:1900]])
     np.testing.assert_array_equal(rows.faiss_subsample(3000, 5), x)
 
 
 def test_arrays_of_any_shape_come_back_in_order() -> None:
-    arrays = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.zeros((0, 4), np.int64), np.array(5.5)]
+    arrays: list[np.ndarray] = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.zeros((0, 4), np.int64), np.array(5.5)]
     stored = ArrayFile()
     for array in arrays:
         stored.append(array)
@@ -121,7 +122,7 @@ def test_kmeans_is_faiss_with_its_own_sub_sampling() -> None:
     for seed, model in enumerate(models, 3):
         reference = faiss.Kmeans(8, 5, niter=20, nredo=2, seed=seed)  # 8000 > 256 * 5 points: sub-sampled
         reference.train(x)
-        expected = np.linalg.norm(x[:, None] - reference.centroids[None], axis=2).argmin(1)
+        expected = np.linalg.norm(x[:, None] - present(reference.centroids)[None], axis=2).argmin(1)
         np.testing.assert_array_equal(nearest(model, x), expected)
 
 
@@ -170,7 +171,7 @@ def test_clustering_of_given_features_equals_an_independent_computation(clusters
         def __len__(self) -> int:
             return count
 
-        def scored(self, mask: np.ndarray) -> np.ndarray:
+        def eval_mask(self, mask: np.ndarray) -> np.ndarray:
             return mask
 
         def __getitem__(self, i: int) -> Sample:
@@ -189,14 +190,14 @@ def test_clustering_of_given_features_equals_an_independent_computation(clusters
     for seed in range(3, 8):
         kmeans = faiss.Kmeans(5, clusters, niter=100, nredo=5, seed=seed, min_points_per_centroid=1)
         kmeans.train(x)
-        found = kmeans.index.search(x, 1)[1][:, 0]
-        table = contingency_matrix(truth.ravel(), found)
+        assigned = kmeans.index.search(x, 1)[1][:, 0]
+        table = contingency_matrix(truth.ravel(), assigned)
         if clusters == classes:
             iou = table / (table.sum(0) + table.sum(1)[:, None] - table)
             best = max(itertools.permutations(range(classes)), key=lambda p: iou[p, range(classes)].sum())
         else:
             best = table.argmax(0)
-        scores.append(jaccard_score(truth.ravel(), np.array(best)[found], average="macro"))
+        scores.append(jaccard_score(truth.ravel(), np.array(best)[assigned], average="macro"))
     assert outcome.statistics["mIoU_per_seed"] == pytest.approx(np.array(scores), abs=1e-12)
     assert 0.3 < np.mean(scores) < 0.99
 

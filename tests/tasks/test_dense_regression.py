@@ -323,7 +323,7 @@ def test_frames_of_other_sizes_and_no_depth_are_errors(monkeypatch: pytest.Monke
             target = sample.target * (self.split != self.empty)
             return DenseSample(sample.image, target, sample.id)
 
-        def sample_doubts(self) -> list[str]:
+        def sample_sanity_check(self) -> list[str]:
             return []
 
         empty = "train"

@@ -14,6 +14,7 @@ from scipy.sparse import csr_matrix
 from neco_bench.features.transforms import resize_image, resize_nearest_torch, to_tensor, upsample_argmax
 from neco_bench.metrics import segmentation
 from neco_bench.search.exact import ExactIndex
+from tests.typed import load_segmentation
 
 CASES = [("main", "cg"), ("main", "vit"), ("det", "cg"), ("det", "vit")]
 
@@ -83,8 +84,8 @@ def test_retrieval_to_miou(arrays: dict[str, np.ndarray], case: str, encoder: st
     assert official == pytest.approx(float(arrays[f"{key}_miou_official"]), abs=1e-9)
 
     # Our own distributions differ by rounding, which may move a pixel between two equal shares; for "cg" none moves.
-    for found in (given, shares):
-        own_maps, _, own = score(found, arrays[f"{case}_y_val"][:, 0])
+    for predicted in (given, shares):
+        own_maps, _, own = score(predicted, arrays[f"{case}_y_val"][:, 0])
         if encoder == "cg":
             np.testing.assert_array_equal(own_maps, arrays[f"{key}_pred_map"][:, 0])
         assert own == pytest.approx(float(arrays[f"{key}_miou_official"]), abs=1e-4)
@@ -103,9 +104,8 @@ def score(shares: torch.Tensor, masks: np.ndarray) -> tuple[np.ndarray, np.ndarr
 
 def test_images_and_masks_from_files(arrays: dict[str, np.ndarray], real_data: Path) -> None:
     """The deterministic transforms equal the reference's tensors bit by bit, from the real files."""
-    from neco_bench.data.load import load_dataset
 
-    val = load_dataset("camvid", "val", root=real_data)
+    val = load_segmentation("camvid", "val", root=real_data)
     mean = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
     std = torch.tensor([0.229, 0.224, 0.255]).view(3, 1, 1)
     compared = 0

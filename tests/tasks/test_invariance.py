@@ -18,6 +18,7 @@ import pytest
 
 import neco_bench
 from neco_bench.core.errors import NumericalError
+from neco_bench.encoders import Encoder
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner import execute
@@ -126,9 +127,12 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
     assert "the same command goes on from there" in answer.err
     assert [result.model for result in ResultStore(tmp_path).load_all()] == ["baseline_rgb"]
     loaded = []
-    monkeypatch.setattr(
-        execute, "load_encoder", lambda model, **options: loaded.append(model) or load(model, **options)
-    )
+
+    def noted(model: str, **options: Any) -> Encoder:
+        loaded.append(model)
+        return load(model, **options)
+
+    monkeypatch.setattr(execute, "load_encoder", noted)
     assert neco(*run).code == 0
     assert loaded == ["baseline_hog"]
 
@@ -141,6 +145,6 @@ def test_a_killed_process_keeps_what_is_finished(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "neco_bench", *map(str, RUN), *models, "--out", str(out)]
     killed = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
     assert killed.returncode == -signal.SIGKILL, killed.stderr
-    (kept,) = ResultStore(out).load_all()
-    assert (kept.model, kept.status) == ("baseline_rgb", "ok")
+    (stored,) = ResultStore(out).load_all()
+    assert (stored.model, stored.status) == ("baseline_rgb", "ok")
     assert sorted(path.suffix for path in out.rglob("*.*")) == [".json", ".npz"]

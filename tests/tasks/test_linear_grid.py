@@ -8,7 +8,7 @@ import pytest
 from neco_bench.core.protocol import find_tasks
 from neco_bench.core.task import Context, Outcome
 from neco_bench.encoders import load_encoder
-from neco_bench.metrics.intervals import single
+from neco_bench.metrics.intervals import estimate
 from neco_bench.metrics.sums import miou_sums
 from neco_bench.runner.job import plan
 from neco_bench.runner.options import RunOptions
@@ -20,7 +20,7 @@ def probe(protocol: str, seed: int = 0, **changes: object) -> tuple[Outcome, dic
     job = plan("baseline_hog", task, RunOptions(limit=8, seed=seed))
     context = Context(seed=seed, batch_size=8)
     outcome = task.module.run(load_encoder("baseline_hog"), dict(job.data), task.settings(), context)
-    return outcome, context.notes
+    return outcome, context.run.notes
 
 
 @pytest.mark.parametrize("protocol", ["neco-1", "clean-1"])
@@ -45,7 +45,7 @@ def test_starts_are_averaged() -> None:
     assert (confusions[0] != one.statistics["confusion"]).mean() < 0.01
     assert (confusions[0] != confusions[1]).any()
     assert two.metrics["mIoU_std"] > 0
-    found = single(miou_sums(confusions)).interval()
+    found = estimate(miou_sums(confusions)).interval()
     assert found.repeats == 2
     assert found.ends is not None
     assert found.ends[0] < two.metrics["mIoU"] < found.ends[1]

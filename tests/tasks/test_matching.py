@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,9 +25,9 @@ from scipy.io import savemat
 
 import neco_bench
 from neco_bench.data.base import Pair
-from neco_bench.data.load import load_dataset
 from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.metrics.pck import box_side, pck_hits
+from tests.typed import load_pairs
 
 MEAN = (0.485, 0.456, 0.406)
 
@@ -40,8 +42,8 @@ class Colour(Encoder):
         return DenseFeatures(F.avg_pool2d(images, 16), 16)
 
 
-def make_pair(source: list[list[float]], target: list[list[float]], **fields: object) -> Pair:
-    defaults = {
+def make_pair(source: Sequence[Sequence[float]], target: Sequence[Sequence[float]], **fields: Any) -> Pair:
+    defaults: dict[str, Any] = {
         "id": "p",
         "source_id": "a",
         "target_id": "b",
@@ -173,7 +175,7 @@ def test_probe3d_ceilings(
     """An oracle that returns the right cell is as limited as the reference's grid says; ours are 20 genuine pairs."""
     side = size // stride
     found: dict[str, dict[str, list[np.ndarray]]] = {"cell": {}, "best": {}}
-    for pair in load_dataset("spair71k", "test", root=real_data).pairs:  # type: ignore[attr-defined]
+    for pair in load_pairs("spair71k", "test", root=real_data).pairs:
         view = View(torch.zeros(1, side, side), 500, 1)  # VOC images: the longest side is 500
         truth = np.trunc(pair.target_points * (size / 500)) / size
         for kind, cells in (

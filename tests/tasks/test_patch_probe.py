@@ -34,9 +34,11 @@ from neco_bench.core.task import Context
 from neco_bench.data.base import IGNORE, Sample, SegmentationDataset, Void
 from neco_bench.data.load import DATASETS
 from neco_bench.encoders import DenseFeatures, Encoder
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.patches import BicubicResizeSquare, majority_label, patchify, unpatchify
 from neco_bench.metrics.intervals import miou_interval
 from tests.tasks.test_shapes import Oracle, Painted
+from tests.typed import load_segmentation, present
 
 CPU = torch.device("cpu")
 VOIDS: tuple[Void, ...] = ("wins ties", "loses ties", "never votes")
@@ -63,13 +65,13 @@ class Given(SegmentationDataset):
     name = "given"
     classes = tuple(map(str, range(150)))
 
-    def __init__(self, masks: np.ndarray, seen: np.ndarray) -> None:
-        self.masks, self.seen, self.split = masks, seen, "train"
+    def __init__(self, masks: np.ndarray, values: np.ndarray) -> None:
+        self.masks, self.values, self.split = masks, values, "train"
         self.ids = tuple(map(str, range(len(masks))))
 
     def __getitem__(self, index: int) -> Sample:
-        seen = self.seen[index]
-        image = np.stack([seen, 255 - seen, seen // 2], 2).astype(np.uint8)
+        values = self.values[index]
+        image = np.stack([values, 255 - values, values // 2], 2).astype(np.uint8)
         return Sample(image, self.masks[index], self.ids[index])
 
     def fingerprint(self) -> str:
@@ -97,8 +99,8 @@ LABELS = st.sampled_from([0, 1, 2, 4, IGNORE])
 @given(hnp.arrays(np.uint8, hnp.array_shapes(min_dims=2, max_dims=2, max_side=7), elements=LABELS))
 def test_most_frequent_equals_a_loop(labels: np.ndarray) -> None:
     for void in VOIDS:
-        found = majority_label(torch.from_numpy(labels), 5, void).tolist()
-        assert found == [naive(row, void) for row in labels.tolist()]
+        answers = majority_label(torch.from_numpy(labels), 5, void).tolist()
+        assert answers == [naive(row, void) for row in labels.tolist()]
 
 
 def test_ties_by_hand() -> None:
@@ -169,8 +171,8 @@ def test_neighbours_equal_brute_force(distance: Distance, chunk: int, monkeypatc
     else:
         distances = 1 - queries @ keys.T / np.linalg.norm(queries, axis=1)[:, None] / np.linalg.norm(keys, axis=1)
     expected = distances.argsort(1)[:, :10]
-    found = nearest_rows(torch.from_numpy(keys).float(), torch.from_numpy(queries).float(), 10, distance, CPU)
-    np.testing.assert_array_equal(found.numpy(), expected)
+    answers = nearest_rows(torch.from_numpy(keys).float(), torch.from_numpy(queries).float(), 10, distance, CPU)
+    np.testing.assert_array_equal(answers.numpy(), expected)
 
 
 def test_too_many_neighbours_is_wrong_usage() -> None:
@@ -239,9 +241,9 @@ def test_a_loss_without_a_value_is_a_numerical_error() -> None:
 
 @given(st.integers(2, 30000), st.integers(0, 3))
 def test_a_tenth_of_the_images_is_held_out(count: int, seed: int) -> None:
-    fit, held = probe.hold_out(count, 0.1, seed)
-    assert len(held) == max(1, count // 10)
-    assert sorted(fit + held) == list(range(count))
+    fit, held_out = probe.hold_out(count, 0.1, seed)
+    assert len(held_out) == max(1, count // 10)
+    assert sorted(fit + held_out) == list(range(count))
 
 
 def test_the_seed_moves_the_held_out_images() -> None:
@@ -256,19 +258,19 @@ def test_patches_that_are_mostly_void_are_dropped_and_the_rest_counts() -> None:
     standardised by all patches of all other images, the void ones too."""
     rng = np.random.default_rng(0)
     masks = rng.integers(0, 3, (10, 16, 16), np.uint8)
-    fit, held = probe.hold_out(10, 0.1, 0)
+    fit, held_out = probe.hold_out(10, 0.1, 0)
     masks[fit[2]] = 1
     for cell, count in enumerate((16, 9, 8, 7)):
         masks[fit[2], :4, 4 * cell : 4 * cell + 4] = np.where(np.arange(16) < count, IGNORE, 1).reshape(4, 4)
-    masks[held[0], :4, :4] = IGNORE
+    masks[held_out[0], :4, :4] = IGNORE
     data = Given(masks, rng.integers(0, 256, (10, 16, 16)))
     for void, dropped in (("wins ties", 4), ("loses ties", 3), ("never votes", 3)):
         context = Context(batch_size=3)
         options = some_settings(void=void)
-        patches, split, scaler = probe.read_train(Cells(), data, options, context, 16)
-        assert context.notes["dropped_patches"] == dropped
+        patches, split, scaler = probe.read_train(FeatureExtractor(Cells(), context), data, options, 16)
+        assert context.run.notes["dropped_patches"] == dropped
         assert (split, len(patches)) == (9 * 16 - dropped + 1, 10 * 16 - dropped + 1)
-        assert context.notes["training_patches"] == 160 - dropped
+        assert context.run.notes["training_patches"] == 160 - dropped
         images = torch.stack([torch.from_numpy(data[i].image) for i in fit]).permute(0, 3, 1, 2) / 255
         rows = Cells().encode(images).map.permute(0, 2, 3, 1).reshape(-1, 3)
         expected = StandardScaler().fit_transform(rows.double().numpy())
@@ -284,22 +286,23 @@ def test_max_patches_takes_as_many_of_each_image() -> None:
     rng = np.random.default_rng(0)
     data = Given(np.ones((10, 16, 16), np.uint8), rng.integers(0, 256, (10, 16, 16)))
     context = Context()
-    patches, split, scaler = probe.read_train(Cells(), data, some_settings(max_patches=50), context, 16)
+    extractor = FeatureExtractor(Cells(), context)
+    patches, split, scaler = probe.read_train(extractor, data, some_settings(max_patches=50), 16)
     assert (split, len(patches), scaler.n_samples_seen_) == (9 * 5, 9 * 5 + 16, 9 * 16)
-    assert context.notes["training_patches"] == 50
+    assert context.run.notes["training_patches"] == 50
     assert len(probe.refit_rows(patches, split)) == 50
 
 
 def test_masks_of_void_alone_are_bad_input() -> None:
     masks = np.full((10, 16, 16), IGNORE, np.uint8)
-    fit, held = probe.hold_out(10, 0.1, 0)
-    seen = np.random.default_rng(0).integers(0, 256, masks.shape)
-    masks[held] = 1
+    fit, held_out = probe.hold_out(10, 0.1, 0)
+    values = np.random.default_rng(0).integers(0, 256, masks.shape)
+    masks[held_out] = 1
     with pytest.raises(BadInputError, match="mostly void"):
-        probe.run(Cells(), {"train": Given(masks, seen), "val": Given(masks, seen)}, some_settings(), Context())
-    masks[held], masks[fit] = IGNORE, 1
+        probe.run(Cells(), {"train": Given(masks, values), "val": Given(masks, values)}, some_settings(), Context())
+    masks[held_out], masks[fit] = IGNORE, 1
     with pytest.raises(BadInputError, match="no labelled pixel"):
-        probe.run(Cells(), {"train": Given(masks, seen), "val": Given(masks, seen)}, some_settings(), Context())
+        probe.run(Cells(), {"train": Given(masks, values), "val": Given(masks, values)}, some_settings(), Context())
 
 
 # The whole.
@@ -310,11 +313,11 @@ def test_one_void_pixel_makes_151_classes() -> None:
     is right, so the IoUs are 149 times 1, 15/16, and 0 for void where it is a class."""
     cells = np.zeros((13, 13), np.int64)
     cells.ravel()[:150] = np.arange(150)
-    seen = np.broadcast_to(cells.repeat(4, 0).repeat(4, 1), (2, 52, 52))
-    full = seen.astype(np.uint8)
+    values = np.broadcast_to(cells.repeat(4, 0).repeat(4, 1), (2, 52, 52))
+    full = values.astype(np.uint8)
     holed = full.copy()
     holed[:, np.argwhere(full[0] == 5)[0][0], np.argwhere(full[0] == 5)[0][1]] = IGNORE
-    data: dict[str, SegmentationDataset] = {"train": Given(holed, seen), "val": Given(full, seen)}
+    data: dict[str, SegmentationDataset] = {"train": Given(holed, values), "val": Given(full, values)}
     for protocol, method, expected in (
         ("capi-1", "knn", (149 + 15 / 16) / 151),
         ("clean-1", "knn", 1.0),  # void never votes, so the patch's majority label fills the hole
@@ -326,7 +329,8 @@ def test_one_void_pixel_makes_151_classes() -> None:
         assert outcome.metrics["mIoU_present"] == pytest.approx(min(1, expected * 151 / 150), rel=1e-12)
         assert outcome.statistics["confusion"].shape[1:] == ((151,) * 2 if expected < 1 else (150,) * 2)
         assert len(outcome.per_class["IoU"]) == outcome.statistics["confusion"].shape[1]
-        low, high = miou_interval(outcome.statistics["confusion"], absent=options.absent)  # two equal images: Wilson's
+        ends = miou_interval(outcome.statistics["confusion"], absent=options.absent)
+        low, high = present(ends)  # two equal images: as wide as Wilson's
         assert low < 0.4
         assert high > 0.99
 
@@ -334,17 +338,20 @@ def test_one_void_pixel_makes_151_classes() -> None:
 @pytest.mark.parametrize("method", ["knn", "logreg"])
 def test_the_held_out_images_are_fitted_on_in_the_end(method: str) -> None:
     """Class 2 is in a held-out image only."""
-    _, held = probe.hold_out(10, 0.1, 0)
-    seen = np.zeros((10, 16, 16), np.int64)
-    seen[:, :8] = 100
-    seen[held, :, 8:] = 200
-    masks = (seen // 100).astype(np.uint8)
-    data: dict[str, SegmentationDataset] = {"train": Given(masks, seen), "val": Given(masks[held], seen[held])}
+    _, held_out = probe.hold_out(10, 0.1, 0)
+    values = np.zeros((10, 16, 16), np.int64)
+    values[:, :8] = 100
+    values[held_out, :, 8:] = 200
+    masks = (values // 100).astype(np.uint8)
+    data: dict[str, SegmentationDataset] = {
+        "train": Given(masks, values),
+        "val": Given(masks[held_out], values[held_out]),
+    }
     options = some_settings(method=method, distances=["l2"], regularisations=[1e4])
     context = Context()
     outcome = probe.run(Cells(), data, options, context)
     assert outcome.metrics["mIoU"] == 1
-    (value,) = set(context.notes["held_out_mIoU"].values())
+    (value,) = set(context.run.notes["held_out_mIoU"].values())
     assert value < 0.5
 
 
@@ -354,7 +361,7 @@ def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str
     stride, size = encoder.stride, options.input_size
 
     def read(split: str, images: list[int]) -> tuple[np.ndarray, np.ndarray]:
-        data = neco_bench.load_dataset("shapes", split, limit=limit)
+        data = load_segmentation("shapes", split, limit=limit)
         features, blocks = [], []
         for image in images:
             sample = data[image]
@@ -366,8 +373,12 @@ def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str
             blocks.append(folded[0].T.byte().numpy())
         return np.concatenate(features), np.concatenate(blocks)
 
-    fit, held = probe.hold_out(limit, options.holdout, options.holdout_seed)
-    (x, y), (x_held, y_held), (x_val, y_val) = read("train", fit), read("train", held), read("val", list(range(limit)))
+    fit, held_out = probe.hold_out(limit, options.holdout, options.holdout_seed)
+    (x, y), (x_held, y_held), (x_val, y_val) = (
+        read("train", fit),
+        read("train", held_out),
+        read("val", list(range(limit))),
+    )
     scaler = StandardScaler().fit(x)
     x, x_held, x_val = (scaler.transform(part.astype(np.float64)) for part in (x, x_held, x_val))
 
@@ -389,7 +400,7 @@ def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str
         return float(jaccard_score(truth[truth != IGNORE], guess[truth != IGNORE], average="macro"))
 
     if options.method == "logreg":
-        grid = {(c,): f"C={c:.4g}" for c in options.regularisations}
+        grid: dict[tuple[Any, ...], str] = {(c,): f"C={c:.4g}" for c in options.regularisations}
     else:
         grid = {(k, d): f"k={k} {d}" for k in options.ks for d in options.distances}
     scores = {point: score(y_held, predicted(x, y, x_held, point)) for point in grid}
@@ -402,13 +413,13 @@ def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str
 def test_the_protocol_equals_a_second_pipeline(method: str) -> None:
     cs = CONSTANTS["capi-1"]["regularisations"][1:5]
     options = some_settings(input_size=56, method=method, ks=[1, 3, 10], regularisations=cs)
-    data = {split: neco_bench.load_dataset("shapes", split, limit=12) for split in ("train", "val")}
+    data = {split: load_segmentation("shapes", split, limit=12) for split in ("train", "val")}
     context = Context()
     outcome = probe.run(neco_bench.load_encoder("baseline_hog"), data, options, context)
     grid, expected = second_pipeline("baseline_hog", options, 12)
-    assert context.notes["held_out_mIoU"] == pytest.approx(grid, abs=1e-9)
+    assert context.run.notes["held_out_mIoU"] == pytest.approx(grid, abs=1e-9)
     assert outcome.metrics["mIoU"] == pytest.approx(expected, abs=1e-9)
-    assert context.notes["chosen"] == max(grid, key=lambda name: grid[name])
+    assert context.run.notes["chosen"] == max(grid, key=lambda name: grid[name])
     assert len(set(grid.values())) > 2
 
 
@@ -433,6 +444,6 @@ def test_batch_size_moves_nothing_and_native_masks_are_counted_whole(method: str
     assert results[0].metrics == results[1].metrics == results[2].metrics
     assert results[0].ci95 == results[1].ci95 == results[2].ci95
     confusion = neco_bench.ResultStore(tmp_path / "a").statistics(results[0])["confusion"]
-    masks = [neco_bench.load_dataset("shapes", "val", limit=6)[i].mask for i in range(6)]
+    masks = [load_segmentation("shapes", "val", limit=6)[i].mask for i in range(6)]
     assert confusion.sum((1, 2)).tolist() == [int((mask != IGNORE).sum()) for mask in masks]
     assert 0 < results[0].metrics["mIoU"] < 1

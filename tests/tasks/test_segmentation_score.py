@@ -45,7 +45,7 @@ def test_several_predictions_by_hand() -> None:
     for item in (1, 0):  # in any order
         predictions = np.stack([RIGHT[item], SWAPPED[item]])
         score.add(item, MASKS[item], predictions, features=torch.ones(2, 1, 1).cpu)
-    np.testing.assert_allclose(score.mean_ious(), [[1], [1 / 3]])
+    np.testing.assert_allclose(score.mean_ious(), np.array([[1], [1 / 3]]))
     outcome = score.outcome(used_size=4, resize="none", select=(1,), metrics={"more": 0.5})
     assert outcome.metrics == pytest.approx(
         {"mIoU": 1 / 3, "more": 0.5, "mIoU_present": 1 / 3, "pixel_accuracy": 2 / 7}
@@ -55,10 +55,10 @@ def test_several_predictions_by_hand() -> None:
         [[[0, 2, 0], [1, 0, 0], [0, 0, 0]], [[0, 2, 0], [0, 0, 0], [0, 0, 2]]]
     ]
     assert outcome.n_images == 2
-    assert context.predictions.keys() == {"a"}  # as reported
-    np.testing.assert_array_equal(context.predictions["a"]["prediction"], SWAPPED[0])
-    np.testing.assert_array_equal(context.predictions["a"]["truth"], MASKS[0])
-    assert context.predictions["a"]["features"].shape == (2, 1, 1)
+    assert context.run.predictions.keys() == {"a"}  # as reported
+    np.testing.assert_array_equal(context.run.predictions["a"]["prediction"], SWAPPED[0])
+    np.testing.assert_array_equal(context.run.predictions["a"]["truth"], MASKS[0])
+    assert context.run.predictions["a"]["features"].shape == (2, 1, 1)
 
 
 @pytest.mark.parametrize(("method", "expected"), [(hungarian_match, 1), (identity_match, 1 / 3)])
@@ -74,7 +74,7 @@ def test_ids_are_matched_over_all_images(method: Any, expected: float) -> None:
     assert outcome.metrics["mIoU"] == pytest.approx(expected)
     mapping = outcome.statistics["mapping"]
     assert mapping.tolist() == ([1, 0, 2] if expected == 1 else [0, 1, 2])
-    np.testing.assert_array_equal(context.predictions["b"]["prediction"], mapping[SWAPPED[1]])
+    np.testing.assert_array_equal(context.run.predictions["b"]["prediction"], mapping[SWAPPED[1]])
 
 
 @pytest.mark.parametrize("shared", [True, False])

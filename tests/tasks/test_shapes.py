@@ -22,6 +22,7 @@ from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.metrics import segmentation
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
+from tests.typed import load_segmentation
 
 CARDS = {name: card for name, card in all_cards()[0].items() if card.dataset in ("shapes", "shapes_pairs")}
 CASES = [f"{card.name}@{protocol}" for card in CARDS.values() for protocol in card.protocols]
@@ -238,7 +239,7 @@ def test_stored_confusions_give_the_miou(case: str, store: ResultStore) -> None:
     iou = np.mean([segmentation.iou_per_class(total) for total in sums], axis=0)
     assert list(result.per_class["IoU"].values()) == [None if np.isnan(v) else pytest.approx(v) for v in iou]
     if case.endswith("clean-1"):  # scored at native resolution
-        val = neco_bench.load_dataset("shapes", "val", limit=6)
+        val = load_segmentation("shapes", "val", limit=6)
         truth = [np.bincount(val[i].mask[val[i].mask != IGNORE], minlength=9) for i in range(6)]
         assert np.array_equal(per_seed.sum(-1), np.broadcast_to(truth, per_seed.shape[:3]))
 

@@ -20,6 +20,7 @@ from neco_bench.core.errors import NecoBenchError, UsageError
 from neco_bench.encoders.run_folder import read_run
 from neco_bench.training import checkpoints
 from tests.command import neco
+from tests.typed import module
 
 from .helpers import small_encoder
 
@@ -37,7 +38,7 @@ class Run:
         self.part = torch.nn.Linear(2, 2)
 
     def save(self, step: int) -> None:
-        for parameter in (*self.encoder.model.parameters(), *self.part.parameters()):
+        for parameter in (*module(self.encoder).parameters(), *self.part.parameters()):
             torch.nn.init.constant_(parameter, step)
         facts = {
             "base": "timm:test_vit", "mean": (0.5,) * 3, "std": (0.5,) * 3, "layers": None, "embed_dim": 64,
@@ -49,7 +50,7 @@ class Run:
     def restore(self) -> int:
         _, state, unreadable = checkpoints.restore_newest(self.folder, {"student": self.encoder}, {"part": self.part})
         assert not unreadable
-        for parameter in (*self.encoder.model.parameters(), *self.part.parameters()):
+        for parameter in (*module(self.encoder).parameters(), *self.part.parameters()):
             assert (parameter == state["step"]).all()
         return state["step"]
 
@@ -108,8 +109,8 @@ def test_a_kill_at_any_point_loses_nothing(step: int, tmp_path: Path) -> None:
         run.save(newest)
         run.save(6)
         assert run.restore() == 6
-        kept = {f"checkpoint-000000{newest}", "checkpoint-0000006", "encoder.json"}
-        assert {path.name for path in run.folder.iterdir()} == kept
+        remaining = {f"checkpoint-000000{newest}", "checkpoint-0000006", "encoder.json"}
+        assert {path.name for path in run.folder.iterdir()} == remaining
         if len(reached) < point:
             break
         points += 1
@@ -160,6 +161,6 @@ def test_of_two_that_train_in_one_folder_the_second_is_refused(tmp_path: Path, m
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
-    told = "file/run: the folder could not be locked"
-    with pytest.raises(NecoBenchError, match=told), checkpoints.locked(tmp_path / "file" / "run"):
+    message = "file/run: the folder could not be locked"
+    with pytest.raises(NecoBenchError, match=message), checkpoints.locked(tmp_path / "file" / "run"):
         pass

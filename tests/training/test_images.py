@@ -11,8 +11,8 @@ import pytest
 from PIL import Image
 
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
-from neco_bench.data.load import load_dataset
 from neco_bench.training.images import open_images
+from tests.typed import load_segmentation, samples
 
 
 def put(path: Path, value: int = 7, mode: str = "RGB") -> Path:
@@ -91,9 +91,9 @@ def test_lists(tmp_path: Path) -> None:
 def test_shapes_never_hold_a_validation_scene() -> None:
     few, many = open_images("shapes"), open_images("shapes:400")
     assert (len(few), len(many)) == (160, 400)
-    train = load_dataset("shapes", "train")
+    train = load_segmentation("shapes", "train")
     assert np.array_equal(many.read(3), train[3].image)
-    validation = {sample.image.tobytes() for sample in load_dataset("shapes", "val")}
+    validation = {sample.image.tobytes() for sample in samples(load_segmentation("shapes", "val"))}
     assert not any(many.read(i).tobytes() in validation for i in range(0, 400, 57))
     assert few.fingerprint() != many.fingerprint()
     with pytest.raises(UsageError, match="shapes:N"):

@@ -41,21 +41,21 @@ def test_memory_of_each_part_is_that_of_what_is_made() -> None:
     settings, encoder = recipe(queue_length=60, head_layers=6), small_encoder()
     network = Network(encoder, settings, 0)
     objective = NeCo(settings, network)
-    found = {need.what: need.bytes for need in needs(settings, encoder, RankShard(0, 4), prefetched=2)}
+    needed = {need.what: need.bytes for need in needs(settings, encoder, RankShard(0, 4), prefetched=2)}
     views = batch(4, settings=settings)
-    assert found["views"] == 4 * (views.global_views.numel() + views.local_views.numel())
-    assert found["loaded views"] == 3 * found["views"] // 4
-    assert found["the queue"] == 4 * objective.queue.numel() * (GLOBALS + 1) // GLOBALS
+    assert needed["views"] == 4 * (views.global_views.numel() + views.local_views.numel())
+    assert needed["loaded views"] == 3 * needed["views"] // 4
+    assert needed["the queue"] == 4 * objective.queue.numel() * (GLOBALS + 1) // GLOBALS
     matrices = sum(p.numel() for p in network.projection_head.parameters() if p.dim() > 1)
-    assert found["projection heads"] == 4 * 5 * matrices
+    assert needed["projection heads"] == 4 * 5 * matrices
     embedded = torch.zeros(2 * 5, 4, 7 * 7, 16)  # pairs of views, images, cells, width
-    assert found["aligned vectors"] == 2 * 4 * embedded.numel()
-    assert found["references"] == 4 * 2 * 5 * 4 * 49 * 16
-    assert found["similarities"] == 3 * 4 * 2 * 5 * 4 * 49 * 49
+    assert needed["aligned vectors"] == 2 * 4 * embedded.numel()
+    assert needed["references"] == 4 * 2 * 5 * 4 * 49 * 16
+    assert needed["similarities"] == 3 * 4 * 2 * 5 * 4 * 49 * 49
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         ({"references": 100_000}, "references=100000 is more than the 196 vectors .* Use --set references=196 or"),
         ({"references": 100, "queue_length": 60}, r"more than the 60 vectors .*\(queue_length\)"),
@@ -69,8 +69,8 @@ def test_memory_of_each_part_is_that_of_what_is_made() -> None:
         ({"queue_length": 2**31 - 1}, "for the queue; .* Use smaller queue_length"),
     ],
 )  # fmt: skip
-def test_settings_beyond_what_there_is(changes: dict[str, Any], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_settings_beyond_what_there_is(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         check(recipe(**changes), small_encoder(), RankShard(0, 4), 6, 0)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -43,7 +44,7 @@ def by_definition(student: Tensor, teacher: Tensor, network: str, steepness: flo
 )
 def test_worked_losses(network: str, steepness: float, loss: float, entropy: float) -> None:
     student, teacher = worked()
-    settings = {"network": network, "student_steepness": steepness, "teacher_steepness": steepness}
+    settings: dict[str, Any] = {"network": network, "student_steepness": steepness, "teacher_steepness": steepness}
     assert neco_loss(student, teacher, **settings).item() == pytest.approx(loss, abs=6e-9)
     assert neco_loss(teacher, teacher, **settings).item() == pytest.approx(entropy, abs=6e-9)
 

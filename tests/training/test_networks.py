@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -82,11 +83,11 @@ class OneForBoth(torch.nn.Module):
 
 
 def test_branches_that_share_a_module_are_dropped_apart() -> None:
-    model = torch.nn.Sequential(OneForBoth(), OneForBoth())
+    model: Any = torch.nn.Sequential(OneForBoth(), OneForBoth())
     _add_stochastic_depth(model, 0.5, RankShard(0, 64))
-    kept = model[1](torch.ones(64, 1))
-    assert {tuple(row) for row in kept.tolist()} == {(0, 0), (0, 2), (2, 0), (2, 2)}
-    assert torch.equal(model[1](torch.ones(64, 1)), kept)
+    output = model[1](torch.ones(64, 1))
+    assert {tuple(row) for row in output.tolist()} == {(0, 0), (0, 2), (2, 0), (2, 2)}
+    assert torch.equal(model[1](torch.ones(64, 1)), output)
     torch.testing.assert_close(model[0](torch.ones(64, 1)), torch.ones(64, 2))
 
 
@@ -173,8 +174,10 @@ def test_head_as_the_official_one() -> None:
         "2.weight": (2048, 2048), "2.bias": (2048,),
         "4.weight": (256, 2048), "4.bias": (256,),
     }  # fmt: skip
-    assert float(head[2].weight.std()) == pytest.approx(0.02, rel=0.01)
-    assert not head[2].bias.any()
+    middle = head.get_submodule("2")
+    assert isinstance(middle, torch.nn.Linear)
+    assert float(middle.weight.std()) == pytest.approx(0.02, rel=0.01)
+    assert not middle.bias.any()
 
 
 def test_embeddings_are_those_of_all_patches_where_needed_and_zero_elsewhere() -> None:

@@ -138,9 +138,9 @@ def test_queue_is_first_in_first_out_and_gives_no_empty_entries() -> None:
         drawn = objective._draw_tokens(shard, 16)
         assert all(len(tokens.unique()) == 10 for _, tokens in drawn)
         objective._enqueue(torch.full((2, 1, 4, 4, 4), number + 1.0), None, drawn, shard)
-        held = objective.queue[0, : objective.filled[0], 0]
+        stored = objective.queue[0, : objective.filled[0], 0]
         newest = [float(t) for t in range(number + 1, 0, -1) for _ in range(10)][:25]
-        assert held.tolist() == newest
+        assert stored.tolist() == newest
         references = objective._references(torch.zeros(5, 1, 49, 4), torch.ones(5, 1, 49), 1, shard)
         assert float(references.min()) >= 1
     assert references.shape == (5, 1, 49, 4)
@@ -225,18 +225,18 @@ def test_views_of_one_size_and_no_local_views() -> None:
 def test_masked_image_modelling_by_hand() -> None:
     settings = recipe(objective="mim", use_teacher=False, head_layers=1, hidden_share=0.5)
     student = Network(small_encoder(), settings, 0).eval()
-    seen: list[tuple[torch.Tensor, torch.Tensor]] = []
+    inputs: list[tuple[torch.Tensor, torch.Tensor]] = []
 
     def embed(groups: list[torch.Tensor], needed: list[torch.Tensor]) -> list[torch.Tensor]:
-        seen.append((groups[0], needed[0]))
+        inputs.append((groups[0], needed[0]))
         return student(groups, needed)
 
     made = batch(2)
     loss = float(MaskedImages(settings, student)(made, embed, None, student, RankShard(0, 2)))
-    images, hidden = by_view(made.global_views), seen[0][1]
+    images, hidden = by_view(made.global_views), inputs[0][1]
     assert hidden.flatten(1).sum(1).tolist() == [8] * 4
     predicted = student.projection_head(
-        student.encoder._encode(seen[0][0], final_norm=True, attention=False).map.permute(0, 2, 3, 1)
+        student.encoder._encode(inputs[0][0], final_norm=True, attention=False).map.permute(0, 2, 3, 1)
     )
     errors = []
     for image in range(4):
@@ -244,29 +244,29 @@ def test_masked_image_modelling_by_hand() -> None:
             for column in range(4):
                 patch = np.s_[image, :, row * 16 : row * 16 + 16, column * 16 : column * 16 + 16]
                 if hidden[image, row, column]:
-                    assert not seen[0][0][patch].any()
+                    assert not inputs[0][0][patch].any()
                     pixels = images[patch].flatten()
                     target = (pixels - pixels.mean()) / (pixels.std() + 1e-3)
                     errors.append((predicted[image, row, column] - target).square().mean())
                 else:
-                    assert torch.equal(seen[0][0][patch], images[patch])
+                    assert torch.equal(inputs[0][0][patch], images[patch])
     assert loss == pytest.approx(float(torch.stack(errors).mean()), rel=1e-5)
 
 
 def test_gradients_and_colours_of_all_patches_by_hand() -> None:
     settings = recipe(objective="mim", use_teacher=False, head_layers=1, hidden_target="gradients", predict_all=True)
     student = Network(small_encoder(), settings, 0).eval()
-    seen: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
 
     def embed(groups: list[torch.Tensor], needed: list[torch.Tensor]) -> list[torch.Tensor]:
-        seen.append(groups[0])
+        inputs.append(groups[0])
         assert needed[0].all()
         return student(groups, needed)
 
     made = batch(1)
     loss = float(MaskedImages(settings, student)(made, embed, None, student, RankShard(0, 1)))
     predicted = student.projection_head(
-        student.encoder._encode(seen[0], final_norm=True, attention=False).map.permute(0, 2, 3, 1)
+        student.encoder._encode(inputs[0], final_norm=True, attention=False).map.permute(0, 2, 3, 1)
     )
     errors = []
     for image, patches in zip(by_view(made.global_views).numpy(), predicted.detach().numpy(), strict=True):
@@ -281,7 +281,7 @@ def test_gradients_and_colours_of_all_patches_by_hand() -> None:
                 for weight, at in zip(strength[cell].ravel(), place[cell].ravel(), strict=True):
                     target[int(at) % 9, i, j] += weight * (1 - at % 1) / 64
                     target[(int(at) + 1) % 9, i, j] += weight * (at % 1) / 64
-                target[:9, i, j] /= max(np.linalg.norm(target[:9, i, j]), 0.01)
-                target[9:, i, j] = image[(slice(None), *cell)].mean((1, 2)) / 4
+                target[:9, i, j] /= max(float(np.linalg.norm(target[:9, i, j])), 0.01)
+                target[9:, i, j] = image[:, cell[0], cell[1]].mean((1, 2)) / 4
             errors.append(np.square(patches[row, column] - target.ravel()).mean())
     assert loss == pytest.approx(float(np.mean(errors)), rel=1e-6)

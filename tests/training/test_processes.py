@@ -87,12 +87,12 @@ def gradients(changes: dict[str, Any], rank: int, world: int) -> tuple[list[floa
 def _process(rank: int, world: int, folder: Path) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world)
-    found = {name: gradients(changes, rank, world) for name, changes in OPTIONS.items()}
-    torch.save(found, folder / f"{rank}.pt")
+    computed = {name: gradients(changes, rank, world) for name, changes in OPTIONS.items()}
+    torch.save(computed, folder / f"{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.fixture(scope="module", params=[2, 4])
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two, or of four, processes found."""
     folder = tmp_path_factory.mktemp("processes")
@@ -116,6 +116,7 @@ def alone() -> dict[str, Any]:
         torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OPTIONS)
 def test_processes_learn_what_one_learns(name: str, shared: list[dict[str, Any]], alone: dict[str, Any]) -> None:
     losses, gradient = alone[name]

@@ -104,7 +104,7 @@ def test_a_file_extends_one_beside_it(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "told"),
+    ("changes", "message"),
     [
         (["lr_bakbone=1"], "no such key.*Did you mean 'lr_backbone'"),
         (["batch_size=0"], "batch_size: .*greater than or equal to 1"),
@@ -119,13 +119,13 @@ def test_a_file_extends_one_beside_it(tmp_path: Path) -> None:
         (["local_size=600"], "must not be smaller than local_size"),
     ],
 )
-def test_wrong_changes(changes: list[str], told: str) -> None:
-    with pytest.raises(UsageError, match=told):
+def test_wrong_changes(changes: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         load_recipe("neco_vits14_518", parse_changes(changes))
 
 
 @pytest.mark.parametrize(
-    ("text", "told"),
+    ("text", "message"),
     [
         ("lr_bakbone = 1", "unknown key 'lr_bakbone'. Did you mean 'lr_backbone'"),
         ("batch_size = 'many'", "batch_size: .*integer"),
@@ -137,10 +137,10 @@ def test_wrong_changes(changes: list[str], told: str) -> None:
         (f"epochs = {2**31}", "epochs: .*less than or equal to 2147483647"),
     ],
 )
-def test_wrong_files(text: str, told: str, tmp_path: Path) -> None:
+def test_wrong_files(text: str, message: str, tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     file.write_text(text.replace("SELF", str(file)))
-    with pytest.raises(BadInputError, match=told) as error:
+    with pytest.raises(BadInputError, match=message) as error:
         load_recipe(str(file))
     assert str(file) in str(error.value)
 
@@ -153,7 +153,7 @@ def test_unknown_recipes() -> None:
 
 
 @pytest.mark.parametrize(("steps", "fits"), [({"steps": 10}, True), ({"steps": 9}, False), ({"epochs": 2}, False)])
-def test_a_warm_up_longer_than_the_run_is_refused(steps: dict[str, int], fits: bool) -> None:
+def test_a_warm_up_longer_than_the_run_is_refused(steps: dict[str, Any], fits: bool) -> None:
     recipe = Recipe(warmup_steps=10, batch_size=4, **steps)
     if fits:
         assert recipe.total_steps(16) == 10

@@ -28,6 +28,7 @@ from neco_bench.training.networks import folded_class_token
 from neco_bench.training.options import TrainOptions
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.sorting import comparators
+from tests.typed import module, present
 
 from .helpers import make_trainer, recipe
 
@@ -136,8 +137,8 @@ class Plain:
 
     def pool(self, maps: Tensor, boxes: Tensor) -> Tensor:
         """(B, cells², E) of a box (B, 4) per image."""
-        boxes = [box[None].to(maps.dtype) / 14 for box in boxes]
-        return torchvision.ops.roi_align(maps, boxes, self.recipe.cells, aligned=True).flatten(2).mT
+        scaled = [box[None].to(maps.dtype) / 14 for box in boxes]
+        return torchvision.ops.roi_align(maps, scaled, self.recipe.cells, aligned=True).flatten(2).mT
 
     def similarity(self, vectors: Tensor, references: Tensor) -> Tensor:
         pairs = vectors[:, :, None], references[:, None]
@@ -177,14 +178,14 @@ class Plain:
     def step(self, batch: TrainBatch, step: int) -> float:
         recipe, names = self.recipe, list(self.student)
         loss = self.loss(batch, step)
-        found = torch.autograd.grad(loss, [self.student[name] for name in names], allow_unused=True)
+        gradients = torch.autograd.grad(loss, [self.student[name] for name in names], allow_unused=True)
         wave = 0.5 * (1 + math.cos(math.pi * step / STEPS))
         momentum = recipe.final_momentum + (recipe.momentum - recipe.final_momentum) * wave
         decay = recipe.final_weight_decay + (recipe.weight_decay - recipe.final_weight_decay) * wave
         with torch.no_grad():
             for name in names:
                 self.teacher[name] = momentum * self.teacher[name] + (1 - momentum) * self.student[name]
-            for name, gradient in zip(names, found, strict=True):
+            for name, gradient in zip(names, gradients, strict=True):
                 if gradient is None:
                     continue
                 value, lr = (
@@ -226,7 +227,7 @@ def trained(
     weights they start from, and the losses of each step."""
     run = make_trainer(settings, out)
     for part in (run.student, run.teacher, run.objective):
-        part.to(dtype)
+        present(part).to(dtype)
     start, normalised = official(run.student), TrainBatch.normalised
     plain, batches = Plain(settings, start, official(run.teacher)), list[TrainBatch]()
 
@@ -289,12 +290,12 @@ def test_the_class_token_with_its_position_moves_twice_as_far(tmp_path: Path) ->
     """The first step of AdamW is one learning rate long, whatever the gradient, for each of the two parameters."""
     settings = recipe(**SIZES, **SETTINGS["registers"], weight_decay=0, final_weight_decay=0)
     run = make_trainer(settings, tmp_path)
-    before = {key: value.clone() for key, value in run.student.encoder.model.state_dict().items()}
+    before = {key: value.clone() for key, value in module(run.student.encoder).state_dict().items()}
     values = run.schedule(0)
     run.step(
         0, iter(loop.loader(run.images, settings, loop.Order(8, settings, 0, 1, 0, 4), 0, False)), values["momentum"]
     )
-    moved = {key: (value - before[key]).abs().max() for key, value in run.student.encoder.model.state_dict().items()}
+    moved = {key: (value - before[key]).abs().max() for key, value in module(run.student.encoder).state_dict().items()}
     assert float(moved["cls_token"]) == pytest.approx(2e-3, rel=1e-2)
     assert float(moved["reg_token"]) == pytest.approx(1e-3, rel=1e-2)
     assert float(moved["pos_embed"]) == pytest.approx(1e-3, rel=1e-2)
@@ -337,4 +338,4 @@ def test_that_parts_are_no_larger_batch_is_said(tmp_path: Path, caplog: pytest.L
 def test_which_class_tokens_hold_a_position(spec: str, folds: bool) -> None:
     encoder = load_encoder(spec, device="cpu")
     token = folded_class_token(encoder)
-    assert (token is encoder.model.cls_token) if folds else (token is None)
+    assert (token is module(encoder).cls_token) if folds else (token is None)

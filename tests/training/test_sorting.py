@@ -170,7 +170,7 @@ def test_every_size_equals_the_dense_product(network: str) -> None:
 
 def test_gradients_equal_those_of_the_dense_product() -> None:
     x, weights = rows(3, 49).requires_grad_(), rows(3 * 49, 50, seed=1)
-    gradients = []
+    gradients: list[torch.Tensor] = []
     for values, permutation in (soft_sort(x), dense(x, "bitonic", 100)):
         loss = (permutation.flatten(0, 1) * weights[:, 1:]).sum() + (values * weights[::49, :49]).sum()
         gradients += torch.autograd.grad(loss, x)

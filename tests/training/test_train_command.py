@@ -41,7 +41,7 @@ def test_two_commands(tmp_path: Path) -> None:
     assert further.code == 0, further.err
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_a_signal_to_all_processes_ends_the_run_in_order(kind: signal.Signals, tmp_path: Path) -> None:
     """As a terminal and a cluster send it: loading processes get it too."""
     out = tmp_path / "run"
@@ -52,10 +52,10 @@ def test_a_signal_to_all_processes_ends_the_run_in_order(kind: signal.Signals, t
     while not (out / "log.csv").is_file() and child.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     os.killpg(child.pid, kind)
-    _, told = child.communicate(timeout=60)
-    assert child.returncode == 130, told
-    assert "--resume goes on from there" in told
-    assert "Traceback" not in told
+    _, message = child.communicate(timeout=60)
+    assert child.returncode == 130, message
+    assert "--resume goes on from there" in message
+    assert "Traceback" not in message
     assert len(list(out.glob("checkpoint-*"))) == 2
 
 
@@ -73,16 +73,16 @@ def test_sigterm_to_torchrun_and_its_workers_saves_the_state(tmp_path: Path) -> 
     workers = Path(f"/proc/{child.pid}/task/{child.pid}/children").read_text().split()
     for number in (*map(int, workers), child.pid):
         os.kill(number, signal.SIGTERM)
-    _, told = child.communicate(timeout=120)
+    _, message = child.communicate(timeout=120)
     assert len(workers) == 2
-    assert "--resume goes on from there" in told, told
+    assert "--resume goes on from there" in message, message
     saved = sorted(path.name for path in out.glob("checkpoint-*"))
     assert len(saved) == 2
     assert saved[1] > "checkpoint-0000000"
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "told"),
+    ("arguments", "code", "message"),
     [
         (["--recipe", "neco_vits14_51"], 2, "Did you mean 'neco_vits14_518'"),
         (["--set", "lr=1"], 2, "recipes have no such key"),
@@ -97,11 +97,11 @@ def test_sigterm_to_torchrun_and_its_workers_saves_the_state(tmp_path: Path) -> 
         (["--eval", "shapes_icc"], 2, "Did you mean 'shapes_ic'"),
     ],
 )
-def test_mistakes(arguments: list[object], code: int, told: str, tmp_path: Path) -> None:
+def test_mistakes(arguments: list[object], code: int, message: str, tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     arguments = [tmp_path / "empty" if a == "EMPTY" else a for a in arguments]
     answer = train(tmp_path / "run", *arguments)
     assert answer.code == code
-    assert told in answer.err
+    assert message in answer.err
     assert "Traceback" not in answer.err
     assert not (tmp_path / "run").exists()

@@ -162,7 +162,11 @@ def test_colours_vary_within_the_bounds_of_the_protocol(
     bounds = dict.fromkeys(("brightness", "contrast", "saturation"), spread) | {"hue": (-hue, hue)}
 
     def noting(name: str) -> Callable[..., Image.Image]:
-        return lambda image, factor: drawn.setdefault(name, []).append(factor) or image
+        def adjust(image: Image.Image, factor: float) -> Image.Image:
+            drawn.setdefault(name, []).append(factor)
+            return image
+
+        return adjust
 
     for name in bounds:
         monkeypatch.setattr(views.tf, f"adjust_{name}", noting(name))

@@ -1,6 +1,6 @@
 """Foreground share: ridge regression from the mean patch feature of an image to its share of foreground pixels.
 
-Scored by how many val images it tells to within a tolerance. Void pixels count neither as foreground nor at all.
+Scored by the share of val images that it is right about within a tolerance. Void pixels do not count at all.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from neco_bench.core.protocol import Settings as BaseSettings
 from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import stream
+from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import ResizeSquare
 from neco_bench.metrics.intervals import mean_interval
 
@@ -25,9 +25,10 @@ class Settings(BaseSettings):
 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
-    """Share of the images of data["val"] told to within the tolerance, fitted on data["train"]."""
-    size = settings.used_size(encoder.stride)
-    (x, y), (x_val, y_val) = (_pooled(encoder, data[split], size, settings, context) for split in ("train", "val"))
+    """Share of the images of data["val"] predicted to within the tolerance, fitted on data["train"]."""
+    size = settings.input_size_for(encoder.stride)
+    extractor = FeatureExtractor(encoder, context, mean=settings.mean, std=settings.std)
+    (x, y), (x_val, y_val) = (_pooled(extractor, data[split], size) for split in ("train", "val"))
     with context.phase("fit"):
         centre, spread = x.mean(0), x.std(0) + 1e-6
         x, x_val = (x - centre) / spread, (x_val - centre) / spread
@@ -44,13 +45,10 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     )
 
 
-def _pooled(
-    encoder: Encoder, dataset: SegmentationDataset, size: int, settings: Settings, context: Context
-) -> tuple[np.ndarray, np.ndarray]:
+def _pooled(extractor: FeatureExtractor, dataset: SegmentationDataset, size: int) -> tuple[np.ndarray, np.ndarray]:
     """(n, D) mean patch features and (n,) foreground shares of a split, float64."""
     features, shares = [], []
-    colours = {"mean": settings.mean, "std": settings.std}
-    for batch in stream(encoder, dataset, ResizeSquare(size, "native"), context, dataset.split, **colours):
+    for batch in extractor.stream(dataset, ResizeSquare(size, "native"), dataset.split):
         features.append(batch.features.mean((2, 3)).double().cpu().numpy())
         shares += [(mask[mask != IGNORE] > 0).mean() for mask in batch.masks]
     return np.concatenate(features), np.array(shares)
