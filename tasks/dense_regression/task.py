@@ -81,7 +81,7 @@ def run(encoder: Encoder, data: dict[str, DenseDataset], settings: Settings, con
     chosen = score.best("abs_rel") if s.select == "best" else len(heads) - 1
     context.note(iteration_reported=list(heads)[chosen])
     if s.class_token:
-        context.note(token="the first prefix token, or the mean of the patches")
+        context.note(beside_patches="the first prefix token, or their mean")
     height, width = grid.size
     return score.outcome(
         chosen,
