@@ -16,12 +16,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neco_bench.core.errors import NecoBenchError
     from neco_bench.core.protocol import find_tasks
-    from neco_bench.data.load import load_dataset
+    from neco_bench.data.load import list_datasets, load_dataset
     from neco_bench.encoders import DenseFeatures, Encoder, check_encoder, load_encoder
+    from neco_bench.reports.comparison import compare
     from neco_bench.results.frame import load_results
+    from neco_bench.results.listing import ResultList
     from neco_bench.results.schema import Result
     from neco_bench.results.store import ResultStore
     from neco_bench.runner.api import run
+    from neco_bench.viz.api import show
 
 __version__ = "0.1.0"
 
@@ -38,6 +41,10 @@ _HOMES = {
     "load_dataset": "neco_bench.data.load",
     "find_tasks": "neco_bench.core.protocol",
     "load_results": "neco_bench.results.frame",
+    "list_datasets": "neco_bench.data.load",
+    "compare": "neco_bench.reports.comparison",
+    "show": "neco_bench.viz.api",
+    "ResultList": "neco_bench.results.listing",
     "Result": "neco_bench.results.schema",
     "ResultStore": "neco_bench.results.store",
     "NecoBenchError": "neco_bench.core.errors",
@@ -49,14 +56,18 @@ __all__ = [
     "Encoder",
     "NecoBenchError",
     "Result",
+    "ResultList",
     "ResultStore",
     "__version__",
     "check_encoder",
+    "compare",
     "find_tasks",
+    "list_datasets",
     "load_dataset",
     "load_encoder",
     "load_results",
     "run",
+    "show",
 ]
 
 

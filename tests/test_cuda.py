@@ -152,14 +152,14 @@ def test_a_full_device_halves_the_batch() -> None:
 def test_sorting_and_loss(network: str, dtype: torch.dtype) -> None:
     close: dict[str, Any] = {"atol": 1e-4, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 1e-10, "rtol": 1e-8}
     student, teacher = torch.randn(2, 700, 49, dtype=dtype, generator=torch.Generator().manual_seed(0)) * 0.1
-    found = []
+    results = []
     for device in ("cpu", "cuda"):
         x, y = student.to(device, copy=True).requires_grad_(), teacher.to(device)
         values, permutation = soft_sort(x, network)
         loss = neco_loss(x, y, network=network)
         by_loss, by_values = (torch.autograd.grad(t, x)[0].cpu() for t in (loss, values.square().sum()))
-        found.append([values.cpu(), permutation.cpu(), loss.cpu(), by_loss, by_values])
-    for here, there in zip(*found, strict=True):
+        results.append([values.cpu(), permutation.cpu(), loss.cpu(), by_loss, by_values])
+    for here, there in zip(*results, strict=True):
         torch.testing.assert_close(there, here, **close)
 
 

@@ -17,11 +17,11 @@ ROOT = Path(__file__).parents[1]
 def given(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """What setup.py gives to setuptools."""
     setuptools = pytest.importorskip("setuptools")
-    told: dict[str, Any] = {}
-    monkeypatch.setattr(setuptools, "setup", lambda **arguments: told.update(arguments))
+    settings: dict[str, Any] = {}
+    monkeypatch.setattr(setuptools, "setup", lambda **arguments: settings.update(arguments))
     monkeypatch.chdir(ROOT)
     runpy.run_path(str(ROOT / "setup.py"))
-    return told
+    return settings
 
 
 def test_no_package_is_missing(given: dict[str, Any]) -> None:

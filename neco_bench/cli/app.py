@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 
 from neco_bench.cli import data, models, results, run, train
-from neco_bench.cli.common import _sigterm_as_interruption, app, data_app
+from neco_bench.cli.common import COMMON, _sigterm_as_interruption, app, data_app
 from neco_bench.core.errors import user_error
 
 app.add_typer(data_app, name="data")
@@ -24,9 +24,11 @@ COMMANDS = (run, models, data, train, results)  # importing these modules regist
 def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of `neco-bench`; exits with the documented code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    common = [word for word in given if word in COMMON]
     try:
         with _sigterm_as_interruption():
-            app(args=arguments, prog_name="neco-bench")
+            app(args=[*common, *(word for word in given if word not in COMMON)], prog_name="neco-bench")
     except Exception as caught:
         error = user_error(caught)
         if error is None or isinstance(caught, BrokenPipeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import signal
 import sys
 import threading
@@ -55,7 +56,6 @@ class App(typer.Typer):
 
 
 app = App(
-    add_completion=False,
     pretty_exceptions_enable=False,
     help="Evaluate dense visual encoders under named protocols.\n\n"
     "Example: neco-bench run --model baseline_hog --task 'shapes_*'",
@@ -76,17 +76,58 @@ DataRoot = Annotated[
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
-
 Weights = Annotated[Path | None, typer.Option(help="Weights file (safetensors, .pth, .ckpt) for the model.")]
-
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
 
-
 Precision = Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16 for the encoder.")]
 
-
 Layers = Annotated[str | None, typer.Option(help="Inner blocks of a ViT (8 or 2,5,8,11), or the stage of a CNN.")]
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from neco_bench import __version__
+
+        print(f"neco-bench {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def common_options(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print results and errors only.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Say more on stderr of what is done.")] = False,
+) -> None:
+    """Take the options of all commands, which may stand before or after the command's name."""
+    if quiet and verbose:
+        raise UsageError("--quiet and --verbose exclude each other. Leave one of them out.")
+    level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
+    logging.getLogger("neco_bench").setLevel(level)
+
+
+COMMON = ("--version", "--quiet", "--verbose")
+
+
+def is_quiet() -> bool:
+    """Whether --quiet is given."""
+    return not logging.getLogger("neco_bench").isEnabledFor(logging.WARNING)
+
+
+def task_names(incomplete: str) -> list[str]:
+    """Names of tasks that begin so, for completion."""
+    from neco_bench.core.protocol import all_cards
+
+    return [name for name in all_cards()[0] if name.startswith(incomplete)]
+
+
+def zoo_names(incomplete: str) -> list[str]:
+    """Names of models that begin so, for completion."""
+    from neco_bench.encoders.zoo import models
+
+    return [name for name in models() if name.startswith(incomplete)]
 
 
 @contextlib.contextmanager

@@ -27,7 +27,7 @@ def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
 
     with foreign_code():
         present = {row.name: set(row.present) for row in describe_datasets(data_root)}
-        cards, broken = all_cards()
+        cards, broken = all_cards(data_root)
     rows = [
         {
             "task": card.name,
@@ -41,8 +41,8 @@ def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
         for card in cards.values()
     ]
     print_rows(rows, as_json)
-    for family, reason in broken.items():
-        print(f"warning: task family {family!r} is broken: {reason}", file=sys.stderr)
+    for name, reason in broken.items():
+        print(f"warning: {name!r} is broken: {reason}", file=sys.stderr)
 
 
 @app.command()
@@ -138,6 +138,37 @@ def data_check(
     print_rows([vars(finding) for finding in findings] if as_json else short, as_json)
     if any(finding.level == "error" for finding in findings):
         raise typer.Exit(4)
+
+
+@data_app.command("init")
+def data_init(
+    folder: Annotated[Path, typer.Argument(help="Folder with images and masks, or images and a JSON file of pairs.")],
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Write dataset.toml again where there is one.")
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a first dataset.toml by looking at a folder: suffixes, ids and palette of the masks, splits.
+
+    The folder is then a data set; its name is the start of the names of its tasks, which every family has.
+
+    Example: neco-bench data init /data/plants
+    """
+    from neco_bench.data.init import init
+
+    written = init(folder, overwrite=overwrite)
+    if as_json:
+        print(json.dumps({"files": [str(path) for path in written.paths], "notes": list(written.notes)}, indent=2))
+        return
+    print("\n".join(map(str, written.paths)))
+    place = written.paths[0].parent
+    for note in written.notes:
+        print(note, file=sys.stderr)
+    print(
+        f"correct {written.paths[0].name}, then: neco-bench data check {place.name} --data-root {place.parent}; its "
+        f"tasks: neco-bench tasks --data-root {place.parent}",
+        file=sys.stderr,
+    )
 
 
 @data_app.command("prepare")

@@ -1,7 +1,9 @@
-"""`neco-bench models`, `check`, `diagnose` and `export`. Commands import what needs torch or is slow when they run."""
+"""`neco-bench models`, `check`, `speed`, `diagnose`, `export`. Commands import what is slow when they run."""
 
 from __future__ import annotations
 
+import json
+import re
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -9,7 +11,7 @@ from typing import Annotated
 import typer
 
 from neco_bench.cli.common import DataRoot, Device, Json, Layers, Precision, Weights, app
-from neco_bench.cli.output import foreign_code, print_rows
+from neco_bench.cli.output import foreign_code, print_rows, speed_row
 from neco_bench.core.errors import UsageError
 
 
@@ -45,9 +47,61 @@ def check(
         encoder = load_encoder(model, weights=weights, device=device, precision=precision, layers=layers)
         results = check_encoder(encoder)
     rows = [{"check": row.name, "passed": "pass" if row.passed else "FAIL", "detail": row.detail} for row in results]
+    if not as_json:  # an error that fails several checks is printed with the first of them
+        first: dict[str, str] = {}
+        for row in rows:
+            if row["passed"] == "FAIL":
+                name = first.setdefault(re.sub(r"\(\d+(, \d+)*\)", "", row["detail"]), row["check"])  # without shapes
+                row["detail"] = row["detail"] if name == row["check"] else f"as {name}"
     print_rows(rows, as_json)
     if any(row["passed"] == "FAIL" for row in rows):
         raise typer.Exit(4)
+
+
+@app.command()
+def speed(
+    model: Annotated[list[str], typer.Argument(help="Model specs.")],
+    size: Annotated[
+        list[str] | None,
+        typer.Option(help="Pixels a side; repeatable, comma-separated. Default: the sizes of most tasks."),
+    ] = None,
+    precision: Annotated[str, typer.Option(help="Comma-separated: fp32, bf16, fp16.")] = "fp32,bf16",
+    batch_size: Annotated[int, typer.Option(help="Images at once; halved when memory runs out.")] = 16,
+    seconds: Annotated[float, typer.Option(help="Time for each size and precision.")] = 2.0,
+    out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
+    overwrite: Annotated[bool, typer.Option(help="Measure again where a result is stored.")] = False,
+    weights: Weights = None,
+    device: Device = None,
+    layers: Layers = None,
+    as_json: Json = False,
+) -> None:
+    """Measure images per second, GFLOP, parameters and peak memory at the input sizes of the tasks; stored as results.
+
+    Example: neco-bench speed baseline_hog --size 224 --seconds 1
+    """
+    from neco_bench.encoders import load_encoder
+    from neco_bench.encoders.identity import loaded_id
+    from neco_bench.results.store import ResultStore
+    from neco_bench.runner.speed import SpeedOptions, measure_speed, task_sizes
+
+    texts = [part.strip() for value in size or [] for part in value.split(",") if part.strip()]
+    if not all(text.isdecimal() and len(text) < 6 for text in texts):
+        raise UsageError(f"--size takes pixels such as 224 or 224,448, got {', '.join(size or [])!r}.")
+    sizes = tuple(map(int, texts)) or task_sizes()
+    precisions = tuple(dict.fromkeys(part.strip() for part in precision.split(",")))
+    options = SpeedOptions(sizes, precisions, batch_size, seconds)
+    store = ResultStore(out)
+    store.check_writable()
+    results = []
+    with foreign_code():
+        for name in model:
+            encoder = load_encoder(name, weights=weights, device=device, layers=layers)
+            identity = loaded_id(name, weights, encoder)
+            results += measure_speed(encoder, identity, options, store, overwrite=overwrite)
+    if as_json:
+        print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
+        return
+    print_rows([speed_row(result) for result in results], False)
 
 
 @app.command()

@@ -58,6 +58,32 @@ def summary(result: Result) -> dict[str, Any]:
     }
 
 
+def summaries(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Write results as rows, those of several seeds of a model on a task as one."""
+    groups: dict[tuple[str, str], list[Result]] = {}
+    for result in results:
+        groups.setdefault((result.model, result.column), []).append(result)
+    return [summary(group[0]) if len(group) == 1 else _over_seeds(group) for group in groups.values()]
+
+
+def _over_seeds(results: list[Result]) -> dict[str, Any]:
+    """Write the results of several seeds as a row: mean, standard deviation and interval, as leaderboards have them."""
+    from neco_bench.reports.grid import cells_of, runs_frame  # pandas is slow to import
+
+    good = [result for result in results if result.status == "ok"]
+    row = summary(good[0] if good else results[0])
+    row["seconds"] = f"{sum(result.timing.get('total', 0) for result in results):.1f}"
+    if len(good) < len(results):
+        row["note"] = ", ".join(
+            filter(None, [row["note"], f"{len(results) - len(good)} of {len(results)} seeds failed"])
+        )
+    if len(good) > 1:
+        metric, (cell,) = good[0].metric(), cells_of(runs_frame(good)).itertuples()
+        row["value"] = f"{metric.text(cell.value)} ± {metric.text(cell.deviation)} ({len(good)} seeds)"
+        row["95 % interval"] = metric.interval(cell.low, cell.high)
+    return row
+
+
 def comparison_fractions(row: ComparisonRow) -> dict[str, Any]:
     """Write a row of a comparison for JSON: values as stored, None where there is no number."""
     difference = row.difference
@@ -111,6 +137,24 @@ def comparison_images(rows: list[tuple[str, float, float]], most: int, as_json: 
         {"image": name, "first": f"{100 * a:.1f}", "second": f"{100 * b:.1f}", "difference": f"{100 * (b - a):+.1f}"}
         for name, a, b in rows
     ]
+
+
+def speed_row(result: Result) -> dict[str, Any]:
+    """Write a result of `speed` as a row."""
+    features, measured = result.provenance["features"], result.metrics
+    return {
+        "model": result.model,
+        "size": features["used_size"],
+        "tokens": features["tokens"],
+        "precision": result.provenance["precision"],
+        **{
+            f"{name.replace('_', ' ')}": result.metric(name).text(measured[name])
+            for name in ("images_per_second", "gflops_per_image", "million_parameters")
+        },
+        "peak memory (MiB)": f"{result.peak_memory_mb:.0f}",
+        "batch": result.provenance["batch_size_used"],
+        "device": result.provenance["device"],
+    }
 
 
 def phases(result: Result) -> list[dict[str, Any]]:

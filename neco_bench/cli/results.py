@@ -33,7 +33,7 @@ def leaderboard(
 ) -> None:
     """Write one CSV per task family and a Markdown page from stored results, published numbers beside measured ones.
 
-    The page is printed too; on a terminal, its ranked tables.
+    The ranking of each family is printed, or the tables of results that are never ranked where there is none.
 
     Example: neco-bench leaderboard --results results --out leaderboards/local
     """
@@ -57,13 +57,11 @@ def leaderboard(
     if as_json:
         print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return
-    if sys.stdout.isatty():
-        for table in build_tables(found):
-            if table.ranked and table.detailed is not None:
-                print(f"\n{table.title}")
-                print_rows(table.detailed.to_dict("records"), False)
-    else:
-        print((out / "leaderboard.md").read_text(encoding="utf-8"))
+    tables = {table.name: table for table in build_tables(found)}
+    rankings = [tables.get(f"{name}.ranking", table) for name, table in tables.items() if table.ranked]
+    for table in rankings or [table for table in tables.values() if table.detailed is not None]:
+        print(f"\n{table.title}")
+        print_rows((table.frame if table.detailed is None else table.detailed).to_dict("records"), False)
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
 
 
@@ -132,9 +130,9 @@ def show(
 
     Example: neco-bench show baseline_hog --task shapes_ic
     """
-    from neco_bench.core.files import slug
     from neco_bench.reports.compare import results_of
     from neco_bench.runner.job import job_of
+    from neco_bench.viz.api import folder_of
     from neco_bench.viz.show import show as draw
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
@@ -145,7 +143,7 @@ def show(
     with open_stores(results) as stores:
         matching = results_of(stores, model, patterns)
     for result, store in matching.values():
-        folder = out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
+        folder = folder_of(result, out)
         try:
             with foreign_code():
                 job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)

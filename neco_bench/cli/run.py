@@ -7,21 +7,41 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neco_bench.cli.common import DataRoot, Device, Json, Layers, Precision, Weights, app
-from neco_bench.cli.output import foreign_code, phases, print_rows, summary
+from neco_bench.cli.common import (
+    DataRoot,
+    Device,
+    Json,
+    Layers,
+    Precision,
+    Weights,
+    app,
+    is_quiet,
+    task_names,
+    zoo_names,
+)
+from neco_bench.cli.output import foreign_code, phases, print_rows, summaries
 from neco_bench.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from neco_bench.results.schema import Result
 
 
 @app.command()
 def run(
     model: Annotated[
-        list[str], typer.Option(help="Model spec; repeatable and comma-separated. See `neco-bench models`.")
+        list[str],
+        typer.Option(
+            help="Model spec; repeatable and comma-separated. See `neco-bench models`.", autocompletion=zoo_names
+        ),
     ],
-    task: Annotated[list[str], typer.Option(help="Task, glob or task@protocol; repeatable and comma-separated.")],
+    task: Annotated[
+        list[str],
+        typer.Option(help="Task, glob or task@protocol; repeatable and comma-separated.", autocompletion=task_names),
+    ],
     data_root: DataRoot = None,
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
     device: Device = None,
@@ -31,6 +51,10 @@ def run(
         int | None, typer.Option(help="Loading processes; default: cores - 1 for a GPU, threads for a CPU.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seeds: Annotated[
+        int,
+        typer.Option(help="Run so many seeds from --seed on: one result each, one row with their spread in tables."),
+    ] = 1,
     limit: Annotated[int | None, typer.Option(help="First N items of each split only; never ranked.")] = None,
     split_file: Annotated[Path | None, typer.Option(help="List of ids that restricts the training split.")] = None,
     weights: Weights = None,
@@ -76,7 +100,7 @@ def run(
     if distributed.started_by_torchrun():
         distributed.join()
     check_device(device)
-    tasks = find_tasks(task, parse_changes(changes or []))
+    tasks = find_tasks(task, parse_changes(changes or []), data_root=data_root)
     options = RunOptions(
         data_root=data_root,
         device=device,
@@ -90,7 +114,7 @@ def run(
         layers=layers,
         features=features,
         overwrite=overwrite,
-        progress=distributed.rank() == 0,
+        progress=distributed.rank() == 0 and not is_quiet(),
     )
     if job_timeout is not None and (job_timeout <= 0 or launcher is not None or distributed.world() > 1):
         raise UsageError(
@@ -102,13 +126,14 @@ def run(
         raise UsageError("--launcher-set needs --launcher.")
     store = ResultStore(out)
     with foreign_code():
-        jobs = plan_all(_models(model), tasks, options, store)
+        jobs = plan_all(_models(model), tasks, options, store, seeds=seeds)
     if dry_run:
         from neco_bench.runner.estimate import forecast
 
         with foreign_code():
             rows = forecast(jobs, store)
-        print_rows([{name: row[name] for name in row if as_json or name != "exit_code"} for row in rows], as_json)
+        hidden = () if as_json else ("exit_code",) if seeds > 1 else ("exit_code", "seed")
+        print_rows([{name: row[name] for name in row if name not in hidden} for row in rows], as_json)
         raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
     results = []
     if launcher is not None:
@@ -126,12 +151,8 @@ def run(
                     results.append(run_apart(job, store, job_timeout))
                 else:
                     results.append(execute.run_job(job, store))
-            if distributed.rank():
-                continue
-            if profile:
-                print_rows(phases(results[-1]), False, file=sys.stderr)
-            note = f"error: {results[-1].error}" if results[-1].error else "done"
-            print(f"{job.label} on {job.task.card.name}@{job.task.label}: {note}", file=sys.stderr)
+            if not distributed.rank():
+                _say_done(job.title, results[-1], profile)
     except KeyboardInterrupt:
         if launcher is not None:
             grid.cancel()
@@ -141,8 +162,15 @@ def run(
     if distributed.rank() == 0 and as_json:
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
     elif distributed.rank() == 0:
-        print_rows([summary(result) for result in results], False)
+        print_rows(summaries(results), False)
     raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), 0))
+
+
+def _say_done(title: str, result: Result, profile: bool) -> None:
+    if profile:
+        print_rows(phases(result), False, file=sys.stderr)
+    if result.error or not is_quiet():
+        print(f"{title}: {f'error: {result.error}' if result.error else 'done'}", file=sys.stderr)
 
 
 def _models(values: Sequence[str]) -> list[str]:

@@ -22,7 +22,6 @@ NO_LIMIT = timedelta(days=365)
 
 _place = (0, 1)
 
-
 _group: Any = None  # of these processes; None is the default group
 
 

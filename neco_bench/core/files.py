@@ -22,9 +22,7 @@ except ImportError:  # Windows
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
-
 _DAY = 24 * 3600
-
 
 _cleared: set[Path] = set()  # folders, by this process
 

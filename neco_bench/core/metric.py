@@ -14,11 +14,19 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
 
-Unit = Literal["percent", "metres", "degrees", "ratio"]
+Unit = Literal["percent", "metres", "degrees", "ratio", "images/s", "GFLOP", "million"]
 
 # Digits after the point, and what stands behind a number where the unit is not named beside it.
-_DIGITS = {"percent": 1, "metres": 3, "degrees": 1, "ratio": 3}
-_SIGNS = {"percent": "%", "metres": "m", "degrees": "°", "ratio": ""}
+_DIGITS = {"percent": 1, "metres": 3, "degrees": 1, "ratio": 3, "images/s": 1, "GFLOP": 2, "million": 2}
+_SIGNS = {
+    "percent": "%",
+    "metres": "m",
+    "degrees": "°",
+    "ratio": "",
+    "images/s": "images/s",
+    "GFLOP": "GFLOP",
+    "million": "million",
+}
 
 
 class Metric(BaseModel):
@@ -99,6 +107,9 @@ METRICS: dict[str, Metric] = {
     r"(?i)si[-_ ]?rmse|rmse[-_ ]?log|log_?10|silog|abs[-_ ]?rel|sq[-_ ]?rel|rmse x10": _RATIO,
     r"(?i)rmse( m|_\w+)?|mae( m|_m)?": Metric(unit="metres", lower_is_better=True, high=None),
     r"[JF][ _]decay": Metric(lower_is_better=True, low=-1.0),
+    r"images_per_second": Metric(unit="images/s", high=None),
+    r"gflops_per_image": Metric(unit="GFLOP", lower_is_better=True, high=None),
+    r"million_parameters": Metric(unit="million", lower_is_better=True, high=None),
 }
 
 

@@ -12,7 +12,8 @@ import functools
 import importlib
 import importlib.util
 import math
-from collections.abc import Iterable, Mapping
+import os
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
@@ -31,6 +32,7 @@ from pydantic import (
 from neco_bench.core.config import read_toml
 from neco_bench.core.errors import BadInputError, NecoBenchError, UsageError, did_you_mean
 from neco_bench.core.files import digest
+from neco_bench.core.own_data import FILE, OwnDataset, own_datasets
 from neco_bench.core.registry import Registry
 
 FAMILIES: Registry = Registry(
@@ -53,7 +55,6 @@ FAMILIES: Registry = Registry(
 
 # Renamed task ids keep resolving here: old id -> new id.
 RENAMED: dict[str, str] = {}
-
 
 MOST = 10**12  # of any number in settings: arrays hold the product of two as integers, and as single precision
 
@@ -97,12 +98,9 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
 
 Rounds = Annotated[int, Field(gt=0, lt=2**31)]  # what FAISS can count
 
-
 Share = Annotated[float, Field(ge=0, le=1)]
 
-
 Temperature = Annotated[float, Field(ge=1e-6)]  # of a softmax: what is divided by less overflows
-
 
 Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
 
@@ -258,8 +256,39 @@ def _family_folder(family: str) -> Path:
     return Path(next(iter(spec.submodule_search_locations)))
 
 
+@dataclass(frozen=True)
+class Family:
+    """What the `cards.toml` of a family holds. own: tables of tasks that every data set of one's own has, by ending."""
+
+    protocols: Mapping[str, Protocol]
+    cards: Mapping[str, Card]
+    own: Mapping[str, Mapping[str, Any]]
+    citation: str
+
+    def own_cards(self, family: str, data: OwnDataset) -> Iterator[Card]:
+        """The tasks of a data set of one's own that has the splits for them."""
+        if data.file is None:
+            return
+        for ending, table in self.own.items():
+            constants = dict(table)
+            kind, metric, protocols = (constants.pop(key) for key in ("kind", "metric", "protocols"))
+            splits = {role: data.file.role(role) for role in constants.pop("roles")}
+            if kind == data.file.kind and all(splits.values()):
+                yield Card(
+                    name=f"{data.name}_{ending}",
+                    family=family,
+                    dataset=data.name,
+                    splits={role: split for role, split in splits.items() if split},
+                    metric=metric,
+                    constants=constants,
+                    protocols=protocols,
+                    origin=str(data.folder / FILE),
+                    citation="; ".join(filter(None, [self.citation, data.file.citation])),
+                )
+
+
 @functools.cache
-def _read_family(family: str) -> tuple[dict[str, Protocol], dict[str, Card]]:
+def _read_family(family: str) -> Family:
     path = _family_folder(family) / "cards.toml"
     document = read_toml(path)
     protocols = {
@@ -279,30 +308,55 @@ def _read_family(family: str) -> tuple[dict[str, Protocol], dict[str, Card]]:
         cards[name] = Card(
             name=name, family=family, constants=table, origin=str(path), citation=document.get("citation", ""), **common
         )
-    return protocols, cards
+    return Family(protocols, cards, document.get("own", {}), document.get("citation", ""))
 
 
-def all_cards() -> tuple[dict[str, Card], dict[str, str]]:
-    """Every card by name, and the families that are broken, with the reason. A broken plug-in hides no other."""
+def all_cards(data_root: str | os.PathLike[str] | None = None) -> tuple[dict[str, Card], dict[str, str]]:
+    """Every card by name, and what is broken: families of plug-ins and data sets of one's own, with the reason.
+
+    What is broken hides nothing else. data_root: where data sets of one's own are; None: NECO_BENCH_DATA.
+    """
     cards: dict[str, Card] = {}
     broken: dict[str, str] = {}
+    families: dict[str, Family] = {}
     for family in FAMILIES:
         try:
-            own = _read_family(family)[1]
+            families[family] = _read_family(family)
         except NecoBenchError as error:
             broken[family] = str(error)
             continue
-        for name, card in own.items():
+        for name, card in families[family].cards.items():
             if name in cards:
                 broken[family] = f"task {name!r} is already defined by {cards[name].origin}"
             else:
                 cards[name] = card
+    known = {card.dataset for card in cards.values()}
+    known |= {table["dataset"] for card in cards.values() for table in card.protocols.values() if "dataset" in table}
+    for data in own_datasets(data_root).values():
+        path = data.folder / FILE
+        if data.file is None:
+            broken[data.name] = data.problem
+        elif data.name in known:
+            broken[data.name] = f"{path}: {data.name!r} is the name of a data set with a reader. Rename the folder."
+        else:
+            own = [card for family, found in families.items() for card in found.own_cards(family, data)]
+            taken = next((card.name for card in own if card.name in cards), None)
+            if taken or not own:
+                needed = 'a split "train", "val" or "test"'
+                why = (
+                    f"the task {taken!r} is another data set's. Rename the folder."
+                    if taken
+                    else f"no task fits: name {needed}."
+                )
+                broken[data.name] = f"{path}: {why}"
+            else:
+                cards |= {card.name: card for card in own}
     return cards, broken
 
 
 def protocol(family: str, name: str) -> Protocol:
     """The protocol of that id. Raises UsageError with near names."""
-    known = _read_family(family)[0]
+    known = _read_family(family).protocols
     if name not in known:
         raise UsageError(
             f"Unknown protocol {name!r} of family {family!r}.{did_you_mean(name, known)} There are: {', '.join(known)}."
@@ -310,13 +364,19 @@ def protocol(family: str, name: str) -> Protocol:
     return known[name]
 
 
-def find_tasks(requests: Iterable[str], changed: Mapping[str, Any] | None = None) -> list[Task]:
+def find_tasks(
+    requests: Iterable[str],
+    changed: Mapping[str, Any] | None = None,
+    *,
+    data_root: str | os.PathLike[str] | None = None,
+) -> list[Task]:
     """Tasks of names, globs and `name@protocol`, comma-separated or not, without repeats, in the given order.
 
     A glob without a protocol takes each card's default; with one, the cards that have it.
-    Raises UsageError for unknown names and protocols, or a glob that matches nothing.
+    data_root: where data sets of one's own are; None: NECO_BENCH_DATA. Raises UsageError for unknown names and
+    protocols, or a glob that matches nothing, and BadInputError for a task of a data set whose `dataset.toml` is wrong.
     """
-    cards, broken = all_cards()
+    cards, broken = all_cards(data_root)
     tasks: dict[tuple[str, str], Task] = {}
     for request in (part.strip() for item in requests for part in item.split(",") if part.strip()):
         name, _, wanted = request.partition("@")
@@ -327,7 +387,8 @@ def find_tasks(requests: Iterable[str], changed: Mapping[str, Any] | None = None
             names = [n for n in names if wanted in cards[n].protocols]
         for match in names:
             if match not in cards:
-                note = f" These plug-ins are broken: {broken}." if broken else ""
+                _raise_broken(match, broken)
+                note = f" These are broken: {broken}." if broken else ""
                 raise UsageError(
                     f"Unknown task {match!r}.{did_you_mean(match, cards)} `neco-bench tasks` lists all.{note}"
                 )
@@ -341,7 +402,15 @@ def find_tasks(requests: Iterable[str], changed: Mapping[str, Any] | None = None
             task = Task(card, protocol(card.family, wanted_id), dict(changed or {}))
             tasks.setdefault((match, wanted_id), task)
         if not names:
+            _raise_broken(name, broken)
             raise UsageError(f"No task matches {request!r}. `neco-bench tasks` lists all.")
     if not tasks:
         raise UsageError("No task is named. `neco-bench tasks` lists all.")
     return list(tasks.values())
+
+
+def _raise_broken(name: str, broken: Mapping[str, str]) -> None:
+    """Raise BadInputError where a name is that of a task of a broken data set of one's own."""
+    for data, reason in broken.items():
+        if data not in FAMILIES and name.startswith(f"{data}_"):
+            raise BadInputError(reason)

@@ -17,7 +17,6 @@ from neco_bench.core.errors import BadInputError, UsageError, did_you_mean
 
 T = TypeVar("T")
 
-
 BUILTIN = "neco-bench"  # the origin of what this package registers itself
 
 

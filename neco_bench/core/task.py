@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import numpy as np
 
 from neco_bench.core.metric import Metric
+from neco_bench.core.progress import Progress
 
 T = TypeVar("T")
 
@@ -36,14 +37,15 @@ class RunRecord:
 class Context:
     """How a task is to run, and `run`, the record of how it did.
 
-    batch_size: images per encoder forward, at most. workers: loading processes; with 0, threads load. store: where
+    batch_size: images per encoder forward, at most. workers: loading processes; with 0, threads load. progress:
+    what shows how far it is. store: where
     features are stored; None stores none. recorded_ids: ids of items that `show` will draw.
     """
 
     seed: int = 0
     batch_size: int = 16
     workers: int = 0
-    progress: bool = False
+    progress: Progress | None = None
     store: Any = None
     recorded_ids: frozenset[str] = frozenset()
     run: RunRecord = field(default_factory=RunRecord)
@@ -60,6 +62,8 @@ class Context:
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Add the seconds inside to `run.timing[name]`."""
+        if self.progress is not None:
+            self.progress.enter(name.replace("_", " "))
         start = time.perf_counter()
         try:
             yield
@@ -83,12 +87,8 @@ class Context:
             }
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-        """Iterate over `items`, with a progress bar on stderr where that is a terminal."""
-        if not self.progress:
-            return items
-        from tqdm import tqdm
-
-        return tqdm(items, desc=description, total=total, disable=None, leave=False)
+        """Iterate over `items`, and say how far this is where progress is shown."""
+        return items if self.progress is None else self.progress.track(items, description, total)
 
 
 @dataclass(frozen=True)

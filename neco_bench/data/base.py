@@ -25,7 +25,6 @@ IGNORE = 255
 # What IGNORE does where labels vote: it counts as a label that wins or loses ties, or it has no vote.
 Void = Literal["wins ties", "loses ties", "never votes"]
 
-
 FEW, MANY = 4, 16  # masks from which on their statistics, and their sizes, mean something
 
 
@@ -99,6 +98,10 @@ class Dataset(abc.ABC):
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def __repr__(self) -> str:
+        """Name, split and number of items."""
+        return f"<{self.kind} data set {self.name!r}, split {self.split!r}: {len(self)} items>"
 
     @property
     def coverage(self) -> dict[str, int] | None:

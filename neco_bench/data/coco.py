@@ -74,9 +74,7 @@ def _parse(text: str) -> dict[str, dict[int, str]]:
 
 THINGS, STUFF = _parse(_THINGS), _parse(_STUFF)
 
-
 _THING_NAMES = {number: name for group in THINGS.values() for number, name in group.items()}
-
 
 _STUFF_NAMES = {number: name for group in STUFF.values() for number, name in group.items()}
 

@@ -21,7 +21,6 @@ from neco_bench.data.io import voc_colours as voc_colours
 
 PAIR_ATTRIBUTES = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
 
-
 _DEPTH = 4  # of folders in which the files of a data set are looked for
 
 

@@ -14,10 +14,12 @@ from typing import Any, Literal
 import numpy as np
 
 from neco_bench.core.errors import BadInputError, NecoBenchError
+from neco_bench.core.own_data import FILE, own_datasets
+from neco_bench.core.paths import data_root
 from neco_bench.data.base import IGNORE, Dataset, MaskSummary, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset, DepthSummary
 from neco_bench.data.folder import AbsentSplitError
-from neco_bench.data.load import DATASETS, data_root, dataset_class, dataset_folder, fraction_names, open_split
+from neco_bench.data.load import DATASETS, dataset_class, dataset_folder, fraction_names, open_split
 
 # Damaged items named one by one in each split; the rest is counted.
 _NAMED = 20
@@ -55,21 +57,21 @@ class DatasetRow:
 
 
 def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[DatasetRow]:
-    """All registered data sets, broken plug-ins included. Looks for an image of each split, and reads none."""
+    """All data sets, broken plug-ins and those of one's own included. Looks for an image of each split, reads none."""
     base = data_root(root)
     rows = []
-    for name, entry in DATASETS.entries().items():
+    origins = {name: entry.origin for name, entry in DATASETS.entries().items()}
+    own = {name: str(data.folder / FILE) for name, data in own_datasets(root).items()}
+    for name, origin in {**origins, **{name: own[name] for name in sorted(own.keys() - origins)}}.items():
         try:
-            cls = dataset_class(name)
+            cls = dataset_class(name, root)
         except BadInputError as error:
-            rows.append(DatasetRow(name, "", (), (), {}, (), entry.origin, "", str(error)))
+            rows.append(DatasetRow(name, "", (), (), {}, (), origin, "", str(error)))
             continue
         present, problem = _present(cls, base)
         drawn = fraction_names(cls)
         rows.append(
-            DatasetRow(
-                name, cls.kind, cls.splits, drawn, dict(cls.expected), present, entry.origin, cls.citation, problem
-            )
+            DatasetRow(name, cls.kind, cls.splits, drawn, dict(cls.expected), present, origin, cls.citation, problem)
         )
     return rows
 
@@ -104,7 +106,7 @@ def check_dataset(
     progress: called as `progress(iterable, desc=text)` around each loop; `tqdm.tqdm` fits. Raises UsageError (unknown
     name) and MissingError (no root, no folder); everything else is a finding.
     """
-    cls = dataset_class(name)
+    cls = dataset_class(name, root)
     folder = dataset_folder(cls, root)
     wrap: Progress = progress or (lambda items, desc: items)
     findings: list[Finding] = []
@@ -142,17 +144,18 @@ def _check_count(dataset: Dataset) -> Finding:
     coverage = dataset.coverage
     if coverage is None:
         return Finding("ok", dataset.split, f"{len(dataset)} items")
-    if coverage["found"] > coverage["expected"]:
+    present, full = coverage["found"], coverage["expected"]
+    if present > full:
         return Finding(
             "error",
             dataset.split,
-            f"{coverage['found']} items are listed, the full split has {coverage['expected']}.",
+            f"{present} items are listed, the full split has {full}.",
             "Restore the official split list.",
         )
     return Finding(
         "warning",
         dataset.split,
-        f"{coverage['found']} of {coverage['expected']} items of the full split: results are marked as on a subset.",
+        f"{present} of the {full} items of the full split: results are marked as on a subset.",
         "Get the whole data set for comparable numbers.",
     )
 

@@ -24,13 +24,10 @@ from neco_bench.data.matlab import parse_matlab
 
 T = TypeVar("T")
 
-
 RESTORE = "Restore it from the original archive."
-
 
 # PIL modes with 8 bits per channel, which convert to RGB without a choice of range.
 _IMAGE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
-
 
 # PIL knows more, some of which run other programs or fetch other files.
 _FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
@@ -131,7 +128,6 @@ def voc_colours(count: int) -> np.ndarray:
 
 
 _VOC_COLOURS = voc_colours(256)
-
 
 _GREY_LEVELS = np.repeat(np.arange(256)[:, None], 3, axis=1)
 

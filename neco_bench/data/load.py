@@ -11,6 +11,8 @@ import re
 from pathlib import Path
 
 from neco_bench.core.errors import BadInputError, UsageError, did_you_mean
+from neco_bench.core.own_data import own_datasets
+from neco_bench.core.paths import data_root
 from neco_bench.core.registry import Registry
 from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, PairSample, Sample, SegmentationDataset
 from neco_bench.data.folder import contents, missing, read_lines
@@ -73,9 +75,9 @@ __all__ = [
 DRAWS = 5
 
 
-def list_datasets() -> list[str]:
-    """Names of all data sets, those of plug-ins included, whether their files are here or not."""
-    return list(DATASETS)
+def list_datasets(root: str | os.PathLike[str] | None = None) -> list[str]:
+    """Names of all data sets, whether their files are here or not: those of plug-ins and of one's own included."""
+    return list(dict.fromkeys([*DATASETS, *own_datasets(root)]))
 
 
 def load_dataset(
@@ -88,13 +90,14 @@ def load_dataset(
 ) -> Dataset:
     """A split of a data set, its first `limit` items if given.
 
+    name: a registered one, or a folder below the data root that has a `dataset.toml`.
     split: one of its splits, or a drawn fraction of one such as "trainaug_1of128_0" (`Dataset.fraction` has the rule).
     split_file: a text file of item ids, one a line, to which the split is restricted: the list of another paper.
     root: the folder of data sets, else NECO_BENCH_DATA; the files are in `<root>/<folder_name or name>/`. Raises
     UsageError (unknown name or split, limit < 1), MissingError (no root, files not there), BadInputError (lists or
     annotations wrong).
     """
-    cls = dataset_class(name)
+    cls = dataset_class(name, root)
     drawn = re.fullmatch(r"(.+)_1of(\d+)_(\d+)", split)
     if drawn and int(drawn[2]) in cls.fractions.get(drawn[1], {}) and int(drawn[3]) < DRAWS:
         dataset = open_split(cls, dataset_folder(cls, root), drawn[1]).fraction(int(drawn[2]), int(drawn[3]))
@@ -120,8 +123,15 @@ def base_split(split: str) -> str:
     return re.sub(r"_1of\d+_(\d+|\*)$", "", split)
 
 
-def dataset_class(name: str) -> type[Dataset]:
-    """The class of a data set. Raises UsageError (unknown) and BadInputError (a plug-in's that is none)."""
+def dataset_class(name: str, root: str | os.PathLike[str] | None = None) -> type[Dataset]:
+    """The class of a data set, registered or with a `dataset.toml` below the data root.
+
+    Raises UsageError (unknown) and BadInputError (a plug-in's that is none, a wrong `dataset.toml`).
+    """
+    if name not in DATASETS and (own := own_datasets(root).get(name)):
+        from neco_bench.data.own import own_class  # as the readers of registered data sets: when it is needed
+
+        return own_class(own)
     cls = DATASETS.load(name)
     if not (isinstance(cls, type) and issubclass(cls, Dataset) and hasattr(cls, "name") and hasattr(cls, "splits")):
         entry = DATASETS.entry(name)
@@ -136,12 +146,6 @@ def fraction_names(cls: type[Dataset]) -> tuple[str, ...]:
     return tuple(
         f"{split}_1of{{{','.join(map(str, parts))}}}_{{0..{DRAWS - 1}}}" for split, parts in cls.fractions.items()
     )
-
-
-def data_root(root: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder of data sets: the argument, else NECO_BENCH_DATA, else None."""
-    given = root or os.environ.get("NECO_BENCH_DATA")
-    return Path(given).expanduser() if given else None
 
 
 def dataset_folder(cls: type[Dataset], root: str | os.PathLike[str] | None = None) -> Path | None:

@@ -25,22 +25,20 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
+from neco_bench.core.paths import data_root
 from neco_bench.data.coco import find_annotation, panoptic_categories, read_segments
 from neco_bench.data.depth import MM, KITTIDepth, LabelledFrames
 from neco_bench.data.folder import locate, missing
 from neco_bench.data.io import decoding, id_table, read_mask, read_mat, read_text, voc_colours
-from neco_bench.data.load import data_root, dataset_class
+from neco_bench.data.load import dataset_class
 from neco_bench.data.nyuv2 import FRAMES, LABELS, NYUv2, frames
 from neco_bench.data.voc2012 import VOC2012
 
 _SBD_IMAGES = 10582
 
-
 DEEPEST = 12.0  # metres: the sensor of NYUv2 sees no further than 10
 
-
 _LOCK = ".neco-bench.lock"
-
 
 # What a system says of names in an archive that cannot be written; anything else is the fault of the disk.
 _BAD_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ELOOP}
@@ -93,7 +91,7 @@ def _prepare(name: str, base: Path, source: Path | None, into: str, wrap: Progre
         if source is None:
             raise UsageError("voc_sbd needs --source: the SBD archive (benchmark.tgz) or the folder it unpacks to.")
         return _voc_sbd(base, source, wrap)
-    cls = dataset_class(name)
+    cls = dataset_class(name, base)
     if source is None or not source.is_file():
         raise UsageError(f"Preparing {name!r} means unpacking an archive: give it as --source FILE.zip or FILE.tar.gz.")
     folder = base / (cls.folder_name or cls.name)

@@ -34,14 +34,11 @@ from neco_bench.data.io import read_image
 
 VERSION = "1"
 
-
 SIZE = 224
-
 
 TRAIN, VAL, PAIR_IMAGES, PAIRS = 160, 80, 64, 200
 
 Array = np.ndarray
-
 
 _logger = logging.getLogger(__name__)
 

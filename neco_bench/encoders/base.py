@@ -203,8 +203,7 @@ class Encoder(nn.Module, abc.ABC):
         if tuple(features.map.shape) != expected:
             raise BadInputError(
                 f"Encoder {self.name!r} gave features of shape {tuple(features.map.shape)} where {expected} "
-                f"(B, embed_dim, H/stride, W/stride) was expected. Check embed_dim, stride, and that class and "
-                f"register tokens are removed; `neco-bench check` shows which."
+                f"(B, embed_dim, H/stride, W/stride) was expected. {_hint(tuple(features.map.shape), expected)}"
             )
         features = DenseFeatures(
             features.map.float(),
@@ -220,3 +219,21 @@ class Encoder(nn.Module, abc.ABC):
                 f"if it stays, the weights are broken."
             )
         return features
+
+
+def _hint(shape: tuple[int, ...], expected: tuple[int, int, int, int]) -> str:
+    """What to do about features of another shape: tokens are recognised by the number of channels."""
+    _, channels, rows, columns = expected
+    for kind, axis, make in (
+        ("(B, D, N)", 1, "x"),
+        ("(B, N, D)", 2, "x.transpose(1, 2)"),
+    ):
+        if len(shape) == 3 and shape[axis] == channels:
+            tokens, patches = shape[3 - axis], rows * columns
+            extra = tokens - patches
+            if extra < 0:
+                return f"These are {tokens} tokens {kind} where there are {patches} cells. Check stride."
+            cut = f"[..., {extra}:]" if extra else ""
+            first = f" The first {extra} are class and register tokens, if the encoder has any." if extra else ""
+            return f"These are tokens {kind}: return {make}{cut}.unflatten(2, (H // stride, W // stride)).{first}"
+    return "Check embed_dim, stride, and that class and register tokens are removed; `neco-bench check` shows which."

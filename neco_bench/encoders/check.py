@@ -8,6 +8,7 @@ attention and convolutions carry changes further.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -15,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neco_bench.core.errors import UsageError
+from neco_bench.core.errors import NecoBenchError
 from neco_bench.encoders.base import Encoder
 
 # Where one cell is changed, as fractions of the grid's height and width: both edges, and off the diagonal.
@@ -24,6 +25,8 @@ _SPOTS = ((1, 7), (3, 7), (6, 7), (2, 0), (5, 0), (0, 4), (7, 3), (2, 5), (5, 2)
 _SHIFTS = tuple(k for k in range(-9, 18) if k)  # tokens; no model in use has more than 17 in front
 
 _CELLS = 8  # cells on a side of the images used
+
+_USUAL_SIZES = (224, 256, 384, 448, 518)  # of encoders that take one size only
 
 
 @dataclass(frozen=True)
@@ -85,19 +88,16 @@ def _images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def _size(encoder: Encoder) -> int:
-    """The side in pixels of the images to use: 8 cells, or the first usual size that a fixed-size encoder accepts."""
+    """The side in pixels of the images to use: 8 cells, or the first usual size at which the encoder works."""
+    size = _CELLS * encoder.stride
     if encoder.only_size or (encoder.size_multiple or encoder.stride) > encoder.stride:
-        return encoder.nearest_size(_CELLS * encoder.stride)
-    for size in (_CELLS * encoder.stride, 224, 256, 384, 448, 518):
-        if size % encoder.stride == 0:
-            try:
-                encoder.encode(_images(1, size, size))
-                return size
-            except UsageError:
-                continue
-            except Exception:  # reported by the checks themselves
-                return size
-    return _CELLS * encoder.stride
+        return encoder.nearest_size(size)
+    for side in (size, *_USUAL_SIZES):
+        if side % encoder.stride == 0:
+            with contextlib.suppress(Exception):  # reported by the checks themselves, if no size works
+                encoder.encode(_images(1, side, side))
+                return side
+    return size
 
 
 def _input(encoder: Encoder) -> str:
@@ -139,7 +139,14 @@ def _non_square(encoder: Encoder, size: int) -> tuple[bool, str]:
         return True, f"not tried: takes {size}x{size} only"
     wide = size + 2 * (encoder.size_multiple or encoder.stride)
     for height, width in ((size, wide), (wide, size)):
-        encoder.encode(_images(1, height, width))
+        try:
+            encoder.encode(_images(1, height, width))
+        except NecoBenchError as error:
+            if size == _CELLS * encoder.stride:
+                raise
+            return False, (
+                f"{error} It works at {size}x{size}: if that is the only size that it takes, set only_size = {size}."
+            )
     return True, f"{size}x{wide} and {wide}x{size}"
 
 

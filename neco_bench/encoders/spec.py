@@ -172,12 +172,22 @@ def _parse_registered_name(text: str, spec: str) -> _Body | None:
     if "/" in text or ":" in text or (os.path.isdir(text) and text not in models()):
         return None
     name = aliases().get(text, text)
+    if name not in models() and _is_in_timm(name):
+        raise UsageError(f"Unknown model {text!r}, but timm has one of that name: write timm:{spec}.")
     registered = models().entry(name)
     entry = zoo().get(name)
     target, _, options = registered.value.partition("?")
     if target.startswith("timm:"):
         return _Body(name, "timm", target.removeprefix("timm:"), entry, registered.origin, options)
     return _Body(name, "code", registered.value, entry, registered.origin)
+
+
+def _is_in_timm(name: str) -> bool:
+    try:
+        import timm  # slow, and here on the way to an error only
+    except ImportError:
+        return False
+    return bool(timm.is_model(name.partition(".")[0]))
 
 
 # Tried in this order. Each gives None for text of another form.
@@ -207,7 +217,7 @@ def _split_options(query: str, takes: tuple[str, ...], spec: str) -> dict[str, s
                 f"Model spec {spec!r}: unknown option {key!r} for this kind of model; "
                 f"it takes {', '.join(takes)}.{did_you_mean(key, takes)}"
             )
-        options[key] = text
+        options[key] = text.lower() if _READERS[key] is _read_flag else text  # as Python writes them
     return options
 
 

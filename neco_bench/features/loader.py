@@ -77,10 +77,11 @@ def load_items(items: ItemDataset, batch_size: int, workers: int) -> DataLoader 
 
 @contextlib.contextmanager
 def loading_threads() -> Iterator[ThreadPoolExecutor]:
-    """One thread per core, in which PyTorch computes without further ones.
+    """Start one thread per core, in which PyTorch computes without further ones.
 
-    Each would have its own team of them otherwise. Where there are more such threads than cores, OpenMP lets all of
-    them sleep instead of wait for each other, and what runs beside loads in turn becomes a tenth slower.
+    Each of n threads would have its own team of n otherwise, which on two cores already makes a run a tenth slower. The
+    number of threads is PyTorch's own of each thread, but also a common one, which must be as before when the encoder
+    runs: hence all threads are started, and it is set back, before any is used.
     """
     count, before = os.cpu_count() or 1, torch.get_num_threads()
     all_there = threading.Barrier(count)

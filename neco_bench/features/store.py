@@ -33,21 +33,15 @@ from neco_bench.core.paths import cache_dir
 
 log = logging.getLogger("neco_bench")
 
-
 DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np.float16)}
-
 
 _RECORD = np.dtype([("end", "<u8"), ("checksum", "<u4"), ("height", "<u4"), ("width", "<u4")])
 
-
 _ABOUT = "about.json"
-
 
 _FILES = "index.bin", "features.bin", "masks.bin"
 
-
 STARTING = 60  # seconds within which a new stream has its description
-
 
 _REBUILT: set[Path] = set()  # by this process, once for all its tasks
 

@@ -22,9 +22,7 @@ from neco_bench.data.base import Sample
 
 MAPS = 16  # that are upsampled at a time: more leave a CPU's cache
 
-
 ROUNDING = 1e-5  # of interpolation, as a share of the largest value
-
 
 Transform = Callable[[Any, np.random.Generator], tuple[Tensor, np.ndarray]]  # of a Sample or a DenseSample
 

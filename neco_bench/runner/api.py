@@ -2,41 +2,86 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 from neco_bench.core.errors import BadInputError, UsageError, error_of_code
 from neco_bench.core.protocol import find_tasks
 from neco_bench.encoders.identity import object_id
+from neco_bench.results.listing import ResultList
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import run_job
-from neco_bench.runner.job import identify, plan, stored
+from neco_bench.runner.job import identify, plan, seeded, stored
 from neco_bench.runner.options import RunOptions
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from neco_bench.encoders.base import Encoder
+
+    Model = str | os.PathLike[str] | Encoder | nn.Module
+
+
+@overload
+def run(
+    model: Model,
+    task: str,
+    *,
+    data_root: str | Path | None = None,
+    out: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    seeds: None = None,
+    **options: Any,
+) -> Any: ...  # a Result, or of a glob a ResultList
+
+
+@overload
+def run(
+    model: Model,
+    task: Sequence[str],
+    *,
+    data_root: str | Path | None = None,
+    out: str | Path | None = None,
+    changes: Mapping[str, Any] | None = None,
+    seeds: int | None = None,
+    **options: Any,
+) -> ResultList: ...
 
 
 def run(
-    model: str | os.PathLike[str] | Encoder,
+    model: Model,
     task: str | Sequence[str],
     *,
     data_root: str | Path | None = None,
     out: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
+    seeds: int | None = None,
     **options: Any,
-) -> Result:
-    """Run one task ("camvid_ic", "ade20k_linear@clean-1") for one model spec or Encoder, and return its Result.
+) -> Result | ResultList:
+    """Run tasks for a model: the Result of one named task, or the list of results of several.
 
-    task: its name, also as a list of one.
-    out: results folder; with it, a stored result of the same content is returned instead of running again.
-    changes: what `--set` gives on the command line. options: fields of `RunOptions` (device, precision, batch_size,
-    workers, seed, limit, split_file, weights, layers, features, overwrite, progress).
+    Args:
+        model: a spec, an Encoder, or any torch.nn.Module that maps normalised images (B, 3, H, W) to features
+            (B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride`.
+        task: the name of one task ("camvid_ic", "ade20k_linear@clean-1") gives its Result; a glob ("shapes_*"), names
+            with commas or a list give a ResultList, in which what failed has `status` "failed".
+        data_root: folder of data sets; None: NECO_BENCH_DATA.
+        out: results folder; with it, a stored result of the same content is returned instead of running again.
+        changes: what `--set` gives on the command line.
+        seeds: run so many, from `seed` on; gives a ResultList.
+        options: fields of `RunOptions` (device, precision, batch_size, workers, seed, limit, split_file, weights,
+            layers, features, overwrite, progress).
 
-    Raises the NecoBenchError that the command line would report, with its exit code.
+    Returns:
+        A Result or, of several tasks or with `seeds`, a ResultList.
+
+    Raises:
+        NecoBenchError: the one that the command line would report, with its exit code; that of a failed task only where
+            one is named.
     """
     unknown = set(options) - set(RunOptions.__dataclass_fields__)
     if unknown:
@@ -44,38 +89,56 @@ def run(
     names = [task] if isinstance(task, str) else task
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"run() takes the name of a task such as 'shapes_ic', not {type(task).__name__}.")
-    tasks = find_tasks(list(names), changes) if names else []
-    if len(tasks) != 1:
-        raise UsageError(f"run() takes one task, {task!r} names {len(tasks)}. Call it once for each.")
+    tasks = find_tasks(list(names), changes, data_root=data_root)
     run_options = RunOptions(data_root=Path(data_root) if data_root else None, **options)
-    if isinstance(model, str | os.PathLike):
-        name = os.fspath(model)
-        identity = identify(name, run_options, ResultStore(out)) if out else None
-        job, encoder = plan(name, tasks[0], run_options, identity=identity), None
-    else:
-        identity = _object_id(model, run_options)
-        name = model.name + ("" if model.layer == "last" else f"[{model.layer}]")
-        job, encoder = plan(name, tasks[0], run_options, identity=identity), model
     store = ResultStore(out) if out else None
-    if store is None or stored(job, store) is None:
-        job.task.settings()  # a wrong setting is an error now, not after the encoder is loaded
-        if store:
-            store.check_writable()
-    result = run_job(job, store, encoder)
+    with _as_encoder(model) as (name, encoder):
+        if encoder is None:
+            identity = identify(name, run_options, store) if store else None
+        else:
+            identity = _object_id(encoder, run_options)
+        jobs = [job for entry in tasks for job in seeded(plan(name, entry, run_options, identity=identity), seeds or 1)]
+        for job in jobs:
+            if store is None or stored(job, store) is None:
+                job.task.settings()  # a wrong setting is an error now, not after the encoder is loaded
+                if store:
+                    store.check_writable()
+        results = ResultList(run_job(job, store, encoder) for job in jobs)
+    if not isinstance(task, str) or seeds is not None or any(sign in task for sign in ",*?["):
+        return results
+    (result,) = results
     if result.status == "failed":
         raise error_of_code(result.error_code, result.error or "")
     return result
 
 
+@contextlib.contextmanager
+def _as_encoder(model: Model) -> Iterator[tuple[str, Encoder | None]]:
+    """The name of a model and, of an object, its Encoder; the modes of a module's parts are as before afterwards."""
+    if isinstance(model, str | os.PathLike):
+        yield os.fspath(model), None
+        return
+    from torch import nn  # whoever has an encoder or a module has imported torch already
+
+    from neco_bench.encoders.adapters.user_code import encoder_of_module
+
+    if not isinstance(model, nn.Module):
+        raise UsageError(
+            f"run() takes a model spec, an Encoder or a torch.nn.Module, not {type(model).__name__}. Subclass "
+            f"neco_bench.Encoder, or name a function that returns the module: path/to/file.py:FACTORY."
+        )
+    modes = {module: module.training for module in model.modules()}
+    encoder = encoder_of_module(model)
+    try:
+        layer = "" if encoder.layer == "last" else f"[{encoder.layer}]"
+        yield f"{getattr(encoder, 'name', type(model).__name__)}{layer}", encoder
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
 def _object_id(encoder: Encoder, options: RunOptions) -> str:
     """What stands for an Encoder object in the content key. Raises `UsageError` and `BadInputError` for another."""
-    from neco_bench.encoders.base import Encoder as Contract
-
-    if not isinstance(encoder, Contract):
-        raise UsageError(
-            f"run() takes a model spec or an Encoder, not {type(encoder).__name__}. Subclass neco_bench.Encoder, or "
-            f"name a function that returns the module: path/to/file.py:FACTORY."
-        )
     absent = [fact for fact in ("name", "embed_dim", "stride", "weights_id") if not hasattr(encoder, fact)]
     if absent:
         raise BadInputError(f"The {type(encoder).__name__} given to run() lacks {', '.join(absent)}; set it.")

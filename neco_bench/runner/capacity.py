@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("neco_bench")
 
-
 PER_ITEM = 128  # bytes of an item's place in the order of a run
-
 
 LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # of containers, versions 2 and 1
 

@@ -63,6 +63,7 @@ def forecast(jobs: Sequence[Job], store: ResultStore) -> list[dict[str, Any]]:
                 "model": job.label,
                 "task": job.task.card.name,
                 "protocol": job.task.label,
+                "seed": job.options.seed,
                 "items": {role: len(d) for role, d in job.data.items()},
                 "subset": {role: d.coverage for role, d in job.data.items() if d.coverage},
                 "stored": is_stored,

@@ -6,6 +6,7 @@ weights, so that a second run returns the stored result at once; only code that 
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import logging
 import math
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from neco_bench.core import distributed
 from neco_bench.core.errors import BadInputError, NecoBenchError, NumericalError, UsageError, user_error
 from neco_bench.core.files import digest
+from neco_bench.core.progress import Progress
 from neco_bench.core.protocol import FAMILIES, Task
 from neco_bench.core.registry import BUILTIN
 from neco_bench.core.task import Context, Outcome, RunRecord
@@ -55,9 +57,11 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         timing = {**phases, "total": round(time.perf_counter() - start, 4)}
         return {"provenance": provenance, "timing": timing, "peak_memory_mb": peak_memory_mb()}
 
+    context = _context(job, record)
     try:
-        ready, loaded, context = _ready(job, encoder, record)
-        fields, outcome = _executed(ready, loaded, context, provenance)
+        with context.progress or contextlib.nullcontext():
+            ready, loaded, context = _ready(job, encoder, context)
+            fields, outcome = _executed(ready, loaded, context, provenance)
         statistics = outcome.statistics | _image_ids(ready, outcome)
         statistics |= _groups(ready, statistics)
         return with_intervals(Result.ok(fields, outcome, **measured()), statistics), statistics
@@ -116,7 +120,7 @@ def _executed(
     job: Job, encoder: Encoder, context: Context, provenance: dict[str, Any]
 ) -> tuple[dict[str, Any], Outcome]:
     """The fields of the result that are known before a run, and its outcome; `provenance` is filled on the way."""
-    provenance |= _encoder_facts(encoder) | {"training": _training(job, encoder)}
+    provenance |= encoder_facts(encoder) | {"training": _training(job, encoder)}
     if provenance["official"] is False:
         _warn_once(_unofficial(encoder.name))
     check_size(job.task, encoder)
@@ -147,7 +151,7 @@ def _executed(
         "dtype": "float16" if job.options.features == "fp16" else "float32",
     }
     provenance |= {
-        "device": _device_name(encoder),
+        "device": device_name(encoder),
         "batch_size_used": context.batch_size_used,
         "workers": context.workers,
         "features_reused": context.run.reused,
@@ -157,16 +161,20 @@ def _executed(
     return fields, outcome
 
 
-def _ready(
-    job: Job, encoder: Encoder | None, record: RunRecord, recorded_ids: frozenset[str] = frozenset()
-) -> tuple[Job, Encoder, Context]:
+def _context(job: Job, record: RunRecord, recorded_ids: frozenset[str] = frozenset()) -> Context:
+    options = job.options
+    progress = Progress(job.title) if options.progress else None
+    return Context(options.seed, options.batch_size, options.workers_used, progress, None, recorded_ids, record)
+
+
+def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, Encoder, Context]:
     """A job with its encoder, loaded unless given, by whose content it is then known, and the context to run in."""
     options = job.options
-    context = Context(
-        options.seed, options.batch_size, options.workers_used, options.progress, None, recorded_ids, record
-    )
     with context.phase("load_encoder"):
         loaded = encoder or load_job_encoder(job)
+    source = loaded.weights_report.source if loaded.weights_report else "the object itself"
+    log.info("%s: weights of %s (%s), on %s", job.title, source, loaded.weights_id[:8], device_name(loaded))
+    log.info("%s: %s", job.title, ", ".join(f"{role} {d.split} ({len(d)} items)" for role, d in job.data.items()))
     if encoder is None:
         job = job.identified(loaded_id(job.model, options.weights, loaded))
     if options.workers is None and loaded.device.type == "cpu":
@@ -188,7 +196,7 @@ def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]
     Pairs are computed alone; images within their whole split, on which clusters and heads depend.
     """
     recorded = frozenset(ids)
-    job, encoder, context = _ready(job, None, RunRecord(), recorded)
+    job, encoder, context = _ready(job, None, _context(job, RunRecord(), recorded))
     data = {role: d.subset(recorded) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
     job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
     return context.run.predictions
@@ -363,7 +371,8 @@ def settings_for(task: Task, encoder: Encoder) -> Any:
     return settings.model_copy(update={"input_size": encoder.nearest_size(settings.input_size)})
 
 
-def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
+def encoder_facts(encoder: Encoder) -> dict[str, Any]:
+    """What the provenance says of an encoder."""
     report = encoder.weights_report
     entry = zoo().get(encoder.name)
     taken = encoder.official is None and entry is not None and entry.has_official_weights  # by something else's name
@@ -384,7 +393,8 @@ def _encoder_facts(encoder: Encoder) -> dict[str, Any]:
     }
 
 
-def _device_name(encoder: Encoder) -> str:
+def device_name(encoder: Encoder) -> str:
+    """The name of its GPU, or the kind of its device."""
     import torch
 
     device = encoder.device

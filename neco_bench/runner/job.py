@@ -29,7 +29,7 @@ class Job:
     """One model on one task with its data opened: what `--dry-run` shows and `execute` runs.
 
     data: by role; the draws of a fraction have the roles "train/0", "train/1", ... identity: of the encoder's content,
-    as far as it is known. key: the content key, of facts and identity.
+    as far as it is known. key: the content key, of facts and identity. place: among the jobs of a command: "3 of 12".
     """
 
     model: str
@@ -39,6 +39,7 @@ class Job:
     facts: Mapping[str, Any]
     identity: str
     key: str
+    place: str = ""
 
     def identified(self, identity: str) -> Job:
         """The job with what is known of its encoder once that is loaded."""
@@ -72,6 +73,13 @@ class Job:
     def label(self) -> str:
         """The model column of tables: the spec, with the layers where inner ones were asked for."""
         return self.model + (f"[layers={self.options.layers}]" if self.options.layers else "")
+
+    @property
+    def title(self) -> str:
+        """What messages call it: its place, model, task, and the seed where it is not 0."""
+        place = f"[{self.place}] " if self.place else ""
+        seed = f", seed {self.options.seed}" if self.options.seed else ""
+        return f"{place}{self.label} on {self.task.card.name}@{self.task.label}{seed}"
 
 
 def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = None) -> Job:
@@ -116,7 +124,8 @@ def job_of(result: Result, **given: Any) -> Job:
     options = {name: kinds.get(name, str)(recorded[name]) for name in names if name in recorded}
     options |= {name: value for name, value in given.items() if value is not None}
     model = re.sub(r"\[input=\d+\]$", "", result.model).removesuffix(f"[layers={options.get('layers')}]")
-    (task,) = find_tasks([f"{result.task}@{result.protocol.removesuffix('*')}"], result.changed)
+    name = f"{result.task}@{result.protocol.removesuffix('*')}"
+    (task,) = find_tasks([name], result.changed, data_root=options.get("data_root"))
     return plan(model, task, RunOptions(seed=result.seed, **options))
 
 
@@ -145,10 +154,13 @@ def identify(model: str, options: RunOptions, store: ResultStore) -> str:
     return loaded_id(model, options.weights, encoder)
 
 
-def plan_all(models: Iterable[str], tasks: Iterable[Task], options: RunOptions, store: ResultStore) -> list[Job]:
-    """Jobs of every model on every task. Names, settings and data are checked before anything runs.
+def plan_all(
+    models: Iterable[str], tasks: Iterable[Task], options: RunOptions, store: ResultStore, *, seeds: int = 1
+) -> list[Job]:
+    """Jobs of every model on every task, one for each of `seeds` from `options.seed` on.
 
-    Imports no torch, unless an encoder must be loaded to know what it is.
+    Names, settings and data are checked before anything runs. Imports no torch, unless an encoder must be
+    loaded to know what it is.
     """
     tasks = list(tasks)
     for task in tasks:
@@ -156,10 +168,25 @@ def plan_all(models: Iterable[str], tasks: Iterable[Task], options: RunOptions, 
     jobs = []
     for model in models:
         identity = identify(model, options, store)
-        jobs += [plan(model, task, options, identity=identity) for task in tasks]
+        jobs += [job for task in tasks for job in seeded(plan(model, task, options, identity=identity), seeds)]
     for job in jobs:
         if stored(job, store) is None:
             store.check_writable()
+    if len(jobs) > 1:
+        jobs = [replace(job, place=f"{number} of {len(jobs)}") for number, job in enumerate(jobs, 1)]
+    return jobs
+
+
+def seeded(job: Job, count: int) -> list[Job]:
+    """The job, and the same ones with the seeds that follow. Raises UsageError for a wrong number."""
+    if count < 1:
+        raise UsageError(f"--seeds must be at least 1, got {count}.")
+    replace(job.options, seed=job.options.seed + count - 1)  # raises where that is too large
+    jobs = []
+    for seed in range(job.options.seed, job.options.seed + count):
+        facts = {**job.facts, "seed": seed}
+        options = replace(job.options, seed=seed)
+        jobs.append(replace(job, options=options, facts=facts, key=digest([facts, job.identity])))
     return jobs
 
 

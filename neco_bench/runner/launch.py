@@ -24,13 +24,12 @@ from neco_bench.runner.options import RunOptions
 
 LAUNCHERS = ("slurm", "local")
 
-
 GRACE = 3  # seconds that an interrupted process has to remove its temporary files
 
 
 def work(model: str, task: str, changes: Mapping[str, Any], options: RunOptions, out: Path) -> Result:
     """What a submitted job does: one result, stored in `out`."""
-    (named,) = find_tasks([task], changes)
+    (named,) = find_tasks([task], changes, data_root=options.data_root)
     store = ResultStore(out)
     return run_job(plan(model, named, options, identity=identify(model, options, store)), store)
 

@@ -25,18 +25,13 @@ from neco_bench.search.row_file import RowFile
 
 RECALL = 0.99  # that parameters are tuned for
 
-
 SAMPLE = 256  # queries whose recall is measured
-
 
 LISTS_PER_ROOT = 2  # lists of "ivf", as a multiple of the root of the number of keys
 
-
 TRAINING = 40  # keys per list that an index is trained on, and at least so many thousand
 
-
 SEED = 0
-
 
 # Parameters of FAISS's indexes that trade time for recall, with their largest values, in the order of tuning.
 LIMITS = {"k_factor_rf": 256, "quantizer_efSearch": 1024, "efSearch": 4096, "nprobe": 2**20}

@@ -114,7 +114,6 @@ def loader(images: Images, recipe: Recipe, order: Order, workers: int, pin: bool
 
 TENSORS = ("global_views", "local_views", "gc", "all")  # of a batch, and of the views of one image
 
-
 # A network, or what wraps one for several processes: (groups of images, patches needed) to embeddings.
 Embed = Callable[..., list[Tensor]]
 

@@ -34,9 +34,7 @@ log = logging.getLogger("neco_bench")
 
 STORED = 2  # checkpoints of a run
 
-
 LOCK_SECONDS = 6.0  # loading processes of a killed run, which end within five, may have inherited its lock
-
 
 _NAME, _TEMPORARY, _DELETED = re.compile(r"checkpoint-(\d{7,})"), ".checkpoint.tmp", ".{}.old"
 

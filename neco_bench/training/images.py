@@ -10,13 +10,13 @@ from pathlib import Path
 import numpy as np
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError, did_you_mean
+from neco_bench.core.paths import data_root
 from neco_bench.data.io import read_image, read_text
-from neco_bench.data.load import DATASETS, data_root
+from neco_bench.data.load import DATASETS
 from neco_bench.data.shapes import TRAIN, VERSION, segmentation_scene
 from neco_bench.data.voc2012 import VOC2012
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
-
 
 MAX_SHAPES = 10_000_000  # whose names take a gigabyte
 

@@ -244,7 +244,7 @@ class TrainingRun:
         import neco_bench  # the public API, above this package
 
         scores = Table(self.options.out / "eval.csv")
-        unscored = _unscored_tasks(scores, step, self.options.evaluate) if self.processes.first else None
+        unscored = _unscored_tasks(scores, step, self.options) if self.processes.first else None
         for task in distributed.gather(unscored)[0]:
             result = neco_bench.run(
                 str(self.options.out),
@@ -313,17 +313,17 @@ def _check_options(recipe: Recipe, options: TrainOptions, world: int) -> None:
             f"Use a multiple of {world * recipe.accumulate}."
         )
     for task in options.evaluate:  # what cannot be scored is an error now
-        if len(find_tasks([task])) > 1:
+        if len(find_tasks([task], data_root=options.data_root)) > 1:
             raise UsageError(f"--eval {task!r} names several tasks. Give --eval once for each.")
     if options.evaluate and "?" in str(options.out):
         raise UsageError(f"--out {options.out}: a '?' begins the options of a model, so --eval cannot name it.")
 
 
-def _unscored_tasks(scores: Table, step: int, tasks: tuple[str, ...]) -> list[str]:
+def _unscored_tasks(scores: Table, step: int, options: TrainOptions) -> list[str]:
     """List the tasks without a row of this step in eval.csv: all but those scored before an interruption."""
     rows = scores.rows()
     scored = {*rows["task"][rows["step"] == step]} if len(rows) else set()
-    cards = {task: find_tasks([task])[0] for task in tasks}
+    cards = {task: find_tasks([task], data_root=options.data_root)[0] for task in options.evaluate}
     return [task for task, entry in cards.items() if f"{entry.card.name}@{entry.label}" not in scored]
 
 

@@ -18,7 +18,6 @@ from neco_bench.core.errors import UsageError
 
 MASS, MIN_REGION = 0.6, 3  # share of the attention in the mask; patches of its smallest region
 
-
 MIN_SIDE = 4  # patches, that the blur's seven can be reflected
 
 

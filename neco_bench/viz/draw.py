@@ -18,15 +18,11 @@ from neco_bench.features.transforms import resize_nearest_pil
 
 BOX, WIDE_BOX = (240, 180), (500, 180)  # pixels of thumbnails
 
-
 SMALL, LARGE = 480, 1024  # least and most pixels of the longer side of a picture
-
 
 GAP, LINE = 6, 20
 
-
 RIGHT, WRONG, VOID = (46, 160, 67), (214, 39, 40), (255, 255, 255)
-
 
 NEIGHBOURS, VIEW, PARTS = 5, 64, 8  # neighbours of a patch, pixels of each, and samples a side that judge a patch
 

@@ -38,11 +38,19 @@ from neco_bench.viz.draw_dense import dense_legend, draw_dense
 
 @dataclass(frozen=True)
 class Shown:
-    """What `show` wrote."""
+    """What `show` wrote; notebooks show the grid of pictures."""
 
     page: Path
     items: int  # images or pairs drawn
     differing: int  # items whose counts are not the stored ones
+
+    @property
+    def grid(self) -> Path:
+        """All pictures as one PNG."""
+        return self.page.with_name("grid.png")
+
+    def _repr_png_(self) -> bytes:
+        return self.grid.read_bytes()
 
 
 def choose(scores: dict[str, float], worst: int, best: int, named: Sequence[str]) -> list[str]:

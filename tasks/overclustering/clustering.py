@@ -22,12 +22,9 @@ from neco_bench.search.row_file import CHUNK, RowFile
 
 CPU = torch.device("cpu")
 
-
 PCA_POINTS = 1000  # per dimension, the default of faiss.PCAMatrix
 
-
 PCA_SEED = 1234  # of fvecs_maybe_subsample in FAISS
-
 
 KMEANS_POINTS = 256  # per centroid, the default of faiss.Kmeans
 

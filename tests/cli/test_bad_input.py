@@ -104,9 +104,9 @@ def run(tmp_path: Path, *arguments: object, model: object = "baseline_rgb", task
 QUICK = ("--set", "input_size=32", "--set", "seeds=1", "--set", "redos=1", "--set", "iterations=2")
 
 
-def assert_told(answer: Answer, code: int, *told: object) -> None:
+def assert_says(answer: Answer, code: int, *message: object) -> None:
     assert answer.code == code, answer.err
-    for text in told:
+    for text in message:
         assert str(text) in answer.err
     assert "Traceback" not in answer.err
 
@@ -115,11 +115,11 @@ def test_the_sound_case(tmp_path: Path, root: Path, file: Path) -> None:
     """Without it, the tests below could pass for another reason."""
     for model in ("baseline_rgb", f"{file}:sound"):
         for task in ("camvid_cluster_gt", "voc_cluster_gt@clean-1"):
-            assert_told(run(tmp_path, "--data-root", root, *QUICK, task=task, model=model), 0, "done")
+            assert_says(run(tmp_path, "--data-root", root, *QUICK, task=task, model=model), 0, "done")
 
 
 @pytest.mark.parametrize(
-    ("arguments", "told"),
+    ("arguments", "message"),
     [
         (["--model", "baseline_hgo"], "Did you mean 'baseline_hog'"),
         (["--model", "timm:resnet18:x/y"], "resnet18"),
@@ -149,59 +149,59 @@ def test_the_sound_case(tmp_path: Path, root: Path, file: Path) -> None:
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
-def test_wrong_usage(tmp_path: Path, arguments: list[str], told: str) -> None:
+def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str) -> None:
     given = {"model": arguments[1]} if arguments[0] == "--model" else {}
     given |= {"task": arguments[1]} if arguments[0] == "--task" else {}
     rest = [] if given else arguments
-    assert_told(run(tmp_path, *rest, **given), 2, told)
+    assert_says(run(tmp_path, *rest, **given), 2, message)
 
 
-@pytest.mark.parametrize(("option", "told"), [("--model", "--model names nothing"), ("--task", "No task is named")])
-def test_a_name_that_is_empty(tmp_path: Path, option: str, told: str) -> None:
+@pytest.mark.parametrize(("option", "message"), [("--model", "--model names nothing"), ("--task", "No task is named")])
+def test_a_name_that_is_empty(tmp_path: Path, option: str, message: str) -> None:
     """As a variable of a shell is that nobody set."""
     given = {option.strip("-"): ""}
-    assert_told(run(tmp_path, **given), 2, told)
+    assert_says(run(tmp_path, **given), 2, message)
 
 
 def test_a_list_for_a_split_that_is_not_there(tmp_path: Path) -> None:
     (tmp_path / "ids.txt").write_text("bogus")
     answer = run(tmp_path, "--split-file", tmp_path / "ids.txt", task="shapes_correspondence")
-    assert_told(answer, 2, "--split-file restricts the training split, which shapes_correspondence does not have")
+    assert_says(answer, 2, "--split-file restricts the training split, which shapes_correspondence does not have")
 
 
 def test_a_leaderboard_of_nothing_leaves_the_tables_alone(tmp_path: Path) -> None:
     (tmp_path / "in_context.csv").write_text("model\n")
     (tmp_path / "empty").mkdir()
     answer = neco("leaderboard", "--results", tmp_path / "empty", "--out", tmp_path)
-    assert_told(answer, 3, f"No results in {tmp_path / 'empty'}")
+    assert_says(answer, 3, f"No results in {tmp_path / 'empty'}")
     assert (tmp_path / "in_context.csv").read_text() == "model\n"
 
 
 def test_wrong_usage_of_other_commands(tmp_path: Path) -> None:
-    assert_told(neco("check", "baseline_hgo"), 2, "Did you mean 'baseline_hog'")
-    assert_told(neco("data", "check", "shapse"), 2, "Did you mean 'shapes'")
-    assert_told(neco("runn"), 2, "runn")
-    assert_told(neco("leaderboard", "--results", tmp_path / "absent", "--out", tmp_path), 3, tmp_path / "absent")
-    assert_told(neco("data", "check", "voc2012"), 3, "--data-root")
+    assert_says(neco("check", "baseline_hgo"), 2, "Did you mean 'baseline_hog'")
+    assert_says(neco("data", "check", "shapse"), 2, "Did you mean 'shapes'")
+    assert_says(neco("runn"), 2, "runn")
+    assert_says(neco("leaderboard", "--results", tmp_path / "absent", "--out", tmp_path), 3, tmp_path / "absent")
+    assert_says(neco("data", "check", "voc2012"), 3, "--data-root")
 
 
 def test_a_missing_data_root(tmp_path: Path) -> None:
-    assert_told(run(tmp_path, task="voc_ic"), 3, "no data root is given", "NECO_BENCH_DATA", "JPEGImages/NAME.jpg")
-    assert_told(
+    assert_says(run(tmp_path, task="voc_ic"), 3, "no data root is given", "NECO_BENCH_DATA", "JPEGImages/NAME.jpg")
+    assert_says(
         run(tmp_path, "--data-root", tmp_path / "no", task="voc_ic"), 3, tmp_path / "no" / "voc2012", "data check"
     )
 
 
 def test_a_missing_split_list(tmp_path: Path, root: Path) -> None:
     answer = run(tmp_path, "--data-root", root, task="voc_ic")
-    assert_told(answer, 3, root / "voc2012" / "ImageSets" / "Segmentation" / "trainaug.txt")
+    assert_says(answer, 3, root / "voc2012" / "ImageSets" / "Segmentation" / "trainaug.txt")
 
 
 @pytest.mark.parametrize("path", ["JPEGImages/2007_000001.jpg", "SegmentationClass/2007_000002.png"])
 def test_a_missing_image_or_mask_of_a_listed_id(tmp_path: Path, root: Path, path: str) -> None:
     (root / "voc2012" / path).unlink()
     answer = run(tmp_path, "--data-root", root, *QUICK, task="voc_cluster_gt@clean-1")
-    assert_told(answer, 3, root / "voc2012" / path, "Restore it")
+    assert_says(answer, 3, root / "voc2012" / path, "Restore it")
 
 
 @pytest.mark.parametrize("workers", [0, 1])
@@ -211,27 +211,27 @@ def test_a_truncated_image(tmp_path: Path, root: Path, workers: int) -> None:
     path.write_bytes(path.read_bytes()[:300])
     task = "voc_cluster_gt@clean-1"
     answer = run(tmp_path, "--data-root", root, *QUICK, "--workers", workers, task=task)
-    assert_told(answer, 4, path, "truncated")
+    assert_says(answer, 4, path, "truncated")
     assert answer.err.count("\n") == 1
 
 
 def test_masks_at_fault(tmp_path: Path, root: Path) -> None:
     path = root / "camvid" / "valannot" / "f2.png"
-    for array, told in (
+    for array, message in (
         (np.full((360, 480), 12, np.uint8), "holds the values 12 in 172800 pixels"),
         (np.zeros((40, 61), np.uint8), "61x40 pixels"),
         (np.zeros((360, 480, 3), np.uint8), "colour mask"),
     ):
         Image.fromarray(array).save(path)
         answer = run(tmp_path, "--data-root", root, *QUICK, task="camvid_cluster_gt")
-        assert_told(answer, 4, path, told)
+        assert_says(answer, 4, path, message)
     answer = neco("data", "check", "camvid", "--data-root", root)
     assert answer.code == 4
     assert str(path) in answer.out
 
 
 @pytest.mark.parametrize(
-    ("factory", "code", "told"),
+    ("factory", "code", "message"),
     [
         ("absent", 4, "has no 'absent'. It defines: Cells, sound, tokens, nan, pair, raises, Own, own"),
         ("pair", 4, "returned tuple; its forward() must return a tensor"),
@@ -241,25 +241,25 @@ def test_masks_at_fault(tmp_path: Path, root: Path) -> None:
         ("nan", 5, "NaN or infinite features"),
     ],
 )
-def test_code_at_fault(tmp_path: Path, file: Path, factory: str, code: int, told: str) -> None:
-    assert_told(run(tmp_path, model=f"{file}:{factory}"), code, told, file)
+def test_code_at_fault(tmp_path: Path, file: Path, factory: str, code: int, message: str) -> None:
+    assert_says(run(tmp_path, model=f"{file}:{factory}"), code, message, file)
 
 
 def test_a_file_of_code_that_is_not_there(tmp_path: Path) -> None:
-    assert_told(run(tmp_path, model=f"{tmp_path}/absent.py:make"), 3, tmp_path / "absent.py")
+    assert_says(run(tmp_path, model=f"{tmp_path}/absent.py:make"), 3, tmp_path / "absent.py")
     (tmp_path / "mine.py").write_text("def make(): return 1\n")
-    assert_told(run(tmp_path, model=f"{tmp_path}/mine.py"), 2, "names no factory", "It defines: make")
+    assert_says(run(tmp_path, model=f"{tmp_path}/mine.py"), 2, "names no factory", "It defines: make")
 
 
 def test_weights_at_fault(tmp_path: Path, file: Path) -> None:
     weights = tmp_path / "weights.safetensors"
     answer = run(tmp_path, "--weights", weights, model=f"{file}:sound")
-    assert_told(answer, 3, weights)
+    assert_says(answer, 3, weights)
     save_file({"project.weight": torch.zeros(8, 3, 4, 4), "project.bias": torch.zeros(8)}, weights)
     answer = run(tmp_path, "--weights", weights, model=f"{file}:sound")
-    assert_told(answer, 4, weights, "project.weight (8, 3, 4, 4) for (8, 3, 8, 8)")
+    assert_says(answer, 4, weights, "project.weight (8, 3, 4, 4) for (8, 3, 8, 8)")
     weights.write_bytes(weights.read_bytes()[:50])
-    assert_told(run(tmp_path, "--weights", weights, model=f"{file}:sound"), 4, weights, "truncated")
+    assert_says(run(tmp_path, "--weights", weights, model=f"{file}:sound"), 4, weights, "truncated")
 
 
 class _Attack:
@@ -279,21 +279,21 @@ def test_a_pickle_that_would_run_code(
     else:
         weights.write_bytes(pickle.dumps(content, protocol=2))
     answer = run(tmp_path, "--weights", weights, model=f"{file}:sound")
-    assert_told(answer, 4, weights)
+    assert_says(answer, 4, weights)
     assert not (tmp_path / "attacked").exists()
 
 
 def test_weights_that_are_not_on_this_machine(tmp_path: Path) -> None:
     model = "neco_dinov2"
     answer = run(tmp_path, "--set", "input_size=28", model=model)
-    assert_told(answer, 3, "https://", cache_dir() / "weights" / model, "--weights FILE")
+    assert_says(answer, 3, "https://", cache_dir() / "weights" / model, "--weights FILE")
 
 
 def test_a_results_folder_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("a file")
     for more in ([], ["--dry-run"]):  # before anything is computed
         answer = run(tmp_path, *("--set", "input_size=64"), *more)
-        assert_told(answer, 1, tmp_path / "results", "is not a folder", "--out")
+        assert_says(answer, 1, tmp_path / "results", "is not a folder", "--out")
 
 
 def test_a_failure_stops_no_other_job(tmp_path: Path, root: Path, file: Path) -> None:
@@ -303,11 +303,11 @@ def test_a_failure_stops_no_other_job(tmp_path: Path, root: Path, file: Path) ->
     tasks = "voc_cluster_gt@clean-1,camvid_cluster_gt"
     answer = run(tmp_path, "--data-root", root, *QUICK, model=models, task=tasks)
     # The data are opened before anything runs: a missing file stops the whole command early.
-    assert_told(answer, 3, "2007_000001.jpg")
+    assert_says(answer, 3, "2007_000001.jpg")
     assert not (tmp_path / "results").exists()
 
     answer = run(tmp_path, "--data-root", root, *QUICK, model=models, task="camvid_cluster_gt,camvid_overcluster_50")
-    assert_told(answer, 5, "NaN or infinite")
+    assert_says(answer, 5, "NaN or infinite")
     stored = {(r.model.rpartition(":")[2], r.task): r for r in ResultStore(tmp_path / "results").load_all()}
     assert {name: r.status for name, r in stored.items()} == {
         ("nan", "camvid_cluster_gt"): "failed",
@@ -317,7 +317,7 @@ def test_a_failure_stops_no_other_job(tmp_path: Path, root: Path, file: Path) ->
     }
     again = ("--data-root", root, *QUICK, "--seed", 1)  # another seed, so that nothing is stored yet
     own = run(tmp_path, *again, model=f"{file}:own,baseline_rgb", task="camvid_cluster_gt")
-    assert_told(own, 4, "my own mistake")
+    assert_says(own, 4, "my own mistake")
     assert "baseline_rgb on camvid_cluster_gt@neco-1*: done" in own.err
     failed = stored["nan", "camvid_cluster_gt"]
     assert failed.error_code == 5

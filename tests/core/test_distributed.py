@@ -25,6 +25,7 @@ from neco_bench.runner.job import plan
 from neco_bench.runner.options import RunOptions
 
 ROOT = Path(__file__).parents[2]
+pytestmark = pytest.mark.timeout(900)  # a launch takes half a minute on a quiet machine, ten times that on a full one
 MODEL = "timm:test_vit3?pretrained=false&seed=0"
 TOGETHER = "shapes_ic,shapes_overcluster_50,shapes_correspondence"
 
@@ -34,7 +35,7 @@ def torchrun(processes: int, out: Path, *arguments: str) -> subprocess.Completed
     command = ["-m", "neco_bench", "run", "--out", str(out), "--workers", "0", "--batch-size", "4", *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [*launcher, *command], capture_output=True, text=True, env=environment, cwd=out.parent, timeout=300, check=False
+        [*launcher, *command], capture_output=True, text=True, env=environment, cwd=out.parent, timeout=600, check=False
     )
 
 

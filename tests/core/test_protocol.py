@@ -12,7 +12,8 @@ import pytest
 
 from neco_bench.core.config import parse_changes
 from neco_bench.core.errors import BadInputError, UsageError
-from neco_bench.core.protocol import FAMILIES, Settings, all_cards, find_tasks, protocol
+from neco_bench.core.files import digest
+from neco_bench.core.protocol import FAMILIES, Settings, _read_family, all_cards, find_tasks, protocol
 
 HASHES = json.loads(Path(__file__).with_name("protocol_hashes.json").read_text())
 CARDS = all_cards()[0]
@@ -21,11 +22,13 @@ EVERY = [f"{card.name}@{name}" for card in CARDS.values() for name in card.proto
 
 def test_constants_do_not_change_under_an_id() -> None:
     """`protocol_hashes.json` holds what was published: "family/protocol" over all constants, "task@protocol" over a
-    card's. A task or protocol that is new is added there."""
+    card's, "family/own.ending" over the table of tasks on data sets of one's own.
+    A task or protocol that is new is added there."""
     now = {
         f"{card.family}/{name}": protocol(card.family, name).hash for card in CARDS.values() for name in card.protocols
     }
     now |= {f"{card.name}@{name}": card.hash(name) for card in CARDS.values() for name in card.protocols}
+    now |= {f"{f}/own.{e}": digest(table) for f in FAMILIES for e, table in _read_family(f).own.items()}
     changed = sorted(name for name in now if name in HASHES and now[name] != HASHES[name])
     assert not changed, (
         f"Constants changed under the ids {changed}: stored results would be compared with other measurements. Undo "
@@ -78,7 +81,7 @@ def test_unknown_names(request_: str, told: str) -> None:
 
 def test_a_protocol_that_a_card_lacks(monkeypatch: pytest.MonkeyPatch) -> None:
     card = replace(CARDS["camvid_ic"], protocols={"hbird-2": {}})
-    monkeypatch.setattr("neco_bench.core.protocol.all_cards", lambda: ({card.name: card}, {}))
+    monkeypatch.setattr("neco_bench.core.protocol.all_cards", lambda *_: ({card.name: card}, {}))
     with pytest.raises(UsageError, match="not defined under protocol 'clean-1'; it has hbird-2"):
         find_tasks(["camvid_ic@clean-1"])
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from neco_bench.core.errors import UsageError
 from neco_bench.encoders import check_encoder, content_id, load_encoder
-from neco_bench.runner.execute import _encoder_facts
+from neco_bench.runner.execute import encoder_facts
 
 TINY = "timm:vit_tiny_patch16_224"
 SATELLITE = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))
@@ -74,7 +74,7 @@ def test_satellite_weights(file: Path) -> None:
 
 
 def test_results_and_check_say_what_is_fed(file: Path) -> None:
-    facts = _encoder_facts(load_encoder(TINY, weights=file))["encoder"]
+    facts = encoder_facts(load_encoder(TINY, weights=file))["encoder"]
     assert tuple(facts["mean"]) == (0.5, 0.5, 0.5)
     assert facts["statistics"].startswith("timm's for")
     lines = {line.name: line.detail for line in check_encoder(load_encoder(f"{TINY}?pretrained=false"))}

@@ -136,10 +136,10 @@ class Server:
             child.kill()
             child.join()
         err, count = log.with_suffix(".err"), log.with_suffix(".count")
-        told, number = (path.read_text(errors="replace") if path.exists() else "" for path in (err, count))
+        message, number = (path.read_text(errors="replace") if path.exists() else "" for path in (err, count))
         for path in (err, count):
             path.unlink(missing_ok=True)
-        return Ended(code, told, int(number or 0))
+        return Ended(code, message, int(number or 0))
 
     def run(self, folder: Path, words: Sequence[object], fault: Fault = NONE, output: str = "") -> Ended:
         log = folder.with_name(f"{folder.name}.log")

@@ -556,9 +556,9 @@ def many(work: Path, number: int, seed: int, names: Sequence[str] = (), verbose:
             if child.exitcode:
                 line = f"{reader.name}, input {begin - 1} of seed {seed}: the process ended with {child.exitcode}"
                 _note(folder, line, verbose)
-        found = (folder / "wrong").read_text().splitlines() if (folder / "wrong").exists() else []
-        wrong += found
+        lines = (folder / "wrong").read_text().splitlines() if (folder / "wrong").exists() else []
+        wrong += lines
         if verbose:
-            print(f"{reader.name}: {share} inputs, {len(found)} faults", flush=True)
+            print(f"{reader.name}: {share} inputs, {len(lines)} faults", flush=True)
         shutil.rmtree(folder)
     return wrong

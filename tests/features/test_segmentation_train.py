@@ -80,10 +80,10 @@ class Counting:
     """A generator that notes how often it was asked."""
 
     def __init__(self) -> None:
-        self.rng, self.asked = np.random.default_rng(0), 0
+        self.rng, self.calls = np.random.default_rng(0), 0
 
     def integers(self, high: int) -> int:
-        self.asked += 1
+        self.calls += 1
         return int(self.rng.integers(high))
 
 
@@ -91,7 +91,7 @@ class Counting:
 def test_a_hopeless_mask_is_tried_ten_times_and_taken_after(tries: int, crops: int) -> None:
     rng = Counting()
     rows, columns = choose_crop(np.zeros((30, 40), np.uint8), 20, 0.75, tries, rng)  # type: ignore[arg-type]
-    assert rng.asked == 2 * crops
+    assert rng.calls == 2 * crops
     assert rows.stop - rows.start == columns.stop - columns.start == 20
 
 
@@ -99,13 +99,13 @@ def test_the_first_varied_crop_is_taken() -> None:
     """Two classes in the right fifth only: crops that see enough of it are a minority, yet nearly always found."""
     mask = np.zeros((64, 320), np.uint8)
     mask[:, 256:] = 1
-    found = []
+    shares = []
     for seed in range(200):
         crop = choose_crop(mask, 64, 0.75, 10, np.random.default_rng(seed))
         first = choose_crop(mask, 64, 0.75, 0, np.random.default_rng(seed))
         assert not varied(mask[first], 0.75) or crop == first
-        found.append((varied(mask[first], 0.75), varied(mask[crop], 0.75)))
-    chance, after = np.mean(found, axis=0)
+        shares.append((varied(mask[first], 0.75), varied(mask[crop], 0.75)))
+    chance, after = np.mean(shares, axis=0)
     assert 0.05 < chance < 0.25  # 32 of 257 places
     assert after == pytest.approx(1 - (1 - chance) ** 11, abs=0.1)
 

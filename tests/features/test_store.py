@@ -320,15 +320,15 @@ def test_an_encoder_object_keeps_nothing() -> None:
 
 def test_what_killed_processes_left_goes_with_the_next_stream() -> None:
     """A stream without its description: one that was being made, or deleted."""
-    old, new, held = (store_folder() / name for name in ("old", "new", "held"))
-    for folder in (old, new, held):
+    old, new, locked = (store_folder() / name for name in ("old", "new", "locked"))
+    for folder in (old, new, locked):
         folder.mkdir(parents=True)
         (folder / "features.bin").write_bytes(b"half")
         if folder != new:
             os.utime(folder, (0, 0))
-    with FileLock(held / "lock"):
-        os.utime(held, (0, 0))
+    with FileLock(locked / "lock"):
+        os.utime(locked, (0, 0))
         batches(with_store())
         assert not old.exists()
-        assert held.exists()  # another process has it
+        assert locked.exists()  # another process has it
         assert new.exists()  # may just be made

@@ -54,27 +54,27 @@ def test_the_largest_map_is_that_of_all_upsampled(
     elif kind == "constant":
         maps[:] = 0.25
     whole = torch.nn.functional.interpolate(maps[None], size, mode="bilinear", align_corners=False)[0]
-    found = upsample_argmax(maps, *size)
-    values = whole.gather(0, found[None])[0]
+    classes = upsample_argmax(maps, *size)
+    values = whole.gather(0, classes[None])[0]
     # Where a value lies in memory decides how PyTorch rounds it, so that even equal maps may differ in the last digit.
     rounding = 1e-6 * float(maps.abs().max())
     assert (values >= whole.amax(0) - rounding).all()
     alone = (whole >= whole.amax(0) - rounding).sum(0) == 1
-    assert torch.equal(found[alone], whole.argmax(0)[alone])
+    assert torch.equal(classes[alone], whole.argmax(0)[alone])
 
 
 def test_maps_that_are_nowhere_the_largest_are_not_upsampled(monkeypatch: pytest.MonkeyPatch) -> None:
     maps = torch.rand(50, 6, 6) * 0.1
     maps[[3, 40]] += torch.tensor([0.5, 1.0])[:, None, None]
-    asked, plain = [], torch.nn.functional.interpolate
+    upsampled, plain = [], torch.nn.functional.interpolate
 
     def interpolate(values: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        asked.append(values.shape[1])
+        upsampled.append(values.shape[1])
         return plain(values, *rest, **options)
 
     monkeypatch.setattr(torch.nn.functional, "interpolate", interpolate)
     assert (upsample_argmax(maps, 48, 48) == 40).all()
-    assert asked == [1]
+    assert upsampled == [1]
 
 
 def test_the_two_nearest_rules_differ() -> None:

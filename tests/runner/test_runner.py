@@ -134,9 +134,9 @@ def test_a_failed_overwrite_keeps_the_result(tmp_path: Path, monkeypatch: pytest
     with pytest.raises(NumericalError):
         run(overwrite=True)
     store = ResultStore(tmp_path)
-    (kept,) = store.load_all()
-    assert (kept.status, kept.metrics) == ("ok", good.metrics)
-    assert store.statistics(kept)["confusion"].shape[0] == good.n_images
+    (stored_result,) = store.load_all()
+    assert (stored_result.status, stored_result.metrics) == ("ok", good.metrics)
+    assert store.statistics(stored_result)["confusion"].shape[0] == good.n_images
 
 
 def test_layers_of_one_encoder_are_two_results(tmp_path: Path) -> None:
@@ -155,9 +155,9 @@ def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
     for arguments, error, message in (
         (("baseline_hgo", "shapes_ic"), UsageError, "baseline_hog"),
         (("baseline_hog", "shape_ic"), UsageError, "shapes_ic"),
-        (("baseline_hog", "shapes_*"), UsageError, "takes one task"),
         (("baseline_hog", "voc_ic"), MissingError, "data root"),
-        ((nn.Conv2d(3, 8, 8), "shapes_ic"), UsageError, "not Conv2d"),
+        ((nn.Conv2d(3, 8, 8), "shapes_ic"), BadInputError, "The module Conv2d lacks embed_dim"),
+        ((3, "shapes_ic"), UsageError, "not int"),
         ((Mean(), "shapes_ic"), BadInputError, "lacks name, weights_id"),
         ((NotFinite(), "shapes_ic"), NumericalError, "NaN or infinite"),
     ):

@@ -174,7 +174,7 @@ def test_probe3d_ceilings(
 ) -> None:
     """An oracle that returns the right cell is as limited as the reference's grid says; ours are 20 genuine pairs."""
     side = size // stride
-    found: dict[str, dict[str, list[np.ndarray]]] = {"cell": {}, "best": {}}
+    measured: dict[str, dict[str, list[np.ndarray]]] = {"cell": {}, "best": {}}
     for pair in load_pairs("spair71k", "test", root=real_data).pairs:
         view = View(torch.zeros(1, side, side), 500, 1)  # VOC images: the longest side is 500
         truth = np.trunc(pair.target_points * (size / 500)) / size
@@ -187,11 +187,11 @@ def test_probe3d_ceilings(
             errors = match_probe3d([pair], [view], view, size, stride)[1] / box_side(pair.target_box)
             by_hand = np.linalg.norm(cells / side - truth, axis=1) * 500 / box_side(pair.target_box)
             np.testing.assert_allclose(errors, by_hand, atol=1e-4)
-            found[kind].setdefault(pair.category, []).append(errors)
+            measured[kind].setdefault(pair.category, []).append(errors)
     for kind, expected in (("cell", cell), ("best", best)):
-        rates = [[np.mean(np.concatenate(e) < alpha) for e in found[kind].values()] for alpha in (0.10, 0.05, 0.01)]
+        rates = [[np.mean(np.concatenate(e) < alpha) for e in measured[kind].values()] for alpha in (0.10, 0.05, 0.01)]
         # 7 of 18 categories: three standard errors over them, 0.15 where all points are right.
-        allowed = np.minimum(14, 0.15 + 300 * np.std(rates, axis=1, ddof=1) / np.sqrt(len(found[kind])))
+        allowed = np.minimum(14, 0.15 + 300 * np.std(rates, axis=1, ddof=1) / np.sqrt(len(measured[kind])))
         assert (np.abs(100 * np.mean(rates, 1) - expected) < allowed).all()
 
 
@@ -212,6 +212,6 @@ def test_pck_1_by_hand_with_a_missing_keypoint(tmp_path: Path) -> None:
     (base / "test_pairs.csv").write_text("source_image,target_image,class\nsource.jpg,target.jpg,8\n")
     changes = {"input_size": 64, "alphas": [0.05, 0.10, 0.15]}
     result = neco_bench.run(Colour(), "pf_pascal@pck-1", data_root=tmp_path, changes=changes, workers=0)
-    found = {key: result.metrics[key] for key in ("PCK@0.05", "PCK@0.10", "PCK@0.15")}
-    assert found == {"PCK@0.05": 0.5, "PCK@0.10": 0.5, "PCK@0.15": 1.0}
+    measured = {key: result.metrics[key] for key in ("PCK@0.05", "PCK@0.10", "PCK@0.15")}
+    assert measured == {"PCK@0.05": 0.5, "PCK@0.10": 0.5, "PCK@0.15": 1.0}
     assert result.provenance["run"]["keypoints"] == 2

@@ -2,7 +2,8 @@
 
 The function takes no arguments and returns an Encoder, or a module that maps normalised images (B, 3, H, W) to features
 (B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride` (`mean` and `std` too, where they are not
-ImageNet's; `training_data`, such as "imagenet, coco", for contamination notes). A file is run as any Python file is:
+ImageNet's; `training_data`, such as "imagenet, coco", for contamination notes; `only_size`, the side of the one square
+input that it takes, or `size_multiple`). A file is run as any Python file is:
 use only those you trust.
 """
 
@@ -145,6 +146,27 @@ def _checked_module(made: Any, target: str) -> nn.Module:
     return made
 
 
+def encoder_of_module(module: nn.Module) -> Encoder:
+    """Make an Encoder of a module that is in memory already, where it is; an Encoder is returned as it is.
+
+    Raises `BadInputError` where it lacks embed_dim or stride, or they are no whole numbers.
+    """
+    if isinstance(module, Encoder):
+        return module
+    name = type(module).__name__
+    for fact in ("embed_dim", "stride"):
+        value = getattr(module, fact, None)
+        if not isinstance(value, int) or value < 1:
+            what = f"has the {fact} {value!r}" if hasattr(module, fact) else f"lacks {fact}"
+            raise BadInputError(f"The module {name} {what}; set it to a whole number above 0.")
+    encoder = ModuleEncoder(module)
+    encoder.name = name
+    check_has_values(encoder, name)
+    encoder.weights_id = whole_sha256(encoder) or hashlib.sha256(name.encode()).hexdigest()
+    encoder.weights_report = WeightsReport(source=f"a module of {type(module).__module__}")
+    return encoder
+
+
 class ModuleEncoder(Encoder):
     """A plain module as an encoder, its features taken as they come: no layers, no attention, no norm to leave out."""
 
@@ -157,6 +179,8 @@ class ModuleEncoder(Encoder):
         self.mean = tuple(getattr(module, "mean", self.mean))
         self.std = tuple(getattr(module, "std", self.std))
         self.training_data = getattr(module, "training_data", "")
+        self.only_size = getattr(module, "only_size", None)
+        self.size_multiple = getattr(module, "size_multiple", None)
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         features = self.module(images)

@@ -1,0 +1,382 @@
+"""A first `dataset.toml` for a folder of one's own, written by looking at it: `neco-bench data init FOLDER`.
+
+Pictures are told apart from masks by the names of folders and files, else by their format. Ids, splits, the values in
+the masks and their palette follow from the files; names of classes come from a list such as `classes.txt`, if there is
+one. What is written is read as any `dataset.toml` is, and meant to be corrected by hand.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from neco_bench.core.errors import BadInputError, MissingError, UsageError
+from neco_bench.core.files import write_whole
+from neco_bench.core.own_data import FILE, read_own
+from neco_bench.data.io import decoding, read_text, voc_colours
+from neco_bench.data.own import SUFFIXES, own_class
+
+MOST_MASKS = 2000  # of which the values are read, spread evenly
+
+MOST_VALUES = 255  # of classes; more mean that these pictures are no masks
+
+_MASK = re.compile(
+    r"(?:^|[^a-z])(?:masks?|labels?|annot\w*|seg\w*|gt|ground.?truth)(?:$|[^a-z])|gtfine|labelids", re.IGNORECASE
+)
+
+_SPLITS = ("train", "training", "trn", "val", "valid", "validation", "test", "testing")
+
+_CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt", "names.txt")
+
+_LIST_FOLDERS = ("", "splits", "lists", "ImageSets", "ImageSets/Segmentation")
+
+
+@dataclass(frozen=True)
+class Written:
+    """What `init` wrote: the files, and what it saw, as sentences."""
+
+    paths: tuple[Path, ...]
+    notes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class _Layout:
+    """Patterns of images and masks, and the split folders in them. pairs: (image, mask) by split and id."""
+
+    images: str
+    masks: str
+    pairs: dict[tuple[str, str], tuple[Path, Path]]
+    alone: int  # images without a mask
+
+
+def init(folder: Path, *, overwrite: bool = False) -> Written:
+    """Write a `dataset.toml` into a folder, and lists of its splits where it has none.
+
+    Raises:
+        UsageError: there is one, and not `overwrite`; a name that tasks cannot have.
+        MissingError: no such folder, no images, no masks.
+        BadInputError: masks that hold no ids or colours of classes, or what is written cannot be read.
+    """
+    folder = folder.expanduser().absolute()
+    if not folder.is_dir():
+        raise MissingError(f"There is no folder {folder}.")
+    if (folder / FILE).exists() and not overwrite:
+        raise UsageError(f"{folder / FILE} is there. Edit it, or write it again with --overwrite.")
+    paths = _pictures(folder)
+    if not paths:
+        raise MissingError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+    lists: dict[str, list[str]] = {}
+    if (keypoints := _keypoint_file(folder)) is not None:
+        text, notes = _pairs_text(folder, paths, keypoints), [f"keypoint pairs in {keypoints.name}"]
+    else:
+        text, lists, notes = _segmentation_text(folder, paths)
+    before = (folder / FILE).read_bytes() if (folder / FILE).exists() else None
+    contents = {FILE: text} | {name: "\n".join(ids) + "\n" for name, ids in lists.items()}
+    written = [folder / name for name in contents]
+    for path, content in zip(written, contents.values(), strict=True):
+        write_whole(path, content.encode())
+    try:
+        cls = own_class(read_own(folder))
+        for split in cls.splits:
+            cls(folder, split)  # type: ignore[call-arg]
+    except (BadInputError, MissingError):
+        for path in written:
+            path.unlink()
+        if before is not None:
+            write_whole(folder / FILE, before)
+        raise
+    return Written(tuple(written), tuple(notes))
+
+
+def _pictures(folder: Path) -> list[PurePosixPath]:
+    """All pictures below a folder, from it, in order; links to folders are followed, hidden files left out."""
+    paths = []
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
+        inner = PurePosixPath(Path(place).relative_to(folder).as_posix())
+        paths += [inner / n for n in names if n.lower().endswith(SUFFIXES) and not n.startswith(".")]
+    return sorted(paths)
+
+
+def _keypoint_file(folder: Path) -> Path | None:
+    """The JSON file that lists pairs of images with points, if there is one."""
+    for path in sorted(folder.glob("*.json")):
+        try:
+            document = json.loads(path.read_bytes())
+        except (OSError, ValueError):
+            continue
+        if isinstance(document, list) and document and isinstance(document[0], dict) and "source_points" in document[0]:
+            return path
+    return None
+
+
+def _pairs_text(folder: Path, paths: Sequence[PurePosixPath], keypoints: Path) -> str:
+    named = {str(raw.get(key)) for raw in json.loads(keypoints.read_bytes()) for key in ("source", "target")}
+    for path in paths:
+        stem = path.with_suffix("").as_posix()
+        if name := next((item for item in named if stem == item or stem.endswith(f"/{item}")), None):
+            suffixes = {p.suffix for p in paths}
+            ending = path.suffix if len(suffixes) == 1 else ".*"
+            pattern = f"{stem.removesuffix(name)}{{id}}{ending}"
+            split = keypoints.stem if keypoints.stem in _SPLITS else "test"
+            return (
+                f'# Pairs of images with keypoints; docs/pages/own_data.md has all keys.\nkind = "pairs"\n'
+                f"images = {_toml(pattern)}\nsplits = {{ {split} = {_toml(keypoints.name)} }}\n"
+            )
+    raise MissingError(f"{folder} holds none of the images that {keypoints} names, such as {min(named)!r}.")
+
+
+def _segmentation_text(folder: Path, paths: Sequence[PurePosixPath]) -> tuple[str, dict[str, list[str]], list[str]]:
+    images, masks = _told_apart(folder, paths)
+    layout = _pair_up(folder, images, masks)
+    splits, lists, how = _splits(folder, layout)
+    values = _MaskValues.read([mask for _, mask in layout.pairs.values()])
+    notes = [f"{len(layout.pairs)} images with masks, {layout.images} and {layout.masks}", values.note, how]
+    if layout.alone:
+        notes.append(f"{layout.alone} images have no mask and are left out")
+    names, source = _class_names(folder, values)
+    notes.append(source)
+    lines = [
+        "# Written by `neco-bench data init` from what lies here; correct it, first of all the names of the classes.",
+        "# docs/pages/own_data.md has all keys.",
+        f"classes = {_toml(names)}",
+        *values.lines(names),
+        f"images = {_toml(layout.images)}",
+        f"masks = {_toml(layout.masks)}",
+        f"splits = {splits}",
+        'citation = ""',
+    ]
+    return "\n".join(lines) + "\n", lists, notes
+
+
+def _told_apart(folder: Path, paths: Sequence[PurePosixPath]) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    """Images and masks: by name, else masks are single-channel pictures of few values."""
+    masks = [path for path in paths if _MASK.search(str(path.with_suffix("")))]
+    if not masks or len(masks) == len(paths):
+        masks = [path for path in paths if _looks_like_mask(folder / path)]
+    images = sorted(set(paths) - set(masks))
+    if not masks or not images:
+        what = "masks" if not masks else "images beside masks"
+        raise MissingError(
+            f"{folder} holds {len(paths)} pictures such as {str(paths[0])!r}, but no {what}: put images into images/ "
+            f"and masks (class ids as grey levels or palette indices, or colours) into masks/, with equal names."
+        )
+    return images, masks
+
+
+def _looks_like_mask(path: Path) -> bool:
+    try:
+        with Image.open(path) as image:
+            return image.mode in ("L", "P", "1", "I;16", "I") and len(np.unique(np.asarray(image))) < 64
+    except (OSError, ValueError):
+        return False
+
+
+def _pair_up(folder: Path, images: Sequence[PurePosixPath], masks: Sequence[PurePosixPath]) -> _Layout:
+    """The patterns that give most images a mask. Raises MissingError where no names agree."""
+    image_pattern, image_ids = _pattern(images)
+    best: tuple[str, dict[tuple[str, str], PurePosixPath]] = ("", {})
+    kinds = [masks, *([m for m in masks if m.parts[0] == place] for place in sorted({m.parts[0] for m in masks}))]
+    for kind in kinds:  # such as SegmentationClass beside SegmentationObject
+        for affixes in (None, _affixes_beside(kind, image_ids)):
+            pattern, ids = _pattern(kind, affixes)
+            both = {key: path for key, path in ids.items() if key in image_ids}
+            if len(both) > len(best[1]):
+                best = (pattern, both)
+    if not best[1]:
+        raise MissingError(
+            f"No image and mask in {folder} have a name in common: images are such as {str(images[0])!r}, masks such "
+            f"as {str(masks[0])!r}. Rename one of the two."
+        )
+    pairs = {key: (folder / image_ids[key], folder / mask) for key, mask in best[1].items()}
+    return _Layout(image_pattern, best[0], pairs, len(image_ids) - len(pairs))
+
+
+def _pattern(
+    paths: Sequence[PurePosixPath], affixes: tuple[str, str] | None = None
+) -> tuple[str, dict[tuple[str, str], PurePosixPath]]:
+    """A pattern with {id}, and {split} where folders are splits, and the paths by (split, id).
+
+    affixes: what stands before and after the id in names; None: what all names have in common after a separator.
+    """
+    parts = [list(path.parts[:-1]) for path in paths]
+    split_at = next(
+        (
+            i
+            for i in range(min(map(len, parts)))
+            if len({p[i] for p in parts}) > 1 and all(p[i].lower() in _SPLITS for p in parts)
+        ),
+        None,
+    )
+    splits = ["" if split_at is None else p[split_at] for p in parts]
+    for p in parts:
+        if split_at is not None:
+            p[split_at] = "{split}"
+    common = _common(parts)
+    stems = [path.stem for path in paths]
+    before, after = affixes or ("", _common_ending(stems))
+    suffixes = Counter(path.suffix for path in paths)
+    ending = next(iter(suffixes)) if len(suffixes) == 1 else ".*"
+    ids = {}
+    for path, place, stem, split in zip(paths, parts, stems, splits, strict=True):
+        if stem.startswith(before) and stem.endswith(after) and len(stem) > len(before + after):
+            name = stem[len(before) : len(stem) - len(after)]
+            ids[split, "/".join([*place[len(common) :], name])] = path
+    return "/".join([*common, f"{before}{{id}}{after}{ending}"]), ids
+
+
+def _common(sequences: Sequence[Sequence[str]]) -> list[str]:
+    """What all sequences begin with."""
+    return [
+        column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
+    ]
+
+
+def _common_ending(stems: Sequence[str]) -> str:
+    """What all names end in, from a separator on: "_img" of a_img, b_img."""
+    if len(stems) < 2:
+        return ""
+    ending = "".join(_common([stem[::-1] for stem in stems]))[::-1]
+    match = re.search(r"[_.-][A-Za-z].*", ending)
+    return match[0] if match else ""
+
+
+def _affixes_beside(masks: Sequence[PurePosixPath], image_ids: dict[tuple[str, str], PurePosixPath]) -> tuple[str, str]:
+    """What most names of masks have before and after the name of an image."""
+    names = sorted({item.rpartition("/")[2] for _, item in image_ids}, key=len, reverse=True)
+    counts: Counter[tuple[str, str]] = Counter()
+    for path in masks[:50]:
+        if name := next((name for name in names if name in path.stem), None):
+            before, _, after = path.stem.partition(name)
+            counts[before, after] += 1
+    return counts.most_common(1)[0][0] if counts else ("", "")
+
+
+def _splits(folder: Path, layout: _Layout) -> tuple[str, dict[str, list[str]], str]:
+    """The value of `splits`, lists to write, and a sentence: split folders, lists that are there, or a new draw."""
+    names = sorted({split for split, _ in layout.pairs}, key=lambda name: _SPLITS.index(name.lower()) if name else -1)
+    if names != [""]:
+        counts = Counter(split for split, _ in layout.pairs)
+        return _toml(names), {}, "splits: " + ", ".join(f"{name} ({counts[name]})" for name in names)
+    ids = [item for _, item in layout.pairs]
+    for place in _LIST_FOLDERS:
+        lists = {name: path for name in _SPLITS if (path := folder / place / f"{name}.txt").is_file()}
+        if lists:
+            table = {name: path.relative_to(folder).as_posix() for name, path in lists.items()}
+            return _inline(table), {}, f"splits: the lists {', '.join(table.values())}"
+    # The order of a hash: which images are val does not depend on names in series, or on this machine.
+    order = sorted(ids, key=lambda item: hashlib.sha256(item.encode()).digest())
+    count = max(1, round(len(order) / 5))
+    if len(order) < 2:
+        raise MissingError(f"{folder} holds a single image with a mask: two or more are needed for train and val.")
+    drawn = {"train.txt": sorted(order[count:]), "val.txt": sorted(order[:count])}
+    note = f"splits: drawn, {len(order) - count} in train.txt, {count} in val.txt; move frames of a video into one"
+    return _inline({"train": "train.txt", "val": "val.txt"}), drawn, note
+
+
+@dataclass(frozen=True)
+class _MaskValues:
+    """What masks hold: values with their colours in the palette (if there is one), or, of RGB masks, colours."""
+
+    values: tuple[int, ...]
+    colours: dict[int, tuple[int, int, int]]
+    are_colours: bool
+    void: tuple[int, ...]
+
+    @classmethod
+    def read(cls, paths: Sequence[Path]) -> _MaskValues:
+        """Read them from the masks, or from MOST_MASKS of many. Raises BadInputError for what is no mask."""
+        indices = np.unique(np.linspace(0, len(paths) - 1, MOST_MASKS).astype(int))
+        values: set[int] = set()
+        colours: dict[int, tuple[int, int, int]] = {}
+        grey = None
+        for path in (paths[i] for i in indices):
+            is_grey, own, palette = _values_in(path)
+            if grey not in (None, is_grey):
+                raise BadInputError(
+                    f"Mask {path} is in {'grey levels' if is_grey else 'colours'}, others are not. Make them one kind."
+                )
+            grey = is_grey
+            values |= own
+            colours |= palette
+            if len(values) > MOST_VALUES + 1:
+                raise BadInputError(
+                    f"Mask {path}: the masks up to here hold {len(values)} values or colours, more than there can be "
+                    f"classes; they are pictures, or were resized with interpolation or saved as JPEG. Restore the "
+                    f"original masks."
+                )
+        if not grey:
+            return cls(tuple(sorted(values)), {v: (v >> 16, v >> 8 & 255, v & 255) for v in values}, True, ())
+        void = (255,) if 255 in values and len(values) > 2 else ()
+        return cls(tuple(sorted(values - set(void))), colours, False, void)
+
+    @property
+    def note(self) -> str:
+        kind = "colours" if self.are_colours else "values"
+        return f"{len(self.values)} {kind} in the masks" + (", and 255, taken as void" if self.void else "")
+
+    def lines(self, names: Sequence[str]) -> list[str]:
+        """Lines of `dataset.toml` on values and colours."""
+        if self.are_colours:
+            palette = [list(self.colours[value]) for value in self.values]
+            return ['mask_values = "colours"', f"palette = {_toml(palette)}"]
+        lines = [f"ignore = {_toml(self.void[0] if self.void else [])}"]
+        if len(names) == len(self.values) and self.values != tuple(range(len(names))):
+            table = {str(value): name for value, name in zip(self.values, names, strict=True)}
+            lines.append(f"ids = {_inline(table)}")
+        known = [self.colours.get(value) for value in self.values]
+        if len(names) == len(known) == len(set(known)) and None not in known:
+            palette = [list(colour) for colour in known if colour]
+        else:
+            palette = voc_colours(len(names)).tolist()
+        return [*lines, f"palette = {_toml(palette)}"]
+
+
+def _values_in(path: Path) -> tuple[bool, set[int], dict[int, tuple[int, int, int]]]:
+    """Whether a mask is in grey levels or indices, its values (colours as numbers), and the palette of these."""
+    with decoding(f"Cannot decode mask {path}"), Image.open(path) as image:
+        is_grey = image.mode in ("L", "P", "I;16", "I")
+        array = np.array(image if is_grey else image.convert("RGB")).astype(np.int64)
+        stored = (image.getpalette("RGB") or []) if image.mode == "P" else []
+    values = set(np.unique(array if is_grey else array @ np.array([1 << 16, 1 << 8, 1])).tolist())
+    palette = {v: (stored[3 * v], stored[3 * v + 1], stored[3 * v + 2]) for v in values if 3 * v + 2 < len(stored)}
+    return is_grey, values, palette
+
+
+def _class_names(folder: Path, values: _MaskValues) -> tuple[list[str], str]:
+    """Names from a list in the folder, if it has as many, else numbered ones; and a sentence on them."""
+    count = len(values.values)
+    for name in _CLASS_LISTS:
+        if (folder / name).is_file():
+            lines = [line.strip() for line in read_text(folder / name, "List of classes").splitlines() if line.strip()]
+            if len(lines) == count and len(set(lines)) == count:
+                return lines, f"{count} class names from {name}"
+            if not values.are_colours and values.values and len(lines) > max(values.values):
+                return lines, f"{len(lines)} class names from {name}, of which the masks hold {count}"
+    if count < 2:
+        raise BadInputError(f"The masks in {folder} hold {count} class: there is nothing to tell apart. Restore them.")
+    if values.values == (0, 255):
+        return ["background", "object"], "two classes, named background (0) and object (255)"
+    return [f"class_{value if not values.are_colours else i}" for i, value in enumerate(values.values)], (
+        f"{count} classes, named by number"
+    )
+
+
+def _toml(value: Any) -> str:
+    """A text, number or list as TOML, which writes them as JSON does."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _inline(table: dict[str, str]) -> str:
+    return "{ " + ", ".join(f"{key} = {_toml(value)}" for key, value in table.items()) + " }"
