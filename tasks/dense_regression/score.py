@@ -55,7 +55,8 @@ class RegressionScore:
             image: makes the frame (H, W, 3) that `show` draws.
         """
         s = self.settings
-        valid = (truth > s.min_depth) & (truth < s.max_depth) if s.target == "depth" else truth.any(2)
+        is_depth = s.target == "depth"
+        valid: np.ndarray = (truth > s.min_depth) & (truth < s.max_depth) if is_depth else np.any(truth != 0, axis=2)
         compare = depth_errors if s.target == "depth" else normal_errors
         rows = []
         for prediction in predictions:

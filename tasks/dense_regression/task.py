@@ -11,6 +11,7 @@ frozen encoder is never in train mode; encoders without a class token get the me
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 
 import numpy as np
 import torch
@@ -76,7 +77,7 @@ def run(encoder: Encoder, data: dict[str, DenseDataset], settings: Settings, con
             for item, features, packed in zip(batch.positions, batch.features, batch.masks, strict=True):
                 truth = unpack(packed, test.kind)
                 maps = [predict_frame(own, features[None], grid, truth.shape[:2]) for own in heads.values()]
-                score.add(item, truth, np.stack(maps), lambda item=item: crop_frame(test[item].image, s.frame))
+                score.add(item, truth, np.stack(maps), partial(frame_image, test, item, s.frame))
 
     chosen = score.best("abs_rel") if s.select == "best" else len(heads) - 1
     context.note(iteration_reported=list(heads)[chosen])
@@ -93,6 +94,11 @@ def run(encoder: Encoder, data: dict[str, DenseDataset], settings: Settings, con
             "final_norm": s.final_norm,
         },
     )
+
+
+def frame_image(dataset: DenseDataset, item: int, frame: str) -> np.ndarray:
+    """The used part of the image of an item, (H, W, 3)."""
+    return crop_frame(dataset[item].image, frame)
 
 
 @torch.inference_mode()

@@ -1,21 +1,26 @@
 """Depth and normals: miniature copies in the official layouts, what is read from them, and wrong copies."""
 
+from __future__ import annotations
+
 import shutil
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
-from data_helpers import image_of, save
 from PIL import Image
 from scipy.io import savemat
 
 from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.core.sampling import Sampling
+from neco_bench.data.dense import DenseDataset
 from neco_bench.data.integrity import check_dataset
 from neco_bench.data.load import load_dataset
 from neco_bench.data.prepare import prepare
 from neco_bench.data.shapes import shapes_folder
 from neco_bench.data.shapes_geometry import FOCAL, SIZE, geometry_scene
 from tests.command import neco
+from tests.data.data_helpers import image_of, save
 
 NYU = (480, 640)
 FRAMES = {"train": ("0003", "0004", "0005", "0006"), "test": ("0001", "0002", "0009", "0014")}
@@ -23,19 +28,25 @@ DRIVES = {"train": "2011_09_26_drive_0001_sync", "test": "2011_09_26_drive_0002_
 KITTI = (375, 1242)
 
 
-def depth_of(seed, size, low=1500, high=3500):
+def dense(name: str, split: str, root: Path | None = None) -> DenseDataset:
+    dataset = load_dataset(name, split, root=root)
+    assert isinstance(dataset, DenseDataset)
+    return dataset
+
+
+def depth_of(seed: int, size: tuple[int, int], low: int = 1500, high: int = 3500) -> np.ndarray:
     """A slope from `low` to `high`, five rows without depth; quick to compress."""
     values = np.tile(np.linspace(low, high, size[1]).astype(np.uint16) // 8 * 8 + np.uint16(seed), (size[0], 1))
     values[:5] = 0
     return values
 
 
-def flat_image(seed, size):
+def flat_image(seed: int, size: tuple[int, int]) -> np.ndarray:
     return np.full((*size, 3), (seed, 50, 99), np.uint8)
 
 
 @pytest.fixture
-def labelled(tmp_path):
+def labelled(tmp_path: Path) -> Path:
     """A root with four training and four test frames of NYUv2, with depth and normals."""
     for split, names in FRAMES.items():
         for i, name in enumerate(names):
@@ -48,7 +59,7 @@ def labelled(tmp_path):
 
 
 @pytest.fixture
-def kitti(tmp_path):
+def kitti(tmp_path: Path) -> Path:
     """A root with four images of a training and of a test drive of KITTI; one of the test list has no depth."""
     base = tmp_path / "kitti_depth"
     for split, drive in DRIVES.items():
@@ -66,7 +77,7 @@ def kitti(tmp_path):
 
 
 @pytest.fixture
-def listed(tmp_path):
+def listed(tmp_path: Path) -> Path:
     """A root with BTS's layout of NYU: four frames of a training scene, four official test frames."""
     base = tmp_path / "nyu_depth"
     for split, folder, numbers in (("train", "kitchen_0028b", range(4)), ("test", "kitchen", (0, 1, 8, 13))):
@@ -80,9 +91,9 @@ def listed(tmp_path):
     return tmp_path
 
 
-def test_labelled_frames(labelled):
-    test = load_dataset("nyu_depth_labelled", "test", root=labelled)
-    assert (test.ids, test.subset) == (FRAMES["test"], {"found": 4, "expected": 654})
+def test_labelled_frames(labelled: Path) -> None:
+    test = dense("nyu_depth_labelled", "test", root=labelled)
+    assert (test.ids, test.coverage) == (FRAMES["test"], {"found": 4, "expected": 654})
     sample = test[1]
     assert sample.target.dtype == np.float32
     assert np.array_equal(sample.target, depth_of(1, NYU).astype(np.float32) / 1000)
@@ -90,23 +101,23 @@ def test_labelled_frames(labelled):
     groups = [test.group_of(item) for item in test.ids]
     assert groups == ["1", "1", "9", "14"]  # runs of frames: what intervals are drawn from
     assert Sampling.of(test.sampling_unit, groups).unit == "scene"
-    normals = load_dataset("nyu_normals_labelled", "test", root=labelled)[0].target
+    normals = dense("nyu_normals_labelled", "test", root=labelled)[0].target
     assert np.allclose(np.linalg.norm(normals[5:, 9:], axis=2), 1)
     assert np.allclose(normals[5:, 9:], [0.004, 0.004, -1], atol=1e-3)
     assert not normals[:5].any()  # where the sensor has no depth
     assert not normals[:, :9].any()  # grey
 
 
-def test_lists_of_bts(listed):
-    train, test = (load_dataset("nyu_depth", split, root=listed) for split in ("train", "test"))
+def test_lists_of_bts(listed: Path) -> None:
+    train, test = (dense("nyu_depth", split, root=listed) for split in ("train", "test"))
     assert train.ids == tuple(f"kitchen_0028b/rgb_{i:05d}" for i in range(4))
     assert np.array_equal(test[2].target, depth_of(8, NYU).astype(np.float32) / 1000)
     assert {train.group_of(item) for item in train.ids} == {"kitchen_0028b"}
     assert [test.group_of(item) for item in test.ids] == ["1", "1", "9", "14"]  # numbered from 0
 
 
-def test_kitti(kitti):
-    train, test = (load_dataset("kitti_depth", split, root=kitti) for split in ("train", "test"))
+def test_kitti(kitti: Path) -> None:
+    train, test = (dense("kitti_depth", split, root=kitti) for split in ("train", "test"))
     assert (len(train), len(test)) == (4, 4)  # "None" is left out
     assert list(test.ids) == sorted(test.ids)
     assert np.array_equal(test[3].target, depth_of(3, KITTI, 2560, 5120).astype(np.float32) / 256)
@@ -118,10 +129,10 @@ def test_kitti(kitti):
     for path in list((base / "input").rglob("*.png")):
         Image.open(path).save(path.with_suffix(".jpg"))
         path.unlink()
-    assert load_dataset("kitti_depth", "test", root=kitti)[0].image.shape == (*KITTI, 3)
+    assert dense("kitti_depth", "test", root=kitti)[0].image.shape == (*KITTI, 3)
 
 
-def test_geonet(labelled):
+def test_geonet(labelled: Path) -> None:
     base = labelled / "nyu_geonet"
     base.mkdir()
     means = 2 * np.array([122.175, 116.169, 103.508])
@@ -131,7 +142,7 @@ def test_geonet(labelled):
     depth[0] = 0
     for name in ("a-1", "b-2"):
         savemat(base / f"{name}.mat", {"img": (image - means).astype(np.float32), "depth": depth, "norm": normals})
-    train, test = (load_dataset("nyu_normals", split, root=labelled) for split in ("train", "test"))
+    train, test = (dense("nyu_normals", split, root=labelled) for split in ("train", "test"))
     assert train.ids == ("a-1", "b-2")
     assert np.abs(train[0].image.astype(int) - image[:480, :640]).max() <= 1  # cut down from float32
     assert not train[0].target[0].any()
@@ -144,7 +155,7 @@ def test_geonet(labelled):
         train[0]
 
 
-def change_depth(root, pattern, change):
+def change_depth(root: Path, pattern: str, change: Callable[[np.ndarray], np.ndarray]) -> None:
     for path in root.glob(pattern):
         Image.fromarray(change(np.asarray(Image.open(path)))).save(path)
 
@@ -153,27 +164,27 @@ def change_depth(root, pattern, change):
     ("name", "pattern"),
     [("nyu_depth_labelled", "nyuv2/test_depth/*.png"), ("kitti_depth", "kitti_depth/gt_depth/**/*.png")],
 )
-def test_depth_in_another_unit(name, pattern, labelled, kitti):
+def test_depth_in_another_unit(name: str, pattern: str, labelled: Path, kitti: Path) -> None:
     """Metres where millimetres are expected, millimetres where 256 to a metre are: one error that says so."""
     factor = 1 / 1000 if name == "nyu_depth_labelled" else 1000 / 256
     change_depth(labelled, pattern, lambda values: np.rint(values * factor).astype(np.uint16))
-    (doubt,) = load_dataset(name, "test", root=labelled).sample_sanity_check()
+    (doubt,) = dense(name, "test", root=labelled).sample_sanity_check()
     assert "the files hold another unit" in doubt
     findings = [row for row in check_dataset(name, labelled) if row.level == "error" and row.split == "test"]
     assert [row.text for row in findings] == [doubt]
 
 
-def test_depth_read_with_8_bits(labelled):
+def test_depth_read_with_8_bits(labelled: Path) -> None:
     """Saved with 8 bits, or cut down to 8 bits and saved with 16."""
     change_depth(labelled, "nyuv2/test_depth/0001.png", lambda values: (values >> 8).astype(np.uint8))
     with pytest.raises(BadInputError, match=r"0001\.png has pixel format L, but 16 bits are needed"):
-        load_dataset("nyu_depth_labelled", "test", root=labelled)[0]
+        dense("nyu_depth_labelled", "test", root=labelled)[0]
     change_depth(labelled, "nyuv2/train_depth/*.png", lambda values: values & 255)
-    (doubt,) = load_dataset("nyu_depth_labelled", "train", root=labelled).sample_sanity_check()
+    (doubt,) = dense("nyu_depth_labelled", "train", root=labelled).sample_sanity_check()
     assert "cut down to 8 bits" in doubt
 
 
-def test_swapped_splits(labelled, listed, kitti):
+def test_swapped_splits(labelled: Path, listed: Path, kitti: Path) -> None:
     for kind in ("rgb", "depth", "normals"):
         one, other = (labelled / "nyuv2" / f"{split}_{kind}" for split in ("train", "test"))
         one.rename(one.with_name("x"))
@@ -187,40 +198,40 @@ def test_swapped_splits(labelled, listed, kitti):
     for name in ("nyu_depth_labelled", "nyu_normals_labelled", "nyu_depth", "kitti_depth"):
         for split in ("train", "test"):
             with pytest.raises(BadInputError, match=r"were swapped"):
-                load_dataset(name, split, root=labelled)
+                dense(name, split, root=labelled)
 
 
-def test_resized_frames(labelled, kitti):
+def test_resized_frames(labelled: Path, kitti: Path) -> None:
     path = labelled / "nyuv2/test_rgb/0001.png"
     Image.open(path).resize((320, 240)).save(path)
     with pytest.raises(BadInputError, match=r"is 320x240 pixels .*those of nyu_depth_labelled are 640x480"):
-        load_dataset("nyu_depth_labelled", "test", root=labelled)[0]
+        dense("nyu_depth_labelled", "test", root=labelled)[0]
     path = labelled / "nyuv2/test_depth/0002.png"
     Image.open(path).resize((320, 240)).save(path)
     with pytest.raises(BadInputError, match=r"0002\.png is 320x240 pixels .* its image 640x480"):
-        load_dataset("nyu_depth_labelled", "test", root=labelled)[1]
+        dense("nyu_depth_labelled", "test", root=labelled)[1]
     path = next((kitti / "kitti_depth/input").rglob("*0002_sync/image_02/data/0000000000.png"))
     Image.open(path).resize((1216, 352)).save(path)
     with pytest.raises(BadInputError, match=r"1216x352 pixels"):
-        load_dataset("kitti_depth", "test", root=kitti)[0]
+        dense("kitti_depth", "test", root=kitti)[0]
 
 
-def test_files_without_partner_and_bad_lists(labelled, kitti):
+def test_files_without_partner_and_bad_lists(labelled: Path, kitti: Path) -> None:
     (labelled / "nyuv2/test_depth/0009.png").unlink()
     with pytest.raises(MissingError, match=r"1 of 4 images have no file in .*test_depth, the first is 0009\.png"):
-        load_dataset("nyu_depth_labelled", "test", root=labelled)
+        dense("nyu_depth_labelled", "test", root=labelled)
     shutil.rmtree(labelled / "nyuv2/train_rgb")
     with pytest.raises(MissingError, match=r"no images in .*train_rgb(.|\n)*data prepare nyuv2"):
-        load_dataset("nyu_depth_labelled", "train", root=labelled)
+        dense("nyu_depth_labelled", "train", root=labelled)
     next((kitti / "kitti_depth/gt_depth").rglob("*0002_sync/**/0000000003.png")).unlink()
     with pytest.raises(MissingError, match=r"no depth map .*0000000003\.png, which .*kitti_eigen_test\.txt names"):
-        load_dataset("kitti_depth", "test", root=kitti)[3]
+        dense("kitti_depth", "test", root=kitti)[3]
     (kitti / "kitti_depth/kitti_eigen_test.txt").write_text("only_an_image.png\n")
     with pytest.raises(BadInputError, match=r"must hold an image, its depth and the focal length"):
-        load_dataset("kitti_depth", "test", root=kitti)
+        dense("kitti_depth", "test", root=kitti)
 
 
-def test_check_says_what_depth_there_is(labelled):
+def test_check_says_what_depth_there_is(labelled: Path) -> None:
     answer = neco("data", "check", "nyu_depth_labelled", "--data-root", labelled)
     assert answer.code == 0
     assert "frames of 640x480 pixels; 99.0 % of the pixels have depth" in answer.out
@@ -229,7 +240,7 @@ def test_check_says_what_depth_there_is(labelled):
     assert "mean normal (+0.00, +0.00, -1.00)" in answer.out
 
 
-def test_the_official_file_of_nyuv2_gives_depth(tmp_path):
+def test_the_official_file_of_nyuv2_gives_depth(tmp_path: Path) -> None:
     h5py = pytest.importorskip("h5py")
     path = tmp_path / "nyu_depth_v2_labeled.mat"
     with h5py.File(path, "w") as file:
@@ -241,7 +252,7 @@ def test_the_official_file_of_nyuv2_gives_depth(tmp_path):
         file["rawDepths"] = raw
     done = prepare("nyu_depth_labelled", tmp_path / "root", source=path)
     assert {row.path.rpartition("/")[2]: row.written for row in done}["test_depth"] == 2
-    depth = load_dataset("nyu_depth_labelled", "test", root=tmp_path / "root")[0].target
+    depth = dense("nyu_depth_labelled", "test", root=tmp_path / "root")[0].target
     assert (depth[16, 8], depth[17, 9], depth[0, 0]) == (0, np.float32(9.995), 2.5)
     with h5py.File(path, "r+") as file:
         file["rawDepths"][1] *= 1000
@@ -250,7 +261,7 @@ def test_the_official_file_of_nyuv2_gives_depth(tmp_path):
         prepare("nyuv2", tmp_path / "root", source=path)
 
 
-def test_archives_of_kitti_go_where_they_are_looked_for(tmp_path):
+def test_archives_of_kitti_go_where_they_are_looked_for(tmp_path: Path) -> None:
     source = tmp_path / "source"
     save(source / f"val/{DRIVES['test']}/proj_depth/groundtruth/image_02/0000000005.png", depth_of(0, KITTI))
     shutil.make_archive(str(tmp_path / "data_depth_annotated"), "zip", source)
@@ -262,18 +273,18 @@ def test_archives_of_kitti_go_where_they_are_looked_for(tmp_path):
     image = f"2011_09_26/{DRIVES['test']}/image_02/data/0000000005.png"
     depth = f"{DRIVES['test']}/proj_depth/groundtruth/image_02/0000000005.png"
     (tmp_path / "root/kitti_depth/kitti_eigen_test.txt").write_text(f"{image} {depth} 721.5377\n")
-    assert load_dataset("kitti_depth", "test", root=tmp_path / "root")[0].target.shape == KITTI
+    assert dense("kitti_depth", "test", root=tmp_path / "root")[0].target.shape == KITTI
 
 
-def test_the_real_sample(samples):
-    test = load_dataset("nyu_depth_labelled", "test", root=samples)
-    assert test.subset == {"found": 10, "expected": 654}
+def test_the_real_sample(samples: Path) -> None:
+    test = dense("nyu_depth_labelled", "test", root=samples)
+    assert test.coverage == {"found": 10, "expected": 654}
     assert test.sample_sanity_check() == []
     assert test[0].target.min() == np.float32(1.798)
     assert test[0].target.max() == np.float32(3.615)
 
 
-def test_the_geometry_of_rendered_scenes():
+def test_the_geometry_of_rendered_scenes() -> None:
     """Normals are those of the surface through the depth of neighbouring pixels; a scene depends on its number."""
     scene = geometry_scene("val", 3)
     again, other = geometry_scene("val", 3), geometry_scene("val", 4)
@@ -290,8 +301,8 @@ def test_the_geometry_of_rendered_scenes():
     assert (cosine > 0.999).mean() > 0.85  # the others are edges, and balls and columns seen from the side
 
 
-def test_what_is_read_is_what_was_rendered_and_the_other_shapes_stay(shapes_cache):
-    depth, normals = (load_dataset(name, "val") for name in ("shapes_depth", "shapes_normals"))
+def test_what_is_read_is_what_was_rendered_and_the_other_shapes_stay(shapes_cache: Path) -> None:
+    depth, normals = (dense(name, "val") for name in ("shapes_depth", "shapes_normals"))
     scene = geometry_scene("val", 7)
     assert np.array_equal(depth[7].image, scene.image)
     assert np.abs(depth[7].target - scene.depth).max() < 0.0006
@@ -300,7 +311,7 @@ def test_what_is_read_is_what_was_rendered_and_the_other_shapes_stay(shapes_cach
     assert not any(path.name.startswith("geometry") for path in shapes_folder().iterdir())
 
 
-def test_listing(labelled):
+def test_listing(labelled: Path) -> None:
     rows = {line.split()[0]: line for line in neco("data", "list", "--data-root", labelled).out.splitlines()}
     assert rows["nyu_depth_labelled"].split()[1:4] == ["depth", "train,", "test"]
     assert "train, test  neco-bench" in rows["nyu_depth_labelled"]
