@@ -76,7 +76,9 @@ def test_classes_and_images(store: ResultStore) -> None:
     assert {name: row.first for name, row in rows.items()} == pytest.approx(
         {name: value for name, value in stored.items() if value is not None}
     )
-    assert 0 < rows["circle"].items <= len(np.unique(points.first_arrays["images"]))
+    for row in rows.values():
+        assert row.unit == "image"
+        assert row.items <= len(np.unique(points.first_arrays["images"]))
     with pytest.raises(UsageError, match="no regions"):
         compare_sizes(points)
 
