@@ -108,6 +108,16 @@ MODELS = {
 }
 
 
+# The starting points of Segmenter's models, by architecture: what timm 0.4.12 gave under the names in its config.yml.
+SEGMENTER = {
+    "ViT-T/16": "timm:vit_tiny_patch16_384.augreg_in21k_ft_in1k",
+    "ViT-S/16": "timm:vit_small_patch16_384.augreg_in21k_ft_in1k",
+    "ViT-B/16": "timm:vit_base_patch16_384.augreg_in21k_ft_in1k",
+    "ViT-L/16": "timm:vit_large_patch16_384.augreg_in21k_ft_in1k",
+    "DeiT-B/16 distilled": "timm:deit_base_distilled_patch16_384.fb_in1k",
+}
+
+
 CONVNEXT = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
 
 
@@ -123,6 +133,8 @@ def model_id(row: Row, publication: str) -> str:
         return f"Franca ({'LAION-600M' if 'LAION' in name + row['setting'] else 'IN21K'})"
     if publication == "neco" and name == "NeCo":  # its values equal those of the README's DINOv2R-XR rows
         name = "NeCo(DINOv2R-XR)"
+    if publication == "segmenter" and arch in SEGMENTER and "crop 640" not in row["setting"]:
+        return SEGMENTER[arch]
     neco = re.fullmatch(r"NeCo(?:\(| on )(DINOv2R-XR|DINOv2R|DINOv2|DINO|TimeT|Leopart)\)?", name)
     if neco:
         return f"neco_{neco[1].lower().replace('-', '_')}" + ("_vitb14" if arch == "ViT-B/14" else "")
@@ -141,6 +153,8 @@ def task_id(measure: str, dataset: str, row: Row) -> str:
         return dataset if dataset == "spair" else ""
     if measure == "depth":
         return f"{dataset}_depth" if dataset in ("nyu", "kitti") else ""
+    if measure == "finetune" and dataset in ("ade20k", "pascal_context", "cityscapes"):
+        return f"{dataset}_finetune".replace("context_", "context60_")
     if (
         not dataset
         or dataset in ("nyu", "kitti")
@@ -179,7 +193,10 @@ def convert(row: Row) -> tuple[Row, tuple]:
     protocol = f"paper:{publication}-{measure}".replace("-scann-ic", "-scann")
     protocol = "neco-1" if ours else "dinov3-1" if dinov3 else "capi-1" if publication == "capi" else protocol
     protocol = depth or protocol
-    notes = [row["setting"]]
+    if publication == "segmenter" and "crop 640" not in row["setting"]:  # a larger input is another protocol
+        decoder = "mask" if "Mask" in row["model"] else "linear"
+        protocol = f"segmenter-{decoder}{'-ms' if 'multi-scale' in row['setting'] else ''}-1"
+    notes = [f"{row['model']}; {row['setting']}" if model in SEGMENTER.values() else row["setting"]]
     if dinov3:
         notes.append("the released evaluator's settings inferred")
     if depth == "dinov3-1":

@@ -67,6 +67,10 @@ def run(
         str, typer.Option(help="Keep features for other tasks: fp32, fp16 (half the space, rounded) or off.")
     ] = "fp32",
     overwrite: Annotated[bool, typer.Option(help="Run again where a result is stored.")] = False,
+    checkpointing: Annotated[
+        bool,
+        typer.Option("--checkpointing", help="Fine-tuning: compute activations again; less memory, more time."),
+    ] = False,
     job_timeout: Annotated[
         float | None, typer.Option(help="Run each job in a process of its own, and end it after so many seconds.")
     ] = None,
@@ -114,6 +118,7 @@ def run(
         layers=layers,
         features=features,
         overwrite=overwrite,
+        checkpointing=checkpointing,
         progress=distributed.rank() == 0 and not is_quiet(),
     )
     if job_timeout is not None and (job_timeout <= 0 or launcher is not None or distributed.world() > 1):

@@ -43,6 +43,7 @@ FAMILIES: Registry = Registry(
         for name in (
             "in_context",
             "linear_segmentation",
+            "finetuning",
             "overclustering",
             "patch_probe",
             "correspondence",

@@ -40,6 +40,9 @@ class Context:
     batch_size: images per encoder forward, at most. workers: loading processes; with 0, threads load. progress:
     what shows how far it is. store: where
     features are stored; None stores none. recorded_ids: ids of items that `show` will draw.
+    identity: what stands for the encoder, and the versions of libraries, in names of what a family stores; None stores
+    nothing. fresh: leave what is stored of earlier runs aside. checkpointing: of a family that trains the encoder,
+    compute activations again in backward: less memory, more time.
     """
 
     seed: int = 0
@@ -49,6 +52,9 @@ class Context:
     store: Any = None
     recorded_ids: frozenset[str] = frozenset()
     run: RunRecord = field(default_factory=RunRecord)
+    identity: str | None = None
+    fresh: bool = False
+    checkpointing: bool = False
 
     @property
     def batch_size_used(self) -> int:

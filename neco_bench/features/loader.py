@@ -51,7 +51,8 @@ class ItemDataset(TorchDataset):
         return position, *self.transform(sample, item_rng(self.seed, "augment", epoch, sample.id))
 
 
-def _collate(rows: list[Any]) -> tuple[tuple[int, ...], Tensor, tuple[np.ndarray, ...]] | NecoBenchError:
+def collate(rows: list[Any]) -> tuple[tuple[int, ...], Tensor, tuple[np.ndarray, ...]] | NecoBenchError:
+    """Stack what `ItemDataset` gives: positions, images and masks; or the first error among it."""
     for row in rows:
         if isinstance(row, NecoBenchError):
             return row
@@ -69,7 +70,7 @@ def load_items(items: ItemDataset, batch_size: int, workers: int) -> DataLoader 
             items,
             batch_size=batch_size,
             num_workers=workers,
-            collate_fn=_collate,
+            collate_fn=collate,
             pin_memory=torch.cuda.is_available(),
         )
     return _Threaded(items, batch_size)
@@ -110,4 +111,4 @@ class _Threaded:
         with loading_threads() as pool:
             for start in range(0, len(self.items), self.batch_size):
                 stop = min(start + self.batch_size, len(self.items))
-                yield _collate(list(pool.map(self.items.__getitem__, range(start, stop))))
+                yield collate(list(pool.map(self.items.__getitem__, range(start, stop))))

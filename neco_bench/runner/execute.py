@@ -177,16 +177,17 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, En
     log.info("%s: %s", job.title, ", ".join(f"{role} {d.split} ({len(d)} items)" for role, d in job.data.items()))
     if encoder is None:
         job = job.identified(loaded_id(job.model, options.weights, loaded))
+    identity = digest([job.identity, job.facts["versions"]])
+    context = replace(context, identity=identity, fresh=options.overwrite, checkpointing=options.checkpointing)
     if options.workers is None and loaded.device.type == "cpu":
         context = replace(context, workers=0)  # threads load: processes would disturb an encoder on the same cores
     if options.features == "fp16" or (options.features != "off" and encoder is None):
         from neco_bench.features.store import FeatureStore
 
-        identity, rebuild = None, False
+        rebuild = False
         if encoder is None:
-            identity = digest([job.identity, job.facts["versions"]])
             rebuild = options.overwrite and parse_spec(job.model).kind == "file"  # which may import more
-        context = replace(context, store=FeatureStore(options.features, identity, rebuild))
+        context = replace(context, store=FeatureStore(options.features, None if encoder else identity, rebuild))
     return job, loaded, context
 
 

@@ -19,6 +19,7 @@ class RunOptions:
     beside a GPU and none beside a CPU.
 
     features: how those of a named model are stored and shared by tasks, "fp32", "fp16" or "off".
+    checkpointing: where a task trains the encoder, compute activations again in backward: less memory, more time.
     """
 
     data_root: Path | None = None
@@ -33,6 +34,7 @@ class RunOptions:
     layers: str | None = None
     features: str = "fp32"
     overwrite: bool = False
+    checkpointing: bool = False
     progress: bool = False
 
     @property

@@ -6,7 +6,6 @@ So they are the same for any number of processes or workers, and wherever a run 
 from __future__ import annotations
 
 import dataclasses
-import signal
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from neco_bench.core.errors import BadInputError
 from neco_bench.core.rng import item_rng
+from neco_bench.core.signals import leave_signals_to_the_parent
 from neco_bench.encoders.base import Encoder
 from neco_bench.training.images import Images
 from neco_bench.training.recipe import Recipe
@@ -93,12 +93,6 @@ def collate(items: list[Any]) -> TrainBatch | BadInputError:
     return TrainBatch(**stacked, ids=[item.id for item in items], unusable=unusable)
 
 
-def _leave_signals_to_the_parent(worker: int) -> None:
-    """Ctrl-C and schedulers signal all processes; the run ends after its step, for which it needs its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-
-
 def loader(images: Images, recipe: Recipe, order: Order, workers: int, pin: bool) -> DataLoader[Any]:
     """Make the loader of batches in `order`. pin: in page-locked memory, for GPUs."""
     settings = ViewSettings(**{name: getattr(recipe, name) for name in ViewSettings.__dataclass_fields__})
@@ -107,7 +101,7 @@ def loader(images: Images, recipe: Recipe, order: Order, workers: int, pin: bool
         batch_sampler=order,
         collate_fn=collate,
         num_workers=workers,
-        worker_init_fn=_leave_signals_to_the_parent,
+        worker_init_fn=leave_signals_to_the_parent,
         pin_memory=pin,
     )
 

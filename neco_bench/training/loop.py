@@ -3,7 +3,7 @@
 A run folder holds
 
     recipe.json                the recipe with every value, what was changed on resuming, the base, the data, versions
-    checkpoint-<step>/         see `checkpoints`; encoder.json says which is the newest
+    checkpoint-<step>/         see `encoders.checkpoints`; encoder.json says which is the newest
     log.csv                    one line per step
     eval.csv, results/         scores on task cards, where they were requested
     lock                       locked by the process that trains here
@@ -18,9 +18,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
-import os
 import re
-import signal
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -31,12 +29,13 @@ from tqdm import tqdm
 
 from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, UsageError
+from neco_bench.core.log import StepLog, Table
 from neco_bench.core.protocol import find_tasks
+from neco_bench.core.signals import StopSignals
+from neco_bench.encoders import checkpoints
 from neco_bench.results.provenance import peak_memory_mb
-from neco_bench.training import checkpoints
 from neco_bench.training.batches import Order, loader
 from neco_bench.training.images import open_images
-from neco_bench.training.log import StepLog, Table
 from neco_bench.training.options import Interrupted, TrainOptions
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.record import RunRecord, format_changes
@@ -271,39 +270,6 @@ class TrainingRun:
             f"interrupted after step {step} of {self.steps}; the state is in {self.options.out}. The same command with "
             f"--resume goes on from there."
         )
-
-
-class StopSignals:
-    """SIGINT and SIGTERM end the run after its present step, or at once while `at_once` says that the state is saved.
-
-    A second Ctrl-C ends it at once, anywhere. torchrun passes each signal on to workers that the terminal or the
-    cluster has signalled already: there a Ctrl-C counts when it comes twice.
-    """
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-        self.at_once = False
-        self._interrupts = 0
-
-    @contextlib.contextmanager
-    def handled(self) -> Iterator[None]:
-        """Handle signals inside; then put the handlers before back."""
-        before: dict[signal.Signals, Any] = {}
-        with contextlib.suppress(ValueError):  # only the main thread may
-            for number in (signal.SIGINT, signal.SIGTERM):
-                before[number] = signal.signal(number, self._receive)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-    def _receive(self, number: int, frame: Any) -> None:
-        self._interrupts += number == signal.SIGINT
-        repeated, self.received = self.received is not None, int(number)
-        allowed = 2 if "TORCHELASTIC_RUN_ID" in os.environ else 1
-        if self._interrupts > allowed or (self.at_once and not repeated):
-            raise KeyboardInterrupt
 
 
 def _check_options(recipe: Recipe, options: TrainOptions, world: int) -> None:

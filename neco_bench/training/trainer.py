@@ -27,6 +27,7 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.load import load_encoder, resolve_device
 from neco_bench.encoders.options import PRECISIONS
 from neco_bench.encoders.spec import architecture
+from neco_bench.encoders.trainable import StochasticDepth, seeded, set_training
 from neco_bench.runner.options import RunOptions
 from neco_bench.training import limits
 from neco_bench.training.batches import TrainBatch
@@ -35,11 +36,8 @@ from neco_bench.training.mim import MaskedImages
 from neco_bench.training.neco import NeCo
 from neco_bench.training.networks import (
     Network,
-    StochasticDepth,
     make_trainable,
     parameter_groups,
-    seeded,
-    set_training,
 )
 from neco_bench.training.options import TrainOptions
 from neco_bench.training.recipe import Recipe

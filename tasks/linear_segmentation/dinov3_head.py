@@ -10,6 +10,7 @@ import copy
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,10 @@ from neco_bench.core.rng import item_rng
 
 @dataclass(frozen=True)
 class BnProbeOptions:
-    """AdamW, betas 0.9 and 0.999, decay on every parameter. Lengths in iterations; dropout: of whole channels."""
+    """AdamW, betas 0.9 and 0.999, decay on every parameter. Lengths in iterations; dropout: of whole channels.
+
+    schedule: after the warm-up, the cosine of `dinov3-1`, or a linear decay to 0.
+    """
 
     iterations: int
     learning_rate: float
@@ -30,17 +34,20 @@ class BnProbeOptions:
     warmup_start: float
     dropout: float
     evaluate_every: int
+    schedule: Literal["dinov3", "linear"] = "dinov3"
 
 
 def learning_rate(step: int, options: BnProbeOptions) -> float:
     """Compute the rate at step 0..iterations-1 of the schedule.
 
-    The warm-up is linear, times a linear decay to 0 over all iterations; then follows a cosine from the peak at step
-    -1 to 0 at the last step. So the rate jumps where they meet.
+    The warm-up is linear, times a linear decay to 0 over all iterations. Then that decay goes on, or under "dinov3"
+    follows a cosine from the peak at step -1 to 0 at the last step, so that the rate jumps where they meet.
     """
     done = step / options.iterations
     if step < options.warmup:
         factor = (1 - (1 - step / options.warmup) * (1 - options.warmup_start)) * (1 - done)
+    elif options.schedule == "linear":
+        factor = 1 - done
     else:
         factor = (1 + math.cos(math.pi * (step + 1) / options.iterations)) / 2
     return options.learning_rate * factor
@@ -118,8 +125,9 @@ def train_bn_probe(
     heads, learned = {}, False
     head.train()
     for iteration, (features, target) in enumerate(batches):
-        # The reference steps its schedule after every iteration but the first.
-        optimizer.param_groups[0]["lr"] = learning_rate(max(0, iteration - 1), options)
+        # dinov3's reference steps its schedule after every iteration but the first.
+        step = max(0, iteration - 1) if options.schedule == "dinov3" else iteration
+        optimizer.param_groups[0]["lr"] = learning_rate(step, options)
         optimizer.zero_grad()
         logits = head(drop_channels(features, options.dropout, seed, iteration))
         if not math.isfinite(add_gradient(logits, target, ignore)):

@@ -18,7 +18,8 @@ class Settings(BaseSettings):
     share of the labelled pixels, or all of them, is drawn again so many times. brightness of 255, hue in turns (half-
     ranges). warmup, evaluate_every: in iterations; where there are fewer iterations than warmup, the rate stays low.
     warmup_start: share of the rate at the first one. select: which head is reported; "best" picks it on val.
-    window_step: distance of windows as a share of their side, rounded down to pixels.
+    window_step: distance of windows as a share of their side, rounded down to pixels. schedule: of the rate after the
+    warm-up, a cosine or a linear decay.
     """
 
     scale: Range
@@ -41,3 +42,4 @@ class Settings(BaseSettings):
     select: Literal["best", "last"]
     window_step: Annotated[float, Field(gt=0, le=1)]
     absent: segmentation.AbsentClasses
+    schedule: Literal["dinov3", "linear"] = "dinov3"

@@ -30,7 +30,10 @@ CASES = [f"{card.name}@{protocol}" for card in CARDS.values() for protocol in ca
 SMALL: dict[str, dict[str, Any]] = {
     "in_context": {"input_size": 112},
     "linear_segmentation": {"input_size": 112, "epochs": 2, "batch_size": 3},
+    "linear_segmentation@dinov2-1": {"input_size": 112, "iterations": 4, "batch_size": 3},
+    "linear_segmentation@leopart-fcn-1": {"input_size": 112, "epochs": 2, "batch_size": 3, "channels": 16},
     "linear_segmentation@dinov3-1": {"input_size": 112, "iterations": 4, "evaluate_every": 2, "batch_size": 3},
+    "finetuning": {"input_size": 112, "epochs": 1, "batch_size": 3},
     "patch_probe": {"input_size": 112, "ks": [1, 3], "regularisations": [0.1, 10.0], "max_iterations": 20},
     "overclustering": {"input_size": 112, "iterations": 5, "redos": 1, "seeds": 2},
     "correspondence": {"input_size": 112},
@@ -109,7 +112,14 @@ def test_the_scale_of_features_moves_nothing(task: str) -> None:
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(
-    "task", ["shapes_ic@hbird-2", "shapes_ic@clean-1", "shapes_linear@neco-1", "shapes_linear@dinov3-1"]
+    "task",
+    [
+        "shapes_ic@hbird-2",
+        "shapes_ic@clean-1",
+        "shapes_linear@neco-1",
+        "shapes_linear@dinov3-1",
+        "shapes_finetune@clean-1",
+    ],
 )
 def test_masks_of_void_alone_are_an_error(task: str, split: str, monkeypatch: pytest.MonkeyPatch) -> None:
     class Void(Shapes):

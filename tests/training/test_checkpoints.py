@@ -17,8 +17,8 @@ import torch
 from safetensors.torch import load_file
 
 from neco_bench.core.errors import NecoBenchError, UsageError
+from neco_bench.encoders import checkpoints
 from neco_bench.encoders.run_folder import read_run
-from neco_bench.training import checkpoints
 from tests.command import neco
 from tests.typed import module
 

@@ -28,9 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 import neco_bench
+from neco_bench.core import log
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, NumericalError, UsageError
-from neco_bench.encoders import load_encoder
-from neco_bench.training import checkpoints, log, loop
+from neco_bench.encoders import checkpoints, load_encoder
+from neco_bench.training import loop
 from neco_bench.training.loop import train
 from neco_bench.training.options import Interrupted, TrainOptions
 from neco_bench.training.recipe import Recipe

@@ -13,14 +13,11 @@ from hypothesis import strategies as st
 
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
+from neco_bench.encoders.trainable import StochasticDepth, add_stochastic_depth, blocks_of, set_training
 from neco_bench.training.networks import (
     Network,
-    StochasticDepth,
-    _add_stochastic_depth,
-    blocks_of,
     make_trainable,
     parameter_groups,
-    set_training,
 )
 
 from .helpers import recipe, small_encoder
@@ -84,7 +81,7 @@ class OneForBoth(torch.nn.Module):
 
 def test_branches_that_share_a_module_are_dropped_apart() -> None:
     model: Any = torch.nn.Sequential(OneForBoth(), OneForBoth())
-    _add_stochastic_depth(model, 0.5, RankShard(0, 64))
+    add_stochastic_depth(model, 0.5, RankShard(0, 64))
     output = model[1](torch.ones(64, 1))
     assert {tuple(row) for row in output.tolist()} == {(0, 0), (0, 2), (2, 0), (2, 2)}
     assert torch.equal(model[1](torch.ones(64, 1)), output)

@@ -17,8 +17,9 @@ from torch.nn.parallel import DistributedDataParallel
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.reduce import mean_over_processes
 from neco_bench.encoders import Encoder
+from neco_bench.encoders.trainable import set_training
 from neco_bench.training.batches import TENSORS, TrainBatch
-from neco_bench.training.networks import Network, make_trainable, set_training
+from neco_bench.training.networks import Network, make_trainable
 from neco_bench.training.trainer import OBJECTIVES
 
 from .helpers import batch, recipe, small_encoder

@@ -11,10 +11,11 @@ import torch
 
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
-from neco_bench.encoders import Encoder, load_encoder
-from neco_bench.training import checkpoints, loop
+from neco_bench.encoders import Encoder, checkpoints, load_encoder
+from neco_bench.encoders.trainable import seeded, set_training
+from neco_bench.training import loop
 from neco_bench.training.loop import train
-from neco_bench.training.networks import Network, make_trainable, seeded, set_training
+from neco_bench.training.networks import Network, make_trainable
 from neco_bench.training.options import TrainOptions
 
 from . import helpers

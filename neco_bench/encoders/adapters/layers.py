@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 from neco_bench.core.errors import UsageError
+from neco_bench.encoders.base import Encoder
 
 
 def layer_indices(layers: tuple[int, ...] | None, count: int, model: str, what: str = "blocks") -> tuple[int, ...]:
@@ -22,3 +26,23 @@ def layer_name(indices: tuple[int, ...], count: int, what: str = "block") -> str
     if indices == (count - 1,):
         return "last"
     return f"{what}{'s' * (len(indices) > 1)} {','.join(map(str, indices))}"
+
+
+def read_last(encoder: Encoder, count: int) -> Encoder:
+    """Return an encoder of the same weights that gives the features of its last `count` blocks, concatenated.
+
+    Raises `UsageError` where it does not read its last block, has fewer, or gives features of one block only.
+    """
+    indices = getattr(encoder, "indices", None)
+    if count == 1:
+        return encoder
+    if indices is None or encoder.layer != "last" or not getattr(encoder, "equal_layers", True):
+        raise UsageError(
+            f"Model {encoder.name!r} cannot give its last {count} blocks together. Use a ViT, without --layers, or "
+            f"another protocol."
+        )
+    last = indices[-1]
+    copied: Any = copy.copy(encoder)
+    copied.indices = layer_indices(tuple(range(-count, 0)), last + 1, encoder.name)
+    copied.layer, copied.embed_dim = layer_name(copied.indices, last + 1), encoder.embed_dim * count
+    return copied

@@ -212,6 +212,8 @@ class TimmTokens(_Measured):
 class TimmStages(_Measured):
     """A hierarchical network or CNN of timm, read at one feature level; the stride follows from the level."""
 
+    equal_layers = False
+
     def __init__(self, model: Any, spec: ModelSpec, twin: Any) -> None:
         super().__init__(model, spec, twin, "stage")
         if len(self.indices) > 1:

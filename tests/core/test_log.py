@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from neco_bench.core.errors import BadInputError, NecoBenchError
-from neco_bench.training.log import Table
+from neco_bench.core.log import Table
 
 
 def test_a_line_that_was_cut_off_is_none(tmp_path: Path) -> None:

@@ -1,0 +1,1 @@
+"""Full fine-tuning: the encoder and a decoder, end to end."""

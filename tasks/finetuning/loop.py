@@ -1,0 +1,227 @@
+"""The training loop: steps, their log, and a run folder from which training goes on where it ended.
+
+The folder is in the cache, under a name that covers all that training depends on. It holds what the run folders of
+`neco-bench train` hold: `checkpoint-<step>/`, `encoder.json` (so it is a model spec), `log.csv`, `lock`. On one process
+a resumed run gives the same weights, bit for bit, as one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from neco_bench.tasks.finetuning.augment import Distortion, ScaleCropDistort
+from neco_bench.tasks.finetuning.segmenter import Segmenter
+from neco_bench.tasks.finetuning.settings import TEST_ONLY, Settings
+from neco_bench.tasks.finetuning.training import Epochs, Trainer, learning_rate, share_of_process
+from torch.utils.data import DataLoader
+
+from neco_bench.core import distributed
+from neco_bench.core.errors import NOTHING_LABELLED, BadInputError, NecoBenchError, NumericalError
+from neco_bench.core.files import digest
+from neco_bench.core.log import StepLog
+from neco_bench.core.paths import cache_dir
+from neco_bench.core.signals import StopSignals, leave_signals_to_the_parent
+from neco_bench.core.task import Context
+from neco_bench.data.base import SegmentationDataset
+from neco_bench.encoders import checkpoints
+from neco_bench.encoders.base import Encoder
+from neco_bench.encoders.spec import architecture
+from neco_bench.features.loader import ItemDataset, collate
+from neco_bench.results.provenance import peak_memory_mb
+
+SAVE_EVERY = 500  # steps
+
+
+def fine_tune(
+    segmenter: Segmenter, train: SegmentationDataset, size: int, settings: Settings, context: Context
+) -> None:
+    """Train a Segmenter in place on crops of `size` pixels, or load it where this training is finished already.
+
+    Without `context.identity` nothing is stored.
+
+    Raises:
+        KeyboardInterrupt: after SIGINT or SIGTERM, with the state saved.
+        NumericalError: for a loss or features that are not finite.
+        BadInputError: where no training mask has anything but void, or the encoder's features carry no gradient.
+        UsageError: where another process trains the same.
+    """
+    steps, signals = settings.steps(len(train)), StopSignals()
+    folder = RunFolder(segmenter, train, size, settings, context)
+    segmenter.prepare(size, context.checkpointing)
+    trainer = Trainer(segmenter, settings, context, steps)
+    with contextlib.ExitStack() as stack:
+        first = folder.begin(trainer, steps, stack)
+        stack.enter_context(signals.handled())
+        batches = stack.enter_context(contextlib.closing(load_batches(train, trainer, size, first)))
+        for step in context.track(range(first, steps), "train"):
+            row = _timed_step(trainer, step, batches, len(train))
+            if (step + 1) * settings.epochs >= steps and not trainer.labelled:
+                raise BadInputError(NOTHING_LABELLED)
+            stopped = trainer.total(float(signals.received is not None)) > 0
+            folder.after_step(trainer, row, stopped or step + 1 == steps)
+            if stopped:
+                raise KeyboardInterrupt
+    trained = "decoder" if segmenter.fixed else "encoder and decoder"
+    context.note(steps=steps, resumed_after=first, trained=trained, run_folder=str(folder.path or ""))
+
+
+def load_batches(train: SegmentationDataset, trainer: Trainer, size: int, first: int) -> Generator[Any, None, None]:
+    """Yield this process's part (images, masks) of the batch of each step from `first` on; None where it has none."""
+    s, encoder, context = trainer.settings, trainer.segmenter.encoder, trainer.context
+    epochs = Epochs(len(train), s.epochs, context.seed)
+    parts = [share_of_process(epochs.batch(step, s.batch_size)) for step in range(first, trainer.steps)]
+    loader = DataLoader(
+        ItemDataset(train, epochs, training_transform(s, size, encoder), context.seed),
+        batch_sampler=[list(part) for part in parts if part],
+        collate_fn=collate,
+        num_workers=context.workers,
+        worker_init_fn=leave_signals_to_the_parent,
+        pin_memory=encoder.device.type == "cuda",
+    )
+    loaded = iter(loader)
+    for part in parts:
+        if not part:
+            yield None
+            continue
+        batch = next(loaded)
+        if isinstance(batch, NecoBenchError):
+            raise batch
+        _, images, masks = batch
+        truth = torch.from_numpy(np.stack([train.eval_mask(mask) for mask in masks]).astype(np.int64))
+        yield images.to(encoder.device, non_blocking=True), truth.to(encoder.device, non_blocking=True)
+
+
+def training_transform(settings: Settings, size: int, encoder: Encoder) -> ScaleCropDistort:
+    """Make the augmentation; sizes follow in proportion where `size` is not that of the card."""
+    s, ratio = settings, size / settings.input_size
+    return ScaleCropDistort(
+        size,
+        (s.short_side * ratio, s.long_side * ratio),
+        s.scale,
+        s.max_class_share,
+        s.crop_tries,
+        s.flip_probability,
+        Distortion(s.distortion_probability, s.brightness, s.contrast, s.saturation, s.hue),
+        s.mean or encoder.mean,
+    )
+
+
+def _timed_step(trainer: Trainer, step: int, batches: Iterator[Any], images: int) -> dict[str, float]:
+    """Do a step, and return its row of log.csv."""
+    start, size = time.perf_counter(), trainer.settings.batch_size
+    whole = Epochs(images, trainer.settings.epochs, trainer.context.seed).batch(step, size)
+    with trainer.context.phase("load"):
+        batch = next(batches)
+    with trainer.context.phase("train"):
+        place = share_of_process(whole).start - whole.start
+        loss = trainer.step(step, place, len(whole), batch)
+    seconds = time.perf_counter() - start
+    return {
+        "step": step + 1,
+        "loss": loss,
+        "learning_rate": learning_rate(step, trainer.steps, trainer.settings),
+        "images_per_second": len(whole) / seconds,
+        "seconds": seconds,
+        "peak_memory_mb": peak_memory_mb(),
+    }
+
+
+class RunFolder:
+    """Where a training is stored; path: None where nothing is."""
+
+    def __init__(
+        self, segmenter: Segmenter, train: SegmentationDataset, size: int, settings: Settings, context: Context
+    ) -> None:
+        encoder, self.size, self.fresh = segmenter.encoder, size, context.fresh
+        facts = {
+            "encoder": context.identity,
+            "precision": encoder.precision,
+            "device": encoder.device.type,
+            "data": [train.name, train.split, train.fingerprint()],
+            "settings": settings.model_dump(mode="json", exclude=set(TEST_ONLY)),
+            "size": size,
+            "seed": context.seed,
+        }
+        stored = context.identity is not None
+        self.path: Path | None = cache_dir() / "finetuning" / digest(facts)[:16] if stored else None
+        self.facts = _encoder_facts(encoder, train, settings)
+        self.log: StepLog | None = None
+
+    def begin(self, trainer: Trainer, steps: int, stack: contextlib.ExitStack) -> int:
+        """Lock the folder, load its newest checkpoint, and return the step to go on with."""
+        path, state = self.path, None
+        unreadable: list[Path] = []
+        if path is None:
+            return 0
+        if distributed.rank() == 0:
+            stack.enter_context(checkpoints.locked(path))
+            checkpoints.clear(path)
+            for old in checkpoints.checkpoints(path) if self.fresh else ():
+                shutil.rmtree(old)
+            if checkpoints.checkpoints(path):
+                newest, state, unreadable = checkpoints.restore_newest(path, trainer.encoders, trainer.parts)
+        name = distributed.gather(newest if state else None)[0]  # the others wait until the first has read it
+        if name and state is None:
+            state = checkpoints.restore(name, trainer.encoders, trainer.parts)
+        distributed.gather(None)
+        for folder in unreadable:
+            checkpoints.set_aside(folder)
+        first = state["step"] if state else 0
+        trainer.labelled = state["labelled"] if state else 0
+        if distributed.rank() == 0 and first < steps:
+            self.log = stack.enter_context(contextlib.closing(StepLog(path, first, False)))
+        return first
+
+    def after_step(self, trainer: Trainer, row: dict[str, float], save: bool) -> None:
+        """Log a step, and save a checkpoint where it is due."""
+        if self.log:
+            self.log.write(row)
+        step = int(row["step"])
+        if self.path is None or not (save or step % SAVE_EVERY == 0):
+            return
+        self._check_features(trainer, step)
+        if distributed.rank() == 0:
+            state = {name: part.state_dict() for name, part in trainer.parts.items()}
+            state |= {"step": step, "unusable": {}, "labelled": trainer.labelled}
+            checkpoints.save(self.path, step, trainer.encoders, state, self.facts)
+        distributed.gather(None)
+
+    def _check_features(self, trainer: Trainer, step: int) -> None:
+        """Raise NumericalError where the last update ruined the encoder, which is then not to be saved."""
+        encoder = trainer.segmenter.encoder
+        try:
+            encoder.encode(torch.zeros(1, 3, self.size, self.size))
+        except NumericalError as error:
+            rate = trainer.settings.learning_rate / 10
+            raise NumericalError(
+                f"After step {step} of fine-tuning the features are not finite. Lower the rate with "
+                f"--set learning_rate={rate:g}, or use --precision fp32."
+            ) from error
+        trainer.segmenter.set_training()
+
+
+def _encoder_facts(encoder: Encoder, train: SegmentationDataset, settings: Settings) -> dict[str, Any]:
+    """What `encoder.json` says, so that the folder is a model spec."""
+    try:
+        base = architecture(encoder.name)
+    except NecoBenchError:  # an object, or code that is not a spec
+        base = encoder.name
+    images = train.images_from or train.folder_name or train.name
+    before = f"{encoder.training_data} (the start's); " if encoder.training_data not in ("", "none") else ""
+    return {
+        "base": base,
+        "mean": settings.mean or encoder.mean,
+        "std": settings.std or encoder.std,
+        "layers": None if encoder.layer == "last" else getattr(encoder, "indices", None),
+        "embed_dim": encoder.embed_dim,
+        "stride": encoder.stride,
+        "training_data": f"{before}{train.name} {train.split} with its masks (fine-tuning)",
+        "overlap": {**(encoder.overlap or {}), images: "seen"},
+    }
