@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from neco_bench.tasks.overclustering.clustering import kmeans, nearest
+from neco_bench.tasks.clustering import kmeans, nearest
 
 import neco_bench
 from neco_bench.core.task import Context

@@ -82,10 +82,11 @@ class Context:
         Args:
             item_id: of an image or a pair.
             values: of images `truth` and `prediction` (H, W), and where the family has them `clusters` (H, W),
-                `features` (D, h, w), of equal shape for all images, and `neighbours`, a function (passed as the value
-                of a function) from a patch's number to its `Neighbour`s. Of pairs `points` (P, 2), the predicted pixels
-                (x, y) of the target, their `errors` (P,) and the longest `side` of the target's box, in pixels. Of
-                depth and normals `image`, `truth`, `prediction` (H, W) or (H, W, 3), and `values`, the metrics by name.
+                `foreground` (H, W) bool, `features` (D, h, w), of equal shape for all images, and `neighbours`, a
+                function (passed as the value of a function) from a patch's number to its `Neighbour`s. Of pairs
+                `points` (P, 2), the predicted pixels (x, y) of the target, their `errors` (P,) and the longest `side`
+                of the target's box, in pixels. Of depth and normals `image`, `truth`, `prediction` (H, W) or
+                (H, W, 3), and `values`, the metrics by name.
         """
         if item_id in self.recorded_ids:
             self.run.predictions[item_id] = {

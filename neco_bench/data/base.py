@@ -66,12 +66,21 @@ class PairSample:
     target_image: np.ndarray
 
 
+@dataclass(frozen=True)
+class BoxSample:
+    """image: (H, W, 3) uint8 RGB. boxes: (n, 4) float64 (x1, y1, x2, y2) pixels of its objects, x2 and y2 outside."""
+
+    image: np.ndarray
+    boxes: np.ndarray
+    id: str
+
+
 class Dataset(abc.ABC):
     """What all data sets share. A class is constructed as `Class(folder, split)`; folder is None without `needs_root`.
 
     name, split; version: of the reader and its id mapping. expected: number of items of each full split (empty where
     no such number exists). citation: short reference. ids: item ids in a fixed order (image ids, or pair ids).
-    kind: "segmentation", "pairs", "depth" or "normals". needs_root: whether it is read from the data root.
+    kind: "segmentation", "pairs", "boxes", "depth" or "normals". needs_root: whether it is read from the data root.
     folder_name: its folder there, the name if empty. layout: the tree of files expected there, shown in error messages.
     images_from: the collection that the images are from, the folder name if empty. fractions: parts that can be drawn
     from a split, as {split: {parts: items}}; see `fraction`. sampling_unit: what was drawn from a population, so that
@@ -314,3 +323,21 @@ class PairDataset(Dataset):
     def __getitem__(self, index: int) -> PairSample:
         pair = self.pairs[index]
         return PairSample(pair, self.read_image(pair.source_id), self.read_image(pair.target_id))
+
+
+class BoxDataset(Dataset):
+    """A split of images with the boxes of their objects, read item by item."""
+
+    kind = "boxes"
+
+    @abc.abstractmethod
+    def read_image(self, image_id: str) -> np.ndarray:
+        """Read an image, (H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
+
+    @abc.abstractmethod
+    def boxes(self, image_id: str) -> np.ndarray:
+        """Read the boxes of an image, (n, 4) as in `BoxSample`, n may be 0. Raises MissingError and BadInputError."""
+
+    def __getitem__(self, index: int) -> BoxSample:
+        item = self.ids[index]
+        return BoxSample(self.read_image(item), self.boxes(item), item)

@@ -16,7 +16,7 @@ import numpy as np
 from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.core.own_data import FILE, own_datasets
 from neco_bench.core.paths import data_root
-from neco_bench.data.base import IGNORE, Dataset, MaskSummary, PairDataset, SegmentationDataset
+from neco_bench.data.base import IGNORE, BoxDataset, Dataset, MaskSummary, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset, DepthSummary
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.data.load import DATASETS, dataset_class, dataset_folder, fraction_names, open_split
@@ -137,6 +137,8 @@ def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
         findings += _check_pairs(dataset, wrap)
     elif isinstance(dataset, DenseDataset):
         findings += _check_dense(dataset, wrap)
+    elif isinstance(dataset, BoxDataset):
+        findings += _check_boxes(dataset, wrap)
     return findings
 
 
@@ -264,6 +266,30 @@ def _check_pairs(dataset: PairDataset, wrap: Progress) -> list[Finding]:
             if counts != expected:
                 text = f"Pairs by {key} are {counts}, in the official release {expected}."
                 findings.append(Finding("error", dataset.split, text, "Restore the official annotations."))
+    return findings
+
+
+def _check_boxes(dataset: BoxDataset, wrap: Progress) -> list[Finding]:
+    damage: list[str] = []
+    outside, empty = [], []
+    for image_id in wrap(dataset.ids, desc=f"{dataset.name} {dataset.split}"):
+        try:
+            height, width = dataset.read_image(image_id).shape[:2]
+            boxes = dataset.boxes(image_id)
+        except NecoBenchError as error:
+            damage.append(str(error))
+            continue
+        if not len(boxes):
+            empty.append(image_id)
+        elif (boxes[:, :2] < -1).any() or (boxes[:, 2:] > (width + 1, height + 1)).any():
+            outside.append(image_id)
+    findings = _damaged(dataset, damage, len(dataset), "images and annotations")
+    if outside:
+        text = f"{len(outside)} images have boxes outside them, the first is {outside[0]}."
+        findings.append(Finding("error", dataset.split, text, "Restore the annotations and images of one version."))
+    if empty:
+        text = f"{len(empty)} images have no object, the first is {empty[0]}."
+        findings.append(Finding("warning", dataset.split, text, "They are not scored."))
     return findings
 
 

@@ -14,7 +14,17 @@ from neco_bench.core.errors import BadInputError, UsageError, did_you_mean
 from neco_bench.core.own_data import own_datasets
 from neco_bench.core.paths import data_root
 from neco_bench.core.registry import Registry
-from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, PairSample, Sample, SegmentationDataset
+from neco_bench.data.base import (
+    IGNORE,
+    BoxDataset,
+    BoxSample,
+    Dataset,
+    Pair,
+    PairDataset,
+    PairSample,
+    Sample,
+    SegmentationDataset,
+)
 from neco_bench.data.folder import contents, missing, read_lines
 from neco_bench.data.io import decoding
 
@@ -47,6 +57,10 @@ DATASETS: Registry[type[Dataset]] = Registry(
         "shapes_normals": "neco_bench.data.shapes_geometry:ShapesNormals",
         "pf_willow": "neco_bench.data.proposal_flow:PFWillow",
         "pf_pascal": "neco_bench.data.proposal_flow:PFPascal",
+        "voc2007_boxes": "neco_bench.data.boxes:VOC2007Boxes",
+        "voc2012_boxes": "neco_bench.data.boxes:VOC2012Boxes",
+        "coco20k": "neco_bench.data.boxes:COCO20k",
+        "shapes_boxes": "neco_bench.data.boxes:ShapesBoxes",
         "spair71k": "neco_bench.data.spair71k:SPair71k",
     },
     listing="neco-bench data list",
@@ -55,6 +69,8 @@ DATASETS: Registry[type[Dataset]] = Registry(
 __all__ = [
     "DATASETS",
     "IGNORE",
+    "BoxDataset",
+    "BoxSample",
     "Dataset",
     "Pair",
     "PairDataset",

@@ -42,6 +42,7 @@ class DenseFeatures:
     map: (B, D, h, w) patch features. stride: input pixels per cell. layer: where they were read, as text
     ("last", "blocks 5,8,11", "stage 3"). final_norm: was the last norm applied. prefix: (B, P, D) class and register
     tokens, or None. attention: (B, heads, h, w) class-token attention of the last block, or None.
+    keys: (B, D, h, w) keys of the patches in the last block's attention, heads side by side, or None.
     """
 
     map: Tensor
@@ -50,6 +51,7 @@ class DenseFeatures:
     final_norm: bool = True
     prefix: Tensor | None = None
     attention: Tensor | None = None
+    keys: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +84,7 @@ class Encoder(nn.Module, abc.ABC):
         size_multiple: sides of inputs must be multiples of this, itself a multiple of the stride; None: of the stride.
         only_size: the side of the one square input that it takes; None: it takes any.
         attentions: it can give class-token attention.
+        has_keys: it can give the keys of its last block; its `_encode` then takes `keys` besides.
         has_final_norm: it can give features both before and after a final norm.
         final_norm: the default is after that norm.
         precision: "fp32", or "bf16" or "fp16" as autocast.
@@ -103,6 +106,7 @@ class Encoder(nn.Module, abc.ABC):
     size_multiple: int | None = None
     only_size: int | None = None
     attentions: bool = False
+    has_keys: bool = False
     has_final_norm: bool = False
     final_norm: bool = True
     precision: str = "fp32"
@@ -126,6 +130,7 @@ class Encoder(nn.Module, abc.ABC):
         *,
         final_norm: bool | None = None,
         attention: bool = False,
+        keys: bool = False,
         mean: tuple[float, float, float] | None = None,
         std: tuple[float, float, float] | None = None,
     ) -> DenseFeatures:
@@ -136,6 +141,7 @@ class Encoder(nn.Module, abc.ABC):
             final_norm: True reads after the final norm (where there is one; the result says), False before it, None
                 takes the encoder's default.
             attention: also return the class token's attention.
+            keys: also return the keys of the last block, as its projection gives them.
             mean, std: replace the encoder's statistics, for protocols that fix them.
 
         Raises:
@@ -162,6 +168,8 @@ class Encoder(nn.Module, abc.ABC):
             )
         if attention and not self.attentions:
             raise UsageError(f"Encoder {self.name!r} does not give class-token attention.")
+        if keys and not self.has_keys:
+            raise UsageError(f"Encoder {self.name!r} does not give the keys of its last block.")
         if self.training:
             self.eval()
         with torch.inference_mode(), _convolutions_in_fp32():
@@ -173,7 +181,7 @@ class Encoder(nn.Module, abc.ABC):
                 images.device.type, getattr(torch, PRECISIONS[self.precision]), enabled=self.precision != "fp32"
             ):
                 wanted = self.has_final_norm and (self.final_norm if final_norm is None else final_norm)
-                features = self._run(images, final_norm=wanted, attention=attention)
+                features = self._run(images, final_norm=wanted, attention=attention, **({"keys": True} if keys else {}))
             return self._checked(features, len(images), height // self.stride, width // self.stride)
 
     def nearest_size(self, size: int) -> int:
@@ -181,10 +189,10 @@ class Encoder(nn.Module, abc.ABC):
         multiple = self.size_multiple or self.stride
         return self.only_size or multiple * max(1, (2 * size + multiple) // (2 * multiple))
 
-    def _run(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+    def _run(self, images: Tensor, **options: bool) -> DenseFeatures:
         """Call `_encode`, whose errors name the encoder, except where the device is out of memory."""
         try:
-            return self._encode(images, final_norm=final_norm, attention=attention)
+            return self._encode(images, **options)
         except (NecoBenchError, torch.OutOfMemoryError):
             raise
         except Exception as error:
@@ -212,6 +220,7 @@ class Encoder(nn.Module, abc.ABC):
             features.final_norm,
             None if features.prefix is None else features.prefix.float(),
             None if features.attention is None else features.attention.float(),
+            None if features.keys is None else features.keys.float(),
         )
         if not features.map.sum().isfinite() and not features.map.isfinite().all():  # the sum is faster
             raise NumericalError(

@@ -11,7 +11,7 @@ import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -61,30 +61,46 @@ def features_of(
     return torch.cat([features, other.flip(-1)], 1)
 
 
+Output = Literal["features", "features and attention", "attention"]
+
+
 class FeatureExtractor:
     """Features of images by one encoder, in the batches, with the workers and through the feature store of a run.
 
     Args:
         encoder: the encoder.
         context: of the run. What happens on the way, such as a smaller batch size, is in `context.run`.
+        output: the features, one channel more with the mean over heads of the class token's attention, or that
+            attention alone, a channel for each head.
         options: of every call of `features_of`, such as `mean` and `std`.
     """
 
-    def __init__(self, encoder: Encoder, context: Context, **options: Any) -> None:
-        self.encoder, self.context, self.options = encoder, context, options
+    def __init__(self, encoder: Encoder, context: Context, *, output: Output = "features", **options: Any) -> None:
+        self.encoder, self.context, self.output = encoder, context, output
+        self.options = options if output == "features" else {**options, "attention": True}
 
     def encode(self, images: Tensor) -> Tensor:
         """Encode images (B, 3, H, W): (B, D, h, w); after an out-of-memory error in halves, and so from then on."""
         while True:
             size = self.context.batch_size_used
             try:
-                parts = [features_of(self.encoder, part, **self.options) for part in images.split(size)]
+                parts = [self._channels(part) for part in images.split(size)]
                 return torch.cat(parts) if len(parts) > 1 else parts[0]
             except (RuntimeError, MemoryError, NecoBenchError) as error:
                 if size == 1 or not is_out_of_memory(error):
                     raise
             self.context.run.batch_size = min(size, len(images)) // 2 or 1
             torch.cuda.empty_cache()
+
+    def _channels(self, images: Tensor) -> Tensor:
+        if self.output == "features":
+            return features_of(self.encoder, images, **self.options)
+        features = self.encoder.encode(images, **self.options)
+        if features.attention is None:
+            return features.map
+        if self.output == "attention":
+            return features.attention
+        return torch.cat([features.map, features.attention.mean(1, keepdim=True)], 1)
 
     def stream(
         self,
@@ -167,7 +183,8 @@ class FeatureExtractor:
         """The stored stream of these items, known by all that its content depends on; None where there can be none."""
         transform, dataset, encoder = source.transform, source.dataset, self.encoder
         size = getattr(transform, "size", None)
-        known = dataclasses.is_dataclass(transform)  # of others it is not known what else they depend on
+        # Of other transforms it is not known what else they depend on, and heads are not counted before encoding.
+        known = dataclasses.is_dataclass(transform) and self.output != "attention"
         if self.context.store is None or not len(source) or not known or not isinstance(size, (int, tuple)):
             return None
         try:  # what its code does may change from one version to the next
@@ -186,7 +203,7 @@ class FeatureExtractor:
         }
         sides = (size, size) if isinstance(size, int) else size
         channels = encoder.embed_dim * 2 ** sum(bool(self.options.get(name)) for name in ("class_token", "mirrored"))
-        shape = (channels, *(side // encoder.stride for side in sides))
+        shape = (channels + (self.output == "features and attention"), *(side // encoder.stride for side in sides))
         return self.context.store.open(facts, len(source), shape)
 
     def _computed(self, source: ItemDataset, start: int, description: str) -> Iterator[FeatureBatch]:

@@ -16,6 +16,7 @@ PACKAGES = (
     "torch",
     "torchvision",
     "timm",
+    "infomap",
     "transformers",
     "faiss-gpu",
     "faiss-cpu",

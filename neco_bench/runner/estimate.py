@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from neco_bench.core.errors import NecoBenchError
-from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
+from neco_bench.data.base import BoxDataset, Dataset, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.transforms import resize_image
 from neco_bench.results.provenance import peak_memory_mb
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.capacity import check_fits
-from neco_bench.runner.execute import check_size, load_job_encoder, settings_for
+from neco_bench.runner.execute import check_encoder, load_job_encoder, settings_for
 from neco_bench.runner.job import Job, stored
 from neco_bench.search.exact import ExactIndex
 
@@ -82,7 +82,7 @@ def estimate(job: Job, encoder: Encoder) -> Estimate | None:
     cost_of = getattr(job.task.module, "cost", None)
     if cost_of is None:
         return None
-    check_size(job.task, encoder)
+    check_encoder(job.task, encoder)
     check_fits(job.task, job.draws, encoder, job.options.batch_size)
     settings = settings_for(job.task, encoder)
     costs = [cost_of(settings, data, encoder.stride, encoder.embed_dim) for data in job.draws]
@@ -126,7 +126,7 @@ def _seconds_to_load(dataset: Dataset, size: int) -> float:
     start = time.perf_counter()
     count = min(MEASURED, len(dataset))
     for index in range(count):
-        if isinstance(dataset, SegmentationDataset | DenseDataset):
+        if isinstance(dataset, (SegmentationDataset, BoxDataset, DenseDataset)):
             resize_image(dataset[index].image, size, size)
         elif isinstance(dataset, PairDataset):
             resize_image(dataset.read_image(dataset.image_ids[index]), size, size)

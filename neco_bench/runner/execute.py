@@ -23,7 +23,7 @@ from neco_bench.core.progress import Progress
 from neco_bench.core.protocol import FAMILIES, Task
 from neco_bench.core.registry import BUILTIN
 from neco_bench.core.task import Context, Outcome, RunRecord
-from neco_bench.data.base import Dataset, PairDataset, SegmentationDataset
+from neco_bench.data.base import BoxDataset, Dataset, PairDataset, SegmentationDataset
 from neco_bench.encoders.identity import loaded_id
 from neco_bench.encoders.load import load_encoder
 from neco_bench.encoders.spec import parse_spec
@@ -123,7 +123,7 @@ def _executed(
     provenance |= encoder_facts(encoder) | {"training": _training(job, encoder)}
     if provenance["official"] is False:
         _warn_once(_unofficial(encoder.name))
-    check_size(job.task, encoder)
+    check_encoder(job.task, encoder)
     fitting = check_fits(job.task, job.draws, encoder, context.batch_size)
     context = replace(context, batch_size=fitting)
     for role, dataset in job.data.items():
@@ -198,7 +198,8 @@ def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]
     """
     recorded = frozenset(ids)
     job, encoder, context = _ready(job, None, _context(job, RunRecord(), recorded))
-    data = {role: d.subset(recorded) if isinstance(d, PairDataset) else d for role, d in job.draws[0].items()}
+    alone = (PairDataset, BoxDataset)
+    data = {role: d.subset(recorded) if isinstance(d, alone) else d for role, d in job.draws[0].items()}
     job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
     return context.run.predictions
 
@@ -352,6 +353,14 @@ def check_size(task: Task, encoder: Encoder) -> None:
             f"--set input_size={size} is not a multiple {needed} {multiple} of "
             f"{encoder.name!r}. Use {low or multiple} or {low + multiple}."
         )
+
+
+def check_encoder(task: Task, encoder: Encoder) -> None:
+    """Raise UsageError for an encoder that a task cannot take: for its size, or for what the family's own
+    `check_encoder(encoder, settings)`, where it has one, finds."""
+    check_size(task, encoder)
+    if of_family := getattr(task.module, "check_encoder", None):
+        of_family(encoder, settings_for(task, encoder))
 
 
 def settings_for(task: Task, encoder: Encoder) -> Any:

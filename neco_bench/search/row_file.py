@@ -33,6 +33,15 @@ def _full_disk_as_error() -> Iterator[None]:
         ) from error
 
 
+def faiss_draw(total: int, count: int, seed: int) -> np.ndarray:
+    """Draw `count` of `total` numbers as FAISS does with that seed, in its order; all in order if there are no more."""
+    if count >= total:
+        return np.arange(total)
+    permutation = np.empty(total, np.int32)
+    faiss.rand_perm(faiss.swig_ptr(permutation), total, seed)  # type: ignore[attr-defined]
+    return permutation[:count]
+
+
 class ArrayFile:
     """Arrays of any shape in a temporary file in the cache folder: appended, then read in the same order."""
 
@@ -82,9 +91,10 @@ class RowFile:
             rows /= self._scale[1]
         return rows
 
-    def at(self, ids: np.ndarray) -> np.ndarray:
-        """Read rows of any (...) ids as they were added: (..., D)."""
-        return np.memmap(self._file, np.float32, "r", shape=(self._count, self.dimension))[ids]
+    def at(self, ids: np.ndarray, *, rescaled: bool = False) -> np.ndarray:
+        """Read rows of any (...) ids as they were added, or as they are read now: (..., D)."""
+        rows = np.memmap(self._file, np.float32, "r", shape=(self._count, self.dimension))[ids]
+        return (rows - self._scale[0]) / self._scale[1] if rescaled and self._scale is not None else rows
 
     def chunks(self) -> Iterator[np.ndarray]:
         """Read all rows in order, `CHUNK` at a time."""
@@ -99,9 +109,7 @@ class RowFile:
         """Read `count` rows as FAISS draws them with that seed, in that order; all in file order if no more."""
         if count >= self._count:
             return self.read(0, self._count)
-        permutation = np.empty(self._count, np.int32)
-        faiss.rand_perm(faiss.swig_ptr(permutation), self._count, seed)  # type: ignore[attr-defined]
-        ids = permutation[:count]
+        ids = faiss_draw(self._count, count, seed)
         order = np.argsort(ids)
         rows, done = np.empty((count, self.dimension), np.float32), 0
         for start in range(0, self._count, CHUNK):

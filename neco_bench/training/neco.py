@@ -12,12 +12,15 @@ from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.core.reduce import mean_over_processes, rows_of_all
 from neco_bench.core.rng import item_rng
+from neco_bench.features.attention import MIN_SIDE, foreground
 from neco_bench.training.batches import Embed, TrainBatch, by_view
 from neco_bench.training.loss import neco_loss
 from neco_bench.training.networks import Network
 from neco_bench.training.recipe import Recipe
-from neco_bench.training.regions import MIN_SIDE, align, foreground
+from neco_bench.training.regions import align
 from neco_bench.training.views import GLOBALS
+
+MASS = 0.6  # share of the attention that a masked loss takes for foreground
 
 
 def patches_read(boxes: Tensor, stride: int, side: int) -> Tensor:
@@ -36,8 +39,8 @@ class NeCo(nn.Module):
     Deviations: a queue gives references from its first entries on (there, zero vectors stand in until it is full, and
     a batch of 168 or more fails); processes share references, but the parts of a step that `accumulate` makes do not;
     Euclidean distances are taken by differences (there, by a matrix product: 1e-6 of the loss); a masked loss takes
-    references from the cells of its own pair of views, and its queue grows by those of the drawn tokens that are in
-    the mask; the teacher runs without gradient.
+    for attention the class token's softmax over patches alone, references from the cells of its own pair of views, and
+    its queue grows by those of the drawn tokens that are in the mask; the teacher runs without gradient.
     """
 
     queue: Tensor
@@ -85,7 +88,7 @@ class NeCo(nn.Module):
             targets = embedded[0] if teacher is None else teacher(groups[:1], [by_teacher])[0]
             inside = None
             if self.recipe.loss_mask != "all":
-                inside = foreground(attend.attention(groups[0]).float()) ^ (self.recipe.loss_mask == "bg")
+                inside = foreground(attend.attention(groups[0]).float(), MASS) ^ (self.recipe.loss_mask == "bg")
         with torch.autocast(targets.device.type, enabled=False):
             targets = targets.unflatten(0, (GLOBALS, count))
             self._enqueue(targets.detach(), inside, drawn, shard)

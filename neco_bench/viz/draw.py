@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from neco_bench.core.task import Neighbour
-from neco_bench.data.base import IGNORE, PairDataset, SegmentationDataset
+from neco_bench.data.base import IGNORE, BoxDataset, PairDataset, SegmentationDataset
 from neco_bench.features.patches import majority_label, patchify
 from neco_bench.features.transforms import resize_nearest_pil
 
@@ -104,6 +104,10 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[s
         clusters = predicted["clusters"]
         coloured = distinct_colours(int(clusters.max()) + 1)[clusters]
         tiles.append(Tile("clusters", _enlarged(coloured, height, width), "map"))
+    if "foreground" in predicted:
+        tiles.append(
+            Tile("foreground", _enlarged(predicted["foreground"] * 255, height, width)[..., None].repeat(3, 2), "map")
+        )
     if "neighbours" in predicted:
         rows, columns = predicted["features"].shape[1:]
         queries = query_patches(predicted["truth"], predicted["prediction"], rows, columns)
@@ -191,6 +195,46 @@ def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: 
             dot(left + x2, y2, 8, outline=WRONG, width=1)
     caption = f"{sample.pair.category}: {int(hits.sum())} of {len(hits)} points"
     return PictureRow(name, caption, [Tile("source and target", np.asarray(drawn), "wide")])
+
+
+def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str, Any]) -> PictureRow:
+    """Draw the attention of an image, what of it is taken for foreground, and the ground truth."""
+    image = fitted(dataset[dataset.ids.index(name)].image, (SMALL, SMALL), Image.Resampling.BICUBIC)
+    height, width = image.shape[:2]
+    palette = np.full((256, 3), 128, np.uint8)
+    palette[: len(dataset.classes)] = dataset.palette
+    palette[IGNORE] = VOID
+    score = predicted["score"]
+    maps = {"attention": 255 * score / max(float(score.max()), 1e-12), "foreground": predicted["region"] * 255}
+    tiles = [
+        Tile("image", image, "photo"),
+        Tile("ground truth", palette[_enlarged(predicted["truth"], height, width)], "map"),
+        *(
+            Tile(title, _enlarged(np.repeat(values[..., None], 3, 2), height, width), "map")
+            for title, values in maps.items()
+        ),
+    ]
+    return PictureRow(name, f"Jaccard {100 * predicted['jaccard']:.1f}", tiles)
+
+
+def draw_boxes(dataset: BoxDataset, name: str, predicted: dict[str, Any], right: bool) -> PictureRow:
+    """Draw the boxes of the objects in white and the predicted one in green or red; its region; what it came from."""
+    pixels = dataset.read_image(name)
+    image = fitted(pixels, (LARGE // 2, LARGE // 2), Image.Resampling.BICUBIC)
+    height, width = image.shape[:2]
+    scale = width / pixels.shape[1]
+    drawn = Image.fromarray(image)
+    draw = ImageDraw.Draw(drawn)
+    for box, colour in [*((own, VOID) for own in predicted["boxes"]), (predicted["box"], RIGHT if right else WRONG)]:
+        x1, y1, x2, y2 = (float(value) * scale for value in box)
+        for line, width_of_line in (((0, 0, 0), 5), (colour, 3)):
+            draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=line, width=width_of_line)
+    score = predicted["score"]
+    grey = 255 * (score - score.min()) / max(float(np.ptp(score)), 1e-12)
+    tiles = [Tile("image", image, "photo"), Tile("boxes", np.asarray(drawn), "photo")]
+    for title, values in {"region": predicted["region"] * 255, "score": grey}.items():
+        tiles.append(Tile(title, _enlarged(np.repeat(values[..., None], 3, 2), height, width), "map"))
+    return PictureRow(name, f"IoU {predicted['iou']:.2f}", tiles)
 
 
 def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:

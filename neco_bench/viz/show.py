@@ -12,7 +12,7 @@ import torch
 
 from neco_bench.core.errors import UsageError
 from neco_bench.core.files import slug, write_whole
-from neco_bench.data.base import IGNORE, PairDataset, SegmentationDataset
+from neco_bench.data.base import IGNORE, BoxDataset, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset
 from neco_bench.metrics import segmentation
 from neco_bench.reports.compare import hits_column, item_scores
@@ -23,9 +23,12 @@ from neco_bench.runner.job import Job
 from neco_bench.viz.diagnostics import principal_colours
 from neco_bench.viz.draw import (
     RIGHT,
+    VOID,
     WRONG,
     PictureRow,
     Tile,
+    draw_attention,
+    draw_boxes,
     draw_grid,
     draw_hits,
     draw_pair,
@@ -91,20 +94,25 @@ def show(
     Raises:
         UsageError: for a task family that records no predictions; also what running the job raises.
     """
-    scores, sign = item_scores(result, arrays), result.metric().sign
+    scores, sign = _scores(result, arrays), result.metric().sign
     ids = choose({name: sign * score for name, score in scores.items()}, worst, best, named)
     predictions = record_predictions(job, ids)
     if any(name not in predictions for name in ids):
         raise UsageError(f"Task family {result.family!r} records no predictions that could be drawn.")
     data = job.draws[0]
     dataset = data["test"] if "test" in data else data["val"]
-    stored = {} if isinstance(dataset, DenseDataset) else _stored_counts(result, arrays)
     if isinstance(dataset, DenseDataset):
         drawn = _draw_dense({name: predictions[name] for name in ids}, dataset.kind, result, arrays)
+    elif isinstance(dataset, BoxDataset):
+        drawn = _draw_boxes(dataset, {name: predictions[name] for name in ids}, result, scores)
+    elif isinstance(dataset, SegmentationDataset) and f"score/{result.primary_metric}" in arrays:
+        drawn = _draw_attention(dataset, {name: predictions[name] for name in ids}, scores)
     elif isinstance(dataset, SegmentationDataset):
+        stored = _stored_counts(result, arrays)
         drawn = _draw_images(dataset, {name: predictions[name] for name in ids}, scores, stored)
     else:
-        assert isinstance(dataset, PairDataset)  # noqa: S101 - there are two kinds
+        assert isinstance(dataset, PairDataset)  # noqa: S101 - there are three kinds
+        stored = _stored_counts(result, arrays)
         drawn = _draw_pairs(dataset, {name: predictions[name] for name in ids}, result, stored)
     ends = ("lowest scores", "highest") if sign > 0 else ("largest errors", "smallest")
     order = "As named." if named else f"The {worst} with the {ends[0]}, then the {best} with the {ends[1]}."
@@ -127,6 +135,31 @@ class _Drawn:
     rows: list[PictureRow]
     legend: list[tuple[str, tuple[int, ...]]]
     differing: int
+
+
+def _scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, float]:
+    """The score by which items are chosen: of boxes their IoU, which says more than whether they are right."""
+    form = next((f"score/{name}" for name in ("best_IoU", result.primary_metric) if f"score/{name}" in arrays), None)
+    if form is None or "image_id" not in arrays:
+        return item_scores(result, arrays)
+    return dict(zip(arrays["image_id"].astype(str).tolist(), arrays[form].tolist(), strict=True))
+
+
+def _draw_attention(
+    dataset: SegmentationDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]
+) -> _Drawn:
+    rows = [draw_attention(dataset, name, own) for name, own in predictions.items()]
+    differing = sum(abs(own["jaccard"] - scores[name]) > 1e-9 for name, own in predictions.items())
+    return _Drawn(rows, [], differing)
+
+
+def _draw_boxes(
+    dataset: BoxDataset, predictions: dict[str, dict[str, Any]], result: Result, scores: Mapping[str, float]
+) -> _Drawn:
+    least = result.provenance["settings"]["iou"]
+    rows = [draw_boxes(dataset, name, own, own["iou"] >= least) for name, own in predictions.items()]
+    differing = sum(abs(own["iou"] - scores[name]) > 1e-9 for name, own in predictions.items())
+    return _Drawn(rows, [("object", VOID), ("box that is right", RIGHT), ("box that is wrong", WRONG)], differing)
 
 
 def _stored_counts(result: Result, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:

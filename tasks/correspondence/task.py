@@ -56,8 +56,8 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
 
     # "squash" mixes features of their own lengths before it compares directions.
     normalise = partial(rescaled, dim=None) if settings.geometry == "squash" else partial(unit_length, dim=0)
-    options = {"final_norm": settings.final_norm, "mean": settings.mean, "std": settings.std}
-    extractor = FeatureExtractor(encoder, context, **options)
+    norm, mean, std = settings.final_norm, settings.mean, settings.std
+    extractor = FeatureExtractor(encoder, context, final_norm=norm, mean=mean, std=std)
     score = PairScore(dataset, settings, context)
     for category in context.track(score.to_match(groups), "pairs"):
         by_target: dict[str, list[Pair]] = defaultdict(list)

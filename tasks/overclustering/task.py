@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from neco_bench.tasks.overclustering.clustering import (
+from neco_bench.tasks.clustering import (
     KMEANS_POINTS,
     PCA_POINTS,
     assign,
@@ -79,8 +79,8 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         reduced = reduce_dimensions(features, settings.components)
     seeds = range(context.seed, context.seed + settings.seeds)
     with context.phase("kmeans"):
-        rounds = {"iterations": settings.iterations, "redos": settings.redos}
-        fitted = kmeans(reduced, clusters, seeds=seeds, device=encoder.device, **rounds)
+        iterations, redos = settings.iterations, settings.redos
+        fitted = kmeans(reduced, clusters, seeds=seeds, iterations=iterations, redos=redos, device=encoder.device)
         models = list(context.track(fitted, "k-means", len(seeds)))
 
     score = SegmentationScore(val, settings, context, shape=(len(seeds),), clusters=clusters)

@@ -92,6 +92,15 @@ def test_hub_interfaces_agree(repository: Path) -> None:
         for name in ("v2_free", "v1")
     ]
     torch.testing.assert_close(*two)
+    read = encoders["v2_free"].encode(images, attention=True, keys=True)
+    same = load_encoder("timm:vit_tiny_patch16_224?pretrained=false")
+    state = {k.removeprefix("vit."): v for k, v in encoders["v2_free"].model.state_dict().items() if "vit." in k}  # type: ignore[union-attr]
+    same.model.load_state_dict(state)  # type: ignore[union-attr]
+    mean, std = encoders["v1"].mean, encoders["v1"].std
+    expected = same.encode(images, attention=True, keys=True, mean=mean, std=std)
+    torch.testing.assert_close(read.attention, expected.attention)
+    torch.testing.assert_close(read.keys, expected.keys)
+    torch.testing.assert_close(encoders["v1"].encode(images, keys=True).keys, expected.keys)
     raw = encoders["v2_free"].encode(images, final_norm=False)
     assert not raw.final_norm
     assert not torch.allclose(raw.map, maps[0])

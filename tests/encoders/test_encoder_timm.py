@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import timm
 import torch
@@ -115,7 +117,7 @@ def test_layers_out_of_range(layers: object) -> None:
 def test_attention_is_that_of_the_last_block() -> None:
     encoder = load_encoder(TINY)
     images = torch.rand(2, 3, 64, 96)
-    actual = encoder.encode(images, attention=True)
+    actual = encoder.encode(images, attention=True, keys=True)
     caught: list[Tensor] = []
     block: Any = encoder.model.blocks[-1]  # type: ignore[union-attr, index]
     hook = block.attn.register_forward_pre_hook(lambda _m, args: caught.append(args[0]))
@@ -125,8 +127,23 @@ def test_attention_is_that_of_the_last_block() -> None:
         query, key, _ = block.attn.qkv(caught[0]).reshape(2, 25, 3, 3, 64).permute(2, 0, 3, 1, 4)
         full = (query @ key.transpose(-2, -1) / 8).softmax(-1)
     torch.testing.assert_close(actual.attention, full[:, :, 0, 1:].reshape(2, 3, 4, 6), rtol=1e-4, atol=1e-6)
+    assert actual.keys is not None
+    for (y, x), head in itertools.product(np.ndindex(4, 6), range(3)):  # heads side by side, patches row by row
+        torch.testing.assert_close(actual.keys[:, head * 64 : head * 64 + 64, y, x], key[:, head, 1 + 6 * y + x])
+    assert encoder.encode(images, attention=True).keys is None
+    resnet = load_encoder("timm:resnet18?pretrained=false")
     with pytest.raises(UsageError, match="attention"):
-        load_encoder("timm:resnet18?pretrained=false").encode(images, attention=True)
+        resnet.encode(images, attention=True)
+    with pytest.raises(UsageError, match="keys of its last block"):
+        resnet.encode(images, keys=True)
+
+
+def test_keys_without_a_class_token() -> None:
+    encoder = load_encoder("tiny_base")
+    features = encoder.encode(torch.rand(1, 3, 40, 24), keys=True)
+    assert features.keys is not None
+    assert features.keys.shape == features.map.shape == (1, 128, 5, 3)
+    assert not encoder.attentions
 
 
 def test_seeds_and_the_global_generator() -> None:

@@ -9,8 +9,8 @@ import faiss
 import numpy as np
 import pytest
 import torch
-from neco_bench.tasks.overclustering import clustering
-from neco_bench.tasks.overclustering.clustering import assign, kmeans, nearest, reduce_dimensions, standardise
+from neco_bench.tasks import clustering
+from neco_bench.tasks.clustering import assign, kmeans, nearest, reduce_dimensions, standardise
 from sklearn.decomposition import PCA
 from sklearn.metrics import jaccard_score
 from sklearn.metrics.cluster import contingency_matrix

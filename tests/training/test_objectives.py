@@ -12,13 +12,13 @@ import torchvision
 
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
+from neco_bench.features.attention import foreground
 from neco_bench.training.batches import by_view
 from neco_bench.training.loss import neco_loss
 from neco_bench.training.mim import MaskedImages
 from neco_bench.training.neco import NeCo, patches_read
 from neco_bench.training.networks import Network
 from neco_bench.training.recipe import Recipe
-from neco_bench.training.regions import foreground
 
 from .helpers import batch, recipe, small_encoder
 
@@ -206,7 +206,7 @@ def test_foreground_keeps_sixty_percent_of_the_attention_and_no_specks() -> None
     attention = torch.full((1, 2, 12, 12), 1e-6)
     attention[..., 3:7, 4:8] = 1.0
     attention[..., 10, 10] = 0.9
-    (mask,) = foreground(attention)
+    (mask,) = foreground(attention, 0.6)
     assert mask[3:7, 4:8].sum() >= 10
     assert not mask[9:, 9:].any()
     assert mask.sum() <= 36

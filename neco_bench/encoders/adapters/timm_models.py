@@ -239,7 +239,8 @@ class TimmViT(_Timm):
         if self.pos_interp not in POS_INTERP:
             raise UsageError(f"Model {spec.name!r}: pos_interp must be one of {', '.join(POS_INTERP)}.")
         last: Any = model.blocks[-1]
-        self.attentions = model.cls_token is not None and type(last) is Block and type(last.attn) is Attention
+        self.has_keys = type(last) is Block and type(last.attn) is Attention
+        self.attentions = self.has_keys and model.cls_token is not None
 
     def _positions(self, size: tuple[int, int]) -> Tensor:
         """Position embeddings for a grid of `size` (rows, columns); the class token's own position stays first."""
@@ -248,7 +249,7 @@ class TimmViT(_Timm):
         fixed, patches = model.pos_embed[:, :prefix], model.pos_embed[:, prefix:]
         return torch.cat([fixed, interpolate_positions(patches, model.patch_embed.grid_size, size, self.pos_interp)], 1)
 
-    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool, keys: bool = False) -> DenseFeatures:
         model = self.model
         x = model.patch_embed(images)  # (B, h, w, D), as the model is built for any input size
         size = (x.shape[1], x.shape[2])
@@ -259,11 +260,14 @@ class TimmViT(_Timm):
         else:
             x = torch.cat([*prefix, x], 1) + self._positions(size)
         x = model.norm_pre(x)
-        levels, weights_of_class = [], None
-        depth = len(model.blocks) if attention else self.indices[-1] + 1
+        levels, weights_of_class, of_patches = [], None, None
+        whole = attention or keys
+        depth = len(model.blocks) if whole else self.indices[-1] + 1
         for i, block in enumerate(model.blocks[:depth]):
-            if attention and i == depth - 1:
-                weights_of_class = self._class_attention(block, x, size)
+            if whole and i == depth - 1:
+                qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, block.attn.num_heads, -1))
+                weights_of_class = self._class_attention(block.attn, qkv, size) if attention else None
+                of_patches = self._patch_keys(qkv, size) if keys else None
             x = block(x)
             if i in self.indices:
                 levels.append(model.norm(x) if final_norm else x)
@@ -271,13 +275,22 @@ class TimmViT(_Timm):
         count = model.num_prefix_tokens
         grid = tokens[:, count:].transpose(1, 2).unflatten(2, size)
         return DenseFeatures(
-            grid, self.stride, self.layer, final_norm, tokens[:, :count] if count else None, weights_of_class
+            grid,
+            self.stride,
+            self.layer,
+            final_norm,
+            tokens[:, :count] if count else None,
+            weights_of_class,
+            of_patches,
         )
 
-    def _class_attention(self, block: Any, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """The class token's attention to the patches in `block`, (B, heads, h, w); over all tokens it sums to one."""
-        attn = block.attn
-        qkv = attn.qkv(block.norm1(x)).unflatten(-1, (3, attn.num_heads, -1))  # (B, N, 3, heads, d)
+    def _patch_keys(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:
+        """Keys of the patches (B, D, h, w), heads side by side, of projections (B, N, 3, heads, d)."""
+        return qkv[:, self.model.num_prefix_tokens :, 1].flatten(2).transpose(1, 2).unflatten(2, size)
+
+    def _class_attention(self, attn: Any, qkv: Tensor, size: tuple[int, int]) -> Tensor:
+        """The class token's attention to the patches, (B, heads, h, w), of projections (B, N, 3, heads, d); over all
+        tokens it sums to one."""
         query, key = attn.q_norm(qkv[:, :, 0]), attn.k_norm(qkv[:, :, 1])
         scores = torch.einsum("bhd,bnhd->bhn", query[:, 0] * attn.scale, key)
         return scores.softmax(-1)[..., self.model.num_prefix_tokens :].unflatten(-1, size)

@@ -124,6 +124,35 @@ class _Hub(Encoder):
         patch = _patch_size(model)
         self.stride = patch if isinstance(patch, int) else patch[0]
         self.pos_interp = "native"
+        inner = model.blocks.modules() if isinstance(model.blocks, torch.nn.Module) else ()
+        last = [m.attn for m in inner if hasattr(getattr(m, "attn", None), "qkv")][-1:]
+        self.last_attention: tuple[Any, ...] = tuple(last)  # in a tuple: no part of this module besides the model's
+        self.prefix_count = 1 + getattr(model, "num_register_tokens", 0)
+
+    @contextmanager
+    def _projections(self) -> Iterator[list[Tensor]]:
+        """Collect what the last block projects (B, N, 3 D) while the model runs inside."""
+        taken: list[Tensor] = []
+        hooks = [
+            attn.qkv.register_forward_hook(lambda _module, _inputs, output: taken.append(output))
+            for attn in self.last_attention
+        ]
+        try:
+            yield taken
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _keys(self, taken: list[Tensor], images: Tensor) -> Tensor:
+        """Keys of the patches (B, D, h, w), heads side by side."""
+        return self._grid(taken[-1].chunk(3, -1)[1][:, self.prefix_count :], images)
+
+    def _class_attention(self, taken: list[Tensor], images: Tensor) -> Tensor:
+        """The class token's attention to the patches (B, heads, h, w); over all tokens it sums to one."""
+        attn: Any = self.last_attention[0]
+        query, key, _ = (part.unflatten(-1, (attn.num_heads, -1)) for part in taken[-1].chunk(3, -1))
+        scores = torch.einsum("bhd,bnhd->bnh", query[:, 0] * attn.scale, key)
+        return self._grid(scores.softmax(1)[:, self.prefix_count :], images)
 
     def _grid(self, tokens: Tensor, images: Tensor) -> Tensor:
         size = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
@@ -139,13 +168,20 @@ class HubDINOv2(_Hub):
 
     has_final_norm = True
 
-    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        levels = self.model.get_intermediate_layers(
-            images, n=list(self.indices), reshape=False, return_class_token=True, norm=final_norm
-        )
+    def __init__(self, model: Any, spec: ModelSpec) -> None:
+        super().__init__(model, spec)
+        self.has_keys = self.attentions = bool(self.last_attention)
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool, keys: bool = False) -> DenseFeatures:
+        with self._projections() as taken:
+            levels = self.model.get_intermediate_layers(
+                images, n=list(self.indices), reshape=False, return_class_token=True, norm=final_norm
+            )
         grid = self._grid(torch.cat([patches for patches, _ in levels], -1), images)
         prefix = torch.cat([token for _, token in levels], -1)[:, None]
-        return DenseFeatures(grid, self.stride, self.layer, final_norm, prefix)
+        of_class = self._class_attention(taken, images) if attention else None
+        of_patches = self._keys(taken, images) if keys else None
+        return DenseFeatures(grid, self.stride, self.layer, final_norm, prefix, of_class, of_patches)
 
 
 class HubDINO(_Hub):
@@ -154,16 +190,19 @@ class HubDINO(_Hub):
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         super().__init__(model, spec)
         self.attentions = hasattr(model, "get_last_selfattention")
+        self.has_keys = bool(self.last_attention)
 
-    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool, keys: bool = False) -> DenseFeatures:
         first = self.indices[0]
-        levels = self.model.get_intermediate_layers(images, self.depth - first)
+        with self._projections() as taken:
+            levels = self.model.get_intermediate_layers(images, self.depth - first)
         tokens = torch.cat([levels[i - first] for i in self.indices], -1)
         grid = self._grid(tokens[:, 1:], images)
         of_class = None
         if attention:
             of_class = self.model.get_last_selfattention(images)[:, :, 0, 1:].unflatten(-1, grid.shape[-2:])
-        return DenseFeatures(grid, self.stride, self.layer, True, tokens[:, :1], of_class)
+        of_patches = self._keys(taken, images) if keys else None
+        return DenseFeatures(grid, self.stride, self.layer, True, tokens[:, :1], of_class, of_patches)
 
 
 class HubDictionary(_Hub):

@@ -1,7 +1,7 @@
 """Clustering of patch features: standardise, PCA, k-means, with FAISS's own sub-sampling, on rows stored in a file.
 
 FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K, drawn with its fixed seeds; the reference
-(NeCo's overclustering) inherits that, and so do we. So only those points are ever in memory, however many rows there
+(NeCo's evaluations) inherits that, and so do we. So only those points are ever in memory, however many rows there
 are.
 """
 
@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from threading import Lock
+from typing import Protocol
 
 import faiss
 import numpy as np
@@ -18,7 +19,7 @@ from sklearn.preprocessing import StandardScaler
 
 from neco_bench.core.errors import UsageError
 from neco_bench.search.faiss_gpu import faiss_sees_gpu, to_gpu
-from neco_bench.search.row_file import CHUNK, RowFile
+from neco_bench.search.row_file import CHUNK, RowFile, faiss_draw
 
 CPU = torch.device("cpu")
 
@@ -64,13 +65,46 @@ def reduce_dimensions(features: RowFile, dimensions: int) -> RowFile:
     return reduced
 
 
+class Points(Protocol):
+    """What k-means is fitted on: a `RowFile`, or some of its rows, any of them several times."""
+
+    dimension: int
+
+    def __len__(self) -> int: ...
+
+    def faiss_subsample(self, count: int, seed: int) -> np.ndarray:
+        """Read `count` rows (count, d) as FAISS draws them with that seed."""
+
+
+class PickedRows:
+    """The rows of a file with the given ids (n,), which may repeat, in that order."""
+
+    def __init__(self, rows: RowFile, ids: np.ndarray) -> None:
+        self.rows, self.ids, self.dimension = rows, ids, rows.dimension
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def faiss_subsample(self, count: int, seed: int) -> np.ndarray:
+        """Read `count` of them as FAISS draws them with that seed."""
+        return self.rows.at(self.ids[faiss_draw(len(self.ids), count, seed)], rescaled=True)
+
+
 def kmeans(
-    features: RowFile, clusters: int, *, seeds: Sequence[int], iterations: int, redos: int, device: torch.device = CPU
+    features: Points,
+    clusters: int,
+    *,
+    seeds: Sequence[int],
+    iterations: int,
+    redos: int,
+    spherical: bool = False,
+    device: torch.device = CPU,
 ) -> Iterator[faiss.Index]:
     """Fit FAISS k-means (L2) with `redos` restarts: for each seed, in order, an index over the (K, d) centroids.
 
-    `nearest` reads it. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each
-    with its share of the cores. Raises UsageError where there are fewer points than clusters.
+    `nearest` reads it. spherical: centroids have unit length, and points, as they are, go to that of the largest inner
+    product. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each with its share
+    of the cores. Raises UsageError where there are fewer points than clusters.
     """
     check_enough(len(features), "clusters", clusters)
     on_gpu = device.type == "cuda" and faiss_sees_gpu()
@@ -80,7 +114,13 @@ def kmeans(
         with reading:
             points = features.faiss_subsample(KMEANS_POINTS * clusters, seed)
         model = faiss.Kmeans(
-            features.dimension, clusters, niter=iterations, nredo=redos, seed=seed, min_points_per_centroid=1
+            features.dimension,
+            clusters,
+            niter=iterations,
+            nredo=redos,
+            seed=seed,
+            spherical=spherical,
+            min_points_per_centroid=1,
         )
         if on_gpu:
             model.index = to_gpu(model.index, device)

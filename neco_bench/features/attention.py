@@ -1,0 +1,38 @@
+"""Foreground by the class token's attention, as in DINO (Caron et al., ICCV 2021) and Leopart (CVPR 2022)."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torchvision.transforms.functional as tf
+from scipy import ndimage
+from torch import Tensor
+
+MIN_REGION = 3  # patches of the smallest region that stays
+
+
+MIN_SIDE = 4  # patches, that the blur's seven can be reflected
+
+
+def top_mass(attention: Tensor, mass: float) -> Tensor:
+    """Find the patches (..., h, w) bool that hold the top `mass`, a share, of the attention (..., h, w) of each map.
+
+    Patches are added up from the least on; those after which more than 1 - `mass` is reached are in.
+    """
+    ordered, order = attention.flatten(-2).sort(dim=-1)
+    inside = (ordered / ordered.sum(-1, keepdim=True)).cumsum(-1) > 1 - mass
+    return torch.empty_like(inside).scatter_(-1, order, inside).view_as(attention)
+
+
+def foreground(attention: Tensor, mass: float) -> Tensor:
+    """Find the patches (N, h, w) bool with the top `mass` of the attention (N, heads, h, w), mean of heads, blurred.
+
+    Regions of one or two patches (of eight neighbours) are left out. h and w are at least `MIN_SIDE`.
+    """
+    blurred = tf.gaussian_blur(attention.mean(1, keepdim=True), [7, 7], [0.6, 0.6]).squeeze(1)
+    mask = top_mass(blurred, mass).cpu().numpy()
+    for image in mask:
+        regions, count = ndimage.label(image, np.ones((3, 3)))
+        sizes = np.bincount(regions.ravel(), minlength=count + 1)
+        image &= sizes[regions] >= MIN_REGION
+    return torch.from_numpy(mask).to(attention.device)

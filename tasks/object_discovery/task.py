@@ -1,0 +1,147 @@
+"""Object discovery: one box for each image from its features alone; CorLoc, the share of images where it is right.
+
+`tokencut-1` and `lost-1` are the protocols of TokenCut (Wang et al., CVPR 2022, section 4.1) and LOST (Simeoni et al.,
+BMVC 2021, section 4.1), on the keys of the last block. `clean-1` is TokenCut on the features that an encoder gives.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from neco_bench.tasks.object_discovery.discovery import Discovery, box_iou, lost, tokencut
+from neco_bench.tasks.object_discovery.settings import Settings
+from torch import Tensor
+
+from neco_bench.core import distributed
+from neco_bench.core.errors import UsageError
+from neco_bench.core.task import Context, Cost, Outcome
+from neco_bench.data.base import BoxDataset, BoxSample
+from neco_bench.encoders.base import Encoder
+from neco_bench.features.loader import loading_threads
+from neco_bench.features.transforms import resize_image, to_tensor
+from neco_bench.metrics import bootstrap
+
+LANCZOS = 60  # products with the graph that a cut takes, about
+
+
+def check_encoder(encoder: Encoder, settings: Settings) -> None:
+    """Raise UsageError for an encoder without the keys, or without the sizes, that the protocol needs."""
+    if settings.features == "keys" and not encoder.has_keys:
+        raise UsageError(
+            f"features=keys needs the keys of the last block, which {encoder.name!r} does not give. Use @clean-1, "
+            f"which takes any encoder, or --set features=patches."
+        )
+    if encoder.only_size:
+        raise UsageError(
+            f"Images have their own aspect ratio here; {encoder.name!r} takes {encoder.only_size}x{encoder.only_size} "
+            f"only. Use an encoder that takes other sizes."
+        )
+
+
+def cost(settings: Settings, data: dict[str, BoxDataset], stride: int, dimension: int) -> Cost:
+    """Estimate a run: each image once, the similarities of its patches, and a cut."""
+    images, size = len(data["test"]), settings.input_size_for(stride)
+    patches = (size // stride) ** 2
+    products = dimension + (LANCZOS if settings.method == "tokencut" else 2)
+    return Cost(
+        images=images,
+        size=size,
+        width=dimension,
+        operations=2.0 * images * patches**2 * products,
+        memory=32.0 * patches**2,
+    )
+
+
+def run(encoder: Encoder, data: dict[str, BoxDataset], settings: Settings, context: Context) -> Outcome:
+    """Measure the CorLoc on data["test"]; images without an object are left out."""
+    check_encoder(encoder, settings)
+    dataset = data["test"]
+    rows: dict[int, tuple[float, np.ndarray]] = {}
+    for item, sample in context.track(read(dataset, context), "discover", len(dataset)):
+        if not len(sample.boxes):
+            continue
+        image, scale = prepare(sample.image, encoder, settings)
+        with context.phase("encode"):
+            options = {"keys": True} if settings.features == "keys" else {}
+            features = encoder.encode(image[None], mean=settings.mean, std=settings.std, **options)
+            maps = (features.map if features.keys is None else features.keys)[0].cpu().numpy()
+        with context.phase("discover"):
+            found = tokencut(maps, settings.tau) if settings.method == "tokencut" else lost(maps, settings.patches)
+        box = to_pixels(found, encoder.stride, scale, sample.image.shape)
+        truth = np.rint(sample.boxes) if settings.round_boxes else sample.boxes
+        best = float(box_iou(box, truth).max())
+        rows[item] = best, box
+        context.record(sample.id, box=box, boxes=truth, iou=best, score=found.score, region=found.region)
+    return outcome(dataset, rows, settings, context)
+
+
+def read(dataset: BoxDataset, context: Context) -> Iterator[tuple[int, BoxSample]]:
+    """Read the samples that this process takes, with their numbers; some ahead, by threads."""
+    items = range(distributed.rank(), len(dataset), distributed.world())
+    with loading_threads() as pool:
+        for start in range(0, len(items), context.batch_size):
+            chunk = items[start : start + context.batch_size]
+            with context.phase("load"):
+                samples = list(pool.map(dataset.__getitem__, chunk))
+            yield from zip(chunk, samples, strict=True)
+
+
+def prepare(image: np.ndarray, encoder: Encoder, settings: Settings) -> tuple[Tensor, tuple[float, float]]:
+    """Bring an image to a size that the encoder takes.
+
+    Returns:
+        (3, H, W) RGB in [0, 1], and how many pixels of the image one of its own is, down and across.
+    """
+    height, width = image.shape[:2]
+    multiple = encoder.size_multiple or encoder.stride
+    if settings.image == "native":
+        mean = torch.tensor(settings.mean or encoder.mean).view(3, 1, 1)
+        # The mean colour is 0 once the encoder has normalised it: the reference pads after that.
+        padded = F.pad(to_tensor(image) - mean, (0, -width % multiple, 0, -height % multiple)) + mean
+        return padded, (1.0, 1.0)
+    ratio = settings.input_size / max(height, width)
+    rows, columns = (max(1, round(side * ratio / multiple)) * multiple for side in (height, width))
+    return resize_image(image, rows, columns), (height / rows, width / columns)
+
+
+def to_pixels(found: Discovery, stride: int, scale: tuple[float, float], size: tuple[int, ...]) -> np.ndarray:
+    """Return the box of some cells in an image of `size` (height, width): (x1, y1, x2, y2), cut at its border."""
+    top, left, bottom, right = (stride * cell for cell in found.cells)
+    box = np.array([left, top, right, bottom]) * (scale[1], scale[0], scale[1], scale[0])
+    return np.minimum(box, (size[1], size[0], size[1], size[0]))
+
+
+def outcome(
+    dataset: BoxDataset, rows: dict[int, tuple[float, np.ndarray]], settings: Settings, context: Context
+) -> Outcome:
+    """Gather the best IoU and the box of each image from all processes, and report the CorLoc."""
+    rows = {item: row for part in distributed.gather(rows) for item, row in part.items()}
+    items = sorted(rows)
+    if not items:
+        raise UsageError(f"None of the {len(dataset)} images of {dataset.name!r} has an object. Raise --limit.")
+    ious = np.array([rows[item][0] for item in items])
+    hits = (ious >= settings.iou).astype(np.float64)
+    context.note(images_without_objects=len(dataset) - len(items))
+    return Outcome(
+        metrics={"CorLoc": float(hits.mean()), "best_IoU": float(ious.mean())},
+        per_class={},
+        ci95={
+            "CorLoc": bootstrap.bootstrap_mean(hits, seed=context.seed),
+            "best_IoU": bootstrap.bootstrap_mean(ious, seed=context.seed),
+        },
+        n_images=len(items),
+        statistics={
+            "image_id": np.array([dataset.ids[item] for item in items]),
+            "score/CorLoc": hits,
+            "score/best_IoU": ious,
+            "box": np.stack([rows[item][1] for item in items]),
+        },
+        features={
+            "resize": settings.image,
+            "final_norm": settings.features == "patches",
+            "features": settings.features,
+        },
+    )

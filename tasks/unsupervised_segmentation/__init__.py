@@ -1,0 +1,1 @@
+"""Fully unsupervised segmentation: foreground from clusters, objects by community detection."""
