@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -137,7 +138,9 @@ def training_order(count: int, total: int, seed: int) -> list[tuple[int, int]]:
 def extractor_of(encoder: Encoder, settings: Settings, context: Context, *, mirrored: bool = False) -> FeatureExtractor:
     """An extractor of the features that the protocol says; mirrored: with those of the mirrored images."""
     s = settings
-    options = {name: True for name, wanted in (("class_token", s.class_token), ("mirrored", mirrored)) if wanted}
+    options: dict[str, Any] = {
+        name: True for name, wanted in (("class_token", s.class_token), ("mirrored", mirrored)) if wanted
+    }
     return FeatureExtractor(encoder, context, final_norm=s.final_norm, mean=s.mean, std=s.std, **options)
 
 
