@@ -92,6 +92,8 @@ DATASETS = {
     "cityscapes": r"Cityscapes( val)?",
     "pascal_context": r"Pascal Context( val)?",
     "spair": r"SPair-71k",
+    "nyu": r"NYUv2",
+    "kitti": r"KITTI",
     "sun": r"SUN.?RGB-?D.*",
     "navi": r"NAVI",
     "davis_vos": r"DAVIS-2017( val)?",
@@ -159,15 +161,40 @@ def task_id(measure: str, dataset: str, row: Row) -> str:
         return dataset if dataset in ("spair", "navi") else ""
     if measure == "video":
         return video_task(row) if dataset == "davis_vos" else ""
+    if measure == "depth":
+        return f"{dataset}_depth" if dataset in ("nyu", "kitti") else ""
     if measure == "finetune" and dataset in ("ade20k", "pascal_context", "cityscapes"):
         return f"{dataset}_finetune".replace("context_", "context60_")
-    if not dataset or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup", "knn", "logreg"):
+    if (
+        not dataset
+        or dataset in ("nyu", "kitti")
+        or measure not in ("ic", "linear", "overcluster", "cluster_gt", "unsup", "knn", "logreg")
+    ):
         return ""
     if measure == "overcluster":
         clusters = re.search(r"K=(\d+)", row["setting"] + row["task"])
         return f"{dataset}_overcluster_{clusters[1]}" if clusters else ""
     fraction = re.search(r"fraction 1/(\d+)", row["setting"])
     return f"{dataset}_{measure}" + (f"_1of{fraction[1]}" if fraction and fraction[1] != "1" else "")
+
+
+def depth_protocol(publication: str, task: str, row: Row) -> str:
+    """Our protocol of linear depth, where a number was obtained by it; else nothing."""
+    if publication == "dinov3" and task == "nyu_depth":
+        return "dinov3-1"
+    lin1 = publication == "dinov2" and task and row["setting"] == "lin. 1"
+    return "dinov2-lin1" if lin1 else ""
+
+
+def video_facts(publication: str, model: str, metric: str, task: str, setting: str) -> tuple[str, str, list[str]]:
+    """The metric as ours are named, our protocol (empty where it is another), and notes."""
+    metric = re.sub(r" mean$", "", metric).replace(" ", "_")
+    quoted = publication == "dino" and not re.match(r"DINO|Supervised ImageNet", model)
+    known = publication in ("dino", "dinov3") and task and metric == "J&F" and not quoted
+    notes = ["nearest upsampling, as in the released notebook, inferred"] if known and publication == "dinov3" else []
+    if publication == "dinov3" and "equals size M" in setting:
+        notes.append("size M inferred for all")
+    return metric, f"{publication}-1" if known else "", notes
 
 
 def convert(row: Row) -> tuple[Row, tuple]:
@@ -183,14 +210,20 @@ def convert(row: Row) -> tuple[Row, tuple]:
     task = task_id(measure, dataset, row)
     ours = publication == "neco" and measure in ("linear", "overcluster", "cluster_gt")
     dinov3 = (publication, task) == ("dinov3", "ade20k_linear") and re.match(r"ViT-.*/16$", row["arch"])
+    depth = depth_protocol(publication, task, row)
     protocol = f"paper:{publication}-{measure}".replace("-scann-ic", "-scann")
     protocol = "neco-1" if ours else "dinov3-1" if dinov3 else "capi-1" if publication == "capi" else protocol
+    protocol = depth or protocol
     if publication == "segmenter" and "crop 640" not in row["setting"]:  # a larger input is another protocol
         decoder = "mask" if "Mask" in row["model"] else "linear"
         protocol = f"segmenter-{decoder}{'-ms' if 'multi-scale' in row['setting'] else ''}-1"
     notes = [f"{row['model']}; {row['setting']}" if model in SEGMENTER.values() else row["setting"]]
     if dinov3:
         notes.append("the released evaluator's settings inferred")
+    if depth == "dinov3-1":
+        notes.append("the released evaluator's settings inferred; the paper sweeps learning rate and weight decay")
+    if depth == "dinov2-lin1":
+        notes.append("settings as in a third party's copy of the configuration inferred")
     if ours and measure == "linear":
         notes.append("25 epochs and 100 px masks inferred")
     if ours and "K=21" in row["setting"] and dataset == "coco_things":
@@ -198,16 +231,12 @@ def convert(row: Row) -> tuple[Row, tuple]:
     if publication == "neco" and row["model"] == "NeCo":
         notes.append("start model DINOv2R-XR inferred")
     metric = re.sub(r" %$| \(digitised.*", "", row["metric"])
-    if measure == "video":  # as our metrics are named
-        metric = re.sub(r" mean$", "", metric).replace(" ", "_")
-        quoted = publication == "dino" and not re.match(r"DINO|Supervised ImageNet", row["model"])
-        if publication in ("dino", "dinov3") and task and metric == "J&F" and not quoted:
-            protocol = f"{publication}-1"
-        if protocol == "dinov3-1":
-            notes.append("nearest upsampling, as in the released notebook, inferred")
-        if publication == "dinov3" and "equals size M" in row["setting"]:
-            notes.append("size M inferred for all")
+    if measure == "video":
+        metric, video, inferred = video_facts(publication, row["model"], metric, task, row["setting"])
+        protocol, notes = video or protocol, notes + inferred
     metric = "RMSE m" if metric == "RMSE" else re.sub(r"^(SPair|NAVI) score.*", "recall", metric)
+    if metric == "RMSE m" and task:
+        metric = "rmse"
     value = row["value"]
     if publication == "crw":  # printed as fractions
         value = format((100 * Decimal(value)).normalize(), "f")

@@ -25,6 +25,8 @@ from neco_bench.training.loop import train
 from neco_bench.training.loss import neco_loss
 from neco_bench.training.sorting import soft_sort
 
+from .tasks.test_dense_regression import EVERY as DENSE
+from .tasks.test_dense_regression import quick
 from .tasks.test_shapes import CARDS, CASES, SMALL
 from .training.helpers import recipe
 from .training.test_loop import losses, options
@@ -98,6 +100,15 @@ def test_a_task_gives_what_it_gives_on_the_cpu(case: str, tmp_path: Path) -> Non
     assert there.provenance["device"] == torch.cuda.get_device_name()
     assert ResultStore(tmp_path / "cuda").load_all()
     assert there.metrics == pytest.approx(here.metrics, abs=1e-4)
+
+
+@pytest.mark.parametrize("case", DENSE)
+def test_depth_and_normals_are_those_of_the_cpu(case: str) -> None:
+    """Heads trained in three steps, on each device from its own features."""
+    here, there = (
+        neco_bench.run(MODEL, case, device=device, limit=12, changes=quick(case)) for device in ("cpu", "cuda")
+    )
+    assert there.metrics == pytest.approx(here.metrics, rel=1e-3, abs=1e-3)
 
 
 @pytest.mark.parametrize("model", ["vit_tiny_patch16_224", "resnet18"])

@@ -52,6 +52,7 @@ FAMILIES: Registry = Registry(
             "correspondence",
             "video_propagation",
             "geometric_correspondence",
+            "dense_regression",
         )
     },
     listing="neco-bench tasks",

@@ -86,7 +86,8 @@ class Context:
                 function (passed as the value of a function) from a patch's number to its `Neighbour`s. Of pairs
                 `points` (P, 2), the predicted pixels (x, y) of the target, their `errors` (P,) and the longest `side`
                 of the target's box, in pixels. Of clips `truth` and `prediction`, lists of (H, W), and `scores`
-                (2, objects, T), see `draw_clip`.
+                (2, objects, T), see `draw_clip`. Of depth and normals `image`,
+                `truth`, `prediction` (H, W) or (H, W, 3), and `values`, the metrics by name.
         """
         if item_id in self.recorded_ids:
             self.run.predictions[item_id] = {

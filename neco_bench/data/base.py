@@ -80,12 +80,12 @@ class Dataset(abc.ABC):
 
     name, split; version: of the reader and its id mapping. expected: number of items of each full split (empty where
     no such number exists). citation: short reference. ids: item ids in a fixed order (image ids, or pair ids).
-    kind: "segmentation", "pairs", "boxes", "video" or "views". needs_root: whether it is read from the data root.
-    folder_name: its folder there, the name if empty. layout: the tree of files expected there, shown in error
-    messages. images_from: the collection that the images are from, the folder name if empty. fractions: parts that can
-    be drawn from a split, as {split: {parts: items}}; see `fraction`. sampling_unit: what was drawn from a population,
-    so that intervals can be made: "image", "pair", "frame" (of drives, in order), "sequence", "scene", ...; see
-    `core.sampling`.
+    kind: "segmentation", "pairs", "boxes", "video", "views", "depth" or "normals". needs_root: whether it is read from
+    the data root. folder_name: its folder there, the name if empty. layout: the tree of files expected there, shown in
+    error messages. images_from: the collection that the images are from, the folder name if empty. fractions: parts
+    that can be drawn from a split, as {split: {parts: items}}; see `fraction`. sampling_unit: what was drawn from a
+    population, so that intervals can be made: "image", "pair", "frame" (of drives, in order), "sequence", "scene", ...;
+    see `core.sampling`.
     """
 
     name: ClassVar[str]
@@ -132,6 +132,10 @@ class Dataset(abc.ABC):
     @abc.abstractmethod
     def fingerprint(self) -> str:
         """Hex digest that changes with the list of items and with the files behind them (names and sizes)."""
+
+    def sample_sanity_check(self) -> list[str]:
+        """What a few items of the split say against its files; `run` looks before it starts, and stops."""
+        return []
 
     def head(self, count: int) -> Self:
         """The same data set with its first `count` items only. Raises UsageError where count < 1."""

@@ -18,6 +18,7 @@ from neco_bench.core.errors import BadInputError, NecoBenchError
 from neco_bench.core.own_data import FILE, own_datasets
 from neco_bench.core.paths import data_root
 from neco_bench.data.base import IGNORE, BoxDataset, Dataset, MaskSummary, PairDataset, SegmentationDataset
+from neco_bench.data.dense import DenseDataset, DepthSummary
 from neco_bench.data.folder import AbsentSplitError
 from neco_bench.data.load import DATASETS, dataset_class, dataset_folder, fraction_names, open_split
 from neco_bench.data.video import VideoDataset, object_count
@@ -137,6 +138,8 @@ def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
         findings += _check_segmentation(dataset, wrap)
     elif isinstance(dataset, PairDataset):
         findings += _check_pairs(dataset, wrap)
+    elif isinstance(dataset, DenseDataset):
+        findings += _check_dense(dataset, wrap)
     elif isinstance(dataset, BoxDataset):
         findings += _check_boxes(dataset, wrap)
     elif isinstance(dataset, VideoDataset):
@@ -194,6 +197,44 @@ def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Fi
         if never:
             text = f"No pixel of {len(never)} of {len(dataset.classes)} classes: {', '.join(never)}."
             findings.append(Finding("warning", dataset.split, text, "Scores average the classes that are present."))
+    return findings
+
+
+def _check_dense(dataset: DenseDataset, wrap: Progress) -> list[Finding]:
+    """Frame sizes, the share of pixels with a target, and the range of depth or the mean of normals."""
+    targets, damage, means = DepthSummary(), [], []
+    for index in wrap(range(len(dataset)), desc=f"{dataset.name} {dataset.split}"):
+        try:
+            target = dataset[index].target
+            targets.add(target)
+            if target.ndim == 3 and target.any():
+                means.append(target[target.any(2)].mean(0))
+        except NecoBenchError as error:
+            damage.append(str(error))
+    findings = _damaged(dataset, damage, len(dataset), f"images and maps of {dataset.kind}")
+    if not damage:
+        findings += [Finding("error", dataset.split, text) for text in dataset.sanity_check(targets)]
+    if not len(targets):
+        return findings
+    sizes = ", ".join(f"{width}x{height}" for height, width in sorted(targets.sizes))
+    share = float(np.mean(targets.shares))
+    text = f"frames of {sizes} pixels; {100 * share:.1f} % of the pixels have {dataset.kind}"
+    findings.append(Finding("ok", dataset.split, text, values={"share": share}))
+    if empty := sum(own == 0 for own in targets.shares):
+        text = f"{empty} of {len(targets)} maps of {dataset.kind} are empty."
+        findings.append(Finding("warning", dataset.split, text, "They are not scored."))
+    if targets.ranges:
+        if dataset.needs_root and min(targets.shares) == 1:
+            text = "every pixel has depth: where the sensor has none, it was filled in"
+            findings.append(Finding("ok", dataset.split, text))
+        low, high = min(row[0] for row in targets.ranges), max(row[2] for row in targets.ranges)
+        values = {"smallest": low, "median": targets.median, "largest": high}
+        text = f"depth of {low:.3g} to {high:.3g} m, median {targets.median:.3g} m"
+        findings.append(Finding("ok", dataset.split, text, values=values))
+    if means:
+        x, y, z = np.mean(means, axis=0).tolist()
+        text = f"mean normal ({x:+.2f}, {y:+.2f}, {z:+.2f}): splits must agree in the directions of the axes"
+        findings.append(Finding("ok", dataset.split, text, values={"x": x, "y": y, "z": z}))
     return findings
 
 

@@ -63,7 +63,7 @@ def read_image(path: Path, *, listed_in: Path | None = None) -> np.ndarray:
     applied: annotations refer to the stored pixel grid. Raises MissingError (no such file; `listed_in` is the list
     that names it) and BadInputError (truncated, not an image, more than 8 bits per channel).
     """
-    image = _open(path, "image", listed_in)
+    image = open_image(path, "image", listed_in)
     if image.mode not in _IMAGE_MODES:
         raise BadInputError(
             f"Image {path} has pixel format {image.mode}, not 8 bits per channel. Convert it to 8-bit RGB."
@@ -74,7 +74,7 @@ def read_image(path: Path, *, listed_in: Path | None = None) -> np.ndarray:
 
 def read_size(path: Path, *, listed_in: Path | None = None) -> tuple[int, int]:
     """(H, W) of an image file, of which nothing more is read. Raises like `read_image` where it is not an image."""
-    width, height = _open(path, "image", listed_in, whole=False).size
+    width, height = open_image(path, "image", listed_in, whole=False).size
     return height, width
 
 
@@ -105,7 +105,7 @@ def read_mask(
     (`check_palette`), unless it is not a `known_palette`. causes: {wrong value: what the file then is}, for messages.
     size: (H, W) that the mask must have. Raises MissingError and BadInputError.
     """
-    image = _open(path, "mask", listed_in)
+    image = open_image(path, "mask", listed_in)
     if image.mode not in ("L", "P", *(("I;16", "I") if len(table) > 256 else ())):
         kind = "a colour mask" if image.mode.startswith("RGB") else f"of pixel format {image.mode}"
         raise BadInputError(
@@ -264,7 +264,8 @@ def near_files(path: Path) -> str:
     return ""
 
 
-def _open(path: Path, what: str, listed_in: Path | None, *, whole: bool = True) -> Image.Image:
+def open_image(path: Path, what: str, listed_in: Path | None, *, whole: bool = True) -> Image.Image:
+    """A file as a Pillow image, decoded if `whole`. Raises MissingError and BadInputError, which call it `what`."""
     try:
         wrong = decoding(f"Cannot decode {what} {path}", "The file is truncated or not an image: restore it.")
         with wrong, Image.open(path, formats=_FORMATS) as image:

@@ -1,7 +1,7 @@
 """Data sets by name: `load_dataset("voc2012", "val", root="~/data")`. Imports neither torch nor any reader.
 
 Another package adds a data set through the entry-point group `neco_bench.datasets`: name = "module:Class", the class a
-SegmentationDataset or PairDataset constructed as `Class(folder, split)`.
+SegmentationDataset, DenseDataset or PairDataset constructed as `Class(folder, split)`.
 """
 
 from __future__ import annotations
@@ -50,6 +50,13 @@ DATASETS: Registry[type[Dataset]] = Registry(
         "pascal_context60": "neco_bench.data.pascal_context:PascalContext60",
         "nyuv2": "neco_bench.data.nyuv2:NYUv2",
         "nyuv2_13": "neco_bench.data.nyuv2:NYUv213",
+        "nyu_depth": "neco_bench.data.depth:NYUDepth",
+        "nyu_depth_labelled": "neco_bench.data.depth:NYUDepthLabelled",
+        "nyu_normals": "neco_bench.data.normals:NYUNormals",
+        "nyu_normals_labelled": "neco_bench.data.normals:NYUNormalsLabelled",
+        "kitti_depth": "neco_bench.data.depth:KITTIDepth",
+        "shapes_depth": "neco_bench.data.shapes_geometry:ShapesDepth",
+        "shapes_normals": "neco_bench.data.shapes_geometry:ShapesNormals",
         "pf_willow": "neco_bench.data.proposal_flow:PFWillow",
         "pf_pascal": "neco_bench.data.proposal_flow:PFPascal",
         "voc2007_boxes": "neco_bench.data.boxes:VOC2007Boxes",

@@ -27,6 +27,7 @@ from PIL import Image
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.core.paths import data_root
 from neco_bench.data.coco import find_annotation, panoptic_categories, read_segments
+from neco_bench.data.depth import MM, KITTIDepth, LabelledFrames
 from neco_bench.data.folder import locate, missing
 from neco_bench.data.io import decoding, id_table, read_mask, read_mat, read_text, voc_colours
 from neco_bench.data.load import dataset_class
@@ -35,6 +36,8 @@ from neco_bench.data.nyuv2 import FRAMES, LABELS, NYUv2, frames
 from neco_bench.data.voc2012 import VOC2012
 
 _SBD_IMAGES = 10582
+
+DEEPEST = 12.0  # metres: the sensor of NYUv2 sees no further than 10
 
 _LOCK = ".neco-bench.lock"
 
@@ -62,7 +65,8 @@ def prepare(
     progress: Progress | None = None,
 ) -> list[Prepared]:
     """`voc_sbd` (source: SBD, folder or archive), `coco_panoptic`, `nyuv2` (source: nyu_depth_v2_labeled.mat), `navi`
-    (source: its archive, or none where it is unpacked), or any data set, whose `source` archive is unpacked.
+    (source: its archive, or none where it is unpacked), or any data set, whose `source` archive is unpacked; those of
+    KITTI into `gt_depth` or `input`.
 
     into: sub-folder of the data set's folder for the archive, such as "stuffthingmaps". progress: as in
     `check_dataset`. Raises UsageError (also where nothing can be written), MissingError (no source, no originals) and
@@ -97,8 +101,10 @@ def _prepare(name: str, base: Path, source: Path | None, into: str, wrap: Progre
     if source is None or not source.is_file():
         raise UsageError(f"Preparing {name!r} means unpacking an archive: give it as --source FILE.zip or FILE.tar.gz.")
     folder = base / (cls.folder_name or cls.name)
-    if issubclass(cls, NYUv2) and source.suffix.lower() == ".mat":
+    if issubclass(cls, NYUv2 | LabelledFrames) and source.suffix.lower() == ".mat":
         return _nyuv2(folder, source, wrap)
+    if issubclass(cls, KITTIDepth) and not into:
+        into = "gt_depth" if source.name.startswith("data_depth") else "input"
     if Path(into).is_absolute() or ".." in Path(into).parts:
         raise UsageError(f"--into {into!r} must be a folder inside that of the data set, such as stuffthingmaps.")
     return [unpack(source, folder / into, wrap)]
@@ -325,7 +331,10 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
 
 
 def _nyuv2(folder: Path, source: Path, wrap: Progress) -> list[Prepared]:
-    """Images and labels of nyu_depth_v2_labeled.mat in the official split. It is HDF5 with transposed arrays."""
+    """Images, labels and raw depth (where there is some) of nyu_depth_v2_labeled.mat in the official split.
+
+    It is HDF5 with transposed arrays. Depth is that of the sensor, with its holes, not `depths`, where they are filled.
+    """
     try:
         import h5py
     except ImportError as error:
@@ -347,6 +356,13 @@ def _nyuv2(folder: Path, source: Path, wrap: Progress) -> list[Prepared]:
             with decoding(wrong, fix):
                 return Image.fromarray(np.ascontiguousarray(images[int(name) - 1].T))
 
+        def depth(name: str) -> Image.Image:
+            with decoding(wrong, fix):
+                metres = np.ascontiguousarray(file["rawDepths"][int(name) - 1].T)
+                if not 0 <= metres.min() <= metres.max() <= DEEPEST:
+                    raise ValueError(f"frame {name} holds depths of {metres.min():g} to {metres.max():g}, not metres")
+                return Image.fromarray(np.rint(metres * MM).astype(np.uint16))
+
         def mask(name: str) -> Image.Image:
             with decoding(wrong, fix):
                 frame = np.ascontiguousarray(labels[int(name) - 1].T)
@@ -354,8 +370,14 @@ def _nyuv2(folder: Path, source: Path, wrap: Progress) -> list[Prepared]:
                     raise ValueError(f"frame {name} holds label {frame.max()}, the highest is {LABELS}")
                 return Image.fromarray(frame)
 
+        kinds = [("rgb", image), ("labels_894", mask)]
+        if "rawDepths" in file:
+            with decoding(wrong, fix):
+                if file["rawDepths"].shape != (count, width, height):
+                    raise ValueError(f"it holds rawDepths {file['rawDepths'].shape}")
+            kinds.append(("depth", depth))
         done = []
-        for split, (kind, make) in itertools.product(NYUv2.splits, (("rgb", image), ("labels_894", mask))):
+        for split, (kind, make) in itertools.product(NYUv2.splits, kinds):
             if names := [f"{number:04d}" for number in frames(split) if number <= count]:
                 done.append(_convert(folder / f"{split}_{kind}", names, make, wrap))
     if count < FRAMES:

@@ -20,9 +20,8 @@ from torch import Tensor
 from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, is_out_of_memory
 from neco_bench.core.task import Context
-from neco_bench.data.base import Samples
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.loader import ItemDataset, load_items
+from neco_bench.features.loader import ImageDataset, ItemDataset, load_items
 from neco_bench.features.store import FeatureFile
 from neco_bench.features.transforms import Transform
 
@@ -36,6 +35,32 @@ class FeatureBatch:
     masks: tuple[np.ndarray, ...]
 
 
+def features_of(
+    encoder: Encoder, images: Tensor, *, class_token: bool = False, mirrored: bool = False, **options: Any
+) -> Tensor:
+    """Encode images: `Encoder.encode(images).map`, with what else is asked for behind it as further channels.
+
+    Args:
+        encoder: of the images.
+        images: (B, 3, H, W) in [0, 1].
+        class_token: the first prefix token at each cell; of encoders without one, the mean of the cells.
+        mirrored: after these, the same of the mirrored images, mirrored back.
+        options: of `encode`.
+
+    Returns:
+        (B, D, h, w), D times 2 for each of the two.
+    """
+    encoded = encoder.encode(images, **options)
+    features = encoded.map
+    if class_token:
+        token = features.mean((2, 3)) if encoded.prefix is None else encoded.prefix[:, 0]
+        features = torch.cat([features, token[:, :, None, None].expand_as(features)], 1)
+    if not mirrored:
+        return features
+    other = features_of(encoder, images.flip(-1), class_token=class_token, **options)
+    return torch.cat([features, other.flip(-1)], 1)
+
+
 Output = Literal["features", "features and attention", "attention"]
 
 
@@ -47,7 +72,7 @@ class FeatureExtractor:
         context: of the run. What happens on the way, such as a smaller batch size, is in `context.run`.
         output: the features, one channel more with the mean over heads of the class token's attention, or that
             attention alone, a channel for each head.
-        options: of every call of `Encoder.encode`, such as `mean` and `std`.
+        options: of every call of `features_of`, such as `mean` and `std`.
     """
 
     def __init__(self, encoder: Encoder, context: Context, *, output: Output = "features", **options: Any) -> None:
@@ -68,8 +93,10 @@ class FeatureExtractor:
             torch.cuda.empty_cache()
 
     def _channels(self, images: Tensor) -> Tensor:
+        if self.output == "features":
+            return features_of(self.encoder, images, **self.options)
         features = self.encoder.encode(images, **self.options)
-        if self.output == "features" or features.attention is None:
+        if features.attention is None:
             return features.map
         if self.output == "attention":
             return features.attention
@@ -77,7 +104,7 @@ class FeatureExtractor:
 
     def stream(
         self,
-        dataset: Samples,
+        dataset: ImageDataset,
         transform: Transform,
         description: str,
         *,
@@ -177,8 +204,8 @@ class FeatureExtractor:
             "items": source.items,
             "seed": self.context.seed,
         }
-        channels = encoder.embed_dim + (self.output == "features and attention")
-        shape = (channels, *(side // encoder.stride for side in sides))
+        channels = encoder.embed_dim * 2 ** sum(bool(self.options.get(name)) for name in ("class_token", "mirrored"))
+        shape = (channels + (self.output == "features and attention"), *(side // encoder.stride for side in sides))
         return self.context.store.open(facts, len(source), shape)
 
     def _computed(self, source: ItemDataset, start: int, description: str) -> Iterator[FeatureBatch]:

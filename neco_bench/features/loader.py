@@ -18,13 +18,18 @@ from torch.utils.data import Dataset as TorchDataset
 from neco_bench.core.errors import BadInputError, NecoBenchError, user_error
 from neco_bench.core.rng import item_rng
 from neco_bench.data.base import Samples
+from neco_bench.data.dense import DenseDataset
 from neco_bench.features.transforms import Transform
+
+ImageDataset = Samples | DenseDataset
 
 
 class ItemDataset(TorchDataset):
     """Loads and transforms item `position` of `items`, a sequence of (epoch, index)."""
 
-    def __init__(self, dataset: Samples, items: Sequence[tuple[int, int]], transform: Transform, seed: int) -> None:
+    def __init__(
+        self, dataset: ImageDataset, items: Sequence[tuple[int, int]], transform: Transform, seed: int
+    ) -> None:
         self.dataset, self.items, self.transform, self.seed = dataset, items, transform, seed
 
     def part(self, items: Sequence[tuple[int, int]]) -> ItemDataset:

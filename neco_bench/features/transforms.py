@@ -10,7 +10,7 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ MAPS = 16  # that are upsampled at a time: more leave a CPU's cache
 
 ROUNDING = 1e-5  # of interpolation, as a share of the largest value
 
-Transform = Callable[[Sample, np.random.Generator], tuple[Tensor, np.ndarray]]
+Transform = Callable[[Any, np.random.Generator], tuple[Tensor, np.ndarray]]  # of a Sample or a DenseSample
 
 
 @functools.lru_cache(maxsize=256)

@@ -16,6 +16,7 @@ import torch
 
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.data.base import BoxDataset, Dataset, PairDataset, SegmentationDataset
+from neco_bench.data.dense import DenseDataset
 from neco_bench.data.video import VideoDataset
 from neco_bench.data.views import ViewDataset
 from neco_bench.encoders.base import Encoder
@@ -137,7 +138,7 @@ def _seconds_to_load(dataset: Dataset, size: int) -> float:
         return (time.perf_counter() - start) / len(views)
     count = min(MEASURED, len(dataset))
     for index in range(count):
-        if isinstance(dataset, (SegmentationDataset, BoxDataset)):
+        if isinstance(dataset, (SegmentationDataset, BoxDataset, DenseDataset)):
             resize_image(dataset[index].image, size, size)
         elif isinstance(dataset, PairDataset):
             resize_image(dataset.read_image(dataset.image_ids[index]), size, size)

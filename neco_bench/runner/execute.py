@@ -138,17 +138,16 @@ def _executed(
         raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
     used = outcome.features.get("used_size")
     fields = job.result_fields
-    if encoder.only_size and used == encoder.only_size != job.task.settings().input_size_for(encoder.stride):
-        fields["model"] += (
-            f"[input={encoder.only_size}]"  # is another condition than the card's, and never the same row
-        )
+    only = encoder.only_size
+    if only and used in (only, f"{only}x{only}") and only != job.task.settings().input_size_for(encoder.stride):
+        fields["model"] += f"[input={only}]"  # is another condition than the card's, and never the same row
     requested = {"input_size": job.task.settings().input_size} if "input_size" in outcome.features else {}
     provenance["features"] = {
         **outcome.features,
         **requested,
         "only_size": encoder.only_size,
         "size_multiple": encoder.size_multiple or encoder.stride,
-        "tokens": outcome.features.get("tokens", None if used is None else (used // encoder.stride) ** 2),
+        "tokens": (used // encoder.stride) ** 2 if isinstance(used, int) else outcome.features.get("tokens"),
         "layer": encoder.layer,
         "pos_interp": encoder.pos_interp,
         "dtype": "float16" if job.options.features == "fp16" else "float32",
@@ -254,9 +253,9 @@ def load_job_encoder(job: Job) -> Encoder:
 
 
 def _check_masks(job: Job) -> None:
-    """Raise BadInputError where a few masks of a split already show that they are not those of the data set."""
+    """Raise BadInputError where a few masks or maps of a split already show that they are of something else."""
     for dataset in job.data.values():
-        if isinstance(dataset, SegmentationDataset) and (problems := dataset.sample_sanity_check()):
+        if problems := dataset.sample_sanity_check():
             raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {problems[0]}")
 
 

@@ -14,6 +14,7 @@ from PIL import Image
 from neco_bench.core.errors import UsageError
 from neco_bench.core.files import slug, write_whole
 from neco_bench.data.base import IGNORE, BoxDataset, PairDataset, SegmentationDataset
+from neco_bench.data.dense import DenseDataset
 from neco_bench.data.video import VideoDataset
 from neco_bench.data.views import ViewDataset
 from neco_bench.metrics import segmentation
@@ -42,6 +43,7 @@ from neco_bench.viz.draw import (
     fitted,
     thumbnail,
 )
+from neco_bench.viz.draw_dense import dense_legend, draw_dense
 from neco_bench.viz.draw_video import draw_clip
 
 
@@ -93,21 +95,23 @@ def show(
         arrays: the statistics stored with it.
         job: its job, see `job_of`.
         out: folder of the page.
-        worst: number of items with the lowest scores.
-        best: number of items with the highest scores.
+        worst: number of items with the lowest scores, or the largest errors.
+        best: number of the others.
         named: ids to draw instead of these.
 
     Raises:
         UsageError: for a task family that records no predictions; also what running the job raises.
     """
-    scores = _scores(result, arrays)
-    ids = choose(scores, worst, best, named)
+    scores, sign = _scores(result, arrays), result.metric().sign
+    ids = choose({name: sign * score for name, score in scores.items()}, worst, best, named)
     predictions = record_predictions(job, ids)
     if any(name not in predictions for name in ids):
         raise UsageError(f"Task family {result.family!r} records no predictions that could be drawn.")
     data = job.draws[0]
     dataset = data["test"] if "test" in data else data["val"]
-    if isinstance(dataset, BoxDataset):
+    if isinstance(dataset, DenseDataset):
+        drawn = _draw_dense({name: predictions[name] for name in ids}, dataset.kind, result, arrays)
+    elif isinstance(dataset, BoxDataset):
         drawn = _draw_boxes(dataset, {name: predictions[name] for name in ids}, result, scores)
     elif isinstance(dataset, ViewDataset):
         drawn = _draw_views({name: predictions[name] for name in ids}, result, scores)
@@ -122,7 +126,8 @@ def show(
         assert isinstance(dataset, PairDataset)  # noqa: S101 - there are three kinds
         stored = _stored_counts(result, arrays)
         drawn = _draw_pairs(dataset, {name: predictions[name] for name in ids}, result, stored)
-    order = "As named." if named else f"The {worst} with the lowest scores, then the {best} with the highest."
+    ends = ("lowest scores", "highest") if sign > 0 else ("largest errors", "smallest")
+    order = "As named." if named else f"The {worst} with the {ends[0]}, then the {best} with the {ends[1]}."
     if drawn.differing:
         counts = (
             f"Counted again, {drawn.differing} of them differ from the stored counts: other versions, weights or data."
@@ -236,12 +241,26 @@ def _draw_clips(dataset: VideoDataset, predictions: dict[str, dict[str, Any]], s
     return _Drawn(rows, [], differing)
 
 
+def _draw_dense(
+    predictions: dict[str, dict[str, Any]], kind: str, result: Result, arrays: Mapping[str, np.ndarray]
+) -> _Drawn:
+    metric = result.metric()
+    stored = dict(zip(arrays["item_id"].tolist(), arrays[f"score/{result.primary_metric}"].tolist(), strict=True))
+    rows, differing = [], 0
+    for name, own in predictions.items():
+        value = own["values"][result.primary_metric]
+        rows.append(draw_dense(name, own, kind, f"{result.primary_metric} {metric.text(value)}"))
+        differing += not np.isclose(value, stored[name], rtol=1e-4)
+    return _Drawn(rows, dense_legend(kind), differing)
+
+
 def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
     """Write the page, the grid, and of each tile a thumbnail and the picture."""
     metric = result.primary_metric
     low, high = result.ci95.get(metric, (float("nan"), float("nan")))
     title = f"{result.model} on {result.task}@{result.protocol}"
-    value = f"{metric}: {100 * result.metrics[metric]:.1f} [{100 * low:.1f}, {100 * high:.1f}]"
+    unit = result.metric()
+    value = f"{metric}: {unit.text(result.metrics[metric])} [{unit.text(low) or 'nan'}, {unit.text(high) or 'nan'}]"
     for old in (out / "pictures").glob("[0-9][0-9][0-9]-*"):  # of an earlier call
         old.unlink()
     rows = [(row, [_write_tile(out, number, row, tile) for tile in row.tiles]) for number, row in enumerate(drawn.rows)]

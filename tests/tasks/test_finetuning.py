@@ -35,7 +35,7 @@ from neco_bench.data.base import IGNORE, Sample
 from neco_bench.encoders import DenseFeatures, Encoder, checkpoints, load_encoder
 from neco_bench.encoders.weights import state_sha256
 from neco_bench.metrics.paired import paired_difference
-from neco_bench.metrics.sums import miou_sums
+from neco_bench.metrics.sums import SumMetric, miou_sums
 from neco_bench.results.store import ResultStore
 from tests.typed import load_segmentation
 
