@@ -74,7 +74,7 @@ def test_listings_show_what_is_added_and_what_is_broken(installed: Path) -> None
 
 def test_the_task_runs(installed: Path, tmp_path: Path) -> None:
     """Only the subprocess knows the task; its result can be read without the plug-in."""
-    run = ["run", "--model", "plugin_grey,baseline_hog,broken_encoder", "--task", "shapes_f*", "--limit", 24]
+    run = ["run", "--model", "plugin_grey,baseline_hog,broken_encoder", "--task", "shapes_fore*", "--limit", 24]
     done = neco(installed, *run, "--workers", 0, "--out", tmp_path, "--json")
     assert done.returncode == 4  # of the broken encoder, which stops no other
     assert "Traceback" not in done.stderr

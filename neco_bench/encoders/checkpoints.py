@@ -106,7 +106,7 @@ def _write(final: Path, networks: dict[str, Encoder], state: dict[str, Any]) -> 
     run, temporary = final.parent, final.parent / _TEMPORARY
     try:
         shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+        temporary.mkdir()
         for role, encoder in networks.items():
             weights = inner_module(encoder).state_dict()  # copied, as modules that share weights may name them twice
             tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in weights.items()}

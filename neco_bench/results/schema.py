@@ -134,7 +134,7 @@ class Result(BaseModel):
     def _check(self, name: str, place: str, value: float | None, table: str = "metrics") -> None:
         problem = None if value is None else self.metric(name).problem(value)
         if problem:
-            raise ValueError(f"{table}.{place}: {problem}")
+            raise ValueError(f"{table}.{place}: {problem}, not {value}")
 
     def metric(self, name: str | None = None) -> Metric:
         """Unit, direction and range of one of its metrics, or of the primary one."""
@@ -166,10 +166,9 @@ class Result(BaseModel):
             )
         except ValidationError as error:
             item = error.errors()[0]
-            raise NumericalError(
-                f"The task gave a result that cannot be stored: {'.'.join(map(str, item['loc']))} = {item['input']!r} "
-                f"({item['msg']})."
-            ) from error
+            place, message = ".".join(map(str, item["loc"])), item["msg"].removeprefix("Value error, ")
+            what = f"{place} = {item['input']!r} ({message})" if place else message
+            raise NumericalError(f"The task gave a result that cannot be stored: {what}.") from error
 
     @classmethod
     def failed(cls, fields: Mapping[str, Any], error: NecoBenchError, **measured: Any) -> Result:

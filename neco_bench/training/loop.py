@@ -202,6 +202,10 @@ class TrainingRun:
 
     def _write_checkpoint(self, step: int) -> None:
         trainer, encoder = self.trainer, self.trainer.student.encoder
+        if not self.record.path.exists():  # without it, checkpoints cannot be resumed
+            raise NecoBenchError(
+                f"{self.record.path} was deleted while this run trained. Train again, with another --out."
+            )
         trainer.check_features(step)
         state = {name: part.state_dict() for name, part in trainer.parts.items()}
         state |= {"step": step, "unusable": trainer.unusable}

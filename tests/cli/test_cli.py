@@ -58,7 +58,7 @@ def _start(arguments: Sequence[object], avoided: str, runs: int = 5) -> float:
         ("--help", 0.2, "pydantic"),
         ("run --help", 0.25, "pydantic"),
         ("models", 0.3, "pydantic"),
-        ("data list", 1.2, "pydantic"),
+        ("data list", 1.2, ""),
         ("tasks", 1.2, ""),
     ],
 )

@@ -178,7 +178,7 @@ def test_metrics_that_are_no_fractions(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(execute, "_outcome", wrong)
     answer, rows = run(tmp_path, "baseline_rgb,baseline_hog")
     assert answer.code == 5
-    assert "metrics.mIoU = 37.5" in rows["baseline_rgb"]["error"]
+    assert "metrics.mIoU: Input should be less than or equal to 1, not 37.5" in rows["baseline_rgb"]["error"]
     assert "ci95.mIoU.0 = nan" in rows["baseline_hog"]["error"]
 
 

@@ -138,15 +138,10 @@ def test_an_oracle_recovers_normals_and_a_blind_encoder_does_not(monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("protocol", ["clean-1", "dinov3-1", "dinov2-lin1"])
-def test_an_oracle_under_unchanged_protocols(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On all images; colours stay as they are, as they are the answer."""
+def test_an_oracle_under_the_protocol_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On all images, 150 steps. At the rates of the reference protocols so few steps move no head far."""
     monkeypatch.setattr(DATASETS, "load", lambda name: PaintedDepth)
-    changes = {} if protocol == "clean-1" else {"colour": "none", "rotation_probability": 0.0}
-    found, blind = (
-        neco_bench.run(encoder, f"shapes_depth@{protocol}", workers=0, changes=changes)
-        for encoder in (DepthOracle(), Blind())
-    )
+    found, blind = (neco_bench.run(encoder, "shapes_depth@clean-1", workers=0) for encoder in (DepthOracle(), Blind()))
     assert found.metrics["rmse"] < blind.metrics["rmse"]
 
 

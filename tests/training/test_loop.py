@@ -393,6 +393,23 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert len(losses(tmp_path / "run")) == 6
 
 
+def test_a_run_folder_that_is_deleted_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is written that the next run could take for a run."""
+    plain = checkpoints.save
+
+    def delete(run: Path, *arguments: Any) -> None:
+        plain(run, *arguments)
+        shutil.rmtree(run)
+
+    monkeypatch.setattr(checkpoints, "save", delete)
+    with pytest.raises(NecoBenchError, match=r"recipe\.json was deleted|log\.csv: could not be written"):
+        train(recipe(), options(tmp_path / "run"))
+    monkeypatch.undo()
+    assert not checkpoints.checkpoints(tmp_path / "run")
+    train(recipe(), options(tmp_path / "run", resume=True))
+    assert len(losses(tmp_path / "run")) == 6
+
+
 def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(recipe(), options(tmp_path / "run", save_every=2))
     shutil.rmtree(run / "checkpoint-0000006")
