@@ -1,6 +1,6 @@
 """What a metric is: its unit, which direction is better, and the values it can have. Imports no torch.
 
-The contract of task families, from the commit "Metrics: unit, direction and range" on: a metric is known by its name.
+The contract of task families: a metric is known by its name.
 One that is a fraction, printed in percent, of which more is better needs nothing. For any other, add a line to
 METRICS; a plug-in gives `Outcome(units={name: Metric(...)})`. Tables, ranks, comparisons, pages and `published.csv`
 read unit and direction from here and nowhere else.

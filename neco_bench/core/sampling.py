@@ -1,6 +1,6 @@
 """Which unit is drawn from a population: what intervals and tests take to be independent. Imports no torch.
 
-The contract of data sets and task families, from the commit "Metrics: unit, direction and range" on. A data set says
+The contract of data sets and task families. A data set says
 `sampling_unit`, and where items are parts of larger units `group_of(id)`. A family stores the ids of its items and
 their statistics in one of these forms; the runner then makes intervals, and reports make paired tests, by the unit.
 
