@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import re
 import xml.etree.ElementTree as ElementTree  # files of a data set: expat fetches none
 from collections import defaultdict
@@ -23,13 +24,13 @@ class _BoxFolder(BoxDataset):
     folder: Path
     list_file: Path
 
+    @abc.abstractmethod
     def image_file(self, image_id: str) -> Path:
         """Return the path of an image."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def annotation_files(self) -> list[Path]:
         """Return the paths of what the boxes are read from."""
-        raise NotImplementedError
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
