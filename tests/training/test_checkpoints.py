@@ -97,6 +97,7 @@ def test_a_kill_at_any_point_loses_nothing(step: int, tmp_path: Path) -> None:
     points = 0
     for point in itertools.count(1):
         run = Run(tmp_path / str(point))
+        run.folder.mkdir()
         run.save(0)
         run.save(2)
         with killed_at(point) as reached, contextlib.suppress(Killed):
