@@ -138,11 +138,23 @@ def test_an_oracle_recovers_normals_and_a_blind_encoder_does_not(monkeypatch: py
 
 
 @pytest.mark.slow
-def test_an_oracle_under_the_protocol_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    """On all images, 150 steps. At the rates of the reference protocols so few steps move no head far."""
+@pytest.mark.parametrize(
+    "protocol",
+    [
+        "clean-1",
+        pytest.param("dinov3-1", marks=pytest.mark.xfail(strict=True, reason="the head does not learn: cause unknown")),
+    ],
+)
+def test_an_oracle_beats_a_blind_encoder(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Colours stay as they are, as they are the answer."""
     monkeypatch.setattr(DATASETS, "load", lambda name: PaintedDepth)
-    found, blind = (neco_bench.run(encoder, "shapes_depth@clean-1", workers=0) for encoder in (DepthOracle(), Blind()))
-    assert found.metrics["rmse"] < blind.metrics["rmse"]
+    changes = {"iterations": 60, "batch_size": 6, "crop": [96, 96], "learning_rate": 0.05, "flip_probability": 0.0}
+    changes |= {"colour": "none", "rotation_probability": 0.0} if protocol != "clean-1" else {}
+    found, blind = (
+        neco_bench.run(encoder, f"shapes_depth@{protocol}", limit=10, workers=0, changes=changes).metrics
+        for encoder in (DepthOracle(), Blind())
+    )
+    assert 2 * found["rmse"] < blind["rmse"]
 
 
 @pytest.mark.parametrize("task", EVERY)
