@@ -72,14 +72,18 @@ class PaintedNormals(ShapesNormals):
 
 
 class DepthOracle(Encoder):
-    """Reads the depth off the colours: in each cell of 4 pixels the share at each of 48 depths, 0 to 12 m."""
+    """Reads the depth off the colours: in each cell of 4 pixels the share at each of 48 depths, 0 to 12 m.
+
+    Its mean and std are ImageNet's, which the protocols of the references give to every encoder.
+    """
 
     name, weights_id = "oracle", "0"
     embed_dim, stride = 48, 4
-    mean, std = (0.0, 0.0, 0.0), (1.0, 1.0, 1.0)
+    mean, std = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        levels = (255 * images).round()
+        mean, std = (torch.tensor(values)[:, None, None] for values in (self.mean, self.std))
+        levels = (255 * (images * std + mean)).round()
         depth = (256 * levels[:, :1] + levels[:, 1:2]) / MM
         knots = torch.linspace(0, 12, 48)[None, :, None, None]
         hats = F.relu(1 - (depth - knots).abs() / (12 / 47))
@@ -138,18 +142,12 @@ def test_an_oracle_recovers_normals_and_a_blind_encoder_does_not(monkeypatch: py
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "protocol",
-    [
-        "clean-1",
-        pytest.param("dinov3-1", marks=pytest.mark.xfail(strict=True, reason="the head does not learn: cause unknown")),
-    ],
-)
+@pytest.mark.parametrize("protocol", ["dinov3-1", "dinov2-lin1"])
 def test_an_oracle_beats_a_blind_encoder(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Colours stay as they are, as they are the answer."""
+    """Colours stay as they are, as they are the answer. At the protocols' rates 60 steps would be too few."""
     monkeypatch.setattr(DATASETS, "load", lambda name: PaintedDepth)
     changes = {"iterations": 60, "batch_size": 6, "crop": [96, 96], "learning_rate": 0.05, "flip_probability": 0.0}
-    changes |= {"colour": "none", "rotation_probability": 0.0} if protocol != "clean-1" else {}
+    changes |= {"colour": "none", "rotation_probability": 0.0, "loss_warmup": 10}
     found, blind = (
         neco_bench.run(encoder, f"shapes_depth@{protocol}", limit=10, workers=0, changes=changes).metrics
         for encoder in (DepthOracle(), Blind())
