@@ -64,8 +64,7 @@ class Table:
 
     def to_csv(self) -> str:
         """Write the table as CSV with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
-        text = self.frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_no_formula))
-        csv: str = text.rename(columns=_no_formula).to_csv(index=False, lineterminator="\n")
+        csv: str = without_formulas(self.frame).to_csv(index=False, lineterminator="\n")
         return csv
 
     def to_latex(self, intervals: bool = False) -> str:
@@ -79,6 +78,12 @@ class Table:
         places = values.rank(method="dense", ascending=False)
         rows = zip(frame.itertuples(index=False, name=None), places.itertuples(index=False, name=None), strict=True)
         return render("table.tex", title=self.title, header=list(frame.columns), rows=rows, words=WORDS)
+
+
+def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """Put ' before each text that spreadsheets would take for a formula."""
+    text = frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_no_formula))
+    return text.rename(columns=_no_formula)
 
 
 def _no_formula(cell: Any) -> Any:
@@ -121,7 +126,7 @@ def _text_table(family: str, ending: str, frame: pd.DataFrame, title: str = "") 
 
 def _wide_table(grid: Grid) -> Table:
     title = grid.family.replace("_", " ") + (f" ({KINDS[grid.kind]})" if grid.kind else "")
-    short, detailed = (grid.wide(_cell_texts(grid.cells, detailed)).fillna("") for detailed in (False, True))
+    short, detailed = (grid.wide(cell_texts(grid.cells, detailed)).fillna("") for detailed in (False, True))
     name = f"{slug(grid.family)}{grid.kind}"
     metrics = {column: grid.metric(column) for column in grid.columns}
     headers = {column: f"{column} ({m.legend})" if m.legend else column for column, m in metrics.items()}
@@ -135,7 +140,7 @@ def _with_models(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.rename_axis(index="model", columns=None).reset_index()
 
 
-def _cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
+def cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
     """Write `cells_of`: value and deviation, if detailed with the interval; MARK where the conditions are others."""
 
     def text(cell: Any) -> str:
@@ -196,7 +201,7 @@ def _published(runs: pd.DataFrame, papers: pd.DataFrame) -> pd.DataFrame:
     measured with other weights than the official ones is another model's.
     """
     cells = cells_of(runs[runs.ok & runs.official.ne(False)])
-    cells = cells.assign(text=_cell_texts(cells, detailed=True)).reset_index()
+    cells = cells.assign(text=cell_texts(cells, detailed=True)).reset_index()
     result = cells.results.str[0]
     measured = pd.DataFrame(
         {
