@@ -48,8 +48,8 @@ class Estimate:
 def forecast(jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True) -> list[dict[str, Any]]:
     """One row per job: its items, whether its result is stored, and else the estimate, or the error it would end in.
 
-    Each model is loaded once; jobs of one model lie side by side. Where its weights are missing and its architecture is
-    known, the estimate is that of the architecture. fetch: whether weights that are not here are fetched for it.
+    Each model is loaded once; jobs of one model lie side by side. fetch: False fetches no weights; where they are not
+    here, the estimate is that of the architecture, beside the error.
     """
     rows: list[dict[str, Any]] = []
     rates = Rates()
@@ -137,22 +137,20 @@ def estimate(job: Job, encoder: Encoder, rates: Rates | None = None) -> Estimate
 
 
 def _encoder_and_error(job: Job, fetch: bool) -> tuple[Encoder | None, NecoBenchError | None]:
-    """The encoder of a job, without its weights where these are missing, and why it cannot be loaded."""
-    model = parse_spec(job.model)
-    entry = model.entry if job.options.weights is None and model.pretrained else None
+    """The encoder of a job, or why it cannot be loaded; without `fetch` both, where weights are not here."""
+    model, options = parse_spec(job.model), job.options
+    entry = model.entry if options.weights is None and model.pretrained else None
     file = entry.weights_file if entry else None
-    problem: NecoBenchError
     try:
         if fetch or entry is None or file is None or file.is_file():
             return load_job_encoder(job), None
-        problem = missing_weights(str(entry.weights), file, "a dry run fetches none")
-    except MissingError as error:
-        problem = error
+        problem = missing_weights(str(entry.weights), file, "a dry run of a suite fetches none")
     except NecoBenchError as error:
-        return None, error
-    if model.kind != "timm" or job.options.weights is not None or (entry and entry.params_m > MOST_BARE):
+        if fetch or not isinstance(error, MissingError):
+            return None, error
+        problem = error
+    if model.kind != "timm" or options.weights is not None or (entry and entry.params_m > MOST_BARE):
         return None, problem
-    options = job.options
     bare = replace(model, pretrained=False)
     return load_encoder(bare, device=options.device, precision=options.precision, layers=options.layers), problem
 
