@@ -25,7 +25,10 @@ def train(
     ],
     data: Annotated[
         str | None,
-        typer.Option(help="Folder of images, list file, shapes[:N], or coco, imagenet, voc with an optional :FOLDER."),
+        typer.Option(
+            help="Folder of images, list file, shapes[:N], or coco, imagenet, imagenet100, voc with an optional :FOLDER; "
+            "several with commas. Default: that of --suite."
+        ),
     ] = None,
     recipe: Annotated[
         str | None, typer.Option(help="Recipe name or .toml file; a wrong name lists the shipped ones.")
