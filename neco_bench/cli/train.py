@@ -11,7 +11,6 @@ import typer
 
 from neco_bench.cli.common import DataRoot, Device, Weights, app, suite_names
 from neco_bench.cli.output import foreign_code, print_rows
-from neco_bench.core import config
 from neco_bench.core.errors import UsageError
 
 if TYPE_CHECKING:
@@ -26,8 +25,8 @@ def train(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder of images, list file, shapes[:N], or coco, imagenet, imagenet100, voc with an optional :FOLDER; "
-            "several with commas. Default: that of --suite."
+            help="Folder of images, list file, shapes[:N], or coco, imagenet, imagenet100, voc with an optional "
+            ":FOLDER; several with commas. Default: that of --suite."
         ),
     ] = None,
     recipe: Annotated[
@@ -81,6 +80,7 @@ def train(
 
     Example: neco-bench train --base dinov2_vits14_reg --data coco --recipe neco_vits14_518 --out runs/neco
     """
+    from neco_bench.core import config
     from neco_bench.training import loop
     from neco_bench.training.options import TrainOptions
     from neco_bench.training.recipe import load_recipe, parse_changes

@@ -212,8 +212,8 @@ def _imagenet100(folder: Path) -> tuple[str, ...]:
     absent = [name for name in names if not (folder / name).is_dir()]
     if absent:
         raise MissingError(
-            f"--data imagenet100: {len(absent)} of its 100 classes are not in {folder}, such as {absent[0]}. Unpack the "
-            f"training images of ImageNet there, a folder for each class."
+            f"--data imagenet100: {len(absent)} of its 100 classes are not in {folder}, such as {absent[0]}. Unpack "
+            f"the training images of ImageNet there, a folder for each class."
         )
     return names
 
