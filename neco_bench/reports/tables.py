@@ -81,14 +81,20 @@ class Table:
 
 
 def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
-    """Put ' before each text that spreadsheets would take for a formula."""
-    text = frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_no_formula))
-    return text.rename(columns=_no_formula)
+    """Put ' before each text that spreadsheets would take for a formula; drop NUL characters."""
+    text = frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_plain_cell))
+    return text.rename(columns=_plain_cell)
 
 
-def _no_formula(cell: Any) -> Any:
-    """Put ' before text that begins like a formula and is no number (OWASP, CSV injection)."""
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+def _plain_cell(cell: Any) -> Any:
+    """Put ' before text that begins like a formula and is no number (OWASP, CSV injection); drop NUL characters.
+
+    The csv module of Python 3.10 cannot write NUL.
+    """
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\0", "")
+    if not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return cell
     return cell if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell) else f"'{cell}"
 

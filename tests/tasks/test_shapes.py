@@ -216,6 +216,8 @@ def _run(case: str, store: ResultStore) -> Result:
     """A small run, from the store after the first time."""
     name, _, protocol = case.partition("@")
     family = CARDS[name].family
+    if family == "unsupervised_segmentation":
+        pytest.importorskip("infomap")
     changes = SMALL.get(f"{family}@{protocol}", SMALL[family])
     return neco_bench.run("baseline_rgb", case, limit=6, workers=0, changes=changes, out=store.folder)
 
