@@ -155,7 +155,6 @@ class SuiteColumn:
     published: str
 
 
-@functools.cache
 def _read(path: Path) -> dict[str, Suite]:
     """The suites of a file, by name. Raises MissingError and BadInputError, naming the file."""
     document = read_toml(path)
@@ -169,10 +168,11 @@ def _read(path: Path) -> dict[str, Suite]:
                 raise BadInputError(f"{path}: suite {name!r}: a name has letters, digits, _ . and - only.")
             suites[name] = Suite(id=name, **{"title": name, **table})
         except ValidationError as error:
-            raise BadInputError(f"{path}: suite {name!r}: {problem_text(error)}") from error
+            raise BadInputError(f"{path}: suite {name!r}: {problem_text(error, Suite.model_fields)}") from error
     return suites
 
 
+@functools.cache
 def all_suites() -> dict[str, Suite]:
     """The suites of this package, by name."""
     return _read(FILE)
