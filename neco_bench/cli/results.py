@@ -34,17 +34,35 @@ def leaderboard(
     latex_intervals: Annotated[
         bool, typer.Option("--latex-intervals", help="Put the 95 % intervals into the LaTeX tables.")
     ] = False,
+    pictures: Annotated[
+        Path, typer.Option(help="Where `show` wrote its pages; report.html links to those of these results.")
+    ] = Path("pictures"),
+    run_folder: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of `train`, or its log.csv, whose curve is drawn in report.html; repeatable."),
+    ] = None,
+    published_only: Annotated[
+        bool, typer.Option("--published-only", help="Write one page of the published numbers alone, published.html.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write one CSV per task family and a Markdown page from stored results, published numbers beside measured ones.
+    """Write report.html, tables per task family and a Markdown page from stored results, published numbers beside them.
 
-    The ranking of each family is printed, or the tables of results that are never ranked where there is none.
+    The ranking of each family is printed, or the tables of results that are never ranked where there is none. Curves of
+    run folders that are models of results are drawn without --run-folder.
 
     Example: neco-bench leaderboard --results results --out leaderboards/local
     """
     import neco_bench.leaderboards
+
+    shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
+    if published_only:
+        _survey(published or shipped, out, as_json)
+        return
+    from neco_bench.reports.extras import run_folders_of
     from neco_bench.reports.leaderboard import write_leaderboard
-    from neco_bench.reports.tables import build_tables
+    from neco_bench.reports.ranking import board_of
+    from neco_bench.reports.tables import tables_of
 
     with open_stores(results) as stores:
         by_store = [(result, store) for store in stores for result in store.load_all()]
@@ -55,23 +73,39 @@ def leaderboard(
     def statistics(result: Result) -> dict[str, np.ndarray]:
         return places[result.key].statistics(result)
 
-    shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
+    board = board_of(found, statistics)
     paths = write_leaderboard(
-        found,
+        board,
         out,
         published or shipped,
         latex_intervals=latex_intervals,
-        statistics=statistics,
+        pictures=pictures,
+        run_folders=[*(run_folder or []), *run_folders_of(found)],
     )
     if as_json:
         print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return
-    tables = {table.name: table for table in build_tables(found, statistics=statistics)}
+    tables = {table.name: table for table in tables_of(board)}
     rankings = [tables.get(f"{name}.ranking", table) for name, table in tables.items() if table.ranked]
     for table in rankings or [table for table in tables.values() if table.detailed is not None]:
         print(f"\n{table.title}")
         print_rows((table.frame if table.detailed is None else table.detailed).to_dict("records"), False)
-    print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
+    print(f"\nwrote {out / 'report.html'} and {len(paths) - 1} other files in {out}", file=sys.stderr)
+
+
+def _survey(published: Path, out: Path, as_json: bool) -> None:
+    """Write the page of published numbers."""
+    from neco_bench.core.files import write_whole
+    from neco_bench.reports.published import read_published
+    from neco_bench.reports.survey import survey_page
+
+    rows = read_published(published)
+    page = out / "published.html"
+    write_whole(page, survey_page(rows).encode())
+    if as_json:
+        print(json.dumps({"published": len(rows), "files": [str(page)]}))
+        return
+    print(f"wrote {page}: {len(rows)} published numbers", file=sys.stderr)
 
 
 @app.command()
@@ -140,8 +174,8 @@ def show(
     Example: neco-bench show baseline_hog --task shapes_ic
     """
     from neco_bench.reports.compare import results_of
+    from neco_bench.reports.extras import picture_folder
     from neco_bench.runner.job import job_of
-    from neco_bench.viz.api import folder_of
     from neco_bench.viz.show import show as draw
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
@@ -152,7 +186,7 @@ def show(
     with open_stores(results) as stores:
         matching = results_of(stores, model, patterns)
     for result, store in matching.values():
-        folder = folder_of(result, out)
+        folder = picture_folder(result, out)
         try:
             with foreign_code():
                 job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)
