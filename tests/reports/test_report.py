@@ -22,6 +22,8 @@ from neco_bench.reports.render import render
 from neco_bench.reports.report import report_page
 from neco_bench.reports.survey import survey_page
 from neco_bench.results.schema import Result
+from neco_bench.results.store import ResultStore
+from tests.command import neco
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), None
@@ -299,6 +301,29 @@ def test_links_lead_to_pictures_that_are_there(make_result: Callable[..., Result
     page.write_text("")
     links = picture_links(results, tmp_path / "a b", tmp_path / "out")
     assert links == {results[0].key: "../a%20b/dino_vits16/camvid_ic-hbird-2-01234567/index.html"}
+
+
+def test_the_command_takes_pictures_runs_and_papers(make_result: Callable[..., Result], tmp_path: Path) -> None:
+    store, out = ResultStore(tmp_path / "results"), tmp_path / "board"
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "log.csv").write_text("step,loss\n1,0.5\n2,0.25\n")
+    for number, model in enumerate(("a", str(run))):
+        store.save(make_result(0.4 + number / 10, key=f"{number:016x}", model=model))
+    shown = picture_folder(store.load_all()[0], tmp_path / "shown")
+    shown.mkdir(parents=True)
+    (shown / "index.html").write_text("")
+    base = ("leaderboard", "--results", store.folder, "--out", out)
+    code, printed, err = neco(*base, "--pictures", tmp_path / "shown")
+    assert (code, "in context: ranking" in printed, err.count("wrote")) == (0, True, 1), err
+    page = (out / "report.html").read_text(encoding="utf-8")
+    assert "../shown/" in page
+    assert '"points":[[1.0,0.5],[2.0,0.25]]' in page  # the run folder is a model of a result
+    code, _, err = neco(*base, "--run-folder", tmp_path / "nowhere")
+    assert (code, "--run-folder" in err) == (3, True)
+    code, printed, _ = neco("leaderboard", "--published-only", "--out", out, "--json")
+    assert (code, json.loads(printed)["published"] > 800) == (0, True)
+    assert (out / "published.html").stat().st_size > 500_000
 
 
 @in_browser

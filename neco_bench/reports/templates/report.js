@@ -85,25 +85,27 @@ function legend(states) {
 }
 
 function dots(rows, { width, axis, zero, label, papers }) {  // rows: name, value, low, high, state, title
-  const text = new Map(), most = Math.min(280, width * 0.45);
+  const text = new Map(), most = Math.min(280, width * 0.45);  // of a name in pixels
   for (const row of rows) if (!text.has(row.name)) text.set(row.name, wrapped(row.label || row.name, most));
-  const lines = [...text.values()].map(name => name.split("\n"));
-  const left = Math.max(30, ...lines.flat().map(line => pen.measureText(line).width)) + 10, step = 14 * Math.max(...lines.map(l => l.length)) + 5;
+  const left = Math.max(30, ...[...text.values()].flatMap(name => name.split("\n")).map(line => pen.measureText(line).width)) + 10;
+  let bottom = 0;
+  const names = [...text].map(([name, own]) => { const tall = 14 * own.split("\n").length + 6; bottom += tall; return { name, text: own, y: bottom - tall / 2 }; });
+  const place = new Map(names.map(name => [name.name, name.y])), y = row => place.get(row.name);
   const ends = rows.flatMap(row => [row.value, row.low, row.high]).filter(value => value !== null && value !== undefined);
   const [low, high] = d3.extent(zero === undefined ? ends : [...ends, zero]), room = (high - low || Math.abs(high) || 1) * 0.06;
   const whiskers = rows.filter(row => row.low !== null && row.low !== undefined && row.high !== null && row.high !== undefined);
+  const cap = side => Plot.ruleX(whiskers, { x: side, y1: row => y(row) - 4, y2: row => y(row) + 4, stroke: "var(--ink)", strokeWidth: 1.5 });
   return Plot.plot({
-    width, height: text.size * step + 44, marginLeft: left, marginRight: 14, marginTop: 4, marginBottom: 40, ariaLabel: label,
+    width, height: bottom + 44, marginLeft: left, marginRight: 14, marginTop: 4, marginBottom: 40, ariaLabel: label,
     style: { background: "transparent", color: "inherit", fontSize: "12px", overflow: "visible" },
     x: { domain: [low - room, high + room], grid: true, label: axis, labelArrow: "none", labelAnchor: "right", ticks: Math.max(2, Math.floor((width - left) / 60)) },
-    y: { type: "band", domain: [...text.keys()], padding: 0, label: null, tickSize: 0, tickFormat: name => text.get(name) },
+    y: { type: "linear", domain: [bottom, 0], axis: null },
     marks: [
+      Plot.text(names, { y: "y", text: "text", frameAnchor: "left", textAnchor: "end", dx: -6 }),
       zero === undefined ? null : Plot.ruleX([zero], { stroke: "var(--ink)" }),
-      Plot.ruleY(whiskers, { x1: "low", x2: "high", y: "name", stroke: "var(--ink)", strokeWidth: 1.5 }),
-      Plot.tickX(whiskers, { x: "low", y: "name", insetTop: step / 2 - 4, insetBottom: step / 2 - 4, stroke: "var(--ink)" }),
-      Plot.tickX(whiskers, { x: "high", y: "name", insetTop: step / 2 - 4, insetBottom: step / 2 - 4, stroke: "var(--ink)" }),
-      ...distinct(rows, row => row.state).map(state => Plot.dot(rows.filter(row => row.state === state), { x: "value", y: "name", ...STATES[state][1] })),
-      Plot.tip(rows, Plot.pointer({ x: "value", y: "name", title: "title", maxRadius: 25 })),
+      Plot.ruleY(whiskers, { x1: "low", x2: "high", y, stroke: "var(--ink)", strokeWidth: 1.5 }), cap("low"), cap("high"),
+      ...distinct(rows, row => row.state).map(state => Plot.dot(rows.filter(row => row.state === state), { x: "value", y, ...STATES[state][1] })),
+      Plot.tip(rows, Plot.pointer({ x: "value", y, title: "title", maxRadius: 25 })),
     ].filter(Boolean),
   });
 }
@@ -171,7 +173,7 @@ function standing(shown, models) {  // over all columns: what is printed, and wh
 function ranking(shown, models) {
   const parts = [], rows = standing(shown, models);
   if (rows.length > 1) {
-    parts.push(node("p", { class: "note" }, "All columns shown together. Dot: the share of the other models with a worse value, mean over columns (no test). Whisker: what paired tests leave open, from the share that is shown to be worse to the share that is not shown to be better. Models whose whiskers overlap are not told apart over all tasks."));
+    parts.push(node("p", { class: "note" }, "All columns shown together. Dot: the share of the other models with a worse value, mean over columns (no test). Whisker: what paired tests leave open, from the share that is shown to be worse to the share that is not shown to be better. It sums up the columns below, whose tasks differ, and is no test of its own."));
     const part = rows.slice(0, MOST).map(row => ({ ...row, state: "plain" }));
     parts.push(plot(width => dots(part, { width: Math.min(width, 980), axis: "other models with a worse value, %", label: "standing of models over all columns" }), part.length * 20 + 44));
     parts.push(node("div", { class: "wide" }, node("table", { id: "standing" }, node("thead", {}, node("tr", {}, ...["model", "first alone", "may be first (tie)", "columns", "worse values"].map(text => node("th", {}, text)))),
