@@ -194,7 +194,7 @@ def generate(folder: Path) -> None:
             (folder / part / kind).mkdir(parents=True)
         for index in range(count):
             scene = geometry_scene(part, index)
-            millimetres = np.floor(scene.depth * MM + 0.5).astype(np.uint16)
+            millimetres = np.floor(scene.depth * MM + 0.5).astype(np.int32)  # which Pillow writes with 16 bits
             normals = np.floor((scene.normals + 1) * 127.5 + 0.5).astype(np.uint8)
             for kind, array, ending in (
                 ("images", scene.image, "ppm"),

@@ -255,10 +255,13 @@ def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int)
         try:
             with _open_at_start(source) as stream, torch.serialization.safe_globals(placeholders):
                 return torch.load(stream, map_location="cpu", weights_only=True)
-        except pickle.UnpicklingError as error:
-            filled = re.search(r"Can only (append|extend|SETITEM)\w* .*got <class '(.+?)'>", str(error))
-            if filled and kinds.get(filled[2]) is _Placeholder:
-                kinds[filled[2]] = _PlaceholderDict if filled[1] == "SETITEM" else _PlaceholderList
+        except (pickle.UnpicklingError, TypeError) as error:
+            kind, filled = _kind_of_filled(str(error))
+            unsettled = [name for name, kind in kinds.items() if kind is _Placeholder and f".{name}".endswith(filled)]
+            if kind and unsettled:
+                kinds |= dict.fromkeys(unsettled, kind)
+            elif isinstance(error, TypeError):
+                raise
             elif protocol > 2:
                 raise BadInputError(
                     f"Weights file {path} is a pickle of protocol {protocol}, which is not read safely. Save its state "
@@ -268,6 +271,15 @@ def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int)
                 reason = next((line for line in str(error).splitlines() if line.startswith(_REFUSALS)), str(error))
                 raise BadInputError(f"Weights file {path} was not opened: {reason.strip()}") from error
     raise AssertionError("each round settles one kind, or ends")
+
+
+def _kind_of_filled(message: str) -> tuple[type | None, str]:
+    """The kind that a placeholder must be, and the end of its name after a dot, from torch's refusal to fill it."""
+    if found := re.search(r"Can only (append|extend|SETITEM)\w* .*got <class '(.+?)'>", message):
+        return (_PlaceholderDict if found[1] == "SETITEM" else _PlaceholderList), f".{found[2]}"
+    if found := re.match(r"'(\w+)' object does not support item assignment", message):  # torch before 2.8
+        return _PlaceholderDict, f".{found[1]}"
+    return None, ""
 
 
 def _open_at_start(source: Path | io.BytesIO) -> Any:

@@ -64,8 +64,8 @@ class Table:
 
     def to_csv(self) -> str:
         """Write the table as CSV with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
-        text = self.frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_no_formula))
-        csv: str = text.rename(columns=_no_formula).to_csv(index=False, lineterminator="\n")
+        text = self.frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_plain_cell))
+        csv: str = text.rename(columns=_plain_cell).to_csv(index=False, lineterminator="\n")
         return csv
 
     def to_latex(self, intervals: bool = False) -> str:
@@ -81,9 +81,15 @@ class Table:
         return render("table.tex", title=self.title, header=list(frame.columns), rows=rows, words=WORDS)
 
 
-def _no_formula(cell: Any) -> Any:
-    """Put ' before text that begins like a formula and is no number (OWASP, CSV injection)."""
-    if not isinstance(cell, str) or not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
+def _plain_cell(cell: Any) -> Any:
+    """Put ' before text that begins like a formula and is no number (OWASP, CSV injection); drop NUL characters.
+
+    The csv module of Python 3.10 cannot write NUL.
+    """
+    if not isinstance(cell, str):
+        return cell
+    cell = cell.replace("\0", "")
+    if not cell.startswith(("=", "+", "-", "@", "\t", "\r", "\n")):
         return cell
     return cell if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell) else f"'{cell}"
 

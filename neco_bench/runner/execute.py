@@ -135,7 +135,10 @@ def _executed(
     outcome = _outcome(job, encoder, context)
     undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
     if undefined:
-        raise NumericalError(f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth.")
+        raise NumericalError(
+            f"{', '.join(undefined)} is not a number: no scored pixel or point has ground truth. Check the masks or "
+            f"targets: neco-bench data check {' '.join(sorted({dataset.name for dataset in job.data.values()}))}"
+        )
     used = outcome.features.get("used_size")
     fields = job.result_fields
     only = encoder.only_size

@@ -55,17 +55,16 @@ def _start(arguments: Sequence[object], avoided: str, runs: int = 5) -> float:
 @pytest.mark.parametrize(
     ("command", "most", "avoided"),
     [
-        ("--help", 0.2, "pydantic"),
-        ("run --help", 0.25, "pydantic"),
-        ("models", 0.3, "pydantic"),
-        ("data list", 1.2, ""),
-        ("tasks", 1.2, ""),
+        ("--help", 2, "pydantic"),
+        ("run --help", 2, "pydantic"),
+        ("models", 3, "pydantic"),
+        ("data list", 14, ""),  # typer itself imports pydantic to read the path of --data-root
+        ("tasks", 14, ""),
     ],
 )
 def test_listings_are_instant(command: str, most: float, avoided: str) -> None:
-    """The limits are for a machine that imports typer in 0.12 s, and grow with that time; idle, `--help` takes 0.14."""
-    slower = max(1, _cpu_seconds("import typer") / 0.12)
-    assert _start(command.split(), f"torch pandas jinja2 rich {avoided}") < most * slower
+    """CPU time in multiples of `import typer`, 0.10 s on a core of Zen 4: measured 1.4, 1.4, 1.8, 10.5 and 11.5."""
+    assert _start(command.split(), f"torch pandas jinja2 rich {avoided}") < most * _cpu_seconds("import typer")
 
 
 def test_a_stored_result_is_back_at_once(results: Path) -> None:

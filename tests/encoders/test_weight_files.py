@@ -185,6 +185,7 @@ def npz() -> bytes:
         (b"\x00\x01\x02 something", r"neither safetensors nor a checkpoint .* begins with b'\\x00"),
         (pickle.dumps(STATE, protocol=4), "protocol 4"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "file",  # pickles name storages by their address
 )
 @pytest.mark.parametrize("name", ["w.pth", "w.safetensors"])
 def test_other_files_are_named_for_what_they_are(content: bytes, message: str, name: str, tmp_path: Path) -> None:

@@ -50,7 +50,7 @@ def test_normals_by_hand() -> None:
 
 def test_depth_against_scikit_learn_and_plain_loops() -> None:
     rng = np.random.default_rng(0)
-    truth, found = rng.uniform(0.5, 10, 500), rng.uniform(0.5, 10, 500)
+    truth, found = rng.uniform(1, 10, 500), rng.uniform(1, 10, 500)
     errors = depth_errors(found, truth)
     assert errors["rmse"] == pytest.approx(root_mean_squared_error(truth, found), rel=1e-12)
     assert errors["abs_rel"] == pytest.approx(mean_absolute_percentage_error(truth, found), rel=1e-12)

@@ -141,8 +141,10 @@ def test_fifty_steps_equal_plain_pytorch(task: str, plain: Plain) -> None:
     norm = nn.BatchNorm2d(CHANNELS) if settings.batch_norm else nn.Identity()
     conv = nn.Conv2d(CHANNELS, head.conv.out_channels, settings.kernel, padding=settings.kernel // 2)
     conv.load_state_dict(head.conv.state_dict())
+    initial = head.conv.weight.detach().clone()
     trained = train_head(head, batches(settings.target, CHANNELS), GRID, STEPS)
     assert list(trained)[-1] == STEPS
+    assert (head.conv.weight - initial).abs().max() > 1e-3, "equal weights prove nothing where none has moved"
 
     optimizer = torch.optim.AdamW(
         [*norm.parameters(), *conv.parameters()],
