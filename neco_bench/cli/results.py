@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neco_bench.cli.common import DataRoot, Device, Json, Weights, app, not_negative, open_stores
+from neco_bench.cli.common import DataRoot, Device, Json, Suites, Weights, app, not_negative, open_stores
 from neco_bench.cli.output import (
     comparison_fractions,
     comparison_images,
@@ -23,6 +23,7 @@ from neco_bench.core.errors import MissingError, user_error
 if TYPE_CHECKING:
     import numpy as np
 
+    from neco_bench.core.suites import Suite
     from neco_bench.results.schema import Result
 
 
@@ -34,6 +35,8 @@ def leaderboard(
     latex_intervals: Annotated[
         bool, typer.Option("--latex-intervals", help="Put the 95 % intervals into the LaTeX tables.")
     ] = False,
+    suite: Suites = None,
+    data_root: DataRoot = None,
     pictures: Annotated[
         Path, typer.Option(help="Where `show` wrote its pages; report.html links to those of these results.")
     ] = Path("pictures"),
@@ -49,11 +52,14 @@ def leaderboard(
     """Write report.html, tables per task family and a Markdown page from stored results, published numbers beside them.
 
     The ranking of each family is printed, or the tables of results that are never ranked where there is none. Curves of
-    run folders that are models of results are drawn without --run-folder.
+    run folders that are models of results are drawn without --run-folder. With --suite, the table of that suite alone:
+    published, measured and difference of each cell, in the order of the paper, printed and written as CSV, Markdown,
+    LaTeX and HTML.
 
     Example: neco-bench leaderboard --results results --out leaderboards/local
     """
     import neco_bench.leaderboards
+    from neco_bench.core.suites import find_suites
 
     shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
     if published_only:
@@ -64,9 +70,13 @@ def leaderboard(
     from neco_bench.reports.ranking import board_of
     from neco_bench.reports.tables import tables_of
 
+    suites = find_suites(suite or [])
     with open_stores(results) as stores:
         by_store = [(result, store) for store in stores for result in store.load_all()]
     found, places = [result for result, _ in by_store], {result.key: store for result, store in by_store}
+    if suites:
+        _suite_tables(suites, found, published or shipped, out, data_root, as_json)
+        return
     if not found:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
 
@@ -106,6 +116,32 @@ def _survey(published: Path, out: Path, as_json: bool) -> None:
         print(json.dumps({"published": len(rows), "files": [str(page)]}))
         return
     print(f"wrote {page}: {len(rows)} published numbers", file=sys.stderr)
+
+
+def _suite_tables(
+    suites: list[Suite], results: list[Result], published: Path, out: Path, data_root: Path | None, as_json: bool
+) -> None:
+    """Print and write the tables of suites."""
+    from neco_bench.reports.published import read_published
+    from neco_bench.reports.suite_table import suite_table
+
+    papers, paths, document = read_published(published), [], {}
+    for suite in suites:
+        table = suite_table(suite, suite.columns(data_root=data_root), results, papers)
+        paths += table.write(out)
+        rows = table.frame().to_dict("records")
+        document[suite.id] = rows
+        if not as_json:
+            print(f"\n{suite.title}")
+            print_rows(rows, False)
+            for note in table.notes:
+                print(note)
+            if not any(measured for _, cells in table.rows for _, measured, _ in cells):
+                print(f"warning: nothing of suite {suite.id!r} is measured. Check --results.", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"suites": document, "files": [str(path) for path in paths]}, indent=2))
+        return
+    print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
 
 
 @app.command()

@@ -64,8 +64,7 @@ class Table:
 
     def to_csv(self) -> str:
         """Write the table as CSV with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
-        text = self.frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_plain_cell))
-        csv: str = text.rename(columns=_plain_cell).to_csv(index=False, lineterminator="\n")
+        csv: str = without_formulas(self.frame).to_csv(index=False, lineterminator="\n")
         return csv
 
     def to_latex(self, intervals: bool = False) -> str:
@@ -79,6 +78,12 @@ class Table:
             opened = [self.ranks.get(column, {}).get(cells[0], (0, -1)) for column in frame.columns[1:]]
             rows.append((cells, [best if best == worst else None for best, worst in opened]))
         return render("table.tex", title=self.title, header=list(frame.columns), rows=rows, words=WORDS)
+
+
+def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """Put ' before each text that spreadsheets would take for a formula; drop NUL characters."""
+    text = frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_plain_cell))
+    return text.rename(columns=_plain_cell)
 
 
 def _plain_cell(cell: Any) -> Any:
@@ -132,7 +137,7 @@ def _text_table(family: str, ending: str, frame: pd.DataFrame, title: str = "") 
 
 def _wide_table(grid: Grid, ranks: Mapping[str, Ranks]) -> Table:
     title = grid.family.replace("_", " ") + (f" ({KINDS[grid.kind]})" if grid.kind else "")
-    short, detailed = (grid.wide(_cell_texts(grid.cells, detailed)).fillna("") for detailed in (False, True))
+    short, detailed = (grid.wide(cell_texts(grid.cells, detailed)).fillna("") for detailed in (False, True))
     name = f"{slug(grid.family)}{grid.kind}"
     metrics = {column: grid.metric(column) for column in grid.columns}
     headers = {column: f"{column} ({m.legend})" if m.legend else column for column, m in metrics.items()}
@@ -146,7 +151,7 @@ def _with_models(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.rename_axis(index="model", columns=None).reset_index()
 
 
-def _cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
+def cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
     """Write `cells_of`: value and deviation, if detailed with the interval; MARK where the conditions are others."""
 
     def text(cell: Any) -> str:
@@ -205,7 +210,7 @@ def _published(runs: pd.DataFrame, papers: pd.DataFrame) -> pd.DataFrame:
     measured with other weights than the official ones is another model's.
     """
     cells = cells_of(runs[runs.ok & runs.official.ne(False)])
-    cells = cells.assign(text=_cell_texts(cells, detailed=True)).reset_index()
+    cells = cells.assign(text=cell_texts(cells, detailed=True)).reset_index()
     result = cells.results.str[0]
     measured = pd.DataFrame(
         {
