@@ -187,7 +187,8 @@ class TrainingRun:
         options, last = self.options, done == self.steps
         scored = bool(options.evaluate) and (last or done % options.eval_every == 0)
         stopped = self._stop_requested()
-        if last or scored or stopped or done % options.save_every == 0:
+        kept = options.keep_every is not None and done % options.keep_every == 0
+        if last or scored or stopped or kept or done % options.save_every == 0:
             self.save(done)
         if stopped:
             raise self._interrupted(done)
@@ -221,7 +222,7 @@ class TrainingRun:
             "training_data": f"{before}{self.images.description} ({settings})",
             "overlap": {**(encoder.overlap or {}), **self.overlap},
         }
-        checkpoints.save(self.options.out, step, trainer.encoders, state, facts)
+        checkpoints.save(self.options.out, step, trainer.encoders, state, facts, self.options.keep_every)
 
     def evaluate(self, step: int) -> None:
         """Score the checkpoint just saved on each task, as anyone would who names the run folder as a model.
