@@ -3,7 +3,7 @@
 
     student.safetensors, teacher.safetensors    the encoder's weights, in the names of the model it started from
     training.pt                                 heads, optimizer, queue, counters: what going on needs besides
-    encoder.json                                how to load this one as a model: `neco-bench run --model RUN/checkpoint-...`
+    encoder.json                                how to load this one: `neco-bench run --model RUN/checkpoint-<step>`
 
 `encoder.json` beside them says how to load the newest as a model: `neco-bench run --model RUN`. A folder gets its name
 when all its files are written and loses it before the first is deleted, so that a kill at any moment leaves no half of
@@ -96,7 +96,8 @@ def save(
     """Write a checkpoint, then `encoder.json` with `facts`, then delete what is older than the last two.
 
     A checkpoint of that step that is there is whole, and is not written again. networks: encoders by role, "student"
-    and perhaps "teacher". keep_every: checkpoints of steps that are multiples of it stay. Raises NecoBenchError where it cannot be written; earlier checkpoints are then as they were.
+    and perhaps "teacher". keep_every: checkpoints of steps that are multiples of it stay.
+    Raises NecoBenchError where it cannot be written; earlier checkpoints are then as they were.
     """
     final = run / f"checkpoint-{step:07d}"
     if not final.exists():

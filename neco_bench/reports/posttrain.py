@@ -1,4 +1,4 @@
-"""The pages of `posttrain-report`: sections of tables as one HTML file, Markdown, LaTeX and CSV. Computes no features."""
+"""The pages of `posttrain-report`: tables as one HTML file, Markdown, LaTeX and CSV. Computes no features."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class Copied:
 
 
 def check_folder(folder: Path) -> list[tuple[Path, Result]]:
-    """Load every result of a folder, with its statistics and the digests where there are any; returns them with their paths.
+    """Load every result of a folder with its statistics, and compare digests; returns the results with their paths.
 
     Raises:
         MissingError: no such folder, or no result in it.

@@ -213,14 +213,14 @@ class _Making:
                 by_step[step] = self.results(str(file.parent), tasks, problems)
         if len(by_step) == 1:
             problems.append(
-                f"--every {every}: {folder} has no other checkpoint of such steps. `train --keep-every {every}` keeps them."
+                f"--every {every}: {folder} has no other checkpoint of such steps. `train --keep-every` keeps them."
             )
         rows: list[dict[str, Any]] = []
         for place in of_tuned:
             rows += _checkpoint_rows(place, of_base, by_step)
         note = (
-            "Each with the base, p adjusted over the checkpoints of a task. Best: by value; the others are compared with "
-            "it likewise. The best was chosen on these images, so that its value is somewhat too high."
+            "Each with the base, p adjusted over the checkpoints of a task. Best: by value; the others are compared "
+            "with it likewise. The best was chosen on these images, so that its value is somewhat too high."
         )
         return plain_section("checkpoints", title, rows, note)
 

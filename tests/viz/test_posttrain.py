@@ -23,8 +23,8 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def report(place: Path, *more: object) -> Answer:
-    return neco("posttrain-report", "tiny_base", place / "run", "--task", "shapes_ic,shapes_correspondence", "--limit", 8,
-                "--workers", 0, "--every", 3, "--layers", "1", "--images", 1, "--out", place / "out",
+    return neco("posttrain-report", "tiny_base", place / "run", "--task", "shapes_ic,shapes_correspondence",
+                "--limit", 8, "--workers", 0, "--every", 3, "--layers", "1", "--images", 1, "--out", place / "out",
                 "--results", place / "results", *more)  # fmt: skip
 
 
