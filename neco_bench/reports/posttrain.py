@@ -87,11 +87,10 @@ def comparison_section(
             kept = kept[: MOST_SHOWN // 2] + kept[-MOST_SHOWN // 2 :]
             note = f"{note} The {MOST_SHOWN} that change most; {name}.csv has all.".strip()
         for row in kept:
-            text = comparison_percent(row)
-            cells = {"base": text.pop("first"), "tuned": text.pop("second")}
-            label = {"name": text.pop("name")}
-            rest = {key: text[key] for key in ("difference", "95 % interval", "p (Holm)")}
-            rows.append({**before, **label, **cells, **rest, "verdict": verdict(row), "items": text["items"]})
+            cells = comparison_percent(row)
+            shown = {"name": cells["name"], "base": cells["first"], "tuned": cells["second"]}
+            shown |= {key: cells[key] for key in ("difference", "95 % interval", "p (Holm)")}
+            rows.append({**before, **shown, "verdict": verdict(row), "items": cells["items"]})
             compared.append(row)
     frame = pd.concat(frames, ignore_index=True) if frames else pd.DataFrame()
     return Section(name, title, rows, frame, note, _marks(compared))

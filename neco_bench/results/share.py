@@ -101,7 +101,9 @@ def copy_results(
     if target.is_dir() and any(target.rglob("*.json")):
         check_folder(target)
     files = [file for path, _ in chosen for file in (path.with_suffix(".npz"), path) if file.is_file()]
-    copied, same, differing = [], [], []
+    copied: list[str] = []
+    same: list[str] = []
+    differing: list[str] = []
     for file in files:
         name = file.relative_to(source).as_posix()
         there = target / name
