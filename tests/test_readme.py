@@ -1,4 +1,7 @@
-"""Every command of README.md and of the pages it leads to runs, and does what the text says. The two install commands are what `.ci/run` calls."""
+"""Every command of README.md and of the pages it leads to runs, and does what the text says.
+
+The two install commands are what `.ci/run` calls.
+"""
 
 from __future__ import annotations
 

@@ -180,6 +180,7 @@ class TrainingRun:
             "seconds": seconds,
             "peak_memory_mb": _peak_memory_mb(self.processes.device),
             "unusable": len(self.trainer.unusable),
+            **_energy(self.processes.device, seconds),
         }
 
     def _after_step(self, done: int) -> None:
@@ -296,6 +297,16 @@ def _unscored_tasks(scores: Table, step: int, options: TrainOptions) -> list[str
     scored = {*rows["task"][rows["step"] == step]} if len(rows) else set()
     cards = {task: find_tasks([task], data_root=options.data_root)[0] for task in options.evaluate}
     return [task for task, entry in cards.items() if f"{entry.card.name}@{entry.label}" not in scored]
+
+
+def _energy(device: torch.device, seconds: float) -> dict[str, float]:
+    """Joules of a step, by the power that this process's GPU reports after it; nothing where it reports none."""
+    if device.type != "cuda":
+        return {}
+    try:
+        return {"joules": torch.cuda.power_draw(device) / 1000 * seconds}
+    except Exception:  # without NVML's Python package, or on a GPU without that sensor
+        return {}
 
 
 def _peak_memory_mb(device: torch.device) -> float:

@@ -233,7 +233,7 @@ class _Making:
         report.curve = (log["step"].to_numpy(), numbers["loss"])
         settings = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
         seen, images = settings["recipe"]["batch_size"] * len(log), settings["images"]
-        energy = numbers["joules"].sum() / 3.6e6 if "joules" in numbers else None
+        energy = np.nansum(numbers["joules"]) / 3.6e6 if "joules" in numbers else None
         facts = {
             "objective": settings["recipe"]["objective"],
             "steps": len(log),
@@ -241,7 +241,7 @@ class _Making:
             "images": f"{images} ({seen} with repetition, {seen / images:.3g} passes)",
             "images per second (median)": f"{np.median(numbers['images_per_second']):.4g}",
             "peak memory (MiB)": f"{numbers['peak_memory_mb'].max():.0f}",
-            "energy (kWh)": "not measured" if energy is None else f"{energy:.4g}",
+            "energy of one GPU (kWh)": "not measured" if energy is None else f"{energy:.4g}",
             "loss, first and last tenth": " to ".join(
                 f"{part.mean():.4g}"
                 for part in (np.array_split(numbers["loss"], 10)[0], numbers["loss"][-max(1, len(log) // 10) :])
