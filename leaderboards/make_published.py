@@ -120,6 +120,29 @@ SEGMENTER = {
 }
 
 
+# Zoo ids of names that mean these weights in one publication alone, by that, the name and the architecture.
+NAMED = {
+    ("neco", "iBOT", "ViT-S/16"): "ibot_vits16",
+    ("neco", "iBOT", "ViT-B/16"): "ibot_vitb16",
+    ("neco", "CrIBo", "ViT-S/16"): "cribo_vits16",
+    ("neco", "CrIBo", "ViT-B/16"): "cribo_vitb16",
+    ("neco", "Leopart", "ViT-S/16"): "leopart_vits16",
+    ("neco", "TimeT", "ViT-S/16"): "timet_vits16",
+    ("cribo", "CrIBo (ImageNet-1k)", "ViT-S/16"): "cribo_vits16",
+    ("cribo", "CrIBo (ImageNet-1k)", "ViT-B/16"): "cribo_vitb16",
+    ("cribo", "CrIBo (COCO)", "ViT-S/16"): "cribo_vits16_coco",
+    ("leopart", "Leopart", "ViT-S/16"): "leopart_vits16",
+    ("leopart", "Leopart", "ViT-B/8"): "leopart_vitb8",
+    ("dinov3", "PE spatial", "ViT-G/14"): "pe_spatial_vitg14",
+    ("franca", "C-RADIOv3", "ViT-B/16"): "c_radiov3_vitb16",
+    ("franca", "C-RADIOv3", "ViT-L/16"): "c_radiov3_vitl16",
+    ("tips", "TIPSv2", "ViT-B/14"): "tipsv2_vitb14",
+    ("tips", "TIPSv2", "ViT-L/14"): "tipsv2_vitl14",
+    ("tips", "TIPSv2", "SO/14"): "tipsv2_so400m14",
+    ("tips", "TIPSv2", "ViT-g/14"): "tipsv2_vitg14",
+}
+
+
 CONVNEXT = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
 
 
@@ -131,6 +154,8 @@ def first(table: dict[str, str], text: str, match: Callable[[str, str], object] 
 def model_id(row: Row, publication: str) -> str:
     """Our zoo id where name and architecture match one, else the paper's name."""
     name, arch = row["model"], row["arch"]
+    if named := NAMED.get((publication, name, arch)):
+        return named
     if publication == "franca-readme":  # the files differ in where they say the training data
         return f"Franca ({'LAION-600M' if 'LAION' in name + row['setting'] else 'IN21K'})"
     if publication == "neco" and name == "NeCo":  # its values equal those of the README's DINOv2R-XR rows

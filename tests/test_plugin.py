@@ -19,7 +19,7 @@ PLUGIN = Path(__file__).parent / "plugin"
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for PYTHONPATH with the built plug-in, and the metadata of another one that points to nothing."""
-    pytest.importorskip("setuptools")
+    pytest.importorskip("setuptools", minversion="77")
     source = tmp_path_factory.mktemp("source") / "plugin"
     shutil.copytree(PLUGIN, source)  # building leaves files behind
     target = tmp_path_factory.mktemp("site")

@@ -86,6 +86,14 @@ DataRoot = Annotated[
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else there.")]
 
+Suites = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Suite, or FILE.toml:NAME; repeatable and comma-separated. See `neco-bench suites`.",
+        autocompletion=lambda incomplete: suite_names(incomplete),
+    ),
+]
+
 Weights = Annotated[Path | None, typer.Option(help="Weights file (safetensors, .pth, .ckpt) for the model.")]
 
 Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
@@ -131,6 +139,13 @@ def task_names(incomplete: str) -> list[str]:
     from neco_bench.core.protocol import all_cards
 
     return [name for name in all_cards()[0] if name.startswith(incomplete)]
+
+
+def suite_names(incomplete: str) -> list[str]:
+    """Names of suites that begin so, for completion."""
+    from neco_bench.core.suites import all_suites
+
+    return [name for name in all_suites() if name.startswith(incomplete)]
 
 
 def zoo_names(incomplete: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""`neco-bench tasks`, `data`, `cache` and `doctor`."""
+"""`neco-bench tasks`, `suites`, `data`, `cache` and `doctor`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,52 @@ def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
     print_rows(rows, as_json)
     for name, reason in broken.items():
         print(f"warning: {name!r} is broken: {reason}", file=sys.stderr)
+
+
+@app.command()
+def suites(
+    suite: Annotated[
+        str | None, typer.Argument(help="Suite, or FILE.toml:NAME, whose tasks, models and runs are listed.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """List the suites, or what one of them holds: the tables of papers, and sets of training runs.
+
+    Example: neco-bench suites neco_table3
+    """
+    from neco_bench.core.suites import all_suites, find_suite
+
+    if suite is not None:
+        found = find_suite(suite)
+        if as_json:
+            print(json.dumps(found.model_dump(mode="json"), indent=2))
+            return
+        rows = [
+            {"kind": "task", "name": c.title, "is": f"{c.task.card.name}@{c.task.protocol.id}"} for c in found.columns()
+        ]
+        rows += [
+            {"kind": "model", "name": row.title, "is": row.model or "published numbers alone"} for row in found.models
+        ]
+        for run in found.runs:
+            changes = "".join(f" {key}={value}" for key, value in run.set.items())
+            rows.append({"kind": "run", "name": run.folder, "is": f"{run.recipe}{changes} on {run.data}"})
+        print(f"{found.title}. {found.citation}", file=sys.stderr)
+        print_rows(rows, False)
+        if found.note:
+            print(found.note, file=sys.stderr)
+        return
+    listed = [
+        {
+            "suite": found.id,
+            "tasks": len(found.tasks),
+            "models": len(found.models),
+            "runs": len(found.runs),
+            "published": bool(found.published),
+            "title": found.title,
+        }
+        for found in all_suites().values()
+    ]
+    print_rows(listed, as_json)
 
 
 @app.command()

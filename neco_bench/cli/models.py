@@ -111,7 +111,9 @@ def diagnose(
     split: Annotated[str, typer.Option(help="Its split.")] = "val",
     images: Annotated[int, typer.Option(help="Images, spread evenly over the split.")] = 32,
     size: Annotated[int, typer.Option(help="Pixels a side, rounded down to the stride.")] = 224,
-    picture: Annotated[Path | None, typer.Option(help="PNG to write: images, components as colours, norms.")] = None,
+    picture: Annotated[
+        Path | None, typer.Option(help="PNG to write: images, labels, components as colours, norms.")
+    ] = None,
     data_root: DataRoot = None,
     weights: Weights = None,
     device: Device = None,

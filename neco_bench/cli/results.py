@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neco_bench.cli.common import DataRoot, Device, Json, Weights, app, not_negative, open_stores
+from neco_bench.cli.common import DataRoot, Device, Json, Suites, Weights, app, not_negative, open_stores
 from neco_bench.cli.output import (
     comparison_fractions,
     comparison_images,
@@ -22,6 +22,7 @@ from neco_bench.core.errors import MissingError, user_error
 if TYPE_CHECKING:
     import numpy as np
 
+    from neco_bench.core.suites import Suite
     from neco_bench.results.schema import Result
 
 
@@ -33,43 +34,112 @@ def leaderboard(
     latex_intervals: Annotated[
         bool, typer.Option("--latex-intervals", help="Put the 95 % intervals into the LaTeX tables.")
     ] = False,
+    suite: Suites = None,
+    data_root: DataRoot = None,
+    pictures: Annotated[
+        Path, typer.Option(help="Where `show` wrote its pages; report.html links to those of these results.")
+    ] = Path("pictures"),
+    run_folder: Annotated[
+        list[Path] | None,
+        typer.Option(help="Folder of `train`, or its log.csv, whose curve is drawn in report.html; repeatable."),
+    ] = None,
+    published_only: Annotated[
+        bool, typer.Option("--published-only", help="Write one page of the published numbers alone, published.html.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write one CSV per task family and a Markdown page from stored results, published numbers beside measured ones.
+    """Write report.html, tables per task family and a Markdown page from stored results, published numbers beside them.
 
-    The ranking of each family is printed, or the tables of results that are never ranked where there is none.
+    The ranking of each family is printed, or the tables of results that are never ranked where there is none. Curves of
+    run folders that are models of results are drawn without --run-folder. With --suite, the table of that suite alone:
+    published, measured and difference of each cell, in the order of the paper, printed and written as CSV, Markdown,
+    LaTeX and HTML.
 
     Example: neco-bench leaderboard --results results --out leaderboards/local
     """
     import neco_bench.leaderboards
-    from neco_bench.reports.leaderboard import write_leaderboard
-    from neco_bench.reports.tables import build_tables
+    from neco_bench.core.suites import find_suites
 
+    shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
+    if published_only:
+        _survey(published or shipped, out, as_json)
+        return
+    from neco_bench.reports.extras import run_folders_of
+    from neco_bench.reports.leaderboard import write_leaderboard
+    from neco_bench.reports.ranking import board_of
+    from neco_bench.reports.tables import tables_of
+
+    suites = find_suites(suite or [])
     with open_stores(results) as stores:
         by_store = [(result, store) for store in stores for result in store.load_all()]
     found, places = [result for result, _ in by_store], {result.key: store for result, store in by_store}
+    if suites:
+        _suite_tables(suites, found, published or shipped, out, data_root, as_json)
+        return
     if not found:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
 
     def statistics(result: Result) -> dict[str, np.ndarray]:
         return places[result.key].statistics(result)
 
-    shipped = Path(neco_bench.leaderboards.__file__).with_name("published.csv")
+    board = board_of(found, statistics)
     paths = write_leaderboard(
-        found,
+        board,
         out,
         published or shipped,
         latex_intervals=latex_intervals,
-        statistics=statistics,
+        pictures=pictures,
+        run_folders=[*(run_folder or []), *run_folders_of(found)],
     )
     if as_json:
         print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
         return
-    tables = {table.name: table for table in build_tables(found, statistics=statistics)}
+    tables = {table.name: table for table in tables_of(board)}
     rankings = [tables.get(f"{name}.ranking", table) for name, table in tables.items() if table.ranked]
     for table in rankings or [table for table in tables.values() if table.detailed is not None]:
         print(f"\n{table.title}")
         print_rows((table.frame if table.detailed is None else table.detailed).to_dict("records"), False)
+    print(f"\nwrote {out / 'report.html'} and {len(paths) - 1} other files in {out}", file=sys.stderr)
+
+
+def _survey(published: Path, out: Path, as_json: bool) -> None:
+    """Write the page of published numbers."""
+    from neco_bench.core.files import write_whole
+    from neco_bench.reports.published import read_published
+    from neco_bench.reports.survey import survey_page
+
+    rows = read_published(published)
+    page = out / "published.html"
+    write_whole(page, survey_page(rows).encode())
+    if as_json:
+        print(json.dumps({"published": len(rows), "files": [str(page)]}))
+        return
+    print(f"wrote {page}: {len(rows)} published numbers", file=sys.stderr)
+
+
+def _suite_tables(
+    suites: list[Suite], results: list[Result], published: Path, out: Path, data_root: Path | None, as_json: bool
+) -> None:
+    """Print and write the tables of suites."""
+    from neco_bench.reports.published import read_published
+    from neco_bench.reports.suite_table import suite_table
+
+    papers, paths, document = read_published(published), [], {}
+    for suite in suites:
+        table = suite_table(suite, suite.columns(data_root=data_root), results, papers)
+        paths += table.write(out)
+        rows = table.frame().to_dict("records")
+        document[suite.id] = rows
+        if not as_json:
+            print(f"\n{suite.title}")
+            print_rows(rows, False)
+            for note in table.notes:
+                print(note)
+            if not any(measured for _, cells in table.rows for _, measured, _ in cells):
+                print(f"warning: nothing of suite {suite.id!r} is measured. Check --results.", file=sys.stderr)
+    if as_json:
+        print(json.dumps({"suites": document, "files": [str(path) for path in paths]}, indent=2))
+        return
     print("\n".join(f"wrote {path}" for path in paths), file=sys.stderr)
 
 
@@ -139,8 +209,8 @@ def show(
     Example: neco-bench show baseline_hog --task shapes_ic
     """
     from neco_bench.reports.compare import results_of
+    from neco_bench.reports.extras import picture_folder
     from neco_bench.runner.job import job_of
-    from neco_bench.viz.api import folder_of
     from neco_bench.viz.show import show as draw
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
@@ -151,7 +221,7 @@ def show(
     with open_stores(results) as stores:
         matching = results_of(stores, model, patterns)
     for result, store in matching.values():
-        folder = folder_of(result, out)
+        folder = picture_folder(result, out)
         try:
             with foreign_code():
                 job = job_of(result, data_root=data_root, weights=weights, device=device, progress=True)

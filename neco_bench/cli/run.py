@@ -7,7 +7,7 @@ import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
@@ -17,6 +17,7 @@ from neco_bench.cli.common import (
     Json,
     Layers,
     Precision,
+    Suites,
     Weights,
     app,
     is_quiet,
@@ -24,24 +25,29 @@ from neco_bench.cli.common import (
     zoo_names,
 )
 from neco_bench.cli.output import foreign_code, phases, print_rows, summaries
-from neco_bench.core.errors import UsageError
+from neco_bench.core.errors import MissingError, UsageError
 
 if TYPE_CHECKING:
+    from neco_bench.core.protocol import Task
     from neco_bench.results.schema import Result
+    from neco_bench.results.store import ResultStore
+    from neco_bench.runner.job import Job, MissingJob
 
 
 @app.command()
 def run(
     model: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(
-            help="Model spec; repeatable and comma-separated. See `neco-bench models`.", autocompletion=zoo_names
+            help="Model spec; repeatable and comma-separated. See `neco-bench models`. Default: those of --suite.",
+            autocompletion=zoo_names,
         ),
-    ],
+    ] = None,
     task: Annotated[
-        list[str],
+        list[str] | None,
         typer.Option(help="Task, glob or task@protocol; repeatable and comma-separated.", autocompletion=task_names),
-    ],
+    ] = None,
+    suite: Suites = None,
     data_root: DataRoot = None,
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
     device: Device = None,
@@ -91,20 +97,21 @@ def run(
 ) -> None:
     """Run tasks for models and store one result each; stored results are returned, not computed again.
 
+    Of a suite, what needs data that are not here is named and left out, and the command ends with exit code 3.
+
     Example: neco-bench run --model baseline_hog --task 'shapes_*'
     """
     from neco_bench.core import distributed
     from neco_bench.core.config import parse_changes
-    from neco_bench.core.protocol import find_tasks
     from neco_bench.results.store import ResultStore
     from neco_bench.runner import execute
-    from neco_bench.runner.job import plan_all
+    from neco_bench.runner.job import numbered, plan_all
     from neco_bench.runner.options import RunOptions, check_device
 
     if distributed.started_by_torchrun():
         distributed.join()
     check_device(device)
-    tasks = find_tasks(task, parse_changes(changes or []), data_root=data_root)
+    parts = _parts(model, task, suite, parse_changes(changes or []), data_root)
     options = RunOptions(
         data_root=data_root,
         device=device,
@@ -130,16 +137,16 @@ def run(
     if launcher is None and launcher_set:
         raise UsageError("--launcher-set needs --launcher.")
     store = ResultStore(out)
+    missing: list[MissingJob] = []
     with foreign_code():
-        jobs = plan_all(_models(model), tasks, options, store, seeds=seeds)
+        planned: dict[tuple[str, str, str, int], Job] = {}
+        for models, tasks in parts:
+            found = plan_all(models, tasks, options, store, seeds=seeds, missing=missing if suite else None)
+            planned |= {(job.model, job.task.card.name, job.task.label, job.options.seed): job for job in found}
+        jobs = numbered(list(planned.values()))
     if dry_run:
-        from neco_bench.runner.estimate import forecast
-
-        with foreign_code():
-            rows = forecast(jobs, store)
-        hidden = () if as_json else ("exit_code",) if seeds > 1 else ("exit_code", "seed")
-        print_rows([{name: row[name] for name in row if name not in hidden} for row in rows], as_json)
-        raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
+        _print_forecast(jobs, missing, store, suite, as_json)
+    _say_missing(jobs, missing)
     results = []
     if launcher is not None:
         from neco_bench.runner.launch import JobPool
@@ -168,7 +175,81 @@ def run(
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
     elif distributed.rank() == 0:
         print_rows(summaries(results), False)
-    raise typer.Exit(next((result.error_code or 1 for result in results if result.status == "failed"), 0))
+    codes = [result.error_code or 1 for result in results if result.status == "failed"]
+    raise typer.Exit(next(iter([*codes, *(absent.error.exit_code for absent in missing)]), 0))
+
+
+def _parts(
+    model: list[str] | None,
+    task: list[str] | None,
+    suite: list[str] | None,
+    changed: dict[str, Any],
+    data_root: Path | None,
+) -> list[tuple[list[str], list[Task]]]:
+    """What to run: models and their tasks, of each suite and of --task. Raises UsageError where nothing is named."""
+    from neco_bench.core.protocol import find_tasks
+    from neco_bench.core.suites import find_suites
+
+    given = None if model is None else _models(model)
+    parts = []
+    for found in find_suites(suite or []):
+        models = found.specs if given is None else given
+        if not models:
+            hint = f"Train them: neco-bench train --suite {found.id}. Then name" if found.runs else "Name"
+            raise UsageError(f"Suite {found.id!r} has no models that can be run. {hint} some with --model.")
+        parts.append((models, [column.task for column in found.columns(changed, data_root)]))
+    if task is not None:
+        if given is None:
+            raise UsageError("--task needs --model. See `neco-bench models`.")
+        parts.append((given, find_tasks(task, changed, data_root=data_root)))
+    if not parts:
+        raise UsageError(
+            "Name what to run: --task, as `neco-bench tasks` lists them, or --suite (`neco-bench suites`)."
+        )
+    return parts
+
+
+def _say_missing(jobs: list[Job], missing: list[MissingJob]) -> None:
+    """Name once each what a suite lacks. Raises MissingError where nothing can be run."""
+    for text in dict.fromkeys(str(absent.error) for absent in missing):
+        models = dict.fromkeys(absent.model for absent in missing if str(absent.error) == text)
+        tasks = dict.fromkeys(absent.task.card.name for absent in missing if str(absent.error) == text)
+        count = f"{len(models)} model{'s' * (len(models) > 1)}"
+        print(f"missing: {', '.join(tasks)} ({count}): {text}", file=sys.stderr)
+    if missing and not jobs:
+        raise MissingError("Nothing of the suite can be run: what it needs is missing. Check --data-root.")
+
+
+def _print_forecast(
+    jobs: list[Job], missing: list[MissingJob], store: ResultStore, suite: list[str] | None, as_json: bool
+) -> NoReturn:
+    """Print what would run, what is missing and what it takes; of a suite the sum too, on stderr. Then exit."""
+    from neco_bench.runner.estimate import forecast
+
+    with foreign_code():
+        rows = forecast(jobs, store, fetch=not suite)
+    rows += [
+        {**dict.fromkeys(rows[0] if rows else ()), "model": absent.model, "task": absent.task.card.name,
+         "protocol": absent.task.label, "stored": False, "problem": str(absent.error),
+         "exit_code": absent.error.exit_code}
+        for absent in missing
+    ]  # fmt: skip
+    one_seed = len({row.get("seed") for row in rows if row.get("seed") is not None}) < 2
+    hidden = () if as_json else ("exit_code", "seed") if one_seed else ("exit_code",)
+    shown = [{name: row[name] for name in row if name not in hidden} for row in rows]
+    if suite and not as_json:  # what is missing has a line each
+        shown = [{**row, "problem": (row["problem"] or "").partition("\n")[0]} for row in shown]
+    print_rows(shown, as_json)
+    if suite:
+        hours = sum(row.get("hours") or 0 for row in rows)
+        faulty = [row for row in rows if row["problem"]]
+        stored = sum(row["stored"] for row in rows)
+        print(
+            f"{len(rows)} results: {stored} stored, {len(rows) - stored - len(faulty)} to run, {len(faulty)} lack "
+            f"data, weights or something else; about {hours:.2g} hours, where it could be estimated.",
+            file=sys.stderr,
+        )
+    raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
 
 
 def _say_done(title: str, result: Result, profile: bool) -> None:

@@ -5,22 +5,37 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from neco_bench.cli.common import DataRoot, Device, Weights, app
-from neco_bench.cli.output import foreign_code
+from neco_bench.cli.common import DataRoot, Device, Weights, app, suite_names
+from neco_bench.cli.output import foreign_code, print_rows
+from neco_bench.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from neco_bench.training.options import TrainOptions
 
 
 @app.command()
 def train(
-    data: Annotated[
-        str,
-        typer.Option(help="Folder of images, list file, shapes[:N], or coco, imagenet, voc with an optional :FOLDER."),
+    out: Annotated[
+        Path, typer.Option(help="Run folder; `run --model` takes it afterwards. Of a suite, one each below.")
     ],
-    out: Annotated[Path, typer.Option(help="Run folder; `run --model` takes it afterwards.")],
-    recipe: Annotated[str, typer.Option(help="Recipe name or .toml file; a wrong name lists the shipped ones.")],
+    data: Annotated[
+        str | None,
+        typer.Option(
+            help="Folder of images, list file, shapes[:N], or coco, imagenet, imagenet100, voc with an optional "
+            ":FOLDER; several with commas. Default: that of --suite."
+        ),
+    ] = None,
+    recipe: Annotated[
+        str | None, typer.Option(help="Recipe name or .toml file; a wrong name lists the shipped ones.")
+    ] = None,
+    suite: Annotated[
+        str | None,
+        typer.Option(help="Suite of runs, or FILE.toml:NAME, instead of --recipe.", autocompletion=suite_names),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="Model spec to start from; default: the recipe's.")] = None,
     weights: Weights = None,
     changes: Annotated[
@@ -53,20 +68,37 @@ def train(
         bool, typer.Option("--checkpointing", help="Compute activations again in backward: less memory, more time.")
     ] = False,
     tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
+    launcher: Annotated[
+        str | None,
+        typer.Option(help="With --suite: submit one job per run through submitit: slurm, or local processes."),
+    ] = None,
+    launcher_set: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Parameter of the jobs, such as slurm_partition=gpu; repeatable."),
+    ] = None,
 ) -> None:
     """Post-train an encoder with NeCo, on one device or, started by torchrun, on several.
 
+    With --suite, all runs of an ablation, one after another: those that are done are skipped, others go on.
+
     Example: neco-bench train --base dinov2_vits14_reg --data coco --recipe neco_vits14_518 --out runs/neco
     """
+    from neco_bench.core import config
     from neco_bench.training import loop
     from neco_bench.training.options import TrainOptions
     from neco_bench.training.recipe import load_recipe, parse_changes
 
+    if (recipe is None) == (suite is None):
+        raise UsageError("Give either --recipe, or --suite for all runs of one.")
+    if launcher_set and launcher is None:
+        raise UsageError("--launcher-set needs --launcher.")
+    if suite is None and (launcher is not None or data is None):
+        raise UsageError("--launcher is for the runs of a --suite." if launcher else "--recipe needs --data.")
     given = {"base": base, "seed": seed, "precision": precision}
     settings = parse_changes(changes or []) | {name: value for name, value in given.items() if value is not None}
     options = TrainOptions(
         out=out,
-        data=data,
+        data=data or "",
         data_root=data_root,
         weights=weights,
         device=device,
@@ -81,12 +113,47 @@ def train(
         checkpointing=checkpointing,
         tensorboard=tensorboard,
     )
+    if suite is not None:
+        _train_suite(suite, options, settings, data, launcher, config.parse_changes(launcher_set or []))
     try:
         with foreign_code():
-            run_folder = loop.train(load_recipe(recipe, settings), options)
+            run_folder = loop.train(load_recipe(str(recipe), settings), options)
     except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
         print(f"interrupted; --resume goes on from the last checkpoint in {out}, if there is one.", file=sys.stderr)
         raise typer.Exit(130) from None
     if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
         print(run_folder)
         print(f"done; evaluate it with: neco-bench run --model {out} --task TASK", file=sys.stderr)
+
+
+def _train_suite(
+    name: str,
+    options: TrainOptions,
+    settings: dict[str, Any],
+    data: str | None,
+    launcher: str | None,
+    parameters: dict[str, Any],
+) -> NoReturn:
+    """Make the runs of a suite and print a row of each; exit with the code of the first error."""
+    from neco_bench.core.suites import find_suite
+    from neco_bench.training.suite import plan_runs, train_runs
+
+    suite = find_suite(name)
+    runs = plan_runs(suite, options, settings, data)
+    rows = []
+    first = os.environ.get("RANK", "0") == "0"
+    try:
+        with foreign_code():
+            for done in train_runs(runs, options.out, launcher, parameters):
+                rows.append(done)
+                if first:
+                    print(f"{done.folder}: {done.status}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from the last checkpoints.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    code = next((row.exit_code for row in rows if row.exit_code), 0)
+    if first:
+        print_rows([{"run": str(row.folder), "status": row.status} for row in rows], False)
+        models = ",".join(str(row.folder) for row in rows if not row.exit_code)
+        print(f"evaluate them with: neco-bench run --suite {name} --model {models}", file=sys.stderr)
+    raise typer.Exit(code)

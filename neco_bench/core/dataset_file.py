@@ -13,7 +13,7 @@ docs/pages/own_data.md has all keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal
 
@@ -182,14 +182,15 @@ def _inside(path: str) -> str:
     return path
 
 
-def problem_text(error: ValidationError) -> str:
-    """Say what is wrong, key by key."""
-    return "; ".join(_sentence(dict(item)) for item in error.errors())
+def problem_text(error: ValidationError, fields: Iterable[str] | None = None) -> str:
+    """Say what is wrong, key by key. fields: the known keys; None: those of a `dataset.toml`."""
+    known = list(DatasetFile.model_fields if fields is None else fields)
+    return "; ".join(_sentence(dict(item), known) for item in error.errors())
 
 
-def _sentence(problem: Mapping[str, Any]) -> str:
+def _sentence(problem: Mapping[str, Any], known: Iterable[str]) -> str:
     place = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # without the kinds of a union
     message = problem["msg"].removeprefix("Value error, ")
     if problem["type"] == "extra_forbidden":
-        return f"{place}: there is no such key.{did_you_mean(place, DatasetFile.model_fields)}"
+        return f"{place}: there is no such key.{did_you_mean(place, known)}"
     return f"{place}{': ' if place else ''}{message}."

@@ -81,7 +81,7 @@ _OTHER_LAYOUTS = (
     ),
     (
         r"\.mlp\.w12\.",
-        "It has SwiGLU blocks, as timm:vit_giant_patch14_dinov2 has, or, for Franca, hub:valeoai/Franca:franca_vitb14.",
+        "It has SwiGLU blocks, as timm:vit_giant_patch14_dinov2 has, or, for Franca, franca_vitb14 or franca_vitl14.",
     ),
     (r"(^|\.)storage_tokens$", "It is a DINOv3 of Meta: use timm:vit_*_dinov3 or timm:vit_*_dinov3_qkvb."),
     (r"(^|\.)patch_generator\.", "It is a RADIO: use timm:vit_*_radio_*."),

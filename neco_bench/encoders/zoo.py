@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cache
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
+from urllib.parse import urlsplit
 
 from neco_bench.core.config import read_toml
 from neco_bench.core.errors import BadInputError
@@ -45,7 +46,9 @@ class ZooEntry:
         """Where the weights file belongs, whether or not it exists; None for entries without one."""
         if self.weights is None:
             return None
-        return _FILE.parent / self.weights if self.packaged else weights_folder(self.id) / Path(self.weights).name
+        if self.packaged:
+            return _FILE.parent / self.weights
+        return weights_folder(self.id) / PurePosixPath(urlsplit(self.weights).path).name
 
     @property
     def packaged(self) -> bool:

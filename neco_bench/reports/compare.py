@@ -295,26 +295,36 @@ def compare_tasks(pairs: Sequence[ResultPair], *, draws: int = DRAWS) -> list[Co
     return _adjusted(rows)
 
 
+def class_sums(result: Result, arrays: Arrays) -> tuple[list[str], SumMetric]:
+    """The names of classes of pixels or categories of pairs, and their IoU or PCK as functions of sums over items.
+
+    Raises:
+        BadInputError: for a result that does not name them, or statistics that have none.
+    """
+    if "confusion" in arrays:
+        names = list(next(iter(result.per_class.values()), ()))
+        if len(names) != arrays["confusion"].shape[-1]:
+            raise BadInputError(f"{result.column}: the result of {result.model} does not name its classes.")
+        return names, class_iou_sums(arrays["confusion"])
+    if "hits" not in arrays:
+        raise BadInputError(f"The statistics of {result.model} on {result.column} are not of classes.")
+    categories = list(result.per_class.get(result.primary_metric, ()))
+    present = np.unique(arrays["category"])
+    if present.max(initial=0) >= len(categories):
+        raise BadInputError(f"{result.column}: the result of {result.model} does not name its categories.")
+    return [categories[number] for number in present], pck_sums(result, arrays, hits_column(result), apart=True)
+
+
 def compare_classes(pair: ResultPair, *, draws: int = DRAWS) -> list[ComparisonRow]:
     """Compare the classes of pixels or categories of pairs, the largest gain first; p is adjusted over them.
 
     Raises:
         BadInputError: for a result that does not name them.
     """
-    if "confusion" in pair.first_arrays:
-        first, second = pair.sums(lambda _, arrays: class_iou_sums(arrays["confusion"]))
-        names = list(next(iter(pair.first.per_class.values()), ()))
-        if len(names) != pair.first_arrays["confusion"].shape[-1]:
-            raise BadInputError(f"{pair.name}: the result of {pair.first.model} does not name its classes.")
-    elif "hits" in pair.first_arrays:
-        first, second = pair.sums(lambda result, own: pck_sums(result, own, hits_column(result), apart=True))
-        categories = list(pair.first.per_class.get(pair.first.primary_metric, ()))
-        present = np.unique(pair.first_arrays["category"])
-        if present.max(initial=0) >= len(categories):
-            raise BadInputError(f"{pair.name}: the result of {pair.first.model} does not name its categories.")
-        names = [categories[number] for number in present]
-    else:
+    if not {"confusion", "hits"} & set(pair.first_arrays):
         return []
+    names = class_sums(pair.first, pair.first_arrays)[0]
+    first, second = pair.sums(lambda result, arrays: class_sums(result, arrays)[1])
     values = first.value(), second.value()
     rows = [
         _row(name, a, b, difference, Metric())

@@ -2,52 +2,60 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.core.files import write_whole
+from neco_bench.reports.extras import curves_of, picture_links
 from neco_bench.reports.grid import KINDS
 from neco_bench.reports.published import read_published
-from neco_bench.reports.ranking import Statistics
+from neco_bench.reports.ranking import Board, Statistics, board_of
 from neco_bench.reports.render import render
 from neco_bench.reports.report import report_page
-from neco_bench.reports.tables import BESIDE, FULL_COLUMNS, build_tables
+from neco_bench.reports.tables import BESIDE, FULL_COLUMNS, tables_of
 from neco_bench.reports.words import WORDS
 from neco_bench.results.schema import Result
 
 
 def write_leaderboard(
-    results: Iterable[Result],
+    results: Iterable[Result] | Board,
     out: Path | str,
     published: Path | str | None = None,
     *,
     latex_intervals: bool = False,
     statistics: Statistics | None = None,
+    pictures: Path | None = None,
+    run_folders: Sequence[Path] = (),
 ) -> list[Path]:
     """Write every table as CSV, the ranked ones as LaTeX, `leaderboard.md` and `report.html`.
 
     Tables of an earlier call that are no longer made are removed; other files are left alone.
 
     Args:
-        results: results of any models and tasks.
+        results: results of any models and tasks, or what `board_of` made of them.
         out: the folder to write to; it is made where there is none.
         published: a published.csv, whose numbers are set beside the measured ones; None: no such tables.
         latex_intervals: whether the LaTeX tables have intervals.
         statistics: gives the per-item statistics of a result, for paired tests; None: ranks come from intervals.
+        pictures: the folder into which `show` wrote; the page links to what it holds of these results.
+        run_folders: of `train`, whose curves stand on the page.
 
     Returns:
         The paths of the files.
 
     Raises:
         NecoBenchError: where the folder cannot be written.
+        MissingError: where a run folder has no log.
     """
     out = Path(out)
-    results = list(results)
-    tables = build_tables(results, () if published is None else read_published(published), statistics)
+    board = results if isinstance(results, Board) else board_of(results, statistics)
+    papers = () if published is None else read_published(published)
+    tables = tables_of(board, papers)
+    links = {} if pictures is None else picture_links(board.runs.result, pictures, out)
     contents = {f"{table.name}.csv": table.to_csv() for table in tables}
     contents |= {f"{table.name}.tex": table.to_latex(latex_intervals) for table in tables if table.ranked}
-    contents["report.html"] = report_page(results)
+    contents["report.html"] = report_page(board, papers, pictures=links, curves=curves_of(run_folders))
     contents["leaderboard.md"] = render(
         "leaderboard.md", tables=[t for t in tables if t.detailed is not None], words=WORDS
     )

@@ -7,20 +7,21 @@ that are worse, at an adjusted p below 0.05.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import combinations
-from statistics import NormalDist
+from math import erfc
 from typing import Any
 
 import numpy as np
+import pandas as pd
 
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.core.sampling import Sampling
 from neco_bench.metrics.intervals import estimate
 from neco_bench.metrics.paired import DRAWS, holm, paired_difference, student
 from neco_bench.metrics.sums import SumMetric, merged
-from neco_bench.reports.grid import NORMAL, Grid
+from neco_bench.reports.grid import NORMAL, Grid, cells_of, grids_of, runs_frame
 from neco_bench.results.schema import Result
 from neco_bench.results.statistics import in_order, item_ids, primary_sums, sampling_of
 
@@ -32,18 +33,62 @@ SIGNIFICANT = 0.05
 # More pairs than this would need more draws than are worth their time: Student's t of the same differences then.
 _MOST_PAIRS = 500
 
+# Models above which the comparisons are not kept: they grow with the square, and nobody looks at so many.
+MOST_COMPARED = 40
+
 # How the pairs of a column were compared.
 PAIRED = "paired"
 UNPAIRED = "unpaired: no counts are stored"
 NOT_TESTED = "not tested"
 
 
+_NAN = float("nan")
+
+
+@dataclass(frozen=True)
+class Tested:
+    """The second of two models less the first, its interval, and p of no difference; NaN where nothing can be said."""
+
+    value: float
+    low: float = _NAN
+    high: float = _NAN
+    p: float = _NAN
+
+
 @dataclass(frozen=True)
 class Ranks:
-    """Of one column: {model: (best, worst) rank}, of how many models, and how they were compared."""
+    """Of one column: {model: (best, worst) rank}, how the models were compared, and {(first, second): comparison}.
+
+    p of the comparisons is adjusted for their number. They are empty for more models than MOST_COMPARED.
+    """
 
     open: Mapping[str, tuple[int, int]]
     how: str
+    tests: Mapping[tuple[str, str], Tested] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Board:
+    """Results arranged for tables and pages: what both are made of, computed once.
+
+    runs: as of `runs_frame`. cells: as of `cells_of`. grids: all of them. ranks: {family: {column: its ranks}} of the
+    ranked grids.
+    """
+
+    runs: pd.DataFrame
+    cells: pd.DataFrame
+    grids: Sequence[Grid]
+    ranks: Mapping[str, Mapping[str, Ranks]]
+    statistics: Statistics | None = None
+
+
+def board_of(results: Iterable[Result], statistics: Statistics | None = None) -> Board:
+    """Arrange results, and test what may be said of the order of models."""
+    runs = runs_frame(results)
+    cells = cells_of(runs)
+    grids = list(grids_of(cells))
+    ranks = {grid.family: ranks_of(grid, statistics) for grid in grids if not grid.kind}
+    return Board(runs, cells, grids, ranks, statistics)
 
 
 @dataclass(frozen=True)
@@ -92,8 +137,8 @@ def _known(cell: Any, statistics: Statistics | None, ids: tuple[str, ...]) -> _K
 def _ranks(known: Mapping[str, _Known], sign: int) -> Ranks:
     models = list(known)
     pairs = list(combinations(models, 2))
-    tests = [_p(known[first], known[second], len(pairs)) for first, second in pairs]
-    adjusted = holm(np.array([p for p, _ in tests]))
+    tests = [_tested(known[first], known[second], len(pairs)) for first, second in pairs]
+    adjusted = holm(np.array([test.p for test, _ in tests]))
     beaten_by = dict.fromkeys(models, 0)
     beats = dict.fromkeys(models, 0)
     for (first, second), p in zip(pairs, adjusted, strict=True):
@@ -104,20 +149,28 @@ def _ranks(known: Mapping[str, _Known], sign: int) -> Ranks:
             beaten_by[loser] += 1
     hows = {how for _, how in tests}
     how = next((how for how in (NOT_TESTED, UNPAIRED, PAIRED) if how in hows), PAIRED)
-    return Ranks({model: (1 + beaten_by[model], len(models) - beats[model]) for model in models}, how)
+    found = {}
+    if len(models) <= MOST_COMPARED:
+        found = {pair: replace(test, p=float(p)) for pair, (test, _), p in zip(pairs, tests, adjusted, strict=True)}
+    return Ranks({model: (1 + beaten_by[model], len(models) - beats[model]) for model in models}, how, found)
 
 
-def _p(first: _Known, second: _Known, pairs: int) -> tuple[float, str]:
-    """p of no difference, NaN where nothing can be said, and how it was made."""
+def _tested(first: _Known, second: _Known, pairs: int) -> tuple[Tested, str]:
+    """Compare two models, and say how that was done."""
     if first.items is not None and second.items is not None and first.sampling is not None:
         if pairs > _MOST_PAIRS:
             one, other = (estimate(side, first.sampling) for side in (first.items, second.items))
-            return student(other.minus(one)), PAIRED
+            less = other.minus(one)
+            low, high = less.interval().ends or (_NAN, _NAN)
+            return Tested(less.value, low, high, student(less)), PAIRED
         draws = max(DRAWS, 60 * pairs)
-        return paired_difference(first.items, second.items, first.sampling, draws=draws)[0].p, PAIRED
+        found = paired_difference(first.items, second.items, first.sampling, draws=draws)[0]
+        return Tested(found.value, found.low, found.high, found.p), PAIRED
+    change = second.value - first.value
     if first.error is None or second.error is None:
-        return float("nan"), NOT_TESTED
+        return Tested(change), NOT_TESTED
     error = (first.error**2 + second.error**2) ** 0.5
     if error <= 0:
-        return float("nan"), NOT_TESTED
-    return 2 * NormalDist().cdf(-abs(first.value - second.value) / error), UNPAIRED
+        return Tested(change), NOT_TESTED
+    p = erfc(abs(change) / error / 2**0.5)
+    return Tested(change, change - NORMAL * error, change + NORMAL * error, p), UNPAIRED

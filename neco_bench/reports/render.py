@@ -12,6 +12,7 @@ _LATEX = {c: "\\" + c for c in "&%$#_{}"} | {
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
     "†": r"$\dagger$",
+    "‡": r"$\ddagger$",
     "°": r"$^\circ$",
     "|": r"\textbar{}",
     "<": r"\textless{}",

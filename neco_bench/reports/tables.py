@@ -10,8 +10,8 @@ Beside them, one table per family sets published numbers (`leaderboards/publishe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from itertools import groupby
 from operator import attrgetter
 from typing import Any
@@ -22,9 +22,9 @@ from pandas.api.types import is_numeric_dtype
 
 from neco_bench.core.files import slug
 from neco_bench.core.metric import metric_named
-from neco_bench.reports.grid import KINDS, Grid, cells_of, grids_of, runs_frame, win_rates
+from neco_bench.reports.grid import KINDS, Grid, cells_of, win_rates
 from neco_bench.reports.published import Published
-from neco_bench.reports.ranking import PAIRED, Statistics, ranks_of
+from neco_bench.reports.ranking import PAIRED, Board, Ranks, Statistics, board_of
 from neco_bench.reports.render import render
 from neco_bench.reports.words import WORDS
 from neco_bench.results.frame import COLUMNS, results_frame
@@ -51,8 +51,8 @@ class Table:
     """One table as it is written; all but the `.full` ones hold text.
 
     name: file name without ".csv". frame: its first column names the model. detailed: the same with intervals, as it
-    stands on the page; None for a table that does not. ranked: is it the leaderboard of its family? lower: columns of
-    which less is better.
+    stands on the page; None for a table that does not. ranked: is it the leaderboard of its family? ranks: {column:
+    {model: (best, worst) rank that tests leave open}}.
     """
 
     name: str
@@ -60,25 +60,30 @@ class Table:
     frame: pd.DataFrame
     detailed: pd.DataFrame | None = None
     ranked: bool = False
-    lower: tuple[str, ...] = ()
+    ranks: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
     def to_csv(self) -> str:
         """Write the table as CSV with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
-        text = self.frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_plain_cell))
-        csv: str = text.rename(columns=_plain_cell).to_csv(index=False, lineterminator="\n")
+        csv: str = without_formulas(self.frame).to_csv(index=False, lineterminator="\n")
         return csv
 
     def to_latex(self, intervals: bool = False) -> str:
-        """Write the table for booktabs: the best of each column bold, the second underlined, equal ones alike.
+        """Write the table for booktabs: in each column the first model bold, the second underlined.
 
-        That is the order of the values as printed, and no test. intervals: beside each value, small.
+        Only where tests leave it no other rank: ties are not marked. intervals: beside each value, small.
         """
         frame = self.detailed if intervals and self.detailed is not None else self.frame
-        values = frame.iloc[:, 1:].apply(lambda cells: cells.str.extract(r"^(-?[\d.]+)", expand=False)).astype(float)
-        values = values.mul([-1 if name in self.lower else 1 for name in values.columns])
-        places = values.rank(method="dense", ascending=False)
-        rows = zip(frame.itertuples(index=False, name=None), places.itertuples(index=False, name=None), strict=True)
+        rows = []
+        for cells in frame.itertuples(index=False, name=None):
+            opened = [self.ranks.get(column, {}).get(cells[0], (0, -1)) for column in frame.columns[1:]]
+            rows.append((cells, [best if best == worst else None for best, worst in opened]))
         return render("table.tex", title=self.title, header=list(frame.columns), rows=rows, words=WORDS)
+
+
+def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
+    """Put ' before each text that spreadsheets would take for a formula; drop NUL characters."""
+    text = frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_plain_cell))
+    return text.rename(columns=_plain_cell)
 
 
 def _plain_cell(cell: Any) -> Any:
@@ -102,16 +107,21 @@ def build_tables(
     They are `<family>` and `.ranking`, `.subset`, `.unranked`, `.conditions`, `.published` where they have rows, and
     `.full`. Results of equal key and metrics (copies in several folders) count once.
     """
-    runs = runs_frame(results)
+    return tables_of(board_of(results, statistics), published)
+
+
+def tables_of(board: Board, published: Iterable[Published] = ()) -> list[Table]:
+    """Make the tables of results that are arranged already; see `build_tables`."""
+    runs, cells = board.runs, board.cells
     papers = pd.DataFrame([row.model_dump() for row in published], columns=list(Published.model_fields))
     tables = []
-    cells = cells_of(runs)
-    for family, grids in groupby(grids_of(cells), key=attrgetter("family")):
+    for family, grids in groupby(board.grids, key=attrgetter("family")):
         members = runs[runs.family == family]
         for grid in grids:
-            tables.append(_wide_table(grid))
-            if not grid.kind and len(grid.models) > 1:
-                tables.append(_text_table(family, "ranking", _ranking(grid, statistics)))
+            ranks = {} if grid.kind else board.ranks[family]
+            tables.append(_wide_table(grid, ranks))
+            if ranks:
+                tables.append(_text_table(family, "ranking", _ranking(grid, ranks)))
         tables.append(_text_table(family, "conditions", _conditions(members, cells.xs(family, drop_level=False))))
         if len(papers):
             tables.append(_text_table(family, "published", _published(members, papers), "published beside measured"))
@@ -125,15 +135,15 @@ def _text_table(family: str, ending: str, frame: pd.DataFrame, title: str = "") 
     return Table(f"{slug(family)}.{ending}", title, frame, frame)
 
 
-def _wide_table(grid: Grid) -> Table:
+def _wide_table(grid: Grid, ranks: Mapping[str, Ranks]) -> Table:
     title = grid.family.replace("_", " ") + (f" ({KINDS[grid.kind]})" if grid.kind else "")
-    short, detailed = (grid.wide(_cell_texts(grid.cells, detailed)).fillna("") for detailed in (False, True))
+    short, detailed = (grid.wide(cell_texts(grid.cells, detailed)).fillna("") for detailed in (False, True))
     name = f"{slug(grid.family)}{grid.kind}"
     metrics = {column: grid.metric(column) for column in grid.columns}
     headers = {column: f"{column} ({m.legend})" if m.legend else column for column, m in metrics.items()}
-    lower = tuple(headers[column] for column, m in metrics.items() if m.lower_is_better)
+    places = {headers[column]: found.open for column, found in ranks.items()}
     short, detailed = (frame.rename(columns=headers) for frame in (short, detailed))
-    return Table(name, title, _with_models(short), _with_models(detailed), ranked=not grid.kind, lower=lower)
+    return Table(name, title, _with_models(short), _with_models(detailed), ranked=not grid.kind, ranks=places)
 
 
 def _with_models(frame: pd.DataFrame) -> pd.DataFrame:
@@ -141,7 +151,7 @@ def _with_models(frame: pd.DataFrame) -> pd.DataFrame:
     return frame.rename_axis(index="model", columns=None).reset_index()
 
 
-def _cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
+def cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
     """Write `cells_of`: value and deviation, if detailed with the interval; MARK where the conditions are others."""
 
     def text(cell: Any) -> str:
@@ -159,11 +169,9 @@ def _cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
     return pd.Series([text(cell) for cell in cells.itertuples()], index=cells.index, dtype="object")
 
 
-def _ranking(grid: Grid, statistics: Statistics | None) -> pd.DataFrame:
-    """Win rate of each model and, by column, the ranks that the tests leave open; empty without two models in one."""
-    rates, tested = win_rates(grid), ranks_of(grid, statistics)
-    if not tested:
-        return pd.DataFrame()
+def _ranking(grid: Grid, tested: Mapping[str, Ranks]) -> pd.DataFrame:
+    """Win rate of each model and, by column, the ranks that the tests leave open."""
+    rates = win_rates(grid)
     number = grid.wide(grid.cells.value).notna().sum(axis=1)
     table = pd.DataFrame(
         {
@@ -202,7 +210,7 @@ def _published(runs: pd.DataFrame, papers: pd.DataFrame) -> pd.DataFrame:
     measured with other weights than the official ones is another model's.
     """
     cells = cells_of(runs[runs.ok & runs.official.ne(False)])
-    cells = cells.assign(text=_cell_texts(cells, detailed=True)).reset_index()
+    cells = cells.assign(text=cell_texts(cells, detailed=True)).reset_index()
     result = cells.results.str[0]
     measured = pd.DataFrame(
         {

@@ -35,6 +35,13 @@ RANKS = (
     "it depends on which models are there."
 )
 
+SUITES = (
+    "Numbers are percent, higher is better, where the head of a column says nothing else. Difference: published minus "
+    "measured; blank where the protocol of the published number is not the one that was measured, or not known to be, "
+    "and where part of the data was measured. ‡: measured on part of the data, no measurement of the task. †: measured "
+    "under other conditions than others of its column. Empty: not published, or not measured."
+)
+
 WORDS = {"meaning": MEANING, "tests": TESTS, "ranks": RANKS}
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
 
-from neco_bench.core.errors import BadInputError, UsageError, error_of_code
+from neco_bench.core.errors import BadInputError, MissingError, UsageError, error_of_code
 from neco_bench.core.protocol import find_tasks
+from neco_bench.core.suites import find_suite
 from neco_bench.encoders.identity import object_id
 from neco_bench.results.listing import ResultList
 from neco_bench.results.schema import Result
@@ -24,6 +26,9 @@ if TYPE_CHECKING:
     from neco_bench.encoders.base import Encoder
 
     Model = str | os.PathLike[str] | Encoder | nn.Module
+
+
+log = logging.getLogger("neco_bench")
 
 
 @overload
@@ -42,8 +47,9 @@ def run(
 @overload
 def run(
     model: Model,
-    task: Sequence[str],
+    task: Sequence[str] = (),
     *,
+    suite: str | None = None,
     data_root: str | Path | None = None,
     out: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -54,8 +60,9 @@ def run(
 
 def run(
     model: Model,
-    task: str | Sequence[str],
+    task: str | Sequence[str] = (),
     *,
+    suite: str | None = None,
     data_root: str | Path | None = None,
     out: str | Path | None = None,
     changes: Mapping[str, Any] | None = None,
@@ -69,6 +76,8 @@ def run(
             (B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride`.
         task: the name of one task ("camvid_ic", "ade20k_linear@clean-1") gives its Result; a glob ("shapes_*"), names
             with commas or a list give a ResultList, in which what failed has `status` "failed".
+        suite: the name of a suite ("neco_table1", "mine.toml:NAME"), whose tasks are run, before those named by `task`;
+            gives a ResultList. Tasks whose data are not here are left out, with a warning.
         data_root: folder of data sets; None: NECO_BENCH_DATA.
         out: results folder; with it, a stored result of the same content is returned instead of running again.
         changes: what `--set` gives on the command line.
@@ -89,7 +98,8 @@ def run(
     names = [task] if isinstance(task, str) else task
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"run() takes the name of a task such as 'shapes_ic', not {type(task).__name__}.")
-    tasks = find_tasks(list(names), changes, data_root=data_root)
+    of_suite = [c.task for c in find_suite(suite).columns(changes, data_root)] if suite is not None else []
+    tasks = [*of_suite, *(find_tasks(list(names), changes, data_root=data_root) if names or suite is None else ())]
     run_options = RunOptions(data_root=Path(data_root) if data_root else None, **options)
     store = ResultStore(out) if out else None
     with _as_encoder(model) as (name, encoder):
@@ -97,14 +107,23 @@ def run(
             identity = identify(name, run_options, store) if store else None
         else:
             identity = _object_id(encoder, run_options)
-        jobs = [job for entry in tasks for job in seeded(plan(name, entry, run_options, identity=identity), seeds or 1)]
+        jobs = []
+        for entry in tasks:
+            try:
+                jobs += seeded(plan(name, entry, run_options, identity=identity), seeds or 1)
+            except MissingError as error:
+                if entry not in of_suite:
+                    raise
+                log.warning("%s of suite %s is left out: %s", entry.card.name, suite, error)
+        if not jobs:
+            raise MissingError(f"Nothing of suite {suite!r} can be run: its data are not here. Give data_root.")
         for job in jobs:
             if store is None or stored(job, store) is None:
                 job.task.settings()  # a wrong setting is an error now, not after the encoder is loaded
                 if store:
                     store.check_writable()
         results = ResultList(run_job(job, store, encoder) for job in jobs)
-    if not isinstance(task, str) or seeds is not None or any(sign in task for sign in ",*?["):
+    if suite is not None or not isinstance(task, str) or seeds is not None or any(sign in task for sign in ",*?["):
         return results
     (result,) = results
     if result.status == "failed":

@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from neco_bench.core.errors import NecoBenchError
+from neco_bench.core.errors import MissingError, NecoBenchError
 from neco_bench.data.base import BoxDataset, Dataset, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset
 from neco_bench.data.video import VideoDataset
 from neco_bench.data.views import ViewDataset
 from neco_bench.encoders.base import Encoder
+from neco_bench.encoders.fetch import missing_weights
+from neco_bench.encoders.load import load_encoder
+from neco_bench.encoders.spec import parse_spec
 from neco_bench.features.transforms import resize_image
 from neco_bench.results.provenance import peak_memory_mb
 from neco_bench.results.store import ResultStore
@@ -29,6 +32,8 @@ from neco_bench.runner.job import Job, stored
 from neco_bench.search.exact import ExactIndex
 
 MEASURED = 8  # images
+
+MOST_BARE = 1500  # million parameters of an encoder that is built for an estimate alone
 
 
 @dataclass(frozen=True)
@@ -40,26 +45,26 @@ class Estimate:
     disk: float
 
 
-def forecast(jobs: Sequence[Job], store: ResultStore) -> list[dict[str, Any]]:
+def forecast(jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True) -> list[dict[str, Any]]:
     """One row per job: its items, whether its result is stored, and else the estimate, or the error it would end in.
 
-    Each model is loaded once; jobs of one model lie side by side.
+    Each model is loaded once; jobs of one model lie side by side. fetch: False fetches no weights; where they are not
+    here, the estimate is that of the architecture, beside the error.
     """
     rows: list[dict[str, Any]] = []
-    encoders: dict[str, Encoder | NecoBenchError] = {}
+    rates = Rates()
+    encoders: dict[str, tuple[Encoder | None, NecoBenchError | None]] = {}
     for job in jobs:
         is_stored = stored(job, store) is not None
         cost, problem = None, None
         if not is_stored:
+            if job.model not in encoders:
+                encoders = {job.model: _encoder_and_error(job, fetch)}
+            encoder, problem = encoders[job.model]
             try:
-                if job.model not in encoders:
-                    encoders = {job.model: _encoder_or_error(job)}
-                encoder = encoders[job.model]
-                if isinstance(encoder, NecoBenchError):
-                    raise encoder
-                cost = estimate(job, encoder)
+                cost = encoder and estimate(job, encoder, rates)
             except NecoBenchError as error:
-                problem = error
+                problem = problem or error
         rows.append(
             {
                 "model": job.label,
@@ -79,8 +84,37 @@ def forecast(jobs: Sequence[Job], store: ResultStore) -> list[dict[str, Any]]:
     return rows
 
 
-def estimate(job: Job, encoder: Encoder) -> Estimate | None:
-    """The estimate of a job; None where its family, a plug-in's, has no `cost`."""
+class Rates:
+    """What this machine does in a second, each measured once: encoders of one architecture are alike."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[Any, ...], float] = {}
+
+    def _once(self, key: tuple[Any, ...], measure: Callable[[], float]) -> float:
+        if key not in self._known:
+            self._known[key] = measure()
+        return self._known[key]
+
+    def loading(self, dataset: Dataset, size: int) -> float:
+        """Seconds to load an image."""
+        key = dataset.name, dataset.split, size
+        return self._once(("loading", *key), lambda: _seconds_to_load(dataset, size))
+
+    def encoding(self, encoder: Encoder, size: int, batch_size: int) -> float:
+        """Seconds to encode an image."""
+        images = torch.zeros(min(MEASURED, batch_size), 3, size, size)
+        parts = ",".join(f"{name}{tuple(p.shape)}" for name, p in encoder.named_parameters())
+        key = parts or encoder.name, encoder.layer, encoder.stride, encoder.precision, str(encoder.device), images.shape
+        return self._once(("encoding", *key), lambda: _median(lambda: encoder.encode(images)) / len(images))
+
+    def search(self, device: torch.device, width: int) -> float:
+        """Floating-point operations in a second."""
+        return self._once(("search", str(device), width), lambda: _rate(device, width))
+
+
+def estimate(job: Job, encoder: Encoder, rates: Rates | None = None) -> Estimate | None:
+    """The estimate of a job; None where its family, a plug-in's, has no `cost`. rates: those measured already."""
+    rates = rates or Rates()
     cost_of = getattr(job.task.module, "cost", None)
     if cost_of is None:
         return None
@@ -90,24 +124,35 @@ def estimate(job: Job, encoder: Encoder) -> Estimate | None:
     costs = [cost_of(settings, data, encoder.stride, encoder.embed_dim) for data in job.draws]
     size = costs[0].size + -costs[0].size % encoder.stride
     size = encoder.nearest_size(size)
-    loading = _seconds_to_load(next(iter(job.data.values())), size)
+    loading = rates.loading(next(iter(job.data.values())), size)
     workers = job.options.workers_used
-    images = torch.zeros(min(MEASURED, job.options.batch_size), 3, size, size)
-    encoding = _median(lambda: encoder.encode(images)) / len(images)
+    encoding = rates.encoding(encoder, size, job.options.batch_size)
     # Loading and encoding go on side by side where there are workers, and not on the same cores.
     apart = workers and encoder.device.type != "cpu"
     per_image = max(loading / workers, encoding) if apart else loading + encoding
-    rate = _rate(encoder.device, costs[0].width)
+    rate = rates.search(encoder.device, costs[0].width)
     seconds = sum(c.images * per_image + c.operations / rate for c in costs)
     memory = peak_memory_mb() * 2**20 + max(c.memory for c in costs)
     return Estimate(seconds / 3600, memory, max(c.disk for c in costs))
 
 
-def _encoder_or_error(job: Job) -> Encoder | NecoBenchError:
+def _encoder_and_error(job: Job, fetch: bool) -> tuple[Encoder | None, NecoBenchError | None]:
+    """The encoder of a job, or why it cannot be loaded; without `fetch` both, where weights are not here."""
+    model, options = parse_spec(job.model), job.options
+    entry = model.entry if options.weights is None and model.pretrained else None
+    file = entry.weights_file if entry else None
     try:
-        return load_job_encoder(job)
+        if fetch or entry is None or file is None or file.is_file():
+            return load_job_encoder(job), None
+        problem = missing_weights(str(entry.weights), file, "a dry run of a suite fetches none")
     except NecoBenchError as error:
-        return error
+        if fetch or not isinstance(error, MissingError):
+            return None, error
+        problem = error
+    if model.kind != "timm" or options.weights is not None or (entry and entry.params_m > MOST_BARE):
+        return None, problem
+    bare = replace(model, pretrained=False)
+    return load_encoder(bare, device=options.device, precision=options.precision, layers=options.layers), problem
 
 
 def _median(call: Callable[[], object]) -> float:

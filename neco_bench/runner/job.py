@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neco_bench.core.errors import NecoBenchError, UsageError
+from neco_bench.core.errors import MissingError, NecoBenchError, UsageError
 from neco_bench.core.files import digest
 from neco_bench.core.protocol import Task, find_tasks
 from neco_bench.data.base import Dataset
@@ -154,27 +154,59 @@ def identify(model: str, options: RunOptions, store: ResultStore) -> str:
     return loaded_id(model, options.weights, encoder)
 
 
+@dataclass(frozen=True)
+class MissingJob:
+    """A model on a task that cannot be planned here, as its data or a file of the model is not there."""
+
+    model: str
+    task: Task
+    error: MissingError
+
+
 def plan_all(
-    models: Iterable[str], tasks: Iterable[Task], options: RunOptions, store: ResultStore, *, seeds: int = 1
+    models: Iterable[str],
+    tasks: Iterable[Task],
+    options: RunOptions,
+    store: ResultStore,
+    *,
+    seeds: int = 1,
+    missing: list[MissingJob] | None = None,
 ) -> list[Job]:
     """Jobs of every model on every task, one for each of `seeds` from `options.seed` on.
 
     Names, settings and data are checked before anything runs. Imports no torch, unless an encoder must be
-    loaded to know what it is.
+    loaded to know what it is. missing: takes what is not there, which else is an error.
     """
     tasks = list(tasks)
     for task in tasks:
         task.settings()
     jobs = []
     for model in models:
-        identity = identify(model, options, store)
-        jobs += [job for task in tasks for job in seeded(plan(model, task, options, identity=identity), seeds)]
+        try:
+            identity = identify(model, options, store)
+        except MissingError as error:
+            if missing is None:
+                raise
+            missing += [MissingJob(model, task, error) for task in tasks]
+            continue
+        for task in tasks:
+            try:
+                jobs += seeded(plan(model, task, options, identity=identity), seeds)
+            except MissingError as error:
+                if missing is None:
+                    raise
+                missing.append(MissingJob(model, task, error))
     for job in jobs:
         if stored(job, store) is None:
             store.check_writable()
-    if len(jobs) > 1:
-        jobs = [replace(job, place=f"{number} of {len(jobs)}") for number, job in enumerate(jobs, 1)]
-    return jobs
+    return numbered(jobs)
+
+
+def numbered(jobs: list[Job]) -> list[Job]:
+    """The jobs, each with its place among them where there are several."""
+    if len(jobs) < 2:
+        return jobs
+    return [replace(job, place=f"{number} of {len(jobs)}") for number, job in enumerate(jobs, 1)]
 
 
 def seeded(job: Job, count: int) -> list[Job]:

@@ -100,31 +100,39 @@ def _end(process: Any) -> None:
     process.join()
 
 
+def executor_for(folder: Path, launcher: str, parameters: Mapping[str, Any]) -> Any:
+    """submitit's executor, with logs in `<folder>/jobs`.
+
+    parameters: of its AutoExecutor (timeout_min, gpus_per_node, slurm_partition, ...). Raises UsageError for another
+    launcher, a parameter that submitit does not know, or where submitit is not installed.
+    """
+    if launcher not in LAUNCHERS:
+        raise UsageError(f"Unknown --launcher {launcher!r}: use {' or '.join(LAUNCHERS)}.")
+    try:
+        import submitit
+    except ImportError as error:
+        raise UsageError("--launcher needs submitit: pip install 'neco-bench[launcher]'.") from error
+    try:
+        executor = submitit.AutoExecutor(folder=folder / "jobs" / "%j", cluster=launcher)
+    except RuntimeError as error:
+        raise UsageError(
+            f"--launcher {launcher}: {error}. Use --launcher local, or submit from the cluster."
+        ) from error
+    try:
+        executor.update_parameters(name="neco-bench", **{"timeout_min": 24 * 60, **parameters})
+    except (NameError, TypeError, ValueError) as error:
+        raise UsageError(f"--launcher-set: {error}.") from error
+    return executor
+
+
 class JobPool:
     """Submits jobs when it is made; `results` waits for them, in the order of the jobs.
 
-    parameters: of submitit's AutoExecutor (timeout_min, gpus_per_node, slurm_partition, ...). Logs lie in
-    `<results folder>/jobs`. Raises UsageError for another launcher, a parameter that submitit does not know, or where
-    submitit is not installed.
+    launcher, parameters: as `executor_for` takes them, whose errors it raises. Logs lie in `<results folder>/jobs`.
     """
 
     def __init__(self, jobs: Sequence[Job], store: ResultStore, launcher: str, parameters: Mapping[str, Any]) -> None:
-        if launcher not in LAUNCHERS:
-            raise UsageError(f"Unknown --launcher {launcher!r}: use {' or '.join(LAUNCHERS)}.")
-        try:
-            import submitit
-        except ImportError as error:
-            raise UsageError("--launcher needs submitit: pip install 'neco-bench[launcher]'.") from error
-        try:
-            executor = submitit.AutoExecutor(folder=store.folder / "jobs" / "%j", cluster=launcher)
-        except RuntimeError as error:
-            raise UsageError(
-                f"--launcher {launcher}: {error}. Use --launcher local, or submit from the cluster."
-            ) from error
-        try:
-            executor.update_parameters(name="neco-bench", **{"timeout_min": 24 * 60, **parameters})
-        except (NameError, TypeError, ValueError) as error:
-            raise UsageError(f"--launcher-set: {error}.") from error
+        executor = executor_for(store.folder, launcher, parameters)
         self._store = store
         self._waiting: list[tuple[Job, Any]] = []  # with a result, or the job that will give it
         for job in jobs:

@@ -1,8 +1,9 @@
-"""Where training images come from: folders, lists, well-known data sets, and the generated shapes."""
+"""Where training images come from: folders, lists, well-known data sets, the generated shapes, and mixtures of them."""
 
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,10 +19,21 @@ from neco_bench.data.voc2012 import VOC2012
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
+log = logging.getLogger("neco_bench")
+
 MAX_SHAPES = 10_000_000  # whose names take a gigabyte
 
 # Data sets by name: the folder of each below the data root, and where its training images are in that.
-FOLDERS = {"coco": ("coco", "train2017"), "imagenet": ("imagenet", "train"), "voc": ("voc2012", "")}
+FOLDERS = {
+    "coco": ("coco", "train2017"),
+    "imagenet": ("imagenet", "train"),
+    "imagenet100": ("imagenet", "train"),
+    "voc": ("voc2012", ""),
+}
+
+IMAGENET100 = Path(__file__).with_name("imagenet100.txt")  # names of the folders of its classes
+
+IMAGENET100_IMAGES = 126_689  # for training
 
 
 @dataclass(frozen=True)
@@ -71,7 +83,7 @@ class Images:
         """
         if self.folder is None or self.source:
             return {self.source or "shapes": "seen"}
-        known = {below: name for name, (below, _) in FOLDERS.items()}
+        known = {below: name.removesuffix("100") for name, (below, _) in FOLDERS.items()}
         for name in DATASETS:
             try:
                 cls = DATASETS.load(name)
@@ -90,12 +102,60 @@ class Images:
         return overlap
 
 
+@dataclass(frozen=True)
+class Mixture(Images):
+    """The images of several sources, one after another; an image has the same chance in each epoch as any other.
+
+    parts: the sources; ids are theirs behind the description of the source.
+    """
+
+    parts: tuple[Images, ...] = ()
+
+    def read(self, index: int) -> np.ndarray:
+        """Read image (H, W, 3) uint8 RGB of one of the sources. Raises as `Images.read`."""
+        for part in self.parts:
+            if index < len(part):
+                return part.read(index)
+            index -= len(part)
+        raise IndexError(index)
+
+    def fingerprint(self) -> str:
+        """Hash the fingerprints of the sources by sha256."""
+        return hashlib.sha256("\n".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
+
+    def overlap(self, root: Path | None = None) -> dict[str, str]:
+        """Name the collections that the sources are from, "*" for what is unknown."""
+        overlap: dict[str, str] = {}
+        for part in self.parts:
+            overlap |= part.overlap(root)
+        return overlap
+
+
 def open_images(spec: str, root: Path | None = None) -> Images:
-    """Open the images that `spec` names.
+    """Open the images that `spec` names: one source, or several with commas between them.
+
+    A source that is named twice is an error. Raises as `_open_source`.
+    """
+    names = [name.strip() for name in spec.split(",") if name.strip()]
+    if len(names) < 2 or os.path.exists(spec):
+        return _open_source(spec, root)
+    parts = tuple(_open_source(name, root) for name in names)
+    titles = [part.description for part in parts]
+    if len(set(titles)) < len(titles):
+        raise UsageError(
+            f"--data {spec!r} names {titles[0] if len(set(titles)) == 1 else 'a source'} twice. Name it once."
+        )
+    ids = tuple(f"{part.description}/{name}" for part in parts for name in part.ids)
+    return Mixture(ids, " + ".join(titles), parts=parts)
+
+
+def _open_source(spec: str, root: Path | None = None) -> Images:
+    """Open the images of one source.
 
     A folder (its images, however deep); a list file (a path per line, absolute or from the folder of the list, with
     either separator; # begins a comment); `shapes` or `shapes:N` (the first N training scenes, never those of the val
-    split); `coco`, `imagenet` or `voc` below the data root, each with `:FOLDER` for another folder.
+    split); `coco`, `imagenet`, `imagenet100` (its 100 classes in `imagenet`) or `voc` below the data root, each with
+    `:FOLDER` for another folder.
     Raises UsageError (unknown name), MissingError (nothing there) and BadInputError (an empty list).
     """
     name, _, rest = spec.partition(":")
@@ -129,7 +189,12 @@ def _named(name: str, rest: str, root: Path | None) -> Images:
     if name != "voc":
         if not (folder / inside).is_dir():
             raise MissingError(f"--data {name}: its images should be in {folder / inside}, which is not there.")
-        return replace(_in_folder(folder / inside, f"{name} {inside}"), source=name)
+        classes = _imagenet100(folder / inside) if name == "imagenet100" else ()
+        images = _in_folder(folder / inside, f"{name} {inside}", classes)
+        if classes and len(images) != IMAGENET100_IMAGES:
+            text = "--data %s: %s has %d images of the 100 classes, where ImageNet-100 has %d."
+            log.warning(text, name, folder / inside, len(images), IMAGENET100_IMAGES)
+        return replace(images, source=name.removesuffix("100"))
     if not folder.is_dir():
         raise MissingError(f"--data voc: there is no folder {folder}. It should hold\n{VOC2012.layout}")
     try:
@@ -140,15 +205,31 @@ def _named(name: str, rest: str, root: Path | None) -> Images:
     return Images(tuple(sorted(names)), f"voc {dataset.split}", folder, source=name)
 
 
-def _in_folder(folder: Path, description: str) -> Images:
+def _imagenet100(folder: Path) -> tuple[str, ...]:
+    """The names of the class folders of ImageNet-100. Raises MissingError where one of them is not there."""
+    lines = IMAGENET100.read_text(encoding="utf-8").splitlines()
+    names = tuple(name for line in lines if not line.startswith("#") for name in line.split())
+    absent = [name for name in names if not (folder / name).is_dir()]
+    if absent:
+        raise MissingError(
+            f"--data imagenet100: {len(absent)} of its 100 classes are not in {folder}, such as {absent[0]}. Unpack "
+            f"the training images of ImageNet there, a folder for each class."
+        )
+    return names
+
+
+def _in_folder(folder: Path, description: str, inside: tuple[str, ...] = ()) -> Images:
+    """Find the images of a folder, at any depth. inside: names of its folders, of which others are left out."""
     names: list[str] = []
     for current, folders, files in os.walk(folder, followlinks=True):
+        if inside and os.path.samefile(current, folder):
+            folders[:], files = [name for name in folders if name in inside], []
         above = {
             os.path.realpath(current),
             *map(str, Path(os.path.realpath(current)).parents),
         }  # a link there has no end
-        inside = (name for name in folders if os.path.realpath(os.path.join(current, name)) not in above)
-        folders[:] = [name for name in inside if not name.startswith(".")]
+        further = (name for name in folders if os.path.realpath(os.path.join(current, name)) not in above)
+        folders[:] = [name for name in further if not name.startswith(".")]
         near = os.path.relpath(current, folder)
         names += [
             os.path.normpath(os.path.join(near, f)) for f in files if f.lower().endswith(SUFFIXES) and f[0] != "."

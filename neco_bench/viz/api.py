@@ -7,18 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from neco_bench.core.errors import UsageError
-from neco_bench.core.files import slug
 from neco_bench.reports.compare import results_of
+from neco_bench.reports.extras import picture_folder
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.job import job_of
 from neco_bench.viz import show as drawing
 from neco_bench.viz.show import Shown
-
-
-def folder_of(result: Result, out: Path) -> Path:
-    """The folder in `out` that holds the pictures of a result."""
-    return out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
 
 
 def show(
@@ -61,5 +56,5 @@ def show(
     job = job_of(
         result, **{name: Path(v) if name in ("data_root", "weights") else v for name, v in options.items() if v}
     )
-    folder = folder_of(result, Path(out))
+    folder = picture_folder(result, Path(out))
     return drawing.show(result, store.statistics(result), job, folder, worst=worst, best=best, named=list(images))

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from neco_bench.core.errors import UsageError
 from neco_bench.core.files import write_whole
@@ -17,8 +18,12 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.features.patches import majority_label, patchify
 from neco_bench.features.transforms import resize_image, resize_nearest_pil
 from neco_bench.viz import diagnostics
+from neco_bench.viz.draw import WHITE, broken_lines, class_colours, class_legend, draw_keys, font, legend_keys
+from neco_bench.viz.draw_dense import scale_colours
 
-SHOWN, TILE, GAP = 8, 160, 4  # images in the picture, pixels of a tile, and between tiles
+SHOWN, TILE, GAP, LINE = 8, 160, 4, 18  # images in the picture, pixels of a tile, between tiles, of a line of text
+
+EQUAL = 0.05  # norms that differ by less than this share of the median are one: features that a last norm made equal
 
 
 def diagnose(
@@ -26,8 +31,8 @@ def diagnose(
 ) -> list[dict[str, Any]]:
     """One row per diagnostic of the features of `count` images, spread evenly over `data`, at size x size pixels.
 
-    picture: PNG with a row per image: the image, principal components as colours, norms. Raises UsageError for fewer
-    than two images or a size below four patches.
+    picture: PNG with a row per image: the image, its labels, principal components as colours, and norms where they
+    differ. Raises UsageError for fewer than two images or a size below four patches.
     """
     size = encoder.only_size or size - size % (encoder.size_multiple or encoder.stride)
     indices = np.unique(np.linspace(0, len(data) - 1, max(count, 0)).astype(int))
@@ -51,7 +56,13 @@ def diagnose(
     features, moved = torch.stack(maps), torch.stack(shifted)
     truth = torch.stack(labels).numpy()
     if picture is not None:
-        write_whole(picture, _picture(images, features))
+        title = f"{encoder.name} on {data.name}, {size} x {size} pixels, {len(features)} images"
+        shown = [_large(ids) for ids in truth[: len(images)]]
+        coloured = [class_colours(data, ids) for ids in shown]
+        drawn = draw_diagnosis(images, coloured, features, title, class_legend(data, shown))
+        buffer = io.BytesIO()
+        drawn.save(buffer, "PNG")
+        write_whole(picture, buffer.getvalue())
     values = {
         "norm outliers": (diagnostics.norm_outliers(features), "share of patches above 3 x the image's median norm"),
         "effective rank": (diagnostics.effective_rank(features), f"of {encoder.embed_dim} dimensions (RankMe)"),
@@ -65,17 +76,53 @@ def diagnose(
     return [{"diagnostic": name, "value": round(value, 4), "meaning": text} for name, (value, text) in values.items()]
 
 
-def _picture(images: list[np.ndarray], features: torch.Tensor) -> bytes:
-    colours = diagnostics.principal_colours(features)
-    shades = diagnostics.norm_shades(features)
-    step = TILE + GAP
-    canvas = np.full((len(images) * step - GAP, 3 * step - GAP, 3), 255, np.uint8)
-    for row, image in enumerate(images):
-        grey = np.repeat(shades[row][:, :, None], 3, axis=2)
-        for column, tile in enumerate((image, colours[row], grey)):
+def _large(ids: np.ndarray) -> np.ndarray:
+    """Ids of patches at the size of a tile."""
+    return np.asarray(Image.fromarray(ids.astype(np.uint8)).resize((TILE, TILE), Image.Resampling.NEAREST))
+
+
+def draw_diagnosis(
+    images: list[np.ndarray],
+    labels: list[np.ndarray],
+    features: torch.Tensor,
+    title: str,
+    legend: Sequence[tuple[str, tuple[int, ...]]] = (),
+) -> Image.Image:
+    """Draw images, labels of their patches, principal components and norms, with headings and scales.
+
+    Norms are left out where all are equal, as for features that were normalised: such a panel would say nothing.
+    """
+    norms = diagnostics.relative_norms(features)
+    low, high = float(norms.min()), float(norms.max())
+    shares = ", ".join(f"{100 * share:.0f} %" for share in diagnostics.principal_shares(features))
+    panels = {"image": images, "labels": labels, "components": list(diagnostics.principal_colours(features))}
+    notes = [f"components: red, green, blue are the first three of all patches, with {shares} of the variance"]
+    if high - low > EQUAL:
+        panels["norms"] = [scale_colours((own - low) / (high - low)) for own in norms]
+        notes.append(f"norms: of each patch, over the median of its image, dark {low:.2f} to bright {high:.2f}")
+    else:
+        notes.append(f"norms: not drawn, as all are within {100 * EQUAL:.0f} % of each other (normalised features)")
+    step, width = TILE + GAP, len(panels) * (TILE + GAP) - GAP
+    heading, words = broken_lines(title, width, 13), [line for note in notes for line in broken_lines(note, width, 13)]
+    keys = legend_keys(legend, width)
+    top = LINE * (len(heading) + 1)
+    below = top + len(images) * step
+    under = below + LINE * (keys[-1][0] + 1 if keys else 0)
+    scale = LINE if "norms" in panels else 0
+    canvas = Image.new("RGB", (width, under + scale + LINE * len(words) + GAP), WHITE)
+    draw = ImageDraw.Draw(canvas)
+    draw.text((2, 1), "\n".join(heading), fill=(0, 0, 0), font=font(13))
+    for column, (name, tiles) in enumerate(panels.items()):
+        draw.text((column * step + 2, top - LINE), name, fill=(90, 90, 90), font=font(13))
+        for row, tile in enumerate(tiles[: len(images)]):
             rule = Image.Resampling.NEAREST if column else Image.Resampling.BICUBIC
-            resized = np.asarray(Image.fromarray(tile).resize((TILE, TILE), rule))
-            canvas[row * step : row * step + TILE, column * step : column * step + TILE] = resized
-    buffer = io.BytesIO()
-    Image.fromarray(canvas).save(buffer, "PNG")
-    return buffer.getvalue()
+            canvas.paste(Image.fromarray(tile).resize((TILE, TILE), rule), (column * step, top + row * step))
+    draw_keys(canvas, keys, below)
+    if scale:
+        bar = scale_colours(np.tile(np.linspace(0, 1, TILE), (10, 1)))
+        canvas.paste(Image.fromarray(bar), (width - TILE, under + 4))
+        ends = f"norms {low:.2f}", f"{high:.2f}"
+        draw.text((width - TILE - 6, under + 1), ends[0], fill=(0, 0, 0), font=font(13), anchor="ra")
+        draw.text((width - 4, under + 1), ends[1], fill=(0, 0, 0), font=font(13), anchor="ra")
+    draw.text((2, under + scale), "\n".join(words), fill=(0, 0, 0), font=font(13), spacing=3)
+    return canvas

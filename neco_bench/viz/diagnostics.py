@@ -108,11 +108,18 @@ def principal_colours(maps: Tensor) -> np.ndarray:
     return (colours * 255).round().to(torch.uint8).numpy()
 
 
-def norm_shades(maps: Tensor) -> np.ndarray:
-    """(N, h, w) uint8: the norm of each patch relative to the median of its image, white at twice OUTLIER."""
+def principal_shares(maps: Tensor) -> list[float]:
+    """The shares of the variance of all patches that the components of `principal_colours` hold, the largest first."""
+    rows = _rows(maps).double()
+    variances = torch.linalg.eigvalsh((rows - rows.mean(0)).T @ (rows - rows.mean(0))).flip(0).clamp_min(0)
+    return [float(share) for share in variances[:3] / variances.sum().clamp_min(1e-300)]
+
+
+def relative_norms(maps: Tensor) -> np.ndarray:
+    """(N, h, w): the L2 norm of each patch relative to the median of its image."""
     norms = rescaled(maps, None).norm(dim=1)
     relative = norms / norms.flatten(1).median(1).values[:, None, None].clamp_min(1e-12)
-    return (relative / (2 * OUTLIER) * 255).clamp(0, 255).round().to(torch.uint8).numpy()
+    return relative.cpu().double().numpy()
 
 
 def _rows(maps: Tensor) -> Tensor:

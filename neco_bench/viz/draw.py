@@ -22,7 +22,17 @@ SMALL, LARGE = 480, 1024  # least and most pixels of the longer side of a pictur
 
 GAP, LINE = 6, 20
 
-RIGHT, WRONG, VOID = (46, 160, 67), (214, 39, 40), (255, 255, 255)
+# Blue and vermilion, which those tell apart who do not tell red from green; what is wrong has broken lines or a cross
+# besides.
+RIGHT, WRONG, WHITE = (0, 114, 178), (214, 60, 0), (255, 255, 255)
+
+# What is not scored is hatched, so that it is seen on white, on black and beside classes of any colour.
+VOID, HATCH = WHITE, (90, 90, 90)
+
+NOT_SCORED = "void: not scored"  # the name of what is hatched, in legends
+
+# The ground of pictures with text: transparent in the files. TEXT is read on white and on black.
+PAPER, TEXT, BETWEEN = (254, 255, 254), (118, 118, 118), (128, 128, 128)
 
 NEIGHBOURS, VIEW, PARTS = 5, 64, 8  # neighbours of a patch, pixels of each, and samples a side that judge a patch
 
@@ -48,13 +58,19 @@ class PictureRow:
     tiles: list[Tile]
 
 
+def hatched(colours: np.ndarray, void: np.ndarray) -> np.ndarray:
+    """Hatch a picture (H, W, 3) where `void` (H, W)."""
+    y, x = np.indices(void.shape)
+    lines = np.where(((x + y) % 8 < 2)[..., None], HATCH, VOID)
+    return np.where(void[..., None], lines, colours).astype(np.uint8)
+
+
 def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: the image (H, W, 3) in pale grey, red where the prediction is wrong, white where it is void."""
+    """(H, W, 3) uint8: the image (H, W, 3) in pale grey, vermilion where the prediction is wrong, void hatched."""
     grey = (image.mean(2, keepdims=True) * 0.6 + 90).astype(np.uint8).repeat(3, axis=2)
     wrong, void = prediction != truth, truth == IGNORE
     grey[wrong] = (0.25 * grey[wrong] + 0.75 * np.array(WRONG)).astype(np.uint8)
-    grey[void] = VOID
-    return grey
+    return hatched(grey, void)
 
 
 def distinct_colours(count: int) -> np.ndarray:
@@ -85,6 +101,20 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
     return [int(i) for i in dict.fromkeys([wrong, right]) if i == right or share[i] > 0]
 
 
+def class_colours(dataset: SegmentationDataset, ids: np.ndarray) -> np.ndarray:
+    """The data set's colours (H, W, 3) of class ids (H, W), hatched where they are void."""
+    palette = np.full((256, 3), 128, np.uint8)
+    palette[: len(dataset.classes)] = dataset.palette
+    return hatched(palette[ids], ids == IGNORE)
+
+
+def class_legend(dataset: SegmentationDataset, maps: Sequence[np.ndarray]) -> list[tuple[str, tuple[int, ...]]]:
+    """The colours of the classes in some maps of class ids, and how void is drawn where there is some."""
+    present = sorted({int(own) for ids in maps for own in np.unique(ids)})
+    legend = [(dataset.classes[c], tuple(dataset.palette[c].tolist())) for c in present if c < len(dataset.classes)]
+    return [*legend, *([(NOT_SCORED, VOID)] if IGNORE in present else [])]
+
+
 def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[str, Any], caption: str) -> PictureRow:
     """Draw an image with its truth, its prediction and where they differ, side by side."""
     image = dataset[dataset.ids.index(name)].image
@@ -92,13 +122,10 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[s
     image = fitted(image, (side, side), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
     truth, prediction = (_enlarged(predicted[kind], height, width) for kind in ("truth", "prediction"))
-    palette = np.full((256, 3), 128, np.uint8)
-    palette[: len(dataset.classes)] = dataset.palette
-    palette[IGNORE] = VOID
     tiles = [
         Tile("image", image, "photo"),
-        Tile("ground truth", palette[truth], "map"),
-        Tile("prediction", palette[prediction], "map"),
+        Tile("ground truth", class_colours(dataset, truth), "map"),
+        Tile("prediction", class_colours(dataset, prediction), "map"),
         Tile("errors", error_map(image, truth, prediction), "map"),
     ]
     if "colours" in predicted:
@@ -135,17 +162,52 @@ def _strip(
     neighbours: list[Neighbour] = predicted["neighbours"](patch)[:NEIGHBOURS]
     views = [(around, classes[label], (90, 90, 90))]
     views += [(n.view, f"{n.cosine:.2f}: {classes[n.label]}", RIGHT if n.label == label else WRONG) for n in neighbours]
+    lines = [broken_lines(text, VIEW + 10, 11) for _, text, _ in views]
     step = VIEW + 18
-    strip = Image.new("RGB", (len(views) * step, VIEW + 24), VOID)
+    strip = Image.new("RGB", (len(views) * step, VIEW + 12 + 12 * max(map(len, lines))), PAPER)
     draw = ImageDraw.Draw(strip)
-    for i, (view, text, colour) in enumerate(views):
+    draw.fontmode = "1"  # without half-tones, which would be seen on a dark page
+    for i, (view, _, colour) in enumerate(views):
         draw.rectangle((i * step, 0, i * step + VIEW + 5, VIEW + 5), fill=colour)
         strip.paste(Image.fromarray(view).resize((VIEW, VIEW), Image.Resampling.BICUBIC), (i * step + 3, 3))
         third = VIEW / 3
         inner = (i * step + 3 + third, 3 + third, i * step + 3 + 2 * third, 3 + 2 * third)
-        draw.rectangle(inner, outline=VOID)
-        draw.text((i * step, VIEW + 7), text[:13], fill=(0, 0, 0), font=font(11))
+        draw.rectangle(inner, outline=WHITE)
+        if colour == WRONG:
+            _cross(draw, i * step + VIEW - 5, 10)
+        draw.text((i * step, VIEW + 7), "\n".join(lines[i]), fill=TEXT, font=font(11), spacing=1)
     return np.asarray(strip)
+
+
+def broken_lines(text: str, width: int, size: int) -> list[str]:
+    """Break a text in a size of the font into lines of at most so many pixels, after spaces where there are any."""
+    lines, own = [""], font(size)
+    for word in text.replace(" ", " \0").split("\0"):
+        if lines[-1] and own.getlength(lines[-1] + word) > width:
+            lines.append("")
+        for letter in word:
+            if lines[-1] and own.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    return lines
+
+
+def _cross(draw: ImageDraw.ImageDraw, x: float, y: float) -> None:
+    """A cross that marks what is wrong."""
+    for colour, width in ((WHITE, 5), (WRONG, 2)):
+        for side in (-1, 1):
+            draw.line((x - 5, y - 5 * side, x + 5, y + 5 * side), fill=colour, width=width)
+
+
+def _line(draw: ImageDraw.ImageDraw, ends: tuple[float, ...], right: bool, width: int) -> None:
+    """A line (x0, y0, x1, y1): whole and in RIGHT, or broken and in WRONG."""
+    if right:
+        draw.line(ends, fill=RIGHT, width=width)
+        return
+    start, end = np.array(ends[:2]), np.array(ends[2:])
+    parts = np.linspace(0, 1, 2 * max(1, round(float(np.hypot(*(end - start))) / 16)) + 2)
+    for first, last in zip(parts[::2], parts[1::2], strict=True):
+        draw.line((*(start + first * (end - start)), *(start + last * (end - start))), fill=WRONG, width=width)
 
 
 def _outlined(image: np.ndarray, patches: Sequence[int], rows: int, columns: int) -> np.ndarray:
@@ -157,7 +219,7 @@ def _outlined(image: np.ndarray, patches: Sequence[int], rows: int, columns: int
         row, column = divmod(patch, columns)
         box = (column * width, row * height, (column + 1) * width, (row + 1) * height)
         draw.rectangle(box, outline=(0, 0, 0), width=2 * thick)
-        draw.rectangle(box, outline=VOID, width=thick)
+        draw.rectangle(box, outline=WHITE, width=thick)
     return np.asarray(drawn)
 
 
@@ -182,7 +244,7 @@ def draw_matches(
     hits: np.ndarray,
     thickness: int = 4,
 ) -> np.ndarray:
-    """Draw two images (H, W, 3) beside each other, with a line from each point to where it was found.
+    """Draw two images (H, W, 3) beside each other, with a line from each point to where it was found, broken if missed.
 
     Args:
         pair: the images.
@@ -195,7 +257,7 @@ def draw_matches(
     images = [fitted(image, half, Image.Resampling.BICUBIC) for image in pair]
     scales = [small.shape[1] / image.shape[1] for small, image in zip(images, pair, strict=True)]
     left = images[0].shape[1] + GAP
-    drawn = Image.new("RGB", (left + images[1].shape[1], max(i.shape[0] for i in images)), VOID)
+    drawn = Image.new("RGB", (left + images[1].shape[1], max(i.shape[0] for i in images)), BETWEEN)
     drawn.paste(Image.fromarray(images[0]), (0, 0))
     drawn.paste(Image.fromarray(images[1]), (left, 0))
     draw = ImageDraw.Draw(drawn)
@@ -206,11 +268,11 @@ def draw_matches(
     for start, found, end, hit in zip(*points, hits, strict=True):
         (x0, y0), (x1, y1), (x2, y2) = start * scales[0], found * scales[1], end * scales[1]
         colour = RIGHT if hit else WRONG
-        draw.line((x0, y0, left + x1, y1), fill=colour, width=thickness)
-        dot(x0, y0, 5, fill=colour, outline=VOID)
-        dot(left + x1, y1, 5, fill=colour, outline=VOID)
+        _line(draw, (x0, y0, left + x1, y1), bool(hit), thickness)
+        dot(x0, y0, 5, fill=colour, outline=WHITE)
+        dot(left + x1, y1, 5, fill=colour, outline=WHITE)
         if not hit:
-            dot(left + x2, y2, 8, outline=VOID, width=3)
+            dot(left + x2, y2, 8, outline=WHITE, width=3)
             dot(left + x2, y2, 8, outline=WRONG, width=1)
     return np.asarray(drawn)
 
@@ -219,14 +281,11 @@ def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str,
     """Draw the attention of an image, what of it is taken for foreground, and the ground truth."""
     image = fitted(dataset[dataset.ids.index(name)].image, (SMALL, SMALL), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
-    palette = np.full((256, 3), 128, np.uint8)
-    palette[: len(dataset.classes)] = dataset.palette
-    palette[IGNORE] = VOID
     score = predicted["score"]
     maps = {"attention": 255 * score / max(float(score.max()), 1e-12), "foreground": predicted["region"] * 255}
     tiles = [
         Tile("image", image, "photo"),
-        Tile("ground truth", palette[_enlarged(predicted["truth"], height, width)], "map"),
+        Tile("ground truth", class_colours(dataset, _enlarged(predicted["truth"], height, width)), "map"),
         *(
             Tile(title, _enlarged(np.repeat(values[..., None], 3, 2), height, width), "map")
             for title, values in maps.items()
@@ -236,17 +295,22 @@ def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str,
 
 
 def draw_boxes(dataset: BoxDataset, name: str, predicted: dict[str, Any], right: bool) -> PictureRow:
-    """Draw the boxes of the objects in white and the predicted one in green or red; its region; what it came from."""
+    """Draw the boxes of the objects in white and the predicted one, whole if right; its region; what it came from."""
     pixels = dataset.read_image(name)
     image = fitted(pixels, (LARGE // 2, LARGE // 2), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
     scale = width / pixels.shape[1]
     drawn = Image.fromarray(image)
     draw = ImageDraw.Draw(drawn)
-    for box, colour in [*((own, VOID) for own in predicted["boxes"]), (predicted["box"], RIGHT if right else WRONG)]:
+    for box, right_or_object in [*((own, None) for own in predicted["boxes"]), (predicted["box"], right)]:
         x1, y1, x2, y2 = (float(value) * scale for value in box)
-        for line, width_of_line in (((0, 0, 0), 5), (colour, 3)):
-            draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=line, width=width_of_line)
+        draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=(0, 0, 0), width=5)
+        if right_or_object is None:
+            draw.rectangle((x1, y1, x2 - 1, y2 - 1), outline=WHITE, width=3)
+            continue
+        corners = [(x1 + 1, y1 + 1), (x2 - 2, y1 + 1), (x2 - 2, y2 - 2), (x1 + 1, y2 - 2)]
+        for start, end in zip(corners, corners[1:] + corners[:1], strict=True):
+            _line(draw, (*start, *end), right_or_object, 3)
     score = predicted["score"]
     grey = 255 * (score - score.min()) / max(float(np.ptp(score)), 1e-12)
     tiles = [Tile("image", image, "photo"), Tile("boxes", np.asarray(drawn), "photo")]
@@ -269,11 +333,19 @@ def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> 
 
 
 def thumbnail(tile: Tile) -> np.ndarray:
-    """A small picture (h, w, 3) of a tile; of an animation its middle frame."""
+    """A small picture (h, w, 3), or 4 where its ground is transparent, of a tile; of an animation its middle frame."""
     if tile.kind == "animation":
         return fitted(tile.pixels[len(tile.pixels) // 2], BOX, Image.Resampling.LANCZOS)
     rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
-    return fitted(tile.pixels, _box(tile), rule)
+    return fitted(clear(tile), _box(tile), rule)
+
+
+def clear(tile: Tile) -> np.ndarray:
+    """The pixels of a tile; of one with text (H, W, 4), its ground transparent."""
+    ground = (tile.pixels == PAPER).all(-1)
+    if tile.kind != "wide" or not ground.any():
+        return tile.pixels
+    return np.concatenate([tile.pixels, np.where(ground, 0, 255).astype(np.uint8)[..., None]], -1)
 
 
 def _box(tile: Tile) -> tuple[int, int]:
@@ -286,7 +358,7 @@ def font(size: int) -> Any:
 
 
 def encode_image(pixels: np.ndarray, photo: bool) -> bytes:
-    """Encode as JPEG for a photo, as PNG for a map, from (H, W, 3) uint8."""
+    """Encode as JPEG for a photo, as PNG for a map, from (H, W, 3) uint8, PNG also from 4."""
     buffer = io.BytesIO()
     Image.fromarray(pixels).save(buffer, "JPEG" if photo else "PNG", quality=88)
     return buffer.getvalue()
@@ -300,15 +372,18 @@ def encode_animation(frames: np.ndarray, milliseconds: int = 125) -> bytes:
     return buffer.getvalue()
 
 
-def draw_grid(rows: Sequence[PictureRow], title: str) -> np.ndarray:
-    """All rows as one picture: headings, and above each row its name and caption."""
+def draw_grid(rows: Sequence[PictureRow], title: str, legend: Sequence[tuple[str, tuple[int, ...]]] = ()) -> np.ndarray:
+    """All rows as one picture: headings, above each row its name and caption, and below what the colours mean."""
     longest = max(rows, key=lambda row: len(row.tiles))
     small = [[thumbnail(tile) for tile in row.tiles] for row in rows]
     widths = [max([140, *(row[i].shape[1] for row in small if i < len(row))]) + GAP for i in range(len(longest.tiles))]
     lefts = np.cumsum([0, *widths])
     step = BOX[1] + LINE + GAP
-    title_width = round(font(14).getlength(title)) + GAP
-    grid = Image.new("RGB", (max(int(lefts[-1]), title_width), 2 * LINE + len(rows) * step), VOID)
+    width = max(int(lefts[-1]), round(font(14).getlength(title)) + GAP)
+    keys = legend_keys(legend, width)
+    top_of_keys = 2 * LINE + len(rows) * step
+    height = top_of_keys + (LINE * (keys[-1][0] + 1) if keys else 0)
+    grid = Image.new("RGB", (width, height), WHITE)
     draw = ImageDraw.Draw(grid)
     draw.text((2, 2), title, fill=(0, 0, 0), font=font(14))
     for left, tile in zip(lefts[:-1], longest.tiles, strict=True):
@@ -317,5 +392,33 @@ def draw_grid(rows: Sequence[PictureRow], title: str) -> np.ndarray:
         top = 2 * LINE + number * step
         draw.text((2, top + 2), f"{row.name}  {row.caption}", fill=(0, 0, 0), font=font(13))
         for i, picture in enumerate(small[number]):  # a row may have fewer than the headings
-            grid.paste(Image.fromarray(picture), (int(lefts[i]), top + LINE))
+            shown = Image.fromarray(picture)
+            grid.paste(shown, (int(lefts[i]), top + LINE), shown if shown.mode == "RGBA" else None)
+    draw_keys(grid, keys, top_of_keys)
     return np.asarray(grid)
+
+
+Key = tuple[int, int, str, tuple[int, ...]]  # of a legend: line, x, name and colour
+
+
+def legend_keys(legend: Sequence[tuple[str, tuple[int, ...]]], width: int) -> list[Key]:
+    """Place the entries of a legend in lines of a width."""
+    line, x, keys = 0, 2, []
+    for name, colour in legend:
+        room = 30 + round(font(13).getlength(name))
+        if x > 2 and x + room > width:
+            line, x = line + 1, 2
+        keys.append((line, x, name, colour))
+        x += room
+    return keys
+
+
+def draw_keys(picture: Image.Image, keys: Sequence[Key], top: int) -> None:
+    """Draw the entries of a legend into a picture."""
+    draw = ImageDraw.Draw(picture)
+    for line, x, name, colour in keys:
+        y = top + line * LINE
+        swatch = np.full((13, 13, 3), colour, np.uint8)
+        picture.paste(Image.fromarray(hatched(swatch, np.full((13, 13), name == NOT_SCORED))), (x, y + 2))
+        draw.rectangle((x, y + 2, x + 13, y + 15), outline=BETWEEN)
+        draw.text((x + 18, y + 1), name, fill=(0, 0, 0), font=font(13))

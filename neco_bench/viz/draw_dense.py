@@ -8,19 +8,19 @@ import numpy as np
 from PIL import Image
 
 from neco_bench.metrics.dense import angles
-from neco_bench.viz.draw import LARGE, SMALL, VOID, PictureRow, Tile, fitted
+from neco_bench.viz.draw import LARGE, NOT_SCORED, SMALL, VOID, PictureRow, Tile, fitted, hatched
 
 RELATIVE, ANGLE = 0.25, 45.0  # errors from which on their colour is the last one: a share of the depth, degrees
 
 
 def depth_colours(depth: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Colours (H, W, 3) of depth (H, W) from `low` (bright) to `high` (dark); white where it is 0."""
+    """Colours (H, W, 3) of depth (H, W) from `low` (bright) to `high` (dark); hatched where it is 0."""
     share = 1 - np.clip((depth - low) / max(high - low, 1e-9), 0, 1)
-    return np.where((depth > 0)[..., None], _scale(share), np.uint8(255)).astype(np.uint8)
+    return hatched(scale_colours(share), depth <= 0)
 
 
 def normal_colours(normals: np.ndarray, flip: bool) -> np.ndarray:
-    """Colours (H, W, 3) of directions (H, W, 3): red right, green up, blue to the camera; white where they are 0.
+    """Colours (H, W, 3) of directions (H, W, 3): red right, green up, blue to the camera; hatched where they are 0.
 
     flip: y is down and z away from the camera in these numbers.
     """
@@ -28,15 +28,15 @@ def normal_colours(normals: np.ndarray, flip: bool) -> np.ndarray:
     unit = np.divide(normals, length, out=np.zeros(normals.shape), where=length > 0)
     if flip:
         unit = unit * [1, -1, -1]
-    return np.where(length > 0, np.rint((unit + 1) * 127.5), 255).astype(np.uint8)
+    return hatched(np.rint((unit + 1) * 127.5).astype(np.uint8), length[..., 0] <= 0)
 
 
 def error_colours(error: np.ndarray, valid: np.ndarray, limit: float) -> np.ndarray:
-    """Colours (H, W, 3) of errors (H, W), dark at 0, bright from `limit` on; white where nothing is scored."""
-    return np.where(valid[..., None], _scale(np.clip(error / limit, 0, 1)), np.uint8(255)).astype(np.uint8)
+    """Colours (H, W, 3) of errors (H, W), dark at 0, bright from `limit` on; hatched where nothing is scored."""
+    return hatched(scale_colours(np.clip(error / limit, 0, 1)), ~valid)
 
 
-def _scale(share: np.ndarray) -> np.ndarray:
+def scale_colours(share: np.ndarray) -> np.ndarray:
     """OpenCV's inferno, RGB, of numbers in [0, 1]."""
     import cv2  # here, as it takes a tenth of a second to import
 
@@ -80,11 +80,11 @@ def draw_dense(name: str, predicted: dict[str, Any], kind: str, caption: str) ->
 
 def dense_legend(kind: str) -> list[tuple[str, tuple[int, ...]]]:
     """What the colours mean."""
-    ends = _scale(np.array([[0.0, 1.0]]))[0].tolist()
+    ends = scale_colours(np.array([[0.0, 1.0]]))[0].tolist()
     dark, bright = tuple(ends[0]), tuple(ends[1])
     if kind == "depth":
         maps = [("near", bright), ("far", dark), (f"error from {100 * RELATIVE:.0f} % of the depth", bright)]
     else:
         maps = [("to the right", (255, 128, 128)), ("up", (128, 255, 128)), ("to the camera", (128, 128, 255))]
         maps.append((f"error from {ANGLE:.0f} degrees", bright))
-    return [*maps, ("no error", dark), ("not scored", VOID)]
+    return [*maps, ("no error", dark), (NOT_SCORED, VOID)]

@@ -11,7 +11,7 @@ from PIL import Image, ImageDraw
 from neco_bench.data.base import IGNORE
 from neco_bench.data.video import VideoDataset
 from neco_bench.metrics.video import boundary_map
-from neco_bench.viz.draw import GAP, VOID, PictureRow, Tile, distinct_colours, fitted, font
+from neco_bench.viz.draw import GAP, PAPER, TEXT, WHITE, PictureRow, Tile, distinct_colours, fitted, font
 
 FRAMES, ANIMATED = 6, 24  # at most, of a strip and of an animated picture
 
@@ -22,7 +22,7 @@ STRIP, ANIMATION = (200, 150), (480, 360)  # pixels of the frames of the two
 PLOT = (600, 150)  # width and height of the plot of scores
 
 
-GREY = (150, 150, 150)
+GREY, RULE = (150, 150, 150), (190, 190, 190)
 
 
 def object_colours(count: int) -> np.ndarray:
@@ -38,7 +38,7 @@ def overlaid(image: np.ndarray, mask: np.ndarray, box: tuple[int, int]) -> np.nd
     colours = object_colours(int(ids.max()))[ids]
     drawn = np.where((ids > 0)[..., None], 0.45 * small + 0.55 * colours, small).astype(np.uint8)
     for i in range(1, int(ids.max()) + 1):
-        drawn[boundary_map(ids == i)] = VOID
+        drawn[boundary_map(ids == i)] = WHITE
     return drawn
 
 
@@ -58,7 +58,7 @@ def draw_clip(dataset: VideoDataset, name: str, predicted: dict[str, Any], capti
     rows = []
     for part in ("truth", "prediction"):
         frames = [overlaid(clip[i].image, predicted[part][i], STRIP) for i in chosen]
-        rows.append(np.concatenate([np.pad(f, ((0, GAP), (0, GAP), (0, 0)), constant_values=255) for f in frames], 1))
+        rows.append(np.concatenate([_with_gap(frame) for frame in frames], 1))
     moving = []
     for i in np.unique(np.linspace(0, count - 1, ANIMATED).round().astype(int)):
         image = clip[i].image
@@ -77,12 +77,20 @@ def draw_clip(dataset: VideoDataset, name: str, predicted: dict[str, Any], capti
     )
 
 
+def _with_gap(frame: np.ndarray) -> np.ndarray:
+    """A frame with a gap to its right and below."""
+    wide = np.full((frame.shape[0] + GAP, frame.shape[1] + GAP, 3), PAPER, np.uint8)
+    wide[:-GAP, :-GAP] = frame
+    return wide
+
+
 def plot_scores(scores: np.ndarray) -> np.ndarray:
     """Lines of the scores (2, objects, T) in [0, 1] over frames, in the objects' colours; the second side in grey."""
     width, height = PLOT
     left, top, bottom = 34, 6, height - 18
-    plot = Image.new("RGB", PLOT, VOID)
+    plot = Image.new("RGB", PLOT, PAPER)
     draw = ImageDraw.Draw(plot)
+    draw.fontmode = "1"  # without half-tones, which would be seen on a dark page
     frames = scores.shape[2]
 
     def place(t: int, value: float) -> tuple[float, float]:
@@ -90,10 +98,10 @@ def plot_scores(scores: np.ndarray) -> np.ndarray:
 
     for level in (0.0, 0.5, 1.0):
         y = place(0, level)[1]
-        draw.line((left, y, width - 8, y), fill=(225, 225, 225))
-        draw.text((2, y - 7), f"{100 * level:.0f}", fill=GREY, font=font(11))
-    draw.text((left, bottom + 3), "frame 1", fill=GREY, font=font(11))
-    draw.text((width - 40, bottom + 3), f"{frames}", fill=GREY, font=font(11))
+        draw.line((left, y, width - 8, y), fill=RULE)
+        draw.text((2, y - 7), f"{100 * level:.0f}", fill=TEXT, font=font(11))
+    draw.text((left, bottom + 3), "frame 1", fill=TEXT, font=font(11))
+    draw.text((width - 40, bottom + 3), f"{frames}", fill=TEXT, font=font(11))
     colours: Sequence[Any] = object_colours(scores.shape[1])[1:].tolist()
     for side, thickness in ((1, 2), (0, 3)):
         for number, values in enumerate(scores[side]):

@@ -13,7 +13,7 @@ from PIL import Image
 
 from neco_bench.core.errors import UsageError
 from neco_bench.core.files import slug, write_whole
-from neco_bench.data.base import IGNORE, BoxDataset, PairDataset, SegmentationDataset
+from neco_bench.data.base import BoxDataset, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset
 from neco_bench.data.video import VideoDataset
 from neco_bench.data.views import ViewDataset
@@ -26,11 +26,14 @@ from neco_bench.runner.job import Job
 from neco_bench.viz.diagnostics import principal_colours
 from neco_bench.viz.draw import (
     BOX,
+    NOT_SCORED,
     RIGHT,
-    VOID,
+    WHITE,
     WRONG,
     PictureRow,
     Tile,
+    class_legend,
+    clear,
     draw_attention,
     draw_boxes,
     draw_grid,
@@ -162,7 +165,7 @@ def _draw_attention(
 ) -> _Drawn:
     rows = [draw_attention(dataset, name, own) for name, own in predictions.items()]
     differing = sum(abs(own["jaccard"] - scores[name]) > 1e-9 for name, own in predictions.items())
-    return _Drawn(rows, [], differing)
+    return _Drawn(rows, class_legend(dataset, [own["truth"] for own in predictions.values()]), differing)
 
 
 def _draw_boxes(
@@ -171,7 +174,7 @@ def _draw_boxes(
     least = result.provenance["settings"]["iou"]
     rows = [draw_boxes(dataset, name, own, own["iou"] >= least) for name, own in predictions.items()]
     differing = sum(abs(own["iou"] - scores[name]) > 1e-9 for name, own in predictions.items())
-    return _Drawn(rows, [("object", VOID), ("box that is right", RIGHT), ("box that is wrong", WRONG)], differing)
+    return _Drawn(rows, [("object", WHITE), ("box that is right", RIGHT), ("wrong: broken lines", WRONG)], differing)
 
 
 def _stored_counts(result: Result, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -195,14 +198,16 @@ def _draw_images(
         predictions = {
             name: {**own, "colours": colour} for (name, own), colour in zip(predictions.items(), colours, strict=True)
         }
-    rows, differing, present = [], 0, set()
+    rows, differing = [], 0
     for name, own in predictions.items():
         rows.append(draw_segmentation(dataset, name, own, f"mIoU {100 * scores[name]:.1f}"))
         counts = segmentation.confusion_matrix(own["truth"], own["prediction"], len(stored[name]))
         differing += not np.array_equal(counts, stored[name])
-        present |= {int(c) for c in np.unique(own["truth"]) if c != IGNORE}
-    legend = [(dataset.classes[c], tuple(dataset.palette[c].tolist())) for c in sorted(present)]
-    return _Drawn(rows, legend, differing)
+    legend = class_legend(dataset, [own[kind] for own in predictions.values() for kind in ("truth", "prediction")])
+    marks = [("errors: wrong", WRONG)]
+    if any("neighbours" in own for own in predictions.values()):
+        marks = [("neighbour of the same class", RIGHT), ("errors, neighbour of another class (with a cross)", WRONG)]
+    return _Drawn(rows, [*legend, *marks], differing)
 
 
 def _draw_pairs(
@@ -215,7 +220,7 @@ def _draw_pairs(
         hits = draw_hits(own, alpha, settings["strict"])
         rows.append(draw_pair(dataset, name, own, hits))
         differing += int(hits.sum()) != stored[name]
-    return _Drawn(rows, [("found", RIGHT), ("missed (a ring is where it should be)", WRONG)], differing)
+    return _Drawn(rows, [("found", RIGHT), ("missed: broken lines (a ring is where it should be)", WRONG)], differing)
 
 
 def _draw_views(predictions: dict[str, dict[str, Any]], result: Result, scores: Mapping[str, float]) -> _Drawn:
@@ -229,7 +234,7 @@ def _draw_views(predictions: dict[str, dict[str, Any]], result: Result, scores: 
         rows.append(PictureRow(name, f"recall {100 * found:.1f}", [Tile("source and target", pixels, "wide")]))
         differing += not np.isclose(found, scores[name], atol=1e-4)
     limit = f"within {100 * result.provenance['settings']['bin_distance']:g} cm"
-    return _Drawn(rows, [(limit, RIGHT), ("beyond (a ring is where it should be)", WRONG)], differing)
+    return _Drawn(rows, [(limit, RIGHT), ("beyond: broken lines (a ring is where it should be)", WRONG)], differing)
 
 
 def _draw_clips(dataset: VideoDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]) -> _Drawn:
@@ -264,8 +269,8 @@ def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
     for old in (out / "pictures").glob("[0-9][0-9][0-9]-*"):  # of an earlier call
         old.unlink()
     rows = [(row, [_write_tile(out, number, row, tile) for tile in row.tiles]) for number, row in enumerate(drawn.rows)]
-    write_whole(out / "grid.png", encode_image(draw_grid(drawn.rows, f"{title}   {value}"), False))
-    page = render("show.html", title=title, value=value, note=note, legend=drawn.legend, rows=rows)
+    write_whole(out / "grid.png", encode_image(draw_grid(drawn.rows, f"{title}   {value}", drawn.legend), False))
+    page = render("show.html", title=title, value=value, note=note, legend=drawn.legend, rows=rows, void=NOT_SCORED)
     write_whole(out / "index.html", page.encode())
 
 
@@ -280,7 +285,7 @@ def _write_tile(out: Path, number: int, row: PictureRow, tile: Tile) -> dict[str
     photo = tile.kind == "photo" or (tile.kind == "wide" and len(row.tiles) == 1)
     ending = ".jpg" if photo else ".png"
     small = thumbnail(tile)
-    write_whole(out / f"{stem}{ending}", encode_image(tile.pixels, photo))
+    write_whole(out / f"{stem}{ending}", encode_image(tile.pixels if photo else clear(tile), photo))
     write_whole(out / f"{stem}-small{ending}", encode_image(small, photo))
     return _picture(tile, stem, ending, small.shape[:2])
 

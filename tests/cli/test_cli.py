@@ -55,7 +55,7 @@ def _start(arguments: Sequence[object], avoided: str, runs: int = 5) -> float:
 @pytest.mark.parametrize(
     ("command", "most", "avoided"),
     [
-        ("--help", 1.5, "pydantic"),
+        ("--help", 2, "pydantic"),
         ("run --help", 2, "pydantic"),
         ("models", 3, "pydantic"),
         ("data list", 14, ""),  # typer itself imports pydantic to read the path of --data-root

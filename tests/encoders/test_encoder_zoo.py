@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from neco_bench.core.errors import MissingError, UsageError
 from neco_bench.data.load import DATASETS
 from neco_bench.encoders import content_id, describe_models, load_encoder, model_info
-from neco_bench.encoders.adapters import tiny
+from neco_bench.encoders.adapters import franca, tiny
 from neco_bench.encoders.spec import architecture, parse_spec, training_of
 from neco_bench.encoders.zoo import ZooEntry, aliases, contamination, models, zoo
 
@@ -34,6 +34,8 @@ def test_what_the_zoo_holds() -> None:
     assert ids >= {"dinov2_vits14_reg_xr", "dinov2_vitb14_reg_xr"}
     assert ids >= {"dinov3_vits16", "dinov3_vitl16", "dinov3_convnext_tiny", "mae_vitb16", "clip_vitb16"}
     assert ids >= {"baseline_rgb", "baseline_hog", "random_vit_small"}
+    assert ids >= {"ibot_vits16", "cribo_vits16", "leopart_vits16", "timet_vits16", "mae_vitb16", "franca_vitb14"}
+    assert ids >= {"pe_spatial_vitg14", "c_radiov3_vitb16", "tipsv2_vitb14", "eupe_vits16"}
 
 
 @pytest.mark.parametrize("entry", zoo().values(), ids=zoo())
@@ -46,7 +48,8 @@ def test_facts(entry: ZooEntry) -> None:
         assert (encoder.embed_dim, encoder.stride) == (entry.embed_dim, entry.stride)
         return
     name = parse_spec(entry.spec).target
-    assert tiny  # imported, so that timm knows its model
+    assert franca  # imported, as is tiny, so that timm knows their models
+    assert tiny
     with torch.device("meta"):
         model: Any = timm.create_model(name, num_classes=0)
     assert model.feature_info[-1]["num_chs"] == entry.embed_dim
@@ -61,6 +64,23 @@ def test_facts(entry: ZooEntry) -> None:
         assert entry.weights or "pretrained=false" in entry.spec
     if ("_reg" in entry.id and "_xr" not in entry.id) or entry.id in ("neco_dinov2r", "neco_dinov2r_vitb14"):
         assert model.reg_token is not None
+
+
+@pytest.mark.parametrize(("name", "width", "hidden"), [("base", 768, 2048), ("large", 1024, 2736)])
+def test_the_blocks_of_franca_are_those_of_dinov2_with_swiglu(name: str, width: int, hidden: int) -> None:
+    """As in dinov2/layers/swiglu_ffn.py: w3 (silu(first half of w12 x) * second half), two thirds of 4 D hidden."""
+    mlp: Any = timm.create_model(f"vit_{name}_patch14_franca", depth=1).get_submodule("blocks.0.mlp")
+    assert mlp.fc1.weight.shape == (2 * hidden, width)
+    tokens = torch.randn(2, 3, width, generator=torch.Generator().manual_seed(0))
+    gates, values = mlp.fc1(tokens).split(hidden, -1)
+    expected = (gates * torch.sigmoid(gates) * values) @ mlp.fc2.weight.T + mlp.fc2.bias
+    torch.testing.assert_close(mlp(tokens), expected)
+
+
+def test_addresses_with_queries_name_their_file() -> None:
+    file = zoo()["timet_vits16"].weights_file
+    assert file is not None
+    assert file.name == "TimeT.pth"
 
 
 @pytest.fixture

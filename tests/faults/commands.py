@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import errno
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -27,11 +26,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from neco_bench.data.io import voc_colours
+from tests.processes import forking
 
-PRELOADED = (
-    "torch", "timm", "faiss", "scipy.io", "neco_bench.cli.app", "neco_bench.runner.execute", "neco_bench.training.loop",
-    "neco_bench.viz.show", "neco_bench.reports.leaderboard", "neco_bench.data.prepare",
-)  # fmt: skip
 CHANGES = {"os.rename", "os.remove", "os.rmdir", "os.mkdir", "os.link", "os.symlink", "os.truncate"}
 NEEDS_SPACE = {"open", "os.mkdir", "os.link", "os.symlink"}
 SECONDS = 300  # after which a command hangs
@@ -121,8 +117,7 @@ class Server:
     """Starts commands in children of a process that has imported everything."""
 
     def __init__(self) -> None:
-        self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload([*PRELOADED, __name__])
+        self.context = forking()
 
     def start(self, folder: Path, words: Sequence[object], fault: Fault, output: str, log: Path) -> Any:
         child = self.context.Process(target=_child, args=(folder, [str(word) for word in words], fault, output, log))

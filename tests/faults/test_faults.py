@@ -18,14 +18,9 @@ NAMES = [
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_kills(name: str, tmp_path: Path) -> None:
+def test_kills_full_and_read_only_disks_and_deleted_folders(name: str, tmp_path: Path) -> None:
     """Nothing is lost or torn, the next run ends as an undisturbed one, and leaves nothing over."""
-    assert commands.many(tmp_path, 2, 0, ("kill",), (name,)) == []
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_a_disk_that_fills_or_turns_read_only_and_folders_that_are_deleted(name: str, tmp_path: Path) -> None:
-    assert commands.many(tmp_path, 3, 1, ("full", "readonly", "deleted"), (name,)) == []
+    assert commands.many(tmp_path, 5, 0, ("kill", "full", "kill", "readonly", "deleted"), (name,)) == []
 
 
 def prepared(name: str, tmp_path: Path) -> tuple[Server, Command, dict[str, object]]:

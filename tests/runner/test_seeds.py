@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 from neco_bench.core.protocol import find_tasks
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.job import plan, seeded
 from neco_bench.runner.options import RunOptions
+from tests import processes
 from tests.command import neco
 
 QUICK = ("--limit", 6, "--workers", 0, "--set", "input_size=56", "--features", "off", "--task", "shapes_cluster_gt")
@@ -40,26 +38,21 @@ def cells():
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(ENCODER)
     (tmp_path / "kill").touch()
-    command = [sys.executable, "-m", "neco_bench", "run", "--model", "mine.py:cells", "--seeds", "3", *map(str, QUICK)]
-
-    def run(*more: str) -> subprocess.CompletedProcess[str]:
-        environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-        return subprocess.run([*command, *more], cwd=tmp_path, env=environment, capture_output=True, text=True)
-
-    assert run().returncode == -signal.SIGKILL
+    words = ["run", "--model", "mine.py:cells", "--seeds", "3", *QUICK]
+    assert processes.run(words, tmp_path).poll() == -signal.SIGKILL
     store = ResultStore(tmp_path / "results")
     (first,) = store.load_all()
     assert first.seed == 0
     (tmp_path / "kill").unlink()
-    done = run()
-    assert done.returncode == 0, done.stderr
-    assert "[3 of 3] mine.py:cells on shapes_cluster_gt@neco-1*, seed 2: done" in done.stderr
+    done = processes.run(words, tmp_path)
+    assert done.poll() == 0, done.err
+    assert "[3 of 3] mine.py:cells on shapes_cluster_gt@neco-1*, seed 2: done" in done.err
     results = sorted(store.load_all(), key=lambda result: result.seed)
     assert [result.seed for result in results] == [0, 1, 2]
     assert results[0] == first  # was not run again
     values = [100 * result.metrics["mIoU"] for result in results]
     mean, deviation = f"{statistics.mean(values):.1f}", f"{statistics.stdev(values):.1f}"
-    _, row = done.stdout.splitlines()
+    _, row = done.out.splitlines()
     assert f"{mean} ± {deviation} (3 seeds)" in row
 
     answer = neco("leaderboard", "--results", tmp_path / "results", "--out", tmp_path / "board")

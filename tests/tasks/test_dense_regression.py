@@ -4,8 +4,6 @@ comparison and pictures; and on real frames of NYUv2."""
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +38,7 @@ from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.encoders.load import load_encoder
 from neco_bench.features.extract import features_of
 from neco_bench.results.store import ResultStore
+from tests import processes
 from tests.command import neco
 
 MM = 1000
@@ -401,24 +400,11 @@ def test_dry_run_says_what_it_costs() -> None:
 
 @pytest.mark.slow
 def test_two_processes_give_the_result_of_one(tmp_path: Path) -> None:
-    arguments = ["--model", "baseline_rgb", "--task", "shapes_depth", "--limit", "7", "--set", "iterations=4"]
-    one = neco(
-        "run", *arguments, "--set", "batch_size=4", "--batch-size", 2, "--features", "off", "--out", tmp_path / "one"
-    )
-    assert one.code == 0
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "neco_bench", "run"]
-    command += [
-        *arguments,
-        "--set",
-        "batch_size=4",
-        "--batch-size",
-        "2",
-        "--features",
-        "off",
-        "--out",
-        str(tmp_path / "two"),
-    ]
-    subprocess.run(command, check=True, capture_output=True, timeout=250)
+    words = ["run", "--model", "baseline_rgb", "--task", "shapes_depth", "--limit", 7, "--set", "iterations=4"]
+    words += ["--set", "batch_size=4", "--batch-size", 2, "--features", "off"]
+    assert neco(*words, "--out", tmp_path / "one").code == 0
+    for process in processes.launch(2, [*words, "--out", tmp_path / "two"], tmp_path):
+        assert process.wait() == 0, process.err
     (first,), (second,) = (ResultStore(tmp_path / name).load_all() for name in ("one", "two"))
     assert second.metrics == pytest.approx(first.metrics, rel=1e-5)
     assert second.provenance["processes"] == 2

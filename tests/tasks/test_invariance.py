@@ -6,10 +6,7 @@ families and batch sizes 1, 5 and 16: no pixel of 854,829 and no hit differs. So
 
 from __future__ import annotations
 
-import os
 import signal
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +19,7 @@ from neco_bench.encoders import Encoder
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner import execute
+from tests import processes
 from tests.command import neco
 
 VIT = "timm:vit_tiny_patch16_224?pretrained=false&seed=0"
@@ -142,9 +140,8 @@ def test_a_killed_process_keeps_what_is_finished(tmp_path: Path) -> None:
     (tmp_path / "killer.py").write_text("import os, signal\ndef make(): os.kill(os.getpid(), signal.SIGKILL)\n")
     out = tmp_path / "results"
     models = ["--model", "baseline_rgb", "--model", f"{tmp_path}/killer.py:make"]
-    command = [sys.executable, "-m", "neco_bench", *map(str, RUN), *models, "--out", str(out)]
-    killed = subprocess.run(command, capture_output=True, text=True, env=dict(os.environ))
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = processes.run([*RUN, *models, "--out", out], tmp_path)
+    assert killed.poll() == -signal.SIGKILL, killed.err
     (stored,) = ResultStore(out).load_all()
     assert (stored.model, stored.status) == ("baseline_rgb", "ok")
     assert sorted(path.suffix for path in out.rglob("*.*")) == [".json", ".npz"]

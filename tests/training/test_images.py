@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
-from neco_bench.training.images import open_images
+from neco_bench.training.images import IMAGENET100, open_images
 from tests.typed import load_segmentation, samples
 
 
@@ -114,6 +114,49 @@ def test_named_data_sets(tmp_path: Path) -> None:
         open_images("coco")
     with pytest.raises(MissingError, match="there is no folder"):
         open_images("voc", tmp_path)
+
+
+def test_the_classes_of_imagenet100(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    classes = [name for line in IMAGENET100.read_text().splitlines() if line[0] != "#" for name in line.split()]
+    assert len(set(classes)) == len(classes) == 100
+    for name in (*classes, "n00000000"):
+        put(tmp_path / "imagenet/train" / name / "deeper" / "1.JPEG")
+    put(tmp_path / "imagenet/train/1.JPEG")
+    images = open_images("imagenet100", tmp_path)
+    assert images.ids == tuple(sorted(f"{name}/deeper/1.JPEG" for name in classes))
+    assert "has 100 images of the 100 classes, where ImageNet-100 has 126689" in caplog.text
+    assert images.overlap(tmp_path) == {"imagenet": "seen"}
+    assert len(open_images("imagenet", tmp_path)) == 102
+    assert open_images(f"imagenet100:{tmp_path}/imagenet").ids == images.ids
+    (tmp_path / "imagenet/train" / classes[3]).rename(tmp_path / "elsewhere")
+    with pytest.raises(MissingError, match=f"1 of its 100 classes are not in .*such as {classes[3]}"):
+        open_images("imagenet100", tmp_path)
+
+
+def test_mixtures(tmp_path: Path) -> None:
+    put(tmp_path / "coco/train2017/1.png", 1)
+    put(tmp_path / "mine/1.png", 2)
+    put(tmp_path / "mine/2.png", 3)
+    mixed = open_images(f"coco, {tmp_path}/mine,shapes:2", tmp_path)
+    assert mixed.ids[:3] == ("coco train2017/1.png", "mine/1.png", "mine/2.png")
+    assert len(mixed) == 5
+    assert [int(mixed.read(index)[0, 0, 0]) for index in range(3)] == [1, 2, 3]
+    assert np.array_equal(mixed.read(4), open_images("shapes:2").read(1))
+    with pytest.raises(IndexError):
+        mixed.read(5)
+    assert mixed.description == "coco train2017 + mine + shapes (2 generated images)"
+    assert mixed.overlap(tmp_path) == {"coco": "seen", "mine": "seen", "shapes": "seen"}
+    assert pickle.loads(pickle.dumps(mixed)).ids == mixed.ids
+    prints = {
+        open_images(f"{tmp_path}/mine,{rest}", tmp_path).fingerprint() for rest in ("coco", "shapes:2", "shapes:3")
+    }
+    assert len(prints | {mixed.fingerprint()}) == 4
+    put(tmp_path / "a,b" / "1.png")
+    assert open_images(str(tmp_path / "a,b")).description == "a,b"
+    with pytest.raises(UsageError, match="names coco train2017 twice"):
+        open_images("coco,coco", tmp_path)
+    with pytest.raises(MissingError, match="Did you mean 'imagenet100'"):
+        open_images("coco,imagenet10", tmp_path)
 
 
 def test_real_voc(real_data: Path) -> None:

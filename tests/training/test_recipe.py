@@ -17,8 +17,8 @@ COCO, IN100, VOC = 118_287, 126_689, 10_582  # images, protocols/neco.md 1.15
 # teacher, queue; then images of its data and total steps (1.15).
 V2 = "dinov2_vits14"
 XR = "dinov2_vits14_reg_xr"
+LEOPART, TIMET = "leopart_vits16", "timet_vits16"
 REG = "dinov2_vits14_reg?pos_interp=scale_offset"
-VITS16 = "timm:vit_small_patch16_224?pretrained=false&pos_interp=scale_offset"
 TABLE: dict[str, tuple[Any, ...]] = {
     "neco_224": (224, 98, REG, 6, 50, 1e-6, 100, 100, "bitonic", "all", True, 0, COCO, 985_700),
     "neco_518": (518, 98, REG, 6, 50, 1e-6, 100, 100, "bitonic", "all", True, 0, COCO, 985_700),
@@ -36,8 +36,8 @@ TABLE: dict[str, tuple[Any, ...]] = {
         518, 98, XR.replace("vits", "vitb"), 16, 25, 1e-6, 100, 100, "bitonic", "all", True, 8192, COCO, 184_800,
     ),
     "neco_dino_vits16": (224, 96, "dino_vits16", 45, 50, 1e-5, 100, 100, "bitonic", "all", True, 0, COCO, 131_400),
-    "neco_leopart_vits16": (224, 96, VITS16, 45, 50, 1e-5, 100, 100, "bitonic", "all", True, 0, COCO, 131_400),
-    "neco_timetuning_vits16": (224, 96, VITS16, 45, 50, 1e-5, 100, 100, "bitonic", "all", True, 0, COCO, 131_400),
+    "neco_leopart_vits16": (224, 96, LEOPART, 45, 50, 1e-5, 100, 100, "bitonic", "all", True, 0, COCO, 131_400),
+    "neco_timetuning_vits16": (224, 96, TIMET, 45, 50, 1e-5, 100, 100, "bitonic", "all", True, 0, COCO, 131_400),
     "ablation_steepness_100_100": (224, 98, XR, 55, 50, 1e-6, 100, 100, "bitonic", "all", True, 0, COCO, 107_500),
     "ablation_steepness_1000_1000": (224, 98, XR, 55, 50, 1e-6, 1000, 1000, "bitonic", "all", True, 0, COCO, 107_500),
     "ablation_steepness_100_1000": (224, 98, XR, 55, 50, 1e-6, 100, 1000, "bitonic", "all", True, 0, COCO, 107_500),
@@ -81,7 +81,12 @@ def test_what_all_configurations_share() -> None:
 
 
 def test_every_shipped_recipe_is_in_the_table_or_is_ours() -> None:
-    assert set(shipped()) - set(TABLE) == {"tiny_base", "tiny_neco"}
+    assert set(shipped()) - set(TABLE) == {"neco_ibot_vits16", "neco_cribo_vits16", "tiny_base", "tiny_neco"}
+
+
+def test_recipes_of_ours_for_further_starts_are_that_of_dino() -> None:
+    for start in ("ibot", "cribo"):
+        assert load_recipe(f"neco_{start}_vits16") == load_recipe("neco_dino_vits16", {"base": f"{start}_vits16"})
 
 
 def test_changes_on_top(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import processes
 from tests.command import Answer, neco
 
 SMALL = (
@@ -46,14 +47,11 @@ def test_a_signal_to_all_processes_ends_the_run_in_order(kind: signal.Signals, t
     """As a terminal and a cluster send it: loading processes get it too."""
     out = tmp_path / "run"
     words = ["train", "--data", "shapes:12", "--out", out, *SMALL, "--workers", 2, "--set", "steps=5000"]
-    command = [sys.executable, "-m", "neco_bench", *map(str, words)]
-    child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    deadline = time.monotonic() + 60
-    while not (out / "log.csv").is_file() and child.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.05)
+    child = processes.Running(words, tmp_path, session=True)
+    child.wait_for((out / "log.csv").is_file)
     os.killpg(child.pid, kind)
-    _, message = child.communicate(timeout=60)
-    assert child.returncode == 130, message
+    code, message = child.wait(60), child.err
+    assert code == 130, message
     assert "--resume goes on from there" in message
     assert "Traceback" not in message
     assert len(list(out.glob("checkpoint-*"))) == 2

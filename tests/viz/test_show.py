@@ -18,7 +18,21 @@ from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import load_job_encoder, record_predictions, run_job
 from neco_bench.runner.job import job_of, plan_all
 from neco_bench.runner.options import RunOptions
-from neco_bench.viz.draw import VOID, distinct_colours, error_map, query_patches
+from neco_bench.viz.draw import (
+    HATCH,
+    PAPER,
+    RIGHT,
+    TEXT,
+    VOID,
+    WRONG,
+    Tile,
+    clear,
+    distinct_colours,
+    draw_matches,
+    error_map,
+    hatched,
+    query_patches,
+)
 from neco_bench.viz.show import choose
 from tests.command import neco
 
@@ -56,6 +70,8 @@ def test_every_family_shows_what_it_scored(task: str, store: ResultStore, tmp_pa
         assert titles == {"source and target"}
     else:
         assert {"image", "ground truth", "prediction", "errors", "features (PCA)"} <= titles
+    legend = re.findall(r"<i style=.*?</i>(.*?)</span>", page)
+    assert ("void: not scored" in legend) == (task != "shapes_correspondence")
     assert ("clusters" in titles) == ("overcluster" in task)
     assert ("nearest patches in memory" in titles) == task.endswith("_ic")
     with Image.open(Path(row["page"]).with_name("grid.png")) as grid:
@@ -129,8 +145,32 @@ def test_error_map_and_colours() -> None:
     drawn = error_map(image, truth, prediction)
     assert (drawn[0, 0] == drawn[0, 0, 0]).all()
     assert tuple(drawn[0, 2]) == VOID
+    wide = hatched(np.full((16, 16, 3), 255, np.uint8), np.ones((16, 16), bool))
+    assert {tuple(colour) for colour in np.unique(wide.reshape(-1, 3), axis=0).tolist()} == {VOID, HATCH}
     assert drawn[0, 1, 0] > 2 * drawn[0, 1, 1]
     assert len(np.unique(distinct_colours(60), axis=0)) == 60
+
+
+def test_what_is_wrong_differs_in_more_than_colour() -> None:
+    assert RIGHT[2] == max(RIGHT)  # blue
+    assert WRONG[2] == 0  # and none of it
+    blank = np.zeros((60, 60, 3), np.uint8)
+    points = tuple(np.array([[5.0, y], [5.0, y + 30]]) for y in (10, 10, 10))
+    drawn = draw_matches((blank, blank), points, np.array([True, False]), 2)  # type: ignore[arg-type]
+    scale = drawn.shape[0] / 60
+    gaps = []
+    for y, colour in ((10, RIGHT), (40, WRONG)):
+        line = (drawn[round(y * scale)] == colour).all(1)
+        inside = line[np.flatnonzero(line)[0] : np.flatnonzero(line)[-1]]
+        gaps.append(int((np.diff(inside.astype(int)) == -1).sum()))
+    assert gaps[0] <= 2 < gaps[1]  # the outlines of dots interrupt each
+
+
+def test_text_stands_on_a_clear_ground() -> None:
+    tile = Tile("", np.array([[PAPER, TEXT]], np.uint8), "wide")
+    assert clear(tile)[..., 3].tolist() == [[0, 255]]
+    photo = Tile("", np.array([[PAPER, TEXT]], np.uint8), "photo")
+    assert clear(photo).shape == (1, 2, 3)
 
 
 def test_query_patches_are_the_worst_and_the_best() -> None:

@@ -16,7 +16,7 @@ from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import run_job
 from neco_bench.runner.job import plan_all
 from neco_bench.runner.options import RunOptions
-from neco_bench.viz.draw import RIGHT, VOID, WRONG, draw_matches
+from neco_bench.viz.draw import RIGHT, WHITE, WRONG, draw_matches
 from neco_bench.viz.draw_video import object_colours, overlaid, plot_scores
 from tests.command import neco
 
@@ -58,7 +58,7 @@ def test_objects_are_in_their_colours() -> None:
     assert drawn[20, 20].tolist() == colours[1].tolist()
     assert drawn[20, 45].tolist() == colours[2].tolist()
     assert not drawn[0, 0].any()
-    assert tuple(drawn[20, 29]) == VOID  # a border is white
+    assert tuple(drawn[20, 29]) == WHITE  # a border is white
     assert not overlaid(np.zeros((40, 60, 3), np.uint8), np.full((40, 60), 255, np.uint8), (60, 40)).any()
 
 
@@ -77,4 +77,4 @@ def test_matches_are_drawn_by_whether_they_hit() -> None:
     points = tuple(np.array([[2.0, y], [2.0, y + 8]]) for y in (4, 4, 6))
     drawn = draw_matches((blank, blank), points, np.array([True, False]), 2)  # type: ignore[arg-type]
     found = {tuple(colour) for colour in np.unique(drawn.reshape(-1, 3), axis=0).tolist()}
-    assert {RIGHT, WRONG, VOID} <= found
+    assert {RIGHT, WRONG, WHITE} <= found

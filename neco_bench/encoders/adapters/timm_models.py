@@ -23,8 +23,9 @@ from torch import Tensor, nn
 from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean
 from neco_bench.encoders import fetch, weights
 from neco_bench.encoders.adapters import (
+    franca,  # noqa: F401 makes its models known to timm, as tiny does
     timm_layouts,
-    tiny,  # noqa: F401 makes its model known to timm
+    tiny,  # noqa: F401
 )
 from neco_bench.encoders.adapters.layers import layer_indices, layer_name
 from neco_bench.encoders.adapters.timm_sizes import build_for, create, measure
