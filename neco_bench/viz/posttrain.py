@@ -291,7 +291,7 @@ class _Making:
             folders[side] = folder
             if not (folder / "drawn.json").is_file() or (folder / "drawn.json").read_text("utf-8") != drawn:
                 job = job_of(result, data_root=self.run.data_root, weights=weights, device=self.run.device)
-                show(result, arrays, job, folder, worst=0, best=0, named=ids)
+                show(result, dict(arrays), job, folder, worst=0, best=0, named=ids)
                 write_whole(folder / "drawn.json", drawn.encode())
         found = []
         for number, (name, one, other) in enumerate(chosen):
