@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from neco_bench.results.store import ResultStore
     from neco_bench.runner.api import run
     from neco_bench.viz.api import show
+    from neco_bench.viz.posttrain import posttrain_report
 
 __version__ = "0.1.0"
 
@@ -44,6 +45,7 @@ _HOMES = {
     "list_datasets": "neco_bench.data.load",
     "compare": "neco_bench.reports.comparison",
     "show": "neco_bench.viz.api",
+    "posttrain_report": "neco_bench.viz.posttrain",
     "ResultList": "neco_bench.results.listing",
     "Result": "neco_bench.results.schema",
     "ResultStore": "neco_bench.results.store",
@@ -66,6 +68,7 @@ __all__ = [
     "load_dataset",
     "load_encoder",
     "load_results",
+    "posttrain_report",
     "run",
     "show",
 ]

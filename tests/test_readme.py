@@ -1,4 +1,7 @@
-"""Every command of README.md runs, and does what the text says. The two install commands are what `.ci/run` calls."""
+"""Every command of README.md and of the pages it leads to runs, and does what the text says.
+
+The two install commands are what `.ci/run` calls.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +20,21 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
-def blocks(language: str) -> list[str]:
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.S)
+PAGES = {
+    name: (ROOT / "docs" / "pages" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("models", "tasks", "training", "results")
+}
 
 
-COMMANDS = [line for block in blocks("bash") for line in block.splitlines() if line.startswith("neco-bench")]
-INSTALLS = [line for block in blocks("bash") for line in block.splitlines() if not line.startswith("neco-bench")]
-EXAMPLE, SCRIPT = blocks("python")
+def blocks(language: str, text: str = README) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.S)
+
+
+LINES = [line for text in (README, *PAGES.values()) for block in blocks("bash", text) for line in block.splitlines()]
+COMMANDS = list(dict.fromkeys(line for line in LINES if line.startswith("neco-bench")))
+INSTALLS = [line for line in LINES if not line.startswith("neco-bench")]
+(SCRIPT,) = blocks("python")
+(EXAMPLE,) = blocks("python", PAGES["models"])
 
 
 @pytest.fixture(scope="module")

@@ -11,14 +11,15 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from neco_bench.cli import data, models, results, run, train
-from neco_bench.cli.common import COMMON, _sigterm_as_interruption, app, data_app
+from neco_bench.cli import data, models, posttrain, results, run, share, train
+from neco_bench.cli.common import COMMON, _sigterm_as_interruption, app, data_app, results_app
 from neco_bench.core.errors import user_error
 
 app.add_typer(data_app, name="data")
+app.add_typer(results_app, name="results")
 
 
-COMMANDS = (run, models, data, train, results)  # importing these modules registers their commands
+COMMANDS = (run, models, data, train, results, posttrain, share)  # importing these modules registers their commands
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

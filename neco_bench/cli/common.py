@@ -72,6 +72,10 @@ data_app = App(
     help="Data sets: what is there, and is it whole.\n\nExample: neco-bench data list",
 )
 
+results_app = App(
+    help="Share results: copies that are checked as on loading.\n\nExample: neco-bench results push /shared/results",
+)
+
 DataRoot = Annotated[
     Path | None,
     typer.Option(

@@ -101,33 +101,6 @@ def comparison_fractions(row: ComparisonRow) -> dict[str, Any]:
     return {"name": row.name, **values, **facts, "better": row.metric.direction}
 
 
-def _p(value: float) -> str:
-    return f"{value:.4f}" if value >= 0.00005 else "<0.0001"
-
-
-def plural(unit: str, count: int) -> str:
-    """The name of so many units."""
-    first, _, rest = unit.partition(" ")
-    return unit if count == 1 else f"{first}s {rest}".rstrip()
-
-
-def comparison_percent(row: ComparisonRow) -> dict[str, Any]:
-    """Write a row of a comparison for a table: in the unit of the metric, empty where there is no number."""
-    difference, metric = row.difference, row.metric
-    defined = difference.p == difference.p
-    return {
-        "name": row.name + (f" ({metric.legend})" if metric.legend else ""),
-        "first": metric.text(row.first),
-        "second": metric.text(row.second),
-        "difference": metric.text(difference.value, plus=True),
-        "95 % interval": metric.interval(difference.low, difference.high, plus=True),
-        "p": _p(difference.p) if defined else "",
-        "p (Holm)": _p(row.p_holm) if defined else "",
-        "items": f"{row.items} {plural(row.unit, row.items)}",
-        "note": row.note,
-    }
-
-
 def comparison_images(rows: list[tuple[str, float, float]], most: int, as_json: bool) -> list[dict[str, Any]]:
     """Write the first and the last `most` of (id, first, second), as fractions for JSON, in percent for a table."""
     rows = rows if len(rows) <= 2 * most else [*rows[:most], *rows[-most:]]

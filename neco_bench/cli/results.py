@@ -14,7 +14,6 @@ from neco_bench.cli.common import DataRoot, Device, Json, Suites, Weights, app, 
 from neco_bench.cli.output import (
     comparison_fractions,
     comparison_images,
-    comparison_percent,
     foreign_code,
     print_rows,
 )
@@ -164,7 +163,7 @@ def compare(
     Example: neco-bench compare baseline_rgb baseline_hog --task 'shapes_*'
     """
     from neco_bench.reports import compare as comparing
-    from neco_bench.reports.words import MEANING, TESTS
+    from neco_bench.reports.words import MEANING, TESTS, comparison_percent
 
     patterns = [part for value in task or [] for part in value.split(",") if part]
     not_negative("--images", images)

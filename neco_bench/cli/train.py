@@ -53,7 +53,10 @@ def train(
             help="Go on from the last checkpoint in --out; learning rates, precision, steps and the like may change.",
         ),
     ] = False,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 500,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; the last two stay.")] = 500,
+    keep_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints that stay, for `posttrain-report --every`.")
+    ] = None,
     evaluate: Annotated[
         list[str] | None, typer.Option("--eval", metavar="TASK", help="Score on this task while training; repeatable.")
     ] = None,
@@ -103,6 +106,7 @@ def train(
         resume=resume,
         stated=tuple(settings),
         save_every=save_every,
+        keep_every=keep_every,
         evaluate=tuple(evaluate or ()),
         eval_every=eval_every,
         compiled=compiled,

@@ -62,11 +62,13 @@ class StepLog:
         """Raises MissingError where TensorBoard is requested and not installed."""
         self.table = Table(out / "log.csv")
         self.table.begin(first)
+        self.columns = list(self.table.rows()) if self.table.path.exists() else []
         self.events = _event_writer(out, first) if tensorboard else None
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add the row of a step."""
-        self.table.append(row)
+        """Add the row of a step; a log keeps the columns that it began with."""
+        self.columns = self.columns or list(row)
+        self.table.append({name: row.get(name, float("nan")) for name in self.columns})
         if self.events:
             for name, value in row.items():
                 self.events.add_scalar(name, value, row["step"])

@@ -1,7 +1,9 @@
-"""Checkpoints of a run: folders `checkpoint-<step>` that are there whole or not at all, the last two of them.
+"""Checkpoints of a run: folders `checkpoint-<step>` that are there whole or not at all; the last two, and with
+`--keep-every` others.
 
     student.safetensors, teacher.safetensors    the encoder's weights, in the names of the model it started from
     training.pt                                 heads, optimizer, queue, counters: what going on needs besides
+    encoder.json                                how to load this one: `neco-bench run --model RUN/checkpoint-<step>`
 
 `encoder.json` beside them says how to load the newest as a model: `neco-bench run --model RUN`. A folder gets its name
 when all its files are written and loses it before the first is deleted, so that a kill at any moment leaves no half of
@@ -83,25 +85,40 @@ def clear(run: Path) -> None:
             file.unlink()
 
 
-def save(run: Path, step: int, networks: dict[str, Encoder], state: dict[str, Any], facts: dict[str, Any]) -> None:
+def save(
+    run: Path,
+    step: int,
+    networks: dict[str, Encoder],
+    state: dict[str, Any],
+    facts: dict[str, Any],
+    keep_every: int | None = None,
+) -> None:
     """Write a checkpoint, then `encoder.json` with `facts`, then delete what is older than the last two.
 
     A checkpoint of that step that is there is whole, and is not written again. networks: encoders by role, "student"
-    and perhaps "teacher". Raises NecoBenchError where it cannot be written; earlier checkpoints are then as they were.
+    and perhaps "teacher". keep_every: checkpoints of steps that are multiples of it stay.
+    Raises NecoBenchError where it cannot be written; earlier checkpoints are then as they were.
     """
     final = run / f"checkpoint-{step:07d}"
     if not final.exists():
-        _write(final, networks, state)
-    files = {role: f"{final.name}/{role}.safetensors" if role in networks else None for role in ("student", "teacher")}
-    write_whole(run / "encoder.json", json.dumps({"format": 1, **facts, **files, "step": step}, indent=2).encode())
+        _write(final, networks, state, _description(step, networks, facts, ""))
+    write_whole(run / "encoder.json", _description(step, networks, facts, f"{final.name}/"))
     for old in checkpoints(run)[:-STORED]:
+        if keep_every and step_of(old) and step_of(old) % keep_every == 0:
+            continue
         deleted = run / _DELETED.format(old.name)
         with contextlib.suppress(OSError):  # the next checkpoint tries again
             os.replace(old, deleted)
             shutil.rmtree(deleted)
 
 
-def _write(final: Path, networks: dict[str, Encoder], state: dict[str, Any]) -> None:
+def _description(step: int, networks: dict[str, Encoder], facts: dict[str, Any], folder: str) -> bytes:
+    """The content of an `encoder.json`; folder: of the weights, as seen from there."""
+    files = {role: f"{folder}{role}.safetensors" if role in networks else None for role in ("student", "teacher")}
+    return json.dumps({"format": 1, **facts, **files, "step": step}, indent=2).encode()
+
+
+def _write(final: Path, networks: dict[str, Encoder], state: dict[str, Any], description: bytes) -> None:
     """Write the files of a checkpoint under a temporary name, and rename them."""
     run, temporary = final.parent, final.parent / _TEMPORARY
     try:
@@ -112,6 +129,7 @@ def _write(final: Path, networks: dict[str, Encoder], state: dict[str, Any]) -> 
             tensors = {name: t.detach().to("cpu", copy=True).contiguous() for name, t in weights.items()}
             save_file(tensors, temporary / f"{role}.safetensors")
         torch.save(state, temporary / "training.pt")
+        (temporary / "encoder.json").write_bytes(description)
         for file in temporary.iterdir():
             with open(file, "rb") as written:
                 os.fsync(written.fileno())

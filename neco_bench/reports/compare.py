@@ -85,9 +85,7 @@ def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str])
     for result, store in finished:
         of_model = result.model == model or (len(model) >= 6 and result.key.startswith(model))
         if of_model and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
-            changed = json.dumps(result.changed, sort_keys=True, default=str)
-            place = (result.task, result.protocol, changed, result.seed, result.limit)
-            other = matching.setdefault(place, (result, store))[0]
+            other = matching.setdefault(result_key(result), (result, store))[0]
             if other.key != result.key:
                 raise UsageError(
                     f"{model!r} has several results of {result.task}@{result.protocol}: name one by the start of "
@@ -97,6 +95,12 @@ def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str])
         names = ", ".join(sorted({result.model for result, _ in finished})) or "none"
         raise MissingError(f"No result of {model!r}{_for_tasks(tasks)}. There are results of: {names}.")
     return matching
+
+
+def result_key(result: Result) -> ResultKey:
+    """What two results must share to be compared: task, protocol, settings, seed and limit."""
+    changed = json.dumps(result.changed, sort_keys=True, default=str)
+    return (result.task, result.protocol, changed, result.seed, result.limit)
 
 
 def item_scores(result: Result, arrays: Arrays) -> dict[str, float]:
@@ -204,9 +208,18 @@ def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: S
             f"{first!r} and {second!r} have nothing in common{_for_tasks(tasks)}: task, protocol, settings, limit and "
             f"seed must be the same. {first!r} has {_listed(of_first)}; {second!r} has {_listed(of_second)}."
         )
+    return pair_results(of_first, of_second)
+
+
+def pair_results(of_first: dict[ResultKey, StoredResult], of_second: dict[ResultKey, StoredResult]) -> list[ResultPair]:
+    """Pair the results that two models have in common, as `find_pairs` does.
+
+    Raises:
+        NecoBenchError: the last problem, where none can be paired; else they are among the problems of the stores.
+    """
     by_task: dict[ResultKey, list[tuple[tuple[Result, Result], tuple[Arrays, Arrays]]]] = defaultdict(list)
     failure = None
-    for place in shared:
+    for place in sorted(set(of_first) & set(of_second), key=str):
         (one, store), (other, other_store) = of_first[place], of_second[place]
         task = (*place[:3], place[4])  # without the seed
         try:

@@ -33,15 +33,15 @@ class Comparison:
 
     def to_dataframe(self) -> pd.DataFrame:
         """Arrange the tasks as a table; values and differences as they are stored, p also adjusted over the rows."""
-        return _frame(self.rows)
+        return comparison_frame(self.rows)
 
     def classes(self, task: str | None = None) -> pd.DataFrame:
         """Compare the classes, or categories, of a task (the only one, if none is named), the largest gain first."""
-        return _frame(comparing.compare_classes(self._pair(task)))
+        return comparison_frame(comparing.compare_classes(self._pair(task)))
 
     def sizes(self, task: str | None = None) -> pd.DataFrame:
         """Compare small, medium and large regions of a segmentation task."""
-        return _frame(comparing.compare_sizes(self._pair(task)))
+        return comparison_frame(comparing.compare_sizes(self._pair(task)))
 
     def images(self, task: str | None = None) -> pd.DataFrame:
         """Compare each image or pair: its id and both scores, the largest gain first."""
@@ -81,7 +81,8 @@ def compare(first: str, second: str, tasks: str | Sequence[str] = (), *, results
     return Comparison(first, second, tuple(pairs), tuple(comparing.compare_tasks(pairs)), tuple(problems))
 
 
-def _frame(rows: Sequence[ComparisonRow]) -> pd.DataFrame:
+def comparison_frame(rows: Sequence[ComparisonRow]) -> pd.DataFrame:
+    """Arrange rows as a table, in full precision."""
     return pd.DataFrame(
         [
             {

@@ -1,6 +1,12 @@
-"""What intervals, tests and ranks mean, in the words that the page, `compare`, LaTeX and the README share."""
+"""What intervals, tests and ranks mean, in the words that the page, `compare`, LaTeX and the docs share; comparisons as
+text. Imports nothing that is slow."""
 
 from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from neco_bench.reports.compare import ComparisonRow
 
 MEANING = (
     "An interval is that of the metric over the population that the units of the data set (images, pairs of images, "
@@ -37,3 +43,30 @@ SUITES = (
 )
 
 WORDS = {"meaning": MEANING, "tests": TESTS, "ranks": RANKS}
+
+
+def _p(value: float) -> str:
+    return f"{value:.4f}" if value >= 0.00005 else "<0.0001"
+
+
+def plural(unit: str, count: int) -> str:
+    """The name of so many units."""
+    first, _, rest = unit.partition(" ")
+    return unit if count == 1 else f"{first}s {rest}".rstrip()
+
+
+def comparison_percent(row: ComparisonRow) -> dict[str, Any]:
+    """Write a row of a comparison for a table: in the unit of the metric, empty where there is no number."""
+    difference, metric = row.difference, row.metric
+    defined = difference.p == difference.p
+    return {
+        "name": row.name + (f" ({metric.legend})" if metric.legend else ""),
+        "first": metric.text(row.first),
+        "second": metric.text(row.second),
+        "difference": metric.text(difference.value, plus=True),
+        "95 % interval": metric.interval(difference.low, difference.high, plus=True),
+        "p": _p(difference.p) if defined else "",
+        "p (Holm)": _p(row.p_holm) if defined else "",
+        "items": f"{row.items} {plural(row.unit, row.items)}",
+        "note": row.note,
+    }

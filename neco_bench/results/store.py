@@ -121,6 +121,10 @@ class ResultStore:
         self._paths = {key: path for key, (path, _) in by_key.items()}
         return [result for _, result in sorted(by_key.values(), key=lambda item: item[0])]
 
+    def path(self, result: Result) -> Path:
+        """The document of a result: the one that `load_all` read, else where `save` would write it."""
+        return self._paths.get(result.key, self._default_path(result))
+
     def statistics(self, result: Result) -> dict[str, np.ndarray]:
         """Load the per-image arrays stored beside a result, by name.
 

@@ -180,6 +180,7 @@ class TrainingRun:
             "seconds": seconds,
             "peak_memory_mb": _peak_memory_mb(self.processes.device),
             "unusable": len(self.trainer.unusable),
+            **_energy(self.processes.device, seconds),
         }
 
     def _after_step(self, done: int) -> None:
@@ -187,7 +188,8 @@ class TrainingRun:
         options, last = self.options, done == self.steps
         scored = bool(options.evaluate) and (last or done % options.eval_every == 0)
         stopped = self._stop_requested()
-        if last or scored or stopped or done % options.save_every == 0:
+        kept = options.keep_every is not None and done % options.keep_every == 0
+        if last or scored or stopped or kept or done % options.save_every == 0:
             self.save(done)
         if stopped:
             raise self._interrupted(done)
@@ -221,7 +223,7 @@ class TrainingRun:
             "training_data": f"{before}{self.images.description} ({settings})",
             "overlap": {**(encoder.overlap or {}), **self.overlap},
         }
-        checkpoints.save(self.options.out, step, trainer.encoders, state, facts)
+        checkpoints.save(self.options.out, step, trainer.encoders, state, facts, self.options.keep_every)
 
     def evaluate(self, step: int) -> None:
         """Score the checkpoint just saved on each task, as anyone would who names the run folder as a model.
@@ -295,6 +297,16 @@ def _unscored_tasks(scores: Table, step: int, options: TrainOptions) -> list[str
     scored = {*rows["task"][rows["step"] == step]} if len(rows) else set()
     cards = {task: find_tasks([task], data_root=options.data_root)[0] for task in options.evaluate}
     return [task for task, entry in cards.items() if f"{entry.card.name}@{entry.label}" not in scored]
+
+
+def _energy(device: torch.device, seconds: float) -> dict[str, float]:
+    """Joules of a step, by the power that this process's GPU reports after it; nothing where it reports none."""
+    if device.type != "cuda":
+        return {}
+    try:
+        return {"joules": torch.cuda.power_draw(device) / 1000 * seconds}
+    except Exception:  # without NVML's Python package, or on a GPU without that sensor
+        return {}
 
 
 def _peak_memory_mb(device: torch.device) -> float:

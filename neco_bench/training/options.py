@@ -13,7 +13,8 @@ class TrainOptions:
     """How to train; the result depends on none of it, but for rounding.
 
     evaluate: tasks scored every `eval_every`
-    steps and at the end. save_every: steps between checkpoints. stated: names of the recipe's values that this command
+    steps and at the end. save_every: steps between checkpoints, of which the last two
+    stay, and those of steps that are multiples of keep_every. stated: names of the recipe's values that this command
     gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device, cores - 1
     workers.
     """
@@ -27,6 +28,7 @@ class TrainOptions:
     resume: bool = False
     stated: tuple[str, ...] = ()
     save_every: int = 500
+    keep_every: int | None = None
     evaluate: tuple[str, ...] = ()
     eval_every: int = 1000
     compiled: bool = False
@@ -37,6 +39,7 @@ class TrainOptions:
     def __post_init__(self) -> None:
         for name, value, least in (
             ("--save-every", self.save_every, 1),
+            ("--keep-every", self.keep_every, 1),
             ("--eval-every", self.eval_every, 1),
             ("--workers", self.workers, 0),
         ):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from neco_bench.core.errors import BadInputError, NecoBenchError
-from neco_bench.core.log import Table
+from neco_bench.core.log import StepLog, Table
 
 
 def test_a_line_that_was_cut_off_is_none(tmp_path: Path) -> None:
@@ -43,3 +43,16 @@ def test_what_is_no_table_is_one_error(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "log.csv").mkdir()
     with pytest.raises(NecoBenchError, match="could not be written"):
         Table(tmp_path / "log.csv").append({"step": 1})
+
+
+def test_a_log_keeps_the_columns_that_it_began_with(tmp_path: Path) -> None:
+    """As when a run goes on where its GPU tells its power and did not before, or the other way round."""
+    first = StepLog(tmp_path, 0, False)
+    first.write({"step": 1, "loss": 0.5})
+    StepLog(tmp_path, 1, False).write({"step": 2, "loss": 0.25, "joules": 3.0})
+    assert first.table.path.read_text() == "step,loss\n1,0.5\n2,0.25\n"
+    other = StepLog(tmp_path / "other", 0, False)
+    other.table.path.parent.mkdir()
+    other.write({"step": 1, "joules": 3.0})
+    other.write({"step": 2})
+    assert other.table.path.read_text() == "step,joules\n1,3.0\n2,nan\n"

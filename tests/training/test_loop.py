@@ -613,3 +613,15 @@ def test_missing_images_and_missing_tensorboard(tmp_path: Path) -> None:
     except ImportError:
         with pytest.raises(MissingError, match=r"neco-bench\[tensorboard\]"):
             train(recipe(), options(tmp_path / "run", tensorboard=True))
+
+
+def test_energy_is_logged_where_a_gpu_reports_its_power(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert loop._energy(torch.device("cpu"), 2.0) == {}
+    monkeypatch.setattr(torch.cuda, "power_draw", lambda device: 250_000)  # mW
+    assert loop._energy(torch.device("cuda"), 2.0) == {"joules": 500.0}
+
+    def refuse(device: torch.device) -> int:
+        raise RuntimeError("no NVML")
+
+    monkeypatch.setattr(torch.cuda, "power_draw", refuse)
+    assert loop._energy(torch.device("cuda"), 2.0) == {}

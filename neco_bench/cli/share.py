@@ -1,0 +1,77 @@
+"""`neco-bench results`: push, pull and check."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from neco_bench.cli.common import Json, results_app
+from neco_bench.core.errors import UsageError
+
+if TYPE_CHECKING:
+    from neco_bench.results.share import Copied
+
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that are there already and differ.")]
+
+Models = Annotated[list[str] | None, typer.Option("--model", help="Results of these models only; globs; repeatable.")]
+
+
+@results_app.command()
+def push(
+    place: Annotated[str, typer.Argument(help="Folder, or hf://datasets/ORG/NAME.")],
+    results: Annotated[Path, typer.Option(help="Results folder to send.")] = Path("results"),
+    model: Models = None,
+    overwrite: Overwrite = False,
+    yes: Annotated[bool, typer.Option("--yes", help="Send to a repository of Hugging Face without asking.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Copy results, checked as on loading, to a folder or to a data set repository of Hugging Face.
+
+    Example: neco-bench results push hf://datasets/ORG/NAME --yes
+    """
+    from neco_bench.results import share
+
+    if "://" in place and not yes:
+        raise UsageError(f"This sends the results in {results} to {place}, over the network. Give --yes to do so.")
+    _say(share.push(results, place, models=model or (), overwrite=overwrite), as_json)
+
+
+@results_app.command()
+def pull(
+    place: Annotated[str, typer.Argument(help="Folder, or hf://datasets/ORG/NAME.")],
+    results: Annotated[Path, typer.Option(help="Results folder to fill.")] = Path("results"),
+    model: Models = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Copy results from a folder or a data set repository of Hugging Face, checked as on loading.
+
+    Example: neco-bench results pull hf://datasets/ORG/NAME --results results
+    """
+    from neco_bench.results import share
+
+    _say(share.pull(place, results, models=model or (), overwrite=overwrite), as_json)
+
+
+@results_app.command()
+def check(
+    folder: Annotated[list[Path] | None, typer.Argument(help="Results folders. Default: results")] = None,
+) -> None:
+    """Check every result of a folder as on loading: schema, ranges, statistics, digests.
+
+    Example: neco-bench results check leaderboards/contributed
+    """
+    from neco_bench.results import share
+
+    for place in folder or [Path("results")]:
+        print(f"{place}: {len(share.check_folder(place))} results, all can be used")
+
+
+def _say(done: Copied, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"copied": done.copied, "same": done.same}))
+        return
+    print(f"{len(done.copied)} files copied, {len(done.same)} were there already")
