@@ -260,11 +260,11 @@ class FeatureStore:
             about = {"encoder": pixels["encoder"][0], "data": pixels["data"], "items": len(ids), "bytes": needed}
             write_whole(folder / _ABOUT, json.dumps(about | {"kept_as": self.dtype}).encode())
             write_whole(folder / _ITEMS, b"".join(ids))
-            lock: FileLock | None = FileLock(folder / "lock")
+            lock = FileLock(folder / "lock")
             try:
                 lock.acquire(blocking=False)
             except Timeout:  # another process writes it; what is there can be read
-                lock = None
+                return FeatureFile(folder, len(ids), shape, dtype, None), shared
             return FeatureFile(folder, len(ids), shape, dtype, lock), shared
         except UsageError:
             raise
