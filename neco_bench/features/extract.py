@@ -22,7 +22,7 @@ from neco_bench.core.errors import NecoBenchError, is_out_of_memory
 from neco_bench.core.task import Context
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.loader import ImageDataset, ItemDataset, load_items
-from neco_bench.features.store import FeatureFile
+from neco_bench.features.store import ID_BYTES, FeatureFile, SharedFeatures
 from neco_bench.features.transforms import Transform
 
 
@@ -158,7 +158,7 @@ class FeatureExtractor:
 
     def _local(self, source: ItemDataset, description: str) -> Iterator[FeatureBatch]:
         """Batches of items from the store, as far as it has them, then computed."""
-        file = self._open(source)
+        file, shared, ids = self._open(source)
         start = 0
         try:
             while file and start < file.done:
@@ -172,7 +172,7 @@ class FeatureExtractor:
                 self.context.run.reused += stop - start
                 yield FeatureBatch(tuple(range(start, stop)), stored[0].to(self.encoder.device), stored[1])
                 start = stop
-            for batch in self._computed(source, start, description):
+            for batch in self._computed(source, start, description, shared, ids):
                 if file:
                     with self.context.phase("keep"):
                         file.append(batch.features, batch.masks)
@@ -181,35 +181,48 @@ class FeatureExtractor:
             if file:
                 file.close()
 
-    def _open(self, source: ItemDataset) -> FeatureFile | None:
-        """The stored stream of these items, known by all that its content depends on; None where there can be none."""
+    def _open(self, source: ItemDataset) -> tuple[FeatureFile | None, SharedFeatures | None, list[bytes]]:
+        """The stored stream of these items, what other streams have of them, and their ids; None where there is none.
+
+        Streams are known by all that their content depends on.
+        """
         transform, dataset, encoder = source.transform, source.dataset, self.encoder
         size = getattr(transform, "size", None)
         # Of other transforms it is not known what else they depend on, and heads are not counted before encoding.
         sides = (size, size) if isinstance(size, int) else size
         known = dataclasses.is_dataclass(transform) and self.output != "attention"
         if self.context.store is None or not len(source) or not known or not isinstance(sides, tuple):
-            return None
+            return None, None, []
         try:  # what its code does may change from one version to the next
             code = inspect.getsource(inspect.getmodule(transform) or type(transform))
         except (OSError, TypeError):
-            return None
+            return None, None, []
+        seed, pixels = self.context.seed, getattr(transform, "pixels", None)
         facts = {
-            "encoder": [encoder.name, encoder.weights_id, encoder.layer, encoder.final_norm, encoder.pos_interp],
-            "input": [encoder.stride, encoder.mean, encoder.std, sorted(self.options.items())],
+            "encoder": [encoder.name, encoder.weights_id, encoder.layer, encoder.pos_interp],
+            "input": [encoder.stride, sorted(self._resolved_options().items())],
             "numbers": [encoder.precision, encoder.device.type, torch.__version__],
             "data": f"{dataset.name} {dataset.split}",
             "fingerprint": dataset.fingerprint(),
-            "transform": [repr(transform), hashlib.sha256(code.encode()).hexdigest()],
-            "items": source.items,
-            "seed": self.context.seed,
+            "transform": [pixels or [repr(transform), seed], hashlib.sha256(code.encode()).hexdigest()],
         }
+        drawn = [("" if pixels else f"{epoch} ") + dataset.ids[index] for epoch, index in source.items]
+        ids = [hashlib.sha256(text.encode()).digest()[:ID_BYTES] for text in drawn]
         channels = encoder.embed_dim * 2 ** sum(bool(self.options.get(name)) for name in ("class_token", "mirrored"))
         shape = (channels + (self.output == "features and attention"), *(side // encoder.stride for side in sides))
-        return self.context.store.open(facts, len(source), shape)
+        return *self.context.store.open(facts, [repr(transform), source.items, seed], ids, shape), ids
 
-    def _computed(self, source: ItemDataset, start: int, description: str) -> Iterator[FeatureBatch]:
-        """Batches of the items from `start` on, loaded and encoded."""
+    def _resolved_options(self) -> dict[str, Any]:
+        """Options of the encoder with what their defaults stand for: equal features have equal ones."""
+        encoder, given = self.encoder, {name: value for name, value in self.options.items() if value is not None}
+        after = encoder.has_final_norm and bool(given.get("final_norm", encoder.final_norm))
+        plain = {"class_token": False, "mirrored": False, "mean": encoder.mean, "std": encoder.std}
+        return {**plain, **given, "final_norm": after}
+
+    def _computed(
+        self, source: ItemDataset, start: int, description: str, shared: SharedFeatures | None, ids: Sequence[bytes]
+    ) -> Iterator[FeatureBatch]:
+        """Batches of the items from `start` on, loaded, and encoded where no stream has their features."""
         if start == len(source):
             return
         context = self.context
@@ -223,12 +236,19 @@ class FeatureExtractor:
             if isinstance(batch, NecoBenchError):
                 raise batch
             positions, images, masks = batch
+            positions = tuple(start + position for position in positions)
+            with context.phase("load"):
+                stored = shared.read([ids[position] for position in positions]) if shared else None
+            if stored is not None:
+                context.run.reused += len(positions)
+                yield FeatureBatch(positions, stored.to(self.encoder.device), masks)
+                continue
             with context.phase("encode"):
                 features = self.encode(images)
                 del batch, images  # not to be in memory while the next are loaded
                 if context.store is not None:
                     features = context.store.rounded(features)
-            yield FeatureBatch(tuple(start + position for position in positions), features, masks)
+            yield FeatureBatch(positions, features, masks)
 
 
 def _of_size(batches: Iterator[FeatureBatch], size: int) -> Iterator[FeatureBatch]:

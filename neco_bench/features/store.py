@@ -1,9 +1,11 @@
 """The feature store: what an encoder gave for the items of a stream, stored on disk and shared by every task and run.
 
-One folder per stream under `<cache>/features`, named by the digest of all that its content depends on: encoder and
-weights, layer, precision, kind of device, normalisation, data set and split, transform, items and seed. Augmentation is
-drawn per item, so augmented features are stored like others. Features lie one after the other in a file; masks, as the
-transform gave them, beside them. Items are appended in order and each has a checksum, so that a run that was killed
+One folder per stream under `<cache>/features`, named by two digests: of all that features of an item depend on (encoder
+and weights, layer, precision, kind of device, normalisation, data set and split, what the transform does to pixels),
+and of the items, their order and their masks. Streams with the first in common share features by item: a task with
+other masks or another list of the same items computes masks alone. Augmentation is drawn per item, so augmented
+features are stored like others. Features lie one after the other in a file; masks, as the transform gave them, beside
+them. Items are appended in order and each has a checksum, so that a run that was killed
 loses the item it was writing and no more. One process writes a stream; others that come meanwhile compute for
 themselves. The least recently used streams go when the budget is exceeded.
 """
@@ -38,6 +40,10 @@ DTYPES: dict[str, np.dtype] = {"fp32": np.dtype(np.float32), "fp16": np.dtype(np
 _RECORD = np.dtype([("end", "<u8"), ("checksum", "<u4"), ("height", "<u4"), ("width", "<u4")])
 
 _ABOUT = "about.json"
+
+_ITEMS = "items.bin"  # the ids of all items, in their order
+
+ID_BYTES = 12
 
 _FILES = "index.bin", "features.bin", "masks.bin"
 
@@ -168,6 +174,36 @@ class FeatureFile:
         self.close()
 
 
+class SharedFeatures:
+    """Features, by the ids of items, that the streams in `folders` have; these are read, never written."""
+
+    def __init__(self, folders: Sequence[Path], shape: tuple[int, ...] = (), dtype: np.dtype = DTYPES["fp32"]) -> None:
+        self._places: dict[bytes, tuple[FeatureFile, int]] = {}
+        for folder in folders:
+            with contextlib.suppress(OSError):  # deleted meanwhile
+                content = (folder / _ITEMS).read_bytes()
+                file = FeatureFile(folder, len(content) // ID_BYTES, shape, dtype, None)
+                for number in range(min(file.done, file.count)):
+                    item = content[number * ID_BYTES : (number + 1) * ID_BYTES]
+                    self._places.setdefault(item, (file, number))
+                os.utime(folder / _ABOUT)  # used now
+
+    def has(self, ids: Sequence[bytes]) -> bool:
+        """Whether all of these are there."""
+        return bool(ids) and all(item in self._places for item in ids)
+
+    def read(self, ids: Sequence[bytes]) -> Tensor | None:
+        """Features (n, D, h, w) float32; None where one is missing or damaged."""
+        rows = []
+        for item in ids:
+            file, number = self._places.get(item, (None, 0))
+            stored = file.read(number, number + 1) if file else None
+            if stored is None:
+                return None
+            rows.append(stored[0])
+        return torch.cat(rows) if rows else None
+
+
 @dataclass(frozen=True)
 class FeatureStore:
     """Opens streams. dtype: "fp32", the very numbers of the encoder, or "fp16", each with a relative error of at most
@@ -187,32 +223,54 @@ class FeatureStore:
             raise NumericalError("Features exceed the range of half precision. Use --features fp32.")
         return half.float()
 
-    def open(self, facts: dict[str, Any], count: int, shape: tuple[int, ...]) -> FeatureFile | None:
-        """Open the stream of `facts`: `count` items of features (D, h, w). None where it cannot be stored."""
+    def open(
+        self, pixels: dict[str, Any], masks: Any, ids: Sequence[bytes], shape: tuple[int, ...]
+    ) -> tuple[FeatureFile | None, SharedFeatures]:
+        """Open the stream of some items, and what other streams have of them.
+
+        Args:
+            pixels: all that the features of an item depend on, but its id.
+            masks: what else the stream depends on.
+            ids: `ID_BYTES` per item, in order; items of equal ids have equal features.
+            shape: of an item's features, (D, h, w).
+
+        Returns:
+            The stream, None where it cannot be stored or others have all its items; and what those others have.
+        """
         if self.identity is None:
-            return None
+            return None, SharedFeatures([])
         dtype = DTYPES[self.dtype]
-        needed = count * int(np.prod(shape)) * dtype.itemsize
-        folder = store_folder() / digest([self.identity, facts, self.dtype, count, list(shape)])
+        needed = len(ids) * int(np.prod(shape)) * dtype.itemsize
+        common = digest([self.identity, pixels, self.dtype, list(shape)])[:32]
+        folder = store_folder() / f"{common}-{digest([masks, b''.join(ids).hex()])[:32]}"
+        shared = SharedFeatures([])
         try:
-            if self.rebuild and folder not in _REBUILT:
-                remove_file(folder)
+            if self.rebuild:
+                for old in {*store_folder().glob(f"{common}-*")} - _REBUILT:
+                    remove_file(old)
                 _REBUILT.add(folder)
-            if not folder.exists() and not self._make_room(needed):
-                return None
-            about = {"encoder": facts["encoder"][0], "data": facts["data"], "items": count, "bytes": needed}
+            others = sorted(other for other in store_folder().glob(f"{common}-*") if other != folder)
+            shared = SharedFeatures(
+                [other for other in others if (other / _ITEMS).exists() and (other in _REBUILT or not self.rebuild)],
+                shape,
+                dtype,
+            )
+            if not folder.exists() and (shared.has(ids) or not self._make_room(needed)):
+                return None, shared
+            about = {"encoder": pixels["encoder"][0], "data": pixels["data"], "items": len(ids), "bytes": needed}
             write_whole(folder / _ABOUT, json.dumps(about | {"kept_as": self.dtype}).encode())
+            write_whole(folder / _ITEMS, b"".join(ids))
             lock = FileLock(folder / "lock")
             try:
                 lock.acquire(blocking=False)
             except Timeout:  # another process writes it; what is there can be read
-                return FeatureFile(folder, count, shape, dtype, None)
-            return FeatureFile(folder, count, shape, dtype, lock)
+                return FeatureFile(folder, len(ids), shape, dtype, None), shared
+            return FeatureFile(folder, len(ids), shape, dtype, lock), shared
         except UsageError:
             raise
         except (OSError, NecoBenchError) as error:
             log.warning("Features are not stored: %s", error)
-            return None
+            return None, shared
 
     def _make_room(self, needed: int) -> bool:
         """Delete the least recently used streams that no process writes, until `needed` bytes fit."""

@@ -123,6 +123,11 @@ class ResizeSquare:
     size: int
     mask: Literal["torch", "pil", "native"]  # a nearest rule, or the mask as it is
 
+    @property
+    def pixels(self) -> str:
+        """What the image depends on besides its item; a transform that states this draws nothing for it."""
+        return f"{type(self).__name__}({self.size})"
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         """Return the image (3, size, size) and the mask; `rng` is not used."""
         image = resize_image(sample.image, self.size, self.size)

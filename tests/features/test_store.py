@@ -6,7 +6,7 @@ import os
 import signal
 from collections.abc import Generator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import pytest
@@ -88,9 +88,51 @@ def test_what_comes_back_is_what_was_computed(transform: Transform, encoded: lis
 def test_what_another_number_would_need_is_not_shared(encoded: list[int]) -> None:
     batches(with_store())
     batches(with_store(), ResizeSquare(80, "pil"))
-    batches(with_store(), ResizeSquare(64, "torch"))
-    batches(Context(batch_size=8, seed=1, store=FeatureStore(identity="one")))
+    crop = CropFlip(64, (0.2, 1.0), (0.75, 1.3), 0.5)
+    batches(with_store(), crop)
+    batches(Context(batch_size=8, seed=1, store=FeatureStore(identity="one")), crop)
     assert (sum(encoded), len(stored_files())) == (80, 4)
+
+
+@pytest.mark.parametrize("rule", ["torch", "native"])
+def test_other_masks_and_seeds_share_features(rule: Literal["torch", "native"], encoded: list[int]) -> None:
+    transform = ResizeSquare(64, rule)
+    plain = batches(Context(batch_size=8), transform)
+    batches(with_store())
+    encoded.clear()
+    assert_same(plain, batches(with_store(batch_size=7), transform))
+    assert_same(plain, batches(Context(batch_size=8, seed=1, store=FeatureStore(identity="one")), transform))
+    assert not encoded
+    assert len(stored_files()) == 1
+
+
+def test_a_longer_list_computes_what_is_missing(encoded: list[int]) -> None:
+    dataset, encoder = load_segmentation("shapes", "val", limit=20), load_encoder(MODEL)
+
+    def streamed(context: Context, order: list[int], **options: Any) -> list[FeatureBatch]:
+        extractor = FeatureExtractor(encoder, context, **options)
+        return list(extractor.stream(dataset, ResizeSquare(64, "pil"), "x", items=[(0, i) for i in order]))
+
+    plain = streamed(Context(batch_size=4), list(range(20))[::-1])
+    streamed(with_store(batch_size=4), list(range(12)))
+    encoded.clear()
+    same = {"mean": encoder.mean, "std": encoder.std, "final_norm": None}
+    assert_same(plain, streamed(with_store(batch_size=4), list(range(20))[::-1], **same))
+    assert sum(encoded) == 8
+    streamed(with_store(batch_size=4), list(range(12)), mean=(0.1, 0.2, 0.3))
+    assert sum(encoded) == 20
+
+
+def test_damaged_shared_features_are_computed(encoded: list[int]) -> None:
+    plain = batches(Context(batch_size=8), ResizeSquare(64, "torch"))
+    batches(with_store())
+    path = Path(stored_files()[0]["folder"]) / "features.bin"
+    content = bytearray(path.read_bytes())
+    content[-10] ^= 1
+    path.write_bytes(content)
+    encoded.clear()
+    assert_same(plain, batches(with_store(), ResizeSquare(64, "torch")))
+    assert sum(encoded) == 4  # the batch of the damaged item
 
 
 def test_other_code_of_a_transform_shares_nothing(encoded: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -201,17 +243,17 @@ def test_a_second_process_computes_for_itself(encoded: list[int]) -> None:
 
 def test_the_least_recently_used_go_first(monkeypatch: pytest.MonkeyPatch) -> None:
     for seed in range(3):
-        batches(Context(batch_size=8, seed=seed, store=FeatureStore(identity="one")))
+        batches(Context(batch_size=8, store=FeatureStore(identity=f"{seed}")))
     rows = stored_files()
     order = {row["folder"]: i for i, row in enumerate(rows)}
     for row in rows:
         os.utime(Path(row["folder"]) / "about.json", (order[row["folder"]], order[row["folder"]]))
     monkeypatch.setenv("NECO_BENCH_FEATURES_GB", str(3.5 * rows[0]["bytes"] / 1e9))
-    batches(Context(batch_size=8, seed=3, store=FeatureStore(identity="one")))
+    batches(Context(batch_size=8, store=FeatureStore(identity="3")))
     assert {row["folder"] for row in rows[1:]} < {row["folder"] for row in stored_files()}
     assert rows[0]["folder"] not in {row["folder"] for row in stored_files()}
     monkeypatch.setenv("NECO_BENCH_FEATURES_GB", "0.000001")
-    assert len(batches(Context(batch_size=8, seed=4, store=FeatureStore(identity="one")))) == 3
+    assert len(batches(Context(batch_size=8, store=FeatureStore(identity="4")))) == 3
     assert len(stored_files()) == 3  # what does not fit at all drives nothing out
     monkeypatch.setenv("NECO_BENCH_FEATURES_GB", "much")
     with pytest.raises(UsageError, match="NECO_BENCH_FEATURES_GB='much'"):
