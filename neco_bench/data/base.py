@@ -248,7 +248,8 @@ class SegmentationDataset(Dataset):
     void_class: id of a class that is one of the C rows (of a memory, a head, an average) though pixels of it in the
     ground truth are not scored, such as "other" in the 151-class form of ADE20K; None where there is none.
     Facts of the official files that wrong copies are recognised by: rare_class, the id of a class that few images have;
-    larger, two ids of which the first covers more pixels than the second; sizes_differ, that images have many sizes.
+    larger, two ids of which the first covers more pixels than the second; sizes_differ, that images have many sizes;
+    longest_side, which no image exceeds and most reach (91 % of 470 of VOC, 82 % of 61 of COCO).
     """
 
     kind = "segmentation"
@@ -257,6 +258,7 @@ class SegmentationDataset(Dataset):
     rare_class: ClassVar[int | None] = None
     larger: ClassVar[tuple[int, int] | None] = None
     sizes_differ: ClassVar[bool] = False
+    longest_side: ClassVar[int | None] = None
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Sample:
@@ -301,6 +303,12 @@ class SegmentationDataset(Dataset):
             problems.append(
                 f"All images are {width}x{height} pixels, those of {self.name} differ in size: they were resized. "
                 f"Scores of resized copies cannot be compared: restore the original files."
+            )
+        elif self.longest_side and whole and len(masks) >= MANY and max(map(max, masks.sizes)) < self.longest_side:
+            problems.append(
+                f"No image has a side of {self.longest_side} pixels, as most of {self.name} have; the longest is "
+                f"{max(map(max, masks.sizes))}: they were resized. Scores of resized copies cannot be compared: "
+                f"restore the original files."
             )
         return problems
 

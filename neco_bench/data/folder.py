@@ -196,7 +196,7 @@ class SegmentationFolder(SegmentationDataset):
     """Segmentation read from files. A subclass sets `folder`, `split`, `ids`, and says where files lie.
 
     void: the mask value in files that means void. causes: what a file is that holds a certain wrong value, for
-    messages. image_size: (H, W) of every image of the set, None where they differ. longest_side: what no image exceeds.
+    messages. image_size: (H, W) of every image of the set, None where they differ.
     list_file: the list that names the items, if any. source: which of several kinds of annotation is read.
     shared_files: files besides images and masks that the masks depend on.
     """
@@ -204,7 +204,6 @@ class SegmentationFolder(SegmentationDataset):
     void: ClassVar[int] = IGNORE
     causes: ClassVar[dict[int, str]] = {}
     image_size: ClassVar[tuple[int, int] | None] = None
-    longest_side: ClassVar[int | None] = None
     folder: Path
     list_file: Path | None = None
     source: str = ""

@@ -15,6 +15,7 @@ from neco_bench.data.base import SegmentationDataset
 from neco_bench.data.cityscapes import LABEL_IDS, Cityscapes
 from neco_bench.data.integrity import check_dataset
 from neco_bench.data.io import id_table, read_mask, voc_colours
+from neco_bench.data.voc2012 import VOC2012
 from tests.data.data_helpers import CAMVID_SIZE, image_of, save, save_indices
 from tests.typed import load_folder, load_segmentation
 
@@ -136,6 +137,23 @@ def test_copies_resized_to_one_size(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for folder, ending in (("images", "jpg"), ("annotations", "png")):
         resized(base / folder / "validation" / f"7.{ending}", (21, 30))
     assert not dataset.sample_sanity_check()
+
+
+def test_copies_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All of them, so that no side is as long as most are in the originals."""
+    base = tmp_path / "voc2012" / "VOCdevkit" / "VOC2012"
+    monkeypatch.setattr(VOC2012, "expected", {"val": 16})
+    for i in range(16):
+        save(base / "JPEGImages" / f"2007_{i:06d}.jpg", image_of(i, (150 + i, 250)))
+        save(base / "SegmentationClass" / f"2007_{i:06d}.png", np.full((150 + i, 250), i, np.uint8))
+    (base / "ImageSets" / "Segmentation").mkdir(parents=True)
+    (base / "ImageSets" / "Segmentation" / "val.txt").write_text("".join(f"2007_{i:06d}\n" for i in range(16)))
+    dataset = load_segmentation("voc2012", "val", root=tmp_path)
+    fact = "No image has a side of 500 pixels, as most of voc2012 have; the longest is 250: they were resized"
+    assert any(fact in problem for problem in dataset.sample_sanity_check())
+    for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
+        resized(base / folder / f"2007_000007.{ending}", (333, 500))
+    assert not any("resized" in problem for problem in dataset.sample_sanity_check())
 
 
 def dataset_of(name: str, root: Path, split: str, masks: Sequence[np.ndarray]) -> SegmentationDataset:

@@ -28,6 +28,7 @@ SMALL: dict[str, Any] = {"num_classes": 0, "depth": 2, "embed_dim": 64, "num_hea
 V3, V3B = "vit_small_patch16_dinov3", "vit_small_patch16_dinov3_qkvb"
 CLIP, QUICK = "vit_base_patch16_clip_224", "vit_base_patch16_clip_quickgelu_224"
 PE, RADIO, AIM = "vit_pe_core_tiny_patch16_384", "vit_base_patch16_radio_v3", "aimv2_large_patch14_224"
+BEIT3 = "beit3_base_patch16_224"
 VIT, V2, GIANT = "vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_giant_patch14_dinov2"
 OWN = {GIANT: {"mlp_ratio": 4}}  # an even width of its gated MLPs
 
@@ -158,6 +159,30 @@ def ijepa(state: State) -> State:
     return under("encoder.module.", state) | under("target_encoder.module.", other) | predictor
 
 
+def beit3(state: State) -> State:
+    """Microsoft's names: branch A for images, B for text, q, k and v apart, two rows before the positions."""
+    result = renamed(
+        state,
+        (r"^(cls_token|patch_embed\.)", r"beit3.vision_embed.\1"),
+        (r"vision_embed\.patch_embed\.", "vision_embed."),
+        (r"^pos_embed$", "beit3.encoder.embed_positions.A.weight"),
+        (r"^blocks\.", "beit3.encoder.layers."),
+        (r"\.norm1\.", ".self_attn_layer_norm.A."),
+        (r"\.norm2\.", ".final_layer_norm.A."),
+        (r"\.attn\.norm\.", ".self_attn.inner_attn_ln.A."),
+        (r"\.attn\.proj\.", ".self_attn.out_proj.A."),
+        (r"\.mlp\.norm\.", ".ffn.A.ffn_layernorm."),
+        (r"\.mlp\.(fc\d)\.", r".ffn.A.\1."),
+    )
+    for name in [name for name in result if ".attn.qkv." in name]:
+        for letter, part in zip("qkv", result.pop(name).chunk(3), strict=True):
+            result[name.replace(".attn.qkv.", f".self_attn.{letter}_proj.A.")] = part
+    positions = "beit3.encoder.embed_positions.A.weight"
+    result[positions] = torch.cat([random(2, 64), result[positions][0]])
+    text = {key.replace(".A.", ".B."): value + 1 for key, value in result.items() if ".A." in key}
+    return result | text | {"beit3.text_embed.weight": random(9, 64)}
+
+
 def small(name: str, **options: Any) -> Any:
     return timm.create_model(name, **{**SMALL, **OWN.get(name, {}), **options})
 
@@ -198,6 +223,7 @@ def nested(state: State) -> dict[str, Any]:
         pytest.param(VIT, mae, ["decoder_blocks.0.norm1.weight", "mask_token"], id="mae"),
         pytest.param(VIT, ibot, ["masked_embed", "student.* (31 tensors)"], id="ibot"),
         pytest.param(GIANT, franca, ["mask_token"], id="franca"),
+        pytest.param(BEIT3, beit3, ["beit3.text_embed.weight"], id="beit3"),
         pytest.param(VIT, ijepa, ["target_encoder.* (30 tensors)"], id="ijepa"),
     ],
 )
@@ -213,7 +239,7 @@ def test_official_layouts(
         model, report = load(name, tmp_path / "official.pth")
     own = model.state_dict()
     expected = dict(state)
-    if layout in (dinov3, clip, openai, aim, radio):  # timm's own loading of these very tensors
+    if layout in (dinov3, clip, openai, aim, radio, beit3):  # timm's own loading of these very tensors
         timms = small(name, pretrained=True, pretrained_cfg_overlay={"state_dict": official})
         expected = timms.state_dict()
         size = timms.pretrained_cfg["input_size"]

@@ -34,6 +34,9 @@ _RESIZED_BY_DESIGN = f"{_RADIO}patch_generator.pos_embed"
 
 _OPENAI = {"input_resolution", "context_length", "vocab_size"}  # stand in OpenAI's own archives alone
 
+# BEiT-3's positions begin with two rows that no position of an image reads (timm.models.vision_transformer).
+_UNREAD_ROWS = {"beit3.encoder.embed_positions.A.weight": 2}
+
 _LOST = "with numbers that it has no place for"
 
 
@@ -169,6 +172,8 @@ def convert(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) 
             positions = given[origins[0]]
     _count_uses(used, leaves, derived)
     counted = {key: count for key, count in used.items() if isinstance(count, Tensor) and key != _RESIZED_BY_DESIGN}
+    for key in _UNREAD_ROWS.keys() & counted.keys():
+        counted[key][: _UNREAD_ROWS[key]] = 1
     dropped = [key for key in given if key not in used]
     faults = {
         _LOST: _lost(counted, dropped, used, given),
