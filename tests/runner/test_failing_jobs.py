@@ -18,6 +18,7 @@ from neco_bench.core.errors import NecoBenchError, is_out_of_memory, user_error
 from neco_bench.data.shapes import Shapes
 from neco_bench.results.store import ResultStore
 from neco_bench.runner import execute
+from tests import processes
 from tests.command import Answer, neco
 
 ENCODERS = """
@@ -253,6 +254,15 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(more: list[str], tmp_path: Path, enco
     assert (stored.model, stored.status) == (f"{encoders}:prints", "ok")
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
     assert subprocess.run(["pgrep", "-f", f"{encoders}"], capture_output=True, text=True).stdout == ""
+
+
+def test_what_an_encoder_prints_is_not_in_the_json(tmp_path: Path, encoders: Path) -> None:
+    done = processes.run(["run", "--model", f"{encoders}:prints", *QUICK, "--out", "r", "--json"], tmp_path)
+    assert done.poll() == 0, done.err
+    (row,) = json.loads(done.out)
+    assert (row["model"], row["status"]) == (f"{encoders}:prints", "ok")
+    for source in ("Python", "the system", "C"):
+        assert f"hello from {source}" in done.err
 
 
 def test_which_exceptions_are_bugs() -> None:
