@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from neco_bench.cli.common import DataRoot, Device, Weights, app
+from neco_bench.cli.common import DataRoot, Device, Weights, app, is_quiet
 from neco_bench.cli.output import foreign_code
 
 
@@ -30,7 +30,7 @@ def train(
     data_root: DataRoot = None,
     device: Device = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the recipe's.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Loading processes; default: cores - 1, at most 16.")] = None,
+    workers: Annotated[int | None, typer.Option(help="Loading processes; default: the cores of each training process less one, at most 16.")] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -76,6 +76,7 @@ def train(
         compiled=compiled,
         checkpointing=checkpointing,
         tensorboard=tensorboard,
+        progress=not is_quiet(),
     )
     try:
         with foreign_code():

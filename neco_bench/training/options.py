@@ -14,8 +14,8 @@ class TrainOptions:
 
     evaluate: tasks scored every `eval_every`
     steps and at the end. save_every: steps between checkpoints. stated: names of the recipe's values that this command
-    gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device, cores - 1
-    workers.
+    gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device,
+    `limits.default_workers`.
     """
 
     out: Path
