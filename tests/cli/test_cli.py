@@ -58,12 +58,12 @@ def _start(arguments: Sequence[object], avoided: str, runs: int = 5) -> float:
         ("--help", 2, "pydantic"),
         ("run --help", 2, "pydantic"),
         ("models", 3, "pydantic"),
-        ("data list", 14, ""),  # typer itself imports pydantic to read the path of --data-root
-        ("tasks", 14, ""),
+        ("data list", 12, ""),  # typer itself imports pydantic to read the path of --data-root
+        ("tasks", 12, ""),
     ],
 )
 def test_listings_are_instant(command: str, most: float, avoided: str) -> None:
-    """CPU time in multiples of `import typer`, 0.10 s on a core of Zen 4: measured 1.4, 1.4, 1.8, 10.5 and 11.5."""
+    """CPU time in multiples of `import typer`, 0.10 s on a core of Zen 4: measured 1.4, 1.4, 1.8, 7.5 and 8.5."""
     assert _start(command.split(), f"torch pandas jinja2 rich {avoided}") < most * _cpu_seconds("import typer")
 
 
