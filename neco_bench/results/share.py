@@ -52,7 +52,7 @@ def check_folder(folder: Path) -> list[tuple[Path, Result]]:
             except NecoBenchError as error:
                 problems.append(str(error))
     if problems:
-        raise BadInputError("\n".join(dict.fromkeys(problems)) + "\nNothing was copied.")
+        raise BadInputError("\n".join(dict.fromkeys(problems)))
     if not placed:
         raise MissingError(f"{folder}: no results there.")
     return placed
