@@ -15,7 +15,6 @@ from neco_bench.cli.common import (
     DataRoot,
     Device,
     Json,
-    Layers,
     Precision,
     Suites,
     Weights,
@@ -64,7 +63,10 @@ def run(
     limit: Annotated[int | None, typer.Option(help="First N items of each split only; never ranked.")] = None,
     split_file: Annotated[Path | None, typer.Option(help="List of ids that restricts the training split.")] = None,
     weights: Weights = None,
-    layers: Layers = None,
+    layers: Annotated[
+        str | None,
+        typer.Option(help="Inner blocks of a ViT (8 or 2,5,8,11), the stage of a CNN; all: one result for each."),
+    ] = None,
     changes: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a constant; the protocol is then marked *."),
@@ -142,7 +144,7 @@ def run(
         planned: dict[tuple[str, str, str, int], Job] = {}
         for models, tasks in parts:
             found = plan_all(models, tasks, options, store, seeds=seeds, missing=missing if suite else None)
-            planned |= {(job.model, job.task.card.name, job.task.label, job.options.seed): job for job in found}
+            planned |= {(job.label, job.task.card.name, job.task.label, job.options.seed): job for job in found}
         jobs = numbered(list(planned.values()))
     if dry_run:
         _print_forecast(jobs, missing, store, suite, as_json)

@@ -17,7 +17,7 @@ from neco_bench.results.listing import ResultList
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import run_job
-from neco_bench.runner.job import identify, plan, seeded, stored
+from neco_bench.runner.job import for_each_layer, identify, plan, seeded, stored
 from neco_bench.runner.options import RunOptions
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ def run(
         changes: what `--set` gives on the command line.
         seeds: run so many, from `seed` on; gives a ResultList.
         options: fields of `RunOptions` (device, precision, batch_size, workers, seed, limit, split_file, weights,
-            layers, features, overwrite, progress).
+            layers, features, overwrite, progress). layers="all" gives a ResultList, of one result per block or stage.
 
     Returns:
         A Result or, of several tasks or with `seeds`, a ResultList.
@@ -104,13 +104,15 @@ def run(
     store = ResultStore(out) if out else None
     with _as_encoder(model) as (name, encoder):
         if encoder is None:
-            identity = identify(name, run_options, store) if store else None
+            each = for_each_layer(name, run_options)
+            layered = [(chosen, identify(name, chosen, store) if store else None) for chosen in each]
         else:
-            identity = _object_id(encoder, run_options)
+            layered = [(run_options, _object_id(encoder, run_options))]
         jobs = []
         for entry in tasks:
             try:
-                jobs += seeded(plan(name, entry, run_options, identity=identity), seeds or 1)
+                for chosen, identity in layered:
+                    jobs += seeded(plan(name, entry, chosen, identity=identity), seeds or 1)
             except MissingError as error:
                 if entry not in of_suite:
                     raise
@@ -123,7 +125,8 @@ def run(
                 if store:
                     store.check_writable()
         results = ResultList(run_job(job, store, encoder) for job in jobs)
-    if suite is not None or not isinstance(task, str) or seeds is not None or any(sign in task for sign in ",*?["):
+    several = suite is not None or seeds is not None or run_options.layers == "all"
+    if several or not isinstance(task, str) or any(sign in task for sign in ",*?["):
         return results
     (result,) = results
     if result.status == "failed":

@@ -48,19 +48,20 @@ class Estimate:
 def forecast(jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True) -> list[dict[str, Any]]:
     """One row per job: its items, whether its result is stored, and else the estimate, or the error it would end in.
 
-    Each model is loaded once; jobs of one model lie side by side. fetch: False fetches no weights; where they are not
-    here, the estimate is that of the architecture, beside the error.
+    Each model is loaded once for each layer; jobs of one model lie side by side. fetch: False fetches no weights;
+    where they are not here, the estimate is that of the architecture, beside the error.
     """
     rows: list[dict[str, Any]] = []
     rates = Rates()
-    encoders: dict[str, tuple[Encoder | None, NecoBenchError | None]] = {}
+    encoders: dict[tuple[str, str | None], tuple[Encoder | None, NecoBenchError | None]] = {}
     for job in jobs:
         is_stored = stored(job, store) is not None
         cost, problem = None, None
         if not is_stored:
-            if job.model not in encoders:
-                encoders = {job.model: _encoder_and_error(job, fetch)}
-            encoder, problem = encoders[job.model]
+            named = job.model, job.options.layers
+            if named not in encoders:
+                encoders = {named: _encoder_and_error(job, fetch)}
+            encoder, problem = encoders[named]
             try:
                 cost = encoder and estimate(job, encoder, rates)
             except NecoBenchError as error:

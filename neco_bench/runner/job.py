@@ -154,6 +154,20 @@ def identify(model: str, options: RunOptions, store: ResultStore) -> str:
     return loaded_id(model, options.weights, encoder)
 
 
+def for_each_layer(model: str, options: RunOptions) -> list[RunOptions]:
+    """The options of one run per block or stage where `layers` is "all", and else the options as they are.
+
+    The encoder is loaded on the CPU to count them. Raises `UsageError` for one without layers, and as `load_encoder`.
+    """
+    if options.layers != "all":
+        return [options]
+    encoder = load_encoder(model, weights=options.weights, device="cpu", layers=-1)
+    indices = getattr(encoder, "indices", None)
+    if not indices:
+        raise UsageError(f"Model {model!r} has no layers to choose from. Leave --layers all out.")
+    return [replace(options, layers=str(layer)) for layer in range(indices[-1] + 1)]
+
+
 @dataclass(frozen=True)
 class MissingJob:
     """A model on a task that cannot be planned here, as its data or a file of the model is not there."""
@@ -172,7 +186,7 @@ def plan_all(
     seeds: int = 1,
     missing: list[MissingJob] | None = None,
 ) -> list[Job]:
-    """Jobs of every model on every task, one for each of `seeds` from `options.seed` on.
+    """Jobs of every model on every task, one for each of `seeds` from `options.seed` on, and for each layer of "all".
 
     Names, settings and data are checked before anything runs. Imports no torch, unless an encoder must be
     loaded to know what it is. missing: takes what is not there, which else is an error.
@@ -183,7 +197,7 @@ def plan_all(
     jobs = []
     for model in models:
         try:
-            identity = identify(model, options, store)
+            layered = [(chosen, identify(model, chosen, store)) for chosen in for_each_layer(model, options)]
         except MissingError as error:
             if missing is None:
                 raise
@@ -191,7 +205,8 @@ def plan_all(
             continue
         for task in tasks:
             try:
-                jobs += seeded(plan(model, task, options, identity=identity), seeds)
+                for chosen, identity in layered:
+                    jobs += seeded(plan(model, task, chosen, identity=identity), seeds)
             except MissingError as error:
                 if missing is None:
                     raise
