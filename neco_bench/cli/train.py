@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
 import typer
 
-from neco_bench.cli.common import DataRoot, Device, Weights, app, suite_names
+from neco_bench.cli.common import DataRoot, Device, Weights, app, is_quiet, suite_names
 from neco_bench.cli.output import foreign_code, print_rows
 from neco_bench.core.errors import UsageError
 
@@ -45,7 +45,10 @@ def train(
     data_root: DataRoot = None,
     device: Device = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the recipe's.")] = None,
-    workers: Annotated[int | None, typer.Option(help="Loading processes; default: cores - 1, at most 16.")] = None,
+    workers: Annotated[
+        int | None,
+        typer.Option(help="Loading processes; default: the cores of each training process less one, at most 16."),
+    ] = None,
     resume: Annotated[
         bool,
         typer.Option(
@@ -112,6 +115,7 @@ def train(
         compiled=compiled,
         checkpointing=checkpointing,
         tensorboard=tensorboard,
+        progress=not is_quiet(),
     )
     if suite is not None:
         _train_suite(suite, options, settings, data, launcher, config.parse_changes(launcher_set or []))

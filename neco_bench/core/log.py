@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ class Table:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.columns: list[str] | None = None  # of the file, once a row is to be added
 
     def rows(self) -> pd.DataFrame:
         """Read the rows, without a last line that was cut off; the step is an integer, all else the text of the file.
@@ -40,12 +42,29 @@ class Table:
             write_whole(self.path, rows.to_csv(index=False, lineterminator="\n").encode())
         else:
             self.path.unlink(missing_ok=True)
+        self.columns = None
+
+    def _widen(self, names: Iterable[str]) -> list[str]:
+        """Add columns that the file of an older version lacks, "nan" in its rows; return all, in their order."""
+        rows = self.rows()
+        if not len(rows):
+            return list(names)
+        columns = list(dict.fromkeys([*rows.columns, *names]))
+        if len(columns) > len(rows.columns):
+            wider = rows.reindex(columns=columns, fill_value="nan")
+            write_whole(self.path, wider.to_csv(index=False, lineterminator="\n").encode())
+        return columns
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row, after a header in an empty file. Raises NecoBenchError where it cannot be written."""
+        """Add a row, after a header in an empty file; what the file has no column for gets one.
+
+        Raises NecoBenchError where it cannot be written, BadInputError where the file is no such table.
+        """
         try:
+            if self.columns is None and self.path.is_file():
+                self.columns = self._widen(row)
             with open(self.path, "a", newline="", encoding="utf-8") as file:
-                pd.DataFrame([row]).to_csv(
+                pd.DataFrame([row], columns=self.columns).to_csv(
                     file, header=file.tell() == 0, index=False, na_rep="nan", lineterminator="\n"
                 )
         except OSError as error:
@@ -62,15 +81,15 @@ class StepLog:
         """Raises MissingError where TensorBoard is requested and not installed."""
         self.table = Table(out / "log.csv")
         self.table.begin(first)
-        self.columns = list(self.table.rows()) if self.table.path.exists() else []
         self.events = _event_writer(out, first) if tensorboard else None
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add the row of a step; a log keeps the columns that it began with."""
-        self.columns = self.columns or list(row)
-        self.table.append({name: row.get(name, float("nan")) for name in self.columns})
+        """Add the row of a step."""
+        self.table.append(row)
         if self.events:
             for name, value in row.items():
+                if math.isnan(value):  # what is not computed at every step
+                    continue
                 self.events.add_scalar(name, value, row["step"])
 
     def close(self) -> None:

@@ -26,6 +26,37 @@ log = logging.getLogger("neco_bench")
 FLOAT = 4  # bytes
 PREFETCHED = 2  # batches that a loading process prepares, DataLoader's default
 WORKERS_PER_CORE = 32
+MOST_WORKERS = 16  # 480 images of 518 px a second at 30 a core, more than a GPU takes
+
+
+def default_workers(recipe: Recipe, shard: RankShard) -> int:
+    """Size the loading of one process by the machine: its share of the cores less one, at most MOST_WORKERS.
+
+    No more than may fill a quarter of the process's share of the memory with views. One process of several gets one at
+    least, if there are two cores.
+    """
+    share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = usable_cores()
+    workers = min(MOST_WORKERS, max(cores // share - 1, min(1, cores - 1)))
+    memory = host_memory()
+    if memory is not None:
+        workers = min(workers, max(1, memory // 4 // (PREFETCHED * _view_bytes(recipe, shard))))
+    return workers
+
+
+def usable_cores() -> int:
+    """Count the cores that this process may use, by its affinity and the quota of its container."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        return max(1, min(cores, int(quota) // int(period)))
+    except (OSError, ValueError):  # absent, or "max"
+        return cores
+
+
+def _view_bytes(recipe: Recipe, shard: RankShard) -> int:
+    """Count the bytes of the views of a batch as they are loaded, one for each channel of a pixel."""
+    return 3 * shard.images * (GLOBALS * recipe.global_size**2 + recipe.locals * recipe.local_size**2)
 
 
 @dataclass(frozen=True)
@@ -65,7 +96,7 @@ def check(recipe: Recipe, encoder: Encoder, shard: RankShard, steps: int, worker
 def needs(recipe: Recipe, encoder: Encoder, shard: RankShard, prefetched: int) -> list[Need]:
     """Say what each process of a run needs at least, part by part. prefetched: batches that wait to be used."""
     images, width, out = shard.images, encoder.embed_dim, recipe.head_dim
-    pixels = 3 * images * (GLOBALS * recipe.global_size**2 + recipe.locals * recipe.local_size**2)
+    pixels = _view_bytes(recipe, shard)
     sizes = "batch_size, global_size, local_size, locals"
     pairs = GLOBALS * (GLOBALS - 1 + recipe.locals)
     cells, references = recipe.cells**2, recipe.references

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, UsageError
@@ -37,6 +36,7 @@ from neco_bench.results.provenance import peak_memory_mb
 from neco_bench.training.batches import Order, loader
 from neco_bench.training.images import open_images
 from neco_bench.training.options import Interrupted, TrainOptions
+from neco_bench.training.progress import StepProgress
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.record import RunRecord, format_changes
 from neco_bench.training.trainer import Processes, Trainer, joined_processes
@@ -128,6 +128,7 @@ class TrainingRun:
             if not first:
                 state = checkpoints.restore(folder, trainer.encoders, trainer.parts)
         trainer.unusable = state["unusable"]
+        trainer.skipped_steps = state.get("skipped_steps", 0)  # older checkpoints lack it
         return state["step"], unreadable
 
     def train_from(self, first: int, unreadable: list[Path]) -> None:
@@ -153,16 +154,15 @@ class TrainingRun:
                 raise self._interrupted(first)
             if first == self.steps or first % options.eval_every == 0:
                 self.evaluate(first)
-            disable = None if options.progress and self.processes.first else True
-            bar = tqdm(total=self.steps, initial=first, desc=recipe.objective, unit="step", disable=disable)
-            stack.enter_context(contextlib.closing(bar))
+            shown = None
+            if options.progress and self.processes.first:
+                shown = stack.enter_context(contextlib.closing(StepProgress(recipe.objective, first, self.steps)))
             for step in range(first, self.steps):
                 row = self._timed_step(step, batches)
                 if step_log:
                     step_log.write(row)
-                speed = f"{row['images_per_second']:.1f} images/s, {row['peak_memory_mb']:.0f} MB"
-                bar.set_postfix_str(f"loss {row['loss']:.4f}, {speed}", False)
-                bar.update()
+                if shown:
+                    shown.update(row)
                 self._after_step(step + 1)
 
     def _timed_step(self, step: int, batches: Iterator[Any]) -> dict[str, float]:
@@ -175,6 +175,8 @@ class TrainingRun:
         return {
             "step": step + 1,
             "loss": loss,
+            **vars(self.trainer.facts),
+            "skipped_steps": self.trainer.skipped_steps,
             **settings,
             "images_per_second": self.recipe.batch_size / seconds,
             "seconds": seconds,
@@ -210,7 +212,7 @@ class TrainingRun:
             )
         trainer.check_features(step)
         state = {name: part.state_dict() for name, part in trainer.parts.items()}
-        state |= {"step": step, "unusable": trainer.unusable}
+        state |= {"step": step, "unusable": trainer.unusable, "skipped_steps": trainer.skipped_steps}
         before = f"{encoder.training_data} (the start's); " if encoder.training_data not in ("", "none") else ""
         settings = f"{self.recipe.objective}, {self.steps} steps{self.record.changes_before(step)}"
         facts = {

@@ -59,6 +59,8 @@ class Network(nn.Module):
     def __init__(self, encoder: Encoder, recipe: Recipe, seed: int, compiled: bool = False) -> None:
         super().__init__()
         self.encoder = encoder
+        self.record_features = False
+        self.features: Tensor | None = None  # (B, D, h, w) of the first group of a call, where they are recorded
         self.unit = recipe.objective == "neco"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -78,9 +80,11 @@ class Network(nn.Module):
 
         needed: for each group (B, h, w) bool, the patches that will be read; the embeddings of others are 0.
         """
-        outputs = []
+        outputs: list[Tensor] = []
         for images, mask in zip(groups, needed, strict=True):
             features = self._run(images, False).map
+            if self.record_features and not outputs:
+                self.features = features.detach()
             embedded = self.projection_head(features.permute(0, 2, 3, 1)[mask])
             embedded = embedded.to(torch.promote_types(embedded.dtype, torch.float32))
             embedded = F.normalize(embedded, dim=-1) if self.unit else embedded

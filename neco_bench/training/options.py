@@ -15,8 +15,8 @@ class TrainOptions:
     evaluate: tasks scored every `eval_every`
     steps and at the end. save_every: steps between checkpoints, of which the last two
     stay, and those of steps that are multiples of keep_every. stated: names of the recipe's values that this command
-    gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device, cores - 1
-    workers.
+    gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device,
+    `limits.default_workers`.
     """
 
     out: Path

@@ -8,6 +8,7 @@ import io
 import logging
 import math
 import os
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -28,9 +29,9 @@ from neco_bench.encoders.load import load_encoder, resolve_device
 from neco_bench.encoders.options import PRECISIONS
 from neco_bench.encoders.spec import architecture
 from neco_bench.encoders.trainable import StochasticDepth, seeded, set_training
-from neco_bench.runner.options import RunOptions
 from neco_bench.training import limits
 from neco_bench.training.batches import TrainBatch
+from neco_bench.training.collapse import effective_rank
 from neco_bench.training.images import Images
 from neco_bench.training.mim import MaskedImages
 from neco_bench.training.neco import NeCo
@@ -44,9 +45,24 @@ from neco_bench.training.recipe import Recipe
 
 log = logging.getLogger("neco_bench")
 
+RANK_EVERY = 50  # steps from one effective rank to the next
+
 # An objective is called with a batch, student and teacher, and gives the loss of the images of this process; gradients
 # are averaged over processes. What it stores between steps is in its `state_dict`.
 OBJECTIVES = {"neco": NeCo, "mim": MaskedImages}
+
+
+@dataclass
+class StepFacts:
+    """What a step shows besides its loss.
+
+    grad_norm: of all trained parameters, before it is clipped. data_seconds: waited for batches. effective_rank: of the
+    student's patch features, `collapse.effective_rank`; NaN at steps where it is not computed.
+    """
+
+    grad_norm: float = math.nan
+    data_seconds: float = 0.0
+    effective_rank: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -108,6 +124,8 @@ class Trainer:
         self.recipe, self.options, self.images, self.processes = recipe, options, images, processes
         self.device, self.steps = processes.device, recipe.total_steps(len(images))
         self.unusable: dict[str, str] = {}
+        self.facts = StepFacts()
+        self.skipped_steps = 0
         if recipe.accumulate > 1 and recipe.objective == "neco" and processes.first:
             log.warning(
                 "accumulate=%d: each part of %d images is a batch of its own, from which NeCo takes its references; "
@@ -121,7 +139,7 @@ class Trainer:
         _check_sizes(recipe, encoder)
         count = recipe.batch_size // processes.world // recipe.accumulate
         self.shard = RankShard(recipe.seed, count, processes.rank * count, processes.world * count)
-        self.workers = RunOptions(workers=options.workers).workers_used
+        self.workers = limits.default_workers(recipe, self.shard) if options.workers is None else options.workers
         limits.check(recipe, encoder, self.shard, self.steps, self.workers)
         self._make_networks(encoder)
         self.objective = OBJECTIVES[recipe.objective](recipe, self.student).to(self.device)
@@ -189,23 +207,35 @@ class Trainer:
         return values
 
     def step(self, step: int, batches: Iterator[Any], momentum: float) -> float:
-        """Do one optimizer step on the next batches, one for each part, and return the loss.
+        """Do one optimizer step on the next batches, one for each part, and return the loss; `facts` has the rest.
 
         Raises BadInputError (too many unusable images) and NumericalError (a loss that is not finite; its batch is
         saved).
         """
         recipe, total = self.recipe, 0.0
+        self.facts = StepFacts()
+        self.student.record_features = step % RANK_EVERY == 0 and self.processes.first
         self.optimizer.zero_grad(set_to_none=True)
         for part in range(recipe.accumulate):
-            total += self._backward(step, part, next(batches)) / recipe.accumulate
+            start = time.perf_counter()
+            batch = next(batches)
+            self.facts.data_seconds += time.perf_counter() - start
+            total += self._backward(step, part, batch) / recipe.accumulate
+        if self.student.features is not None:
+            self.facts.effective_rank = effective_rank(self.student.features.permute(0, 2, 3, 1).flatten(0, 2))
+            self.student.features = None
         if self.teacher is not None:  # before the optimizer's step, as in the official code
             average = get_ema_multi_avg_fn(momentum)
             average(list(self.teacher.parameters()), [p.detach() for p in self.student.parameters()], None)
+        self.scaler.unscale_(self.optimizer)
+        trained = [p for p in self.student.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in trained if p.grad is not None])
         if recipe.clip_norm is not None:
-            self.scaler.unscale_(self.optimizer)
-            nn.utils.clip_grad_norm_([p for p in self.student.parameters() if p.requires_grad], recipe.clip_norm)
+            nn.utils.clip_grads_with_norm_(trained, recipe.clip_norm, norm)
+        self.facts.grad_norm, scale = float(norm), self.scaler.get_scale()
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.skipped_steps += self.scaler.get_scale() < scale
         return self.processes.mean(total)
 
     def _backward(self, step: int, part: int, batch: TrainBatch | BadInputError) -> float:

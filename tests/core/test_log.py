@@ -45,12 +45,12 @@ def test_what_is_no_table_is_one_error(content: bytes, tmp_path: Path) -> None:
         Table(tmp_path / "log.csv").append({"step": 1})
 
 
-def test_a_log_keeps_the_columns_that_it_began_with(tmp_path: Path) -> None:
+def test_a_log_has_the_columns_of_all_its_rows(tmp_path: Path) -> None:
     """As when a run goes on where its GPU tells its power and did not before, or the other way round."""
     first = StepLog(tmp_path, 0, False)
     first.write({"step": 1, "loss": 0.5})
     StepLog(tmp_path, 1, False).write({"step": 2, "loss": 0.25, "joules": 3.0})
-    assert first.table.path.read_text() == "step,loss\n1,0.5\n2,0.25\n"
+    assert first.table.path.read_text() == "step,loss,joules\n1,0.5,nan\n2,0.25,3.0\n"
     other = StepLog(tmp_path / "other", 0, False)
     other.table.path.parent.mkdir()
     other.write({"step": 1, "joules": 3.0})
