@@ -40,6 +40,7 @@ class Context:
     batch_size: images per encoder forward, at most. workers: loading processes; with 0, threads load. progress:
     what shows how far it is. store: where
     features are stored; None stores none. recorded_ids: ids of items that `show` will draw.
+    layers_ahead: numbers of the blocks that later jobs read, whose features are stored from the passes of this one.
     identity: what stands for the encoder, and the versions of libraries, in names of what a family stores; None stores
     nothing. fresh: leave what is stored of earlier runs aside. checkpointing: of a family that trains the encoder,
     compute activations again in backward: less memory, more time.
@@ -55,6 +56,7 @@ class Context:
     identity: str | None = None
     fresh: bool = False
     checkpointing: bool = False
+    layers_ahead: tuple[int, ...] = ()
 
     @property
     def batch_size_used(self) -> int:

@@ -83,6 +83,8 @@ class Encoder(nn.Module, abc.ABC):
         statistics: where mean and std are from, as text.
         size_multiple: sides of inputs must be multiples of this, itself a multiple of the stride; None: of the stride.
         only_size: the side of the one square input that it takes; None: it takes any.
+        layer_count: the blocks or stages that `layers` chooses from; 0: there is no choice.
+        equal_layers: these are blocks with features of one shape, so that several can be read in one pass.
         attentions: it can give class-token attention.
         has_keys: it can give the keys of its last block; its `_encode` then takes `keys` besides.
         has_final_norm: it can give features both before and after a final norm.
@@ -105,6 +107,8 @@ class Encoder(nn.Module, abc.ABC):
     statistics: str = "the encoder's own"
     size_multiple: int | None = None
     only_size: int | None = None
+    layer_count: int = 0
+    equal_layers: bool = False
     attentions: bool = False
     has_keys: bool = False
     has_final_norm: bool = False

@@ -6,20 +6,22 @@ encoder may. When the device runs out of memory the batch is halved and the size
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import hashlib
 import inspect
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from neco_bench.core import distributed
-from neco_bench.core.errors import NecoBenchError, is_out_of_memory
+from neco_bench.core.errors import NecoBenchError, NumericalError, is_out_of_memory
 from neco_bench.core.task import Context
+from neco_bench.encoders.adapters.layers import read_layers
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.loader import ImageDataset, ItemDataset, load_items
 from neco_bench.features.store import ID_BYTES, FeatureFile, SharedFeatures
@@ -79,12 +81,18 @@ class FeatureExtractor:
         self.encoder, self.context, self.output = encoder, context, output
         self.options = options if output == "features" else {**options, "attention": True}
 
-    def encode(self, images: Tensor) -> Tensor:
-        """Encode images (B, 3, H, W): (B, D, h, w); after an out-of-memory error in halves, and so from then on."""
+    def encode(self, images: Tensor, by: Encoder | None = None) -> Tensor:
+        """Encode images (B, 3, H, W): (B, D, h, w); after an out-of-memory error in halves, and so from then on.
+
+        by: an encoder of several layers to use instead, whose features are brought to the CPU.
+        """
         while True:
             size = self.context.batch_size_used
             try:
-                parts = [self._channels(part) for part in images.split(size)]
+                if by is None:
+                    parts = [self._channels(self.encoder, part) for part in images.split(size)]
+                else:
+                    parts = [self._channels(by, part).cpu() for part in images.split(size)]
                 return torch.cat(parts) if len(parts) > 1 else parts[0]
             except (RuntimeError, MemoryError, NecoBenchError) as error:
                 if size == 1 or not is_out_of_memory(error):
@@ -92,10 +100,10 @@ class FeatureExtractor:
             self.context.run.batch_size = min(size, len(images)) // 2 or 1
             torch.cuda.empty_cache()
 
-    def _channels(self, images: Tensor) -> Tensor:
+    def _channels(self, encoder: Encoder, images: Tensor) -> Tensor:
         if self.output == "features":
-            return features_of(self.encoder, images, **self.options)
-        features = self.encoder.encode(images, **self.options)
+            return features_of(encoder, images, **self.options)
+        features = encoder.encode(images, **self.options)
         if features.attention is None:
             return features.map
         if self.output == "attention":
@@ -158,7 +166,7 @@ class FeatureExtractor:
 
     def _local(self, source: ItemDataset, description: str) -> Iterator[FeatureBatch]:
         """Batches of items from the store, as far as it has them, then computed."""
-        file, shared, ids = self._open(source)
+        file, shared, ids = self.open(source, self.encoder)
         start = 0
         try:
             while file and start < file.done:
@@ -181,12 +189,20 @@ class FeatureExtractor:
             if file:
                 file.close()
 
-    def _open(self, source: ItemDataset) -> tuple[FeatureFile | None, SharedFeatures | None, list[bytes]]:
-        """The stored stream of these items, what other streams have of them, and their ids; None where there is none.
+    @property
+    def parts(self) -> int:
+        """How many features of the encoder's dimension, one behind the other, those of an image are made of."""
+        return int(2 ** sum(bool(self.options.get(name)) for name in ("class_token", "mirrored")))
 
-        Streams are known by all that their content depends on.
+    def open(
+        self, source: ItemDataset, encoder: Encoder, *, ahead: bool = False
+    ) -> tuple[FeatureFile | None, SharedFeatures | None, list[bytes]]:
+        """Open the stored stream of items: the file, what other streams have of them, and ids; None where there is none.
+
+        Streams are known by all that their content depends on. encoder: of this extractor, or one of another layer of
+        the same model. ahead: as `FeatureStore.open` takes it.
         """
-        transform, dataset, encoder = source.transform, source.dataset, self.encoder
+        transform, dataset = source.transform, source.dataset
         size = getattr(transform, "size", None)
         # Of other transforms it is not known what else they depend on, and heads are not counted before encoding.
         sides = (size, size) if isinstance(size, int) else size
@@ -200,7 +216,7 @@ class FeatureExtractor:
         seed, pixels = self.context.seed, getattr(transform, "pixels", None)
         facts = {
             "encoder": [encoder.name, encoder.weights_id, encoder.layer, encoder.pos_interp],
-            "input": [encoder.stride, sorted(self._resolved_options().items())],
+            "input": [encoder.stride, sorted(self._resolved_options(encoder).items())],
             "numbers": [encoder.precision, encoder.device.type, torch.__version__],
             "data": f"{dataset.name} {dataset.split}",
             "fingerprint": dataset.fingerprint(),
@@ -208,13 +224,14 @@ class FeatureExtractor:
         }
         drawn = [("" if pixels else f"{epoch} ") + dataset.ids[index] for epoch, index in source.items]
         ids = [hashlib.sha256(text.encode()).digest()[:ID_BYTES] for text in drawn]
-        channels = encoder.embed_dim * 2 ** sum(bool(self.options.get(name)) for name in ("class_token", "mirrored"))
+        channels = encoder.embed_dim * self.parts
         shape = (channels + (self.output == "features and attention"), *(side // encoder.stride for side in sides))
-        return *self.context.store.open(facts, [repr(transform), source.items, seed], ids, shape), ids
+        masks = [repr(transform), source.items, seed]
+        return *self.context.store.open(facts, masks, ids, shape, ahead=ahead), ids
 
-    def _resolved_options(self) -> dict[str, Any]:
+    def _resolved_options(self, encoder: Encoder) -> dict[str, Any]:
         """Options of the encoder with what their defaults stand for: equal features have equal ones."""
-        encoder, given = self.encoder, {name: value for name, value in self.options.items() if value is not None}
+        given = {name: value for name, value in self.options.items() if value is not None}
         after = encoder.has_final_norm and bool(given.get("final_norm", encoder.final_norm))
         plain = {"class_token": False, "mirrored": False, "mean": encoder.mean, "std": encoder.std}
         return {**plain, **given, "final_norm": after}
@@ -228,6 +245,13 @@ class FeatureExtractor:
         context = self.context
         loaded = load_items(source.part(source.items[start:]), context.batch_size_used, context.workers)
         batches = iter(context.track(loaded, description))
+        with contextlib.closing(_Passes(self, source)) as passes:
+            yield from self._encoded(passes, batches, start, shared, ids)
+
+    def _encoded(
+        self, passes: _Passes, batches: Iterator[Any], start: int, shared: SharedFeatures | None, ids: Sequence[bytes]
+    ) -> Iterator[FeatureBatch]:
+        context = self.context
         while True:
             with context.phase("load"):
                 batch = next(batches, None)
@@ -243,12 +267,70 @@ class FeatureExtractor:
                 context.run.reused += len(positions)
                 yield FeatureBatch(positions, stored.to(self.encoder.device), masks)
                 continue
-            with context.phase("encode"):
-                features = self.encode(images)
-                del batch, images  # not to be in memory while the next are loaded
-                if context.store is not None:
-                    features = context.store.rounded(features)
+            features = passes.encode(positions, images, masks)
+            del batch, images  # not to be in memory while the next are loaded
             yield FeatureBatch(positions, features, masks)
+
+
+class _Passes:
+    """Forward passes over the items of a stream; the layers that later jobs read are stored from the same passes."""
+
+    def __init__(self, extractor: FeatureExtractor, source: ItemDataset) -> None:
+        self._extractor, self._source = extractor, source
+        self._files: dict[int, FeatureFile] | None = None  # by layer; opened where there is a pass
+
+    def encode(self, positions: Sequence[int], images: Tensor, masks: Sequence[np.ndarray]) -> Tensor:
+        """Encode a batch: features (B, D, h, w) on the encoder's device, as they come back from the store."""
+        extractor, context = self._extractor, self._extractor.context
+        if self._files is None:
+            self._files = self._open()
+        features = None
+        if self._files:
+            try:
+                features = self._encode_layers(self._files, positions, images, masks)
+            except NumericalError:  # of whichever layer: of this one the encoder says so below
+                self.close()
+        with context.phase("encode"):
+            features = extractor.encode(images) if features is None else features.to(extractor.encoder.device)
+            return features if context.store is None else cast(Tensor, context.store.rounded(features))
+
+    def _open(self) -> dict[int, FeatureFile]:
+        encoder, files = self._extractor.encoder, {}
+        if encoder.equal_layers and self._extractor.context.layers_ahead:
+            for layer in self._extractor.context.layers_ahead:
+                file, _, _ = self._extractor.open(self._source, read_layers(encoder, (layer,)), ahead=True)
+                if file is not None:
+                    files[layer] = file
+        return files
+
+    def _encode_layers(
+        self, files: dict[int, FeatureFile], positions: Sequence[int], images: Tensor, masks: Sequence[np.ndarray]
+    ) -> Tensor:
+        """Features of this layer (B, D, h, w), on the CPU; those of the others are added to their files."""
+        extractor, encoder = self._extractor, cast(Any, self._extractor.encoder)
+        (own,) = encoder.indices
+        layers = sorted({own, *files})
+        with extractor.context.phase("encode"):
+            encoded = extractor.encode(images, read_layers(encoder, tuple(layers)))
+        # Parts, such as the class token's, follow each other, each of all layers; attention, which they share, is last.
+        channels = extractor.parts * len(layers) * encoder.embed_dim
+        parts = encoded[:, :channels].unflatten(1, (extractor.parts, len(layers), encoder.embed_dim))
+        by_layer = {
+            layer: torch.cat([parts[:, :, number].flatten(1, 2), encoded[:, channels:]], 1)
+            for number, layer in enumerate(layers)
+        }
+        with extractor.context.phase("keep"):
+            for layer, file in files.items():
+                skipped = file.done - positions[0]  # of a run that was interrupted
+                if 0 <= skipped < len(positions):
+                    file.append(extractor.context.store.rounded(by_layer[layer][skipped:]), masks[skipped:])
+        return by_layer[own]
+
+    def close(self) -> None:
+        """Let other processes write the streams of other layers."""
+        for file in (self._files or {}).values():
+            file.close()
+        self._files = {}
 
 
 def _of_size(batches: Iterator[FeatureBatch], size: int) -> Iterator[FeatureBatch]:

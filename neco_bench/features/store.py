@@ -224,7 +224,13 @@ class FeatureStore:
         return half.float()
 
     def open(
-        self, pixels: dict[str, Any], masks: Any, ids: Sequence[bytes], shape: tuple[int, ...]
+        self,
+        pixels: dict[str, Any],
+        masks: Any,
+        ids: Sequence[bytes],
+        shape: tuple[int, ...],
+        *,
+        ahead: bool = False,
     ) -> tuple[FeatureFile | None, SharedFeatures]:
         """Open the stream of some items, and what other streams have of them.
 
@@ -233,6 +239,8 @@ class FeatureStore:
             masks: what else the stream depends on.
             ids: `ID_BYTES` per item, in order; items of equal ids have equal features.
             shape: of an item's features, (D, h, w).
+            ahead: for a later job: stored only where there is room beside the streams of this model and data set,
+                which that job and others of its kind may need.
 
         Returns:
             The stream, None where it cannot be stored or others have all its items; and what those others have.
@@ -255,9 +263,9 @@ class FeatureStore:
                 shape,
                 dtype,
             )
-            if not folder.exists() and (shared.has(ids) or not self._make_room(needed)):
-                return None, shared
             about = {"encoder": pixels["encoder"][0], "data": pixels["data"], "items": len(ids), "bytes": needed}
+            if not folder.exists() and (shared.has(ids) or not self._make_room(about, ahead)):
+                return None, shared
             write_whole(folder / _ABOUT, json.dumps(about | {"kept_as": self.dtype}).encode())
             write_whole(folder / _ITEMS, b"".join(ids))
             lock = FileLock(folder / "lock")
@@ -272,23 +280,37 @@ class FeatureStore:
             log.warning("Features are not stored: %s", error)
             return None, shared
 
-    def _make_room(self, needed: int) -> bool:
-        """Delete the least recently used streams that no process writes, until `needed` bytes fit."""
-        limit = budget()
+    def _make_room(self, about: dict[str, Any], ahead: bool) -> bool:
+        """Delete the least recently used streams that no process writes, until the bytes that a new one needs fit.
+
+        ahead: not those of the same model and data set, and beside what the streams that are there may still grow by.
+        """
+        limit, needed = budget(), about["bytes"]
         store_folder().mkdir(parents=True, exist_ok=True)
         remove_leftovers()
-        if needed > limit or needed > shutil.disk_usage(store_folder()).free * 0.9:
+        entries = sorted(_streams(), key=lambda row: row["used"])
+        growth = sum(max(0, row["planned"] - row["bytes"]) for row in entries) if ahead else 0
+        if needed > limit or needed + growth > shutil.disk_usage(store_folder()).free * 0.9:
             return False
-        entries = sorted(stored_files(), key=lambda row: row["used"])
-        total = sum(row["bytes"] for row in entries)
+        total = growth + sum(row["bytes"] for row in entries)
         for row in entries:
-            if total + needed > limit:
+            if total + needed > limit and not (ahead and _kind(row) == _kind(about)):
                 total -= row["bytes"] * remove_file(Path(row["folder"]))
         return total + needed <= limit
 
 
+def _kind(about: dict[str, Any]) -> tuple[str, str]:
+    """The model and the data set of a stream, whose splits are several streams."""
+    return about["encoder"], about["data"].partition(" ")[0]
+
+
 def stored_files() -> list[dict[str, Any]]:
     """One row per stream in the store: encoder, data, items, how many are there, bytes, when it was used, folder."""
+    return [{name: row[name] for name in row if name != "planned"} for row in _streams()]
+
+
+def _streams() -> list[dict[str, Any]]:
+    """The same with `planned`, the bytes of all items."""
     rows = []
     for about in sorted(store_folder().glob(f"*/{_ABOUT}")):
         try:
@@ -298,7 +320,8 @@ def stored_files() -> list[dict[str, Any]]:
             used = about.stat().st_mtime
         except (OSError, ValueError):  # deleted meanwhile
             continue
-        rows.append({**row, "done": done, "bytes": size, "used": used, "folder": str(about.parent)})
+        own = {"planned": row["bytes"], "bytes": size, "used": used, "folder": str(about.parent)}
+        rows.append({**row, "done": done, **own})
     return rows
 
 

@@ -17,7 +17,7 @@ from neco_bench.results.listing import ResultList
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import run_job
-from neco_bench.runner.job import for_each_layer, identify, plan, seeded, stored
+from neco_bench.runner.job import each_of, for_each_layer, identify, stored
 from neco_bench.runner.options import RunOptions
 
 if TYPE_CHECKING:
@@ -111,8 +111,7 @@ def run(
         jobs = []
         for entry in tasks:
             try:
-                for chosen, identity in layered:
-                    jobs += seeded(plan(name, entry, chosen, identity=identity), seeds or 1)
+                jobs += each_of(name, entry, layered, seeds or 1, store)
             except MissingError as error:
                 if entry not in of_suite:
                     raise

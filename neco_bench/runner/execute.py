@@ -169,7 +169,15 @@ def _executed(
 def _context(job: Job, record: RunRecord, recorded_ids: frozenset[str] = frozenset()) -> Context:
     options = job.options
     progress = Progress(job.title) if options.progress else None
-    return Context(options.seed, options.batch_size, options.workers_used, progress, None, recorded_ids, record)
+    return Context(
+        options.seed,
+        options.batch_size,
+        options.workers_used,
+        progress,
+        recorded_ids=recorded_ids,
+        run=record,
+        layers_ahead=job.layers_ahead,
+    )
 
 
 def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, Encoder, Context]:

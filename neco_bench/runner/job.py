@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,7 @@ class Job:
 
     data: by role; the draws of a fraction have the roles "train/0", "train/1", ... identity: of the encoder's content,
     as far as it is known. key: the content key, of facts and identity. place: among the jobs of a command: "3 of 12".
+    layers_ahead: layers of which later jobs of a sweep need the features, see `Context`.
     """
 
     model: str
@@ -40,6 +42,7 @@ class Job:
     identity: str
     key: str
     place: str = ""
+    layers_ahead: tuple[int, ...] = ()
 
     def identified(self, identity: str) -> Job:
         """The job with what is known of its encoder once that is loaded."""
@@ -164,11 +167,31 @@ def for_each_layer(model: str, options: RunOptions) -> list[RunOptions]:
     """
     if options.layers != "all":
         return [options]
-    encoder = load_encoder(model, weights=options.weights, device="cpu", layers=-1)
-    indices = getattr(encoder, "indices", None)
-    if not indices:
+    count = load_encoder(model, weights=options.weights, device="cpu", layers=-1).layer_count
+    if not count:
         raise UsageError(f"Model {model!r} has no layers to choose from. Leave --layers all out.")
-    return [replace(options, layers=str(layer)) for layer in range(indices[-1] + 1)]
+    return [replace(options, layers=str(layer)) for layer in range(count)]
+
+
+def each_of(
+    model: str, task: Task, layered: Sequence[tuple[RunOptions, str | None]], seeds: int, store: ResultStore | None
+) -> list[Job]:
+    """The jobs of a model on a task: for each of `layered`, options and the encoder's identity, so many seeds.
+
+    Of several layers, each job knows those of later jobs that have no result yet. Raises as `plan` and `seeded`.
+    """
+    jobs: list[Job] = []
+    for options, identity in layered:
+        jobs += seeded(plan(model, task, options, identity=identity), seeds)
+    if len(layered) == 1:
+        return jobs
+    ahead: dict[int, tuple[int, ...]] = defaultdict(tuple)  # by seed
+    for number, job in reversed(list(enumerate(jobs))):
+        seed, layer = job.options.seed, int(job.options.layers or 0)
+        jobs[number] = replace(job, layers_ahead=ahead[seed])
+        if store is None or stored(job, store) is None:
+            ahead[seed] = (layer, *ahead[seed])
+    return jobs
 
 
 @dataclass(frozen=True)
@@ -200,7 +223,8 @@ def plan_all(
     jobs = []
     for model in models:
         try:
-            layered = [(chosen, identify(model, chosen, store)) for chosen in for_each_layer(model, options)]
+            each = for_each_layer(model, options)
+            layered: list[tuple[RunOptions, str | None]] = [(own, identify(model, own, store)) for own in each]
         except MissingError as error:
             if missing is None:
                 raise
@@ -208,8 +232,7 @@ def plan_all(
             continue
         for task in tasks:
             try:
-                for chosen, identity in layered:
-                    jobs += seeded(plan(model, task, chosen, identity=identity), seeds)
+                jobs += each_of(model, task, layered, seeds, store)
             except MissingError as error:
                 if missing is None:
                     raise

@@ -183,6 +183,7 @@ class HFEncoder(Encoder):
     """A transformers vision model; `prefix` holds its class (and distillation) token and registers."""
 
     _inner = "model"
+    equal_layers = True
 
     def __init__(self, model: Any, kind: Type, spec: ModelSpec) -> None:
         super().__init__()
@@ -194,6 +195,7 @@ class HFEncoder(Encoder):
         self.norm = next(norms[name] for name in kind.norms if name in norms)
         self.indices = layer_indices(spec.layers, count, spec.name)
         self.layer = layer_name(self.indices, count)
+        self.layer_count = count
         self.embed_dim = config.hidden_size * len(self.indices)
         self.stride = config.patch_size
         self.prefix_count = kind.tokens + getattr(config, "num_register_tokens", 0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, cast
 
 from neco_bench.core.errors import UsageError
 from neco_bench.encoders.base import Encoder
@@ -33,16 +33,27 @@ def read_last(encoder: Encoder, count: int) -> Encoder:
 
     Raises `UsageError` where it does not read its last block, has fewer, or gives features of one block only.
     """
-    indices = getattr(encoder, "indices", None)
     if count == 1:
         return encoder
-    if indices is None or encoder.layer != "last" or not getattr(encoder, "equal_layers", True):
+    if not encoder.equal_layers or encoder.layer != "last":
         raise UsageError(
             f"Model {encoder.name!r} cannot give its last {count} blocks together. Use a ViT, without --layers, or "
             f"another protocol."
         )
-    last = indices[-1]
+    return read_layers(encoder, tuple(range(-count, 0)))
+
+
+def read_layers(encoder: Encoder, layers: tuple[int, ...]) -> Encoder:
+    """Return an encoder of the same weights that gives the features of these blocks, concatenated.
+
+    Its facts are those of one loaded with these layers. Raises `UsageError` for a block that it does not have.
+
+    Args:
+        encoder: reads any one block, and has `equal_layers`.
+        layers: numbers of blocks.
+    """
     copied: Any = copy.copy(encoder)
-    copied.indices = layer_indices(tuple(range(-count, 0)), last + 1, encoder.name)
-    copied.layer, copied.embed_dim = layer_name(copied.indices, last + 1), encoder.embed_dim * count
-    return copied
+    copied.indices = layer_indices(layers, encoder.layer_count, encoder.name)
+    copied.layer = layer_name(copied.indices, encoder.layer_count)
+    copied.embed_dim = encoder.embed_dim * len(copied.indices)
+    return cast(Encoder, copied)

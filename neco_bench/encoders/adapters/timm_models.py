@@ -150,6 +150,7 @@ class _Timm(Encoder):
         self.model = model
         self.indices = layer_indices(spec.layers, count, spec.name, f"{what}s")
         self.layer = layer_name(self.indices, count, what)
+        self.layer_count = count
 
 
 class _Measured(_Timm):
@@ -196,6 +197,8 @@ class _Measured(_Timm):
 class TimmTokens(_Measured):
     """A timm model of equal token grids in all blocks, through `forward_intermediates`."""
 
+    equal_layers = True
+
     def __init__(self, model: Any, spec: ModelSpec, twin: Any) -> None:
         super().__init__(model, spec, twin, "block")
         self.pos_interp = "timm"
@@ -213,8 +216,6 @@ class TimmTokens(_Measured):
 class TimmStages(_Measured):
     """A hierarchical network or CNN of timm, read at one feature level; the stride follows from the level."""
 
-    equal_layers = False
-
     def __init__(self, model: Any, spec: ModelSpec, twin: Any) -> None:
         super().__init__(model, spec, twin, "stage")
         if len(self.indices) > 1:
@@ -230,6 +231,8 @@ class TimmStages(_Measured):
 
 class TimmViT(_Timm):
     """A plain Vision Transformer of timm, with or without class token and registers."""
+
+    equal_layers = True
 
     def __init__(self, model: VisionTransformer, spec: ModelSpec) -> None:
         super().__init__(model, spec, len(model.blocks), "block")

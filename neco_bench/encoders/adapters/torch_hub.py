@@ -111,13 +111,14 @@ def _patch_size(model: Any) -> Any:
 
 class _Hub(Encoder):
     _inner = "model"
+    equal_layers = True
 
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         super().__init__()
         self.name, self.model = spec.name, model
         self.statistics = "ImageNet's, as of DINO and DINOv2"
         count = model.n_blocks if hasattr(model, "n_blocks") else len(model.blocks)
-        self.depth = count
+        self.layer_count = count
         self.indices = layer_indices(spec.layers, count, spec.name)
         self.layer = layer_name(self.indices, count)
         self.embed_dim = model.embed_dim * len(self.indices)
@@ -195,7 +196,7 @@ class HubDINO(_Hub):
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool, keys: bool = False) -> DenseFeatures:
         first = self.indices[0]
         with self._projections() as taken:
-            levels = self.model.get_intermediate_layers(images, self.depth - first)
+            levels = self.model.get_intermediate_layers(images, self.layer_count - first)
         tokens = torch.cat([levels[i - first] for i in self.indices], -1)
         grid = self._grid(tokens[:, 1:], images)
         of_class = None
@@ -208,10 +209,13 @@ class HubDINO(_Hub):
 class HubDictionary(_Hub):
     """`forward_features` alone: the last block after the norm."""
 
+    equal_layers = False
+
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         super().__init__(model, spec)
         if self.layer != "last":
             raise UsageError(f"Model {spec.name!r} gives its last block only; leave out layers.")
+        self.layer_count = 0
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         output = self.model.forward_features(images)
