@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -65,7 +66,10 @@ def run(
     weights: Weights = None,
     layers: Annotated[
         str | None,
-        typer.Option(help="Inner blocks of a ViT (8 or 2,5,8,11), the stage of a CNN; all: one result for each."),
+        typer.Option(
+            help="Inner blocks of a ViT (8 or 2,5,8,11), the stage of a CNN. all: one result for each, of a ViT from "
+            "the same forward passes where --features stores them; `show MODEL --layers` draws the curve."
+        ),
     ] = None,
     changes: Annotated[
         list[str] | None,
@@ -146,6 +150,8 @@ def run(
             found = plan_all(models, tasks, options, store, seeds=seeds, missing=missing if suite else None)
             planned |= {(job.label, job.task.card.name, job.task.label, job.options.seed): job for job in found}
         jobs = numbered(list(planned.values()))
+    if launcher is not None or job_timeout is not None:  # processes of their own do not wait for one another
+        jobs = [replace(job, layers_ahead=()) for job in jobs]
     if dry_run:
         _print_forecast(jobs, missing, store, suite, as_json)
     _say_missing(jobs, missing)
@@ -237,11 +243,13 @@ def _print_forecast(
         for absent in missing
     ]  # fmt: skip
     one_seed = len({row.get("seed") for row in rows if row.get("seed") is not None}) < 2
-    hidden = () if as_json else ("exit_code", "seed") if one_seed else ("exit_code",)
+    hidden = () if as_json else ("exit_code", "layers_ahead", *(("seed",) if one_seed else ()))
     shown = [{name: row[name] for name in row if name not in hidden} for row in rows]
     if suite and not as_json:  # what is missing has a line each
         shown = [{**row, "problem": (row["problem"] or "").partition("\n")[0]} for row in shown]
     print_rows(shown, as_json)
+    if any(row.get("layers_ahead") for row in rows):
+        print("Forward passes that layers share are in the hours of the first of them.", file=sys.stderr)
     if suite:
         hours = sum(row.get("hours") or 0 for row in rows)
         faulty = [row for row in rows if row["problem"]]

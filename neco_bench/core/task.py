@@ -137,7 +137,8 @@ class Outcome:
 class Cost:
     """What a run will take, known before it.
 
-    images: through the encoder, each `size` pixels a side. operations: further floating-point operations, in inner
+    images: through the encoder, each `size` pixels a side; `unstored`, those of them whose features are never stored, so
+    that each layer of a sweep has its own passes. operations: further floating-point operations, in inner
     products of vectors of `width`. memory, disk: the largest number of bytes in use.
     """
 
@@ -147,3 +148,4 @@ class Cost:
     operations: float = 0
     memory: float = 0
     disk: float = 0
+    unstored: int = 0

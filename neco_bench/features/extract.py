@@ -323,7 +323,8 @@ class _Passes:
             for layer, file in files.items():
                 skipped = file.done - positions[0]  # of a run that was interrupted
                 if 0 <= skipped < len(positions):
-                    file.append(extractor.context.store.rounded(by_layer[layer][skipped:]), masks[skipped:])
+                    with contextlib.suppress(NumericalError):  # its own job says so
+                        file.append(extractor.context.store.rounded(by_layer[layer][skipped:]), masks[skipped:])
         return by_layer[own]
 
     def close(self) -> None:

@@ -15,14 +15,17 @@ import numpy as np
 import torch
 
 from neco_bench.core.errors import MissingError, NecoBenchError
+from neco_bench.core.task import Cost
 from neco_bench.data.base import BoxDataset, Dataset, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset
 from neco_bench.data.video import VideoDataset
 from neco_bench.data.views import ViewDataset
+from neco_bench.encoders.adapters.layers import read_layers
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.fetch import missing_weights
 from neco_bench.encoders.load import load_encoder
 from neco_bench.encoders.spec import parse_spec
+from neco_bench.features.store import DTYPES, budget
 from neco_bench.features.transforms import resize_image
 from neco_bench.results.provenance import peak_memory_mb
 from neco_bench.results.store import ResultStore
@@ -38,22 +41,28 @@ MOST_BARE = 1500  # million parameters of an encoder that is built for an estima
 
 @dataclass(frozen=True)
 class Estimate:
-    """hours; memory and disk in bytes (memory of the process and, on a GPU, of the device together)."""
+    """hours; memory and disk in bytes (memory of the process and, on a GPU, of the device together).
+
+    layers_ahead: layers of which later jobs find the features stored, as their passes are among these.
+    """
 
     hours: float
     memory: float
     disk: float
+    layers_ahead: tuple[int, ...] = ()
 
 
 def forecast(jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True) -> list[dict[str, Any]]:
     """One row per job: its items, whether its result is stored, and else the estimate, or the error it would end in.
 
     Each model is loaded once for each layer; jobs of one model lie side by side. fetch: False fetches no weights;
-    where they are not here, the estimate is that of the architecture, beside the error.
+    where they are not here, the estimate is that of the architecture, beside the error. `layers_ahead` are the layers
+    whose forward passes are in the hours of this row.
     """
     rows: list[dict[str, Any]] = []
     rates = Rates()
     encoders: dict[tuple[str, str | None], tuple[Encoder | None, NecoBenchError | None]] = {}
+    passed: set[tuple[Any, ...]] = set()  # jobs whose features are stored by an earlier one
     for job in jobs:
         is_stored = stored(job, store) is not None
         cost, problem = None, None
@@ -62,8 +71,10 @@ def forecast(jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True) -> 
             if named not in encoders:
                 encoders = {named: _encoder_and_error(job, fetch)}
             encoder, problem = encoders[named]
+            own = job.model, job.task.card.name, job.task.label, job.options.seed
             try:
-                cost = encoder and estimate(job, encoder, rates)
+                cost = encoder and estimate(job, encoder, rates, passed=(*own, job.options.layers) in passed)
+                passed |= {(*own, str(layer)) for layer in cost.layers_ahead} if cost else set()
             except NecoBenchError as error:
                 problem = problem or error
         rows.append(
@@ -78,6 +89,7 @@ def forecast(jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True) -> 
                 "hours": cost and float(f"{cost.hours:.2g}"),
                 "memory_gb": cost and float(f"{cost.memory / 2**30:.2g}"),
                 "disk_gb": cost and float(f"{cost.disk / 2**30:.2g}"),
+                "layers_ahead": list(cost.layers_ahead) if cost else [],
                 "problem": problem and str(problem),
                 "exit_code": problem and problem.exit_code,
             }
@@ -113,8 +125,11 @@ class Rates:
         return self._once(("search", str(device), width), lambda: _rate(device, width))
 
 
-def estimate(job: Job, encoder: Encoder, rates: Rates | None = None) -> Estimate | None:
-    """The estimate of a job; None where its family, a plug-in's, has no `cost`. rates: those measured already."""
+def estimate(job: Job, encoder: Encoder, rates: Rates | None = None, *, passed: bool = False) -> Estimate | None:
+    """The estimate of a job; None where its family, a plug-in's, has no `cost`.
+
+    rates: those measured already. passed: the features that can be stored are there.
+    """
     rates = rates or Rates()
     cost_of = getattr(job.task.module, "cost", None)
     if cost_of is None:
@@ -127,14 +142,26 @@ def estimate(job: Job, encoder: Encoder, rates: Rates | None = None) -> Estimate
     size = encoder.nearest_size(size)
     loading = rates.loading(next(iter(job.data.values())), size)
     workers = job.options.workers_used
-    encoding = rates.encoding(encoder, size, job.options.batch_size)
+    ahead = () if passed else _stored_ahead(job, encoder, costs)
+    together = read_layers(encoder, (int(job.options.layers or 0), *ahead)) if ahead else encoder
+    encoding = rates.encoding(together, size, job.options.batch_size)
     # Loading and encoding go on side by side where there are workers, and not on the same cores.
     apart = workers and encoder.device.type != "cpu"
     per_image = max(loading / workers, encoding) if apart else loading + encoding
     rate = rates.search(encoder.device, costs[0].width)
-    seconds = sum(c.images * per_image + c.operations / rate for c in costs)
+    seconds = sum((c.unstored if passed else c.images) * per_image + c.operations / rate for c in costs)
     memory = peak_memory_mb() * 2**20 + max(c.memory for c in costs)
-    return Estimate(seconds / 3600, memory, max(c.disk for c in costs))
+    return Estimate(seconds / 3600, memory, max(c.disk for c in costs), ahead)
+
+
+def _stored_ahead(job: Job, encoder: Encoder, costs: Sequence[Cost]) -> tuple[int, ...]:
+    """The layers that a job stores for later ones: all or none, as they fit into the feature store."""
+    images = sum(c.images - c.unstored for c in costs)
+    if not job.layers_ahead or not images or not encoder.equal_layers:
+        return ()
+    width = DTYPES[job.options.features].itemsize * encoder.embed_dim * (1 + len(job.layers_ahead))
+    needed = images * width * max(c.size / encoder.stride for c in costs) ** 2
+    return job.layers_ahead if needed <= budget() else ()
 
 
 def _encoder_and_error(job: Job, fetch: bool) -> tuple[Encoder | None, NecoBenchError | None]:

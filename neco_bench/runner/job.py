@@ -178,12 +178,13 @@ def each_of(
 ) -> list[Job]:
     """The jobs of a model on a task: for each of `layered`, options and the encoder's identity, so many seeds.
 
-    Of several layers, each job knows those of later jobs that have no result yet. Raises as `plan` and `seeded`.
+    Of several layers, each job knows those of later jobs that have no result yet, unless no features are stored. Raises
+    as `plan` and `seeded`.
     """
     jobs: list[Job] = []
     for options, identity in layered:
         jobs += seeded(plan(model, task, options, identity=identity), seeds)
-    if len(layered) == 1:
+    if len(layered) == 1 or layered[0][0].features == "off":
         return jobs
     ahead: dict[int, tuple[int, ...]] = defaultdict(tuple)  # by seed
     for number, job in reversed(list(enumerate(jobs))):

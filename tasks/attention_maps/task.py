@@ -33,7 +33,8 @@ def check_encoder(encoder: Encoder, settings: Settings) -> None:
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
     """Estimate a run: each image once."""
     size = settings.input_size_for(stride)
-    return Cost(images=len(data["val"]), size=size, width=dimension, memory=64.0 * size**2)
+    images = len(data["val"])
+    return Cost(images=images, size=size, width=dimension, memory=64.0 * size**2, unstored=images)
 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:

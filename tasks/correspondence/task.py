@@ -40,6 +40,7 @@ def cost(settings: Settings, data: dict[str, PairDataset], stride: int, dimensio
         width=dimension,
         operations=2.0 * len(dataset) * (8 + 2 * 4) * cells * dimension,  # and both maps are normalised
         memory=4.0 * len(dataset.image_ids) / categories * cells * dimension,
+        unstored=len(dataset.image_ids),
     )
 
 

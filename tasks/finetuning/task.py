@@ -64,6 +64,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         memory=4.0 * (batch * (3 * window**2 + classes * cells) + 4 * classes * window**2)
         + 8.0 * len(data["val"]) * classes**2
         + 3.0 * (s.short_side * s.scale[1]) ** 2,  # an image before it is cropped, a square one
+        unstored=PASSES * crops + images,
     )
 
 

@@ -40,6 +40,7 @@ def cost(settings: Settings, data: dict[str, ViewDataset], stride: int, dimensio
         width=dimension,
         operations=2.0 * len(dataset) * points**2 * dimension,
         memory=4.0 * len(dataset.image_ids) / objects * dimension * (points + (size // stride) ** 2),
+        unstored=len(dataset.image_ids),
     )
 
 

@@ -43,6 +43,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         width=training.width,
         operations=training.operations,
         memory=training.memory,
+        unstored=views * len(data["val"]),
     )
 
 

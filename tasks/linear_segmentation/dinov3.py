@@ -85,6 +85,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         memory=4.0 * (settings.batch_size * dimension * (window // stride) ** 2 + 4 * classes * window**2)
         + 4.0 * len(data["val"]) * classes**2
         + 8.0 * (window * settings.scale[1]) ** 2,  # an image before it is cropped, a square one
+        unstored=2 * len(data["val"]),
     )
 
 

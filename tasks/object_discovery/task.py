@@ -51,6 +51,7 @@ def cost(settings: Settings, data: dict[str, BoxDataset], stride: int, dimension
         width=dimension,
         operations=2.0 * images * patches**2 * products,
         memory=32.0 * patches**2,
+        unstored=images,
     )
 
 
