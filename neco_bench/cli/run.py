@@ -6,7 +6,6 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 
@@ -149,9 +148,7 @@ def run(
         for models, tasks in parts:
             found = plan_all(models, tasks, options, store, seeds=seeds, missing=missing if suite else None)
             planned |= {(job.label, job.task.card.name, job.task.label, job.options.seed): job for job in found}
-        jobs = numbered(list(planned.values()))
-    if launcher is not None or job_timeout is not None:  # processes of their own do not wait for one another
-        jobs = [replace(job, layers_ahead=()) for job in jobs]
+        jobs = numbered(list(planned.values()), apart=launcher is not None or job_timeout is not None)
     if dry_run:
         _print_forecast(jobs, missing, store, suite, as_json)
     _say_missing(jobs, missing)

@@ -137,9 +137,9 @@ class Outcome:
 class Cost:
     """What a run will take, known before it.
 
-    images: through the encoder, each `size` pixels a side; `unstored`, those of them whose features are never stored, so
-    that each layer of a sweep has its own passes. operations: further floating-point operations, in inner
-    products of vectors of `width`. memory, disk: the largest number of bytes in use.
+    images: through the encoder, each `size` pixels a side. unstored: those of them whose features are never stored, so
+    that each layer of a sweep has its own passes. operations: further floating-point operations, in inner products of
+    vectors of `width`. memory, disk: the largest number of bytes in use.
     """
 
     images: int

@@ -197,7 +197,7 @@ class FeatureExtractor:
     def open(
         self, source: ItemDataset, encoder: Encoder, *, ahead: bool = False
     ) -> tuple[FeatureFile | None, SharedFeatures | None, list[bytes]]:
-        """Open the stored stream of items: the file, what other streams have of them, and ids; None where there is none.
+        """Open the stored stream of items: its file, what other streams have, and ids; None where there is none.
 
         Streams are known by all that their content depends on. encoder: of this extractor, or one of another layer of
         the same model. ahead: as `FeatureStore.open` takes it.

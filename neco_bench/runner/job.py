@@ -178,12 +178,14 @@ def each_of(
 ) -> list[Job]:
     """The jobs of a model on a task: for each of `layered`, options and the encoder's identity, so many seeds.
 
-    Of several layers, each job knows those of later jobs that have no result yet, unless no features are stored. Raises
-    as `plan` and `seeded`.
+    The data are opened once. Of several layers, each job knows those of later jobs that have no result yet, unless no
+    features are stored. Raises as `plan` and `seeded`.
     """
-    jobs: list[Job] = []
-    for options, identity in layered:
-        jobs += seeded(plan(model, task, options, identity=identity), seeds)
+    first = plan(model, task, layered[0][0], identity=layered[0][1])
+    jobs = seeded(first, seeds)
+    for options, identity in layered[1:]:
+        other = replace(first, options=options, facts={**first.facts, "layers": options.layers})
+        jobs += seeded(other.identified(identity or first.identity), seeds)
     if len(layered) == 1 or layered[0][0].features == "off":
         return jobs
     ahead: dict[int, tuple[int, ...]] = defaultdict(tuple)  # by seed
@@ -244,8 +246,13 @@ def plan_all(
     return numbered(jobs)
 
 
-def numbered(jobs: list[Job]) -> list[Job]:
-    """The jobs, each with its place among them where there are several."""
+def numbered(jobs: list[Job], *, apart: bool = False) -> list[Job]:
+    """The jobs, each with its place among them where there are several.
+
+    apart: they run in processes of their own, where none fills the feature store for another.
+    """
+    if apart:
+        jobs = [replace(job, layers_ahead=()) for job in jobs]
     if len(jobs) < 2:
         return jobs
     return [replace(job, place=f"{number} of {len(jobs)}") for number, job in enumerate(jobs, 1)]
