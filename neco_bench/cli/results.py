@@ -196,6 +196,10 @@ def show(
     worst: Annotated[int, typer.Option(help="Number of images or pairs with the lowest scores.")] = 4,
     best: Annotated[int, typer.Option(help="Number of those with the highest scores.")] = 4,
     image: Annotated[list[str] | None, typer.Option(help="Ids to show instead; repeatable.")] = None,
+    layers: Annotated[
+        bool,
+        typer.Option("--layers", help="Draw instead the scores of `run --layers all` by layer, from results alone."),
+    ] = False,
     data_root: DataRoot = None,
     weights: Weights = None,
     device: Device = None,
@@ -204,7 +208,7 @@ def show(
     """Draw stored results: predictions and errors, nearest patches, clusters, matched points; a page and a PNG.
 
     The task runs again for them, on stored features where there are any, and its predictions are compared with the
-    stored counts.
+    stored counts. With --layers, a curve of a model's scores by layer with 95 % intervals; nothing runs.
 
     Example: neco-bench show baseline_hog --task shapes_ic
     """
@@ -216,6 +220,9 @@ def show(
     patterns = [part for value in task or [] for part in value.split(",") if part]
     not_negative("--worst", worst)
     not_negative("--best", best)
+    if layers:
+        _show_layers(model, patterns, results, out, as_json)
+        return
     rows: list[dict[str, Any]] = []
     failure = 0
     with open_stores(results) as stores:
@@ -242,3 +249,22 @@ def show(
         rows.append({"task": result.column, "items": shown.items, "page": str(shown.page)})
     print_rows(rows, as_json)
     raise typer.Exit(failure)
+
+
+def _show_layers(model: str, tasks: list[str], results: list[Path] | None, out: Path, as_json: bool) -> None:
+    """Write the curves of a model's layers, and print the best layer of each."""
+    from neco_bench.viz.layers import layer_curves, show_layers
+
+    with open_stores(results) as stores:
+        curves = layer_curves([result for store in stores for result in store.load_all()], model, tasks)
+    rows = []
+    for curve in curves:
+        best, page = curve.best, show_layers(curve, out)
+        score = best.value if as_json else curve.metric.text(best.value)
+        own = {"model": curve.model} if len({other.model for other in curves}) > 1 else {}
+        rows.append(
+            own
+            | {"task": curve.column, "layers": len(curve.scores), "best_layer": best.layer}
+            | {curve.primary_metric if as_json else "score": score, "page": str(page)}
+        )
+    print_rows(rows, as_json)
