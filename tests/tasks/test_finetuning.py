@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 import copy
 import csv
-import multiprocessing
 import os
 import shutil
 import signal
@@ -37,6 +36,7 @@ from neco_bench.encoders.weights import state_sha256
 from neco_bench.metrics.paired import paired_difference
 from neco_bench.metrics.sums import SumMetric, miou_sums
 from neco_bench.results.store import ResultStore
+from tests.processes import forking
 from tests.typed import load_segmentation
 
 MODEL = "timm:test_vit?pretrained=false&seed=0"
@@ -517,9 +517,6 @@ def test_cost_counts_passes_and_windows() -> None:
 
 # Other processes
 
-# Forked from a server that has imported torch once.
-CHILD = multiprocessing.get_context("forkserver")
-CHILD.set_forkserver_preload(["neco_bench.tasks.finetuning.task", "neco_bench.encoders.adapters.timm_models"])
 LONGER = {"epochs": 6}
 
 
@@ -551,7 +548,7 @@ def test_a_process_that_is_killed_is_followed_by_one_that_ends_in_the_same_curve
     weights = last.read_bytes()
     shutil.rmtree(folder)
     for kind, code, lines in ((signal.SIGTERM, 1, 3), (signal.SIGKILL, -signal.SIGKILL, 7), (None, 0, 0)):
-        child = CHILD.Process(target=_in_child, args=(tmp_path / "out", str(new_cache), {}))
+        child = forking().Process(target=_in_child, args=(tmp_path / "out", str(new_cache), {}))
         child.start()
         while kind and (not log.is_file() or len(log.read_text().splitlines()) < lines):
             assert child.is_alive()
@@ -577,7 +574,7 @@ def test_several_processes_train_as_one(new_cache: Path, tmp_path: Path) -> None
         port = str(free.getsockname()[1])
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
     arguments = [(tmp_path / "out", str(new_cache), {**names, "RANK": str(rank)}) for rank in range(4)]
-    children = [CHILD.Process(target=_in_child, args=each) for each in arguments]
+    children = [forking().Process(target=_in_child, args=each) for each in arguments]
     for child in children:
         child.start()
     for child in children:
