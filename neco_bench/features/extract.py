@@ -292,6 +292,7 @@ class _Passes:
                 self.close()
         with context.phase("encode"):
             features = extractor.encode(images) if features is None else features.to(extractor.encoder.device)
+            features = features.contiguous()  # as from the store: what is computed of them rounds by their layout
             return features if context.store is None else cast(Tensor, context.store.rounded(features))
 
     def _open(self) -> dict[int, FeatureFile]:

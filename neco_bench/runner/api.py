@@ -83,8 +83,8 @@ def run(
         changes: what `--set` gives on the command line.
         seeds: run so many, from `seed` on; gives a ResultList.
         options: fields of `RunOptions` (device, precision, batch_size, workers, seed, limit, split_file, weights,
-            layers, features, overwrite, progress). layers="all" gives a ResultList, of one result per block or stage, of a
-            ViT from the same forward passes where features are stored.
+            layers, features, overwrite, progress). layers="all" gives a ResultList, of one result per block or
+            stage; of a ViT from one forward pass of each image, where features are stored.
 
     Returns:
         A Result or, of several tasks or with `seeds`, a ResultList.
