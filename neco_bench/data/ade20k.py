@@ -1,14 +1,15 @@
 """ADE20K in the layout of the scene parsing challenge (ADEChallengeData2016): 8-bit masks, 0 = other, 1..150 = classes.
 
 Three forms of the same files. `ade20k` has the 150 classes, file value minus one, and "other" is void. `ade20k_151`
-keeps file values as class ids: "other" is row 0 of 151, stands in memories and heads, and is void in scored ground truth
-(`void_class`); open-hummingbird-eval and NeCo work so. `ade20k_151_scored` is the same with "other" a class like all
-others, learned and scored, as in the code of JAFAR and NAF.
+keeps file values as class ids: "other" is row 0 of 151, stands in memories and heads, and is void in scored ground
+truth (`void_class`); open-hummingbird-eval and NeCo work so. `ade20k_151_scored` is the same with "other" a class like
+all others, learned and scored, as in the code of JAFAR and NAF.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -79,7 +80,7 @@ class ADE20K151(ADE20K):
 
     name = "ade20k_151"
     classes = ("other", *ADE20K.classes)
-    void_class = 0
+    void_class: ClassVar[int | None] = 0
     rare_class = 150
 
     @property

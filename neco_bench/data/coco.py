@@ -329,7 +329,7 @@ class CocoStuff27(_Coco):
 
 
 class CocoStuff27Curated(CocoStuff27):
-    """COCO-Stuff-27 on the images of a list of IIC that PiCIE and STEGO hand out, and JAFAR and NAF train and score on."""
+    """COCO-Stuff-27 on the images of a list of IIC, which PiCIE and STEGO hand out and JAFAR and NAF use."""
 
     name = "coco_stuff27_curated"
     expected = {"train": 97702, "val": 4172}  # noqa: RUF012 (a ClassVar of the base class)
