@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 import torchvision.transforms as T
 from neco_bench.tasks.linear_segmentation import full_resolution
 from neco_bench.tasks.linear_segmentation.full_resolution import (
@@ -29,7 +30,8 @@ from neco_bench.core.protocol import protocol
 from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import IGNORE, Sample
 from neco_bench.data.shapes import Shapes
-from neco_bench.encoders import Encoder
+from neco_bench.encoders import DenseFeatures, Encoder
+from neco_bench.features.store import FeatureStore
 from neco_bench.viz.draw import draw_segmentation
 from tests.tasks.test_shapes import Blind, Oracle, Painted
 from tests.typed import load_segmentation, present
@@ -278,6 +280,38 @@ def test_an_oracle_learns_and_a_blind_encoder_does_not() -> None:
     truth = confusion.sum(1)
     assert np.flatnonzero(confusion.sum(0)).tolist() == [0]
     assert blind.metrics["mIoU"] == pytest.approx(truth[0] / truth.sum() / np.count_nonzero(truth), rel=1e-12)
+
+
+class Counting(Blind):
+    """The mean brightness of cells; counts images."""
+
+    embed_dim, stride = 1, 8
+    images = 0
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        self.images += len(images)
+        return DenseFeatures(F.avg_pool2d(images.mean(1, keepdim=True), 8), 8)
+
+
+def test_what_is_stored_is_encoded_once() -> None:
+    """With a store every crop and its mirror image once, without one (or room) in every epoch."""
+    data = {split: load_segmentation("shapes", split, limit=5) for split in ("train", "val")}
+    counts, metrics = [], []
+    for store in (None, FeatureStore(identity="counting")):
+        encoder = Counting()
+        outcome = run(data, encoder, Context(store=store, batch_size=4), input_size=64, epochs=8, learning_rate=0.1)
+        counts.append(encoder.images)
+        metrics.append(outcome.metrics)
+    assert counts == [8 * 5 + 5, 2 * 5 + 5]
+    assert metrics[0] == metrics[1]
+
+
+def test_a_store_without_room_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NECO_BENCH_FEATURES_GB", "0")
+    data = {split: load_segmentation("shapes", split, limit=5) for split in ("train", "val")}
+    encoder = Counting()
+    run(data, encoder, Context(store=FeatureStore(identity="no room")), input_size=64, epochs=2)
+    assert encoder.images == 2 * 5 + 5
 
 
 def test_cost_counts_every_image_in_every_epoch() -> None:
