@@ -76,7 +76,7 @@ def test_what_is_stored_is_left_and_the_cost_told_once(
     hours, message = forecast()
     assert hours == [pytest.approx(0.1 * images * DEPTH), None, 0, 0, 0, 0]
     assert "hours of the first" in message
-    for own in (("--features", "off"), ("--job-timeout", 60), ("--launcher", "local")):
+    for own in (("--features", "off"), ("--job-timeout", 60)):  # a launcher is treated as the latter
         hours, message = forecast(*own)
         assert hours == [None if layer == 1 else pytest.approx(0.1 * images * (layer + 1)) for layer in range(DEPTH)]
         assert "hours of the first" not in message
