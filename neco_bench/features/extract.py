@@ -160,7 +160,7 @@ class FeatureExtractor:
         Does nothing without a store, or where it has no room for all of them.
         """
         source = ItemDataset(dataset, [items[p] for p in self._own_positions(len(items))], transform, self.context.seed)
-        file, _, _ = self._open(source)
+        file, _, _ = self.open(source, self.encoder)
         if file:
             file.close()
             for _ in self._local(source, description):
