@@ -227,7 +227,7 @@ def _print_forecast(
     from neco_bench.runner.estimate import forecast
 
     with foreign_code():
-        rows = forecast(jobs, store, fetch=not suite)
+        rows = forecast(jobs, store, fetch=not suite, progress=not is_quiet())
     rows += [
         {**dict.fromkeys(rows[0] if rows else ()), "model": absent.model, "task": absent.task.card.name,
          "protocol": absent.task.label, "stored": False, "problem": str(absent.error),
