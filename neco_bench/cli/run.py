@@ -16,7 +16,7 @@ from neco_bench.cli.common import (
     Device,
     Json,
     Layers,
-    Precision,
+    RunPrecision,
     Suites,
     Weights,
     app,
@@ -51,7 +51,7 @@ def run(
     data_root: DataRoot = None,
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
     device: Device = None,
-    precision: Precision = None,
+    precision: RunPrecision = None,
     batch_size: Annotated[int, typer.Option(help="Images per encoder forward; halved when memory runs out.")] = 16,
     workers: Annotated[
         int | None, typer.Option(help="Loading processes; default: cores - 1 for a GPU, threads for a CPU.")

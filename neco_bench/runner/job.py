@@ -14,7 +14,7 @@ from neco_bench.core.protocol import Task, find_tasks
 from neco_bench.data.base import Dataset
 from neco_bench.data.load import DRAWS, load_dataset
 from neco_bench.encoders.identity import content_id, loaded_id, version_of
-from neco_bench.encoders.load import load_encoder
+from neco_bench.encoders.load import is_fast_in_bf16, load_encoder
 from neco_bench.encoders.spec import needs_loading, parse_spec
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
@@ -83,10 +83,13 @@ class Job:
 
 
 def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = None) -> Job:
-    """Check the model's name and open the data. Loads no weights and no torch.
+    """Check the model's name and open the data. Loads no weights and, but for the precision "auto", no torch.
 
     identity: what stands for the encoder's content; None asks the model spec.
     """
+    if options.precision == "auto":
+        fast = task.protocol.allows_bf16 and is_fast_in_bf16(options.device)
+        options = replace(options, precision="bf16" if fast else "fp32")
     if identity is None:  # an unknown model or a missing file is an error now, not hours later
         identity = content_id(model, options.weights)
     if options.split_file is not None and "train" not in task.card.splits:
