@@ -56,6 +56,25 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> object:
     patch.undo()
 
 
+@pytest.fixture(scope="session")
+def embedded(_own_cache: object) -> list[Path]:
+    """The folders of the generated images, which take seconds to make."""
+    from neco_bench.data.shapes import shapes_folder
+
+    return [shapes_folder()]
+
+
+@pytest.fixture
+def new_cache(embedded: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder of the test's own, empty but for the generated images."""
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    for folder in embedded:
+        (cache / folder.name).symlink_to(folder)
+    monkeypatch.setenv("NECO_BENCH_CACHE", str(cache))
+    return cache
+
+
 @pytest.fixture
 def make_result() -> Callable[..., Result]:
     def make(value: float = 0.5, **changes: Any) -> Result:

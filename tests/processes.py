@@ -38,6 +38,7 @@ def _run(words: Sequence[str], folder: str, environment: Mapping[str, str], new_
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
+    multiprocessing.set_start_method(None, force=True)  # that of a command's own process
     for number, name in ((1, "out"), (2, "err")):
         with open(f"{files}/{name}", "w") as file:
             os.dup2(file.fileno(), number)

@@ -13,8 +13,9 @@ import importlib
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -61,6 +62,9 @@ FAMILIES: Registry = Registry(
 
 # Renamed task ids keep resolving here: old id -> new id.
 RENAMED: dict[str, str] = {}
+
+# Splits of official data sets that share images: VOC's.
+_OF_TRAINING = {"train", "trainaug", "trainval"}
 
 MOST = 10**12  # of any number in settings: arrays hold the product of two as integers, and as single precision
 
@@ -150,6 +154,22 @@ class Card:
     protocols: Mapping[str, Mapping[str, Any]]
     origin: str
     citation: str = ""
+
+    def on_split(self, split: str) -> Card:
+        """The task `NAME[SPLIT]`, scored on `split` instead of this card's own; this card where that is the same.
+
+        Raises UsageError where the task is trained on that split. Whether the data set has it, `load_dataset` checks.
+        """
+        roles = [role for role in self.splits if role != "train"]
+        if [self.splits[role] for role in roles] == [split]:
+            return self
+        trained, asked = (re.sub(r"_1of\d+_(\d+|\*)$", "", name) for name in (self.splits.get("train", ""), split))
+        if trained == asked or {trained, asked} <= _OF_TRAINING:
+            raise UsageError(
+                f"Task {self.name!r} is trained on the split {self.splits['train']!r}: {split!r} has images of it and "
+                f"cannot be scored. Name another split, or {self.name!r} alone."
+            )
+        return replace(self, name=f"{self.name}[{split}]", splits={**self.splits, **dict.fromkeys(roles, split)})
 
     @property
     def default_protocol(self) -> str:
@@ -387,15 +407,17 @@ def find_tasks(
 ) -> list[Task]:
     """Tasks of names, globs and `name@protocol`, comma-separated or not, without repeats, in the given order.
 
+    `name[split]`, of a task that there is, is that task scored on another split: `camvid_ic[test]@clean-1`.
     A glob without a protocol takes each card's default; with one, the cards that have it.
     data_root: where data sets of one's own are; None: NECO_BENCH_DATA. Raises UsageError for unknown names and
-    protocols, or a glob that matches nothing, and BadInputError for a task of a data set whose `dataset.toml` is wrong.
+    protocols, a glob that matches nothing, or a split that the task is trained on, and BadInputError for a task of a
+    data set whose `dataset.toml` is wrong.
     """
     cards, broken = all_cards(data_root)
     tasks: dict[tuple[str, str], Task] = {}
     for request in (part.strip() for item in requests for part in item.split(",") if part.strip()):
         name, _, wanted = request.partition("@")
-        name = RENAMED.get(name, name)
+        name, split = _name_and_split(name, cards)
         is_glob = any(sign in name for sign in "*?[")
         names = fnmatch.filter(cards, name) if is_glob else [name]
         if is_glob and wanted:
@@ -407,7 +429,7 @@ def find_tasks(
                 raise UsageError(
                     f"Unknown task {match!r}.{did_you_mean(match, cards)} `neco-bench tasks` lists all.{note}"
                 )
-            card = cards[match]
+            card = cards[match].on_split(split) if split else cards[match]
             wanted_id = wanted or card.default_protocol
             if wanted_id not in card.protocols:
                 protocol(card.family, wanted_id)
@@ -415,13 +437,21 @@ def find_tasks(
                     f"Task {match!r} is not defined under protocol {wanted_id!r}; it has {', '.join(card.protocols)}."
                 )
             task = Task(card, protocol(card.family, wanted_id), dict(changed or {}))
-            tasks.setdefault((match, wanted_id), task)
+            tasks.setdefault((card.name, wanted_id), task)
         if not names:
             _raise_broken(name, broken)
             raise UsageError(f"No task matches {request!r}. `neco-bench tasks` lists all.")
     if not tasks:
         raise UsageError("No task is named. `neco-bench tasks` lists all.")
     return list(tasks.values())
+
+
+def _name_and_split(name: str, cards: Mapping[str, Card]) -> tuple[str, str]:
+    """The parts of `NAME[SPLIT]` where NAME is a task; of any other name or glob, itself and no split."""
+    found = re.fullmatch(r"(.+)\[([\w.-]+)\]", name)
+    if found and (task := RENAMED.get(found[1], found[1])) in cards:
+        return task, found[2]
+    return RENAMED.get(name, name), ""
 
 
 def _raise_broken(name: str, broken: Mapping[str, str]) -> None:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
+import threading
+from collections.abc import Iterable, Iterator
 from typing import Any
+
+SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class StopSignals:
@@ -26,7 +30,7 @@ class StopSignals:
         """Handle signals inside; then put the handlers before back."""
         before: dict[signal.Signals, Any] = {}
         with contextlib.suppress(ValueError):  # only the main thread may
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in SIGNALS:
                 before[number] = signal.signal(number, self._receive)
         try:
             yield
@@ -42,7 +46,30 @@ class StopSignals:
             raise KeyboardInterrupt
 
 
+def start_loading(loader: Iterable[Any]) -> Iterator[Any]:
+    """Iterate over a DataLoader whose `worker_init_fn` is `leave_signals_to_the_parent`.
+
+    Until that function runs in a process, signals are blocked there: one that came first would end the process.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        return iter(loader)
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore signals in a loading process: they reach all processes, and the step that goes on needs its workers."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
+    """Ignore signals in a loading process: they reach all processes, and the step that goes on needs its workers.
+
+    SIGTERM of the parent itself still ends it: a parent that exits after an error waits for its workers.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    threading.Thread(target=_exit_for_the_parent, daemon=True).start()
+
+
+def _exit_for_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    while parent and signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent.pid:
+        pass
+    os._exit(0)

@@ -140,7 +140,8 @@ class Suite(BaseModel):
             if len(tasks) > 1 and isinstance(self.tasks, dict):
                 raise BadInputError(f"Suite {self.id!r}: the column {title!r} stands for several tasks, {name!r}.")
             for task in tasks:
-                shown = f"{task.card.name}@{task.protocol.id}" if any(sign in title for sign in "*?[") else title
+                is_glob = title.partition("@")[0] != task.card.name and any(sign in title for sign in "*?[")
+                shown = f"{task.card.name}@{task.protocol.id}" if is_glob else title
                 column = SuiteColumn(shown, task, self.stands_for.get(title, task.card.name))
                 columns.setdefault((task.card.name, task.protocol.id), column)
         return list(columns.values())

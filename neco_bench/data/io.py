@@ -250,15 +250,17 @@ def no_file(what: str, path: Path, listed_in: Path | None = None) -> MissingErro
 def near_files(path: Path) -> str:
     """What lies where `path` should, as a sentence: the same name with another suffix or case, or as a second copy."""
     try:
-        names = sorted(os.listdir(path.parent))
+        with os.scandir(path.parent) as entries:  # a folder `train` is no `train.txt`
+            names = sorted(entry.name for entry in entries if not (path.suffix and entry.is_dir()))
     except (OSError, ValueError):
         return ""
     stem = path.stem.lower()
     for name in names:
         other, ending = os.path.splitext(name)
         if other.lower() == stem and name != path.name:
-            count = sum(name.endswith(ending) for name in names)
-            return f"{name!r} is there instead: name it {path.name!r} ({count} files there end in {ending!r})."
+            count = sum(os.path.splitext(name)[1] == ending for name in names)
+            alike = f" ({count} files there end in {ending!r})" if ending else ""
+            return f"{name!r} is there instead: name it {path.name!r}{alike}."
         if re.fullmatch(re.escape(stem) + r"( ?\(\d+\)| - copy)", other.lower()):
             return f"{name!r} is there, which looks like a second download: name it {path.name!r}."
     return ""

@@ -83,6 +83,7 @@ __all__ = [
     "Sample",
     "SegmentationDataset",
     "base_split",
+    "check_split",
     "data_root",
     "dataset_folder",
     "fraction_names",
@@ -119,18 +120,29 @@ def load_dataset(
     annotations wrong).
     """
     cls = dataset_class(name, root)
-    drawn = re.fullmatch(r"(.+)_1of(\d+)_(\d+)", split)
-    if drawn and int(drawn[2]) in cls.fractions.get(drawn[1], {}) and int(drawn[3]) < DRAWS:
+    drawn = check_split(cls, split)
+    if drawn:
         dataset = open_split(cls, dataset_folder(cls, root), drawn[1]).fraction(int(drawn[2]), int(drawn[3]))
-    elif split in cls.splits:
-        dataset = open_split(cls, dataset_folder(cls, root), split)
     else:
-        raise UsageError(
-            f"Data set {name!r} has no split {split!r}; it has {', '.join((*cls.splits, *fraction_names(cls)))}."
-        )
+        dataset = open_split(cls, dataset_folder(cls, root), split)
     if split_file is not None:
         dataset = dataset.subset(read_lines(cls, Path(split_file)))
     return dataset if limit is None else dataset.head(limit)
+
+
+def check_split(cls: type[Dataset], split: str) -> re.Match[str] | None:
+    """The parts (split, fraction, draw) of a drawn fraction's name, None for a whole split.
+
+    Needs no files. Raises UsageError where the data set has neither.
+    """
+    drawn = re.fullmatch(r"(.+)_1of(\d+)_(\d+)", split)
+    if drawn and int(drawn[2]) in cls.fractions.get(drawn[1], {}) and int(drawn[3]) < DRAWS:
+        return drawn
+    if split not in cls.splits:
+        raise UsageError(
+            f"Data set {cls.name!r} has no split {split!r}; it has {', '.join((*cls.splits, *fraction_names(cls)))}."
+        )
+    return None
 
 
 def open_split(cls: type[Dataset], folder: Path | None, split: str) -> Dataset:

@@ -84,7 +84,7 @@ def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str])
     matching: dict[ResultKey, StoredResult] = {}
     for result, store in finished:
         of_model = result.model == model or (len(model) >= 6 and result.key.startswith(model))
-        if of_model and (not tasks or any(fnmatchcase(result.task, pattern) for pattern in tasks)):
+        if of_model and (not tasks or any(p == result.task or fnmatchcase(result.task, p) for p in tasks)):
             other = matching.setdefault(result_key(result), (result, store))[0]
             if other.key != result.key:
                 raise UsageError(

@@ -12,7 +12,7 @@ from neco_bench.core.errors import MissingError, NecoBenchError, UsageError
 from neco_bench.core.files import digest
 from neco_bench.core.protocol import Task, find_tasks
 from neco_bench.data.base import Dataset
-from neco_bench.data.load import DRAWS, load_dataset
+from neco_bench.data.load import DRAWS, check_split, dataset_class, load_dataset
 from neco_bench.encoders.identity import content_id, loaded_id, version_of
 from neco_bench.encoders.load import is_fast_in_bf16, load_encoder
 from neco_bench.encoders.spec import needs_loading, parse_spec
@@ -97,6 +97,9 @@ def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = 
             f"--split-file restricts the training split, which {task.card.name} does not have. Leave one of them out."
         )
     data = {}
+    for role, split in task.card.splits.items():
+        if role != "train" and not split.endswith("_*"):  # of `camvid_ic[test]`, before any file is looked for
+            check_split(dataset_class(task.dataset, options.data_root), split)
     for role, split in task.card.splits.items():
         file = options.split_file if role == "train" else None
         for part, name in _splits(role, split, file is not None).items():

@@ -30,7 +30,7 @@ from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, UsageError
 from neco_bench.core.log import StepLog, Table
 from neco_bench.core.protocol import find_tasks
-from neco_bench.core.signals import StopSignals
+from neco_bench.core.signals import StopSignals, start_loading
 from neco_bench.encoders import checkpoints
 from neco_bench.results.provenance import peak_memory_mb
 from neco_bench.training.batches import Order, loader
@@ -138,9 +138,9 @@ class TrainingRun:
         order = Order(len(self.images), recipe, first, self.steps, shard.start, shard.images)
         with contextlib.ExitStack() as stack:
             # Closed with the run, as the error that ended it may still refer to them: Python waits for loaders at exit.
-            batches = stack.enter_context(
-                contextlib.closing(b for b in loader(self.images, recipe, order, trainer.workers, on_gpu))
-            )
+            loading = start_loading(loader(self.images, recipe, order, trainer.workers, on_gpu))
+            batches = stack.enter_context(contextlib.closing(batch for batch in loading))
+            del loading
             step_log = None
             if self.processes.first:
                 step_log = stack.enter_context(contextlib.closing(StepLog(options.out, first, options.tensorboard)))

@@ -27,7 +27,7 @@ from neco_bench.core.errors import NOTHING_LABELLED, BadInputError, NecoBenchErr
 from neco_bench.core.files import digest
 from neco_bench.core.log import StepLog
 from neco_bench.core.paths import cache_dir
-from neco_bench.core.signals import StopSignals, leave_signals_to_the_parent
+from neco_bench.core.signals import StopSignals, leave_signals_to_the_parent, start_loading
 from neco_bench.core.task import Context
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders import checkpoints
@@ -85,7 +85,7 @@ def load_batches(train: SegmentationDataset, trainer: Trainer, size: int, first:
         worker_init_fn=leave_signals_to_the_parent,
         pin_memory=encoder.device.type == "cuda",
     )
-    loaded = iter(loader)
+    loaded = start_loading(loader)
     for part in parts:
         if not part:
             yield None

@@ -12,11 +12,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import typer
 
 from neco_bench.cli.common import app
 from tests.command import neco
+from tests.data.data_helpers import CAMVID_SIZE, image_of, save
 
 RUN = ("run", "--model", "baseline_rgb", "--task", "shapes_ic", "--limit", 4, "--workers", 0, "--set", "input_size=56")
 
@@ -143,6 +145,33 @@ def test_a_dry_run_checks_all_and_runs_nothing(tmp_path: Path, real_data: Path) 
     assert not out.exists()
     assert neco(*run, "--out", out).code == 3  # no data root
     assert neco(*run, "--data-root", real_data, "--set", "neighbors=3").code == 2
+
+
+def test_any_split_can_be_scored(tmp_path: Path) -> None:
+    """A miniature CamVid: other images under another task, whose result is stored beside the first's."""
+    base = tmp_path / "camvid"
+    for split, count in (("train", 3), ("val", 2), ("test", 4)):
+        for i in range(count):
+            save(base / split / f"a{i}.png", image_of(i, CAMVID_SIZE))
+            mask = np.full(CAMVID_SIZE, i, np.uint8)
+            mask[:, ::3] = 5
+            save(base / f"{split}annot" / f"a{i}.png", mask)
+        (base / f"{split}.txt").write_text("".join(f"{split}/a{i}.png {split}annot/a{i}.png\n" for i in range(count)))
+    out = tmp_path / "results"
+    run = ["run", "--model", "baseline_rgb", "--workers", 0, "--set", "input_size=56", "--set", "memory_size=200"]
+    run += ["--data-root", tmp_path, "--out", out, "--json", "--task"]
+    answer = neco(*run, "camvid_ic,camvid_ic[test]@clean-1,camvid_ic[test]")
+    assert answer.code == 0, answer.err
+    val, clean, test = json.loads(answer.out)
+    assert [row["task"] for row in (val, clean, test)] == ["camvid_ic", "camvid_ic[test]", "camvid_ic[test]"]
+    assert val["key"] != test["key"]
+    assert len(list(out.glob("in_context/camvid_ic-test/*.json"))) == 2
+    (again,) = json.loads(neco(*run, "camvid_ic[test]", "--dry-run").out)
+    assert (again["stored"], again["items"]) == (True, {"train": 3, "val": 4})
+    for split, told in (("tset", "no split 'tset'; it has train, val, test"), ("train", "is trained on the split")):
+        answer = neco(*run, f"camvid_ic[{split}]")
+        assert answer.code == 2
+        assert told in " ".join(answer.err.split())
 
 
 def test_a_dry_run_names_what_would_fail(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

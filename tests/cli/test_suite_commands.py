@@ -76,9 +76,8 @@ def test_other_models_and_further_tasks(suites: Path, tmp_path: Path) -> None:
 
 
 def test_a_dry_run_says_what_missing_weights_would_cost(
-    suites: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    suites: Path, tmp_path: Path, new_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr("urllib.request.urlopen", lambda *_, **__: pytest.fail("a dry run fetches nothing"))
     run = ["run", "--suite", f"{suites}:start", "--set", "input_size=32", "--set", "neighbours=2", "--limit", 2]
     code, out, err = neco(*run, "--batch-size", 1, "--out", tmp_path, "--dry-run", "--json")

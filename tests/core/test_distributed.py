@@ -83,8 +83,7 @@ def test_same_counts_as_one_process(
 
 
 @pytest.mark.slow
-def test_killed_processes_leave_what_they_encoded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "cache"))
+def test_killed_processes_leave_what_they_encoded(tmp_path: Path, new_cache: Path) -> None:
     encoder = tmp_path / "slow.py"
     encoder.write_text(
         "import time, torch\n"

@@ -66,6 +66,38 @@ def test_requests_are_names_globs_protocols_and_lists() -> None:
     assert names("voc_overcluster_[35]00") == ["voc_overcluster_300@neco-1", "voc_overcluster_500@neco-1"]
 
 
+def test_a_task_on_another_split_is_another_task() -> None:
+    plain, test, clean = find_tasks(["camvid_ic, camvid_ic[test]", "camvid_ic[test]@clean-1,camvid_ic[test]"])
+    assert [task.card.name for task in (plain, test, clean)] == ["camvid_ic", "camvid_ic[test]", "camvid_ic[test]"]
+    assert (test.label, clean.label) == ("hbird-2", "clean-1")
+    assert test.card.splits == {"train": "train", "val": "test"}
+    assert plain.card.splits == {"train": "train", "val": "val"}
+    assert test.card.hash("hbird-2") != plain.card.hash("hbird-2") == HASHES["camvid_ic@hbird-2"]
+    assert (test.hash, test.constants) == (plain.hash, plain.constants)
+    assert find_tasks(["camvid_ic[val]", "camvid_ic"]) == [plain]  # the split that it has
+    (clusters,) = find_tasks(["camvid_cluster_gt[train]"])  # nothing is trained
+    assert clusters.card.splits == {"val": "train"}
+    assert [task.card.name for task in find_tasks(["camvid_i[a-c]"])] == ["camvid_ic"]  # a glob
+
+
+@pytest.mark.parametrize("dataset", ["coco_stuff27", "coco_stuff171", "pascal_context60", "nyuv2_13", "camvid"])
+def test_every_segmentation_family_has_the_data_set(dataset: str) -> None:
+    own = {
+        f"{f}/{ending}"
+        for f in FAMILIES
+        for ending, table in _read_family(f).own.items()
+        if table["kind"] == "segmentation"
+    }
+    assert len(own) == 8
+    missing = {
+        name
+        for name in own
+        if f"{dataset}_{name.partition('/')[2]}" not in CARDS and name != "overclustering/overcluster_300"
+    }
+    assert not missing
+    assert {card.dataset for card in CARDS.values() if card.name.startswith(f"{dataset}_overcluster_")} == {dataset}
+
+
 @pytest.mark.parametrize(
     ("request_", "told"),
     [
@@ -74,6 +106,13 @@ def test_requests_are_names_globs_protocols_and_lists() -> None:
         ("spair@hbird-2", "Unknown protocol 'hbird-2' of family 'correspondence'"),
         ("nothing_*", "No task matches 'nothing_"),
         ("voc_*@probe3d-1", "No task matches"),
+        ("camvid_ic[test]@hbird-1", "Unknown protocol 'hbird-1'"),
+        ("camvid_icc[test]", "No task matches"),
+        ("camvid_ic[train]", "'camvid_ic' is trained on the split 'train'"),
+        ("voc_ic[train]", "trained on the split 'trainaug': 'train' has images of it"),
+        ("voc_unsup[trainaug]", "trained on the split 'train'"),
+        ("coco_stuff_linear[train]", "trained on the split 'train_1of10_0'"),
+        ("voc_ic_1of8[trainaug_1of8_0]", "trained on the split"),
     ],
 )
 def test_unknown_names(request_: str, told: str) -> None:

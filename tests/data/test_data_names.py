@@ -14,6 +14,7 @@ from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.core.protocol import all_cards
 from neco_bench.data.folder import first_entry
 from neco_bench.data.integrity import check_dataset, describe_datasets
+from neco_bench.data.io import near_files
 from tests.command import neco
 from tests.data.data_helpers import image_of, save, save_indices
 from tests.typed import load_folder, load_pairs, load_segmentation
@@ -256,3 +257,11 @@ def test_tasks_ask_for_their_own_splits(voc: Path) -> None:
     shutil.copy(base / "ImageSets/Segmentation/val.txt", base / "ImageSets/Segmentation/trainaug.txt")
     save_indices(base / "SegmentationClassAug" / "2007_000000.png", np.zeros((20, 30), np.uint8))
     assert {"voc_ic", "voc_ic_1of8"} <= with_data() - found
+
+
+def test_a_folder_is_no_file_with_another_ending(tmp_path: Path) -> None:
+    (tmp_path / "train").mkdir()
+    assert near_files(tmp_path / "train.txt") == ""
+    (tmp_path / "val").touch()
+    assert near_files(tmp_path / "val.txt") == "'val' is there instead: name it 'val.txt'."
+    assert near_files(tmp_path / "Train").startswith("'train' is there instead")  # a folder with another case

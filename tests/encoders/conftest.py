@@ -13,9 +13,8 @@ from torch import Tensor
 
 
 @pytest.fixture(autouse=True)
-def _offline(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _offline(monkeypatch: pytest.MonkeyPatch, new_cache: Path) -> None:
     monkeypatch.setenv("NECO_BENCH_OFFLINE", "1")
-    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "cache"))
 
 
 def random_state(name: str, seed: int = 0, **options: Any) -> dict[str, Tensor]:

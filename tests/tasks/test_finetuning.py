@@ -5,7 +5,6 @@ from __future__ import annotations
 import colorsys
 import copy
 import csv
-import multiprocessing
 import os
 import shutil
 import signal
@@ -37,6 +36,7 @@ from neco_bench.encoders.weights import state_sha256
 from neco_bench.metrics.paired import paired_difference
 from neco_bench.metrics.sums import SumMetric, miou_sums
 from neco_bench.results.store import ResultStore
+from tests.processes import forking
 from tests.typed import load_segmentation
 
 MODEL = "timm:test_vit?pretrained=false&seed=0"
@@ -67,17 +67,6 @@ def run(out: Path, protocol: str = "segmenter-mask-1", model: Any = MODEL, **opt
     name = f"shapes_finetune@{protocol}"
     options |= {} if isinstance(model, Encoder) else {"device": "cpu"}
     return neco_bench.run(model, name, limit=7, workers=0, out=out, changes=changes, **options)
-
-
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache folder without trainings, but with the shapes."""
-    shapes = Path(os.environ["NECO_BENCH_CACHE"]) / "shapes-1"
-    load_segmentation("shapes", "train")[0]
-    (tmp_path / "cache").mkdir()
-    (tmp_path / "cache/shapes-1").symlink_to(shapes)
-    monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path / "cache"))
-    return tmp_path / "cache"
 
 
 def losses(result: Any) -> list[str]:
@@ -404,7 +393,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_goes_on_to_the_same_curve(
-    kind: signal.Signals, whole: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    kind: signal.Signals, whole: Any, new_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Seven images in batches of four, three epochs: stopped in step 4 of 6, after the first of an epoch."""
     plain, handler = training.Trainer.step, signal.getsignal(kind)
@@ -434,7 +423,7 @@ class Killed(BaseException):
 
 
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
-    whole: Any, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    whole: Any, new_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = training.Trainer.step
 
@@ -448,7 +437,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     with pytest.raises(Killed):
         run(tmp_path)
     monkeypatch.setattr(training.Trainer, "step", plain)
-    (folder,) = (cache / "finetuning").iterdir()
+    (folder,) = (new_cache / "finetuning").iterdir()
     assert [path.name for path in checkpoints.checkpoints(folder)] == ["checkpoint-0000002", "checkpoint-0000004"]
     (folder / "checkpoint-0000004/training.pt").write_bytes(b"half a file")
     result = run(tmp_path)
@@ -528,9 +517,6 @@ def test_cost_counts_passes_and_windows() -> None:
 
 # Other processes
 
-# Forked from a server that has imported torch once.
-CHILD = multiprocessing.get_context("forkserver")
-CHILD.set_forkserver_preload(["neco_bench.tasks.finetuning.task", "neco_bench.encoders.adapters.timm_models"])
 LONGER = {"epochs": 6}
 
 
@@ -552,15 +538,17 @@ def _one_thread(out: Path) -> Any:
 
 
 @pytest.mark.slow
-def test_a_process_that_is_killed_is_followed_by_one_that_ends_in_the_same_curve(cache: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_killed_is_followed_by_one_that_ends_in_the_same_curve(
+    new_cache: Path, tmp_path: Path
+) -> None:
     """SIGTERM, which saves, then SIGKILL, which does not, each as soon as the log has grown."""
     expected = losses(_one_thread(tmp_path / "reference"))
-    (folder,) = (cache / "finetuning").iterdir()
+    (folder,) = (new_cache / "finetuning").iterdir()
     log, last = folder / "log.csv", folder / "checkpoint-0000012/student.safetensors"
     weights = last.read_bytes()
     shutil.rmtree(folder)
     for kind, code, lines in ((signal.SIGTERM, 1, 3), (signal.SIGKILL, -signal.SIGKILL, 7), (None, 0, 0)):
-        child = CHILD.Process(target=_in_child, args=(tmp_path / "out", str(cache), {}))
+        child = forking().Process(target=_in_child, args=(tmp_path / "out", str(new_cache), {}))
         child.start()
         while kind and (not log.is_file() or len(log.read_text().splitlines()) < lines):
             assert child.is_alive()
@@ -576,17 +564,17 @@ def test_a_process_that_is_killed_is_followed_by_one_that_ends_in_the_same_curve
 
 
 @pytest.mark.slow
-def test_several_processes_train_as_one(cache: Path, tmp_path: Path) -> None:
+def test_several_processes_train_as_one(new_cache: Path, tmp_path: Path) -> None:
     """Four, of which one has no image in the last batch of an epoch, of three; up to rounding."""
     reference = _one_thread(tmp_path / "reference")
     expected = [float(loss) for loss in losses(reference)]
-    shutil.rmtree(cache / "finetuning")
+    shutil.rmtree(new_cache / "finetuning")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     names = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "4", "LOCAL_RANK": "0"}
-    arguments = [(tmp_path / "out", str(cache), {**names, "RANK": str(rank)}) for rank in range(4)]
-    children = [CHILD.Process(target=_in_child, args=each) for each in arguments]
+    arguments = [(tmp_path / "out", str(new_cache), {**names, "RANK": str(rank)}) for rank in range(4)]
+    children = [forking().Process(target=_in_child, args=each) for each in arguments]
     for child in children:
         child.start()
     for child in children:

@@ -7,7 +7,6 @@ import dataclasses
 import errno
 import json
 import math
-import multiprocessing
 import os
 import random
 import shutil
@@ -36,14 +35,11 @@ from neco_bench.training.loop import train
 from neco_bench.training.options import Interrupted, TrainOptions
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.trainer import OBJECTIVES, cosine
+from tests.processes import forking
 from tests.typed import module
 
 from . import helpers
 from .helpers import SMALL
-
-# Forked from a server that has imported torch once, with threads of its own.
-CHILD = multiprocessing.get_context("forkserver")
-CHILD.set_forkserver_preload(["neco_bench.training.loop"])
 
 
 def recipe(**changes: Any) -> Recipe:
@@ -156,7 +152,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path: Path)
     out, moments = tmp_path / "killed", random.Random(0)
     log_file = out / "log.csv"
     for kill in range(3):
-        child = CHILD.Process(target=_train_in_child, args=(out, kill > 0))
+        child = forking().Process(target=_train_in_child, args=(out, kill > 0))
         child.start()
         until = 4 + 6 * kill + moments.randrange(3)  # lines, of which the first is the header
         while not log_file.is_file() or len(log_file.read_text().splitlines()) < until:
@@ -168,7 +164,7 @@ def test_killed_at_random_moments_a_run_ends_in_the_same_weights(tmp_path: Path)
         assert child.exitcode == -signal.SIGKILL
         done = until - 2  # steps before that of the last line, which may not be saved yet
         assert checkpoints.step_of(checkpoints.checkpoints(out)[-1]) >= done - done % 3
-    train_again = CHILD.Process(target=_train_in_child, args=(out, True))
+    train_again = forking().Process(target=_train_in_child, args=(out, True))
     train_again.start()
     train_again.join()
     assert train_again.exitcode == 0
@@ -236,7 +232,7 @@ def test_two_processes_train_as_one_and_wait_for_what_one_does(tmp_path: Path) -
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    children = [CHILD.Process(target=_one_of_two, args=(rank, port, tmp_path / "two")) for rank in (0, 1)]
+    children = [forking().Process(target=_one_of_two, args=(rank, port, tmp_path / "two")) for rank in (0, 1)]
     for child in children:
         child.start()
     train(recipe(queue_length=60, steps=20), options(tmp_path / "one", **EVALUATED))

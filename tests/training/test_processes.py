@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import functools
-import multiprocessing
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,9 @@ from neco_bench.encoders.trainable import set_training
 from neco_bench.training.batches import TENSORS, TrainBatch
 from neco_bench.training.networks import Network, make_trainable
 from neco_bench.training.trainer import OBJECTIVES
+from tests.processes import forking
 
 from .helpers import batch, recipe, small_encoder
-
-# Forked from a server that has imported torch once, with threads of its own.
-CHILD = multiprocessing.get_context("forkserver")
-CHILD.set_forkserver_preload(["neco_bench.training.loop", "neco_bench.encoders.adapters.timm_models"])
 
 TOTAL = 4
 MIM = {"objective": "mim", "use_teacher": False, "locals": 0, "head_layers": 1}
@@ -97,7 +93,7 @@ def _process(rank: int, world: int, folder: Path) -> None:
 def shared(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two, or of four, processes found."""
     folder = tmp_path_factory.mktemp("processes")
-    children = [CHILD.Process(target=_process, args=(rank, request.param, folder)) for rank in range(request.param)]
+    children = [forking().Process(target=_process, args=(rank, request.param, folder)) for rank in range(request.param)]
     for child in children:
         child.start()
     for child in children:
