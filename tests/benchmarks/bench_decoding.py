@@ -49,7 +49,7 @@ def by_torchvision(content: bytes) -> np.ndarray:
 
 def decoders() -> dict[str, dict[str, Decoder]]:
     """The libraries that are here, by kind of file."""
-    found = {
+    found: dict[str, dict[str, Decoder]] = {
         name: {f"opencv-python-headless {cv2.__version__}": by_opencv, _named("torchvision"): by_torchvision}
         for name in ("PNG RGB", "PNG L", "JPEG RGB")
     }

@@ -105,8 +105,8 @@ def main() -> None:
         chosen.out = chosen.out or Path(folder)
         chosen.out.mkdir(parents=True, exist_ok=True)
         store = ResultStore(chosen.out)
-        print(f"| model | task | fp32 | {chosen.precision} | difference | 95 % interval | units that differ | s fp32 "
-              f"| CPU s {chosen.precision} |\n|{' --- |' * 9}")  # fmt: skip
+        print(f"| model | task | fp32 | {chosen.precision} | difference | 95 % interval | units that differ "
+              f"| CPU s fp32 | CPU s {chosen.precision} |\n|{' --- |' * 9}")  # fmt: skip
         largest = 0.0
         for model in models:
             for task in tasks:
