@@ -13,6 +13,7 @@ holds that of the defaults. With --out, what is stored there is not run again.
 from __future__ import annotations
 
 import argparse
+import math
 import tempfile
 import time
 from pathlib import Path
@@ -72,7 +73,8 @@ def run_once(model: str, task: str, precision: str, chosen: argparse.Namespace) 
 def row_text(model: str, row: ComparisonRow, seconds: tuple[str, str]) -> str:
     """The line of the table."""
     scale, change = row.metric.scale, row.difference
-    interval = f"[{scale * change.low:+.2f}, {scale * change.high:+.2f}]"
+    known = not math.isnan(change.low)  # too few units that differ have no interval
+    interval = f"[{scale * change.low:+.2f}, {scale * change.high:+.2f}]" if known else ""
     values = [f"{scale * value:.2f}" if value is not None else "" for value in (row.first, row.second)]
     cells = (
         model,
