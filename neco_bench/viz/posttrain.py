@@ -24,7 +24,7 @@ from neco_bench.reports.posttrain import Picture, Report, Section, comparison_se
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.execute import run_job
-from neco_bench.runner.job import job_of, plan_all
+from neco_bench.runner.job import Job, job_of, plan_all
 from neco_bench.runner.options import RunOptions
 from neco_bench.viz.show import show
 
@@ -122,8 +122,9 @@ class _Making:
         folder = Path(self.tuned.partition("?")[0]) if is_run_folder(self.tuned.partition("?")[0]) else None
         if self.options.every and folder is None:
             raise UsageError(f"--every compares the checkpoints of a run folder of `train`, which {self.tuned} is not.")
-        of_base = self.results(self.base, tasks, report.problems, weights=self.options.base_weights)
-        of_tuned = self.results(self.tuned, tasks, report.problems, weights=self.options.weights)
+        models = ((self.base, self.options.base_weights), (self.tuned, self.options.weights))
+        plans = [self.plan(model, tasks, weights=weights) for model, weights in models]  # both, before anything runs
+        of_base, of_tuned = (self.run_jobs(jobs, report.problems) for jobs in plans)
         pairs = comparing.pair_results(of_base, of_tuned)
         if not pairs:
             raise error_of_code(self.failure or 1, "; ".join(report.problems) or "no task has results of both models.")
@@ -159,8 +160,14 @@ class _Making:
         self, model: str, tasks: list[Task], problems: list[str], **changes: Any
     ) -> dict[ResultKey, StoredResult]:
         """Run what is not stored, and return the results by what two must share."""
+        return self.run_jobs(self.plan(model, tasks, **changes), problems)
+
+    def plan(self, model: str, tasks: list[Task], **changes: Any) -> list[Job]:
+        return plan_all([model], tasks, replace(self.run, **changes), self.store)
+
+    def run_jobs(self, jobs: list[Job], problems: list[str]) -> dict[ResultKey, StoredResult]:
         found: dict[ResultKey, StoredResult] = {}
-        for job in plan_all([model], tasks, replace(self.run, **changes), self.store):
+        for job in jobs:
             result = run_job(job, self.store)
             if result.status == "ok":
                 found[comparing.result_key(result)] = (result, self.store)

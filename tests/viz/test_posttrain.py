@@ -45,6 +45,15 @@ def test_checkpoints_that_are_kept_are_models(place: Path) -> None:
     assert one != other == newest
 
 
+def test_a_wrong_name_of_either_model_ends_before_anything_runs(tmp_path: Path) -> None:
+    words = ("--task", "shapes_ic", "--limit", 2, "--out", tmp_path / "out", "--results", tmp_path / "results")
+    for base, tuned in (("tiny_base", "runs/none"), ("runs/none", "tiny_base")):
+        answer = neco("posttrain-report", base, tuned, *words)
+        assert answer.code == 2
+        assert "'runs/none' is none of the known forms" in answer.err
+        assert not list(tmp_path.rglob("*.json"))
+
+
 def test_numbers_are_those_of_compare(place: Path, made: Path) -> None:
     table = pd.read_csv(made / "tasks.csv").set_index("name")
     asked = (
