@@ -82,12 +82,12 @@ class Context:
         Args:
             item_id: of an image or a pair.
             values: of images `truth` and `prediction` (H, W), and where the family has them `clusters` (H, W),
-                `foreground` (H, W) bool, `features` (D, h, w), of equal shape for all images, and `neighbours`, a
-                function (passed as the value of a function) from a patch's number to its `Neighbour`s. Of pairs
-                `points` (P, 2), the predicted pixels (x, y) of the target, their `errors` (P,) and the longest `side`
-                of the target's box, in pixels. Of clips `truth` and `prediction`, lists of (H, W), and `scores`
-                (2, objects, T), see `draw_clip`. Of depth and normals `image`,
-                `truth`, `prediction` (H, W) or (H, W, 3), and `values`, the metrics by name.
+                `foreground` (H, W) bool, `image` (h, w, 3) uint8 if only a part of it is predicted, `features`
+                (D, h, w), of equal shape for all images, and `neighbours`, a function (passed as the value of a
+                function) from a patch's number to its `Neighbour`s. Of pairs `points` (P, 2), the predicted pixels
+                (x, y) of the target, their `errors` (P,) and the longest `side` of the target's box, in pixels. Of
+                clips `truth` and `prediction`, lists of (H, W), and `scores` (2, objects, T), see `draw_clip`. Of depth
+                and normals `image`, `truth`, `prediction` (H, W) or (H, W, 3), and `values`, the metrics by name.
         """
         if item_id in self.recorded_ids:
             self.run.predictions[item_id] = {

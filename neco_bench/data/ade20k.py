@@ -1,13 +1,15 @@
 """ADE20K in the layout of the scene parsing challenge (ADEChallengeData2016): 8-bit masks, 0 = other, 1..150 = classes.
 
-Two forms of the same files. `ade20k` has the 150 classes, file value minus one, and "other" is void. `ade20k_151` keeps
-file values as class ids: "other" is row 0 of 151, stands in memories and heads, and is void in scored ground truth
-(`void_class`); open-hummingbird-eval and NeCo work so.
+Three forms of the same files. `ade20k` has the 150 classes, file value minus one, and "other" is void. `ade20k_151`
+keeps file values as class ids: "other" is row 0 of 151, stands in memories and heads, and is void in scored ground
+truth (`void_class`); open-hummingbird-eval and NeCo work so. `ade20k_151_scored` is the same with "other" a class like
+all others, learned and scored, as in the code of JAFAR and NAF.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
@@ -78,10 +80,17 @@ class ADE20K151(ADE20K):
 
     name = "ade20k_151"
     classes = ("other", *ADE20K.classes)
-    void_class = 0
+    void_class: ClassVar[int | None] = 0
     rare_class = 150
 
     @property
     def table(self) -> np.ndarray:
         """Class id of each value in the files, (256,) integers."""
         return id_table({i: i for i in range(151)})
+
+
+class ADE20K151Scored(ADE20K151):
+    """ADE20K as 151 classes, of which "other" (0) is one: pixels of it are trained on and scored."""
+
+    name = "ade20k_151_scored"
+    void_class = None

@@ -20,7 +20,7 @@ import numpy as np
 
 from neco_bench.core.errors import BadInputError
 from neco_bench.data.base import IGNORE
-from neco_bench.data.folder import AbsentSplitError, Files, PairedFolders, Tree, contents, locate, missing
+from neco_bench.data.folder import AbsentSplitError, Files, PairedFolders, Tree, contents, locate, missing, read_list
 from neco_bench.data.io import decoding, id_table, map_ids, read_image, read_json, valid_name
 
 _THINGS = """
@@ -106,6 +106,9 @@ _PLACES = {
     "pixelmaps": ("annotations/stuff_annotations/stuff_{}2017_pixelmaps", "annotations/stuff_{}2017_pixelmaps"),
     "instances": ("annotations/instances_{}2017.json",),
 }
+
+
+CURATED = "Coco164kFull_Stuff_Coarse.txt"
 
 
 _CAUSES = {
@@ -323,6 +326,38 @@ class CocoStuff27(_Coco):
     classes = (*THINGS, *STUFF)
     rows = _merged(THINGS | STUFF)
     sources = ("stuffthingmaps",)
+
+
+class CocoStuff27Curated(CocoStuff27):
+    """COCO-Stuff-27 on the images of a list of IIC, which PiCIE and STEGO hand out and JAFAR and NAF use."""
+
+    name = "coco_stuff27_curated"
+    expected = {"train": 97702, "val": 4172}  # noqa: RUF012 (a ClassVar of the base class)
+    fractions = {}  # noqa: RUF012 (a ClassVar of the base class)
+    layout = f"""{CocoStuff27.layout}
+  and the lists, which come with the code and data of IIC, PiCIE and STEGO
+    curated/{{train,val}}2017/{CURATED}   one NAME per line"""
+
+    @classmethod
+    def _list_of(cls, folder: Path, split: str) -> Path:
+        return cls.tree(folder, split).folder / "curated" / f"{split}2017" / CURATED
+
+    @classmethod
+    def has_images(cls, folder: Path | None, split: str) -> bool:
+        """Say whether the folder has images of a split and their list, without reading them."""
+        assert folder is not None  # noqa: S101 - only a set without files has no folder
+        return super().has_images(folder, split) and cls._list_of(folder, split).is_file()
+
+    def __init__(self, folder: Path, split: str) -> None:
+        super().__init__(folder, split)
+        self.list_file = self._list_of(folder, split)
+        listed = set(read_list(type(self), self.list_file, stems=True))
+        here, self.ids = self.ids, tuple(item for item in self.ids if item in listed)
+        if not self.ids:
+            raise BadInputError(
+                f"None of the {len(listed)} names in {self.list_file}, such as {min(listed)!r}, is that of an image of "
+                f"split {split!r}, such as {here[0]!r}. Restore the list or the images."
+            )
 
 
 class CocoStuff171(_Coco):

@@ -133,8 +133,7 @@ class FeatureExtractor:
             yield from self._local(source, description)
             return
         size, step = self.context.batch_size_used, self.context.batch_size_used * distributed.world()
-        starts = range(distributed.rank() * size, len(items), step)
-        mine = [position for start in starts for position in range(start, min(start + size, len(items)))]
+        mine = self._own_positions(len(items))
         batches = _of_size(self._local(source.part([items[p] for p in mine]), description), size)
         nothing = FeatureBatch((), torch.zeros(0, device=self.encoder.device), ())
         for _ in range(0, len(items), step):
@@ -144,6 +143,27 @@ class FeatureExtractor:
                 yield from self._gathered(batch, size)
             elif batch.positions:
                 yield batch
+
+    def store_ahead(
+        self, dataset: ImageDataset, transform: Transform, description: str, items: Sequence[tuple[int, int]]
+    ) -> None:
+        """Encode `items` into the feature store, so that a stream that has each of them many times reads them there.
+
+        Does nothing without a store, or where it has no room for all of them.
+        """
+        source = ItemDataset(dataset, [items[p] for p in self._own_positions(len(items))], transform, self.context.seed)
+        file, _, _ = self._open(source)
+        if file:
+            file.close()
+            for _ in self._local(source, description):
+                pass
+        distributed.gather(None)  # what one process needs another may have encoded
+
+    def _own_positions(self, count: int) -> list[int]:
+        """Which of `count` items this process encodes: every so many batches."""
+        size, world = self.context.batch_size_used, distributed.world()
+        starts = range(distributed.rank() * size, count, size * world)
+        return [position for start in starts for position in range(start, min(start + size, count))]
 
     def _gathered(self, batch: FeatureBatch, size: int) -> Iterator[FeatureBatch]:
         """The batches of all processes, of at most `size` items, in their order; some may have none."""

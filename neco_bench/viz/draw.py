@@ -117,7 +117,7 @@ def class_legend(dataset: SegmentationDataset, maps: Sequence[np.ndarray]) -> li
 
 def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[str, Any], caption: str) -> PictureRow:
     """Draw an image with its truth, its prediction and where they differ, side by side."""
-    image = dataset[dataset.ids.index(name)].image
+    image = predicted["image"] if "image" in predicted else dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
     image = fitted(image, (side, side), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]

@@ -12,7 +12,17 @@ import pytest
 from PIL import Image
 
 from neco_bench.core.errors import BadInputError, MissingError
-from neco_bench.data.coco import THINGS, CocoStuff, CocoStuff27, CocoStuff171, CocoThings, CocoThingsShifted
+from neco_bench.data.base import IGNORE
+from neco_bench.data.coco import (
+    CURATED,
+    THINGS,
+    CocoStuff,
+    CocoStuff27,
+    CocoStuff27Curated,
+    CocoStuff171,
+    CocoThings,
+    CocoThingsShifted,
+)
 from neco_bench.data.integrity import check_dataset
 from tests import typed
 from tests.data.data_helpers import image_of, save
@@ -137,6 +147,28 @@ def test_stuffthingmaps_of_the_sample(samples: Path, tmp_path: Path) -> None:
     assert not [f for f in check_dataset("coco_stuff27", tmp_path) if f.level == "error"]
 
 
+def test_curated_images_are_those_of_a_list(tmp_path: Path) -> None:
+    masks = np.tile(np.array([0, 91, 255], np.uint8), (8, 4))
+    coco(tmp_path, "val", masks, "stuffthingmaps/val2017", 5)
+    whole = load_segmentation("coco_stuff27", "val", root=tmp_path)
+    with pytest.raises(MissingError, match=r"the split list .*Coco164kFull_Stuff_Coarse\.txt is not there"):
+        load_segmentation("coco_stuff27_curated", "val", root=tmp_path)
+    assert not CocoStuff27Curated.has_images(tmp_path / "coco", "val")
+    folder = tmp_path / "coco" / "curated" / "val2017"
+    folder.mkdir(parents=True)
+    (folder / CURATED).write_text(f"{3:012d}\n{1:012d}\n{77:012d}\n")  # not in order; one image is not here
+    part = load_segmentation("coco_stuff27_curated", "val", root=tmp_path)
+    assert part.ids == (f"{1:012d}", f"{3:012d}")
+    assert part.coverage == {"found": 2, "expected": 4172}
+    assert CocoStuff27Curated.has_images(tmp_path / "coco", "val")
+    assert part.classes == whole.classes
+    assert np.array_equal(part[1].image, whole[3].image)
+    assert np.array_equal(part[1].mask, whole[3].mask)
+    (folder / CURATED).write_text("COCO_val2014_000000000001\n")
+    with pytest.raises(BadInputError, match=r"None of the 1 names .*'COCO_val2014_000000000001', is that of an image"):
+        load_segmentation("coco_stuff27_curated", "val", root=tmp_path)
+
+
 def test_instances_of_the_sample(samples: Path, tmp_path: Path) -> None:
     (tmp_path / "coco").symlink_to(samples / "coco_instances_sample")
     dataset = load_folder("coco_things", "val", root=tmp_path)
@@ -227,6 +259,12 @@ def test_ade_in_both_forms(tmp_path: Path) -> None:
     assert with_other[0].mask[0].tolist() == [*range(151)]
     assert (with_other.classes[:2], with_other.void_class) == (("other", "wall"), 0)
     assert usual.fingerprint() != with_other.fingerprint()
+    scored = load_segmentation("ade20k_151_scored", "train", root=tmp_path)
+    assert scored.classes == with_other.classes
+    for dataset, value in ((with_other, IGNORE), (scored, 0)):
+        mask = dataset[0].mask
+        assert mask[0].tolist() == [*range(151)]
+        assert dataset.eval_mask(mask)[0].tolist() == [value, *range(1, 151)]
 
 
 def test_ade_of_the_sample(samples: Path) -> None:

@@ -79,6 +79,18 @@ def test_the_linear_head_never_learns_other(ade20k: Path, tmp_path: Path) -> Non
     assert predicted[1:4].sum() == predicted.sum() > 0
 
 
+def test_upsampler_papers_learn_and_score_other(ade20k: Path, tmp_path: Path) -> None:
+    changes = {"input_size": SIDE, "epochs": 5, "learning_rate": 0.1}
+    result = neco_bench.run(
+        "baseline_rgb", "ade20k_linear@naf-1", data_root=ade20k, changes=changes, workers=0, out=tmp_path / "out"
+    )
+    assert result.provenance["dataset"]["val"]["name"] == "ade20k_151_scored"
+    confusion = ResultStore(tmp_path / "out").statistics(result)["confusion"]
+    assert (confusion.shape, confusion.sum()) == ((3, 151, 151), 3 * SIDE**2)
+    assert (confusion[:, 0].sum(1) == SIDE**2 - 48 * 32).all()
+    assert confusion[:, :, 0].sum() > confusion.sum() / 2
+
+
 def test_a_fraction_is_the_mean_of_its_five_draws(ade20k: Path, tmp_path: Path) -> None:
     changes = {"input_size": SIDE, "neighbours": 3}
     (task,) = find_tasks(["ade20k_ic_1of8@clean-1"], changes)

@@ -32,6 +32,10 @@ SMALL: dict[str, dict[str, Any]] = {
     "in_context": {"input_size": 112},
     "linear_segmentation": {"input_size": 112, "epochs": 2, "batch_size": 3},
     "linear_segmentation@dinov2-1": {"input_size": 112, "iterations": 4, "batch_size": 3},
+    **{
+        f"linear_segmentation@{name}": {"input_size": 112, "epochs": 2, "batch_size": 3}
+        for name in ("naf-1", "jafar-1", "anyup-1")
+    },
     "linear_segmentation@leopart-fcn-1": {"input_size": 112, "epochs": 2, "batch_size": 3, "channels": 16},
     "linear_segmentation@dinov3-1": {"input_size": 112, "iterations": 4, "evaluate_every": 2, "batch_size": 3},
     "finetuning": {"input_size": 112, "epochs": 1, "batch_size": 3},
@@ -122,6 +126,7 @@ def test_the_scale_of_features_moves_nothing(task: str) -> None:
         "shapes_ic@clean-1",
         "shapes_linear@neco-1",
         "shapes_linear@dinov3-1",
+        "shapes_linear@naf-1",
         "shapes_finetune@clean-1",
     ],
 )
