@@ -100,6 +100,14 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; defaul
 
 Precision = Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16 for the encoder.")]
 
+RunPrecision = Annotated[
+    str | None,
+    typer.Option(
+        "--precision",
+        help="fp32 (default), bf16 or fp16 for the encoder; auto: bf16 where it is fast and the protocol allows it.",
+    ),
+]
+
 Layers = Annotated[str | None, typer.Option(help="Inner blocks of a ViT (8 or 2,5,8,11), or the stage of a CNN.")]
 
 

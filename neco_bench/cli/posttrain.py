@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from neco_bench.cli.common import DataRoot, Device, Json, Precision, app, is_quiet
+from neco_bench.cli.common import DataRoot, Device, Json, RunPrecision, app, is_quiet
 from neco_bench.cli.output import foreign_code, print_rows
 from neco_bench.core.errors import UsageError
 
@@ -36,7 +36,7 @@ def posttrain_report(
     weights: Annotated[Path | None, typer.Option(help="Weights file of TUNED.")] = None,
     data_root: DataRoot = None,
     device: Device = None,
-    precision: Precision = None,
+    precision: RunPrecision = None,
     batch_size: Annotated[int, typer.Option(help="Images per encoder forward.")] = 16,
     workers: Annotated[int | None, typer.Option(help="Loading processes.")] = None,
     limit: Annotated[int | None, typer.Option(help="First N items of each split only.")] = None,

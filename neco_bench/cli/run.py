@@ -15,7 +15,7 @@ from neco_bench.cli.common import (
     DataRoot,
     Device,
     Json,
-    Precision,
+    RunPrecision,
     Suites,
     Weights,
     app,
@@ -50,7 +50,7 @@ def run(
     data_root: DataRoot = None,
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
     device: Device = None,
-    precision: Precision = None,
+    precision: RunPrecision = None,
     batch_size: Annotated[int, typer.Option(help="Images per encoder forward; halved when memory runs out.")] = 16,
     workers: Annotated[
         int | None, typer.Option(help="Loading processes; default: cores - 1 for a GPU, threads for a CPU.")
@@ -232,7 +232,7 @@ def _print_forecast(
     from neco_bench.runner.estimate import forecast
 
     with foreign_code():
-        rows = forecast(jobs, store, fetch=not suite)
+        rows = forecast(jobs, store, fetch=not suite, progress=not is_quiet())
     rows += [
         {**dict.fromkeys(rows[0] if rows else ()), "model": absent.model, "task": absent.task.card.name,
          "protocol": absent.task.label, "stored": False, "problem": str(absent.error),

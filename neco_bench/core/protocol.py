@@ -120,7 +120,8 @@ class Protocol:
     """id, all constants, and the hash over both. A changed constant demands a new id (a test holds the hashes).
 
     module: of the family's package, with the `run` of this protocol; its `Settings` are in the module of that name with
-    "_settings" ("settings" for "task"), which imports no torch. citation: the family's where empty.
+    "_settings" ("settings" for "task"), which imports no torch. citation: the family's where empty. allows_bf16: its
+    scores in bf16 were found to be those in fp32 (docs/pages/precision.md), so that `--precision auto` may take it.
     """
 
     id: str
@@ -128,6 +129,7 @@ class Protocol:
     constants: Mapping[str, Any]
     module: str = "task"
     citation: str = ""
+    allows_bf16: bool = False
 
     @property
     def hash(self) -> str:
@@ -318,7 +320,14 @@ def _read_family(family: str) -> Family:
     path = _family_folder(family) / "cards.toml"
     document = read_toml(path)
     protocols = {
-        name: Protocol(name, family, constants, constants.pop("module", "task"), constants.pop("citation", ""))
+        name: Protocol(
+            name,
+            family,
+            constants,
+            constants.pop("module", "task"),
+            constants.pop("citation", ""),
+            constants.pop("allows_bf16", False),
+        )
         for name, constants in document.get("protocols", {}).items()
     }
     cards = {}

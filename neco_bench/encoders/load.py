@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import logging
+import platform
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -51,6 +52,23 @@ def resolve_device(device: str | None) -> torch.device:
         here = [f"{kind} ({count})" for kind, count in available.items() if count]
         raise UsageError(f"Device {device!r} is not available here; this machine has {', '.join(here)}.")
     return picked
+
+
+def is_fast_in_bf16(device: str | None) -> bool:
+    """Return whether the device of that name multiplies in bf16: NVIDIA GPUs of capability 8 and above, CPUs that have
+    AVX-512 BF16, AMX or ARM's products. Raises `UsageError` for an unknown device."""
+    import torch
+
+    place = resolve_device(device)
+    if place.type == "cuda":
+        return torch.cuda.get_device_capability(place) >= (8, 0)
+    if place.type != "cpu":
+        return False
+    if platform.machine().lower() in ("aarch64", "arm64"):
+        return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    # PyTorch has no public question for one instruction in the versions that are supported.
+    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(ask() for ask in asked if ask is not None)
 
 
 def build(model: ModelSpec) -> Encoder:

@@ -21,6 +21,11 @@ class BicubicResizeSquare:
     size: int
     resize_mask: bool
 
+    @property
+    def pixels(self) -> str:
+        """What the image depends on besides its item, as `ResizeSquare.pixels`."""
+        return f"{type(self).__name__}({self.size})"
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         """Return the image (3, size, size) and the mask; `rng` is not used."""
         image, mask = sample.image, sample.mask

@@ -7,7 +7,7 @@ images through the encoder, a few from the disk and one search give the rates of
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from neco_bench.core.errors import MissingError, NecoBenchError
+from neco_bench.core.progress import Progress
 from neco_bench.core.task import Cost
 from neco_bench.data.base import BoxDataset, Dataset, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset
@@ -36,6 +37,12 @@ from neco_bench.search.exact import ExactIndex
 
 MEASURED = 8  # images
 
+SEARCHED = 4096  # vectors, by as many
+
+ENOUGH = 0.5  # seconds of a measurement
+
+PATIENCE = 5.0  # seconds for measuring one encoder; at further sizes its time is taken to be proportional to the area
+
 MOST_BARE = 1500  # million parameters of an encoder that is built for an estimate alone
 
 
@@ -52,13 +59,22 @@ class Estimate:
     layers_ahead: tuple[int, ...] = ()
 
 
-def forecast(jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True) -> list[dict[str, Any]]:
+def forecast(
+    jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True, progress: bool = False
+) -> list[dict[str, Any]]:
     """One row per job: its items, whether its result is stored, and else the estimate, or the error it would end in.
 
     Each model is loaded once for each layer; jobs of one model lie side by side. fetch: False fetches no weights;
     where they are not here, the estimate is that of the architecture, beside the error. `layers_ahead` are the layers
-    whose forward passes are in the hours of this row.
+    whose forward passes are in the hours of this row. progress: show it on stderr.
     """
+    if progress:
+        with Progress("dry run") as shown:
+            return _rows(shown.track(jobs, "estimates"), store, fetch)
+    return _rows(jobs, store, fetch)
+
+
+def _rows(jobs: Iterable[Job], store: ResultStore, fetch: bool) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     rates = Rates()
     encoders: dict[tuple[str, str | None], tuple[Encoder | None, NecoBenchError | None]] = {}
@@ -71,6 +87,8 @@ def forecast(jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True) -> 
             if named not in encoders:
                 encoders = {named: _encoder_and_error(job, fetch)}
             encoder, problem = encoders[named]
+            if encoder is not None:  # tasks of one model may have several
+                encoder.precision = job.options.precision or encoder.precision
             own = job.model, job.task.card.name, job.task.label, job.options.seed
             try:
                 cost = encoder and estimate(job, encoder, rates, passed=(*own, job.options.layers) in passed)
@@ -102,6 +120,7 @@ class Rates:
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], float] = {}
+        self._encoders: dict[tuple[Any, ...], _Encoding] = {}
 
     def _once(self, key: tuple[Any, ...], measure: Callable[[], float]) -> float:
         if key not in self._known:
@@ -115,14 +134,32 @@ class Rates:
 
     def encoding(self, encoder: Encoder, size: int, batch_size: int) -> float:
         """Seconds to encode an image."""
-        images = torch.zeros(min(MEASURED, batch_size), 3, size, size)
         parts = ",".join(f"{name}{tuple(p.shape)}" for name, p in encoder.named_parameters())
-        key = parts or encoder.name, encoder.layer, encoder.stride, encoder.precision, str(encoder.device), images.shape
-        return self._once(("encoding", *key), lambda: _median(lambda: encoder.encode(images)) / len(images))
+        key = parts or encoder.name, encoder.layer, encoder.stride, encoder.precision, str(encoder.device), batch_size
+        return self._encoders.setdefault(key, _Encoding()).seconds(encoder, size, batch_size)
 
     def search(self, device: torch.device, width: int) -> float:
         """Floating-point operations in a second."""
         return self._once(("search", str(device), width), lambda: _rate(device, width))
+
+
+class _Encoding:
+    """Seconds that one encoder takes for an image, by size."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, float] = {}
+        self._spent = 0.0
+
+    def seconds(self, encoder: Encoder, size: int, batch_size: int) -> float:
+        """Seconds at a size: measured once, or after PATIENCE from the nearest size that was."""
+        if size not in self._known and self._spent > PATIENCE:
+            nearest = min(self._known, key=lambda other: abs(other - size))
+            return self._known[nearest] * (size / nearest) ** 2
+        if size not in self._known:
+            start = time.perf_counter()
+            self._known[size] = _seconds_to_encode(encoder, size, batch_size)
+            self._spent += time.perf_counter() - start
+        return self._known[size]
 
 
 def estimate(job: Job, encoder: Encoder, rates: Rates | None = None, *, passed: bool = False) -> Estimate | None:
@@ -183,17 +220,29 @@ def _encoder_and_error(job: Job, fetch: bool) -> tuple[Encoder | None, NecoBench
     return load_encoder(bare, device=options.device, precision=options.precision, layers=options.layers), problem
 
 
-def _median(call: Callable[[], object]) -> float:
-    """Median seconds of three calls after a first one."""
+def _seconds_to_encode(encoder: Encoder, size: int, batch_size: int) -> float:
+    """Seconds per image: of one where that already takes long, else of a batch."""
+    images = torch.zeros(min(MEASURED, batch_size), 3, size, size)
+    if encoder.device.type != "cpu":
+        encoder.encode(images[:1])  # starts the device, which takes longer than all else
+    first = _seconds(lambda: encoder.encode(images[:1]))
+    return first if first > ENOUGH else _median(lambda: encoder.encode(images)) / len(images)
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    start = time.perf_counter()
     call()
-    times = []
-    for _ in range(3):
-        start = time.perf_counter()
-        call()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def _median(call: Callable[[], object]) -> float:
+    """Median seconds of three calls after a first one, or of as many as take ENOUGH; of a first that does, its own."""
+    times = [_seconds(call)]
+    while len(times) < 4 and sum(times) < ENOUGH:
+        times.append(_seconds(call))
+    return float(np.median(times[1:] or times))
 
 
 def _seconds_to_load(dataset: Dataset, size: int) -> float:
@@ -221,6 +270,6 @@ def _seconds_to_load(dataset: Dataset, size: int) -> float:
 def _rate(device: torch.device, width: int) -> float:
     """Floating-point operations per second of an exact search among vectors of `width`."""
     index = ExactIndex(width, device)
-    index.add(torch.rand(8192, width))
-    queries = torch.rand(8192, width)
-    return 2.0 * 8192**2 * width / _median(lambda: index.search(queries, 8))
+    index.add(torch.rand(SEARCHED, width))
+    queries = torch.rand(SEARCHED, width)
+    return 2.0 * SEARCHED**2 * width / _median(lambda: index.search(queries, 8))

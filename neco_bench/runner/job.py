@@ -15,7 +15,7 @@ from neco_bench.core.protocol import Task, find_tasks
 from neco_bench.data.base import Dataset
 from neco_bench.data.load import DRAWS, check_split, dataset_class, load_dataset
 from neco_bench.encoders.identity import content_id, loaded_id, version_of
-from neco_bench.encoders.load import load_encoder
+from neco_bench.encoders.load import is_fast_in_bf16, load_encoder
 from neco_bench.encoders.spec import needs_loading, parse_spec
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
@@ -86,10 +86,13 @@ class Job:
 
 
 def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = None) -> Job:
-    """Check the model's name and open the data. Loads no weights and no torch.
+    """Check the model's name and open the data. Loads no weights and, but for the precision "auto", no torch.
 
     identity: what stands for the encoder's content; None asks the model spec.
     """
+    if options.precision == "auto":
+        fast = task.protocol.allows_bf16 and is_fast_in_bf16(options.device)
+        options = replace(options, precision="bf16" if fast else "fp32")
     if identity is None:  # an unknown model or a missing file is an error now, not hours later
         identity = content_id(model, options.weights)
     if options.split_file is not None and "train" not in task.card.splits:
@@ -184,7 +187,8 @@ def each_of(
     first = plan(model, task, layered[0][0], identity=layered[0][1])
     jobs = seeded(first, seeds)
     for options, identity in layered[1:]:
-        other = replace(first, options=options, facts={**first.facts, "layers": options.layers})
+        own = replace(first.options, layers=options.layers)  # with what planning has set
+        other = replace(first, options=own, facts={**first.facts, "layers": options.layers})
         jobs += seeded(other.identified(identity or first.identity), seeds)
     if len(layered) == 1 or layered[0][0].features == "off":
         return jobs

@@ -18,6 +18,7 @@ class RunOptions:
     """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers
     beside a GPU and none beside a CPU.
 
+    precision: "auto" takes bf16 where the protocol allows it and the device is fast in it, else fp32.
     features: how those of a named model are stored and shared by tasks, "fp32", "fp16" or "off".
     checkpointing: where a task trains the encoder, compute activations again in backward: less memory, more time.
     """
@@ -44,8 +45,8 @@ class RunOptions:
         return spare if self.workers is None else self.workers
 
     def __post_init__(self) -> None:
-        if self.precision not in (None, *PRECISIONS):
-            raise UsageError(f"Unknown precision {self.precision!r}: use {', '.join(PRECISIONS)}.")
+        if self.precision not in (None, "auto", *PRECISIONS):
+            raise UsageError(f"Unknown precision {self.precision!r}: use {', '.join(PRECISIONS)} or auto.")
         if self.features not in ("fp32", "fp16", "off"):
             raise UsageError(f"Unknown --features {self.features!r}: use fp32, fp16 or off.")
         for name, value, least in (

@@ -137,6 +137,11 @@ class FrameInput:
     size: tuple[int, int]  # of the grid: the feature store asks for it
     fill: tuple[float, float, float]
 
+    @property
+    def pixels(self) -> str:
+        """What the input depends on besides its item, as `ResizeSquare.pixels`."""
+        return repr(self)
+
     def __call__(self, sample: DenseSample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         """Return the input (3, H, W) in [0, 1] and the target packed; `rng` is not used."""
         image, target = self.frame.cut(sample)

@@ -22,6 +22,11 @@ class ResizeFrame:
     size: tuple[int, int]
     rule: str  # "bilinear" or "bicubic"
 
+    @property
+    def pixels(self) -> str:
+        """What a frame depends on besides its item, as `ResizeSquare.pixels`."""
+        return repr(self)
+
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         """Return the frame (3, H, W) and its mask; `rng` is not used."""
         height, width = self.size

@@ -106,6 +106,25 @@ def test_other_masks_and_seeds_share_features(rule: Literal["torch", "native"], 
     assert len(stored_files()) == 1
 
 
+@pytest.mark.parametrize(
+    ("first", "second", "own"),
+    [
+        ("shapes_knn@capi-1", "shapes_knn@clean-1", 0),  # other masks to score on
+        # Another seed; the other one of a head is trained on other augmented images, in 2 steps of 8.
+        pytest.param("shapes_vos@clean-1", "shapes_vos@clean-1", 0, marks=pytest.mark.slow),
+        pytest.param("shapes_depth@clean-1", "shapes_depth@clean-1", 16, marks=pytest.mark.slow),
+    ],
+)
+def test_protocols_and_seeds_share_what_is_not_drawn(first: str, second: str, own: int, encoded: list[int]) -> None:
+    for seed, name in enumerate((first, second)):
+        encoded.clear()
+        (task,) = find_tasks([name], {"iterations": 2} if "depth" in name else {})
+        result, _ = execute(plan(MODEL, task, RunOptions(workers=0, limit=2, seed=seed)), None)
+        assert result.status == "ok", result.error
+        assert sum(encoded) > own or seed
+    assert sum(encoded) == own
+
+
 def test_a_longer_list_computes_what_is_missing(encoded: list[int]) -> None:
     dataset, encoder = load_segmentation("shapes", "val", limit=20), load_encoder(MODEL)
 

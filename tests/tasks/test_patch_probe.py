@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,8 @@ from sklearn.preprocessing import StandardScaler
 from torch import Tensor
 
 import neco_bench
-from neco_bench.core.config import read_toml
 from neco_bench.core.errors import BadInputError, NumericalError, UsageError
+from neco_bench.core.protocol import protocol
 from neco_bench.core.task import Context
 from neco_bench.data.base import IGNORE, Sample, SegmentationDataset, Void
 from neco_bench.data.load import DATASETS
@@ -42,11 +43,14 @@ from tests.typed import load_segmentation, present
 
 CPU = torch.device("cpu")
 VOIDS: tuple[Void, ...] = ("wins ties", "loses ties", "never votes")
-CONSTANTS = read_toml(Path(probe.__file__).with_name("cards.toml"))["protocols"]
 
 
-def some_settings(protocol: str = "capi-1", **changes: Any) -> Settings:
-    return Settings(**{**CONSTANTS[protocol], "input_size": 16, "method": "knn", "ks": [1], **changes})
+def constants(name: str) -> Mapping[str, Any]:
+    return protocol("patch_probe", name).constants
+
+
+def some_settings(name: str = "capi-1", **changes: Any) -> Settings:
+    return Settings(**{**constants(name), "input_size": 16, "method": "knn", "ks": [1], **changes})
 
 
 class Cells(Encoder):
@@ -318,14 +322,14 @@ def test_one_void_pixel_makes_151_classes() -> None:
     holed = full.copy()
     holed[:, np.argwhere(full[0] == 5)[0][0], np.argwhere(full[0] == 5)[0][1]] = IGNORE
     data: dict[str, SegmentationDataset] = {"train": Given(holed, values), "val": Given(full, values)}
-    for protocol, method, expected in (
+    for name, method, expected in (
         ("capi-1", "knn", (149 + 15 / 16) / 151),
         ("clean-1", "knn", 1.0),  # void never votes, so the patch's majority label fills the hole
         ("capi-1", "logreg", 1.0),
     ):
-        options = some_settings(protocol, input_size=52, method=method, distances=["l2"], regularisations=[1e7])
+        options = some_settings(name, input_size=52, method=method, distances=["l2"], regularisations=[1e7])
         outcome = probe.run(Cells(), data, options, Context())
-        assert outcome.metrics["mIoU"] == pytest.approx(expected, rel=1e-12), (protocol, method)
+        assert outcome.metrics["mIoU"] == pytest.approx(expected, rel=1e-12), (name, method)
         assert outcome.metrics["mIoU_present"] == pytest.approx(min(1, expected * 151 / 150), rel=1e-12)
         assert outcome.statistics["confusion"].shape[1:] == ((151,) * 2 if expected < 1 else (150,) * 2)
         assert len(outcome.per_class["IoU"]) == outcome.statistics["confusion"].shape[1]
@@ -411,7 +415,7 @@ def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str
 
 @pytest.mark.parametrize("method", ["knn", "logreg"])
 def test_the_protocol_equals_a_second_pipeline(method: str) -> None:
-    cs = CONSTANTS["capi-1"]["regularisations"][1:5]
+    cs = constants("capi-1")["regularisations"][1:5]
     options = some_settings(input_size=56, method=method, ks=[1, 3, 10], regularisations=cs)
     data = {split: load_segmentation("shapes", split, limit=12) for split in ("train", "val")}
     context = Context()
