@@ -52,6 +52,16 @@ class Features(Tiny):
         (patches, prefix), = outputs(self, x, 1, True)
         return {"x_norm_patchtokens": patches, "x_norm_clstoken": prefix[:, 0]}
 
+class Capi(nn.Module):
+    """CAPI's interface: registers first, any layer after the norm, no arguments to build it."""
+    patch_size, embed_dim, n_blocks, num_prefix_tokens = 16, 192, 12, 1
+    def __init__(self):
+        super().__init__()
+        self.inner = Tiny()
+    def forward_features(self, x, visible_indices, predict_indices, enc_layer, dec_layer):
+        (patches, prefix), = outputs(self.inner, x, [enc_layer - 1], True)
+        return torch.cat([prefix, patches], 1), None
+
 class Spare(nn.Module):
     pass
 
@@ -64,6 +74,7 @@ def v2_free(pretrained=True): return V2()
 def v1(pretrained=True): return V1()
 def original(pretrained=True): return Original()
 def features(pretrained=True): return Features()
+def capi(): return Capi()
 def spare(pretrained=True): return Spare()
 def broken(pretrained=True): raise ValueError("out of order")
 '''
@@ -104,6 +115,17 @@ def test_hub_interfaces_agree(repository: Path) -> None:
     raw = encoders["v2_free"].encode(images, final_norm=False)
     assert not raw.final_norm
     assert not torch.allclose(raw.map, maps[0])
+
+
+def test_models_of_capi(repository: Path) -> None:
+    images = torch.rand(2, 3, 64, 96)
+    capi, dinov2 = (load_encoder(f"hub:{repository}:{name}?trust=true") for name in ("capi", "v2_free"))
+    read, expected = capi.encode(images), dinov2.encode(images)
+    torch.testing.assert_close(read.map, expected.map)
+    torch.testing.assert_close(read.prefix, expected.prefix)
+    assert all(line.passed for line in check_encoder(capi))
+    two = [load_encoder(f"hub:{repository}:{name}?trust=true", layers=[3, 11]) for name in ("capi", "v2_free")]
+    torch.testing.assert_close(*(encoder.encode(images).map for encoder in two))
 
 
 def test_hub_faults(repository: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ As with torch.hub itself, this runs the repository's code. The model has `embed_
 `patch_embed.patch_size`), `blocks`, and either DINOv2's
 `get_intermediate_layers(x, n, reshape, return_class_token, norm)`, DINO's `get_intermediate_layers(x, n)` (the last n
 blocks after the norm, class token first), or `forward_features(x)` with a dictionary holding `x_norm_patchtokens`.
+CAPI's models have `n_blocks`, `num_prefix_tokens` and a `forward_features` that takes the layer.
 """
 
 from __future__ import annotations
@@ -88,10 +89,13 @@ def _wrap(model: Any, spec: ModelSpec) -> Encoder:
         encoder = timm_models.wrap(model, spec, twin=copy.deepcopy(model).to("meta"))
         encoder.mean, encoder.std, encoder.statistics = timm_models.statistics_of(model)
         return encoder
+    features = getattr(model, "forward_features", None)
+    if features and "enc_layer" in inspect.signature(features).parameters:
+        return HubCAPI(model, spec)
     absent = [name for name in ("embed_dim", "blocks") if not hasattr(model, name)]
     absent += [] if _patch_size(model) else ["patch_size"]
     inner = getattr(model, "get_intermediate_layers", None)
-    if absent or not (inner or hasattr(model, "forward_features")):
+    if absent or not (inner or features):
         raise BadInputError(
             f"Hub model {spec.target!r} is not in the style of DINO or DINOv2 "
             f"(without {', '.join(absent) or 'get_intermediate_layers and forward_features'}). "
@@ -125,7 +129,8 @@ class _Hub(Encoder):
         patch = _patch_size(model)
         self.stride = patch if isinstance(patch, int) else patch[0]
         self.pos_interp = "native"
-        inner = model.blocks.modules() if isinstance(model.blocks, torch.nn.Module) else ()
+        blocks = getattr(model, "blocks", None)
+        inner = blocks.modules() if isinstance(blocks, torch.nn.Module) else ()
         last = [m.attn for m in inner if hasattr(getattr(m, "attn", None), "qkv")][-1:]
         self.last_attention: tuple[Any, ...] = tuple(last)  # in a tuple: no part of this module besides the model's
         self.prefix_count = 1 + getattr(model, "num_register_tokens", 0)
@@ -222,3 +227,28 @@ class HubDictionary(_Hub):
         if not isinstance(output, dict) or "x_norm_patchtokens" not in output:
             raise BadInputError(f"Hub model {self.name!r}: forward_features gave no x_norm_patchtokens.")
         return DenseFeatures(self._grid(output["x_norm_patchtokens"], images), self.stride, self.layer, True)
+
+
+class HubCAPI(_Hub):
+    """CAPI's interface: one layer in each pass, always after the norm; layer 0 is what enters the first block.
+
+    Source: facebookresearch/capi, model.py, `EncoderDecoder.forward_features`. `prefix` holds the registers.
+    """
+
+    equal_layers = False  # each has its own pass
+
+    def __init__(self, model: Any, spec: ModelSpec) -> None:
+        super().__init__(model, spec)
+        self.statistics = "ImageNet's, as of CAPI's own evaluations"
+        self.prefix_count = model.num_prefix_tokens
+
+    def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
+        tokens = torch.cat(
+            [
+                self.model.forward_features(images, None, None, enc_layer=index + 1, dec_layer=None)[0]
+                for index in self.indices
+            ],
+            -1,
+        )
+        grid = self._grid(tokens[:, self.prefix_count :], images)
+        return DenseFeatures(grid, self.stride, self.layer, True, tokens[:, : self.prefix_count])
