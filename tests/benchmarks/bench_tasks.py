@@ -32,6 +32,7 @@ FIRST: dict[str, dict[str, Any]] = {
     "camvid_ic@hbird-2 PCA": {"memory_size": 51_200, "search": "PCA256,RFlat"},
     "camvid_linear@neco-1 1 epoch": {"epochs": 1},
     "camvid_cluster_gt@neco-1": {},
+    "camvid_knn@capi-1": {},
 }
 AGAIN = {
     "camvid_overcluster_50@neco-1": "camvid_cluster_gt@neco-1",
