@@ -76,6 +76,28 @@ def new_cache(embedded: list[Path], tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.fixture
+def own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keep the features of this test apart: its feature store is empty."""
+    monkeypatch.setattr("neco_bench.features.store.cache_dir", lambda: tmp_path / "cache")
+
+
+@pytest.fixture
+def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Sizes of the batches that go through any encoder."""
+    from neco_bench.encoders.base import Encoder
+
+    sizes: list[int] = []
+    encode = Encoder.encode
+
+    def counted(self: Encoder, images: Any, **options: Any) -> object:
+        sizes.append(len(images))
+        return encode(self, images, **options)
+
+    monkeypatch.setattr(Encoder, "encode", counted)
+    return sizes
+
+
+@pytest.fixture
 def make_result() -> Callable[..., Result]:
     def make(value: float = 0.5, **changes: Any) -> Result:
         fields: dict[str, Any] = {

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,28 +18,11 @@ from neco_bench.features.store import FeatureStore, stored_files
 from neco_bench.features.transforms import ResizeSquare
 from tests.typed import load_segmentation
 
+pytestmark = pytest.mark.usefixtures("own_store")
+
 VIT, RELATIVE = "timm:test_vit?pretrained=false", "timm:test_vit_relpos?pretrained=false"
 IMAGES, SIZE = 5, 64
 ITEM = 64 * (SIZE // 16) ** 2 * 4  # bytes of features
-
-
-@pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neco_bench.features.store.cache_dir", lambda: tmp_path / "cache")
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the batches that went through an encoder."""
-    sizes: list[int] = []
-    encode = Encoder.encode
-
-    def counted(self: Encoder, images: Tensor, **options: Any) -> object:
-        sizes.append(len(images))
-        return encode(self, images, **options)
-
-    monkeypatch.setattr(Encoder, "encode", counted)
-    return sizes
 
 
 def stream(

@@ -18,7 +18,6 @@ from neco_bench.core.errors import NumericalError, UsageError
 from neco_bench.core.protocol import find_tasks
 from neco_bench.core.task import Context
 from neco_bench.encoders import load_encoder
-from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureBatch, FeatureExtractor, Transform
 from neco_bench.features.store import FeatureStore, budget, remove_file, store_folder, stored_files
 from neco_bench.features.transforms import ResizeSquare
@@ -28,26 +27,9 @@ from neco_bench.runner.job import plan
 from neco_bench.runner.options import RunOptions
 from tests.typed import load_segmentation
 
+pytestmark = pytest.mark.usefixtures("own_store")
+
 MODEL = "baseline_rgb"
-
-
-@pytest.fixture(autouse=True)
-def _own_store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("neco_bench.features.store.cache_dir", lambda: tmp_path / "cache")
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Sizes of the batches that went through an encoder."""
-    sizes: list[int] = []
-    encode = Encoder.encode
-
-    def counted(self: Encoder, images: torch.Tensor, **options: Any) -> object:
-        sizes.append(len(images))
-        return encode(self, images, **options)
-
-    monkeypatch.setattr(Encoder, "encode", counted)
-    return sizes
 
 
 def batches(

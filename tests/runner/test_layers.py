@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from torch import Tensor
 
 import neco_bench
-from neco_bench.encoders.base import Encoder
 from neco_bench.results.schema import Result
 from neco_bench.runner.estimate import Rates
 from tests.command import Answer, neco
+
+pytestmark = pytest.mark.usefixtures("own_store")
 
 MODEL, DEPTH, IMAGES = "timm:test_vit?pretrained=false", 6, 2
 OPTIONS: dict[str, Any] = {"limit": IMAGES, "workers": 0, "changes": {"input_size": 64, "neighbours": 4}}
@@ -22,21 +22,6 @@ OPTIONS: dict[str, Any] = {"limit": IMAGES, "workers": 0, "changes": {"input_siz
 def run(*more: object, model: str = MODEL) -> Answer:
     words = ("--limit", IMAGES, "--workers", 0, "--set", "input_size=64", "--set", "neighbours=4")
     return neco("run", "--model", model, "--task", "shapes_ic", *words, "--layers", "all", *more, "--json")
-
-
-@pytest.fixture
-def encoded(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[int]:
-    """Sizes of the batches that went through an encoder. The feature store is empty."""
-    monkeypatch.setattr("neco_bench.features.store.cache_dir", lambda: tmp_path / "cache")
-    sizes: list[int] = []
-    encode = Encoder.encode
-
-    def counted(self: Encoder, images: Tensor, **options: Any) -> object:
-        sizes.append(len(images))
-        return encode(self, images, **options)
-
-    monkeypatch.setattr(Encoder, "encode", counted)
-    return sizes
 
 
 def numbers(result: Result) -> tuple[object, ...]:
