@@ -97,7 +97,7 @@ def test_a_folder_whose_log_lacks_columns_is_resumed(logged: tuple[Path, str], t
     torch.save(state, newest.with_name("checkpoint-0000002") / "training.pt")
     (newest / "training.pt").unlink()
     train(recipe(**SMALLER), options(run, progress=False, resume=True))
-    again = pd.read_csv(run / "log.csv")
+    again = pd.read_csv(run / "log.csv", float_precision="round_trip")
     assert again.step.tolist() == [1, 2, 3, 4]
     assert again.grad_norm.isna().tolist() == [True, True, False, False]
     np.testing.assert_array_equal(again.loss, rows.loss.astype(float))
