@@ -177,8 +177,9 @@ def _parse_registered_name(text: str, spec: str) -> _Body | None:
     registered = models().entry(name)
     entry = zoo().get(name)
     target, _, options = registered.value.partition("?")
-    if target.startswith("timm:"):
-        return _Body(name, "timm", target.removeprefix("timm:"), entry, registered.origin, options)
+    kind, _, named = target.partition(":")
+    if kind in _TARGETS:
+        return _Body(name, kind, named, entry, registered.origin, options)
     return _Body(name, "code", registered.value, entry, registered.origin)
 
 
@@ -327,8 +328,8 @@ def architecture(spec: SpecLike) -> str:
     """Write the spec of a model's bare architecture: what `encoder.json` records as `base`.
 
     Layers, final norm and position interpolation stand in it where they are not the default; what selects weights
-    (pretrained, seed, branch) does not. A zoo name becomes its `timm:` spec, so that later changes of the zoo cannot
-    change it; a run folder becomes its own base. Raises as `parse_spec`.
+    (pretrained, seed, branch) does not. A zoo name becomes its `timm:` or `hub:` spec, so that later changes of the zoo
+    cannot change it; a run folder becomes its own base. Raises as `parse_spec`.
     """
     model = parse_spec(spec)
     base = model.base or model

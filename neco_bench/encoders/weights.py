@@ -76,8 +76,7 @@ _OTHER_LAYOUTS = (
     ),
     (
         r"residual1\.fn\.q_proj\.",
-        "It has the names of CAPI: load torch.hub's facebookresearch/capi in a function of your own "
-        "(path/to/file.py:FACTORY).",
+        "It has the names of CAPI: capi_vitl14_lvd?trust=true and the like load the official files.",
     ),
     (
         r"\.mlp\.w12\.",

@@ -58,7 +58,7 @@ class ZooEntry:
     @property
     def has_official_weights(self) -> bool:
         """Whether the name stands for published weights. False for code and for random weights."""
-        return self.spec.startswith("timm:") and "pretrained=false" not in self.spec
+        return self.spec.startswith(("timm:", "hub:")) and "pretrained=false" not in self.spec
 
 
 def weights_folder(model: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -75,6 +76,7 @@ def v1(pretrained=True): return V1()
 def original(pretrained=True): return Original()
 def features(pretrained=True): return Features()
 def capi(): return Capi()
+capi_vitl14_lvd = capi
 def spare(pretrained=True): return Spare()
 def broken(pretrained=True): raise ValueError("out of order")
 '''
@@ -126,6 +128,18 @@ def test_models_of_capi(repository: Path) -> None:
     assert all(line.passed for line in check_encoder(capi))
     two = [load_encoder(f"hub:{repository}:{name}?trust=true", layers=[3, 11]) for name in ("capi", "v2_free")]
     torch.testing.assert_close(*(encoder.encode(images).map for encoder in two))
+
+
+def test_zoo_names_of_hub_models(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The repository is in torch.hub's cache; its weights are not known to be the official ones."""
+    monkeypatch.setattr("torch.hub.get_dir", lambda: str(repository.parent / "hub"))
+    shutil.copytree(repository, repository.parent / "hub" / "facebookresearch_capi_main")
+    with pytest.raises(UsageError, match="add \\?trust=true"):
+        load_encoder("capi_vitl14_lvd")
+    encoder = load_encoder("capi_vitl14_lvd?trust=true")
+    assert encoder.weights_id == load_encoder(f"hub:{repository}:capi?trust=true").weights_id
+    assert (encoder.name, encoder.official) == ("capi_vitl14_lvd?trust=true", False)
+    assert encoder.training_data.startswith("LVD-142M")
 
 
 def test_hub_faults(repository: Path, tmp_path: Path) -> None:

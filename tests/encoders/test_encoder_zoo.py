@@ -35,7 +35,7 @@ def test_what_the_zoo_holds() -> None:
     assert ids >= {"dinov3_vits16", "dinov3_vitl16", "dinov3_convnext_tiny", "mae_vitb16", "clip_vitb16"}
     assert ids >= {"baseline_rgb", "baseline_hog", "random_vit_small"}
     assert ids >= {"ibot_vits16", "cribo_vits16", "leopart_vits16", "timet_vits16", "mae_vitb16", "franca_vitb14"}
-    assert ids >= {"pe_spatial_vitg14", "c_radiov3_vitb16", "tipsv2_vitb14", "eupe_vits16"}
+    assert ids >= {"pe_spatial_vitg14", "c_radiov3_vitb16", "tipsv2_vitb14", "eupe_vits16", "capi_vitl14_lvd"}
 
 
 @pytest.mark.parametrize("entry", zoo().values(), ids=zoo())
@@ -43,6 +43,10 @@ def test_facts(entry: ZooEntry) -> None:
     for fact in ("source", "licence", "citation", "training_data"):
         assert getattr(entry, fact), fact
     assert entry.pos_interp in ("timm", "scale_offset", "size_antialias", "none")
+    if entry.spec.startswith("hub:"):  # its code is not here
+        assert entry.spec.endswith(f":{entry.id}")
+        assert parse_spec(f"{entry.id}?trust=true").kind == "hub"
+        return
     if not entry.spec.startswith("timm:"):
         encoder = load_encoder(entry.id)
         assert (encoder.embed_dim, encoder.stride) == (entry.embed_dim, entry.stride)
