@@ -150,7 +150,7 @@ def _executed(
         **requested,
         "only_size": encoder.only_size,
         "size_multiple": encoder.size_multiple or encoder.stride,
-        "tokens": (used // encoder.stride) ** 2 if isinstance(used, int) else outcome.features.get("tokens"),
+        "tokens": outcome.features.get("tokens") or ((used // encoder.stride) ** 2 if isinstance(used, int) else None),
         "layer": encoder.layer,
         "pos_interp": encoder.pos_interp,
         "dtype": "float16" if job.options.features == "fp16" else "float32",

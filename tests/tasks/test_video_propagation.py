@@ -267,3 +267,12 @@ def test_the_outcome_by_hand(tmp_path: Path) -> None:
     assert result.provenance["features"]["tokens"] == 49
     again = run_job(replace(job, options=replace(job.options, overwrite=True)), store)
     assert again.metrics == result.metrics
+
+
+def test_frames_that_are_not_square_have_the_tokens_of_their_shape(real_data: Path) -> None:
+    options: dict[str, Any] = {"limit": 1, "workers": 0, "changes": {"input_size": 64}}
+    result = neco_bench.run("baseline_rgb", "davis2016_vos@dinov3-1", data_root=real_data, **options)
+    features = result.provenance["features"]
+    height, width = features["used_shape"]
+    assert height < width
+    assert features["tokens"] == (height // 8) * (width // 8)
