@@ -65,7 +65,7 @@ def locked(run: Path) -> Iterator[None]:
         raise UsageError(
             f"--out {run}: another process trains here. Wait until it has ended, or give another --out."
         ) from None
-    except (OSError, NotImplementedError) as error:
+    except (OSError, NotImplementedError) as error:  # the latter is filelock's, of file systems without locks
         raise NecoBenchError(
             f"{run}: the folder could not be locked ({getattr(error, 'strerror', None) or error}). Make it writable, "
             f"or choose another one with --out."

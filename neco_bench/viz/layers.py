@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections import defaultdict
@@ -175,11 +176,11 @@ def draw_layers(curve: LayerCurve) -> np.ndarray:
         text(across(layer), BOTTOM + 10, str(layer), "ma", 13, PALE)
     text((LEFT + END) / 2, HEIGHT - 14, "layer", "ms", 14, PALE)
 
-    for one, other in zip(curve.scores, curve.scores[1:], strict=False):  # a gap where one has no interval
+    for one, other in itertools.pairwise(curve.scores):  # a gap where one has no interval
         ends = [(one.layer, one.low), (other.layer, other.low), (other.layer, other.high), (one.layer, one.high)]
         if other.layer == one.layer + 1 and not any(math.isnan(value) for _, value in ends):
             draw.polygon([(SHARP * across(layer), SHARP * up(value)) for layer, value in ends], fill=BAND)
-    for one, other in zip(curve.scores, curve.scores[1:], strict=False):
+    for one, other in itertools.pairwise(curve.scores):
         if other.layer == one.layer + 1:
             line([(across(s.layer), up(s.value)) for s in (one, other)], RIGHT, 2)
     for score in curve.scores:
