@@ -71,6 +71,7 @@ def test_the_example_encoder_is_short() -> None:
     assert len(function) <= 15
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", COMMANDS)
 def test_command(command: str, place: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """In this process: a new one for each would spend most of its time importing torch."""

@@ -71,11 +71,13 @@ def test_a_stored_result_is_back_without_torch(results: Path) -> None:
     assert not _imported(*RUN, "--out", results) & {"torch", "torchvision", "timm"}
 
 
+@pytest.mark.slow
 def test_a_run_that_needs_neither_imports_no_torchvision_and_no_compiler(tmp_path: Path) -> None:
     run = ["run", "--model", "baseline_rgb", "--task", "shapes_cluster_gt", "--limit", 4, "--workers", 0]
     assert not _imported(*run, "--out", tmp_path) & {"torchvision", "torch._dynamo", "timm"}
 
 
+@pytest.mark.slow
 def test_json_is_one_document_and_nothing_else(results: Path, tmp_path: Path) -> None:
     def document(*arguments: object) -> Any:
         answer = neco(*arguments, "--json")
@@ -114,6 +116,7 @@ def test_a_failing_run_is_told_in_json_too(tmp_path: Path) -> None:
     assert (answer.code, answer.out) == (2, "")
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_all_and_runs_nothing(tmp_path: Path, real_data: Path) -> None:
     out = tmp_path / "results"
     run = [

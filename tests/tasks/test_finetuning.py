@@ -391,6 +391,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return run(tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_stopped_run_goes_on_to_the_same_curve(
     kind: signal.Signals, whole: Any, new_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -422,6 +423,7 @@ class Killed(BaseException):
     """The process ends here."""
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_from_its_last_checkpoint(
     whole: Any, new_cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -446,6 +448,7 @@ def test_a_killed_run_goes_on_from_its_last_checkpoint(
     assert (folder / "unreadable-checkpoint-0000004").is_dir()
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_stored_reused_and_a_model(whole: Any, tmp_path: Path) -> None:
     """Another protocol that differs in the test alone takes the same training; --overwrite does not."""
     folder = Path(whole.provenance["run"]["run_folder"])

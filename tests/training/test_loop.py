@@ -83,6 +83,7 @@ def test_schedules_of_the_official_code() -> None:
     assert [cosine(1e-5, 0, k, steps) for k in (0, steps)] == [1e-5, 0]
 
 
+@pytest.mark.slow
 def test_a_run_leaves_a_model_that_can_be_evaluated(whole: Path) -> None:
     encoder = load_encoder(str(whole))
     assert encoder.embed_dim == 64
@@ -271,6 +272,7 @@ def test_accumulation_and_other_switches_train(tmp_path: Path) -> None:
         assert load_encoder(str(run)).embed_dim
 
 
+@pytest.mark.slow
 def test_evaluation_while_training(tmp_path: Path) -> None:
     run = train(
         recipe(steps=2, global_size=32), options(tmp_path / "run", evaluate=("shapes_correspondence",), eval_every=1)
@@ -282,6 +284,7 @@ def test_evaluation_while_training(tmp_path: Path) -> None:
     assert len(list((run / "results").glob("**/*.json"))) == 3
 
 
+@pytest.mark.slow
 def test_what_an_interruption_left_out_is_made_up_for(tmp_path: Path) -> None:
     run_options = options(tmp_path / "run", evaluate=("shapes_correspondence",), eval_every=2, save_every=2)
     run = train(recipe(steps=2, global_size=32), run_options)
@@ -302,6 +305,7 @@ def test_an_encoder_that_the_last_step_ruined_is_not_saved(tmp_path: Path) -> No
     assert [path.name for path in checkpoints.checkpoints(tmp_path / "run")] == ["checkpoint-0000000"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("content", ["{}", "[]", "{", '{"recipe": 3}'])
 def test_a_record_that_is_none(content: str, tmp_path: Path) -> None:
     run = train(recipe(steps=1), options(tmp_path / "run"))
@@ -332,6 +336,7 @@ def test_a_folder_with_a_run_is_not_overwritten(whole: Path) -> None:
     assert same(weights(whole), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("broken", ["training.pt", "student.safetensors", "all of it"])
 def test_the_checkpoint_before_serves_where_the_last_is_corrupt(
     broken: str, whole: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
@@ -359,6 +364,7 @@ def test_where_no_checkpoint_can_be_read_nothing_is_lost(whole: Path, tmp_path: 
     assert sorted(run.rglob("*")) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "error",
     [
@@ -389,6 +395,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
     assert len(losses(tmp_path / "run")) == 6
 
 
+@pytest.mark.slow
 def test_a_run_folder_that_is_deleted_ends_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing is written that the next run could take for a run."""
     plain = checkpoints.save
@@ -406,6 +413,7 @@ def test_a_run_folder_that_is_deleted_ends_the_run(tmp_path: Path, monkeypatch: 
     assert len(losses(tmp_path / "run")) == 6
 
 
+@pytest.mark.slow
 def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(recipe(), options(tmp_path / "run", save_every=2))
     shutil.rmtree(run / "checkpoint-0000006")
@@ -433,6 +441,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_its_images(
     assert len(losses(tmp_path / "run")) == 3
 
 
+@pytest.mark.slow
 def test_what_a_loss_that_is_not_finite_advises_goes_on_from_the_last_checkpoint(
     whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -467,6 +476,7 @@ def test_what_a_loss_that_is_not_finite_advises_goes_on_from_the_last_checkpoint
     assert json.loads((run / "recipe.json").read_text()) == record
 
 
+@pytest.mark.slow
 def test_a_longer_run_keeps_its_heads_and_its_place(tmp_path: Path) -> None:
     """Where no schedule depends on the length, it is the run that was longer from the beginning."""
     flat = {"final_lr": 1e-3, "final_momentum": 0.9995, "final_weight_decay": 0.04, "queue_length": 60}
@@ -499,6 +509,7 @@ def test_memory_that_runs_out_is_one_error(tmp_path: Path, monkeypatch: pytest.M
         train(recipe(), options(tmp_path / "run"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("torchrun", "kinds"),
     [
