@@ -147,10 +147,10 @@ def test_an_oracle_recovers_normals_and_a_blind_encoder_does_not(monkeypatch: py
 def test_an_oracle_beats_a_blind_encoder(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Colours stay as they are, as they are the answer. At the protocols' rates 60 steps would be too few."""
     monkeypatch.setattr(DATASETS, "load", lambda name: PaintedDepth)
-    changes = {"iterations": 60, "batch_size": 6, "crop": [96, 96], "learning_rate": 0.05, "flip_probability": 0.0}
+    changes = {"iterations": 60, "batch_size": 6, "crop": [64, 64], "learning_rate": 0.05, "flip_probability": 0.0}
     changes |= {"colour": "none", "rotation_probability": 0.0, "loss_warmup": 10}
     found, blind = (
-        neco_bench.run(encoder, f"shapes_depth@{protocol}", limit=10, workers=0, changes=changes).metrics
+        neco_bench.run(encoder, f"shapes_depth@{protocol}", limit=6, workers=0, changes=changes).metrics
         for encoder in (DepthOracle(), Blind())
     )
     assert 2 * found["rmse"] < blind["rmse"]
