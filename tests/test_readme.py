@@ -51,8 +51,8 @@ def _few_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A fifth of the generated images: the commands stay as they are written, and encode less."""
     plain, few = Shapes.__init__, {"train": 32, "val": 16}
 
-    def cut(self: Shapes, root: Path | None, split: str, **options: Any) -> None:
-        plain(self, root, split, **options)
+    def cut(self: Shapes, root: None, split: str) -> None:
+        plain(self, root, split)
         self.ids = self.ids[: few[split]]
 
     monkeypatch.setattr(Shapes, "__init__", cut)
