@@ -15,9 +15,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # pytest-xdist has a process per 
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
-def pytest_xdist_auto_num_workers() -> int:
-    """One process more than there are cores: tests of signals, kills and jobs wait for other processes."""
-    return len(os.sched_getaffinity(0)) + 1
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int:
+    """One process more than there are cores: tests of signals, kills and jobs wait for other processes.
+
+    The quick suite has few of them, and each process imports and collects everything, which takes 20 s of it.
+    """
+    return len(os.sched_getaffinity(0)) + (config.option.markexpr != "not slow")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

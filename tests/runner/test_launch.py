@@ -17,37 +17,32 @@ GRID = ["--model", "baseline_rgb,baseline_hog", "--task", "shapes_ic@clean-1", "
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
-def test_one_result_each_and_none_twice(tmp_path: Path) -> None:
-    run = ["run", *GRID, "--set", "neighbours=5", "--out", tmp_path, "--launcher", "local", "--json"]
-    code, out, err = neco(*run)
-    assert code == 0, err
-    rows = json.loads(out)
-    assert [(row["model"], row["status"]) for row in rows] == [("baseline_rgb", "ok"), ("baseline_hog", "ok")]
-    assert {row["protocol"] for row in rows} == {"clean-1*"}
-    store = ResultStore(tmp_path)
-    assert {result.key for result in store.load_all()} == {row["key"] for row in rows}
-    assert not store.problems
-    jobs = sorted((tmp_path / "jobs").glob("[0-9]*"))
-    assert len(jobs) == 2
-    code, out, _ = neco(*run)
-    assert code == 0
-    assert json.loads(out) == rows
-    assert sorted((tmp_path / "jobs").glob("[0-9]*")) == jobs
-
-
-@pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_a_job_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
+def test_one_result_each_and_none_twice_and_a_job_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
     encoder = tmp_path / "dies.py"
     encoder.write_text("import os\ndef dies():\n    os._exit(7)\n")
-    model = f"{encoder}:dies"
-    options = ["--limit", "6", "--workers", "0", "--out", tmp_path / "r", "--launcher", "local", "--json"]
-    code, out, err = neco("run", "--model", f"{model},baseline_rgb", "--task", "shapes_ic", *options)
+    dies, folder = f"{encoder}:dies", tmp_path / "r"
+    run = ["run", *GRID, "--set", "neighbours=5", "--out", folder, "--launcher", "local", "--json"]
+    code, out, err = neco(*run, "--model", dies)
     assert code == 1
-    rows = [(row["model"], row["status"]) for row in json.loads(out)]
-    assert rows == [(model, "failed"), ("baseline_rgb", "ok")]  # the other job is not lost
     assert "ended without a result" in err
     assert "_log.err" in err
+    rows = {row["model"]: row for row in json.loads(out)}
+    assert {model: row["status"] for model, row in rows.items()} == {
+        "baseline_rgb": "ok",
+        "baseline_hog": "ok",
+        dies: "failed",  # no other job is lost
+    }
+    done = [rows["baseline_rgb"], rows["baseline_hog"]]
+    assert {row["protocol"] for row in done} == {"clean-1*"}
+    store = ResultStore(folder)
+    assert {result.key for result in store.load_all() if result.status == "ok"} == {row["key"] for row in done}
+    assert not store.problems
+    jobs = sorted((folder / "jobs").glob("[0-9]*"))
+    assert len(jobs) == 3
+    code, out, _ = neco(*run)
+    assert code == 0
+    assert json.loads(out) == done
+    assert sorted((folder / "jobs").glob("[0-9]*")) == jobs
 
 
 def test_an_interruption_ends_the_jobs_that_are_not_done(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -290,7 +290,7 @@ def test_fine_tuning_beats_the_linear_probe_on_shapes(tmp_path: Path) -> None:
     sums: list[SumMetric] = []
     encoder = Convolutions(16)
     for name, changes in (("shapes_linear@clean-1", {"epochs": 5}), ("shapes_finetune@segmenter-linear-1", {})):
-        result = neco_bench.run(encoder, name, out=tmp_path, limit=80, workers=0, changes=changes)
+        result = neco_bench.run(encoder, name, out=tmp_path, limit=48, workers=0, changes=changes)
         sums.append(miou_sums(ResultStore(tmp_path).statistics(result)["confusion"]))
     (gain,) = paired_difference(sums[0], sums[1])
     assert gain.low > 0
