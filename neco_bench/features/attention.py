@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as tf
 from scipy import ndimage
 from torch import Tensor
 
@@ -29,6 +28,8 @@ def foreground(attention: Tensor, mass: float) -> Tensor:
 
     Regions of one or two patches (of eight neighbours) are left out. h and w are at least `MIN_SIDE`.
     """
+    import torchvision.transforms.functional as tf  # 1.3 s, and other tasks need none of it
+
     blurred = tf.gaussian_blur(attention.mean(1, keepdim=True), [7, 7], [0.6, 0.6]).squeeze(1)
     mask = top_mass(blurred, mass).cpu().numpy()
     for image in mask:

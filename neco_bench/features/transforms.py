@@ -44,6 +44,11 @@ def resize_nearest_pil(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.NEAREST))
 
 
+def resize_tensor(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (C, H, W) floats to (C, height, width), bilinear and antialiased, as torchvision does."""
+    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
 @torch.no_grad()
 def upsample_argmax(maps: Tensor, height: int, width: int) -> Tensor:
     """Find which of the maps (C, h, w) is the largest at each pixel when they are upsampled bilinearly.

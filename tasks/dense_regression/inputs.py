@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as tvf
 from neco_bench.tasks.dense_regression.settings import Settings
 from PIL import Image
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.data.dense import DenseDataset, DenseSample
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.transforms import to_tensor
+from neco_bench.features.transforms import resize_tensor, to_tensor
 
 KB_SIZE = (352, 1216)  # of KITTI's benchmark, which all KITTI frames are cropped to: bottom, middle
 
@@ -81,7 +80,7 @@ class InputGrid:
     def place(self, image: Tensor, fill: tuple[float, float, float]) -> Tensor:
         """Put an image (3, H, W) into an input, resized (bilinear, antialiased) where it is not of the inner size."""
         if image.shape[1:] != self.inner:
-            image = tvf.resize(image, list(self.inner), antialias=True)
+            image = resize_tensor(image, *self.inner)
         if self.inner == self.size:
             return image
         (top, left), (height, width) = self.corner, self.inner
@@ -244,6 +243,8 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _jittered(pixels: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Change brightness, contrast, saturation and hue by up to `strength`, in random order, as torchvision does."""
+    import torchvision.transforms.v2.functional as tvf  # 1.3 s, and most protocols vary no colours
+
     low, high = 1 - strength, 1 + strength
     steps = (
         lambda image: tvf.adjust_brightness(image, rng.uniform(low, high)),
