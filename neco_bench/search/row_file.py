@@ -70,7 +70,7 @@ class RowFile:
     def at(self, ids: np.ndarray) -> np.ndarray:
         """Read rows of any ids (n,), which may repeat, chunk by chunk: (n, D)."""
         rows, chunks = np.empty((len(ids), self.dimension), np.float32), ids // CHUNK
-        for chunk in np.unique(chunks):
+        for chunk in np.unique(chunks).tolist():
             here = chunks == chunk
             rows[here] = self.read(chunk * CHUNK, (chunk + 1) * CHUNK)[ids[here] % CHUNK]
         return rows

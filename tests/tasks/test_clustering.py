@@ -60,6 +60,15 @@ def test_rows_come_back_in_parts_and_in_faiss_order() -> None:
     np.testing.assert_array_equal(rows.at(faiss_draw(3000, 3000, 5)), x)
 
 
+def test_rows_beyond_the_range_of_int32_bytes() -> None:
+    rows = RowFile(384)
+    rows._file.truncate(4 * 384 * 3_000_000)  # zeros that take no place
+    rows._file.seek(4 * 384 * 2_999_999)
+    rows._file.write(np.ones(384, np.float32).data)
+    rows._count = 3_000_000
+    assert rows.at(np.array([2_999_999, 0], np.int32))[:, 383].tolist() == [1, 0]
+
+
 def test_masks_come_back_in_order() -> None:
     rng = np.random.default_rng(0)
     masks, packed = [rng.integers(0, 256, shape).astype(np.uint8) for shape in ((2, 3), (1, 1), (40, 7))], PackedMasks()
