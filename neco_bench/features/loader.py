@@ -80,9 +80,9 @@ def load_items(items: ItemDataset, batch_size: int, workers: int) -> DataLoader 
 def loading_threads() -> Iterator[ThreadPoolExecutor]:
     """Start one thread per core, in which PyTorch computes without further ones.
 
-    Each of n threads would have its own team of n otherwise, which on two cores already makes a run a tenth slower. The
-    number of threads is PyTorch's own of each thread, but also a common one, which must be as before when the encoder
-    runs: hence all threads are started, and it is set back, before any is used.
+    As in a worker process: sums round by the number of threads, and an image must not depend on how it was loaded. That
+    number is PyTorch's own of each thread, but also a common one, which must be as before when the encoder runs: hence
+    all threads are started, and it is set back, before any is used.
     """
     count, before = os.cpu_count() or 1, torch.get_num_threads()
     all_there = threading.Barrier(count)
