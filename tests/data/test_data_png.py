@@ -20,6 +20,7 @@ from neco_bench.data import io as data_io
 from neco_bench.data.dense import read_normals
 from neco_bench.data.io import id_table, read_image, read_mask
 from neco_bench.data.png import GREY, RGB, read_plain_png
+from neco_bench.results.provenance import environment
 from tests.data.data_helpers import image_of
 
 ALL_IDS = id_table({value: value for value in range(256)})
@@ -167,6 +168,10 @@ def test_absent_files_and_folders_end_as_with_pillow(tmp_path: Path) -> None:
     for path in (tmp_path / "absent.png", tmp_path):
         assert read_plain_png(path, RGB) is None
         check_as_by_pillow(path, RGB)
+
+
+def test_the_version_of_the_decoder_is_recorded() -> None:
+    assert {"kornia-rs", "pillow"} <= set(environment()["packages"])
 
 
 def test_normals_are_read_by_either(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
