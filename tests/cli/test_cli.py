@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
-import resource
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,51 +30,50 @@ def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _cpu_seconds(code: str, *arguments: object, runs: int = 5) -> float:
-    """The lowest CPU seconds of a few runs of Python code in processes of their own."""
-    seconds = []
-    for _ in range(runs):
-        before = resource.getrusage(resource.RUSAGE_CHILDREN)
-        command = [sys.executable, "-c", code, *map(str, arguments)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
-        after = resource.getrusage(resource.RUSAGE_CHILDREN)
-        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-        assert done.returncode == 0, done.stderr
-    return min(seconds)
+def _modules(code: str, *arguments: object) -> set[str]:
+    """The modules that Python code has imported when it ends, in a process of its own."""
+    command = [sys.executable, "-c", f"{code}\nprint(*sys.modules, file=sys.stderr)", *map(str, arguments)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return set(done.stderr.splitlines()[-1].split())
 
 
-def _start(arguments: Sequence[object], avoided: str, runs: int = 5) -> float:
-    """CPU seconds of a command, which must not have imported the packages `avoided`."""
+def _imported(*arguments: object) -> set[str]:
+    """The modules that a command imports. It must succeed."""
     code = (
         "import sys\nfrom neco_bench.cli.app import main\n"
-        "try:\n    main(sys.argv[2:])\nexcept SystemExit as stop:\n"
-        "    sys.exit(stop.code or ', '.join(set(sys.argv[1].split()) & sys.modules.keys()) or None)"
+        "try:\n    main(sys.argv[1:])\nexcept SystemExit as stop:\n    assert not stop.code"
     )
-    return _cpu_seconds(code, avoided, *arguments, runs=runs)
+    return _modules(code, *arguments)
 
 
 @pytest.mark.parametrize(
     ("command", "most", "avoided"),
     [
-        ("--help", 2, "pydantic"),
-        ("run --help", 2, "pydantic"),
-        ("models", 3, "pydantic"),
-        ("data list", 12, ""),  # typer itself imports pydantic to read the path of --data-root
-        ("tasks", 12, ""),
+        ("--help", 1.4, {"pydantic", "numpy"}),
+        ("run --help", 1.4, {"pydantic", "numpy"}),
+        ("models", 2, {"pydantic", "numpy"}),
+        ("data list", 5, set()),  # typer itself imports pydantic to read the path of --data-root
+        ("tasks", 5, set()),
     ],
 )
-def test_listings_are_instant(command: str, most: float, avoided: str) -> None:
-    """CPU time in multiples of `import typer`, 0.10 s on a core of Zen 4: measured 1.4, 1.4, 1.8, 7.5 and 8.5."""
-    assert _start(command.split(), f"torch pandas jinja2 rich {avoided}") < most * _cpu_seconds("import typer")
+def test_listings_import_little(command: str, most: float, avoided: set[str]) -> None:
+    """Modules in multiples of those of `import typer`; measured 1.2, 1.2, 1.6, 3.2 and 3.3.
+
+    Their seconds are in tests/benchmarks/bench_start.py: as a test, they fail on busy machines.
+    """
+    modules = _imported(*command.split())
+    assert not modules & ({"torch", "pandas", "jinja2", "rich"} | avoided)
+    assert len(modules) < most * len(_modules("import sys, typer"))
 
 
-def test_a_stored_result_is_back_at_once(results: Path) -> None:
-    assert _start([*RUN, "--out", results], "torch", 3) < 2
+def test_a_stored_result_is_back_without_torch(results: Path) -> None:
+    assert not _imported(*RUN, "--out", results) & {"torch", "torchvision", "timm"}
 
 
 def test_a_run_that_needs_neither_imports_no_torchvision_and_no_compiler(tmp_path: Path) -> None:
     run = ["run", "--model", "baseline_rgb", "--task", "shapes_cluster_gt", "--limit", 4, "--workers", 0]
-    _start([*run, "--out", tmp_path], "torchvision torch._dynamo timm", 1)
+    assert not _imported(*run, "--out", tmp_path) & {"torchvision", "torch._dynamo", "timm"}
 
 
 def test_json_is_one_document_and_nothing_else(results: Path, tmp_path: Path) -> None:

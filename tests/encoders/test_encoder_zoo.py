@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -237,9 +236,7 @@ def test_naming_imports_no_torch(tmp_path: Path) -> None:
         "e.describe_models(); e.model_info('neco_dinov2'); e.content_id('neco_dinov2'); e.content_id('baseline_hog')\n"
         "assert not {'torch', 'timm', 'numpy'} & set(sys.modules)"
     )
-    start = time.perf_counter()
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"NECO_BENCH_CACHE": str(tmp_path)})
-    assert time.perf_counter() - start < 5
 
 
 def test_listing() -> None:

@@ -559,16 +559,18 @@ def _signal_in_step(monkeypatch: pytest.MonkeyPatch, kinds: list[signal.Signals]
 
 
 def test_a_signal_ends_an_evaluation_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished = []
+
     def run(*args: Any, **settings: Any) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
         time.sleep(60)
+        finished.append(True)
 
     run_options = options(tmp_path / "run", evaluate=("shapes_correspondence",))
     monkeypatch.setattr(neco_bench, "run", run)
-    start = time.monotonic()
     with pytest.raises(Interrupted, match="after step 0 of 6"):
         train(recipe(), run_options)
-    assert time.monotonic() - start < 50
+    assert not finished
     assert not (tmp_path / "run/eval.csv").exists()
 
 

@@ -86,6 +86,11 @@ def test_a_line_every_half_minute_and_what_it_says(
     )
 
 
+def _exact(text: str) -> float:
+    """The number of a cell, as Python reads it: pandas' own parser may miss the last digit."""
+    return float(text or "nan")
+
+
 def test_a_folder_whose_log_lacks_columns_is_resumed(logged: tuple[Path, str], tmp_path: Path) -> None:
     run = train(recipe(**SMALLER), options(tmp_path / "run", progress=False))
     rows = pd.read_csv(run / "log.csv", dtype=str)
@@ -97,7 +102,7 @@ def test_a_folder_whose_log_lacks_columns_is_resumed(logged: tuple[Path, str], t
     torch.save(state, newest.with_name("checkpoint-0000002") / "training.pt")
     (newest / "training.pt").unlink()
     train(recipe(**SMALLER), options(run, progress=False, resume=True))
-    again = pd.read_csv(run / "log.csv", float_precision="round_trip")
+    again = pd.read_csv(run / "log.csv", converters=dict.fromkeys(("loss", "grad_norm"), _exact))
     assert again.step.tolist() == [1, 2, 3, 4]
     assert again.grad_norm.isna().tolist() == [True, True, False, False]
     np.testing.assert_array_equal(again.loss, rows.loss.astype(float))
