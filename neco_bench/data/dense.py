@@ -14,6 +14,7 @@ from neco_bench.core.errors import BadInputError
 from neco_bench.data.base import FEW, MANY, Dataset
 from neco_bench.data.folder import file_digest
 from neco_bench.data.io import RESTORE, decoding, open_image, read_image
+from neco_bench.data.png import RGB, read_plain_png
 
 Quantity = Literal["depth", "normals"]
 
@@ -165,13 +166,15 @@ def read_normals(path: Path, size: tuple[int, int], *, listed_in: Path | None = 
     All 0 where the vector is shorter than 0.5 (grey or black, as none is written). Raises MissingError and
     BadInputError.
     """
-    image = open_image(path, "map of normals", listed_in)
-    if image.mode != "RGB":
-        raise BadInputError(
-            f"Map of normals {path} has pixel format {image.mode}; RGB of 8 bits with (n + 1) / 2 is needed."
-        )
-    with decoding(f"Cannot decode map of normals {path}"):
-        values = np.array(image)
+    values = read_plain_png(path, RGB)
+    if values is None:
+        image = open_image(path, "map of normals", listed_in)
+        if image.mode != "RGB":
+            raise BadInputError(
+                f"Map of normals {path} has pixel format {image.mode}; RGB of 8 bits with (n + 1) / 2 is needed."
+            )
+        with decoding(f"Cannot decode map of normals {path}"):
+            values = np.array(image)
     _check_shape(path, values.shape[:2], size, "Map of normals")
     vectors = values.astype(np.float32) * np.float32(2 / 255) - 1
     vectors[~values.any(axis=2)] = 0  # black

@@ -25,6 +25,7 @@ PACKAGES = (
     "pandas",
     "pillow",
     "opencv-python-headless",
+    "kornia-rs",
     "huggingface-hub",
     "safetensors",
     "pydantic",
