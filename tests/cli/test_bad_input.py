@@ -156,7 +156,7 @@ def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str) -> None
     assert_says(run(tmp_path, *rest, **given), 2, message)
 
 
-@pytest.mark.parametrize(("option", "message"), [("--model", "--model names nothing"), ("--task", "No task is named")])
+@pytest.mark.parametrize(("option", "message"), [("--model", "--model is empty"), ("--task", "No task is named")])
 def test_a_name_that_is_empty(tmp_path: Path, option: str, message: str) -> None:
     """As a variable of a shell is that nobody set."""
     given = {option.strip("-"): ""}
