@@ -1,5 +1,7 @@
-"""What intervals, tests and ranks mean, in the words that the page, `compare`, LaTeX and the docs share; comparisons as
-text. Imports nothing that is slow."""
+"""Explanations of intervals, tests and ranks that the page, `compare`, LaTeX and the docs share; rows of comparisons.
+
+This module has no slow imports.
+"""
 
 from __future__ import annotations
 
@@ -54,13 +56,13 @@ def _p(value: float) -> str:
 
 
 def plural(unit: str, count: int) -> str:
-    """The name of so many units."""
+    """Return the name of a unit, in the plural if needed."""
     first, _, rest = unit.partition(" ")
     return unit if count == 1 else f"{first}s {rest}".rstrip()
 
 
 def comparison_percent(row: ComparisonRow) -> dict[str, Any]:
-    """Write a row of a comparison for a table: in the unit of the metric, empty where there is no number."""
+    """Return a row of a comparison for a table: values in the unit of the metric, "" for missing numbers."""
     difference, metric = row.difference, row.metric
     defined = difference.p == difference.p
     return {

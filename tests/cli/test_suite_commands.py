@@ -125,7 +125,7 @@ def test_in_python(suites: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     results = neco_bench.run("baseline_rgb", suite=f"{suites}:small", **quick)
     assert [(result.task, result.protocol) for result in results] == [("shapes_ic", "clean-1")]
     assert "voc_cluster_gt of suite" in caplog.text
-    with pytest.raises(MissingError, match="Nothing of suite 'neco_table1'"):
+    with pytest.raises(MissingError, match="Nothing in suite 'neco_table1'"):
         neco_bench.run("baseline_rgb", suite="neco_table1", **quick)
 
 

@@ -66,7 +66,7 @@ def test_numbers_are_those_of_compare(place: Path, made: Path) -> None:
 
 def test_every_part_is_there(made: Path) -> None:
     assert set(pd.read_csv(made / "layers.csv")["name"]) == {"block 1", "last"}
-    assert {"better", "worse", "not told apart"} >= set(pd.read_csv(made / "classes.csv")["verdict"])
+    assert {"better", "worse", "not significant"} >= set(pd.read_csv(made / "classes.csv")["verdict"])
     assert len(pd.read_csv(made / "sizes.csv")) >= 2
     steps = pd.read_csv(made / "checkpoints.csv")
     assert (steps.groupby("task")["standing"].apply(lambda s: (s == "best").sum()) == 1).all()
