@@ -71,8 +71,8 @@ class Ranks:
 class Board:
     """Results arranged for tables and pages, computed once for both.
 
-    runs: return value of `runs_frame`. cells: return value of `cells_of`. grids: all grids. ranks: {family: {column: ranks}} of
-    the ranked grids.
+    runs: return value of `runs_frame`. cells: return value of `cells_of`. grids: all grids. ranks: of the ranked grids,
+    {family: {column: ranks}}.
     """
 
     runs: pd.DataFrame

@@ -132,7 +132,7 @@ def test_the_sound_case(tmp_path: Path, root: Path, file: Path) -> None:
         (["--device", "cuda:77"], "Device 'cuda:77' is not available here"),
         (["--precision", "fp8"], "Unknown precision 'fp8'"),
         (["--layers", "2,x"], "layers='2,x' must be whole numbers"),
-        (["--layers", "3"], "takes no layers"),
+        (["--layers", "3"], "has a fixed layer; leave out layers"),
         (["--batch-size", "-3"], "--batch-size must be at least 1, got -3"),
         (["--batch-size", "many"], "--batch-size"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),

@@ -150,7 +150,7 @@ def test_what_cannot_be_read_is_told(store: ResultStore, tmp_path: Path) -> None
     for command in (["compare", "baseline_rgb", "baseline_hog"], ["show", "baseline_hog"]):
         code, _, err = neco(*command, "--results", str(folder))
         assert code == 3
-        assert err.count("is not a whole JSON document") == len(TASKS)
+        assert err.count("is not a complete JSON document") == len(TASKS)
 
 
 @pytest.mark.parametrize("command", [["compare", "a", "b", "--images", "-2"], ["show", "a", "--worst", "-1"]])

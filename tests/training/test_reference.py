@@ -312,7 +312,7 @@ def test_a_run_begun_with_one_group_less_is_told_and_not_resumed(tmp_path: Path)
         state = torch.load(file, weights_only=True)
         state["optimizer"]["param_groups"].pop()
         torch.save(state, file)
-    with pytest.raises(BadInputError, match=r"parameter groups.* Nor can any before it"):
+    with pytest.raises(BadInputError, match=r"parameter groups.* No earlier one can be read"):
         loop.train(settings, dataclasses.replace(options, resume=True))
 
 

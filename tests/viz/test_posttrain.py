@@ -50,7 +50,7 @@ def test_a_wrong_name_of_either_model_ends_before_anything_runs(tmp_path: Path) 
     for base, tuned in (("tiny_base", "runs/none"), ("runs/none", "tiny_base")):
         answer = neco("posttrain-report", base, tuned, *words)
         assert answer.code == 2
-        assert "'runs/none' is none of the known forms" in answer.err
+        assert "'runs/none' has none of the known forms" in answer.err
         assert not list(tmp_path.rglob("*.json"))
 
 
