@@ -207,7 +207,8 @@ class SharedFeatures:
 @dataclass(frozen=True)
 class FeatureStore:
     """Open streams. dtype: "fp32" (the exact numbers of the encoder), or "fp16" (relative error at most 2**-11, half
-    the space). identity: identity of the requested encoder, with code and package versions, which its weights do not show;
+    the space). identity: identity of the requested encoder, with code and package versions, which its weights do not
+    show;
     None stores nothing. rebuild: delete previously stored features."""
 
     dtype: str = "fp32"

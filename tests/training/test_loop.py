@@ -410,7 +410,7 @@ def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: 
     run = train(recipe(), options(tmp_path / "run", save_every=2))
     shutil.rmtree(run / "checkpoint-0000006")
     monkeypatch.setattr(log, "write_whole", lambda path, content: path.unlink() or path.mkdir())
-    with pytest.raises(NecoBenchError, match=r"log\.csv: could not be written.*--resume goes on"):
+    with pytest.raises(NecoBenchError, match=r"log\.csv: could not be written.*--resume continues"):
         train(recipe(), options(run, save_every=2, resume=True))
 
 
