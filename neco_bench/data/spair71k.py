@@ -91,7 +91,7 @@ class SPair71k(PairDataset):
                     f"when SPair-71k was unpacked (Windows, exFAT and some copies do this). Unpack the archive again "
                     f"on a file system that allows colons."
                 ) from None
-            raise missing(type(self), f"no pair annotation {path}, which {self.list_file} names.") from None
+            raise missing(type(self), f"no pair annotation {path}, but {self.list_file} names it.") from None
 
     def read_image(self, image_id: str) -> np.ndarray:
         """Read an image (H, W, 3) uint8 RGB with the annotated size. Raises MissingError and BadInputError."""

@@ -225,7 +225,7 @@ def test_confused_coco_maps_are_named(tmp_path: Path) -> None:
     coco(tmp_path / "b", "val", np.full((8, 8), 255, np.uint8), folder)
     with pytest.raises(BadInputError, match="is a stuffthingmap"):
         load_segmentation("coco_things", "val", root=tmp_path / "b")[0]
-    with pytest.raises(MissingError, match="no annotation; pixelmaps, stuffthingmaps would do"):
+    with pytest.raises(MissingError, match="no annotation; one of pixelmaps, stuffthingmaps is needed"):
         load_segmentation("coco_stuff", "val", root=tmp_path / "b")
 
 
@@ -292,7 +292,7 @@ def test_ade_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="is a colour mask"):
         load_segmentation("ade20k", "train", root=tmp_path / "colour")[1]
     (base / "annotations" / "training" / "ADE_train_00000002.png").unlink()
-    with pytest.raises(MissingError, match=r"1 of 3 files .*unpacked in part"):
+    with pytest.raises(MissingError, match=r"1 of 3 files .*unpacked only in part"):
         load_segmentation("ade20k", "train", root=tmp_path / "colour")
 
 

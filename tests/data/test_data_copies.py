@@ -149,7 +149,7 @@ def test_copies_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (base / "ImageSets" / "Segmentation").mkdir(parents=True)
     (base / "ImageSets" / "Segmentation" / "val.txt").write_text("".join(f"2007_{i:06d}\n" for i in range(16)))
     dataset = load_segmentation("voc2012", "val", root=tmp_path)
-    fact = "No image has a side of 500 pixels, as most of voc2012 have; the longest is 250: they were resized"
+    fact = "No image has a side of 500 pixels, but most of voc2012 do; the longest is 250: they were resized"
     assert any(fact in problem for problem in dataset.sample_sanity_check())
     for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
         resized(base / folder / f"2007_000007.{ending}", (333, 500))

@@ -204,7 +204,7 @@ def test_swapped_splits(labelled: Path, listed: Path, kitti: Path) -> None:
 def test_resized_frames(labelled: Path, kitti: Path) -> None:
     path = labelled / "nyuv2/test_rgb/0001.png"
     Image.open(path).resize((320, 240)).save(path)
-    with pytest.raises(BadInputError, match=r"is 320x240 pixels .*those of nyu_depth_labelled are 640x480"):
+    with pytest.raises(BadInputError, match=r"is 320x240 pixels .*but nyu_depth_labelled has 640x480"):
         dense("nyu_depth_labelled", "test", root=labelled)[0]
     path = labelled / "nyuv2/test_depth/0002.png"
     Image.open(path).resize((320, 240)).save(path)

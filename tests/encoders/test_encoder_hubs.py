@@ -147,7 +147,7 @@ def test_hub_faults(repository: Path, tmp_path: Path) -> None:
         (f"hub:{repository}:absent?trust=true", UsageError, "no entry 'absent'"),
         (f"hub:{repository}:v2?trust=true", MissingError, "no file"),
         (f"hub:{repository}:broken?trust=true", BadInputError, "out of order"),
-        (f"hub:{repository}:spare?trust=true", BadInputError, "style of DINO"),
+        (f"hub:{repository}:spare?trust=true", BadInputError, "interface of DINO"),
         ("hub:nobody/nothing_at_all:x?trust=true", MissingError, "neither a local folder"),
         (f"hub:{tmp_path}:x?trust=true", MissingError, "hubconf"),
     ):

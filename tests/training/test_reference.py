@@ -322,7 +322,7 @@ def test_that_parts_are_no_larger_batch_is_said(tmp_path: Path, caplog: pytest.L
         settings = recipe(**SIZES, **SETTINGS["registers"], accumulate=accumulate)
         with caplog.at_level(logging.WARNING, "neco_bench"):
             make_trainer(settings, tmp_path)
-        assert ("each part of 2 images is a batch of its own" in caplog.text) is (accumulate == 2)
+        assert ("each part of 2 images is a separate batch" in caplog.text) is (accumulate == 2)
 
 
 @pytest.mark.parametrize(
