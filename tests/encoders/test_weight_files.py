@@ -239,7 +239,7 @@ def test_shards_and_folders(tmp_path: Path) -> None:
 
 
 def test_folders_with_and_without_a_choice(tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="holds no weights file"):
+    with pytest.raises(BadInputError, match="contains no weights file"):
         read_tensors(tmp_path)
     torch.save(STATE, tmp_path / "last.PTH")
     assert same(read_tensors(tmp_path))
