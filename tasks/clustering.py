@@ -1,8 +1,7 @@
-"""Clustering of patch features: standardise, PCA, k-means, with FAISS's own sub-sampling, on rows stored in a file.
+"""Clustering of patch features: standardise, PCA, k-means, with FAISS's subsampling, on rows stored in a file.
 
-FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K, drawn with its fixed seeds; the reference
-(NeCo's evaluations) inherits that, and so do we. So only those points are ever in memory, however many rows there
-are.
+FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K points, drawn with its fixed seeds. The
+reference (NeCo's evaluations) inherits this, and so do we. Only these points are in memory, for any number of rows.
 """
 
 from __future__ import annotations
@@ -31,11 +30,11 @@ KMEANS_POINTS = 256  # per centroid, the default of faiss.Kmeans
 
 
 def check_enough(patches: int, setting: str, count: int) -> None:
-    """Raise UsageError where there are fewer patches than clusters, or than principal components."""
+    """Raise UsageError if there are fewer patches than clusters or principal components."""
     if patches < count:
         what = "principal components" if setting == "components" else setting
         raise UsageError(
-            f"{count} {what} need at least as many patches, there are {patches}. "
+            f"{count} {what} need at least as many patches, but there are {patches}. "
             f"Lower --set {setting}, or use more images."
         )
 
@@ -107,9 +106,9 @@ def kmeans(
 ) -> Iterator[faiss.Index]:
     """Fit FAISS k-means (L2) with `redos` restarts: for each seed, in order, an index over the (K, d) centroids.
 
-    `nearest` reads it. spherical: centroids have unit length, and points, as they are, go to that of the largest inner
-    product. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each with its share
-    of the cores. Raises UsageError where there are fewer points than clusters.
+    The index is used with `nearest`. spherical: centroids have unit length, and points (not normalised) are assigned by
+    the largest inner product. On a GPU supported by FAISS, seeds are fitted one after the other; otherwise in parallel,
+    each with a share of the cores. Raises UsageError if there are fewer points than clusters.
     """
     check_enough(len(features), "clusters", clusters)
     on_gpu = device.type == "cuda" and faiss_sees_gpu()

@@ -1,8 +1,9 @@
-"""Clustering of patch features: k-means on the val images, clusters named by the ground truth, mIoU.
+"""Clustering of patch features: k-means on the val images, clusters matched to classes by the ground truth, mIoU.
 
 Protocol of NeCo's and Leopart's overclustering (`neco-1`; Pariza et al., ICLR 2025, table 1a) and without its quirks
-(`clean-1`). K = classes: Hungarian matching on IoU; K > classes: each cluster takes the class that most of its pixels
-have. Both come from one (C, K) confusion matrix. The matching sees the ground truth of the images it scores, in both.
+(`clean-1`). K = classes: Hungarian matching on IoU; K > classes: each cluster gets the majority class of its pixels.
+Both are computed from one (C, K) confusion matrix. In both protocols, the matching uses the ground truth of the scored
+images.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Fully unsupervised segmentation: foreground from clusters (CBFE), its clusters joined to objects by community
+"""Fully unsupervised segmentation: foreground from clusters (CBFE), whose clusters are merged into objects by community
 detection (CD), mIoU after Hungarian matching on val.
 
 `neco-1` is the protocol of NeCo's table 1b and of Leopart (Ziegler and Asano, CVPR 2022, section 4.4); the ground truth
-of train chooses its foreground and its constants. `clean-1` has no such choice and takes any encoder.
+of train is used to select its foreground and its constants. `clean-1` has no such selection and works with any encoder.
 """
 
 from __future__ import annotations
@@ -57,8 +57,8 @@ def check_encoder(encoder: Encoder, settings: Settings) -> None:
         return
     if not encoder.attentions:
         raise UsageError(
-            f"foreground=attention needs the class token's attention, which {encoder.name!r} does not give. Use "
-            f"@clean-1, which takes any encoder, or --set foreground=cut."
+            f"foreground=attention needs the class token's attention, which {encoder.name!r} does not return. Use "
+            f"@clean-1, which works with any encoder, or --set foreground=cut."
         )
     if settings.input_size_for(encoder.stride) < MIN_SIDE * encoder.stride:
         raise UsageError(f"foreground=attention needs inputs of {MIN_SIDE} x {MIN_SIDE} patches or more.")

@@ -269,7 +269,7 @@ def test_a_module_without_values_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_spec_is_one_short_error(tmp_path: Path) -> None:
     module = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(50)])
     for given in (module, Projection(0), ["baseline_rgb"], None):
-        with pytest.raises(UsageError, match=f"not given as {type(given).__name__}") as caught:
+        with pytest.raises(UsageError, match=f"not by a {type(given).__name__}") as caught:
             load_encoder(given)  # type: ignore[arg-type]
         assert len(str(caught.value)) < 400
     for task in (3, None, [3]):

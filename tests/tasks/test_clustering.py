@@ -141,7 +141,7 @@ def test_fewer_rows_than_components_or_none() -> None:
     rows = stored(features(20))
     rows.append(np.zeros((0, 24), np.float32))
     assert len(rows) == 20
-    with pytest.raises(UsageError, match="22 principal components need at least as many patches, there are 20"):
+    with pytest.raises(UsageError, match="22 principal components need at least as many patches, but there are 20"):
         standardise_and_reduce(rows, 22)
 
 

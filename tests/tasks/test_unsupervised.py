@@ -401,7 +401,7 @@ def test_clean_takes_no_ground_truth_of_train(monkeypatch: pytest.MonkeyPatch) -
 
 def test_an_encoder_without_attention_is_an_error_with_the_fix() -> None:
     pytest.importorskip("infomap")
-    with pytest.raises(UsageError, match=r"which 'baseline_rgb' does not give\. Use @clean-1"):
+    with pytest.raises(UsageError, match=r"which 'baseline_rgb' does not return\. Use @clean-1"):
         neco_bench.run("baseline_rgb", "shapes_unsup@neco-1", limit=4)
 
 
