@@ -13,6 +13,8 @@ import pytest
 
 from neco_bench.results.store import ResultStore
 
+pytestmark = pytest.mark.slow
+
 PLUGIN = Path(__file__).parent / "plugin"
 
 

@@ -118,6 +118,7 @@ def test_the_sound_case(tmp_path: Path, root: Path, file: Path) -> None:
             assert_says(run(tmp_path, "--data-root", root, *QUICK, task=task, model=model), 0, "done")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -230,6 +231,7 @@ def test_masks_at_fault(tmp_path: Path, root: Path) -> None:
     assert str(path) in answer.out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("factory", "code", "message"),
     [

@@ -72,6 +72,7 @@ def test_a_stored_result_is_back_without_torch(results: Path) -> None:
     assert not _imported(*RUN, "--out", results) & {"torch", "torchvision", "timm"}
 
 
+@pytest.mark.slow
 def test_runs_that_need_neither_import_no_torchvision_and_no_compiler(tmp_path: Path) -> None:
     """torchvision brings PyTorch's compiler: 1.3 s."""
     tasks = "shapes_ic,shapes_cluster_gt,shapes_knn,shapes_correspondence"
@@ -81,11 +82,13 @@ def test_runs_that_need_neither_import_no_torchvision_and_no_compiler(tmp_path: 
     assert not modules & {"torchvision", "torch._dynamo", "timm"}
 
 
+@pytest.mark.slow
 def test_no_family_imports_torchvision_before_it_is_needed() -> None:
     families = ", ".join(f"neco_bench.tasks.{path.parent.name}.task" for path in TASKS.glob("*/task.py"))
     assert not _modules(f"import sys, {families}") & {"torchvision", "torch._dynamo", "timm"}
 
 
+@pytest.mark.slow
 def test_json_is_one_document_and_nothing_else(results: Path, tmp_path: Path) -> None:
     def document(*arguments: object) -> Any:
         answer = neco(*arguments, "--json")
@@ -124,6 +127,7 @@ def test_a_failing_run_is_told_in_json_too(tmp_path: Path) -> None:
     assert (answer.code, answer.out) == (2, "")
 
 
+@pytest.mark.slow
 def test_a_dry_run_checks_all_and_runs_nothing(tmp_path: Path, real_data: Path) -> None:
     out = tmp_path / "results"
     run = [

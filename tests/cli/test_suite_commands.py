@@ -63,6 +63,7 @@ def test_a_suite_runs_what_is_here_and_names_what_is_not(suites: Path, tmp_path:
     assert (tmp_path / "l" / "small.html").is_file()
 
 
+@pytest.mark.slow
 def test_other_models_and_further_tasks(suites: Path, tmp_path: Path) -> None:
     code, out, _ = neco("run", "--suite", f"{suites}:start", "--model", "baseline_hog,baseline_rgb", "--task",
                         "shapes_cluster_gt,shapes_ic", "--out", tmp_path, "--dry-run", "--json")  # fmt: skip
@@ -135,6 +136,7 @@ TRAIN = (
 )  # fmt: skip
 
 
+@pytest.mark.slow
 def test_runs_of_a_suite_are_trained_once_and_resumed(suites: Path, tmp_path: Path) -> None:
     train = ["train", "--suite", f"{suites}:ablation", "--out", tmp_path / "runs", *TRAIN]
     code, out, err = neco(*train)

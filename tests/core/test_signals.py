@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import Any
 
+import pytest
 import torch
 from torch.utils.data import DataLoader
 
@@ -47,6 +48,7 @@ except RuntimeError as error:
 """
 
 
+@pytest.mark.slow
 def test_a_command_ends_although_a_loading_process_died() -> None:
     done = subprocess.run([sys.executable, "-c", DYING], timeout=60, check=False)  # it hung for ever
     assert done.returncode == 5

@@ -89,6 +89,7 @@ def test_views_and_pairs(navi: Path) -> None:
     assert view.camera.translation.tolist() == [0.001, 0.002, 0.5]
 
 
+@pytest.mark.slow
 def test_the_list_is_made_once_and_has_its_hash_in_results(navi: Path) -> None:
     path = navi / "pairs.csv"
     lines = path.read_text().splitlines()
@@ -206,6 +207,7 @@ MISTAKES: list[tuple[Callable[[Path], None], int, str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("plant", "code", "told"), MISTAKES)
 def test_wrong_copies_end_in_one_clear_error(plant: Callable[[Path], None], code: int, told: str, navi: Path) -> None:
     plant(navi)

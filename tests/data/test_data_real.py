@@ -7,6 +7,7 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from neco_bench.data.integrity import check_dataset
@@ -50,6 +51,7 @@ def test_spair(samples: Path) -> None:
     assert checked >= 5
 
 
+@pytest.mark.slow
 def test_checks_find_no_error(samples: Path) -> None:
     for name in ("camvid", "voc2012", "spair71k"):
         levels = Counter(finding.level for finding in check_dataset(name, samples))

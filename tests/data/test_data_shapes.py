@@ -25,6 +25,7 @@ def test_a_scene_has_its_stored_digest() -> None:
     assert hashlib.sha256(mask.tobytes()).hexdigest()[:16] == "16653004d8863038"
 
 
+@pytest.mark.slow
 def test_two_processes_make_the_same_files_of_a_half_written_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -299,6 +299,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
 def test_a_wrong_file_is_one_error_and_hides_nothing(case: str, declared: Path) -> None:
     text, said = WRONG[case]
@@ -415,6 +416,7 @@ def _ids(dataset: Dataset) -> tuple[str, ...]:
     return dataset.ids
 
 
+@pytest.mark.slow
 def test_a_spawned_loading_process_can_read_it(declared: Path) -> None:
     dataset = load_dataset("plants", "val", root=declared.parent)
     with multiprocessing.get_context("spawn").Pool(1) as pool:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from neco_bench.encoders import DenseFeatures, Encoder, check_encoder, load_encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec",
     [
@@ -111,6 +112,7 @@ class _BatchNorm(_Planted):
         return self.batch_norm(features.map)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("planted", "names", "message"),
     [
@@ -133,6 +135,7 @@ def test_planted_defects_are_named(planted: type[Encoder], names: set[str], mess
     assert any(message in failed[name] for name in names), failed
 
 
+@pytest.mark.slow
 def test_registers_left_in() -> None:
     lines = check_encoder(_LeftIn("timm:vit_small_patch14_reg4_dinov2?pretrained=false"))
     line = next(line for line in lines if line.name == "prefix tokens")

@@ -90,6 +90,7 @@ def repository(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_hub_interfaces_agree(repository: Path) -> None:
     images = torch.rand(2, 3, 64, 96)
     encoders = {name: load_encoder(f"hub:{repository}:{name}?trust=true") for name in ("v2_free", "v1", "features")}
@@ -119,6 +120,7 @@ def test_hub_interfaces_agree(repository: Path) -> None:
     assert not torch.allclose(raw.map, maps[0])
 
 
+@pytest.mark.slow
 def test_models_of_capi(repository: Path) -> None:
     images = torch.rand(2, 3, 64, 96)
     capi, dinov2 = (load_encoder(f"hub:{repository}:{name}?trust=true") for name in ("capi", "v2_free"))
@@ -171,6 +173,7 @@ def test_hub_with_weights(repository: Path, tmp_path: Path) -> None:
 SMALL = {"hidden_size": 32, "num_hidden_layers": 3, "num_attention_heads": 2, "image_size": 64, "patch_size": 16}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "config", "prefix", "more"),
     [
@@ -318,6 +321,7 @@ def test_hub_code_runs_only_when_it_is_trusted(repository: Path, spec: str) -> N
         load_encoder(spec.format(folder=repository))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["vit_tiny_patch16_224", "vit_small_patch16_dinov3", "resnet18", "mixer_s32_224"])
 def test_hub_entries_that_return_timm_models(tmp_path: Path, name: str) -> None:
     (tmp_path / "hubconf.py").write_text(

@@ -37,6 +37,7 @@ def test_position_rules_are_those_of_the_original_codes(size: tuple[int, int]) -
     assert interpolate_positions(positions, (37, 37), (37, 37), "scale_offset") is positions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["timm", "scale_offset", "size_antialias"])
 @pytest.mark.parametrize("name", ["vit_small_patch14_dinov2", "vit_small_patch14_reg4_dinov2"])
 def test_positions_reach_the_features(
@@ -59,6 +60,7 @@ def test_positions_reach_the_features(
     assert actual.pos_interp == rule
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape"),
     [

@@ -42,6 +42,7 @@ def prefixed(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}{key}": value for key, value in state.items()}
 
 
+@pytest.mark.slow
 def test_dinov2_layout(states: States, images: Tensor, tmp_path: Path) -> None:
     path = tmp_path / "dinov2.pth"
     torch.save(states(PLAIN) | {"mask_token": torch.zeros(1, 384)}, path)
@@ -51,6 +52,7 @@ def test_dinov2_layout(states: States, images: Tensor, tmp_path: Path) -> None:
     assert encoder.weights_report.dropped == ("mask_token",)
 
 
+@pytest.mark.slow
 def test_register_layout_and_one_id_for_two_files(states: States, images: Tensor, tmp_path: Path) -> None:
     save_file(states(REG), tmp_path / "timm.safetensors")
     torch.save(official_registers(states(REG)), tmp_path / "official.pth")
@@ -66,6 +68,7 @@ def test_register_layout_and_one_id_for_two_files(states: States, images: Tensor
     assert native.encode(images).prefix.shape == (2, 5, 384)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_neco_file_and_xr(states: States, images: Tensor, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     torch.save(states(PLAIN) | heads() | {"register_tokens": torch.zeros(1, 4, 384)}, tmp_path / "xr.ckpt")
     with caplog.at_level(logging.WARNING, "neco_bench"):
@@ -77,6 +80,7 @@ def test_neco_file_and_xr(states: States, images: Tensor, tmp_path: Path, caplog
         load_encoder("neco_dinov2", weights=tmp_path / "xr.ckpt")
 
 
+@pytest.mark.slow
 def test_lightning_branches(states: States, images: Tensor, tmp_path: Path) -> None:
     student, teacher = states(DINO), {k: v * 0.9 for k, v in states(DINO).items()}
     content = prefixed("model.", student | heads()) | prefixed("teacher.", teacher | heads())
@@ -88,6 +92,7 @@ def test_lightning_branches(states: States, images: Tensor, tmp_path: Path) -> N
     assert any("teacher" in text for text in encoder.weights_report.dropped)  # type: ignore[union-attr]
 
 
+@pytest.mark.slow
 def test_dino_full_checkpoint_takes_the_teacher(states: States, images: Tensor, tmp_path: Path) -> None:
     teacher = states(DINO)
     student = {k: v * 0.5 for k, v in teacher.items()}
@@ -102,6 +107,7 @@ def test_dino_full_checkpoint_takes_the_teacher(states: States, images: Tensor, 
     torch.testing.assert_close(encoder.encode(images).map, reference_map(DINO, teacher, images, IMAGENET))
 
 
+@pytest.mark.slow
 def test_files_as_neco_writes_them(states: States, images: Tensor, tmp_path: Path) -> None:
     """A Lightning checkpoint of its training, whose student and teacher are also released each in a file of its own."""
     student = official_registers(states(REG))
@@ -145,6 +151,7 @@ def test_the_grid_is_that_of_the_file(states: States, images: Tensor, tmp_path: 
     encoder.encode(images)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [

@@ -37,6 +37,7 @@ def test_what_the_zoo_holds() -> None:
     assert ids >= {"pe_spatial_vitg14", "c_radiov3_vitb16", "tipsv2_vitb14", "eupe_vits16", "capi_vitl14_lvd"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", zoo().values(), ids=zoo())
 def test_facts(entry: ZooEntry) -> None:
     for fact in ("source", "licence", "citation", "training_data"):

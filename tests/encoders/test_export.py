@@ -33,6 +33,7 @@ def same(left: dict[str, Tensor], right: dict[str, Tensor]) -> bool:
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", [".safetensors", ".pth"])
 @pytest.mark.parametrize(("spec", "name"), [("dinov2_vits14", PLAIN), ("dino_vits16", DINO)])
 def test_official_names_come_back_equal(states: States, tmp_path: Path, spec: str, name: str, suffix: str) -> None:
@@ -45,6 +46,7 @@ def test_official_names_come_back_equal(states: States, tmp_path: Path, spec: st
     assert [file.name for file in path.parent.iterdir()] == [path.name]
 
 
+@pytest.mark.slow
 def test_registers(states: States, images: Tensor, tmp_path: Path) -> None:
     official = official_registers(states(REG))
     torch.save(official, tmp_path / "official.pth")
@@ -80,6 +82,7 @@ def test_the_gated_mlp_of_the_largest_models(tmp_path: Path, monkeypatch: pytest
     torch.testing.assert_close(again.model.blocks[1].mlp(tokens), expected)  # type: ignore[union-attr, index]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "options"),
     [
@@ -102,6 +105,7 @@ def test_timm_layout(states: States, tmp_path: Path, spec: str, options: dict[st
     assert same(model.state_dict(), inner_module(encoder).state_dict())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("spec", "layout", "message"),
     [
@@ -191,6 +195,7 @@ def test_which_of_a_run_is_exported_is_reported(tmp_path: Path) -> None:
         assert same(torch.load(tmp_path / "out.pth", weights_only=True), stored)
 
 
+@pytest.mark.slow
 def test_command(tmp_path: Path) -> None:
     command = ("export", TINY, "--layout", "dinov2", "--out", tmp_path / "out.safetensors")
     answer = neco(*command)

@@ -359,6 +359,7 @@ def test_what_has_no_official_weights(tmp_path: Path) -> None:
 # What an encoder was trained on --------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("declared", "known"),
     [("imagenet, Shapes", "seen"), ("imagenet", "none known"), ("none", "none known"), ("", "unknown")],

@@ -110,6 +110,7 @@ def _transformers(folder: Path) -> str:
     return f"hf:{folder}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "spec_in",
     [
@@ -148,6 +149,7 @@ def test_every_kind_comes_back(tmp_path: Path, spec_in: Callable[[Path], str]) -
     assert from_teacher.weights_id == load_encoder(spec).weights_id
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("zoo_name", "name", "prefix"), [("dinov2_vits14", PLAIN, 1), ("dinov2_vits14_reg", REG, 0)])
 def test_positions_of_any_grid(
     states: States, images: Tensor, tmp_path: Path, zoo_name: str, name: str, prefix: int
@@ -164,6 +166,7 @@ def test_positions_of_any_grid(
         assert torch.equal(again.encode(images).map, encoder.encode(images).map)
 
 
+@pytest.mark.slow
 def test_an_architecture_whose_registers_were_dropped(states: States, images: Tensor, tmp_path: Path) -> None:
     torch.save(states(PLAIN) | {"register_tokens": torch.zeros(1, 4, 384)}, tmp_path / "reg4.pth")
     encoder = load_encoder("dinov2_vits14_reg_xr", weights=tmp_path / "reg4.pth")
@@ -185,6 +188,7 @@ def test_another_weights_file(run: Path, states: States, tmp_path: Path) -> None
         load_encoder(str(run), weights=tmp_path / "official.safetensors")
 
 
+@pytest.mark.slow
 def test_options_and_names(run: Path) -> None:
     assert load_encoder(f"{run}/").name == str(run)
     assert parse_spec(f"{run}/?layers=3&branch=teacher").name == f"{run}?branch=teacher&layers=3"
@@ -314,6 +318,7 @@ def test_a_folder_without_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyP
                 function(spec)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("facts", "message"),
     [

@@ -66,6 +66,7 @@ def test_a_level_of_no_whole_stride() -> None:
         level("pit_ti_224", 0)
 
 
+@pytest.mark.slow
 def test_the_last_norm_and_the_last_convolution() -> None:
     """What timm's `forward_features` gives is what is read."""
     for name in ("coat_lite_tiny", "fastvit_t8"):
@@ -88,6 +89,7 @@ def test_padding_keeps_cells_in_place() -> None:
     assert passed["locality"]
 
 
+@pytest.mark.slow
 def test_models_built_for_each_size_are_those_of_timm() -> None:
     name = "vit_relpos_small_patch16_224"
     encoder: Any = load_encoder(f"timm:{name}?pretrained=false")

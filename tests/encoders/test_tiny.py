@@ -35,6 +35,7 @@ def test_the_packaged_weights_are_those_of_the_results(model: str) -> None:
     assert {r.provenance["weights_id"] for r in own} == {load_encoder(model).weights_id}
 
 
+@pytest.mark.slow
 def test_they_score_as_stored(tmp_path: Path) -> None:
     rows = ResultStore(PAIR / "results").load_all()
     stored = next(r for r in rows if (r.model, r.task) == ("tiny_neco", "shapes_ic"))

@@ -32,7 +32,7 @@ def row_of(name: str) -> str:
     try:
         with torch.device("meta"):
             model = create(name, 0, num_classes=0).eval()
-            encoder: Any = wrap(model, parse_spec(f"timm:{name}?pretrained=false"), twin=model)
+        encoder: Any = wrap(model, parse_spec(f"timm:{name}?pretrained=false"), twin=model)
     except UsageError:
         return f"| `{name}` | | | not supported | |"
     size = encoder.nearest_size(448)

@@ -42,6 +42,7 @@ def features(streamed: list[FeatureBatch]) -> Tensor:
     return torch.cat([batch.features for batch in streamed])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "options", "passes"),
     [

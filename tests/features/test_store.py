@@ -143,6 +143,7 @@ def test_other_code_of_a_transform_shares_nothing(encoded: list[int], monkeypatc
     assert (sum(encoded), len(stored_files())) == (40, 2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["none", "half an item", "lost index", "lost masks"])
 def test_a_killed_run_loses_no_more_than_an_item(damage: str, encoded: list[int]) -> None:
     plain = batches(Context(batch_size=4))
@@ -189,6 +190,7 @@ def test_a_damaged_stream_is_computed_again(file: str, encoded: list[int], caplo
     assert not encoded
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["zeroed", "far", "flat", "no features", "no masks"])
 def test_a_damaged_index_is_computed_again(damage: str, encoded: list[int]) -> None:
     plain = batches(with_store())

@@ -19,6 +19,8 @@ from neco_bench.runner.job import plan, plan_all
 from neco_bench.runner.options import RunOptions
 from tests.command import neco
 
+pytestmark = pytest.mark.slow
+
 TASKS = ["shapes_ic", "shapes_overcluster_50", "shapes_ic@clean-1", "shapes_correspondence"]
 
 

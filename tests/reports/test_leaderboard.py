@@ -67,6 +67,7 @@ def test_golden(results: list[Result], tmp_path: Path) -> None:
         assert path.read_text(encoding="utf-8") == (GOLDEN / path.name).read_text(encoding="utf-8"), path.name
 
 
+@pytest.mark.slow
 def test_same_bytes_in_any_order(results: list[Result], tmp_path: Path) -> None:
     first = {path.name: path.read_bytes() for path in write_leaderboard(results, tmp_path / "a", PUBLISHED)}
     for seed in range(20):

@@ -355,11 +355,11 @@ def test_the_page_of_pictures_escapes_every_value() -> None:
     assert "background:rgb(1, 2, 3)" in page
 
 
+@pytest.mark.slow
 def test_a_large_page_stays_small_and_bytes_are_the_same(make_result: Callable[..., Result]) -> None:
-    results = board(make_result, models=200, tasks=40, classes=40)
-    page = report_page(results)
-    assert len(page.encode()) < 5_000_000
-    assert page == report_page(reversed(results))
+    assert len(report_page(board(make_result, models=200, tasks=40, classes=40)).encode()) < 5_000_000
+    results = board(make_result, models=20, tasks=8, classes=8)
+    assert report_page(results) == report_page(reversed(results))
 
 
 @pytest.mark.parametrize("intervals", [False, True])

@@ -98,6 +98,7 @@ def repr_json(value: Any) -> str:
     return "[" * depth + json.dumps(value) + "]" * depth
 
 
+@pytest.mark.slow
 def test_mutated_results_are_refused_or_usable(tmp_path: Path, make_result: Make) -> None:
     """Any leaf or branch of a document replaced by anything: tables, page and rows are made, of what can be used."""
     store, rng = ResultStore(tmp_path), random.Random(0)

@@ -31,6 +31,7 @@ def test_environment_imports_no_torch() -> None:
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "False"
 
 
+@pytest.mark.slow
 def test_peak_memory_grows() -> None:
     before = peak_memory_mb()
     size = int(before + 100) * 2**20

@@ -36,6 +36,7 @@ def board(results: Path, out: Path) -> dict[str, bytes]:
     return tree(out)
 
 
+@pytest.mark.slow
 def test_pushed_and_pulled_results_give_the_same_leaderboard(source: Path, tmp_path: Path) -> None:
     assert neco("results", "push", tmp_path / "shared", "--results", source).code == 0
     assert neco("results", "pull", tmp_path / "shared", "--results", tmp_path / "pulled").code == 0

@@ -27,6 +27,7 @@ def shown(value: object) -> str | bytes:
     return repr(value)
 
 
+@pytest.mark.slow
 def test_every_cell_of_the_notebook_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     document = json.loads(TOUR.read_text(encoding="utf-8"))

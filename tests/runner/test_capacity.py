@@ -25,6 +25,7 @@ def no_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Encoder, "encode", lambda *_, **__: pytest.fail("images are encoded"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("no_encoding")
 @pytest.mark.parametrize(
     ("task", "changes", "message"),

@@ -55,6 +55,7 @@ def test_a_slow_encoder_is_measured_on_one_image_and_not_at_every_size(clock: li
     assert seconds == [3.0, 3.0, 12.0, 0.75]  # by the area of the nearest size
 
 
+@pytest.mark.slow
 def test_tasks_of_a_model_share_what_was_measured(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     measured = []
 

@@ -7,7 +7,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -72,6 +71,7 @@ def run(tmp_path: Path, models: str, *arguments: object) -> tuple[Answer, dict[s
     return answer, {row["model"].rpartition(":")[2]: row for row in json.loads(answer.out)}
 
 
+@pytest.mark.slow
 def test_no_failure_of_an_encoder_stops_the_next_job(tmp_path: Path, encoders: Path) -> None:
     names = ("exits", "exits_later", "out_of_gpu", "out_of_cpu", "reads")
     answer, rows = run(tmp_path, ",".join([*(f"{encoders}:{name}" for name in names), "baseline_rgb"]))
@@ -92,6 +92,7 @@ def test_no_failure_of_an_encoder_stops_the_next_job(tmp_path: Path, encoders: P
     assert len(ResultStore(tmp_path / "results").load_all()) == len(names) + 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("error", "code", "message"),
     [
@@ -235,25 +236,21 @@ def test_job_timeouts_that_make_no_sense(tmp_path: Path) -> None:
 def test_sigterm_ends_a_run_as_ctrl_c_does(more: list[str], tmp_path: Path, encoders: Path) -> None:
     """Finished results stay, processes and temporary files do not; what encoders print never reaches stdout."""
     models = f"{encoders}:prints,{encoders}:sleeps"
-    command = [sys.executable, "-m", "neco_bench", "run", "--model", models, *QUICK, "--out", tmp_path / "r", "--json"]
-    process = subprocess.Popen([*map(str, command), *more], stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert process.stderr is not None
-    message = ""
-    while "begins to sleep" not in message and (line := process.stderr.readline()):
-        message += line
-    process.send_signal(signal.SIGTERM)
-    out, error = process.communicate(timeout=120)
-    message += error
-    assert process.returncode == 130, message
+    words = ["run", "--model", models, *QUICK, "--out", tmp_path / "r", "--json", *more]
+    process = processes.Running(words, tmp_path, session=True)
+    process.wait_for(lambda: "begins to sleep" in process.err, 120)
+    process.signal(signal.SIGTERM)
+    code, message = process.wait(120), process.err
+    assert code == 130, message
     assert "interrupted; finished results are in" in message
     assert "Traceback" not in message
-    assert out == ""
+    assert process.out == ""
     for source in ("Python", "the system", "C"):
         assert f"hello from {source}" in message
     (stored,) = ResultStore(tmp_path / "r").load_all()
     assert (stored.model, stored.status) == (f"{encoders}:prints", "ok")
     assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".tmp")]
-    assert subprocess.run(["pgrep", "-f", f"{encoders}"], capture_output=True, text=True).stdout == ""
+    assert subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout == ""
 
 
 def test_what_an_encoder_prints_is_not_in_the_json(tmp_path: Path, encoders: Path) -> None:

@@ -15,6 +15,7 @@ from tests.command import neco
 GRID = ["--model", "baseline_rgb,baseline_hog", "--task", "shapes_ic@clean-1", "--limit", "6", "--workers", "0"]
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_one_result_each_and_none_twice(tmp_path: Path) -> None:
     run = ["run", *GRID, "--set", "neighbours=5", "--out", tmp_path, "--launcher", "local", "--json"]
@@ -34,6 +35,7 @@ def test_one_result_each_and_none_twice(tmp_path: Path) -> None:
     assert sorted((tmp_path / "jobs").glob("[0-9]*")) == jobs
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_a_job_that_dies_is_named_with_its_log(tmp_path: Path) -> None:
     encoder = tmp_path / "dies.py"

@@ -28,6 +28,7 @@ def numbers(result: Result) -> tuple[object, ...]:
     return result.key, result.model, result.metrics, result.ci95, result.per_class
 
 
+@pytest.mark.slow
 def test_a_sweep_makes_the_passes_of_one_layer(encoded: list[int], tmp_path: Path) -> None:
     alone = [neco_bench.run(MODEL, "shapes_ic", layers=n, features="off", **OPTIONS) for n in ("0", "3")]
     assert sum(encoded) == 2 * (IMAGES + IMAGES)  # of train and val
@@ -42,6 +43,7 @@ def test_a_sweep_makes_the_passes_of_one_layer(encoded: list[int], tmp_path: Pat
     assert sum(encoded) == IMAGES + IMAGES
 
 
+@pytest.mark.slow
 def test_what_is_stored_is_left_and_the_cost_told_once(
     encoded: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -71,6 +73,7 @@ def test_what_is_stored_is_left_and_the_cost_told_once(
     assert (swept[1].timing, numbers(swept[1])) == (single.timing, numbers(single))  # was not run again
 
 
+@pytest.mark.slow
 def test_stages_of_a_cnn_have_passes_of_their_own(encoded: list[int], tmp_path: Path) -> None:
     model = "timm:test_resnet?pretrained=false"
     swept = json.loads(run("--out", tmp_path, model=model).out)

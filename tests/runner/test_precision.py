@@ -76,6 +76,7 @@ def test_auto_is_the_precision_that_it_takes(fast: Callable[[bool], None]) -> No
         assert plan("baseline_rgb", task, RunOptions(precision="auto")).key == keys[name]
 
 
+@pytest.mark.slow
 def test_results_say_what_was_used_and_no_cell_mixes(tmp_path: Path, fast: Callable[[bool], None]) -> None:
     model = "timm:vit_tiny_patch16_224?pretrained=false&seed=0"
 

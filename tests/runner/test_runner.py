@@ -139,6 +139,7 @@ def test_a_failed_overwrite_keeps_the_result(tmp_path: Path, monkeypatch: pytest
     assert store.statistics(stored_result)["confusion"].shape[0] == good.n_images
 
 
+@pytest.mark.slow
 def test_layers_of_one_encoder_are_two_results(tmp_path: Path) -> None:
     """The same weights read elsewhere give other numbers: never the stored ones."""
     spec = "timm:vit_tiny_patch16_224?pretrained=false&seed=0"

@@ -359,6 +359,7 @@ def errors_by_loops(protocol: str, pair: Pair, images: tuple, encoder: Encoder, 
     return errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "protocol"),
     [*(("spair", p) for p in PROTOCOLS), *(("pf_willow", p) for p in ("pck-1", "sd-dino-1", "dift-1"))],

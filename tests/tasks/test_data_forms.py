@@ -68,6 +68,7 @@ def test_clean_has_150_classes(ade20k: Path) -> None:
     assert result.provenance["dataset"]["val"]["name"] == "ade20k"
 
 
+@pytest.mark.slow
 def test_the_linear_head_never_learns_other(ade20k: Path, tmp_path: Path) -> None:
     """Were "other" a target, the head would predict it on most pixels: it has the most."""
     changes = {"input_size": SIDE, "epochs": 20, "batch_size": 16, "learning_rate": 1.0}
@@ -79,6 +80,7 @@ def test_the_linear_head_never_learns_other(ade20k: Path, tmp_path: Path) -> Non
     assert predicted[1:4].sum() == predicted.sum() > 0
 
 
+@pytest.mark.slow
 def test_upsampler_papers_learn_and_score_other(ade20k: Path, tmp_path: Path) -> None:
     changes = {"input_size": SIDE, "epochs": 5, "learning_rate": 0.1}
     result = neco_bench.run(

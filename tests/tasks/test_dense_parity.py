@@ -124,6 +124,7 @@ def plain_rates(schedule: str, peak: float, step: int) -> tuple[float, float]:
 Plain = Callable[[nn.Module, nn.Conv2d, Tensor, Tensor, int], Tensor]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "plain"),
     [

@@ -119,6 +119,7 @@ def run_painted(monkeypatch: pytest.MonkeyPatch, cls: type, encoder: Encoder, ta
     return neco_bench.run(encoder, task, limit=10, workers=0, changes=changes).metrics
 
 
+@pytest.mark.slow
 def test_an_oracle_recovers_depth_and_a_blind_encoder_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an oracle lacks is the grid: cells of 4 pixels have one depth, at edges too."""
     found, blind = (
@@ -130,6 +131,7 @@ def test_an_oracle_recovers_depth_and_a_blind_encoder_does_not(monkeypatch: pyte
     assert blind["d1"] < 0.7
 
 
+@pytest.mark.slow
 def test_an_oracle_recovers_normals_and_a_blind_encoder_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
     found, blind = (
         run_painted(monkeypatch, PaintedNormals, encoder, "shapes_normals@clean-1")
@@ -145,15 +147,16 @@ def test_an_oracle_recovers_normals_and_a_blind_encoder_does_not(monkeypatch: py
 def test_an_oracle_beats_a_blind_encoder(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Colours stay as they are, as they are the answer. At the protocols' rates 60 steps would be too few."""
     monkeypatch.setattr(DATASETS, "load", lambda name: PaintedDepth)
-    changes = {"iterations": 60, "batch_size": 6, "crop": [96, 96], "learning_rate": 0.05, "flip_probability": 0.0}
+    changes = {"iterations": 60, "batch_size": 6, "crop": [64, 64], "learning_rate": 0.05, "flip_probability": 0.0}
     changes |= {"colour": "none", "rotation_probability": 0.0, "loss_warmup": 10}
     found, blind = (
-        neco_bench.run(encoder, f"shapes_depth@{protocol}", limit=10, workers=0, changes=changes).metrics
+        neco_bench.run(encoder, f"shapes_depth@{protocol}", limit=6, workers=0, changes=changes).metrics
         for encoder in (DepthOracle(), Blind())
     )
     assert 2 * found["rmse"] < blind["rmse"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", EVERY)
 def test_every_protocol_gives_whole_results(task: str, tmp_path: Path) -> None:
     """Metrics, statistics whose mean they are, an interval over images, and the conditions of the run."""
@@ -172,6 +175,7 @@ def test_every_protocol_gives_whole_results(task: str, tmp_path: Path) -> None:
     assert result.provenance["training"]["contamination"] == "none known"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", ["shapes_depth@dinov3-1", "shapes_normals@probe3d-1"])
 def test_batch_size_and_stored_features_move_nothing(task: str, tmp_path: Path) -> None:
     first, again = (
@@ -358,6 +362,7 @@ def test_constants_that_do_not_fit_together(change: dict[str, Any], told: str) -
         settings_of("shapes_depth", **change)
 
 
+@pytest.mark.slow
 def test_tables_compare_and_pictures(tmp_path: Path) -> None:
     """The command line: lower is better in the summary, the ranking and the comparison; maps are drawn."""
     results = tmp_path / "results"

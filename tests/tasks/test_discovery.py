@@ -221,6 +221,7 @@ def test_images_without_an_object_are_not_scored(monkeypatch: pytest.MonkeyPatch
         task.module.run(Colours(), {"test": Rectangles()}, task.settings(), Context())
 
 
+@pytest.mark.slow
 def test_the_result_follows_from_the_stored_boxes(tmp_path: Path) -> None:
     changes: dict[str, Any] = {"input_size": 112}
     result = neco_bench.run("tiny_neco", "shapes_discovery", limit=8, workers=0, changes=changes, out=tmp_path)

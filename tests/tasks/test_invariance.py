@@ -38,6 +38,7 @@ def _measure(folder: Path, model: str, task: str, **options: Any) -> tuple[Resul
     return result, store.statistics(result)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "task", "size", "limit"),
     [

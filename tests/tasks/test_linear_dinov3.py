@@ -336,6 +336,7 @@ def run(data: Any, encoder: Encoder, context: Context | None = None, **changes: 
     return dinov3.run(encoder, data, settings, context or Context())
 
 
+@pytest.mark.slow
 def test_a_whole_run_beats_chance() -> None:
     """Chance is one class everywhere: background has its share of the pixels as IoU, all others 0."""
     data = {split: load_segmentation("shapes", split, limit=16) for split in ("train", "val")}
@@ -420,6 +421,7 @@ def test_training_sees_padding_as_the_mean_colour_and_void_classes_as_void(monke
     assert len(torch.unique(targets)) > 3
 
 
+@pytest.mark.slow
 def test_painted_classes_are_nearly_all_found() -> None:
     """Colours that are the answer, 8-pixel cells, no distortion: what is missed lies at borders."""
     data = {split: Painted(None, split).head(24) for split in ("train", "val")}

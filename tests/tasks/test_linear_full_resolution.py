@@ -271,6 +271,7 @@ def test_workers_and_batches_move_nothing() -> None:
     assert one.metrics != seeded.metrics
 
 
+@pytest.mark.slow
 def test_an_oracle_learns_and_a_blind_encoder_does_not() -> None:
     """At a rate for few steps. Chance is one class everywhere: background has its share as IoU, all others 0."""
     data = {split: Painted(None, split).head(8) for split in ("train", "val")}

@@ -23,6 +23,7 @@ def probe(protocol: str, seed: int = 0, **changes: object) -> tuple[Outcome, dic
     return outcome, context.run.notes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", ["neco-1", "clean-1"])
 def test_the_best_rate_scores_as_it_does_alone(protocol: str) -> None:
     rates = [0.0001, 1.0]

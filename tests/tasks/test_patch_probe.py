@@ -312,6 +312,7 @@ def test_masks_of_void_alone_are_bad_input() -> None:
 # The whole.
 
 
+@pytest.mark.slow
 def test_one_void_pixel_makes_151_classes() -> None:
     """150 classes, one patch of each and more of class 0; one pixel of 16 of class 5's training patch is void. All else
     is right, so the IoUs are 149 times 1, 15/16, and 0 for void where it is a class."""
@@ -413,6 +414,7 @@ def second_pipeline(model: str, options: Settings, limit: int) -> tuple[dict[str
     return {grid[point]: value for point, value in scores.items()}, score(y_val, final)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["knn", "logreg"])
 def test_the_protocol_equals_a_second_pipeline(method: str) -> None:
     cs = constants("capi-1")["regularisations"][1:5]
@@ -427,6 +429,7 @@ def test_the_protocol_equals_a_second_pipeline(method: str) -> None:
     assert len(set(grid.values())) > 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["knn", "logreg"])
 def test_an_oracle_is_nearly_perfect(method: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """4-pixel blocks against full masks: that is what it lacks."""
@@ -436,6 +439,7 @@ def test_an_oracle_is_nearly_perfect(method: str, monkeypatch: pytest.MonkeyPatc
     assert result.metrics["mIoU"] >= 0.9
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["knn", "logreg"])
 def test_batch_size_moves_nothing_and_native_masks_are_counted_whole(method: str, tmp_path: Path) -> None:
     changes = {"input_size": 112, "regularisations": [1e-3, 1.0], "max_iterations": 30}

@@ -97,6 +97,7 @@ class Rescaled(Encoder):
         return DenseFeatures(F.avg_pool2d(torch.cat([images, images.square()], 1), 8) * self.factor, 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "task",
     [
@@ -154,6 +155,7 @@ def painted(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DATASETS, "load", lambda name: Painted)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("painted")
 @pytest.mark.parametrize("protocol", ["hbird-2", "clean-1"])
 def test_an_oracle_is_nearly_perfect_in_context(protocol: str) -> None:
@@ -195,6 +197,7 @@ def test_a_blind_encoder_sees_one_class(task: str, changes: dict[str, Any], tmp_
     assert predicted == 0 or changes.get("neighbours") == 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("task", "changes", "limit"),
     [

@@ -66,6 +66,7 @@ def naive_track(maps: np.ndarray, labels: np.ndarray, settings: Settings) -> lis
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_propagation_is_that_of_a_naive_loop(protocol: str) -> None:
     """On colours of a generated clip, 14 x 14 cells, a window smaller than the map, more frames than context."""
@@ -171,6 +172,7 @@ class Blind(Encoder):
         return DenseFeatures(images.new_ones(len(images), 4, images.shape[2] // 16, images.shape[3] // 16), 16)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("protocol", PROTOCOLS)
 def test_known_answers(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """An oracle tracks what stays within the window almost wholly, a blind encoder nothing; the floor is the same."""
@@ -211,6 +213,7 @@ def test_scores_follow_from_the_masks() -> None:
         Track(clip, np.zeros_like(masks[0]), settings)
 
 
+@pytest.mark.slow
 def test_the_batch_size_and_the_feature_store_move_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NECO_BENCH_CACHE", str(tmp_path))
     (task,) = find_tasks(["shapes_vos"], {"input_size": 56})
@@ -269,6 +272,7 @@ def test_the_outcome_by_hand(tmp_path: Path) -> None:
     assert again.metrics == result.metrics
 
 
+@pytest.mark.slow
 def test_frames_that_are_not_square_have_the_tokens_of_their_shape(real_data: Path) -> None:
     options: dict[str, Any] = {"limit": 1, "workers": 0, "changes": {"input_size": 64}}
     result = neco_bench.run("baseline_rgb", "davis2016_vos@dinov3-1", data_root=real_data, **options)

@@ -91,6 +91,7 @@ def killed_at(point: int) -> Iterator[list[str]]:
         yield reached
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [2, 4])
 def test_a_kill_at_any_point_loses_nothing(step: int, tmp_path: Path) -> None:
     """In writing a checkpoint, and in writing again the one that a run goes on from."""

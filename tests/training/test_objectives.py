@@ -64,6 +64,7 @@ def by_definition(objective: NeCo, student: Network, teacher: Network, shard: Ra
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("similarity", ["cosine", "euclidean"])
 def test_loss_is_the_definition(similarity: str) -> None:
     settings = recipe(similarity=similarity)
@@ -170,6 +171,7 @@ def test_a_shuffled_teacher_teaches_no_patch_its_own_order() -> None:
     assert float(same) > float(aligned)  # a network agrees with itself, and not with its shuffled self
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mask", ["fg", "bg"])
 def test_masked_loss(mask: str) -> None:
     settings = recipe(loss_mask=mask, global_size=128)

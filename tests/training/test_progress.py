@@ -38,6 +38,7 @@ def logged(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return run, "\n".join(printed)
 
 
+@pytest.mark.slow
 def test_a_row_has_what_a_person_follows(logged: tuple[Path, str]) -> None:
     rows = pd.read_csv(logged[0] / "log.csv")
     assert (rows.grad_norm > 0).all()
@@ -91,6 +92,7 @@ def _exact(text: str) -> float:
     return float(text or "nan")
 
 
+@pytest.mark.slow
 def test_a_folder_whose_log_lacks_columns_is_resumed(logged: tuple[Path, str], tmp_path: Path) -> None:
     run = train(recipe(**SMALLER), options(tmp_path / "run", progress=False))
     rows = pd.read_csv(run / "log.csv", dtype=str)

@@ -95,6 +95,7 @@ def prepared(spec: str, checkpointing: bool = False) -> Encoder:
     return encoder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", ["module", "functional"])
 def test_a_resumed_run_ends_in_the_same_weights(
     file: Path, factory: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch

@@ -256,6 +256,7 @@ def apart(ours: State, theirs: State, start: State) -> float:
     return float(torch.cat([(ours[key] - theirs[key]).flatten() for key in theirs]).norm() / moved)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SETTINGS)
 def test_in_float64_three_steps_are_those_of_the_protocol(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -177,6 +177,7 @@ def test_gradients_equal_those_of_the_dense_product() -> None:
     torch.testing.assert_close(*gradients)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("distribution", DISTRIBUTIONS)
 def test_gradcheck(network: str, distribution: str) -> None:

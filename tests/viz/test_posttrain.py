@@ -11,6 +11,8 @@ import neco_bench
 from neco_bench.viz import posttrain
 from tests.command import Answer, neco
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:

@@ -50,6 +50,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> ResultStore:
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", TASKS)
 def test_every_family_shows_what_it_scored(task: str, store: ResultStore, tmp_path: Path) -> None:
     places = ("--results", store.folder, "--out", tmp_path)
@@ -78,6 +79,7 @@ def test_every_family_shows_what_it_scored(task: str, store: ResultStore, tmp_pa
         assert len(np.unique(np.asarray(grid).reshape(-1, 3), axis=0)) > 50
 
 
+@pytest.mark.slow
 def test_features_of_windows_are_not_drawn(tmp_path: Path) -> None:
     changes = {"iterations": 3, "warmup": 1, "evaluate_every": 2, "batch_size": 2}
     folder = ResultStore(tmp_path / "results")
@@ -111,6 +113,7 @@ def test_neighbours_are_the_patches_of_the_memory(store: ResultStore) -> None:
         assert neighbour.cosine == pytest.approx(float(torch.cosine_similarity(feature, middle, 0)), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_other_counts_are_said(store: ResultStore, tmp_path: Path) -> None:
     (result,) = (r for r in store.load_all() if r.task == "shapes_knn")
     arrays = store.statistics(result)

@@ -27,6 +27,7 @@ TITLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("task", list(CHANGES))
 def test_what_is_shown_is_what_was_scored(task: str, tmp_path: Path) -> None:
     store = ResultStore(tmp_path / "results")
