@@ -1,10 +1,10 @@
-"""neco-bench: evaluation of dense visual encoders under named protocols.
+"""neco-bench: a benchmark for dense visual encoders with named protocols.
 
     import neco_bench
     result = neco_bench.run("baseline_hog", "shapes_ic")
     print(result.metrics["mIoU"], result.ci95["mIoU"])
 
-Names are loaded when they are first used, so that `import neco_bench` is instant.
+Names are loaded when they are first used, so that `import neco_bench` is fast.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 if not Path(__file__).with_name("tasks").is_dir():
-    # Imported from a source checkout, where `tasks/` lies beside this package; an installed one has it inside.
+    # In a source checkout, `tasks/` is next to this package; in an installed package, it is inside.
     __path__.append(str(Path(__file__).parents[1]))
 
-_HOMES = {
+_MODULES = {
     "run": "neco_bench.runner.api",
     "load_encoder": "neco_bench.encoders",
     "check_encoder": "neco_bench.encoders",
@@ -75,6 +75,6 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
+    if name not in _MODULES:
         raise AttributeError(f"module 'neco_bench' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+    return getattr(importlib.import_module(_MODULES[name]), name)

@@ -1,4 +1,4 @@
-"""`python -m neco_bench` is `neco-bench`."""
+"""Run the command line: `python -m neco_bench` is the same as `neco-bench`."""
 
 from neco_bench.cli.app import main
 

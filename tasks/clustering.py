@@ -1,8 +1,7 @@
-"""Clustering of patch features: standardise, PCA, k-means, with FAISS's own sub-sampling, on rows stored in a file.
+"""Clustering of patch features: standardise, PCA, k-means, with FAISS's subsampling, on rows stored in a file.
 
-FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K, drawn with its fixed seeds; the reference
-(NeCo's evaluations) inherits that, and so do we. So only those points are ever in memory, however many rows there
-are.
+FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K points, drawn with its fixed seeds. The
+reference (NeCo's evaluations) inherits this, and so do we. Only these points are in memory, for any number of rows.
 """
 
 from __future__ import annotations
@@ -10,15 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from multiprocessing.pool import ThreadPool
 from threading import Lock
-from typing import Protocol
 
+import cv2
 import faiss
 import numpy as np
 import torch
 from sklearn.preprocessing import StandardScaler
 
 from neco_bench.core.errors import UsageError
-from neco_bench.search.faiss_gpu import faiss_sees_gpu, to_gpu
+from neco_bench.search.exact import faiss_sees_gpu, to_gpu
 from neco_bench.search.row_file import CHUNK, RowFile, faiss_draw
 
 CPU = torch.device("cpu")
@@ -31,53 +30,58 @@ KMEANS_POINTS = 256  # per centroid, the default of faiss.Kmeans
 
 
 def check_enough(patches: int, setting: str, count: int) -> None:
-    """Raise UsageError where there are fewer patches than clusters, or than principal components."""
+    """Raise UsageError if there are fewer patches than clusters or principal components."""
     if patches < count:
         what = "principal components" if setting == "components" else setting
         raise UsageError(
-            f"{count} {what} need at least as many patches, there are {patches}. "
+            f"{count} {what} need at least as many patches, but there are {patches}. "
             f"Lower --set {setting}, or use more images."
         )
 
 
-def standardise(features: RowFile) -> None:
-    """Read rows from now on with population mean 0 and deviation 1 in each dimension, constant ones as 0."""
+class PackedMasks:
+    """Masks (H, W) uint8 in memory as PNG, a twentieth of their pixels: appended, then read in the same order."""
+
+    def __init__(self) -> None:
+        self._packed: list[np.ndarray] = []
+
+    def append(self, mask: np.ndarray) -> None:
+        """Add a mask."""
+        self._packed.append(cv2.imencode(".png", mask)[1])
+
+    def __iter__(self) -> Iterator[np.ndarray]:
+        return (np.asarray(cv2.imdecode(packed, cv2.IMREAD_UNCHANGED)) for packed in self._packed)
+
+
+def standardise_and_reduce(features: RowFile, dimensions: int) -> RowFile:
+    """Give each dimension mean 0 and population deviation 1, then project on the principal components: (N, d).
+
+    Constant dimensions become 0. PCA is FAISS's, as in the reference, on its own sub-sample; it centres and does not
+    whiten. There is none where D <= `dimensions`. Raises UsageError where there are fewer rows than components.
+    """
     scaler = StandardScaler()
     for part in features.chunks():
         scaler.partial_fit(part)
-    features.rescale(scaler.mean_, scaler.scale_)
+    mean, deviation = scaler.mean_.astype(np.float32), scaler.scale_.astype(np.float32)
 
+    def standardise(rows: np.ndarray) -> np.ndarray:
+        rows -= mean
+        rows /= deviation
+        return rows
 
-def reduce_dimensions(features: RowFile, dimensions: int) -> RowFile:
-    """Project rows on their principal components, centred, not whitened: (N, d).
-
-    By FAISS, as in the reference, on its own sub-sample. Returns the rows as given where D <= `dimensions`. Raises
-    UsageError where there are fewer rows than components.
-    """
-    if features.dimension <= dimensions:
-        return features
-    check_enough(len(features), "components", dimensions)
-    pca = faiss.PCAMatrix(features.dimension, dimensions)
-    pca.train(features.faiss_subsample(PCA_POINTS * features.dimension, PCA_SEED))
-    reduced = RowFile(dimensions)
-    for part in features.chunks():
-        reduced.append(pca.apply(part))
+    pca = None
+    if features.dimension > dimensions:
+        check_enough(len(features), "components", dimensions)
+        pca = faiss.PCAMatrix(features.dimension, dimensions)
+        pca.train(standardise(features.at(faiss_draw(len(features), PCA_POINTS * features.dimension, PCA_SEED))))
+    reduced = RowFile(min(features.dimension, dimensions))
+    for part in map(standardise, features.chunks()):
+        reduced.append(pca.apply(part) if pca else part)
     return reduced
 
 
-class Points(Protocol):
-    """What k-means is fitted on: a `RowFile`, or some of its rows, any of them several times."""
-
-    dimension: int
-
-    def __len__(self) -> int: ...
-
-    def faiss_subsample(self, count: int, seed: int) -> np.ndarray:
-        """Read `count` rows (count, d) as FAISS draws them with that seed."""
-
-
 class PickedRows:
-    """The rows of a file with the given ids (n,), which may repeat, in that order."""
+    """Some rows of a file to fit k-means on: those with the given ids (n,), which may repeat, in that order."""
 
     def __init__(self, rows: RowFile, ids: np.ndarray) -> None:
         self.rows, self.ids, self.dimension = rows, ids, rows.dimension
@@ -85,13 +89,13 @@ class PickedRows:
     def __len__(self) -> int:
         return len(self.ids)
 
-    def faiss_subsample(self, count: int, seed: int) -> np.ndarray:
-        """Read `count` of them as FAISS draws them with that seed."""
-        return self.rows.at(self.ids[faiss_draw(len(self.ids), count, seed)], rescaled=True)
+    def at(self, ids: np.ndarray) -> np.ndarray:
+        """Read those that stand at the given places (n,): (n, d)."""
+        return self.rows.at(self.ids[ids])
 
 
 def kmeans(
-    features: Points,
+    features: RowFile | PickedRows,
     clusters: int,
     *,
     seeds: Sequence[int],
@@ -102,9 +106,9 @@ def kmeans(
 ) -> Iterator[faiss.Index]:
     """Fit FAISS k-means (L2) with `redos` restarts: for each seed, in order, an index over the (K, d) centroids.
 
-    `nearest` reads it. spherical: centroids have unit length, and points, as they are, go to that of the largest inner
-    product. On a GPU that FAISS sees, one seed after the other; else seeds are fitted side by side, each with its share
-    of the cores. Raises UsageError where there are fewer points than clusters.
+    The index is used with `nearest`. spherical: centroids have unit length, and points (not normalised) are assigned by
+    the largest inner product. On a GPU supported by FAISS, seeds are fitted one after the other; otherwise in parallel,
+    each with a share of the cores. Raises UsageError if there are fewer points than clusters.
     """
     check_enough(len(features), "clusters", clusters)
     on_gpu = device.type == "cuda" and faiss_sees_gpu()
@@ -112,7 +116,7 @@ def kmeans(
 
     def fit(seed: int) -> faiss.Index:
         with reading:
-            points = features.faiss_subsample(KMEANS_POINTS * clusters, seed)
+            points = features.at(faiss_draw(len(features), KMEANS_POINTS * clusters, seed))
         model = faiss.Kmeans(
             features.dimension,
             clusters,
@@ -129,7 +133,8 @@ def kmeans(
 
     if on_gpu:  # whose scratch memory serves one thread at a time
         return map(fit, seeds)
-    # Small fits gain little from several threads each, so each seed gets its own share of the cores.
+    # Each seed gets its own share of the cores: five fits of 21 clusters took 1.1 s of CPU time so, and 18 s one after
+    # the other with all of two cores.
     cores = faiss.omp_get_max_threads()
     threads = min(cores, len(seeds))
     pool = ThreadPool(threads, faiss.omp_set_num_threads, (cores // threads,))  # sets that of the new thread

@@ -1,4 +1,4 @@
-"""What all segmentation families share: the score of predicted class maps, image by image, and the Outcome from it."""
+"""Shared by all segmentation families: the score of predicted class maps, image by image, and the Outcome."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from neco_bench.metrics import segmentation
 class SegmentationScore:
     """Confusion counts of the images of a data set, for one prediction of each image or for an array of them.
 
-    Where several processes share the images out, each adds those that it has predicted, and all get the same outcome.
-    Predictions of the images that `show` draws are recorded.
+    With several processes, each adds the images that it has predicted, and all get the same outcome. Predictions of the
+    images that `show` draws are recorded.
 
     Args:
-        dataset: whose masks are the ground truth.
-        settings: of the protocol, with `absent`, the classes that count (see `mean_iou`).
-        context: of the run.
-        shape: of the array of predictions of an image, as (epochs, rates, seeds) of heads; () for a single one.
-        clusters: K, where predictions are ids of clusters 0..K-1; None where they are class ids.
+        dataset: the data set, whose masks are the ground truth.
+        settings: settings of the protocol, with `absent`, which selects the classes of the mean (see `mean_iou`).
+        context: context of the run.
+        shape: shape of the array of predictions of an image, such as (epochs, rates, seeds) of heads; () for one.
+        clusters: K, if predictions are ids of clusters 0..K-1; None if they are class ids.
         extra_classes: names of further ids that may be predicted, after those of the classes.
     """
 
@@ -50,20 +50,20 @@ class SegmentationScore:
         self._counts = [segmentation.ImageConfusions(len(self.names), clusters) for _ in range(math.prod(shape))]
 
     def to_predict(self, items: Sequence[int]) -> Iterator[tuple[int, int]]:
-        """(row, item) of the images of a batch that are to be predicted and added here; other processes do the rest."""
+        """Yield (row, item) of the images of a batch that this process must predict and add."""
         return ((row, i) for row, i in enumerate(items) if i % distributed.world() == distributed.rank())
 
     def add(self, item: int, mask: np.ndarray, prediction: np.ndarray, **shown: Any) -> None:
         """Count one image.
 
         Args:
-            item: its number in the data set.
-            mask: (H, W) ground truth as the data set or a transform gives it.
+            item: its index in the data set.
+            mask: (H, W) ground truth from the data set or a transform.
             prediction: (*shape, H, W) predicted ids.
-            shown: what else `show` draws, see `Context.record`.
+            shown: other values that `show` draws, see `Context.record`.
 
         Raises:
-            BadInputError: for ids that no class or cluster has.
+            BadInputError: for ids outside the range of classes or clusters.
         """
         truth = self.dataset.eval_mask(mask)
         flat = prediction.reshape(-1, *truth.shape)
@@ -74,16 +74,16 @@ class SegmentationScore:
 
     @cached_property
     def counts(self) -> list[segmentation.ImageConfusions]:
-        """Counts of all predictions, shape () to (n,), over all images in their order. Nothing can be added after."""
+        """Return the counts of all predictions over all images in order. Nothing can be added afterwards."""
         items = distributed.gather(self._items)
         return [segmentation.ImageConfusions.joined(distributed.gather(counts), items) for counts in self._counts]
 
     def match(self, method: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Give each predicted id a class, from the (C, K) counts of all images; each prediction is matched alone."""
+        """Assign a class to each predicted id, from the (C, K) counts of all images, separately for each prediction."""
         self._mappings = [method(counts.total()) for counts in self.counts]
 
     def mean_ious(self) -> np.ndarray:
-        """The mIoU of each prediction, an array of the given shape, of fractions; before `match` of ids as they are."""
+        """Return the mIoU of each prediction as fractions, in the given shape; before `match`, ids are classes."""
         totals = [counts.total() for counts in self.counts]
         if self._mappings:
             pairs = zip(totals, self._mappings, strict=True)
@@ -103,10 +103,10 @@ class SegmentationScore:
 
         Args:
             used_size: side of the inputs in pixels.
-            resize: how images came to it.
-            select: the first indices into the array of predictions; all of its axes, or all but the last.
-            metrics: further metrics of the family.
-            statistics: its further arrays.
+            resize: how images were resized, as text.
+            select: the first indices into the array of predictions, for all axes or all but the last.
+            metrics: additional metrics of the family.
+            statistics: additional arrays of the family.
         """
         numbers = np.arange(len(self.counts)).reshape(self.shape)[select]
         mappings = [self._mappings[i] if self._mappings else None for i in numbers.flat]
@@ -141,7 +141,7 @@ class SegmentationScore:
         )
 
     def _select_recorded(self, number: int, mapping: np.ndarray | None) -> None:
-        """Leave one of the recorded predictions of each image, as class ids."""
+        """Keep one of the recorded predictions of each image, as class ids."""
         for values in self.context.run.predictions.values():
             ids = values["prediction"][number]
             if self.clusters is not None:

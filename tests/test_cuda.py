@@ -18,7 +18,7 @@ from neco_bench.features.extract import FeatureExtractor
 from neco_bench.results.store import ResultStore
 from neco_bench.search import exact
 from neco_bench.search.approximate import ApproximateIndex, recall
-from neco_bench.search.faiss_gpu import faiss_sees_gpu
+from neco_bench.search.exact import faiss_sees_gpu
 from neco_bench.search.row_file import RowFile
 from neco_bench.training import loop
 from neco_bench.training.loop import train

@@ -124,7 +124,7 @@ def stuff_maps_as_panoptic(data: Path) -> None:
 
 
 MISTAKES: list[tuple[Callable[[Path], None], str, int, str]] = [
-    (full_ade20k, "ade20k_cluster_gt", 3, "Get ADEChallengeData2016.zip instead"),
+    (full_ade20k, "ade20k_cluster_gt", 3, "Use ADEChallengeData2016.zip instead"),
     (colour_masks, "voc_cluster_gt@clean-1", 4, "colour"),
     (ade_already_shifted, "ade20k_cluster_gt", 4, "already shifted to 0..149"),
     (black_and_white, "voc_cluster_gt@clean-1", 4, "black-and-white"),

@@ -1,6 +1,6 @@
-"""The command line: verbs only. Heavy imports happen inside the commands, so that help and listings are instant.
+"""Entry point of the command line. Slow imports are inside the commands, so that help and listings are fast.
 
-stdout carries results, and exactly one JSON document with --json; progress, logs and errors go to stderr.
+Results are printed on stdout (with --json, exactly one JSON document); progress, logs and errors are printed on stderr.
 Exit codes: 0 done, 2 wrong usage, 3 missing data or weights, 4 bad input file, 5 numerical failure, 130 interrupted (by
 Ctrl-C or SIGTERM), 1 other.
 """
@@ -23,7 +23,7 @@ COMMANDS = (run, models, data, train, results, posttrain, share)  # importing th
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point of `neco-bench`; exits with the documented code."""
+    """Run `neco-bench` with these arguments, and exit with the documented code."""
     logging.basicConfig(format="%(levelname)s: %(message)s", stream=sys.stderr, level=logging.WARNING)
     given = list(sys.argv[1:] if arguments is None else arguments)
     common = [word for word in given if word in COMMON]

@@ -23,13 +23,13 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 class _WithoutPydantic:
-    """Commands that import pydantic only where an option needs it, which takes 0.2 s of CPU time.
+    """Avoid the import of pydantic by Typer, which takes 0.2 s of CPU time.
 
-    Typer 0.29 uses it to convert the value of `--help`, None where that is not given. A bool is not converted.
+    Typer 0.29 uses pydantic to convert the value of `--help`, which is None by default. It does not convert a bool.
     """
 
     def get_help_option(self, ctx: Any) -> Any:
-        """Return the option with False for None."""
+        """Return the help option with the default False instead of None."""
         option = super().get_help_option(ctx)  # type: ignore[misc]
         if option is not None:
             option.default = False
@@ -42,7 +42,7 @@ class _Command(_WithoutPydantic, typer.core.TyperCommand):
 
 class _Group(_WithoutPydantic, typer.core.TyperGroup):
     def get_params(self, ctx: Any) -> Any:
-        """Return the options, those of completion with False for None too."""
+        """Return the options; the completion options also have the default False instead of None."""
         options = super().get_params(ctx)
         for option in options:
             if option.name in ("install_completion", "show_completion") and getattr(option, "is_flag", False):
@@ -51,7 +51,7 @@ class _Group(_WithoutPydantic, typer.core.TyperGroup):
 
 
 class App(typer.Typer):
-    """A Typer application of these commands."""
+    """A Typer application whose commands start without pydantic."""
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(cls=_Group, no_args_is_help=True, rich_markup_mode=None, **settings)
@@ -69,11 +69,11 @@ app = App(
 
 
 data_app = App(
-    help="Data sets: what is there, and is it whole.\n\nExample: neco-bench data list",
+    help="List, check and prepare data sets.\n\nExample: neco-bench data list",
 )
 
 results_app = App(
-    help="Share results: copies that are checked as on loading.\n\nExample: neco-bench results push /shared/results",
+    help="Check results, and copy them to and from a shared place.\n\nExample: neco-bench results push /shared/results",
 )
 
 DataRoot = Annotated[
@@ -96,7 +96,7 @@ Suites = Annotated[
 
 Weights = Annotated[Path | None, typer.Option(help="Weights file (safetensors, .pth, .ckpt) for the model.")]
 
-Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best there is.")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda, cuda:1, mps; default: the best available device.")]
 
 Precision = Annotated[str | None, typer.Option(help="fp32 (default), bf16 or fp16 for the encoder.")]
 
@@ -104,11 +104,11 @@ RunPrecision = Annotated[
     str | None,
     typer.Option(
         "--precision",
-        help="fp32 (default), bf16 or fp16 for the encoder; auto: bf16 where it is fast and the protocol allows it.",
+        help="fp32 (default), bf16 or fp16 for the encoder; auto: bf16 if it is fast and the protocol allows it.",
     ),
 ]
 
-Layers = Annotated[str | None, typer.Option(help="Inner blocks of a ViT (8 or 2,5,8,11), or the stage of a CNN.")]
+Layers = Annotated[str | None, typer.Option(help="Inner blocks of a ViT (8 or 2,5,8,11), or a stage of a CNN.")]
 
 
 def _print_version(wanted: bool) -> None:
@@ -125,11 +125,11 @@ def common_options(
         bool, typer.Option("--version", help="Print the version.", is_eager=True, callback=_print_version)
     ] = False,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print results and errors only.")] = False,
-    verbose: Annotated[bool, typer.Option("--verbose", help="Say more on stderr of what is done.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="Print more messages on stderr.")] = False,
 ) -> None:
-    """Take the options of all commands, which may stand before or after the command's name."""
+    """Handle the options of all commands, which may be given before or after the command's name."""
     if quiet and verbose:
-        raise UsageError("--quiet and --verbose exclude each other. Leave one of them out.")
+        raise UsageError("--quiet and --verbose exclude each other. Give only one of them.")
     level = logging.ERROR if quiet else logging.INFO if verbose else logging.WARNING
     logging.getLogger("neco_bench").setLevel(level)
 
@@ -138,26 +138,26 @@ COMMON = ("--version", "--quiet", "--verbose")
 
 
 def is_quiet() -> bool:
-    """Whether --quiet is given."""
+    """Return whether --quiet was given."""
     return not logging.getLogger("neco_bench").isEnabledFor(logging.WARNING)
 
 
 def task_names(incomplete: str) -> list[str]:
-    """Names of tasks that begin so, for completion."""
+    """Return the names of tasks that start with this text, for completion."""
     from neco_bench.core.protocol import all_cards
 
     return [name for name in all_cards()[0] if name.startswith(incomplete)]
 
 
 def suite_names(incomplete: str) -> list[str]:
-    """Names of suites that begin so, for completion."""
+    """Return the names of suites that start with this text, for completion."""
     from neco_bench.core.suites import all_suites
 
     return [name for name in all_suites() if name.startswith(incomplete)]
 
 
 def zoo_names(incomplete: str) -> list[str]:
-    """Names of models that begin so, for completion."""
+    """Return the names of models that start with this text, for completion."""
     from neco_bench.encoders.zoo import models
 
     return [name for name in models() if name.startswith(incomplete)]
@@ -165,7 +165,7 @@ def zoo_names(incomplete: str) -> list[str]:
 
 @contextlib.contextmanager
 def _sigterm_as_interruption() -> Iterator[None]:
-    """Let SIGTERM end a command as Ctrl-C does: what is finished stays, temporary files and processes go."""
+    """Make SIGTERM end a command like Ctrl-C: results are kept, temporary files and child processes are removed."""
 
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
@@ -182,7 +182,7 @@ def _sigterm_as_interruption() -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_stores(folders: Sequence[Path] | None) -> Iterator[list[ResultStore]]:
-    """The results folders, which warn of what they could not use."""
+    """Open results folders, and print a warning for each file that could not be used."""
     from neco_bench.results.store import ResultStore
 
     stores = [ResultStore(folder) for folder in folders or [Path("results")]]
@@ -194,6 +194,6 @@ def open_stores(folders: Sequence[Path] | None) -> Iterator[list[ResultStore]]:
 
 
 def not_negative(option: str, value: int) -> None:
-    """Raise UsageError for a negative number."""
+    """Raise UsageError if the value of an option is negative."""
     if value < 0:
         raise UsageError(f"{option} must be at least 0, got {value}.")

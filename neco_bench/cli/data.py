@@ -17,7 +17,7 @@ from neco_bench.cli.output import foreign_code, print_rows
 
 @app.command()
 def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
-    """List every task with its data set, protocols (the first is the default), metric, and whether its data is here.
+    """List every task: data set, protocols (the first is the default), metric, and whether its data is available.
 
     Example: neco-bench tasks --data-root /data
     """
@@ -48,11 +48,11 @@ def tasks(data_root: DataRoot = None, as_json: Json = False) -> None:
 @app.command()
 def suites(
     suite: Annotated[
-        str | None, typer.Argument(help="Suite, or FILE.toml:NAME, whose tasks, models and runs are listed.")
+        str | None, typer.Argument(help="Suite, or FILE.toml:NAME; its tasks, models and runs are listed.")
     ] = None,
     as_json: Json = False,
 ) -> None:
-    """List the suites, or what one of them holds: the tables of papers, and sets of training runs.
+    """List the suites (tables of papers, and sets of training runs), or the content of one suite.
 
     Example: neco-bench suites neco_table3
     """
@@ -67,7 +67,7 @@ def suites(
             {"kind": "task", "name": c.title, "is": f"{c.task.card.name}@{c.task.protocol.id}"} for c in found.columns()
         ]
         rows += [
-            {"kind": "model", "name": row.title, "is": row.model or "published numbers alone"} for row in found.models
+            {"kind": "model", "name": row.title, "is": row.model or "published numbers only"} for row in found.models
         ]
         for run in found.runs:
             changes = "".join(f" {key}={value}" for key, value in run.set.items())
@@ -93,10 +93,12 @@ def suites(
 
 @app.command()
 def cache(
-    clear: Annotated[bool, typer.Option("--clear", help="Delete them; those that a process writes stay.")] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Delete stored features, except those that a process is writing.")
+    ] = False,
     as_json: Json = False,
 ) -> None:
-    """List the features that are stored to be shared by tasks (NECO_BENCH_FEATURES_GB, 20 by default), or delete them.
+    """List or delete the stored features, which tasks share (at most NECO_BENCH_FEATURES_GB, 20 by default).
 
     Example: neco-bench cache
     """
@@ -118,7 +120,7 @@ def cache(
 
 @app.command()
 def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
-    """Show versions, devices, folders and data sets: what to paste into a bug report.
+    """Show versions, devices, folders and data sets, for a bug report.
 
     Example: neco-bench doctor
     """
@@ -150,7 +152,7 @@ def doctor(data_root: DataRoot = None, as_json: Json = False) -> None:
 
 @data_app.command("list")
 def data_list(data_root: DataRoot = None, as_json: Json = False) -> None:
-    """List the data sets and whether they are under the data root.
+    """List the data sets, and whether they are available under the data root.
 
     Example: neco-bench data list --data-root /data
     """
@@ -170,7 +172,7 @@ def data_check(
     data_root: DataRoot = None,
     as_json: Json = False,
 ) -> None:
-    """Read a whole data set and say what is wrong with it; exits with 4 where something is.
+    """Read a whole data set and report problems; exits with 4 if there is an error.
 
     Example: neco-bench data check voc2012 --data-root /data
     """
@@ -189,14 +191,12 @@ def data_check(
 @data_app.command("init")
 def data_init(
     folder: Annotated[Path, typer.Argument(help="Folder with images and masks, or images and a JSON file of pairs.")],
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite", help="Write dataset.toml again where there is one.")
-    ] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing dataset.toml.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Write a first dataset.toml by looking at a folder: suffixes, ids and palette of the masks, splits.
+    """Inspect a folder and write a draft of dataset.toml: suffixes, ids and palette of the masks, splits.
 
-    The folder is then a data set; its name is the start of the names of its tasks, which every family has.
+    The folder is then a data set. The names of its tasks start with the name of the folder.
 
     Example: neco-bench data init /data/plants
     """
@@ -211,15 +211,15 @@ def data_init(
     for note in written.notes:
         print(note, file=sys.stderr)
     print(
-        f"correct {written.paths[0].name}, then: neco-bench data check {place.name} --data-root {place.parent}; its "
-        f"tasks: neco-bench tasks --data-root {place.parent}",
+        f"correct {written.paths[0].name}, then run: neco-bench data check {place.name} --data-root {place.parent}; "
+        f"list its tasks: neco-bench tasks --data-root {place.parent}",
         file=sys.stderr,
     )
 
 
 @data_app.command("prepare")
 def data_prepare(
-    name: Annotated[str, typer.Argument(help="voc_sbd, coco_panoptic, or a data set whose archive is unpacked.")],
+    name: Annotated[str, typer.Argument(help="voc_sbd, coco_panoptic, or the data set of the archive.")],
     data_root: DataRoot = None,
     source: Annotated[
         Path | None, typer.Option(help="Archive (zip, tar), the folder of SBD, or nyu_depth_v2_labeled.mat.")
@@ -227,7 +227,7 @@ def data_prepare(
     into: Annotated[str, typer.Option(help="Sub-folder for an archive, such as stuffthingmaps.")] = "",
     as_json: Json = False,
 ) -> None:
-    """Unpack an archive, or convert annotations, without touching the originals; may be interrupted and repeated.
+    """Unpack an archive or convert annotations. Originals are not changed; the command can be interrupted and repeated.
 
     Example: neco-bench data prepare voc_sbd --source benchmark.tgz --data-root /data
     """

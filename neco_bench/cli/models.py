@@ -1,4 +1,4 @@
-"""`neco-bench models`, `check`, `speed`, `diagnose`, `export`. Commands import what is slow when they run."""
+"""`neco-bench models`, `check`, `speed`, `diagnose`, `export`. Slow imports are inside the commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from neco_bench.core.errors import UsageError
 
 @app.command()
 def models(as_json: Json = False) -> None:
-    """List the models that have a name; any timm:, hub:, hf: or file.py:factory spec works too.
+    """List the named models; any timm:, hub:, hf: or file.py:factory spec works too.
 
     Example: neco-bench models
     """
@@ -37,7 +37,7 @@ def check(
     layers: Layers = None,
     as_json: Json = False,
 ) -> None:
-    """Check on synthetic images that an encoder keeps the contract; exits with 4 where it does not.
+    """Check an encoder on synthetic images: shapes, grid order, determinism and more. Exits with 4 if a check fails.
 
     Example: neco-bench check baseline_hog
     """
@@ -63,19 +63,19 @@ def speed(
     model: Annotated[list[str], typer.Argument(help="Model specs.")],
     size: Annotated[
         list[str] | None,
-        typer.Option(help="Pixels a side; repeatable, comma-separated. Default: the sizes of most tasks."),
+        typer.Option(help="Pixels per side; repeatable, comma-separated. Default: the sizes of most tasks."),
     ] = None,
     precision: Annotated[str, typer.Option(help="Comma-separated: fp32, bf16, fp16.")] = "fp32,bf16",
     batch_size: Annotated[int, typer.Option(help="Images at once; halved when memory runs out.")] = 16,
-    seconds: Annotated[float, typer.Option(help="Time for each size and precision.")] = 2.0,
+    seconds: Annotated[float, typer.Option(help="Measuring time for each size and precision.")] = 2.0,
     out: Annotated[Path, typer.Option(help="Results folder.")] = Path("results"),
-    overwrite: Annotated[bool, typer.Option(help="Measure again where a result is stored.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Measure again even if a result is stored.")] = False,
     weights: Weights = None,
     device: Device = None,
     layers: Layers = None,
     as_json: Json = False,
 ) -> None:
-    """Measure images per second, GFLOP, parameters and peak memory at the input sizes of the tasks; stored as results.
+    """Measure and store images per second, GFLOP, parameters and peak memory at the input sizes of the tasks.
 
     Example: neco-bench speed baseline_hog --size 224 --seconds 1
     """
@@ -107,12 +107,12 @@ def speed(
 @app.command()
 def diagnose(
     model: Annotated[str, typer.Argument(help="Model spec.")],
-    dataset: Annotated[str, typer.Option(help="Data set of images and masks; see `neco-bench data list`.")] = "shapes",
-    split: Annotated[str, typer.Option(help="Its split.")] = "val",
-    images: Annotated[int, typer.Option(help="Images, spread evenly over the split.")] = 32,
-    size: Annotated[int, typer.Option(help="Pixels a side, rounded down to the stride.")] = 224,
+    dataset: Annotated[str, typer.Option(help="Data set with masks; see `neco-bench data list`.")] = "shapes",
+    split: Annotated[str, typer.Option(help="Split of the data set.")] = "val",
+    images: Annotated[int, typer.Option(help="Number of images, spread evenly over the split.")] = 32,
+    size: Annotated[int, typer.Option(help="Pixels per side, rounded down to a multiple of the stride.")] = 224,
     picture: Annotated[
-        Path | None, typer.Option(help="PNG to write: images, labels, components as colours, norms.")
+        Path | None, typer.Option(help="PNG file to write: images, labels, components as colours, norms.")
     ] = None,
     data_root: DataRoot = None,
     weights: Weights = None,
@@ -121,7 +121,7 @@ def diagnose(
     layers: Layers = None,
     as_json: Json = False,
 ) -> None:
-    """Show what may explain a score: norm outliers, effective rank, positional leakage, neighbour purity, shifts.
+    """Measure what may explain a score: norm outliers, effective rank, positional leakage, neighbour purity, shifts.
 
     Example: neco-bench diagnose baseline_hog --picture hog.png
     """
@@ -144,16 +144,16 @@ def export(
     model: Annotated[str, typer.Argument(help="Model spec, such as a run folder.")],
     out: Annotated[Path, typer.Option(help="File to write: .safetensors or .pth.")],
     layout: Annotated[
-        str, typer.Option(help="Names of the weights: timm, or dinov2 (torch.hub's, of NeCo too).")
+        str, typer.Option(help="Parameter names: timm, or dinov2 (those of torch.hub's DINOv2, also used by NeCo).")
     ] = "timm",
     weights: Weights = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace the file where there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Replace an existing file.")] = False,
 ) -> None:
-    """Write an encoder's weights so that timm or torch.hub's DINOv2 load them.
+    """Write an encoder's weights to a file that timm or torch.hub's DINOv2 can load.
 
-    Of a run folder the student's; RUN?branch=teacher writes the teacher's. Position embeddings are resized by the rule
-    of the code that reads the file; where that differs from the encoder's, a message says at which size features are
-    the same.
+    For a run folder, the student's weights are written; RUN?branch=teacher writes the teacher's. Position embeddings
+    will be resized by the rule of the code that reads the file. If this differs from the encoder's rule, a message
+    states the input size at which features are the same.
 
     Example: neco-bench export runs/neco --layout dinov2 --out neco_vits14.pth
     """

@@ -1,4 +1,4 @@
-"""What the command line prints: results and comparisons as rows, and rows as a table or as JSON."""
+"""Print results and comparisons as rows, and rows as a table or as JSON."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def foreign_code() -> Iterator[None]:
-    """Keep stdout for results while code of users may run.
+    """Reserve stdout for results while user code may run.
 
-    What that code prints on stdout, from Python or C, goes to stderr, and its `sys.exit()` is a BadInputError.
+    Output of that code on stdout, from Python or C, is redirected to stderr. Its `sys.exit()` raises BadInputError.
     """
     sys.stdout.flush()
     stdout = os.dup(1)
@@ -35,13 +35,13 @@ def foreign_code() -> Iterator[None]:
             (sys.__stdout__ or sys.stdout).flush()  # some code prints there
             import ctypes  # takes a tenth of the time of `--help`
 
-            ctypes.CDLL(None).fflush(None)  # what C code printed lies in a buffer of its own
+            ctypes.CDLL(None).fflush(None)  # C code has a separate output buffer
         os.dup2(stdout, 1)
         os.close(stdout)
 
 
 def summary(result: Result) -> dict[str, Any]:
-    """Write a result as a row: value and interval in its unit, what the interval rests on, and the part of the data."""
+    """Return a result as a row: value and interval in its unit, its sampling units, and part of the data."""
     value, metric = result.metrics.get(result.primary_metric), result.metric()
     notes = result.subset_notes
     notes += [f"limit {result.limit}"] if result.limit else []
@@ -59,7 +59,7 @@ def summary(result: Result) -> dict[str, Any]:
 
 
 def summaries(results: Sequence[Result]) -> list[dict[str, Any]]:
-    """Write results as rows, those of several seeds of a model on a task as one."""
+    """Return results as rows; several seeds of a model on a task are one row."""
     groups: dict[tuple[str, str], list[Result]] = {}
     for result in results:
         groups.setdefault((result.model, result.column), []).append(result)
@@ -67,7 +67,7 @@ def summaries(results: Sequence[Result]) -> list[dict[str, Any]]:
 
 
 def _over_seeds(results: list[Result]) -> dict[str, Any]:
-    """Write the results of several seeds as a row: mean, standard deviation and interval, as leaderboards have them."""
+    """Return the results of several seeds as a row: mean, standard deviation and interval, as in leaderboards."""
     from neco_bench.reports.grid import cells_of, runs_frame  # pandas is slow to import
 
     good = [result for result in results if result.status == "ok"]
@@ -85,7 +85,7 @@ def _over_seeds(results: list[Result]) -> dict[str, Any]:
 
 
 def comparison_fractions(row: ComparisonRow) -> dict[str, Any]:
-    """Write a row of a comparison for JSON: values as stored, None where there is no number."""
+    """Return a row of a comparison for JSON: values as stored, None for missing numbers."""
     difference = row.difference
     values: dict[str, Any] = {
         "first": row.first,
@@ -102,7 +102,7 @@ def comparison_fractions(row: ComparisonRow) -> dict[str, Any]:
 
 
 def comparison_images(rows: list[tuple[str, float, float]], most: int, as_json: bool) -> list[dict[str, Any]]:
-    """Write the first and the last `most` of (id, first, second), as fractions for JSON, in percent for a table."""
+    """Return the first and last `most` of (id, first, second) as rows: fractions for JSON, percent for a table."""
     rows = rows if len(rows) <= 2 * most else [*rows[:most], *rows[-most:]]
     if as_json:
         return [{"image": name, "first": a, "second": b, "difference": b - a} for name, a, b in rows]
@@ -113,7 +113,7 @@ def comparison_images(rows: list[tuple[str, float, float]], most: int, as_json: 
 
 
 def speed_row(result: Result) -> dict[str, Any]:
-    """Write a result of `speed` as a row."""
+    """Return a result of `speed` as a row."""
     features, measured = result.provenance["features"], result.metrics
     return {
         "model": result.model,
@@ -131,7 +131,7 @@ def speed_row(result: Result) -> dict[str, Any]:
 
 
 def phases(result: Result) -> list[dict[str, Any]]:
-    """Write the seconds and the share of each phase, the longest first, then of what is in no phase."""
+    """Return the seconds and the share of each phase, the longest first, then those outside all phases."""
     total = result.timing.get("total", 0.0)
     parts = {name: seconds for name, seconds in result.timing.items() if name != "total"}
     rows = [
@@ -149,8 +149,8 @@ def phases(result: Result) -> list[dict[str, Any]]:
 def print_rows(rows: Sequence[dict[str, Any]], as_json: bool, file: TextIO | None = None) -> None:
     """Print rows as a table, or as one JSON list.
 
-    On a terminal the table is laid out by rich in its width; elsewhere it is plain text, one line per row, columns
-    two or more spaces apart. file: where the table goes; default: stdout.
+    On a terminal, rich fits the table to the width. Otherwise it is plain text with one line per row, and columns are
+    separated by two or more spaces. file: the output file; default: stdout.
     """
     file = file or sys.stdout
     if as_json:
@@ -169,7 +169,7 @@ def print_rows(rows: Sequence[dict[str, Any]], as_json: bool, file: TextIO | Non
 
 
 def _print_in_width(header: Sequence[str], lines: Sequence[Sequence[str]], file: TextIO) -> None:
-    from rich.console import Console  # here, as these take a tenth of a second to import
+    from rich.console import Console  # imported here because it takes a tenth of a second
     from rich.table import Table
 
     table = Table(box=None, pad_edge=False)

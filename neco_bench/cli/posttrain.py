@@ -16,22 +16,22 @@ from neco_bench.core.errors import UsageError
 
 @app.command("posttrain-report")
 def posttrain_report(
-    base: Annotated[str, typer.Argument(help="Model spec of the start.")],
-    tuned: Annotated[str, typer.Argument(help="Run folder of `train`, or any model spec.")],
+    base: Annotated[str, typer.Argument(help="Model before training.")],
+    tuned: Annotated[str, typer.Argument(help="Model after training: a run folder of `train`, or any model spec.")],
     task: Annotated[
         list[str] | None,
-        typer.Option(help="Task or glob; repeatable, comma-separated. Default: quick ones, on your own data too."),
+        typer.Option(help="Task or glob; repeatable, comma-separated. Default: quick tasks, also on your own data."),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of the report.")] = Path("posttrain"),
-    results: Annotated[Path, typer.Option(help="Results folder, read and written.")] = Path("results"),
+    results: Annotated[Path, typer.Option(help="Results folder to read and to write.")] = Path("results"),
     every: Annotated[
-        int | None, typer.Option(help="Compare checkpoints too, of every so many steps (`train --keep-every`).")
+        int | None, typer.Option(help="Also compare the checkpoints every N steps (see `train --keep-every`).")
     ] = None,
     layers: Annotated[
         str | None, typer.Option(help="Inner layers to compare, such as 2,5,8, or none. Default: quarters of a ViT.")
     ] = None,
     layer_task: Annotated[str | None, typer.Option(help="Task for the layers; default: the first.")] = None,
-    images: Annotated[int, typer.Option(help="Draw so many items that gain most, and lose most, per task.")] = 2,
+    images: Annotated[int, typer.Option(help="Items per task to draw of those that gain most, and lose most.")] = 2,
     base_weights: Annotated[Path | None, typer.Option(help="Weights file of BASE.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Weights file of TUNED.")] = None,
     data_root: DataRoot = None,
@@ -39,12 +39,12 @@ def posttrain_report(
     precision: RunPrecision = None,
     batch_size: Annotated[int, typer.Option(help="Images per encoder forward.")] = 16,
     workers: Annotated[int | None, typer.Option(help="Loading processes.")] = None,
-    limit: Annotated[int | None, typer.Option(help="First N items of each split only.")] = None,
+    limit: Annotated[int | None, typer.Option(help="Only the first N items of each split.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Compare a model before and after training: one page, Markdown, LaTeX and CSV files.
+    """Compare a model before and after training, and write one page, Markdown, LaTeX and CSV files.
 
-    Tasks run as by `run`, and stored results count: the same command again computes nothing.
+    Tasks run in the same way as with `run`. Stored results are reused: a repeated command computes nothing.
 
     Example: neco-bench posttrain-report tiny_base runs/tiny_neco
     """
@@ -55,7 +55,7 @@ def posttrain_report(
     try:
         chosen = None if layers is None else () if layers == "none" else tuple(int(part) for part in layers.split(","))
     except ValueError:
-        raise UsageError(f"--layers {layers!r}: write numbers such as 2,5,8, or none.") from None
+        raise UsageError(f"--layers {layers!r}: give numbers such as 2,5,8, or none.") from None
     run = RunOptions(
         data_root=data_root,
         device=device,
@@ -82,7 +82,7 @@ def posttrain_report(
                 weights=weights,
             )
     except KeyboardInterrupt:
-        print(f"interrupted; finished results are in {results}, the same command goes on.", file=sys.stderr)
+        print(f"interrupted; finished results are in {results}; the same command continues.", file=sys.stderr)
         raise typer.Exit(130) from None
     for problem in report.problems:
         print(f"warning: {problem}", file=sys.stderr)

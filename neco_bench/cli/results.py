@@ -29,31 +29,31 @@ if TYPE_CHECKING:
 @app.command()
 def leaderboard(
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
-    out: Annotated[Path, typer.Option(help="Where the tables go.")] = Path("leaderboards/local"),
-    published: Annotated[Path | None, typer.Option(help="CSV of published numbers; default: the one shipped.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the tables.")] = Path("leaderboards/local"),
+    published: Annotated[Path | None, typer.Option(help="CSV of published numbers; default: the built-in one.")] = None,
     latex_intervals: Annotated[
-        bool, typer.Option("--latex-intervals", help="Put the 95 % intervals into the LaTeX tables.")
+        bool, typer.Option("--latex-intervals", help="Include 95 % intervals in the LaTeX tables.")
     ] = False,
     suite: Suites = None,
     data_root: DataRoot = None,
     pictures: Annotated[
-        Path, typer.Option(help="Where `show` wrote its pages; report.html links to those of these results.")
+        Path, typer.Option(help="Folder of the pages that `show` wrote; report.html links to them.")
     ] = Path("pictures"),
     run_folder: Annotated[
         list[Path] | None,
-        typer.Option(help="Folder of `train`, or its log.csv, whose curve is drawn in report.html; repeatable."),
+        typer.Option(help="Run folder of `train`, or its log.csv, to plot in report.html; repeatable."),
     ] = None,
     published_only: Annotated[
-        bool, typer.Option("--published-only", help="Write one page of the published numbers alone, published.html.")
+        bool, typer.Option("--published-only", help="Write only published.html, a page of the published numbers.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Write report.html, tables per task family and a Markdown page from stored results, published numbers beside them.
+    """Write report.html, tables per task family and a Markdown page from stored results, with published numbers.
 
-    The ranking of each family is printed, or the tables of results that are never ranked where there is none. Curves of
-    run folders that are models of results are drawn without --run-folder. With --suite, the table of that suite alone:
-    published, measured and difference of each cell, in the order of the paper, printed and written as CSV, Markdown,
-    LaTeX and HTML.
+    The ranking of each family is printed; if there is none, the tables of results that are never ranked. The training
+    curves of models that are run folders are plotted without --run-folder. With --suite, only the table of that suite
+    is printed and written as CSV, Markdown, LaTeX and HTML, with published value, measured value and difference of each
+    cell, in the order of the paper.
 
     Example: neco-bench leaderboard --results results --out leaderboards/local
     """
@@ -72,27 +72,27 @@ def leaderboard(
     suites = find_suites(suite or [])
     with open_stores(results) as stores:
         by_store = [(result, store) for store in stores for result in store.load_all()]
-    found, places = [result for result, _ in by_store], {result.key: store for result, store in by_store}
+    stored, store_of = [result for result, _ in by_store], {result.key: store for result, store in by_store}
     if suites:
-        _suite_tables(suites, found, published or shipped, out, data_root, as_json)
+        _suite_tables(suites, stored, published or shipped, out, data_root, as_json)
         return
-    if not found:
+    if not stored:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
 
     def statistics(result: Result) -> dict[str, np.ndarray]:
-        return places[result.key].statistics(result)
+        return store_of[result.key].statistics(result)
 
-    board = board_of(found, statistics)
+    board = board_of(stored, statistics)
     paths = write_leaderboard(
         board,
         out,
         published or shipped,
         latex_intervals=latex_intervals,
         pictures=pictures,
-        run_folders=[*(run_folder or []), *run_folders_of(found)],
+        run_folders=[*(run_folder or []), *run_folders_of(stored)],
     )
     if as_json:
-        print(json.dumps({"results": len(found), "files": [str(path) for path in paths]}))
+        print(json.dumps({"results": len(stored), "files": [str(path) for path in paths]}))
         return
     tables = {table.name: table for table in tables_of(board)}
     rankings = [tables.get(f"{name}.ranking", table) for name, table in tables.items() if table.ranked]
@@ -136,7 +136,7 @@ def _suite_tables(
             for note in table.notes:
                 print(note)
             if not any(measured for _, cells in table.rows for _, measured, _ in cells):
-                print(f"warning: nothing of suite {suite.id!r} is measured. Check --results.", file=sys.stderr)
+                print(f"warning: no result of suite {suite.id!r} is stored. Check --results.", file=sys.stderr)
     if as_json:
         print(json.dumps({"suites": document, "files": [str(path) for path in paths]}, indent=2))
         return
@@ -149,12 +149,12 @@ def compare(
     second: Annotated[str, typer.Argument(help="Model to compare with it.")],
     task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Compare the classes of each task too.")] = False,
+    per_class: Annotated[bool, typer.Option("--per-class", help="Also compare each class of each task.")] = False,
     per_size: Annotated[
-        bool, typer.Option("--per-size", help="Compare small, medium and large regions of each segmentation task too.")
+        bool, typer.Option("--per-size", help="Also compare small, medium and large regions of segmentation tasks.")
     ] = False,
     images: Annotated[
-        int, typer.Option(help="Show this many images that gain most, and that lose most, per task.")
+        int, typer.Option(help="Number of images per task to list of those that gain most, and that lose most.")
     ] = 0,
     as_json: Json = False,
 ) -> None:
@@ -192,23 +192,23 @@ def show(
     model: Annotated[str, typer.Argument(help="Model as named in the results, or the start of a result's key.")],
     task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
-    out: Annotated[Path, typer.Option(help="Where the pages go, one folder per result.")] = Path("pictures"),
+    out: Annotated[Path, typer.Option(help="Folder for the pages, with one folder per result.")] = Path("pictures"),
     worst: Annotated[int, typer.Option(help="Number of images or pairs with the lowest scores.")] = 4,
-    best: Annotated[int, typer.Option(help="Number of those with the highest scores.")] = 4,
+    best: Annotated[int, typer.Option(help="Number of images or pairs with the highest scores.")] = 4,
     image: Annotated[list[str] | None, typer.Option(help="Ids to show instead; repeatable.")] = None,
     layers: Annotated[
         bool,
-        typer.Option("--layers", help="Draw instead the scores of `run --layers all` by layer, from results alone."),
+        typer.Option("--layers", help="Plot the stored scores of `run --layers all` by layer instead."),
     ] = False,
     data_root: DataRoot = None,
     weights: Weights = None,
     device: Device = None,
     as_json: Json = False,
 ) -> None:
-    """Draw stored results: predictions and errors, nearest patches, clusters, matched points; a page and a PNG.
+    """Draw stored results as a page and a PNG: predictions and errors, nearest patches, clusters, matched points.
 
-    The task runs again for them, on stored features where there are any, and its predictions are compared with the
-    stored counts. With --layers, a curve of a model's scores by layer with 95 % intervals; nothing runs.
+    The task runs again, with stored features if there are any, and its predictions are compared with the stored
+    counts. With --layers, the scores of a model are plotted by layer with 95 % intervals, and nothing runs.
 
     Example: neco-bench show baseline_hog --task shapes_ic
     """
@@ -243,7 +243,7 @@ def show(
         if shown.differing:
             print(
                 f"warning: {result.model} on {result.column}: {shown.differing} of {shown.items} items "
-                f"have other counts than those stored; versions, weights or data changed since.",
+                f"have other counts than the stored ones; versions, weights or data have changed since.",
                 file=sys.stderr,
             )
         rows.append({"task": result.column, "items": shown.items, "page": str(shown.page)})

@@ -53,12 +53,14 @@ def run(
     precision: RunPrecision = None,
     batch_size: Annotated[int, typer.Option(help="Images per encoder forward; halved when memory runs out.")] = 16,
     workers: Annotated[
-        int | None, typer.Option(help="Loading processes; default: cores - 1 for a GPU, threads for a CPU.")
+        int | None, typer.Option(help="Loading processes; default: cores - 1 on a GPU; on a CPU, threads are used.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of all random numbers.")] = 0,
     seeds: Annotated[
         int,
-        typer.Option(help="Run so many seeds from --seed on: one result each, one row with their spread in tables."),
+        typer.Option(
+            help="Number of seeds to run, starting at --seed: one result per seed; tables show their mean and spread."
+        ),
     ] = 1,
     limit: Annotated[int | None, typer.Option(help="First N items of each split only; never ranked.")] = None,
     split_file: Annotated[Path | None, typer.Option(help="List of ids that restricts the training split.")] = None,
@@ -66,43 +68,45 @@ def run(
     layers: Annotated[
         str | None,
         typer.Option(
-            help="Inner blocks of a ViT (8 or 2,5,8,11), the stage of a CNN. all: one result for each, of a ViT from "
-            "the same forward passes where --features stores them; `show MODEL --layers` draws the curve."
+            help="Inner blocks of a ViT (8 or 2,5,8,11), or a stage of a CNN. all: one result for each; for a ViT, "
+            "they share forward passes if --features stores them. `show MODEL --layers` plots the curve."
         ),
     ] = None,
     changes: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a constant; the protocol is then marked *."),
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a constant; the protocol is then marked with *."),
     ] = None,
     features: Annotated[
-        str, typer.Option(help="Keep features for other tasks: fp32, fp16 (half the space, rounded) or off.")
+        str, typer.Option(help="Store features for other tasks: fp32, fp16 (half the space, rounded) or off.")
     ] = "fp32",
-    overwrite: Annotated[bool, typer.Option(help="Run again where a result is stored.")] = False,
+    overwrite: Annotated[bool, typer.Option(help="Run again even if a result is stored.")] = False,
     checkpointing: Annotated[
         bool,
-        typer.Option("--checkpointing", help="Fine-tuning: compute activations again; less memory, more time."),
+        typer.Option(
+            "--checkpointing", help="Fine-tuning: compute activations again in backward; less memory, more time."
+        ),
     ] = False,
     job_timeout: Annotated[
-        float | None, typer.Option(help="Run each job in a process of its own, and end it after so many seconds.")
+        float | None, typer.Option(help="Run each job in a separate process, and end it after this many seconds.")
     ] = None,
     launcher: Annotated[
-        str | None, typer.Option(help="Submit one job per result through submitit: slurm, or local processes.")
+        str | None, typer.Option(help="Submit one job per result with submitit: slurm, or local (processes).")
     ] = None,
     launcher_set: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Parameter of the jobs, such as slurm_partition=gpu; repeatable."),
+        typer.Option(metavar="KEY=VALUE", help="Parameter of the launcher, such as slurm_partition=gpu; repeatable."),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Show for each result where its time went, and its peak memory.")
+        bool, typer.Option("--profile", help="Print the time of each phase and the peak memory of each result.")
     ] = False,
     dry_run: Annotated[
-        bool, typer.Option(help="Check everything, say what would run and its cost, run nothing.")
+        bool, typer.Option(help="Check all settings, print what would run and its estimated cost, and run nothing.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Run tasks for models and store one result each; stored results are returned, not computed again.
+    """Run tasks for models and store the results; stored results are returned and not computed again.
 
-    Of a suite, what needs data that are not here is named and left out, and the command ends with exit code 3.
+    With --suite, results whose data or weights are missing are listed and left out; the exit code is then 3.
 
     Example: neco-bench run --model baseline_hog --task 'shapes_*'
     """
@@ -116,7 +120,7 @@ def run(
     if distributed.started_by_torchrun():
         distributed.join()
     check_device(device)
-    parts = _parts(model, task, suite, parse_changes(changes or []), data_root)
+    parts = _models_and_tasks(model, task, suite, parse_changes(changes or []), data_root)
     options = RunOptions(
         data_root=data_root,
         device=device,
@@ -146,22 +150,22 @@ def run(
     with foreign_code():
         planned: dict[tuple[str, str, str, int], Job] = {}
         for models, tasks in parts:
-            found = plan_all(models, tasks, options, store, seeds=seeds, missing=missing if suite else None)
-            planned |= {(job.label, job.task.card.name, job.task.label, job.options.seed): job for job in found}
+            part = plan_all(models, tasks, options, store, seeds=seeds, missing=missing if suite else None)
+            planned |= {(job.label, job.task.card.name, job.task.label, job.options.seed): job for job in part}
         jobs = numbered(list(planned.values()), apart=launcher is not None or job_timeout is not None)
     if dry_run:
         _print_forecast(jobs, missing, store, suite, as_json)
-    _say_missing(jobs, missing)
+    _print_missing(jobs, missing)
     results = []
     if launcher is not None:
         from neco_bench.runner.launch import JobPool
 
-        grid = JobPool(jobs, store, launcher, parse_changes(launcher_set or []))
+        pool = JobPool(jobs, store, launcher, parse_changes(launcher_set or []))
     try:
         for number, job in enumerate(jobs):
             with foreign_code():
                 if launcher is not None:
-                    results.append(grid.result(number))
+                    results.append(pool.result(number))
                 elif job_timeout is not None:
                     from neco_bench.runner.launch import run_apart
 
@@ -169,12 +173,12 @@ def run(
                 else:
                     results.append(execute.run_job(job, store))
             if not distributed.rank():
-                _say_done(job.title, results[-1], profile)
+                _print_done(job.title, results[-1], profile)
     except KeyboardInterrupt:
         if launcher is not None:
-            grid.cancel()
-        done = f"finished results are in {out}" if results else "nothing was finished yet"
-        print(f"interrupted; {done}, the same command goes on from there.", file=sys.stderr)
+            pool.cancel()
+        done = f"finished results are in {out}" if results else "no result was finished yet"
+        print(f"interrupted; {done}; the same command continues from there.", file=sys.stderr)
         raise typer.Exit(130) from None
     if distributed.rank() == 0 and as_json:
         print(json.dumps([result.model_dump(mode="json") for result in results], indent=2))
@@ -184,51 +188,51 @@ def run(
     raise typer.Exit(next(iter([*codes, *(absent.error.exit_code for absent in missing)]), 0))
 
 
-def _parts(
+def _models_and_tasks(
     model: list[str] | None,
     task: list[str] | None,
     suite: list[str] | None,
     changed: dict[str, Any],
     data_root: Path | None,
 ) -> list[tuple[list[str], list[Task]]]:
-    """What to run: models and their tasks, of each suite and of --task. Raises UsageError where nothing is named."""
+    """Return the models and tasks to run, of each suite and of --task. Raises UsageError if nothing is named."""
     from neco_bench.core.protocol import find_tasks
     from neco_bench.core.suites import find_suites
 
     given = None if model is None else _models(model)
     parts = []
-    for found in find_suites(suite or []):
-        models = found.specs if given is None else given
+    for one_suite in find_suites(suite or []):
+        models = one_suite.specs if given is None else given
         if not models:
-            hint = f"Train them: neco-bench train --suite {found.id}. Then name" if found.runs else "Name"
-            raise UsageError(f"Suite {found.id!r} has no models that can be run. {hint} some with --model.")
-        parts.append((models, [column.task for column in found.columns(changed, data_root)]))
+            hint = f"Train them: neco-bench train --suite {one_suite.id}. Then name" if one_suite.runs else "Name"
+            raise UsageError(f"Suite {one_suite.id!r} has no models that can be run. {hint} some with --model.")
+        parts.append((models, [column.task for column in one_suite.columns(changed, data_root)]))
     if task is not None:
         if given is None:
             raise UsageError("--task needs --model. See `neco-bench models`.")
         parts.append((given, find_tasks(task, changed, data_root=data_root)))
     if not parts:
         raise UsageError(
-            "Name what to run: --task, as `neco-bench tasks` lists them, or --suite (`neco-bench suites`)."
+            "Name what to run: --task (`neco-bench tasks` lists the tasks), or --suite (`neco-bench suites`)."
         )
     return parts
 
 
-def _say_missing(jobs: list[Job], missing: list[MissingJob]) -> None:
-    """Name once each what a suite lacks. Raises MissingError where nothing can be run."""
+def _print_missing(jobs: list[Job], missing: list[MissingJob]) -> None:
+    """Print once each what a suite lacks. Raises MissingError if nothing can be run."""
     for text in dict.fromkeys(str(absent.error) for absent in missing):
         models = dict.fromkeys(absent.model for absent in missing if str(absent.error) == text)
         tasks = dict.fromkeys(absent.task.card.name for absent in missing if str(absent.error) == text)
         count = f"{len(models)} model{'s' * (len(models) > 1)}"
         print(f"missing: {', '.join(tasks)} ({count}): {text}", file=sys.stderr)
     if missing and not jobs:
-        raise MissingError("Nothing of the suite can be run: what it needs is missing. Check --data-root.")
+        raise MissingError("Nothing in the suite can be run: data or weights are missing. Check --data-root.")
 
 
 def _print_forecast(
     jobs: list[Job], missing: list[MissingJob], store: ResultStore, suite: list[str] | None, as_json: bool
 ) -> NoReturn:
-    """Print what would run, what is missing and what it takes; of a suite the sum too, on stderr. Then exit."""
+    """Print what would run, what is missing and the estimated cost; for a suite, print totals on stderr. Then exit."""
     from neco_bench.runner.estimate import forecast
 
     with foreign_code():
@@ -242,24 +246,24 @@ def _print_forecast(
     one_seed = len({row.get("seed") for row in rows if row.get("seed") is not None}) < 2
     hidden = () if as_json else ("exit_code", "layers_ahead", *(("seed",) if one_seed else ()))
     shown = [{name: row[name] for name in row if name not in hidden} for row in rows]
-    if suite and not as_json:  # what is missing has a line each
+    if suite and not as_json:  # full messages are printed separately, once each
         shown = [{**row, "problem": (row["problem"] or "").partition("\n")[0]} for row in shown]
     print_rows(shown, as_json)
     if any(row.get("layers_ahead") for row in rows):
-        print("Forward passes that layers share are in the hours of the first of them.", file=sys.stderr)
+        print("The hours of the first layer include the forward passes that all layers share.", file=sys.stderr)
     if suite:
         hours = sum(row.get("hours") or 0 for row in rows)
         faulty = [row for row in rows if row["problem"]]
         stored = sum(row["stored"] for row in rows)
         print(
-            f"{len(rows)} results: {stored} stored, {len(rows) - stored - len(faulty)} to run, {len(faulty)} lack "
-            f"data, weights or something else; about {hours:.2g} hours, where it could be estimated.",
+            f"{len(rows)} results: {stored} stored, {len(rows) - stored - len(faulty)} to run, {len(faulty)} cannot "
+            f"run (data, weights or something else is missing); about {hours:.2g} hours, as far as could be estimated.",
             file=sys.stderr,
         )
     raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
 
 
-def _say_done(title: str, result: Result, profile: bool) -> None:
+def _print_done(title: str, result: Result, profile: bool) -> None:
     if profile:
         print_rows(phases(result), False, file=sys.stderr)
     if result.error or not is_quiet():
@@ -267,8 +271,8 @@ def _say_done(title: str, result: Result, profile: bool) -> None:
 
 
 def _models(values: Sequence[str]) -> list[str]:
-    """Comma-separated specs; commas between numbers belong to a spec (timm:NAME?layers=2,5)."""
+    """Split comma-separated specs; commas between numbers belong to a spec (timm:NAME?layers=2,5)."""
     parts = [part.strip() for value in values for part in re.split(r",(?!-?\d+(?:,|&|$))", value)]
     if not any(parts):
-        raise UsageError("--model names nothing. Give a model spec; see `neco-bench models`.")
+        raise UsageError("--model is empty. Give a model spec; see `neco-bench models`.")
     return list(dict.fromkeys(part for part in parts if part))

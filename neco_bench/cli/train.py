@@ -20,17 +20,17 @@ if TYPE_CHECKING:
 @app.command()
 def train(
     out: Annotated[
-        Path, typer.Option(help="Run folder; `run --model` takes it afterwards. Of a suite, one each below.")
+        Path, typer.Option(help="Run folder; can be used as a model afterwards. With --suite, its parent folder.")
     ],
     data: Annotated[
         str | None,
         typer.Option(
             help="Folder of images, list file, shapes[:N], or coco, imagenet, imagenet100, voc with an optional "
-            ":FOLDER; several with commas. Default: that of --suite."
+            ":FOLDER; comma-separated for a mixture. Default: the data of --suite."
         ),
     ] = None,
     recipe: Annotated[
-        str | None, typer.Option(help="Recipe name or .toml file; a wrong name lists the shipped ones.")
+        str | None, typer.Option(help="Recipe name or .toml file; an unknown name lists the built-in recipes.")
     ] = None,
     suite: Annotated[
         str | None,
@@ -41,48 +41,49 @@ def train(
     changes: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Change a value of the recipe; repeatable.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Seed of everything random; default: the recipe's.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Seed of all random numbers; default: the recipe's.")] = None,
     data_root: DataRoot = None,
     device: Device = None,
     precision: Annotated[str | None, typer.Option(help="fp32, bf16 or fp16; default: the recipe's.")] = None,
     workers: Annotated[
         int | None,
-        typer.Option(help="Loading processes; default: the cores of each training process less one, at most 16."),
+        typer.Option(help="Loading processes; default: the cores per training process minus one, at most 16."),
     ] = None,
     resume: Annotated[
         bool,
         typer.Option(
             "--resume",
-            help="Go on from the last checkpoint in --out; learning rates, precision, steps and the like may change.",
+            help="Continue from the last checkpoint in --out; learning rates, precision, steps and similar may change.",
         ),
     ] = False,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; the last two stay.")] = 500,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints; the last two are kept.")] = 500,
     keep_every: Annotated[
-        int | None, typer.Option(help="Steps between checkpoints that stay, for `posttrain-report --every`.")
+        int | None, typer.Option(help="Steps between permanent checkpoints, for `posttrain-report --every`.")
     ] = None,
     evaluate: Annotated[
-        list[str] | None, typer.Option("--eval", metavar="TASK", help="Score on this task while training; repeatable.")
+        list[str] | None, typer.Option("--eval", metavar="TASK", help="Task to score during training; repeatable.")
     ] = None,
     eval_every: Annotated[int, typer.Option(help="Steps between evaluations.")] = 1000,
     compiled: Annotated[
-        bool, typer.Option("--compile", help="Run the encoder through torch.compile; needs drop_path=0.")
+        bool, typer.Option("--compile", help="Compile the encoder with torch.compile; needs drop_path=0.")
     ] = False,
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Compute activations again in backward: less memory, more time.")
     ] = False,
-    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Write TensorBoard events too.")] = False,
+    tensorboard: Annotated[bool, typer.Option("--tensorboard", help="Also write TensorBoard events.")] = False,
     launcher: Annotated[
         str | None,
-        typer.Option(help="With --suite: submit one job per run through submitit: slurm, or local processes."),
+        typer.Option(help="With --suite: submit one job per run with submitit: slurm, or local (processes)."),
     ] = None,
     launcher_set: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Parameter of the jobs, such as slurm_partition=gpu; repeatable."),
+        typer.Option(metavar="KEY=VALUE", help="Parameter of the launcher, such as slurm_partition=gpu; repeatable."),
     ] = None,
 ) -> None:
-    """Post-train an encoder with NeCo, on one device or, started by torchrun, on several.
+    """Post-train an encoder with NeCo, on one device, or on several if started by torchrun.
 
-    With --suite, all runs of an ablation, one after another: those that are done are skipped, others go on.
+    With --suite, all runs of an ablation are trained one after another: finished runs are skipped, interrupted runs
+    continue.
 
     Example: neco-bench train --base dinov2_vits14_reg --data coco --recipe neco_vits14_518 --out runs/neco
     """
@@ -92,7 +93,7 @@ def train(
     from neco_bench.training.recipe import load_recipe, parse_changes
 
     if (recipe is None) == (suite is None):
-        raise UsageError("Give either --recipe, or --suite for all runs of one.")
+        raise UsageError("Give either --recipe for one run, or --suite for all runs of a suite.")
     if launcher_set and launcher is None:
         raise UsageError("--launcher-set needs --launcher.")
     if suite is None and (launcher is not None or data is None):
@@ -123,9 +124,9 @@ def train(
         with foreign_code():
             run_folder = loop.train(load_recipe(str(recipe), settings), options)
     except KeyboardInterrupt:  # a second Ctrl-C, or one before the first step
-        print(f"interrupted; --resume goes on from the last checkpoint in {out}, if there is one.", file=sys.stderr)
+        print(f"interrupted; --resume continues from the last checkpoint in {out}, if there is one.", file=sys.stderr)
         raise typer.Exit(130) from None
-    if os.environ.get("RANK", "0") == "0":  # torchrun starts several of us
+    if os.environ.get("RANK", "0") == "0":  # torchrun starts several processes
         print(run_folder)
         print(f"done; evaluate it with: neco-bench run --model {out} --task TASK", file=sys.stderr)
 
@@ -138,7 +139,7 @@ def _train_suite(
     launcher: str | None,
     parameters: dict[str, Any],
 ) -> NoReturn:
-    """Make the runs of a suite and print a row of each; exit with the code of the first error."""
+    """Train the runs of a suite and print a row for each; exit with the code of the first error."""
     from neco_bench.core.suites import find_suite
     from neco_bench.training.suite import plan_runs, train_runs
 
@@ -153,7 +154,7 @@ def _train_suite(
                 if first:
                     print(f"{done.folder}: {done.status}", file=sys.stderr)
     except KeyboardInterrupt:
-        print("interrupted; the same command goes on from the last checkpoints.", file=sys.stderr)
+        print("interrupted; the same command continues from the last checkpoints.", file=sys.stderr)
         raise typer.Exit(130) from None
     code = next((row.exit_code for row in rows if row.exit_code), 0)
     if first:

@@ -1,1 +1,1 @@
-"""What every other package builds on: errors, registry, configuration, files, random numbers, protocols."""
+"""Basic modules used by all packages: errors, registry, configuration, files, random numbers, protocols."""

@@ -1,4 +1,4 @@
-"""Reading TOML on Python 3.10 and newer, with the file named in every error."""
+"""Read TOML on Python 3.10 and newer; every error names the file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ else:
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """Read the document in `path`, with or without a byte order mark.
+    """Read the TOML document in `path`, with or without a byte order mark.
 
     Raises MissingError (no such file) and BadInputError (not UTF-8, not TOML, nested too deeply, integers of more than
-    64 bits, not a readable file), naming the file.
+    64 bits, not a readable file); messages name the file.
     """
     try:
         document = tomllib.loads(path.read_bytes().decode("utf-8-sig").replace("\r\n", "\n"))
@@ -34,13 +34,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         ) from None
     except RecursionError:
         raise BadInputError(f"{path} is nested too deeply. Write fewer brackets or shorter dotted keys.") from None
-    except ValueError as error:  # TOMLDecodeError, and what Python says of numbers and dates
+    except ValueError as error:  # TOMLDecodeError, or Python's errors for numbers and dates
         raise BadInputError(f"{path} is not valid TOML: {error}.") from error
     return document
 
 
 def parse_value(text: str) -> Any:
-    """Read a single TOML value; give the text itself where it is none."""
+    """Parse a single TOML value; return the text unchanged if it is not one."""
     try:
         document = tomllib.loads(f"value = {text}")
         _check_integers(document)
@@ -59,7 +59,7 @@ def _check_integers(value: Any) -> None:
 
 
 def parse_changes(assignments: Iterable[str]) -> dict[str, Any]:
-    """{key: value} of "KEY=VALUE" strings; values are TOML where they parse as such, else strings."""
+    """Return {key: value} of "KEY=VALUE" strings; values are parsed as TOML if possible, else they are strings."""
 
     changed = {}
     for assignment in assignments:

@@ -1,12 +1,12 @@
-"""What a `dataset.toml` may say: the schema of data sets of one's own, and what is wrong with one.
+"""The schema of `dataset.toml`, which describes a user-defined data set, and messages on errors in it.
 
     classes = ["background", "leaf", "stem"]    # class k has the value k in the masks
     ignore = 255                                # the value that means void, or a list of values
-    images = "images/{id}.jpg"                  # from this folder; {id} may have folders in it
+    images = "images/{id}.jpg"                  # relative to this folder; {id} may include folders
     masks = "masks/{id}.png"
     splits = { train = "train.txt", val = "val.txt" }   # lists of ids; or ["train", "val"], the {split} in the patterns
 
-The name of the folder is that of the data set, and the start of the names of its tasks: `plants_ic`, `plants_linear`.
+The name of the folder is the name of the data set, and the prefix of its task names: `plants_ic`, `plants_linear`.
 docs/pages/own_data.md has all keys.
 """
 
@@ -21,11 +21,11 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from neco_bench.core.errors import did_you_mean
 
-VOID = "void"  # what ids map to instead of a class
+VOID = "void"  # value of `ids` for void
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]*")
 
-# Splits that serve as a role of a task, the first that a data set has.
+# Splits for each role of a task; the first that a data set has is used.
 _ROLES = {
     "train": ("train", "training", "trn"),
     "val": ("val", "valid", "validation", "test", "testing"),
@@ -38,15 +38,14 @@ MaskValue = Annotated[int, Field(ge=0, le=65535)]
 
 
 class DatasetFile(BaseModel):
-    """What a `dataset.toml` says.
+    """The content of a `dataset.toml`.
 
-    kind: images with masks, or pairs of images with keypoints. images, masks: patterns of paths from the folder, with
-    {id}, and {split} where splits are folders; a pattern that ends in ".*" takes any suffix of images. splits:
-    {name: file}, a list of ids, one a line (of pairs the JSON file), "" for a folder of that name. ignore: mask values
-    that mean void.
-    ids: {mask value: class or "void"}; without it class k has the value k. palette: RGB of each class, for pictures.
-    mask_values: "colours" where masks are RGB pictures in the colours of the palette. ignore_colours: RGB of void in
-    these. citation: printed with results.
+    kind: images with masks, or pairs of images with keypoints. images, masks: path patterns relative to the folder,
+    with {id}, and with {split} if splits are folders; a pattern that ends in ".*" matches any image suffix. splits:
+    {name: file}, a list with one id per line (for pairs, the JSON file), "" for a folder of that name. ignore: mask
+    values that mean void. ids: {mask value: class or "void"}; without it, class k has the value k. palette: RGB of each
+    class, for pictures. mask_values: "colours" if masks are RGB pictures in the colours of the palette. ignore_colours:
+    RGB colours of void in these. citation: reported with results.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -98,7 +97,7 @@ class DatasetFile(BaseModel):
         if twice is not None:
             raise ValueError(f"{twice!r} is named twice")
         if not all(name.strip() for name in classes) or VOID in classes:
-            raise ValueError(f"a class needs a name, other than {VOID!r}")
+            raise ValueError(f"a class needs a name other than {VOID!r}")
         if len(classes) > 255:
             raise ValueError(f"{len(classes)} classes: at most 255 fit into a mask")
         return classes
@@ -120,7 +119,7 @@ class DatasetFile(BaseModel):
         if len(self.classes) < 2:
             raise ValueError("classes: name two or more")
         if not self.masks:
-            raise ValueError('masks: say where they lie, as in "masks/{id}.png"')
+            raise ValueError('masks: give the path pattern, as in "masks/{id}.png"')
         if self.palette and len(self.palette) != len(self.classes):
             raise ValueError(f"palette has {len(self.palette)} colours for {len(self.classes)} classes")
         if self.mask_values == "colours":
@@ -137,7 +136,7 @@ class DatasetFile(BaseModel):
         colours = [*self.palette, *self.ignore_colours]
         twice = next((colour for i, colour in enumerate(colours) if colour in colours[:i]), None)
         if twice is not None:
-            raise ValueError(f"palette: {list(twice)} stands for two classes, or for a class and void")
+            raise ValueError(f"palette: {list(twice)} is used for two classes, or for a class and void")
 
     def _check_ids(self) -> None:
         if self.ignore_colours:
@@ -157,24 +156,24 @@ class DatasetFile(BaseModel):
 
     @property
     def class_values(self) -> dict[int, int]:
-        """The number of the class that each mask value stands for, without those of void."""
+        """Class id of each mask value, without void."""
         if self.ids:
             return {value: self.classes.index(name) for value, name in self.ids.items() if name != VOID}
         return {number: number for number in range(len(self.classes))}
 
     @property
     def void_values(self) -> tuple[int, ...]:
-        """The mask values that mean void; `ids` win over the default of `ignore`."""
+        """Mask values that mean void; `ids` has priority over the default of `ignore`."""
         named = [value for value, name in self.ids.items() if name == VOID]
         return tuple(dict.fromkeys([*named, *(value for value in self.ignore if value not in self.class_values)]))
 
     def role(self, role: str) -> str | None:
-        """The split that serves as "train", "val" or "test" of a task, None where there is none."""
+        """Return the split for the role "train", "val" or "test" of a task, None if there is none."""
         return next((name for name in _ROLES.get(role, (role,)) if name in self.splits), None)
 
 
 def _inside(path: str) -> str:
-    """Check that a path stays within the folder; links may lead out of it."""
+    """Check that a path is inside the folder; links may lead out of it."""
     if path and (PurePosixPath(path).is_absolute() or ".." in PurePosixPath(path).parts or "\\" in path):
         raise ValueError(
             f"{path!r} must be a path from the folder of dataset.toml, with / between folders; link what is elsewhere"
@@ -183,7 +182,7 @@ def _inside(path: str) -> str:
 
 
 def problem_text(error: ValidationError, fields: Iterable[str] | None = None) -> str:
-    """Say what is wrong, key by key. fields: the known keys; None: those of a `dataset.toml`."""
+    """Return the errors as text, by key. fields: the known keys; None: those of `dataset.toml`."""
     known = list(DatasetFile.model_fields if fields is None else fields)
     return "; ".join(_sentence(dict(item), known) for item in error.errors())
 

@@ -1,8 +1,8 @@
-"""Several processes on one run, started by torchrun: `torchrun --nproc-per-node N -m neco_bench run ...`.
+"""Run with several processes, started by torchrun: `torchrun --nproc-per-node N -m neco_bench run ...`.
 
-Images are shared out for encoding and scoring, and a memory bank with those it was made of; what is small (nearest
-neighbours, confusion counts) is gathered. The result is the same as that of one process. Imports no torch
-until there are several processes.
+Images are divided among the processes for encoding and scoring, and so is the memory bank made from them; small data
+(nearest neighbours, confusion counts) is gathered. The result equals that of one process. torch is imported only if
+there are several processes.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from torch import Tensor
 
-# For groups in which one process may work for hours while the others wait. One that dies is noticed by torchrun.
+# For groups in which one process may work for hours while the others wait. torchrun detects processes that die.
 NO_LIMIT = timedelta(days=365)
 
 _place = (0, 1)
 
-_group: Any = None  # of these processes; None is the default group
+_group: Any = None  # the group of these processes; None is the default group
 
 
 def started_by_torchrun() -> bool:
-    """Whether there are several processes."""
+    """Return whether torchrun started several processes."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 def join() -> None:
-    """Join the other processes; each takes the GPU of its number, where there are GPUs."""
+    """Join the other processes; if there are GPUs, each process uses the GPU with its local number."""
     global _place
     import torch
 
@@ -43,7 +43,7 @@ def join() -> None:
 
 @contextlib.contextmanager
 def sharing(group: Any) -> Iterator[None]:
-    """Share runs out over the processes of a torch.distributed group that this one belongs to."""
+    """Divide runs among the processes of a torch.distributed group that contains this process."""
     global _place, _group
     import torch.distributed as dist
 
@@ -56,17 +56,17 @@ def sharing(group: Any) -> Iterator[None]:
 
 
 def rank() -> int:
-    """Number of this process, 0 where there is one."""
+    """Return the number of this process, 0 for a single process."""
     return _place[0]
 
 
 def world() -> int:
-    """Number of processes that share this run."""
+    """Return the number of processes of this run."""
     return _place[1]
 
 
 def gather(value: Any) -> list[Any]:
-    """What each process gives, in the order of processes."""
+    """Return the values of all processes, in the order of processes."""
     if world() == 1:
         return [value]
     import torch.distributed as dist
@@ -77,7 +77,7 @@ def gather(value: Any) -> list[Any]:
 
 
 def gather_rows(rows: Tensor, most: int) -> list[Tensor]:
-    """The rows (n, ...) of each process, n at most `most` and different between processes."""
+    """Return the rows (n, ...) of each process; n is at most `most` and may differ between processes."""
     import torch
 
     counts = gather(len(rows))
@@ -90,9 +90,9 @@ def gather_rows(rows: Tensor, most: int) -> list[Tensor]:
 
 @dataclass
 class RankShard:
-    """What a process works on: `images` of the `total` of all processes, from number `start`.
+    """The part of a process: `images` of the `total` of all processes, from index `start`.
 
-    batch_number: how many batches came before, several to a step where gradients are accumulated.
+    batch_number: number of previous batches, of which a step has several if gradients are accumulated.
     """
 
     seed: int

@@ -1,4 +1,4 @@
-"""Writing files whole, and file names made of any text."""
+"""Atomic writing of files, digests, and file names made from any text."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
 _DAY = 24 * 3600
 
-_cleared: set[Path] = set()  # folders, by this process
+_cleared: set[Path] = set()  # folders cleared by this process
 
 
 def write_whole(path: Path, content: bytes) -> None:
-    """Write a file so that readers see the old content or the new, never half of it. Creates the folder.
+    """Write a file atomically: readers see either the old or the new content. Creates the folder.
 
-    The first call for a folder clears what killed processes left there (`clear_leftovers`).
-    Raises NecoBenchError where the folder cannot be written or the disk is full; nothing is left behind then.
+    The first call for a folder deletes temporary files of killed processes (`clear_leftovers`).
+    Raises NecoBenchError if the folder cannot be written or the disk is full; no temporary file remains then.
     """
     temporary = None
     try:
@@ -44,7 +44,7 @@ def write_whole(path: Path, content: bytes) -> None:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())
-            if fcntl is None:  # there an open file cannot be renamed
+            if fcntl is None:  # on Windows, an open file cannot be renamed
                 file.close()
             os.replace(temporary, path)
     except OSError as error:
@@ -59,9 +59,9 @@ def write_whole(path: Path, content: bytes) -> None:
 
 
 def clear_leftovers(folder: Path) -> None:
-    """Delete the temporary files that killed processes left in a folder; those of running processes stay.
+    """Delete the temporary files of killed processes in a folder, but not those of running processes.
 
-    A process holds a lock on its temporary file. Where the file system has no locks, files of the last day stay.
+    A process locks its temporary file. If the file system has no locks, files of the last day are kept.
     """
     with contextlib.suppress(OSError):
         for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
@@ -72,17 +72,17 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def _open_temporary(folder: Path) -> tuple[Path, BinaryIO]:
-    """A new file, locked until it is closed."""
+    """Create a new file, locked until it is closed."""
     while True:
         path = folder / f".{uuid.uuid4().hex}.tmp"
         file = path.open("xb")
-        if _lock(file) is not False and path.exists():  # else another process has just taken it for a leftover
+        if _lock(file) is not False and path.exists():  # else another process has just deleted it as a leftover
             return path, file
         file.close()
 
 
 def _lock(file: BinaryIO) -> bool | None:
-    """Lock an open file: whether that worked, or None where there are no locks."""
+    """Lock an open file; return whether this succeeded, or None if there are no locks."""
     if fcntl is None:
         return None
     try:
@@ -95,7 +95,7 @@ def _lock(file: BinaryIO) -> bool | None:
 
 
 def slug(text: str) -> str:
-    """`text` as part of a file name on any platform, at most 100 characters. Different texts may share a slug."""
+    """Return `text` as part of a file name for any platform, at most 100 characters. Texts may share a slug."""
     text = text.replace("*", "-changed")
     return re.sub(r"[^A-Za-z0-9._=-]+", "-", text).strip("-.")[:100] or "unnamed"
 
@@ -104,7 +104,7 @@ MODEL_FILES = re.compile(r".+\.(py|json|ya?ml|toml|safetensors|bin|pth|pt|ckpt|n
 
 
 def content_sha256(path: Path) -> str:
-    """The sha256 of a weights file, with the parts that an index names, or of a folder. Raises `MissingError`."""
+    """Return the sha256 of a weights file, including the shards of an index, or of a folder. Raises `MissingError`."""
     if not (path.is_dir() or path.name.endswith(".index.json")):
         return file_sha256(path)
     folder = path if path.is_dir() else path.parent
@@ -114,10 +114,10 @@ def content_sha256(path: Path) -> str:
 
 
 def file_sha256(path: Path) -> str:
-    """The sha256 of a file, in hexadecimal. Raises `MissingError`."""
+    """Return the sha256 of a file, in hexadecimal. Raises `MissingError`."""
     try:
         facts = path.stat()
-        if facts.st_size < 1 << 24:  # may be written again within the resolution of its time
+        if facts.st_size < 1 << 24:  # a small file may change within the resolution of its time stamp
             return _digest(path)
         return _known_digest(path.absolute(), facts.st_size, facts.st_mtime_ns, facts.st_ino)
     except OSError as error:
@@ -138,5 +138,5 @@ def _known_digest(path: Path, size: int, modified: int, inode: int) -> str:
 
 
 def digest(document: Any) -> str:
-    """Hex sha256 of a JSON-like document, independent of key order."""
+    """Return the hex sha256 of a JSON-like document, independent of key order."""
     return hashlib.sha256(json.dumps(document, sort_keys=True, default=str).encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""What a run writes line by line: `log.csv` (one row per step), `eval.csv` (one per score), TensorBoard's events."""
+"""Files that a run appends to: `log.csv` (one row per step), `eval.csv` (one row per score), TensorBoard events."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from neco_bench.core.files import write_whole
 
 
 class Table:
-    """A CSV file of rows that have a step, which grows line by line."""
+    """A CSV file with one row per step, to which rows are appended."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.columns: list[str] | None = None  # of the file, once a row is to be added
+        self.columns: list[str] | None = None  # columns of the file, known after the first append
 
     def rows(self) -> pd.DataFrame:
-        """Read the rows, without a last line that was cut off; the step is an integer, all else the text of the file.
+        """Read the rows, without a truncated last line; the step is an integer, other values are text.
 
-        Raises BadInputError where the file is no such table.
+        Raises BadInputError if the file is not such a table.
         """
         try:
             text = self.path.read_text(encoding="utf-8") if self.path.exists() else ""
@@ -32,11 +32,11 @@ class Table:
             return pd.read_csv(io.StringIO(lines), dtype=str, keep_default_na=False).astype({"step": int})
         except (OSError, ValueError, LookupError) as error:
             raise BadInputError(
-                f"{self.path} is damaged ({type(error).__name__}: {error}). Move it away to go on without its rows."
+                f"{self.path} is damaged ({type(error).__name__}: {error}). Move it away to continue without its rows."
             ) from error
 
     def begin(self, step: int) -> None:
-        """Drop the rows after `step`, which will be written again, and a line that was cut off."""
+        """Remove the rows after `step`, which will be written again, and a truncated line."""
         rows = self.rows().query("step <= @step")
         if len(rows):
             write_whole(self.path, rows.to_csv(index=False, lineterminator="\n").encode())
@@ -45,7 +45,7 @@ class Table:
         self.columns = None
 
     def _widen(self, names: Iterable[str]) -> list[str]:
-        """Add columns that the file of an older version lacks, "nan" in its rows; return all, in their order."""
+        """Add missing columns (of a file of an older version) with "nan" in its rows; return all columns in order."""
         rows = self.rows()
         if not len(rows):
             return list(names)
@@ -56,9 +56,9 @@ class Table:
         return columns
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Add a row, after a header in an empty file; what the file has no column for gets one.
+        """Append a row, with a header first in an empty file; missing columns are added.
 
-        Raises NecoBenchError where it cannot be written, BadInputError where the file is no such table.
+        Raises NecoBenchError if it cannot be written, BadInputError if the file is not such a table.
         """
         try:
             if self.columns is None and self.path.is_file():
@@ -70,25 +70,25 @@ class Table:
         except OSError as error:
             raise NecoBenchError(
                 f"{self.path}: could not be written ({error.strerror or error}). Free disk space or make the folder "
-                f"writable; --resume goes on from the last checkpoint."
+                f"writable; --resume continues from the last checkpoint."
             ) from error
 
 
 class StepLog:
-    """log.csv from step `first` on, and TensorBoard's events where they are requested."""
+    """log.csv from step `first` on, and TensorBoard events if requested."""
 
     def __init__(self, out: Path, first: int, tensorboard: bool) -> None:
-        """Raises MissingError where TensorBoard is requested and not installed."""
+        """Raise MissingError if TensorBoard is requested but not installed."""
         self.table = Table(out / "log.csv")
         self.table.begin(first)
         self.events = _event_writer(out, first) if tensorboard else None
 
     def write(self, row: Mapping[str, float]) -> None:
-        """Add the row of a step."""
+        """Append the row of a step."""
         self.table.append(row)
         if self.events:
             for name, value in row.items():
-                if math.isnan(value):  # what is not computed at every step
+                if math.isnan(value):  # values that are not computed at every step
                     continue
                 self.events.add_scalar(name, value, row["step"])
 

@@ -1,9 +1,9 @@
-"""What a metric is: its unit, which direction is better, and the values it can have. Imports no torch.
+"""Metrics: unit, direction (whether higher or lower is better) and range. Imports no torch.
 
-The contract of task families: a metric is known by its name.
-One that is a fraction, printed in percent, of which more is better needs nothing. For any other, add a line to
-METRICS; a plug-in gives `Outcome(units={name: Metric(...)})`. Tables, ranks, comparisons, pages and `published.csv`
-read unit and direction from here and nowhere else.
+A task family identifies a metric by its name. A metric that is a fraction, printed in percent, for which higher is
+better, needs no entry. For any other metric, add a line to METRICS; a plug-in returns
+`Outcome(units={name: Metric(...)})`. Tables, ranks, comparisons, pages and `published.csv` use the unit and direction
+defined here.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 Unit = Literal["percent", "metres", "degrees", "ratio", "images/s", "GFLOP", "million"]
 
-# Digits after the point, and what stands behind a number where the unit is not named beside it.
+# Digits after the decimal point, and the text after a number if the unit is not stated elsewhere.
 _DIGITS = {"percent": 1, "metres": 3, "degrees": 1, "ratio": 3, "images/s": 1, "GFLOP": 2, "million": 2}
 _SIGNS = {
     "percent": "%",
@@ -32,8 +32,8 @@ _SIGNS = {
 class Metric(BaseModel):
     """Unit, direction and range of a metric.
 
-    unit: "percent" is stored as a fraction and printed times 100; the others are printed as they are stored. low, high:
-    the smallest and the largest possible value, as stored; None: there is none.
+    unit: "percent" is stored as a fraction and printed times 100; other values are printed as stored. low, high: the
+    smallest and the largest possible value, as stored; None: no limit.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -45,32 +45,32 @@ class Metric(BaseModel):
 
     @property
     def direction(self) -> Literal["higher", "lower"]:
-        """Which values are better."""
+        """Whether higher or lower values are better."""
         return "lower" if self.lower_is_better else "higher"
 
     @property
     def sign(self) -> int:
-        """1 where more is better, else -1: `sign * value` is better the larger it is."""
+        """1 if higher is better, else -1, so that a larger `sign * value` is better."""
         return -1 if self.lower_is_better else 1
 
     @property
     def scale(self) -> int:
-        """What a stored value is printed times."""
+        """Factor from the stored to the printed value."""
         return 100 if self.unit == "percent" else 1
 
     @property
     def digits(self) -> int:
-        """Digits after the point in tables."""
+        """Digits after the decimal point in tables."""
         return _DIGITS[self.unit]
 
     @property
     def legend(self) -> str:
-        """What stands beside the name of a metric that is not percent, higher is better; else nothing."""
+        """Text next to the name of a metric, unless it is in percent and higher is better."""
         notes = [_SIGNS[self.unit]] if self.unit not in ("percent", "ratio") else []
         return ", ".join([*notes, "lower is better"] if self.lower_is_better else notes)
 
     def text(self, value: float | None, plus: bool = False) -> str:
-        """Write a stored value as all tables print it, "" where there is none; plus: with its sign.
+        """Return a stored value as printed in tables, "" for None; plus: with its sign.
 
         >>> Metric().text(0.4567), Metric(unit="metres", lower_is_better=True, high=None).text(0.4031)
         ('45.7', '0.403')
@@ -81,12 +81,12 @@ class Metric(BaseModel):
         return f"{number:{'+' if plus else ''}.{self.digits}f}"
 
     def interval(self, low: float | None, high: float | None, plus: bool = False) -> str:
-        """Write an interval, "" where there is none."""
+        """Return an interval as printed in tables, "" for None."""
         ends = self.text(low, plus), self.text(high, plus)
         return f"[{ends[0]}, {ends[1]}]" if all(ends) else ""
 
     def problem(self, value: float) -> str | None:
-        """Say what is wrong with a value that is outside the range; None where nothing is."""
+        """Return a message if a value is outside the range, else None."""
         if self.low is not None and value < self.low - ROUNDING:
             return f"Input should be greater than or equal to {self.low:g}"
         if self.high is not None and value > self.high + ROUNDING:
@@ -94,12 +94,12 @@ class Metric(BaseModel):
         return None
 
 
-ROUNDING = 1e-6  # by which a mean of values may leave their range
+ROUNDING = 1e-6  # by which a mean of values may exceed their range
 
 
 _RATIO = Metric(unit="ratio", lower_is_better=True, high=None)
 
-# By name: the first pattern that is the whole name, without "_std" and what follows a "/".
+# By name: the first pattern that matches the whole name, without "_std" and the part after "/".
 METRICS: dict[str, Metric] = {
     r"(?i)((mean|median|rmse)[-_ ])?(angle|angular[-_ ]error)": Metric(
         unit="degrees", lower_is_better=True, high=180.0
@@ -114,7 +114,7 @@ METRICS: dict[str, Metric] = {
 
 
 def metric_named(name: str) -> Metric:
-    """Find the metric of a name; one that no line of METRICS names is a fraction of which more is better.
+    """Return the metric with this name; by default, a fraction for which higher is better.
 
     >>> metric_named("rmse").legend, metric_named("J_decay").direction, metric_named("mIoU").direction
     ('m, lower is better', 'lower', 'higher')

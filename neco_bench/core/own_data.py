@@ -1,7 +1,7 @@
-"""Data sets of one's own: folders below the data root with a `dataset.toml`, whose schema is in `dataset_file`.
+"""User-defined data sets: folders below the data root with a `dataset.toml`, whose schema is in `dataset_file`.
 
-The name of the folder is that of the data set, and the start of the names of its tasks: `plants_ic`, `plants_linear`.
-Imports neither numpy nor, where there is none, pydantic.
+The name of the folder is the name of the data set, and the prefix of its task names: `plants_ic`, `plants_linear`.
+Imports no numpy, and imports pydantic only if there is such a data set.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ FILE = "dataset.toml"
 
 @dataclass(frozen=True)
 class OwnDataset:
-    """A folder with a `dataset.toml`: what that says, or the problem with it."""
+    """A folder with a `dataset.toml`: its content, or the problem with it."""
 
     name: str
     folder: Path
@@ -32,7 +32,7 @@ class OwnDataset:
 
 
 def own_datasets(root: str | os.PathLike[str] | None = None) -> dict[str, OwnDataset]:
-    """Find the data sets of one's own below the data root (the argument, else NECO_BENCH_DATA), by name."""
+    """Return the user-defined data sets below the data root (the argument, else NECO_BENCH_DATA), by name."""
     base = data_root(root)
     if base is None or not base.is_dir():
         return {}
@@ -41,7 +41,7 @@ def own_datasets(root: str | os.PathLike[str] | None = None) -> dict[str, OwnDat
 
 
 def read_own(folder: Path) -> OwnDataset:
-    """Read the `dataset.toml` of a folder; what is wrong with it is its `problem`, with the file's name."""
+    """Read the `dataset.toml` of a folder; errors are stored in `problem`, with the file's name."""
     from pydantic import ValidationError  # both are slow to import
 
     from neco_bench.core.dataset_file import NAME, DatasetFile, problem_text

@@ -1,6 +1,6 @@
-"""What a user sees while something takes long: a bar on a terminal, elsewhere a line every half minute.
+"""Progress of long computations: a bar on a terminal, otherwise a line every half minute.
 
-Both go to stderr and name what is worked on, such as "[3 of 12] baseline_hog on shapes_ic@hbird-2".
+Both are printed on stderr and name the job, such as "[3 of 12] baseline_hog on shapes_ic@hbird-2".
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ EVERY = 30.0  # seconds between two lines
 
 @dataclass
 class Progress:
-    """The progress of a job. As a context manager it prints lines where stderr is no terminal.
+    """The progress of a job. As a context manager, it prints lines if stderr is not a terminal.
 
-    title: of the job. doing: the phase that it is in. done, total: of what it iterates over, if anything.
+    title: title of the job. doing: its current phase. done, total: progress of its current iteration, if any.
     """
 
     title: str
@@ -31,14 +31,14 @@ class Progress:
     _end: threading.Event = field(default_factory=threading.Event)
 
     def __enter__(self) -> Progress:
-        """Begin to print lines, by a thread."""
+        """Start a thread that prints lines."""
         self._start = time.monotonic()
         if not sys.stderr.isatty():
             threading.Thread(target=self._print_lines, daemon=True).start()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Print no more."""
+        """Stop printing."""
         self._end.set()
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterator[T]:
@@ -58,12 +58,12 @@ class Progress:
             self.doing, self.done, self.total = before
 
     def enter(self, phase: str) -> None:
-        """Say what the job does now, unless it iterates over something."""
+        """Set the current phase, unless the job is in an iteration."""
         if self.total is None and not self.done:
             self.doing = phase
 
     def line(self) -> str:
-        """Where the job is."""
+        """Return the current state of the job as text."""
         seconds = round(time.monotonic() - self._start)
         count = f" {self.done}" + (f" of {self.total}" if self.total else "") if self.done else ""
         return f"{self.title}: {self.doing}{count}, {seconds // 60}:{seconds % 60:02d}"

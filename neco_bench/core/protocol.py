@@ -1,7 +1,7 @@
 """Cards (concrete tasks) and protocols (named, versioned constants), read from the `cards.toml` of each family.
 
-A protocol is a frozen object: an id, all its constants, and their hash. A card names a data set and holds the constants
-that belong to the data set (input size, memory size, K). Together, and with what `--set` changes, they fill the
+A protocol is a frozen object: an id, all its constants, and their hash. A card names a data set and contains the
+constants that belong to the data set (input size, memory size, K). Together with the changes of `--set`, they fill the
 family's frozen `Settings` object, which rejects unknown keys. Nothing here imports torch.
 """
 
@@ -60,21 +60,21 @@ FAMILIES: Registry = Registry(
 )
 
 
-# Renamed task ids keep resolving here: old id -> new id.
+# Renamed task ids: old id -> new id.
 RENAMED: dict[str, str] = {}
 
 # Splits of official data sets that share images: VOC's.
 _OF_TRAINING = {"train", "trainaug", "trainval"}
 
-MOST = 10**12  # of any number in settings: arrays hold the product of two as integers, and as single precision
+MOST = 10**12  # limit of numbers in settings, so that the product of two fits integers and single precision
 
 
 class Settings(BaseModel):
-    """Base of each family's settings: every constant of the protocol and the card, validated, frozen.
+    """Base class of each family's settings: all constants of the protocol and the card, validated and frozen.
 
-    input_size: side of the input in pixels. mean, std: of RGB on [0, 1]; they replace the encoder's own where a
-    reference feeds every encoder alike.
-    tokens_per_side: equal tokens instead of equal pixels: every encoder gets an input of this many strides a side.
+    input_size: side of the input in pixels. mean, std: RGB on [0, 1]; they replace the encoder's own statistics if the
+    reference uses the same for every encoder.
+    tokens_per_side: equal tokens instead of equal pixels: every encoder gets an input with this many strides per side.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
@@ -93,9 +93,9 @@ class Settings(BaseModel):
         return value
 
     def input_size_for(self, stride: int) -> int:
-        """Side of the input in pixels: the multiple of `stride` nearest to `input_size`, or `tokens_per_side` strides.
+        """Return the side of the input: the multiple of `stride` nearest to `input_size`, or `tokens_per_side` strides.
 
-        The larger multiple on ties, at least one stride.
+        In a tie, the larger multiple is used; the minimum is one stride.
         """
         return stride * (self.tokens_per_side or max(1, math.floor(self.input_size / stride + 0.5)))
 
@@ -106,22 +106,22 @@ def _ascending(limits: tuple[float, float]) -> tuple[float, float]:
     return limits
 
 
-Rounds = Annotated[int, Field(gt=0, lt=2**31)]  # what FAISS can count
+Rounds = Annotated[int, Field(gt=0, lt=2**31)]  # FAISS uses 32-bit integers
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
-Temperature = Annotated[float, Field(ge=1e-6)]  # of a softmax: what is divided by less overflows
+Temperature = Annotated[float, Field(ge=1e-6)]  # of a softmax: division by a smaller value overflows
 
 Range = Annotated[tuple[PositiveFloat, PositiveFloat], AfterValidator(_ascending)]
 
 
 @dataclass(frozen=True)
 class Protocol:
-    """id, all constants, and the hash over both. A changed constant demands a new id (a test holds the hashes).
+    """id, all constants, and the hash over both. A changed constant needs a new id (a test checks the hashes).
 
-    module: of the family's package, with the `run` of this protocol; its `Settings` are in the module of that name with
-    "_settings" ("settings" for "task"), which imports no torch. citation: the family's where empty. allows_bf16: its
-    scores in bf16 were found to be those in fp32 (docs/pages/precision.md), so that `--precision auto` may take it.
+    module: the module of the family's package with the `run` of this protocol; its `Settings` are in the module with
+    the suffix "_settings" ("settings" for "task"), which imports no torch. citation: that of the family if empty.
+    allows_bf16: scores in bf16 agree with those in fp32 (docs/pages/precision.md), so `--precision auto` may use bf16.
     """
 
     id: str
@@ -133,16 +133,16 @@ class Protocol:
 
     @property
     def hash(self) -> str:
-        """The digest of the id and every constant, hexadecimal."""
+        """Hex digest of the id and all constants."""
         return digest({"id": self.id, "family": self.family, "constants": dict(self.constants)})
 
 
 @dataclass(frozen=True)
 class Card:
-    """A concrete task. `protocols`: protocol id -> constants of this card under that protocol; the first is default.
+    """A concrete task. `protocols`: protocol id -> constants of this card under it; the first is the default.
 
-    Such a table may name a `dataset` of its own. A split that ends in "_*" stands for all draws of a fraction: the
-    task is run on each, and the result is their mean.
+    Such a table may name another `dataset`. A split that ends in "_*" means all draws of a fraction: the task is run on
+    each, and the result is their mean.
     """
 
     name: str
@@ -156,9 +156,9 @@ class Card:
     citation: str = ""
 
     def on_split(self, split: str) -> Card:
-        """The task `NAME[SPLIT]`, scored on `split` instead of this card's own; this card where that is the same.
+        """Return the task `NAME[SPLIT]`, scored on `split` instead of this card's own split.
 
-        Raises UsageError where the task is trained on that split. Whether the data set has it, `load_dataset` checks.
+        Raises UsageError if the task is trained on that split. `load_dataset` checks whether the data set has it.
         """
         roles = [role for role in self.splits if role != "train"]
         if [self.splits[role] for role in roles] == [split]:
@@ -167,17 +167,17 @@ class Card:
         if trained == asked or {trained, asked} <= _OF_TRAINING:
             raise UsageError(
                 f"Task {self.name!r} is trained on the split {self.splits['train']!r}: {split!r} has images of it and "
-                f"cannot be scored. Name another split, or {self.name!r} alone."
+                f"cannot be scored. Name another split, or only {self.name!r}."
             )
         return replace(self, name=f"{self.name}[{split}]", splits={**self.splits, **dict.fromkeys(roles, split)})
 
     @property
     def default_protocol(self) -> str:
-        """The id of the protocol that stands first."""
+        """Id of the first protocol."""
         return next(iter(self.protocols))
 
     def hash(self, protocol: str) -> str:
-        """Digest the card, and of its protocols the one that is named."""
+        """Return the digest of the card and the named protocol."""
         return digest(
             [
                 self.name,
@@ -192,7 +192,7 @@ class Card:
 
 @dataclass(frozen=True)
 class Task:
-    """A card under one protocol, with what `--set` changed. `label` is what stands in results and tables."""
+    """A card under one protocol, with the changes of `--set`. `label` is used in results and tables."""
 
     card: Card
     protocol: Protocol
@@ -200,18 +200,18 @@ class Task:
 
     @property
     def label(self) -> str:
-        """The id, with `*` where constants were changed."""
+        """The protocol id, with `*` if constants were changed."""
         return self.protocol.id + ("*" if self.changed else "")
 
     @property
     def constants(self) -> dict[str, Any]:
-        """Protocol, then card, then `--set`: later ones win."""
+        """Constants of the protocol, then the card, then `--set`; later ones have priority."""
         own = {key: value for key, value in self.card.protocols[self.protocol.id].items() if key != "dataset"}
         return {**self.protocol.constants, **self.card.constants, **own, **self.changed}
 
     @property
     def dataset(self) -> str:
-        """Name of the data set: the card's, unless it has another one for this protocol."""
+        """Name of the data set: that of the card, unless it has another one for this protocol."""
         return self.card.protocols[self.protocol.id].get("dataset", self.card.dataset)
 
     @property
@@ -221,16 +221,16 @@ class Task:
 
     @property
     def module(self) -> Any:
-        """The module with `run`. Imports it; raises BadInputError where a plug-in is broken."""
+        """Import and return the module with `run`. Raises BadInputError if a plug-in is broken."""
         return family_module(self.card.family, self.protocol.module, "run")
 
     @property
     def hash(self) -> str:
-        """Hash of the protocol in use; differs from the protocol's own where a constant was changed."""
+        """Hash of the protocol in use; differs from the protocol's own if a constant was changed."""
         return self.protocol.hash if not self.changed else digest([self.protocol.hash, dict(self.changed)])
 
     def settings(self) -> Settings:
-        """Check all constants: the family's frozen settings object. Imports no torch for families of this package.
+        """Check all constants and return the family's frozen settings. Imports no torch for built-in families.
 
         Raises UsageError for an unknown key or a value of the wrong type.
         """
@@ -251,21 +251,21 @@ class Task:
 
 
 def settings_schema(family: str, module: str) -> type[Settings]:
-    """The `Settings` of a protocol whose `run` is in `module`: of its settings module, or of `module` in plug-ins
-    without one. Raises BadInputError where a plug-in is broken."""
+    """Return the `Settings` of a protocol whose `run` is in `module`: from its settings module, or from `module` for
+    plug-ins without one. Raises BadInputError if a plug-in is broken."""
     name = "settings" if module == "task" else f"{module}_settings"
     has_own = (_family_folder(family) / f"{name}.py").exists()
     return family_module(family, name if has_own else module, "Settings").Settings
 
 
 def family_module(family: str, name: str, *needed: str) -> Any:
-    """Import a module of a family. Raises BadInputError where that fails, or it lacks one of the names `needed`."""
+    """Import a module of a family. Raises BadInputError if this fails, or if a name of `needed` is missing."""
     entry = FAMILIES.entry(family)
     try:
         module = importlib.import_module(f"{entry.value}.{name}")
         for attribute in needed:
             getattr(module, attribute)
-    except Exception as error:  # a plug-in may fail in any way
+    except Exception as error:  # a plug-in may raise any error
         raise BadInputError(
             f"task family {family!r} of {entry.origin} ({entry.value}.{name}) could not be loaded: "
             f"{type(error).__name__}: {error}"
@@ -286,7 +286,7 @@ def _family_folder(family: str) -> Path:
 
 @dataclass(frozen=True)
 class Family:
-    """What the `cards.toml` of a family holds. own: tables of tasks that every data set of one's own has, by ending."""
+    """The content of the `cards.toml` of a family. own: tables of tasks for user-defined data sets, by ending."""
 
     protocols: Mapping[str, Protocol]
     cards: Mapping[str, Card]
@@ -294,7 +294,7 @@ class Family:
     citation: str
 
     def own_cards(self, family: str, data: OwnDataset) -> Iterator[Card]:
-        """The tasks of a data set of one's own that has the splits for them."""
+        """Yield the tasks of a user-defined data set that has the splits for them."""
         if data.file is None:
             return
         for ending, table in self.own.items():
@@ -347,9 +347,9 @@ def _read_family(family: str) -> Family:
 
 
 def all_cards(data_root: str | os.PathLike[str] | None = None) -> tuple[dict[str, Card], dict[str, str]]:
-    """Every card by name, and what is broken: families of plug-ins and data sets of one's own, with the reason.
+    """Return all cards by name, and broken plug-in families and user-defined data sets with the reason.
 
-    What is broken hides nothing else. data_root: where data sets of one's own are; None: NECO_BENCH_DATA.
+    Broken ones do not affect the others. data_root: folder of user-defined data sets; None: NECO_BENCH_DATA.
     """
     cards: dict[str, Card] = {}
     broken: dict[str, str] = {}
@@ -390,11 +390,11 @@ def all_cards(data_root: str | os.PathLike[str] | None = None) -> tuple[dict[str
 
 
 def protocol(family: str, name: str) -> Protocol:
-    """The protocol of that id. Raises UsageError with near names."""
+    """Return the protocol with this id. Raises UsageError, which suggests similar names."""
     known = _read_family(family).protocols
     if name not in known:
         raise UsageError(
-            f"Unknown protocol {name!r} of family {family!r}.{did_you_mean(name, known)} There are: {', '.join(known)}."
+            f"Unknown protocol {name!r} of family {family!r}.{did_you_mean(name, known)} Protocols: {', '.join(known)}."
         )
     return known[name]
 
@@ -405,13 +405,12 @@ def find_tasks(
     *,
     data_root: str | os.PathLike[str] | None = None,
 ) -> list[Task]:
-    """Tasks of names, globs and `name@protocol`, comma-separated or not, without repeats, in the given order.
+    """Return the tasks for names, globs and `name@protocol` (optionally comma-separated), without repeats, in order.
 
-    `name[split]`, of a task that there is, is that task scored on another split: `camvid_ic[test]@clean-1`.
-    A glob without a protocol takes each card's default; with one, the cards that have it.
-    data_root: where data sets of one's own are; None: NECO_BENCH_DATA. Raises UsageError for unknown names and
-    protocols, a glob that matches nothing, or a split that the task is trained on, and BadInputError for a task of a
-    data set whose `dataset.toml` is wrong.
+    `name[split]` is the task scored on another split: `camvid_ic[test]@clean-1`. A glob without a protocol selects each
+    card's default; with a protocol, the cards that have it. data_root: folder of user-defined data sets; None:
+    NECO_BENCH_DATA. Raises UsageError for unknown names and protocols, a glob that matches nothing, or a split that the
+    task is trained on, and BadInputError for a task of a data set whose `dataset.toml` is wrong.
     """
     cards, broken = all_cards(data_root)
     tasks: dict[tuple[str, str], Task] = {}
@@ -447,7 +446,7 @@ def find_tasks(
 
 
 def _name_and_split(name: str, cards: Mapping[str, Card]) -> tuple[str, str]:
-    """The parts of `NAME[SPLIT]` where NAME is a task; of any other name or glob, itself and no split."""
+    """Return the parts of `NAME[SPLIT]` if NAME is a task; otherwise the name or glob, and no split."""
     found = re.fullmatch(r"(.+)\[([\w.-]+)\]", name)
     if found and (task := RENAMED.get(found[1], found[1])) in cards:
         return task, found[2]
@@ -455,7 +454,7 @@ def _name_and_split(name: str, cards: Mapping[str, Card]) -> tuple[str, str]:
 
 
 def _raise_broken(name: str, broken: Mapping[str, str]) -> None:
-    """Raise BadInputError where a name is that of a task of a broken data set of one's own."""
+    """Raise BadInputError if a name belongs to a task of a broken user-defined data set."""
     for data, reason in broken.items():
         if data not in FAMILIES and name.startswith(f"{data}_"):
             raise BadInputError(reason)

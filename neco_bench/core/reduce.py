@@ -1,4 +1,4 @@
-"""Sums and means over the processes of a run, the sums with gradient. Imports torch."""
+"""Sums (with gradient) and means over the processes of a run. Imports torch."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from neco_bench.core.distributed import RankShard
 
 
 class _SumOverProcesses(torch.autograd.Function):
-    """`all_reduce` with a gradient, the sum of the gradients of all processes, as what one of them gives is in the loss
-    of each. (`torch.distributed.nn.functional.all_reduce` is the same, and deprecated.)"""
+    """`all_reduce` whose gradient is the sum of the gradients of all processes, because the value of one process is in
+    the loss of all. (`torch.distributed.nn.functional.all_reduce` is the same, but deprecated.)"""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ class _SumOverProcesses(torch.autograd.Function):
 
 
 def rows_of_all(part: Tensor, shard: RankShard) -> Tensor:
-    """The rows (total, ...) of all processes, of which this one has `part` (images, ...), with gradient to all."""
+    """Return the rows (total, ...) of all processes, with gradient; this process has `part` (images, ...)."""
     if not dist.is_initialized():
         return part
     before, after = shard.start, shard.total - shard.start - shard.images
@@ -40,7 +40,7 @@ def rows_of_all(part: Tensor, shard: RankShard) -> Tensor:
 
 
 def mean_over_processes(value: Tensor) -> Tensor:
-    """The mean of `value` over all processes, without gradient."""
+    """Return the mean of `value` over all processes, without gradient."""
     value = value.detach().clone()
     if dist.is_initialized():
         dist.all_reduce(value)
@@ -49,7 +49,7 @@ def mean_over_processes(value: Tensor) -> Tensor:
 
 
 def sum_in_place(tensors: Iterable[Tensor]) -> None:
-    """Replace tensors of one type by their sums over all processes, in one exchange, without gradient."""
+    """Replace tensors of the same type by their sums over all processes, in one exchange, without gradient."""
     tensors = list(tensors)
     flat = torch.cat([tensor.detach().flatten() for tensor in tensors])
     dist.all_reduce(flat)

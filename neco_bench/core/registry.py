@@ -1,7 +1,7 @@
-"""One generic lazy registry: names to "module:attr" values, built-in ones and those of third-party entry points.
+"""A generic lazy registry of names and "module:attr" values, for built-in and third-party entries.
 
-Listing imports nothing that is registered; loading happens in `Registry.load`. A plug-in that fails to load is an
-error when it is used, and shown as broken in listings; it never hides the other entries.
+Listing imports no registered module; `Registry.load` imports it. A plug-in that cannot be loaded is an error when it is
+used, and is shown as broken in listings; it does not affect other entries.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from neco_bench.core.errors import BadInputError, UsageError, did_you_mean
 
 T = TypeVar("T")
 
-BUILTIN = "neco-bench"  # the origin of what this package registers itself
+BUILTIN = "neco-bench"  # the origin of built-in entries
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a registered name comes from: `value` is "module:attr", `origin` is for people."""
+    """A registered entry: `value` is "module:attr", `origin` is the name of the package."""
 
     name: str
     value: str
@@ -31,11 +31,11 @@ class Entry:
 
     @property
     def problem(self) -> str:
-        """Why it cannot be loaded, as far as that shows without importing anything; else an empty string."""
+        """Return why it cannot be loaded, as far as this is visible without imports; else an empty string."""
         name, path = "", None
         for part in self.value.partition(":")[0].split("."):
             name = f"{name}.{part}" if name else part
-            # What importlib.util.find_spec does, without importing the parent packages.
+            # Like importlib.util.find_spec, but without importing the parent packages.
             spec = next((s for finder in sys.meta_path if (s := finder.find_spec(name, path))), None)
             if spec is None:
                 return f"there is no module {name!r}"
@@ -45,7 +45,7 @@ class Entry:
 
 @functools.cache
 def _installed(find: Callable[..., Iterable[Any]], group: str) -> tuple[Any, ...]:
-    """The entry points of a group by `find`: once in a process, as it reads the metadata of every installed package.
+    """Return the entry points of a group by `find`; cached, because it reads the metadata of all installed packages.
 
     `tasks` asks 84 times: 1.19 s of CPU without this cache, 0.84 with it.
     """
@@ -53,7 +53,7 @@ def _installed(find: Callable[..., Iterable[Any]], group: str) -> tuple[Any, ...
 
 
 class Registry(Generic[T]):
-    """Names of one kind.
+    """Registered names of one kind.
 
     group: the entry-point group through which other packages add to it. listing: the command that lists the names.
     """
@@ -65,7 +65,7 @@ class Registry(Generic[T]):
         self._builtin = {name: Entry(name, value, BUILTIN) for name, value in builtin.items()}
 
     def entries(self) -> dict[str, Entry]:
-        """All entries by name. Raises `UsageError` where two packages claim one name."""
+        """Return all entries by name. Raises `UsageError` if two packages register the same name."""
         entries = dict(self._builtin)
         for point in _installed(importlib.metadata.entry_points, self.group):
             origin = point.dist.name if point.dist else "an unnamed package"
@@ -85,21 +85,21 @@ class Registry(Generic[T]):
         return name in self.entries()
 
     def entry(self, name: str) -> Entry:
-        """The entry of that name. Raises `UsageError` with near names where there is none."""
+        """Return the entry with this name. Raises `UsageError`, which suggests similar names."""
         entries = self.entries()
         if name not in entries:
             raise UsageError(f"Unknown {self.kind} {name!r}.{did_you_mean(name, entries)} `{self.listing}` lists all.")
         return entries[name]
 
     def load(self, name: str) -> T:
-        """Import and return what is registered. Raises `UsageError` (unknown) or `BadInputError` (broken plug-in)."""
+        """Import and return the registered object. Raises `UsageError` (unknown), `BadInputError` (broken plug-in)."""
         entry = self.entry(name)
         module, _, attribute = entry.value.partition(":")
         try:
             value = importlib.import_module(module)
             for part in filter(None, attribute.split(".")):
                 value = getattr(value, part)
-        except (Exception, SystemExit) as error:  # a plug-in may fail in any way; it must be named, not crash the rest
+        except (Exception, SystemExit) as error:  # a plug-in may raise any error, which must name the plug-in
             raise BadInputError(
                 f"{self.kind} {name!r} of {entry.origin} ({entry.value}) could not be loaded: "
                 f"{type(error).__name__}: {error}"

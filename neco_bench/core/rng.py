@@ -1,4 +1,4 @@
-"""Random generators per item: what happens to an item depends on (seed, epoch, item id) alone."""
+"""Random generators per item: random numbers of an item depend only on (seed, epoch, item id)."""
 
 from __future__ import annotations
 
@@ -8,6 +8,6 @@ import numpy as np
 
 
 def item_rng(seed: int, *key: object) -> np.random.Generator:
-    """A generator that depends on (seed, key) alone: what happens to an item never moves with workers or batches."""
+    """Return a generator that depends only on (seed, key), so that workers and batches do not affect an item."""
     entropy = hashlib.sha256(repr((seed, *key)).encode()).digest()
     return np.random.Generator(np.random.Philox(int.from_bytes(entropy[:16], "little")))

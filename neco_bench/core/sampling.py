@@ -1,14 +1,15 @@
-"""Which unit is drawn from a population: what intervals and tests take to be independent. Imports no torch.
+"""Sampling units: the units that intervals and tests treat as independent. Imports no torch.
 
-The contract of data sets and task families. A data set says
-`sampling_unit`, and where items are parts of larger units `group_of(id)`. A family stores the ids of its items and
-their statistics in one of these forms; the runner then makes intervals, and reports make paired tests, by the unit.
+A data set states its `sampling_unit` and, if items are parts of larger units, `group_of(id)`. A task family stores the
+ids of its items and their statistics in one of the forms below. The runner then computes intervals, and reports compute
+paired tests, with these units.
 
-- `image_id` (n,), `confusion` (..., n, C, C): of mIoU; leading axes are draws of the training set and seeds.
-- `pair_id` (n,), `hits` (n, thresholds), `totals` (n,), `category` (n,), `images` (n, 2): of PCK.
-- `item_id` (n,), `score/<metric>` (n,) or (repeats, n), optional `weight` (n,): any metric that is the weighted mean of
-  its items, such as J&F of objects, abs_rel of images, or a recall. `square/<metric>` instead of `score/`: its root, of
-  mean squared errors, such as an RMSE over all pixels.
+- `image_id` (n,), `confusion` (..., n, C, C): for mIoU; leading axes are draws of the training set and seeds.
+- `pair_id` (n,), `hits` (n, thresholds), `totals` (n,), `category` (n,), `images` (n, 2): for PCK.
+- `item_id` (n,), `score/<metric>` (n,) or (repeats, n), optional `weight` (n,): for any metric that is the weighted
+mean
+  over its items, such as J&F of objects, abs_rel of images, or a recall. With `square/<metric>` instead of `score/`,
+  the metric is the root of the mean, such as an RMSE over all pixels.
 """
 
 from __future__ import annotations
@@ -21,13 +22,13 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the items of a data set were drawn.
+    """How the items of a data set were sampled.
 
-    unit: "image", "pair", "frame", "sequence", "scene", "object", ... groups: (n,) the number of the drive, sequence or
-    scene of each item; None where each item was drawn by itself. "frame" means that items are frames of the groups, in
-    their order, and that neighbours depend on each other: blocks of them are drawn. Of any other unit whole groups are.
-    images: (n, 2) numbers of the two images of each item, where items are pairs: those that share one depend on each
-    other.
+    unit: "image", "pair", "frame", "sequence", "scene", "object", ... groups: (n,) index of the drive, sequence or
+    scene of each item; None if items were sampled independently. "frame" means that items are frames of the groups, in
+    order, and that neighbouring frames depend on each other, so the sampling units are blocks of frames. For other
+    units, whole groups are the sampling units. images: (n, 2) indices of the two images of each item if items are
+    pairs; pairs that share an image depend on each other.
     """
 
     unit: str = "image"
@@ -36,12 +37,12 @@ class Sampling:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether items are frames in a row."""
+        """Whether items are consecutive frames."""
         return self.unit == "frame" and self.groups is not None
 
     @classmethod
     def of(cls, unit: str, names: Sequence[str | None] = (), images: np.ndarray | None = None) -> Sampling:
-        """Make it from the name of the group of each item, None for an item that is in no group."""
+        """Create the sampling from the group name of each item; None for an item without a group."""
         if not len(names) or all(name is None for name in names):
             return cls(unit, None, images)
         own = [f"item {i}" if name is None else f"group {name}" for i, name in enumerate(names)]

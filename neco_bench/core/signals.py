@@ -1,4 +1,4 @@
-"""Signals that end a long computation after its present step."""
+"""Signals that end a long computation after its current step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SIGNALS = {signal.SIGINT, signal.SIGTERM}
 
 
 class StopSignals:
-    """SIGINT and SIGTERM end the run after its present step, or at once while `at_once` says that the state is saved.
+    """SIGINT and SIGTERM end the run after its current step, or at once while `at_once` is set (the state is saved).
 
-    A second Ctrl-C ends it at once, anywhere. torchrun passes each signal on to workers that the terminal or the
-    cluster has signalled already: there a Ctrl-C counts when it comes twice.
+    A second Ctrl-C always ends it at once. torchrun forwards each signal to workers that have already received it from
+    the terminal or the cluster, so with torchrun a Ctrl-C counts when it is received twice.
     """
 
     def __init__(self) -> None:
@@ -27,9 +27,9 @@ class StopSignals:
 
     @contextlib.contextmanager
     def handled(self) -> Iterator[None]:
-        """Handle signals inside; then put the handlers before back."""
+        """Handle signals in this context, and restore the previous handlers afterwards."""
         before: dict[signal.Signals, Any] = {}
-        with contextlib.suppress(ValueError):  # only the main thread may
+        with contextlib.suppress(ValueError):  # only the main thread can set handlers
             for number in SIGNALS:
                 before[number] = signal.signal(number, self._receive)
         try:
@@ -49,7 +49,7 @@ class StopSignals:
 def start_loading(loader: Iterable[Any]) -> Iterator[Any]:
     """Iterate over a DataLoader whose `worker_init_fn` is `leave_signals_to_the_parent`.
 
-    Until that function runs in a process, signals are blocked there: one that came first would end the process.
+    Signals are blocked in each process until that function runs, because an earlier signal would end the process.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
@@ -59,7 +59,7 @@ def start_loading(loader: Iterable[Any]) -> Iterator[Any]:
 
 
 def leave_signals_to_the_parent(worker: int) -> None:
-    """Ignore signals in a loading process: they reach all processes, and the step that goes on needs its workers.
+    """Ignore signals in a loading process: they reach all processes, but the current step still needs its workers.
 
     SIGTERM of the parent itself still ends it: a parent that exits after an error waits for its workers.
     """

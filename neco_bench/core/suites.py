@@ -1,6 +1,6 @@
-"""Suites: named tables of models by tasks, and of training runs, read from `suites.toml` beside this file.
+"""Suites: named tables of models by tasks, and sets of training runs, read from `suites.toml` in this folder.
 
-One's own suite is one of a TOML file of the same form, named FILE.toml:NAME. Imports no torch.
+A user-defined suite is a table in a TOML file of the same form, named FILE.toml:NAME. Imports no torch.
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ from neco_bench.core.protocol import Task, find_tasks
 
 FILE = Path(__file__).with_name("suites.toml")
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # of suites and runs, which are names of files and folders too
+_NAME = re.compile(r"[A-Za-z0-9_.-]+")  # names of suites and runs, which are also used for files and folders
 
 
 class SuiteModel(BaseModel):
     """A row of the table of a suite.
 
-    name: what the table calls it; by default the spec. model: the spec that `run` takes; empty for a row of published
-    numbers alone. published: the name that `published.csv` has for it; by default the spec. arch: the architecture
-    there, where several models have that name.
+    name: its name in the table; by default the spec. model: the model spec; empty for a row of published numbers only.
+    published: its name in `published.csv`; by default the spec. arch: its architecture there, if several models share
+    that name.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -47,7 +47,7 @@ class SuiteModel(BaseModel):
 
     @property
     def title(self) -> str:
-        """What the table calls it."""
+        """The name in the table."""
         return self.name or self.model
 
     @property
@@ -57,9 +57,9 @@ class SuiteModel(BaseModel):
 
 
 class SuiteRun(BaseModel):
-    """A training run of a suite: recipe, training data as `train --data` takes them, and changes of the recipe.
+    """A training run of a suite: recipe, training data as in `train --data`, and changes to the recipe.
 
-    name: of its folder; by default the recipe's.
+    name: name of its folder; by default that of the recipe.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -76,13 +76,13 @@ class SuiteRun(BaseModel):
 
 
 class Suite(BaseModel):
-    """Models by tasks, and what they are printed beside.
+    """Models by tasks, and the published numbers to show with them.
 
-    tasks: names (or globs, or task@protocol), or such a name for each column title. models: model specs or rows
-    (`SuiteModel`), in the order of the table. runs: what `train` makes; then the rows are those runs. stands_for: by
-    column title, the task whose published numbers stand beside that column, where it is another one; no difference is
-    then made. published: starts of `source` in `published.csv`, the one that counts first; without any nothing is
-    published. note: what a reader of the table must know.
+    tasks: names (or globs, or task@protocol), or a table that maps column titles to such names. models: model specs or
+    rows (`SuiteModel`), in the order of the table. runs: training runs, which are then the rows. stands_for: for a
+    column title, another task whose published numbers are shown in that column; no difference is computed then.
+    published: prefixes of `source` in `published.csv`, in order of priority; without any, no published numbers are
+    shown. note: information that a reader of the table needs.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -110,7 +110,7 @@ class Suite(BaseModel):
         titles = [row.title for row in self.models]
         for kind, names in (("runs", folders), ("models", titles)):
             if twice := sorted({name for name in names if names.count(name) > 1}):
-                raise ValueError(f"{kind}: {', '.join(twice)} stands there twice; give each another name")
+                raise ValueError(f"{kind}: {', '.join(twice)} is listed twice; give each another name")
         if wrong := [name for name in folders if not _NAME.fullmatch(name)]:
             raise ValueError(f"runs: {wrong[0]!r} is the name of a folder: letters, digits, _ . and - only")
         titles = list(self.tasks)
@@ -120,25 +120,25 @@ class Suite(BaseModel):
 
     @property
     def rows(self) -> list[SuiteModel]:
-        """The rows of its table: the models, then the runs."""
+        """Rows of the table: the models, then the runs."""
         return [*self.models, *(SuiteModel(name=run.folder) for run in self.runs)]
 
     @property
     def specs(self) -> list[str]:
-        """The models that can be run, each once."""
+        """Specs of the models that can be run, without repeats."""
         return list(dict.fromkeys(row.model for row in self.models if row.model))
 
     def columns(self, changed: Mapping[str, Any] | None = None, data_root: Any = None) -> list[SuiteColumn]:
-        """The columns of its table.
+        """Return the columns of the table.
 
-        Raises what `find_tasks` raises, and BadInputError where a title stands for several tasks.
+        Raises the errors of `find_tasks`, and BadInputError if a title matches several tasks.
         """
         columns: dict[tuple[str, str], SuiteColumn] = {}
         titled = self.tasks if isinstance(self.tasks, dict) else {name: name for name in self.tasks}
         for title, name in titled.items():
             tasks = find_tasks([name], changed, data_root=data_root)
             if len(tasks) > 1 and isinstance(self.tasks, dict):
-                raise BadInputError(f"Suite {self.id!r}: the column {title!r} stands for several tasks, {name!r}.")
+                raise BadInputError(f"Suite {self.id!r}: the column {title!r} matches several tasks, {name!r}.")
             for task in tasks:
                 is_glob = title.partition("@")[0] != task.card.name and any(sign in title for sign in "*?[")
                 shown = f"{task.card.name}@{task.protocol.id}" if is_glob else title
@@ -149,7 +149,7 @@ class Suite(BaseModel):
 
 @dataclass(frozen=True)
 class SuiteColumn:
-    """A column of a suite: its title, its task, and the task whose published numbers stand beside it."""
+    """A column of a suite: its title, its task, and the task whose published numbers are shown."""
 
     title: str
     task: Task
@@ -157,7 +157,7 @@ class SuiteColumn:
 
 
 def _read(path: Path) -> dict[str, Suite]:
-    """The suites of a file, by name. Raises MissingError and BadInputError, naming the file."""
+    """Return the suites of a file, by name. Raises MissingError and BadInputError, whose messages name the file."""
     document = read_toml(path)
     tables = document.pop("suite", {})
     if document or not isinstance(tables, dict) or not all(isinstance(table, dict) for table in tables.values()):
@@ -175,14 +175,14 @@ def _read(path: Path) -> dict[str, Suite]:
 
 @functools.cache
 def all_suites() -> dict[str, Suite]:
-    """The suites of this package, by name."""
+    """Return the built-in suites, by name."""
     return _read(FILE)
 
 
 def find_suite(name: str) -> Suite:
-    """The suite of that name: one of this package, or FILE.toml:NAME (FILE.toml where it has only one).
+    """Return the suite with this name: a built-in one, or FILE.toml:NAME (FILE.toml if it has only one).
 
-    Raises UsageError with near names, MissingError and BadInputError for a file.
+    Raises UsageError, which suggests similar names, and MissingError and BadInputError for a file.
     """
     file, sign, inner = name.rpartition(":")
     if not sign or not file.endswith(".toml"):
@@ -198,6 +198,6 @@ def find_suite(name: str) -> Suite:
 
 
 def find_suites(names: Iterable[str]) -> list[Suite]:
-    """The suites of names, comma-separated or not, without repeats. Raises as `find_suite`."""
+    """Return the suites for names (optionally comma-separated), without repeats. Raises errors of `find_suite`."""
     wanted = dict.fromkeys(part.strip() for name in names for part in name.split(",") if part.strip())
     return [find_suite(name) for name in wanted]

@@ -1,4 +1,4 @@
-"""What a task gets besides encoder, data and settings, and what it returns. Imports no torch."""
+"""The context and the return value of a task. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ T = TypeVar("T")
 
 @dataclass
 class RunRecord:
-    """What is measured and noted while a task runs.
+    """Measurements and notes of a running task.
 
-    batch_size: images per encoder forward, where they are fewer than requested: it is halved when the device runs out
-    of memory. timing: seconds per phase. notes: facts that belong in the provenance. reused: images whose features came
-    from the feature store. predictions: what `Context.record` stored of items, by id.
+    batch_size: images per encoder forward, if lower than requested: it is halved when the device runs out of memory.
+    timing: seconds per phase. notes: facts for the provenance. reused: number of images whose features were read from
+    the feature store. predictions: values stored by `Context.record`, by item id.
     """
 
     batch_size: int | None = None
@@ -35,15 +35,14 @@ class RunRecord:
 
 @dataclass(frozen=True)
 class Context:
-    """How a task is to run, and `run`, the record of how it did.
+    """Options for running a task, and `run`, the record of the run.
 
-    batch_size: images per encoder forward, at most. workers: loading processes; with 0, threads load. progress:
-    what shows how far it is. store: where
-    features are stored; None stores none. recorded_ids: ids of items that `show` will draw.
-    layers_ahead: numbers of the blocks that later jobs read, whose features are stored from the passes of this one.
-    identity: what stands for the encoder, and the versions of libraries, in names of what a family stores; None stores
-    nothing. fresh: leave what is stored of earlier runs aside. checkpointing: of a family that trains the encoder,
-    compute activations again in backward: less memory, more time.
+    batch_size: maximum number of images per encoder forward. workers: loading processes; with 0, threads load.
+    progress: shows the progress. store: the feature store; None stores nothing. recorded_ids: ids of items that `show`
+    will draw. layers_ahead: block numbers of later jobs, whose features are stored from the forward passes of this job.
+    identity: identity of the encoder and the library versions, used in names of files that a family stores; None stores
+    nothing. fresh: ignore files stored by earlier runs. checkpointing: if a family trains the encoder, compute
+    activations again in backward: less memory, more time.
     """
 
     seed: int = 0
@@ -60,16 +59,16 @@ class Context:
 
     @property
     def batch_size_used(self) -> int:
-        """Images per encoder forward from now on."""
+        """Current number of images per encoder forward."""
         return self.run.batch_size or self.batch_size
 
     def note(self, **facts: Any) -> None:
-        """Add facts of the run to its provenance."""
+        """Add facts about the run to its provenance."""
         self.run.notes |= facts
 
     @contextlib.contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Add the seconds inside to `run.timing[name]`."""
+        """Add the seconds in this context to `run.timing[name]`."""
         if self.progress is not None:
             self.progress.enter(name.replace("_", " "))
         start = time.perf_counter()
@@ -79,17 +78,18 @@ class Context:
             self.run.timing[name] += time.perf_counter() - start
 
     def record(self, item_id: str, **values: Any) -> None:
-        """Store what `show` draws of an item, if it is one of `recorded_ids`; a function is called for its value.
+        """Store values of an item that `show` draws, if it is in `recorded_ids`; functions are called for their value.
 
         Args:
-            item_id: of an image or a pair.
-            values: of images `truth` and `prediction` (H, W), and where the family has them `clusters` (H, W),
+            item_id: id of an image or a pair.
+            values: for images, `truth` and `prediction` (H, W), and, if the family has them, `clusters` (H, W),
                 `foreground` (H, W) bool, `image` (h, w, 3) uint8 if only a part of it is predicted, `features`
-                (D, h, w), of equal shape for all images, and `neighbours`, a function (passed as the value of a
-                function) from a patch's number to its `Neighbour`s. Of pairs `points` (P, 2), the predicted pixels
-                (x, y) of the target, their `errors` (P,) and the longest `side` of the target's box, in pixels. Of
-                clips `truth` and `prediction`, lists of (H, W), and `scores` (2, objects, T), see `draw_clip`. Of depth
-                and normals `image`, `truth`, `prediction` (H, W) or (H, W, 3), and `values`, the metrics by name.
+                (D, h, w), with the same shape for all images, and `neighbours`, a function (passed as the value of a
+                function) from a patch's index to its `Neighbour`s. For pairs, `points` (P, 2), the predicted pixels
+                (x, y) of the target, their `errors` (P,) and the longest `side` of the target's box, in pixels. For
+                clips, `truth` and `prediction`, lists of (H, W), and `scores` (2, objects, T), see `draw_clip`. For
+                depth and normals, `image`, `truth`, `prediction` (H, W) or (H, W, 3), and `values`, the metrics by
+                name.
         """
         if item_id in self.recorded_ids:
             self.run.predictions[item_id] = {
@@ -97,15 +97,15 @@ class Context:
             }
 
     def track(self, items: Iterable[T], description: str, total: int | None = None) -> Iterable[T]:
-        """Iterate over `items`, and say how far this is where progress is shown."""
+        """Iterate over `items`, and show the progress if requested."""
         return items if self.progress is None else self.progress.track(items, description, total)
 
 
 @dataclass(frozen=True)
 class Neighbour:
-    """A patch of a memory: its cosine with a query, its most frequent class, and `view`, the patch in its image.
+    """A patch of a memory: its cosine with a query, its majority class, and `view`, the patch in its image.
 
-    view: (3 s, 3 s, 3) uint8 for a patch of side s, black beyond the image.
+    view: (3 s, 3 s, 3) uint8 for a patch of side s, black outside the image.
     """
 
     cosine: float
@@ -115,13 +115,13 @@ class Neighbour:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a task family returns.
+    """The return value of a task family.
 
-    metrics: by name; fractions, unless `core.metric.METRICS` or `units` say otherwise. per_class: by metric and class,
-    None for a class without a value. statistics: per-item arrays, stored beside the result; from those of the forms in
-    `results/statistics.py` the runner makes the intervals, and gives them the data set's sampling unit. ci95: intervals
-    by metric that the family makes itself, None where there can be none, as from a single image. features: how inputs
-    were prepared, for the provenance. units: of metrics that METRICS does not name, as those of a plug-in.
+    metrics: by name; fractions, unless `core.metric.METRICS` or `units` state otherwise. per_class: by metric and
+    class, None for a class without a value. statistics: per-item arrays, stored with the result; from the forms in
+    `results/statistics.py`, the runner computes intervals with the data set's sampling unit. ci95: intervals by metric
+    that the family computes itself, None if there is none, as for a single image. features: how inputs were prepared,
+    for the provenance. units: units of metrics that are not in METRICS, such as those of a plug-in.
     """
 
     metrics: dict[str, float]
@@ -135,11 +135,11 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Cost:
-    """What a run will take, known before it.
+    """The expected cost of a run.
 
-    images: through the encoder, each `size` pixels a side. unstored: those of them whose features are never stored, so
-    that each layer of a sweep has its own passes. operations: further floating-point operations, in inner products of
-    vectors of `width`. memory, disk: the largest number of bytes in use.
+    images: number of images to encode, with `size` pixels per side. unstored: number of these whose features are never
+    stored, so that each layer of a sweep needs its own passes. operations: other floating-point operations, in inner
+    products of vectors of `width` dimensions. memory, disk: maximum number of bytes in use.
     """
 
     images: int

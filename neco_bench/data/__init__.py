@@ -1,1 +1,1 @@
-"""Data sets: the contract, one reader per data set, checks and preparation of downloads."""
+"""Data sets: the interfaces, one reader per data set, checks and preparation of downloads."""

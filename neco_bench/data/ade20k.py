@@ -1,9 +1,9 @@
 """ADE20K in the layout of the scene parsing challenge (ADEChallengeData2016): 8-bit masks, 0 = other, 1..150 = classes.
 
-Three forms of the same files. `ade20k` has the 150 classes, file value minus one, and "other" is void. `ade20k_151`
-keeps file values as class ids: "other" is row 0 of 151, stands in memories and heads, and is void in scored ground
-truth (`void_class`); open-hummingbird-eval and NeCo work so. `ade20k_151_scored` is the same with "other" a class like
-all others, learned and scored, as in the code of JAFAR and NAF.
+There are three forms of the same files. `ade20k` has the 150 classes (file value minus one), and "other" is void.
+`ade20k_151` uses file values as class ids: "other" is class 0 of 151, is part of memories and heads, and is void in
+scored ground truth (`void_class`), as in open-hummingbird-eval and NeCo. `ade20k_151_scored` is the same, but "other"
+is a class like all others, learned and scored, as in the code of JAFAR and NAF.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ class ADE20K(PairedFolders):
             raise missing(
                 cls,
                 f"{full[0]} belongs to the full ADE20K (thousands of labels, colour-coded masks), not to the scene "
-                f"parsing challenge with its 150 classes. Get ADEChallengeData2016.zip instead.",
+                f"parsing challenge with its 150 classes. Use ADEChallengeData2016.zip instead.",
             )
         part = {"train": "training", "val": "validation"}[split]
         return Tree(base, Files(base / "images" / part, ".jpg"), Files(base / "annotations" / part, ".png"))
@@ -76,7 +76,7 @@ class ADE20K(PairedFolders):
 
 
 class ADE20K151(ADE20K):
-    """ADE20K as 151 classes: id 0 is "other", a class of its own that is void where ground truth is scored."""
+    """ADE20K with 151 classes: id 0 is "other", a separate class that is void in scored ground truth."""
 
     name = "ade20k_151"
     classes = ("other", *ADE20K.classes)
@@ -90,7 +90,7 @@ class ADE20K151(ADE20K):
 
 
 class ADE20K151Scored(ADE20K151):
-    """ADE20K as 151 classes, of which "other" (0) is one: pixels of it are trained on and scored."""
+    """ADE20K with 151 classes, including "other" (0), which is learned and scored."""
 
     name = "ade20k_151_scored"
     void_class = None

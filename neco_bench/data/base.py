@@ -1,6 +1,6 @@
-"""The dataset contracts: segmentation sets and image-pair sets, read item by item, images never stored.
+"""Interfaces of data sets (segmentation, pairs, boxes), which are read item by item without keeping images.
 
-Masks hold class ids 0..C-1 and `IGNORE` (255 where C <= 255) for void. A dataset knows nothing of encoders or tasks.
+Masks contain class ids 0..C-1 and `IGNORE` (255 if C <= 255) for void. Data sets are independent of encoders and tasks.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 
 IGNORE = 255
 
-# What IGNORE does where labels vote: it counts as a label that wins or loses ties, or it has no vote.
+# How IGNORE is treated in votes of labels: as a label that wins or loses ties, or without a vote.
 Void = Literal["wins ties", "loses ties", "never votes"]
 
-FEW, MANY = 4, 16  # masks from which on their statistics, and their sizes, mean something
+FEW, MANY = 4, 16  # minimum numbers of masks for checks of their statistics and of their sizes
 
 
 @dataclass(frozen=True)
@@ -76,16 +76,16 @@ class BoxSample:
 
 
 class Dataset(abc.ABC):
-    """What all data sets share. A class is constructed as `Class(folder, split)`; folder is None without `needs_root`.
+    """Base class of all data sets. Constructed as `Class(folder, split)`; folder is None without `needs_root`.
 
-    name, split; version: of the reader and its id mapping. expected: number of items of each full split (empty where
-    no such number exists). citation: short reference. ids: item ids in a fixed order (image ids, or pair ids).
+    name, split; version: version of the reader and its id mapping. expected: number of items of each full split (empty
+    if no such number exists). citation: short reference. ids: item ids in a fixed order (image ids, or pair ids).
     kind: "segmentation", "pairs", "boxes", "video", "views", "depth" or "normals". needs_root: whether it is read from
-    the data root. folder_name: its folder there, the name if empty. layout: the tree of files expected there, shown in
-    error messages. images_from: the collection that the images are from, the folder name if empty. fractions: parts
-    that can be drawn from a split, as {split: {parts: items}}; see `fraction`. sampling_unit: what was drawn from a
-    population, so that intervals can be made: "image", "pair", "frame" (of drives, in order), "sequence", "scene", ...;
-    see `core.sampling`.
+    the data root. folder_name: its folder there; the name if empty. layout: the expected file tree, shown in error
+    messages. images_from: the source collection of the images; the folder name if empty. fractions: parts that can be
+    drawn from a split, as {split: {parts: items}}; see `fraction`. sampling_unit: the unit that was sampled from a
+    population, for intervals: "image", "pair", "frame" (of drives, in order), "sequence", "scene", ...; see
+    `core.sampling`.
     """
 
     name: ClassVar[str]
@@ -109,36 +109,36 @@ class Dataset(abc.ABC):
         return len(self.ids)
 
     def __repr__(self) -> str:
-        """Name, split and number of items."""
+        """Return name, split and number of items."""
         return f"<{self.kind} data set {self.name!r}, split {self.split!r}: {len(self)} items>"
 
     @property
     def coverage(self) -> dict[str, int] | None:
-        """{"found": n, "expected": m} where the split on disk is not the full one, whatever `head` took; else None."""
+        """{"found": n, "expected": m} if the split on disk is incomplete (independent of `head`), else None."""
         full = self._full or self.expected.get(self.split)
         count = self._before_head or len(self)
         return None if full is None or count == full else {"found": count, "expected": full}
 
     @classmethod
     def group_of(cls, item: str) -> str | None:
-        """Name the drive, sequence or scene that an item is part of, from its id; None: it was drawn by itself."""
+        """Return the drive, sequence or scene of an item, from its id; None if items were sampled independently."""
         return None
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Whether a folder has images of a split, found without reading them. May raise what the constructor raises."""
+        """Return whether a folder has images of a split, without reading them. May raise errors of the constructor."""
         return folder is None or any(folder.iterdir())
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Hex digest that changes with the list of items and with the files behind them (names and sizes)."""
+        """Return a hex digest that changes with the list of items and with their files (names and sizes)."""
 
     def sample_sanity_check(self) -> list[str]:
-        """What a few items of the split say against its files; `run` looks before it starts, and stops."""
+        """Return problems found in a few items of the split; `run` checks them first, and stops if there are any."""
         return []
 
     def head(self, count: int) -> Self:
-        """The same data set with its first `count` items only. Raises UsageError where count < 1."""
+        """Return the data set with its first `count` items only. Raises UsageError if count < 1."""
         if count < 1:
             raise UsageError(f"A data set cannot be limited to {count} items: give 1 or more.")
         part = self._part(range(min(count, len(self))))
@@ -146,12 +146,12 @@ class Dataset(abc.ABC):
         return part
 
     def fraction(self, parts: int, draw: int) -> Self:
-        """Draw `draw` of one in `parts` items of this split, as its own split "<split>_1of<parts>_<draw>".
+        """Return draw number `draw` of one in `parts` items of this split, named "<split>_1of<parts>_<draw>".
 
-        The rule: item ids are ordered by the sha256 of "<folder name>/<split>/<draw>/<id>" and the first n are taken,
-        in the order of the full split. So draws of equal number are nested, and none depends on the machine or on the
-        order of files. n is `fractions[split][parts]`, and proportionally less where files of the full split are
-        absent.
+        Item ids are sorted by the sha256 of "<folder name>/<split>/<draw>/<id>", and the first n are used, in the order
+        of the full split. Draws with the same number are therefore nested, and do not depend on the machine or on the
+        order of files. n is `fractions[split][parts]`, and proportionally smaller if files of the full split are
+        missing.
         """
         count, full = self.fractions[self.split][parts], self.expected[self.split]
         text = f"{self.folder_name or self.name}/{self.split}/{draw}/"
@@ -161,9 +161,9 @@ class Dataset(abc.ABC):
         return part
 
     def subset(self, ids: Iterable[str]) -> Self:
-        """The items of a list of ids only, in the order of this split; the last component of an id is enough.
+        """Return the data set with only these ids, in the order of this split; the last component of an id is enough.
 
-        Raises BadInputError naming ids that this split does not have.
+        Raises BadInputError, which names ids that are not in this split.
         """
         known = {name: i for i, item in enumerate(self.ids) for name in (item.rpartition("/")[2], item)}
         names = {item: next(filter(known.__contains__, _readings(item)), None) for item in ids}
@@ -185,14 +185,14 @@ class Dataset(abc.ABC):
 
 
 class Samples(Protocol):
-    """What can be loaded and encoded item by item: a segmentation data set, or the frames of a clip."""
+    """Images that can be loaded and encoded item by item: a segmentation data set, or the frames of a clip."""
 
     split: str
     ids: tuple[str, ...]
 
     @property
     def name(self) -> str:
-        """Of the data set."""
+        """Name of the data set."""
 
     def __len__(self) -> int:
         """Number of items."""
@@ -201,11 +201,11 @@ class Samples(Protocol):
         """Read an item."""
 
     def fingerprint(self) -> str:
-        """Hex digest that changes with the items and the files behind them."""
+        """Return a hex digest that changes with the items and their files."""
 
 
 class MaskSummary:
-    """What masks of a split hold, in their order.
+    """Statistics of masks of a split, in their order.
 
     counts: pixels (256,) by class id. sizes: (H, W). corners: the class id of the top left pixel.
     """
@@ -228,16 +228,16 @@ class MaskSummary:
 
     @property
     def total(self) -> np.ndarray:
-        """(256,) pixels of all masks by class id."""
+        """Pixels of all masks by class id, (256,)."""
         return np.array(self.counts, np.int64).reshape(-1, 256).sum(axis=0)
 
     def presence(self, class_id: int) -> float:
-        """The fraction of masks that hold a class."""
+        """Return the fraction of masks that contain a class."""
         return float(np.mean([counts[class_id] > 0 for counts in self.counts]))
 
 
 def _readings(entry: str) -> Iterator[str]:
-    """The ids that a line of a list may mean: all of it, its file's stem, or those of its first word."""
+    """Yield the ids that a line of a list may mean: the whole line, its file stem, or those of its first word."""
     for text in (entry, entry.split()[0]):
         yield from (text, PurePosixPath(text).stem)
 
@@ -245,10 +245,10 @@ def _readings(entry: str) -> Iterator[str]:
 class SegmentationDataset(Dataset):
     """A split of images with masks. classes: names of ids 0..C-1. palette: (C, 3) uint8 colours for pictures.
 
-    void_class: id of a class that is one of the C rows (of a memory, a head, an average) though pixels of it in the
-    ground truth are not scored, such as "other" in the 151-class form of ADE20K; None where there is none.
-    Facts of the official files that wrong copies are recognised by: rare_class, the id of a class that few images have;
-    larger, two ids of which the first covers more pixels than the second; sizes_differ, that images have many sizes;
+    void_class: id of a class that is one of the C classes (of a memory, a head, a mean) but is not scored in ground
+    truth, such as "other" in the 151-class form of ADE20K; None if there is none.
+    Facts about the official files, used to recognise wrong copies: rare_class, the id of a class in few images;
+    larger, two ids of which the first covers more pixels than the second; sizes_differ, images have many sizes;
     longest_side, which no image exceeds and most reach (91 % of 470 of VOC, 82 % of 61 of COCO).
     """
 
@@ -262,25 +262,25 @@ class SegmentationDataset(Dataset):
 
     @abc.abstractmethod
     def __getitem__(self, index: int) -> Sample:
-        """Sample `index`. Raises MissingError (no such file) and BadInputError (truncated file, bad ids, sizes)."""
+        """Read sample `index`. Raises MissingError (no such file), BadInputError (truncated file, bad ids or sizes)."""
 
     def mask(self, index: int) -> np.ndarray:
-        """The mask of sample `index` alone."""
+        """Read only the mask of sample `index`."""
         return self[index].mask
 
     def eval_mask(self, mask: np.ndarray) -> np.ndarray:
-        """The mask as losses and scores see it: pixels of `void_class` are IGNORE too."""
+        """Return the mask for losses and scores, in which pixels of `void_class` are IGNORE too."""
         return mask if self.void_class is None else np.where(mask == self.void_class, np.uint8(IGNORE), mask)
 
     def sanity_check(self, masks: MaskSummary) -> list[str]:
-        """List what shows that the masks of a split, or 16 across it, are not the official ones.
+        """Return messages if the masks of a split (or 16 of them) are not the official ones.
 
-        `data check` reports it for whole splits; `run` looks at 16 masks before it starts, and stops.
+        `data check` reports them for whole splits. `run` checks 16 masks before it starts, and stops if there are any.
         """
         counts, problems = masks.total, []
         if len(self.classes) > 2 and counts[0] and counts[IGNORE] and not counts[1:IGNORE].any():
             problems.append(
-                f"The masks hold {self.classes[0]!r} and void only: they are black-and-white pictures (0 and 255), "
+                f"The masks contain {self.classes[0]!r} and void only: they are black-and-white pictures (0 and 255), "
                 f"not class ids. Restore the original masks."
             )
         if len(masks) < FEW:
@@ -288,32 +288,32 @@ class SegmentationDataset(Dataset):
         rare = self.rare_class
         if rare is not None and masks.presence(rare) > 0.5 and counts[rare] > 0.02 * counts.sum():
             problems.append(
-                f"{100 * masks.presence(rare):.0f} % of the masks hold {self.classes[rare]!r}, which is rare: ids are "
+                f"{100 * masks.presence(rare):.0f} % of the masks have {self.classes[rare]!r}, which is rare: ids are "
                 f"shifted by one, with void as the last id. Restore the original masks."
             )
         if self.larger and counts[self.larger[1]] > 2 * counts[self.larger[0]]:
             first, second = (self.classes[i] for i in self.larger)
             problems.append(
-                f"The masks hold more {second!r} than {first!r}: ids are shifted or of another mapping. Restore the "
+                f"The masks have more {second!r} than {first!r}: ids are shifted or of another mapping. Restore the "
                 f"original masks."
             )
-        whole = self.coverage is None  # a part is marked as such anyway
+        whole = self.coverage is None  # a part is marked anyway
         if self.sizes_differ and whole and len(masks) >= MANY and len(set(masks.sizes)) == 1:
             height, width = masks.sizes[0]
             problems.append(
-                f"All images are {width}x{height} pixels, those of {self.name} differ in size: they were resized. "
+                f"All images are {width}x{height} pixels, but those of {self.name} differ in size: they were resized. "
                 f"Scores of resized copies cannot be compared: restore the original files."
             )
         elif self.longest_side and whole and len(masks) >= MANY and max(map(max, masks.sizes)) < self.longest_side:
             problems.append(
-                f"No image has a side of {self.longest_side} pixels, as most of {self.name} have; the longest is "
+                f"No image has a side of {self.longest_side} pixels, but most of {self.name} do; the longest is "
                 f"{max(map(max, masks.sizes))}: they were resized. Scores of resized copies cannot be compared: "
                 f"restore the original files."
             )
         return problems
 
     def sample_sanity_check(self) -> list[str]:
-        """`sanity_check` of 16 masks across the split."""
+        """Return the messages of `sanity_check` for 16 masks across the split."""
         indices = np.unique(np.linspace(0, len(self) - 1, MANY).astype(int))
         return self.sanity_check(MaskSummary(self.mask(index) for index in indices))
 
@@ -326,7 +326,7 @@ class SegmentationDataset(Dataset):
 class PairDataset(Dataset):
     """A split of image pairs. `pairs` is the annotation; images are read one by one by id.
 
-    expected_attributes: for full splits, how many pairs have level 0, 1, ... of an attribute.
+    expected_attributes: for full splits, the number of pairs with level 0, 1, ... of an attribute.
     """
 
     kind = "pairs"
@@ -346,7 +346,7 @@ class PairDataset(Dataset):
 
     @abc.abstractmethod
     def read_image(self, image_id: str) -> np.ndarray:
-        """(H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
+        """Read an image, (H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
 
     def __getitem__(self, index: int) -> PairSample:
         pair = self.pairs[index]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import abc
 import re
-import xml.etree.ElementTree as ElementTree  # files of a data set: expat fetches none
+import xml.etree.ElementTree as ElementTree  # local files only; expat loads no external entities
 from collections import defaultdict
 from pathlib import Path
 from typing import Any, ClassVar
@@ -19,7 +19,7 @@ from neco_bench.data.shapes import Scene, Shapes, segmentation_scene
 
 
 class _BoxFolder(BoxDataset):
-    """Images in a folder. A subclass sets `folder`, `split`, `ids`, `list_file`, and says where files lie."""
+    """Images in a folder. A subclass sets `folder`, `split`, `ids`, `list_file`, and defines the paths of files."""
 
     folder: Path
     list_file: Path
@@ -30,11 +30,11 @@ class _BoxFolder(BoxDataset):
 
     @abc.abstractmethod
     def annotation_files(self) -> list[Path]:
-        """Return the paths of what the boxes are read from."""
+        """Return the paths of the annotation files."""
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the first image of the list is there."""
+        """Return whether the first image of the list exists."""
         data = cls(folder, split)  # type: ignore[call-arg]
         return data.image_file(data.ids[0]).is_file()
 
@@ -74,7 +74,7 @@ class _VOCBoxes(_BoxFolder):
         return [self._annotation(item) for item in self.ids]
 
     def boxes(self, image_id: str) -> np.ndarray:
-        """Read the boxes: 1-based, inclusive integers in the file, less 1 at the left and top here."""
+        """Read the boxes: 1-based, inclusive integers in the file; 1 is subtracted at the left and top."""
         path = self._annotation(image_id)
         try:
             with decoding(f"{path} is not an annotation of Pascal VOC"):
@@ -127,9 +127,9 @@ class COCO20k(_BoxFolder):
     """COCO 20k: 19,817 images of COCO train2014 (Vo et al., ECCV 2020) with the boxes of their objects, without crowds.
 
     The list is not part of COCO: it is `datasets/coco_20k_filenames.txt` in the repositories of LOST and TokenCut, with
-    a line "train2014/COCO_train2014_NUMBER.jpg" of 42 bytes for each image. Its sha256 is not known here; what can be
-    checked is: the form of each line, no repetition, 19,817 lines, and that each image is in the annotation.
-    The annotation is one JSON file of all 82,783 images of train2014; it is in memory as a whole while it is read.
+    a line "train2014/COCO_train2014_NUMBER.jpg" of 42 bytes for each image. Its sha256 is not known. The reader checks
+    the form of each line, that lines are unique, that there are 19,817, and that each image is in the annotation.
+    The annotation is one JSON file for all 82,783 images of train2014, which is kept in memory while it is read.
     """
 
     name, folder_name = "coco20k", "coco"
@@ -157,7 +157,7 @@ class COCO20k(_BoxFolder):
         self._images = next((path for path in images if path.is_dir()), images[0])
         self._annotation = self.folder / "annotations" / "instances_train2014.json"
         if not self._annotation.is_file():
-            raise missing(type(self), f"{self._annotation} is not there.")
+            raise missing(type(self), f"{self._annotation} does not exist.")
         self._boxes: dict[str, np.ndarray] | None = None
 
     def image_file(self, image_id: str) -> Path:
@@ -165,11 +165,11 @@ class COCO20k(_BoxFolder):
         return self._images / f"{image_id}.jpg"
 
     def annotation_files(self) -> list[Path]:
-        """Return the one annotation, and the list."""
+        """Return the annotation file and the list."""
         return [self._annotation, self.list_file]
 
     def boxes(self, image_id: str) -> np.ndarray:
-        """Read the boxes as COCO has them, (x, y, x + width, y + height), in fractions of pixels."""
+        """Read the boxes, (x, y, x + width, y + height), in fractional pixels as in COCO."""
         if self._boxes is None:
             self._boxes = self._read()
         if image_id not in self._boxes:
@@ -215,7 +215,7 @@ class ShapesBoxes(BoxDataset):
         return self._scene(image_id).image
 
     def boxes(self, image_id: str) -> np.ndarray:
-        """Find the box of what is visible of each object; one that is hidden has none."""
+        """Return the box of the visible part of each object; hidden objects have none."""
         owner = self._scene(image_id).owner
         places = [np.nonzero(owner == number) for number in range(1, int(owner.max()) + 1)]
         return np.array(
@@ -223,5 +223,5 @@ class ShapesBoxes(BoxDataset):
         ).reshape(-1, 4)
 
     def fingerprint(self) -> str:
-        """Digest name, version, split and ids: the scenes follow from them."""
+        """Return a digest of name, version, split and ids, which determine the scenes."""
         return file_digest((self.name, self.version, self.split, *self.ids), Path(), ())

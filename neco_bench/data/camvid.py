@@ -1,6 +1,6 @@
 """CamVid in the layout of the SegNet tutorial: 480x360 frames, 11 classes, mask value 11 is void.
 
-The lists hold pairs of absolute-looking paths of their author's machine; only the base names count.
+The lists contain pairs of absolute paths of their author's machine; only the base names are used.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class CamVid(SegmentationFolder):
 
     @classmethod
     def group_of(cls, item: str) -> str:
-        """The drive, as in "0016E5_07959": val is one, test is two."""
+        """Return the drive, such as "0016E5" of "0016E5_07959": val is one drive, test is two."""
         return item.partition("_")[0]
 
     def files(self, item: str) -> tuple[Path, Path]:
@@ -59,5 +59,5 @@ class CamVid(SegmentationFolder):
 
     @property
     def palette(self) -> np.ndarray:
-        """The colours of the classes, (C, 3) uint8."""
+        """Colours of the classes, (C, 3) uint8."""
         return np.array(_COLOURS, np.uint8)

@@ -40,16 +40,16 @@ class Cityscapes(PairedFolders):
     image_size = (1024, 2048)
     larger = (0, 1)  # road, sidewalk
     sampling_unit = "frame"
-    causes = {IGNORE: "that train ids (255 = void) lie in a file of label ids (0..33)"}  # noqa: RUF012 (ClassVar)
+    causes = {IGNORE: "that train ids (255 = void) are in a file of label ids (0..33)"}  # noqa: RUF012 (ClassVar)
 
     @classmethod
     def group_of(cls, item: str) -> str:
-        """The city: its images lie in the order of the drives through it, and val is three cities."""
+        """Return the city: its images are in the order of the drives through it, and val is three cities."""
         return item.partition("/")[0]
 
     @classmethod
     def tree(cls, folder: Path, split: str) -> Tree:
-        """The two archives may have been unpacked into one folder or into one each."""
+        """Return the paths of a split; the two archives may be unpacked into one folder or into separate ones."""
         images, masks = (locate(folder, f"{kind}/train", f"{kind}/val") / kind for kind in ("leftImg8bit", "gtFine"))
         source = "labelIds" if next((masks / split).glob("*/*_gtFine_labelIds.png"), None) else "labelTrainIds"
         files = (Files(images / split, "_leftImg8bit.png"), Files(masks / split, f"_gtFine_{source}.png"))
@@ -60,16 +60,16 @@ class Cityscapes(PairedFolders):
         return self.folder, self._masks.folder.parents[1]
 
     def sanity_check(self, masks: MaskSummary) -> list[str]:
-        """Every official mask has void, such as the own car; train ids in files of label ids are 0..18."""
+        """Return messages if masks have no void (official ones do), or train ids (0..18) instead of label ids."""
         counts, problems = masks.total, super().sanity_check(masks)
         if not counts[IGNORE]:
             problems.append(
-                "No mask has void pixels, all official ones do (the own car, the border): void was given the id of a "
-                "class. Restore the original gtFine."
+                "No mask has void pixels, but all official ones do (the own car, the border): void was given the id of "
+                "a class. Restore the original gtFine."
             )
         if len(masks) >= FEW and self.source == "labelIds" and not counts[6 : len(self.classes)].any():
             problems.append(
-                "No label id of the masks is above 18: train ids (0..18) lie in files of label ids (0..33). Name them "
+                "No label id of the masks is above 18: train ids (0..18) are in files of label ids (0..33). Name them "
                 "*_gtFine_labelTrainIds.png, or restore the original gtFine."
             )
         return problems

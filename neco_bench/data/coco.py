@@ -1,13 +1,13 @@
 """COCO 2017 as semantic segmentation: COCO-Things (12 merged classes) and COCO-Stuff (15 merged, 27, 171 classes).
 
-All sets share the folder `coco/` and read whichever annotation is there, the first of their `sources`; its name is in
-the fingerprint. File values are category ids 1..200 (0 = none), except in stuffthingmaps, which hold category id - 1
-and 255 = none. Reading those as category ids is the off-by-one trap: `person` becomes void, bicycles become `person`.
-It is what NeCo's code does if `annotations/{train,val}2017` holds stuffthingmaps; `coco_things_shifted` does it on
-purpose, `coco_things` never.
+All sets share the folder `coco/` and read the first existing annotation of their `sources`; its name is part of the
+fingerprint. File values are category ids 1..200 (0 = none), except in stuffthingmaps, which contain category id - 1 and
+255 = none. Reading stuffthingmaps as category ids is an off-by-one error: `person` becomes void, bicycles become
+`person`. NeCo's code does this if `annotations/{train,val}2017` contains stuffthingmaps. `coco_things_shifted`
+reproduces it deliberately; `coco_things` never does it.
 
-Reading `panoptic` or `instances` JSON keeps the whole file in memory; `neco-bench data prepare coco_panoptic` writes
-masks from the former once.
+The JSON files `panoptic` and `instances` are kept in memory completely; `neco-bench data prepare coco_panoptic`
+converts the former to masks once.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ window: 180 window-blind, 181 window-other
 
 
 def _parse(text: str) -> dict[str, dict[int, str]]:
-    """{super-category: {category id: name}}."""
+    """Parse to {super-category: {category id: name}}."""
     merged = {}
     for line in text.strip().replace("\n    ", " ").splitlines():
         name, _, members = line.partition(": ")
@@ -98,7 +98,7 @@ VALUES: dict[str, dict[int, int]] = {
 }
 
 
-# Where each may lie; {} is train or val. Panoptic PNGs have their JSON beside the folder.
+# Possible paths of each; {} is train or val. The JSON of panoptic PNGs is next to their folder.
 _PLACES = {
     "panoptic_semantic": ("annotations/panoptic_annotations/semantic_segmentation_{}2017",),
     "panoptic": ("annotations/panoptic_{}2017", "annotations/panoptic_annotations/panoptic_{}2017"),
@@ -113,18 +113,18 @@ CURATED = "Coco164kFull_Stuff_Coarse.txt"
 
 _CAUSES = {
     **dict.fromkeys(range(184, 201), "that the file holds panoptic category ids (0 = none, up to 200)"),
-    255: "that the file is a stuffthingmap (category id - 1, 255 = none), which belongs into stuffthingmaps/",
+    255: "that the file is a stuffthingmap (category id - 1, 255 = none), which belongs in stuffthingmaps/",
 }
 
 
 def find_annotation(folder: Path, source: str, split: str) -> Path | None:
-    """Where a kind of annotation lies in a COCO folder, None if it is not there."""
+    """Return the path of a kind of annotation in a COCO folder; None if it does not exist."""
     places = (folder / place.format(split) for place in _PLACES[source])
     return next((path for path in places if path.exists()), None)
 
 
 def read_segments(path: Path) -> dict[str, list[Any]]:
-    """Per image stem of a panoptic or instances JSON, its list of annotated segments. Raises BadInputError."""
+    """Return the annotated segments of a panoptic or instances JSON, by image stem. Raises BadInputError."""
 
     def parse(raw: Any) -> dict[str, list[Any]]:
         if raw["images"] and "segments_info" in raw["annotations"][0]:
@@ -139,9 +139,9 @@ def read_segments(path: Path) -> dict[str, list[Any]]:
 
 
 def panoptic_categories(path: Path, segments: list[Any]) -> np.ndarray:
-    """(H, W) uint8 category ids, 0 = none, of a panoptic PNG whose colours number its segments. Raises BadInputError.
+    """Return category ids (H, W) uint8, 0 = none, of a panoptic PNG, whose colours are segment ids.
 
-    Colours that the JSON does not list are an error, as is a category id that COCO's panoptic annotation lacks.
+    Raises BadInputError for colours that are not in the JSON, and for category ids that COCO panoptic does not have.
     """
     colours = read_image(path).astype(np.int64)
     numbers, where = np.unique(colours @ (1, 256, 65536), return_inverse=True)
@@ -149,7 +149,7 @@ def panoptic_categories(path: Path, segments: list[Any]) -> np.ndarray:
     wrong = [number for number in numbers.tolist() if categories.get(number) not in _PANOPTIC_VALUES]
     if wrong:
         raise BadInputError(
-            f"Panoptic map {path} holds segment {wrong[0]}, for which the JSON has no category of COCO panoptic. PNGs "
+            f"Panoptic map {path} has segment {wrong[0]}, for which the JSON has no category of COCO panoptic. PNGs "
             f"and JSON are of different versions: restore both."
         )
     values = np.array([categories[number] for number in numbers.tolist()], np.uint8)
@@ -157,7 +157,7 @@ def panoptic_categories(path: Path, segments: list[Any]) -> np.ndarray:
 
 
 def instance_categories(segments: list[Any], size: tuple[int, int]) -> np.ndarray:
-    """(H, W) uint8 category ids, 0 = none, from polygons and run lengths; crowds lie lowest, small objects on top."""
+    """Return category ids (H, W) uint8, 0 = none, from polygons and run lengths: crowds below, small objects on top."""
     categories = np.zeros(size, np.uint8)
     for item in sorted(segments, key=lambda item: (-item.get("iscrowd", 0), -item["area"], item["id"])):
         shape = item["segmentation"]
@@ -167,7 +167,7 @@ def instance_categories(segments: list[Any], size: tuple[int, int]) -> np.ndarra
 
 
 def _inside_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool. Raises ValueError for what would end the process in pycocotools."""
+    """Return a mask (H, W) bool. Raises ValueError for input that would crash pycocotools."""
     from pycocotools import mask as rle
 
     for polygon in polygons:
@@ -178,15 +178,15 @@ def _inside_polygons(polygons: list[list[float]], size: tuple[int, int]) -> np.n
 
 
 def _inside_runs(shape: dict[str, Any], size: tuple[int, int]) -> np.ndarray:
-    """(H, W) bool from the lengths of runs of 0 and 1 by turns, column by column. Raises ValueError."""
+    """Return a mask (H, W) bool from lengths of alternating runs of 0 and 1, column by column. Raises ValueError."""
     counts = _run_lengths(shape["counts"]) if isinstance(shape["counts"], str) else list(map(int, shape["counts"]))
     if tuple(shape["size"]) != size or min(counts) < 0 or sum(counts) != size[0] * size[1]:
-        raise ValueError(f"runs of {sum(counts)} pixels for {shape['size']}, its image has {size}")
+        raise ValueError(f"runs of {sum(counts)} pixels for {shape['size']}, but its image has {size}")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(size[::-1]).T
 
 
 def _run_lengths(text: str) -> list[int]:
-    """COCO's compressed run lengths: 5 bits a character, lowest first; from the fourth on less the one before last."""
+    """Decode COCO's compressed run lengths: 5 bits per character, lowest first, with differences from the fourth on."""
     counts: list[int] = []
     value = shift = 0
     for code in text.encode():
@@ -201,9 +201,9 @@ def _run_lengths(text: str) -> list[int]:
 
 
 class _Coco(PairedFolders):
-    """What all COCO sets share. rows: class id by category id; other categories are void. sources: first is preferred.
+    """Base class of COCO sets. rows: class id by category id; others are void. sources: the first is preferred.
 
-    shift: category ids of file values are moved by it, which is wrong unless it is 0.
+    shift: offset added to category ids of file values, which is wrong unless it is 0.
     """
 
     folder_name = "coco"
@@ -238,7 +238,7 @@ class _Coco(PairedFolders):
             text = f"split {split!r} has no images in {images.folder}. {contents(images.folder)}"
             raise missing(cls, text, AbsentSplitError)
         if not places:
-            raise missing(cls, f"split {split!r} has no annotation; {', '.join(cls.sources)} would do.")
+            raise missing(cls, f"split {split!r} has no annotation; one of {', '.join(cls.sources)} is needed.")
         source, place = next(iter(places.items()))
         shared = {"panoptic": (place.with_name(f"{place.name}.json"),), "instances": (place,)}.get(source, ())
         return Tree(folder, images, Files(place, "" if source == "instances" else ".png"), source, shared)
@@ -274,7 +274,7 @@ class _Coco(PairedFolders):
 
     @property
     def known_palette(self) -> bool:
-        """Pixelmaps have permuted colours of Matlab's `jet`; ids out of order show in their values (92 to 183)."""
+        """False for pixelmaps, which have permuted colours of Matlab's `jet`; wrong ids show in values (92 to 183)."""
         return self.source != "pixelmaps"
 
     def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
@@ -289,7 +289,7 @@ class _Coco(PairedFolders):
 
 
 def _merged(groups: Mapping[str, Mapping[int, str]]) -> dict[int, int]:
-    """Class id by category id, one class per group in the order of the groups."""
+    """Return class id by category id, one class per group in the order of the groups."""
     return {number: row for row, group in enumerate(groups.values()) for number in group}
 
 
@@ -303,7 +303,7 @@ class CocoThings(_Coco):
 
 
 class CocoThingsShifted(CocoThings):
-    """COCO-Things as it comes out when stuffthingmaps are read as category ids: wrong by one, see the module."""
+    """COCO-Things with stuffthingmaps read as category ids: wrong by one, see the module."""
 
     name = "coco_things_shifted"
     sources = ("stuffthingmaps",)
@@ -329,13 +329,13 @@ class CocoStuff27(_Coco):
 
 
 class CocoStuff27Curated(CocoStuff27):
-    """COCO-Stuff-27 on the images of a list of IIC, which PiCIE and STEGO hand out and JAFAR and NAF use."""
+    """COCO-Stuff-27 on the images of a list of IIC, which PiCIE and STEGO distribute and JAFAR and NAF use."""
 
     name = "coco_stuff27_curated"
     expected = {"train": 97702, "val": 4172}  # noqa: RUF012 (a ClassVar of the base class)
     fractions = {}  # noqa: RUF012 (a ClassVar of the base class)
     layout = f"""{CocoStuff27.layout}
-  and the lists, which come with the code and data of IIC, PiCIE and STEGO
+  and the lists from the code and data of IIC, PiCIE and STEGO
     curated/{{train,val}}2017/{CURATED}   one NAME per line"""
 
     @classmethod

@@ -28,13 +28,13 @@ _ADDED_2017 = (
 # The palette of DAVIS is VOC's with 191 for 192.
 _COLOURS = np.where(voc_colours(256) == 192, np.uint8(191), voc_colours(256))
 
-SCORED = 3  # frames of the shortest sequence in which something is scored: the first and the last are not
+SCORED = 3  # minimum number of frames of a sequence, because the first and the last are not scored
 
 
 class _Davis(VideoDataset):
-    """What both share. A split is its list in ImageSets, or all its sequences that are there where no list is.
+    """Base class of both. A split is its list in ImageSets, or, without a list, all its existing sequences.
 
-    validation: names of the sequences of "val"; those of "train" are all others.
+    validation: names of the sequences of "val"; all others belong to "train".
     """
 
     validation: ClassVar[tuple[str, ...]]
@@ -67,13 +67,13 @@ class _Davis(VideoDataset):
         return any(next((data._images / name).glob("[!.]*.jpg"), None) is not None for name in data._listed())
 
     def _listed(self) -> set[str]:
-        """Sequences of the split: of its list, whose lines name sequences or frames of them."""
+        """Return the sequences of the list of the split, whose lines name sequences or their frames."""
         path = self.folder / "ImageSets" / self.lists / f"{self.split}.txt"
         if path.is_file():
             lines = read_lines(type(self), path)
             return {_sequence(line) for line in lines}
         if not self._images.is_dir():
-            text = f"there are no frames at 480p, {self._images} is no folder. {contents(self._images)}"
+            text = f"there are no frames at 480p: {self._images} is not a folder. {contents(self._images)}"
             raise missing(type(self), text, MissingError)
         there = {place.name for place in self._images.iterdir() if place.is_dir() and not place.name.startswith(".")}
         own = there & set(self.validation) if self.split == "val" else there - set(self.validation)
@@ -83,19 +83,19 @@ class _Davis(VideoDataset):
         return own
 
     def _check_split(self) -> None:
-        """Raise BadInputError where the list of one split names sequences of the other."""
+        """Raise BadInputError if the list of one split names sequences of the other."""
         official = set(self.validation)
         wrong = sorted(set(self.ids) - official if self.split == "val" else set(self.ids) & official)
         if wrong:
             other = "train" if self.split == "val" else "val"
             raise BadInputError(
                 f"The list of split {self.split!r} in {self.folder / 'ImageSets' / self.lists} names {wrong[0]!r}, "
-                f"which is no sequence of it ({len(wrong)} of {len(self.ids)} are not): the lists of {self.split!r} "
+                f"which does not belong to it ({len(wrong)} of {len(self.ids)} do not): the lists of {self.split!r} "
                 f"and {other!r} were swapped or mixed, or are of another version. Restore the official lists."
             )
 
     def _paired(self, sequence: str) -> tuple[str, ...]:
-        """Names of the frames of a sequence, each of which has an image and a mask."""
+        """Return the names of the frames of a sequence, and check that each has an image and a mask."""
         images, masks = (
             file_ids(place / sequence, "", ending) for place, ending in ((self._images, ".jpg"), (self._masks, ".png"))
         )
@@ -105,27 +105,27 @@ class _Davis(VideoDataset):
             place = self._masks if alone[0] in images else self._images
             raise missing(
                 type(self),
-                f"{len(alone)} of the {len(images)} frames of {sequence!r} have no partner in {place / sequence}, the "
-                f"first is {alone[0]}: the archive was unpacked in part, or has masks of the first frames only.",
+                f"{len(alone)} of the {len(images)} frames of {sequence!r} have no partner in {place / sequence}; the "
+                f"first is {alone[0]}: the archive was unpacked only in part, or has masks of the first frames only.",
             )
         if len(images) < SCORED:
-            raise BadInputError(f"Sequence {self._images / sequence} has {len(images)} frames, {SCORED} are needed.")
+            raise BadInputError(f"Sequence {self._images / sequence} has {len(images)} frames; {SCORED} are needed.")
         return tuple(sorted(images))
 
     def frames(self, sequence: str) -> tuple[str, ...]:
-        """Names of the frames of a sequence, in order."""
+        """Return the names of the frames of a sequence, in order."""
         return self._frames[sequence]
 
     def files(self, sequence: str, frame: str) -> tuple[Path, Path]:
-        """Paths of the image and the mask of a frame."""
+        """Return the paths of the image and the mask of a frame."""
         return self._images / sequence / f"{frame}.jpg", self._masks / sequence / f"{frame}.png"
 
     def check_size(self, path: Path, size: tuple[int, ...]) -> None:
         """Raise BadInputError for a frame that is not 480 pixels high."""
         if size[0] != self.frame_height:
             raise BadInputError(
-                f"Frame {path} is {size[1]}x{size[0]} pixels (width x height), those of {self.name} at 480p are 480 "
-                f"high: it was resized, or is of another resolution. J and F of resized frames cannot be compared: "
+                f"Frame {path} is {size[1]}x{size[0]} pixels (width x height), but those of {self.name} at 480p are "
+                f"480 high: it was resized, or has another resolution. J and F of resized frames cannot be compared: "
                 f"restore the official 480p frames."
             )
 
@@ -135,7 +135,7 @@ class _Davis(VideoDataset):
 
 
 def _sequence(line: str) -> str:
-    """The sequence of a line of a list: "bear", or "/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/..."."""
+    """Return the sequence of a line: "bear", or "/JPEGImages/480p/bear/00000.jpg /Annotations/480p/bear/..."."""
     parts = line.split()[0].strip("/").split("/")
     return parts[-1] if len(parts) == 1 else parts[-2]
 
@@ -179,5 +179,5 @@ class DAVIS2016(_Davis):
 
     @property
     def object_ids(self) -> np.ndarray:
-        """Object id of each file value."""
+        """Return the object id of each file value."""
         return id_table({0: 0, 255: 1})

@@ -1,4 +1,4 @@
-"""Data sets with a continuous target at each pixel, read file by file: depth in metres, or surface normals."""
+"""Data sets with a continuous target at each pixel: depth in metres, or surface normals."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from neco_bench.core.errors import BadInputError
 from neco_bench.data.base import FEW, MANY, Dataset
 from neco_bench.data.folder import file_digest
 from neco_bench.data.io import RESTORE, decoding, open_image, read_image
+from neco_bench.data.png import RGB, read_plain_png
 
 Quantity = Literal["depth", "normals"]
 
@@ -22,8 +23,8 @@ Quantity = Literal["depth", "normals"]
 class DenseSample:
     """An image and its target.
 
-    image: (H, W, 3) uint8 RGB. target: float32, depth (H, W) in metres with 0 where there is none, or normals
-    (H, W, 3) of length 1 (x right, y down, z away from the camera), all 0 where there is none. id: unique in its split.
+    image: (H, W, 3) uint8 RGB. target: float32, depth (H, W) in metres (0: unknown), or normals (H, W, 3) of length 1
+    (x right, y down, z away from the camera; all 0: unknown). id: unique in its split.
     """
 
     image: np.ndarray
@@ -32,7 +33,7 @@ class DenseSample:
 
 
 class DepthSummary:
-    """What depth maps of a split hold: shares of pixels with a value, and the smallest, median and largest of each."""
+    """Statistics of depth maps: the share of pixels with a value; smallest, median and largest value of each map."""
 
     def __init__(self, targets: Iterable[np.ndarray] = ()) -> None:
         self.shares: list[float] = []
@@ -42,7 +43,7 @@ class DepthSummary:
             self.add(target)
 
     def add(self, target: np.ndarray) -> None:
-        """Add a depth map (H, W), or normals (H, W, 3), of which only shares and sizes are counted."""
+        """Add a depth map (H, W), or normals (H, W, 3), for which only shares and sizes are recorded."""
         values = target[target > 0] if target.ndim == 2 else target[np.any(target != 0, axis=2)]
         self.shares.append(len(values) / (target.shape[0] * target.shape[1]))
         self.sizes.add(target.shape[:2])
@@ -54,15 +55,15 @@ class DepthSummary:
 
     @property
     def median(self) -> float:
-        """The median over the maps of their medians, in metres; NaN where no map has a value."""
+        """Median of the medians of the maps, in metres; NaN if no map has a value."""
         return float(np.median([middle for _, middle, _ in self.ranges])) if self.ranges else float("nan")
 
 
 class DenseDataset(Dataset):
     """A split of images with targets in files.
 
-    kind: "depth" or "normals", which the targets are. image_sizes: the sizes (H, W) that frames have, empty where any
-    may occur. likely_median: of depth, metres between which the median of the maps of a split lies.
+    kind: "depth" or "normals". image_sizes: allowed sizes (H, W) of frames; empty: any. likely_median: range in metres
+    for the median depth of the maps of a split.
     """
 
     image_sizes: ClassVar[tuple[tuple[int, int], ...]] = ()
@@ -72,26 +73,26 @@ class DenseDataset(Dataset):
 
     @abc.abstractmethod
     def files(self, item: str) -> tuple[Path, ...]:
-        """Paths of the image and of what its target is made of."""
+        """Return the paths of the image and of the files of its target."""
 
     @abc.abstractmethod
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        """The target of an item whose image has the size (H, W). Raises MissingError and BadInputError."""
+        """Read the target of an item whose image has the size (H, W). Raises MissingError and BadInputError."""
 
     def __getitem__(self, index: int) -> DenseSample:
-        """Sample `index`. Raises MissingError (no such file) and BadInputError (damaged file, wrong size or values)."""
+        """Read sample `index`. Raises MissingError (no such file) and BadInputError (damaged, wrong size or values)."""
         item = self.ids[index]
         image = self.read_item_image(item)
         self._check_size(item, image.shape[:2])
         return DenseSample(image, self.read_target(item, image.shape[:2]), item)
 
     def read_item_image(self, item: str) -> np.ndarray:
-        """The image of an item, (H, W, 3) uint8."""
+        """Read the image of an item, (H, W, 3) uint8."""
         return read_image(self.files(item)[0], listed_in=self.list_file)
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Whether images and targets of a split are there, found without reading them."""
+        """Return whether images and targets of a split exist, without reading them."""
         if not cls.needs_root:
             return True
         data = cls(folder, split)  # type: ignore[call-arg]
@@ -101,13 +102,13 @@ class DenseDataset(Dataset):
         if self.image_sizes and size not in self.image_sizes:
             known = ", ".join(f"{width}x{height}" for height, width in self.image_sizes)
             raise BadInputError(
-                f"Image {self.files(item)[0]} is {size[1]}x{size[0]} pixels (width x height), those of {self.name} are "
+                f"Image {self.files(item)[0]} is {size[1]}x{size[0]} pixels (width x height), but {self.name} has "
                 f"{known}: it was resized or belongs to another data set. Scores of resized copies cannot be compared: "
                 f"restore the original files."
             )
 
     def sanity_check(self, targets: DepthSummary) -> list[str]:
-        """What the targets of a split, or 16 across it, say against its files."""
+        """Return messages if the targets of a split (or 16 of them) are implausible."""
         if self.kind == "normals":
             return []
         if not targets.ranges:
@@ -116,15 +117,15 @@ class DenseDataset(Dataset):
         if low <= targets.median <= high or len(targets) < FEW:
             return []
         return [
-            f"The median depth of {len(targets)} maps is {targets.median:.3g} m, that of {self.name} lies between "
-            f"{low:g} and {high:g} m: the files hold another unit (such as metres where {self.file_unit} is expected), "
-            f"or were cut down to 8 bits. Restore the original depth files."
+            f"The median depth of {len(targets)} maps is {targets.median:.3g} m, but that of {self.name} is between "
+            f"{low:g} and {high:g} m: the files have another unit (such as metres instead of {self.file_unit}), "
+            f"or were reduced to 8 bits. Restore the original depth files."
         ]
 
-    file_unit: ClassVar[str] = ""  # of values in depth files, in words
+    file_unit: ClassVar[str] = ""  # unit of values in depth files, as text
 
     def sample_sanity_check(self) -> list[str]:
-        """`sanity_check` of 16 targets across the split."""
+        """Return the messages of `sanity_check` for 16 targets across the split."""
         indices = np.unique(np.linspace(0, len(self) - 1, MANY).astype(int))
         return self.sanity_check(DepthSummary(self[index].target for index in indices))
 
@@ -135,43 +136,44 @@ class DenseDataset(Dataset):
 
     @property
     def _bases(self) -> tuple[Path, ...]:
-        """Folders from which files are named in the fingerprint."""
+        """Return the folders to which file names in the fingerprint are relative."""
         return (self.folder,)
 
 
 def read_depth(path: Path, per_metre: float, size: tuple[int, int], *, listed_in: Path | None = None) -> np.ndarray:
-    """A depth file of 16 bits as (H, W) float32 metres, 0 where it holds 0.
+    """Read a 16-bit depth file as (H, W) float32 metres; 0 stays 0.
 
-    per_metre: file values to a metre (1000 for millimetres). size: (H, W) that it must have. Raises MissingError and
+    per_metre: file values per metre (1000 for millimetres). size: required size (H, W). Raises MissingError and
     BadInputError.
     """
     image = open_image(path, "depth map", listed_in)
     if image.mode not in ("I;16", "I;16B", "I"):
         raise BadInputError(
-            f"Depth map {path} has pixel format {image.mode}, but 16 bits are needed: read or saved with 8 bits, depth "
-            f"loses all but a few levels. Use the original file."
+            f"Depth map {path} has pixel format {image.mode}, but 16 bits are needed: with 8 bits, depth has only a "
+            f"few levels. Use the original file."
         )
     with decoding(f"Cannot decode depth map {path}"):
         values = np.array(image)
     if values.min() < 0 or values.max() > 65535:
-        raise BadInputError(f"Depth map {path} holds {values.min()}..{values.max()}, not 16-bit values. {RESTORE}")
+        raise BadInputError(f"Depth map {path} has values {values.min()}..{values.max()}, not 16-bit ones. {RESTORE}")
     _check_shape(path, values.shape, size, "Depth map")
     return values.astype(np.float32) / np.float32(per_metre)
 
 
 def read_normals(path: Path, size: tuple[int, int], *, listed_in: Path | None = None) -> np.ndarray:
-    """An RGB file of 8 bits as (H, W, 3) float32 normals, 2 v / 255 - 1 brought to length 1.
+    """Read an 8-bit RGB file as (H, W, 3) float32 normals, 2 v / 255 - 1 scaled to length 1.
 
-    All 0 where the vector is shorter than 0.5 (grey or black, as none is written). Raises MissingError and
-    BadInputError.
+    Vectors shorter than 0.5 (grey or black, which mean no normal) become 0. Raises MissingError and BadInputError.
     """
-    image = open_image(path, "map of normals", listed_in)
-    if image.mode != "RGB":
-        raise BadInputError(
-            f"Map of normals {path} has pixel format {image.mode}; RGB of 8 bits with (n + 1) / 2 is needed."
-        )
-    with decoding(f"Cannot decode map of normals {path}"):
-        values = np.array(image)
+    values = read_plain_png(path, RGB)
+    if values is None:
+        image = open_image(path, "map of normals", listed_in)
+        if image.mode != "RGB":
+            raise BadInputError(
+                f"Map of normals {path} has pixel format {image.mode}; RGB of 8 bits with (n + 1) / 2 is needed."
+            )
+        with decoding(f"Cannot decode map of normals {path}"):
+            values = np.array(image)
     _check_shape(path, values.shape[:2], size, "Map of normals")
     vectors = values.astype(np.float32) * np.float32(2 / 255) - 1
     vectors[~values.any(axis=2)] = 0  # black
@@ -179,7 +181,7 @@ def read_normals(path: Path, size: tuple[int, int], *, listed_in: Path | None = 
 
 
 def unit_normals(vectors: np.ndarray) -> np.ndarray:
-    """Bring vectors (H, W, 3) to length 1, float32; those shorter than 0.5, or not finite, become 0."""
+    """Scale vectors (H, W, 3) to length 1, float32; those shorter than 0.5, or not finite, become 0."""
     length = np.linalg.norm(vectors, axis=2, keepdims=True)
     there = np.isfinite(length) & (length >= 0.5)
     return np.where(there, vectors / np.where(there, length, 1), 0).astype(np.float32)
@@ -188,6 +190,6 @@ def unit_normals(vectors: np.ndarray) -> np.ndarray:
 def _check_shape(path: Path, shape: tuple[int, ...], size: tuple[int, ...], what: str) -> None:
     if shape != size:
         raise BadInputError(
-            f"{what} {path} is {shape[1]}x{shape[0]} pixels (width x height), its image {size[1]}x{size[0]}. One of "
-            f"the two was resized or belongs to another item: restore both from the original archive."
+            f"{what} {path} is {shape[1]}x{shape[0]} pixels (width x height), but its image {size[1]}x{size[0]}. One "
+            f"of the two was resized or belongs to another item: restore both from the original archive."
         )

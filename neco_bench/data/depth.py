@@ -18,20 +18,20 @@ from neco_bench.data.dense import DenseDataset, read_depth
 from neco_bench.data.folder import AbsentSplitError, contents, file_ids, first_entry, locate, missing, read_lines
 from neco_bench.data.nyuv2 import frames, scene_runs
 
-MM = 1000.0  # file values of NYU to a metre
+MM = 1000.0  # file values of NYU per metre
 
 NYU_SIZE = (480, 640)
 
 
 class LabelledFrames(DenseDataset):
-    """The 795/654 labelled frames of NYUv2 in the folders that `data prepare nyuv2` makes."""
+    """The 795/654 labelled frames of NYUv2 in the folders that `data prepare nyuv2` writes."""
 
     folder_name = "nyuv2"
     sampling_unit = "scene"
     splits = ("train", "test")
     expected: ClassVar[dict[str, int]] = {"train": 795, "test": 654}
     image_sizes = (NYU_SIZE,)
-    parts: ClassVar[tuple[str, ...]]  # ends of the names of folders: images, then what targets are made of
+    parts: ClassVar[tuple[str, ...]]  # endings of folder names: images, then the files of targets
 
     def __init__(self, folder: Path, split: str) -> None:
         """Raises AbsentSplitError (no images), MissingError (files without partners), BadInputError (swapped)."""
@@ -46,8 +46,8 @@ class LabelledFrames(DenseDataset):
             other = "test" if split == "train" else "train"
             raise BadInputError(
                 f"{self.folder / f'{split}_rgb'} holds {len(strange)} frames that are not of the official {split} "
-                f"split, the first is {strange[0]}.png: those of {split} and {other} were swapped, or were numbered "
-                f"anew. Restore them with `neco-bench data prepare nyuv2`."
+                f"split; the first is {strange[0]}.png: those of {split} and {other} were swapped, or were renumbered. "
+                f"Restore them with `neco-bench data prepare nyuv2`."
             )
         for part, ids in zip(cls.parts[1:], found[1:], strict=True):
             if lacking := sorted(found[0] - ids):
@@ -60,19 +60,19 @@ class LabelledFrames(DenseDataset):
 
     @classmethod
     def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Whether images and targets of a split are there, found without reading them."""
+        """Return whether images and targets of a split exist, without reading them."""
         if folder is None:
             return False
         place = locate(folder, f"{split}_rgb", "train_rgb", "test_rgb")
         return all(next((place / f"{split}_{part}").glob("*.png"), None) for part in cls.parts)
 
     def files(self, item: str) -> tuple[Path, ...]:
-        """Paths of the image and of what its target is made of."""
+        """Return the paths of the image and of the files of its target."""
         return tuple(self.folder / f"{self.split}_{part}" / f"{item}.png" for part in self.parts)
 
     @classmethod
     def group_of(cls, item: str) -> str:
-        """The run of frames of a scene (`scene_runs`)."""
+        """Return the run of frames of a scene (`scene_runs`)."""
         return str(scene_runs()[int(item)])
 
 
@@ -92,14 +92,14 @@ class NYUDepthLabelled(LabelledFrames):
   made from the official file by: neco-bench data prepare nyuv2 --source nyu_depth_v2_labeled.mat"""
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        """The target of an item whose image has the size (H, W)."""
+        """Read the target of an item whose image has the size (H, W)."""
         return read_depth(self.files(item)[1], MM, size)
 
 
 class ListedDepth(DenseDataset):
-    """Depth of the images of a list: "image depth focal" on each line; images whose depth is "None" are left out.
+    """Depth for a list of images with lines "image depth focal"; images whose depth is "None" are left out.
 
-    list_names: of each split. roots: folders below that of the data set in which files of the list may lie.
+    list_names: the list of each split. roots: folders of the data set in which files of the list may be.
     """
 
     kind = "depth"
@@ -118,7 +118,7 @@ class ListedDepth(DenseDataset):
             image = first_entry(line)
             rest = line[len(image) :].split()
             if not rest:
-                raise BadInputError(f"{self.list_file} must hold an image, its depth and the focal length: {line!r}.")
+                raise BadInputError(f"{self.list_file} must list an image, its depth and the focal length: {line!r}.")
             if rest[0] != "None":
                 paths = PurePosixPath(image.lstrip("/")), PurePosixPath(rest[0].lstrip("/"))
                 pairs[str(paths[0].with_suffix(""))] = paths
@@ -128,38 +128,38 @@ class ListedDepth(DenseDataset):
         self._pairs = pairs
         if wrong := next((item for item in self.ids if not self.belongs(item)), None):
             raise BadInputError(
-                f"{self.list_file} names {wrong!r}, which is not of the official {split} split: the lists of train and "
+                f"{self.list_file} names {wrong!r}, which is not in the official {split} split: the lists of train and "
                 f"test were swapped, or are of another split. Restore the official list."
             )
 
     @classmethod
     @abc.abstractmethod
     def is_test(cls, item: str) -> bool:
-        """Whether an image is of the official test split, as far as its name says."""
+        """Return whether an image belongs to the official test split, according to its name."""
 
     def belongs(self, item: str) -> bool:
-        """Whether an image is of this split."""
+        """Return whether an image belongs to this split."""
         return self.is_test(item) == (self.split == "test")
 
     def files(self, item: str) -> tuple[Path, ...]:
-        """Paths of the image and of what its target is made of."""
+        """Return the paths of the image and of the files of its target."""
         image, depth = self._pairs[item]
         return self._place(self.image_roots, image), self._place(self.depth_roots, depth)
 
     def _place(self, roots: tuple[str, ...], path: PurePosixPath) -> Path:
-        """The file below the first of the roots that has it, else below the first."""
+        """Return the path in the first root that contains the file, else in the first root."""
         places = [self.folder / root.format(split=self.split) / path for root in roots]
         return next((place for place in places if place.is_file()), places[0])
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        """The target of an item whose image has the size (H, W)."""
+        """Read the target of an item whose image has the size (H, W)."""
         return read_depth(self.files(item)[1], self.per_metre, size, listed_in=self.list_file)
 
 
 class NYUDepth(ListedDepth):
-    """NYUv2 as most depth papers have it: 24,231 frames of the raw videos for training, 654 labelled ones for tests.
+    """NYUv2 as used in most depth papers: 24,231 frames of the raw videos for training, 654 labelled ones for tests.
 
-    Test images have a black border of 7 to 8 pixels, as BTS writes them; frames are numbered from 0.
+    Test images have a black border of 7 to 8 pixels, as in the files of BTS; frames are numbered from 0.
     """
 
     name = "nyu_depth"
@@ -188,14 +188,14 @@ class NYUDepth(ListedDepth):
 
     @classmethod
     def is_test(cls, item: str) -> bool:
-        """Test frames lie in folders of scene types, which have no number, and are of the official test split."""
+        """Return whether an image is a test frame: in a folder of a scene type (without a number), official split."""
         path = PurePosixPath(item)
         number = re.search(r"_(\d{5})$", path.stem)
         return not re.search(r"\d", path.parent.name) and number is not None and int(number[1]) + 1 in cls._OFFICIAL
 
     @classmethod
     def group_of(cls, item: str) -> str:
-        """The scene of a training frame, the run of frames (`scene_runs`) of a test frame."""
+        """Return the scene of a training frame, or the run of frames (`scene_runs`) of a test frame."""
         path = PurePosixPath(item)
         return str(scene_runs()[int(path.stem[-5:]) + 1]) if cls.is_test(item) else str(path.parent)
 
@@ -238,19 +238,19 @@ class KITTIDepth(ListedDepth):
 
     @classmethod
     def is_test(cls, item: str) -> bool:
-        """Whether an image is of one of the drives of Eigen's test images."""
+        """Return whether an image belongs to a drive of Eigen's test images."""
         date, number = cls._drive(item)
         return number in cls._TEST.get(date, "").split()
 
     def files(self, item: str) -> tuple[Path, ...]:
-        """As listed; images may have been saved as JPEG, which many do for space."""
+        """Return the listed paths; images may have been saved as JPEG to save space."""
         image, depth = super().files(item)
         other = image.with_suffix(".jpg")
         return (other if not image.is_file() and other.is_file() else image), depth
 
     @classmethod
     def group_of(cls, item: str) -> str:
-        """The drive."""
+        """Return the drive."""
         return "_drive_".join(cls._drive(item))
 
     @staticmethod

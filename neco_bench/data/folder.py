@@ -1,5 +1,5 @@
-"""What data sets in a folder share: split lists, errors that show the expected tree, digests, pair
-annotations, segmentation read file by file."""
+"""Helpers for data sets in folders: split lists, errors that show the expected tree, digests, pair annotations, and
+segmentation data sets that are read file by file."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from neco_bench.data.io import voc_colours as voc_colours
 
 PAIR_ATTRIBUTES = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
 
-_DEPTH = 4  # of folders in which the files of a data set are looked for
+_DEPTH = 4  # maximum depth of folders in which the files of a data set are searched
 
 
 class AbsentSplitError(MissingError):
-    """The list of a split is not there: the rest of the data set may be whole."""
+    """The list of a split does not exist; the rest of the data set may be complete."""
 
 
 def missing(dataset: type[Dataset], what: str, error: type[MissingError] = MissingError) -> MissingError:
-    """An error whose first line says what is missing, followed by the expected tree and the command that checks it."""
+    """Return an error that states what is missing, the expected tree, and the command that checks it."""
     return error(
         f"Data set {dataset.name!r}: {what}\nExpected files:\n{dataset.layout}\n"
         f"Check them with: neco-bench data check {dataset.name} --data-root DIR"
@@ -37,21 +37,21 @@ def missing(dataset: type[Dataset], what: str, error: type[MissingError] = Missi
 
 
 def contents(path: Path) -> str:
-    """The nearest folder at or above `path` that is there, and some of what is in it, as a sentence."""
+    """Return a sentence with the nearest existing folder at or above `path`, and some of its content."""
     folder = next((place for place in (path, *path.parents) if place.is_dir()), path)
     try:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError:
         return ""
     shown = ", ".join(map(repr, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"{folder} holds {shown or 'nothing'}."
+    return f"{folder} contains {shown or 'nothing'}."
 
 
 def locate(folder: Path, *markers: str, name: str = "") -> Path:
-    """The folder that holds one of the `markers` (glob patterns): `folder`, or the nearest one below; else `folder`.
+    """Return the nearest folder, from `folder` downwards, that contains one of the `markers` (globs); else `folder`.
 
-    name: part of the name of the right one where several are equally near. Raises BadInputError where that does not
-    decide.
+    name: part of the name of the right folder if several are equally near. Raises BadInputError if it is still
+    ambiguous.
     """
     level = [folder]
     for _ in range(_DEPTH + 1):
@@ -60,7 +60,7 @@ def locate(folder: Path, *markers: str, name: str = "") -> Path:
             holders = [place for place in holders if name in place.name] or holders
         if len(holders) > 1:
             raise BadInputError(
-                f"{folder} holds several copies: {', '.join(map(str, holders[:5]))}. Move all but one of them away."
+                f"{folder} contains several copies: {', '.join(map(str, holders[:5]))}. Move all but one of them away."
             )
         if holders:
             return holders[0]
@@ -73,7 +73,7 @@ def _searched(path: Path) -> bool:
 
 
 def read_lines(dataset: type[Dataset], path: Path) -> list[str]:
-    """The lines of a list that are not blank, without space around them; folders are separated by "/".
+    """Return the non-blank lines of a list, stripped; folders are separated by "/".
 
     Raises AbsentSplitError and BadInputError (no text, empty).
     """
@@ -81,7 +81,7 @@ def read_lines(dataset: type[Dataset], path: Path) -> list[str]:
         text = read_text(path, "Split list")
     except FileNotFoundError:
         hint = near_files(path) or contents(path.parent)
-        raise missing(dataset, f"the split list {path} is not there. {hint}", AbsentSplitError) from None
+        raise missing(dataset, f"the split list {path} does not exist. {hint}", AbsentSplitError) from None
     lines = [line.strip().replace("\\", "/") for line in text.splitlines() if line.strip()]
     if not lines:
         raise BadInputError(f"Split list {path} is empty. Restore it from the original archive.")
@@ -89,7 +89,7 @@ def read_lines(dataset: type[Dataset], path: Path) -> list[str]:
 
 
 def read_list(dataset: type[Dataset], path: Path, *, stems: bool = False) -> tuple[str, ...]:
-    """The first file or word of each line of a split list, of a file its stem where `stems`.
+    """Return the first file or word of each line of a split list; with `stems`, the stem of a file.
 
     Raises AbsentSplitError, and BadInputError (empty, repeated).
     """
@@ -103,15 +103,15 @@ def read_list(dataset: type[Dataset], path: Path, *, stems: bool = False) -> tup
 
 
 def first_entry(line: str) -> str:
-    """The first file that a line names, which may have spaces if it has the suffix of an image; else the first word."""
+    """Return the first file of a line (which may contain spaces before an image suffix), else the first word."""
     file = re.match(r".*?\.(?:png|jpe?g|bmp|ppm|tiff?|webp)(?=\s|$)", line, re.IGNORECASE)
     return file[0] if file else line.split()[0]
 
 
 def file_digest(facts: Iterable[str], bases: Path | Sequence[Path], files: Iterable[Path]) -> str:
-    """Sha256 over `facts` and over names (relative to the first of `bases` that holds them) and sizes of files.
+    """Return the sha256 over `facts` and over names (relative to the first of `bases` above them) and sizes of files.
 
-    Raises MissingError and BadInputError naming a file.
+    Raises MissingError and BadInputError, whose messages name a file.
     """
     digest = hashlib.sha256()
     bases = [bases] if isinstance(bases, Path) else bases
@@ -130,7 +130,7 @@ def file_digest(facts: Iterable[str], bases: Path | Sequence[Path], files: Itera
 
 
 def pair_text(pair: Pair) -> str:
-    """Everything in a pair as one line, for digests."""
+    """Return the content of a pair as one line, for digests."""
     points = (pair.source_points.tolist(), pair.target_points.tolist(), pair.point_ids)
     boxes = (pair.source_box, pair.target_box)
     return repr(
@@ -139,7 +139,7 @@ def pair_text(pair: Pair) -> str:
 
 
 def parse_pair(name: str, raw: dict[str, Any]) -> Pair:
-    """A pair from the JSON object of a SPair-71k pair file. Raises KeyError, TypeError, ValueError on wrong content."""
+    """Parse the JSON object of a SPair-71k pair file. Raises KeyError, TypeError, ValueError on wrong content."""
     category = valid_name(raw["category"])
     source, target = (np.array(raw[key], np.float64).reshape(-1, 2) for key in ("src_kps", "trg_kps"))
     if not len(source) == len(target) == len(raw["kps_ids"]):
@@ -164,7 +164,7 @@ def parse_pair(name: str, raw: dict[str, Any]) -> Pair:
 
 
 def checked_box(values: Iterable[Any]) -> tuple[float, float, float, float]:
-    """(x1, y1, x2, y2) as they are. Raises ValueError where they are not four finite numbers, or enclose no area."""
+    """Return (x1, y1, x2, y2). Raises ValueError if they are not four finite numbers, or enclose no area."""
     box = tuple(map(float, values))
     if len(box) != 4 or not np.isfinite(box).all():
         raise ValueError(f"a box needs four finite numbers, got {box}")
@@ -174,7 +174,7 @@ def checked_box(values: Iterable[Any]) -> tuple[float, float, float, float]:
 
 
 def file_ids(folder: Path, before: str, after: str) -> set[str]:
-    """Ids of all files BEFORE + NAME + AFTER below a folder: the path from it without the two, as in "aachen/0001"."""
+    """Return ids of all files BEFORE + NAME + AFTER below a folder: the path without the two, such as "aachen/0001"."""
     ids: set[str] = set()
 
     def fail(error: OSError) -> None:
@@ -193,12 +193,11 @@ def file_ids(folder: Path, before: str, after: str) -> set[str]:
 
 
 class SegmentationFolder(SegmentationDataset):
-    """Segmentation read from files. A subclass sets `folder`, `split`, `ids`, and says where files lie.
+    """Segmentation read from files. A subclass sets `folder`, `split`, `ids`, and defines the paths of files.
 
-    void: the mask value in files that means void. causes: what a file is that holds a certain wrong value, for
-    messages. image_size: (H, W) of every image of the set, None where they differ.
-    list_file: the list that names the items, if any. source: which of several kinds of annotation is read.
-    shared_files: files besides images and masks that the masks depend on.
+    void: the mask value in files that means void. causes: likely causes of certain wrong values, for messages.
+    image_size: (H, W) of every image of the set, None if they differ. list_file: the list of items, if any.
+    source: the kind of annotation that is read, if there are several. shared_files: other files on which masks depend.
     """
 
     void: ClassVar[int] = IGNORE
@@ -211,11 +210,11 @@ class SegmentationFolder(SegmentationDataset):
 
     @abc.abstractmethod
     def files(self, item: str) -> tuple[Path, Path]:
-        """Paths of the image and the mask of an item id."""
+        """Return the paths of the image and the mask of an item id."""
 
     @property
     def table(self) -> np.ndarray:
-        """Class id of each file value, see `id_table`: as in the file, and IGNORE for `void`, unless a set differs."""
+        """Return the class id of each file value (see `id_table`): by default unchanged, and IGNORE for `void`."""
         return id_table({**{i: i for i in range(len(self.classes))}, self.void: IGNORE})
 
     @classmethod
@@ -234,7 +233,7 @@ class SegmentationFolder(SegmentationDataset):
         return Sample(image, self.read_mask(item, image.shape[:2]), item)
 
     def mask(self, index: int) -> np.ndarray:
-        """Read the mask of sample `index` alone, (H, W) class ids. Raises as `[index]` does."""
+        """Read only the mask of sample `index`, (H, W) class ids. Raises the errors of `[index]`."""
         item = self.ids[index]
         path = self.files(item)[0]
         size = read_size(path, listed_in=self.list_file)
@@ -242,7 +241,7 @@ class SegmentationFolder(SegmentationDataset):
         return self.read_mask(item, size)
 
     def _check_size(self, path: Path, size: tuple[int, ...]) -> None:
-        """Raise BadInputError where an image cannot have its original size."""
+        """Raise BadInputError if an image cannot have its original size."""
         if self.image_size is not None and size != self.image_size:
             fact = f"all images of {self.name} are {self.image_size[1]}x{self.image_size[0]}"
         elif self.longest_side is not None and max(size) > self.longest_side:
@@ -255,7 +254,7 @@ class SegmentationFolder(SegmentationDataset):
         )
 
     def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        """The mask of an item id, which must have the size (H, W) of its image."""
+        """Read the mask of an item id, which must have the size (H, W) of its image."""
         table, path = self.table, self.files(item)[1]
         of_ids = np.zeros((256, 3), np.uint8)
         of_ids[: len(self.classes)] = self.palette
@@ -271,14 +270,14 @@ class SegmentationFolder(SegmentationDataset):
         )
 
     def fingerprint(self) -> str:
-        """Sha256 over name, reader version, split, source, ids, and names and sizes of the image and mask files."""
+        """Return the sha256 over name, reader version, split, source, ids, and names and sizes of all files."""
         facts = (self.name, self.version, self.split, *filter(None, [self.source]), *self.ids)
         paths = dict.fromkeys(path for item in self.ids for path in self.files(item))
         return file_digest(facts, self._bases, {**paths, **dict.fromkeys(self.shared_files)})
 
     @property
     def _bases(self) -> Sequence[Path]:
-        """Folders from which files are named in the fingerprint, so that their places do not matter."""
+        """Return the folders to which file names in the fingerprint are relative."""
         return (self.folder,)
 
     @property
@@ -288,7 +287,7 @@ class SegmentationFolder(SegmentationDataset):
 
     @property
     def palette(self) -> np.ndarray:
-        """VOC's colours, unless a set has its own."""
+        """Return VOC's colours, unless a set has its own."""
         return voc_colours(len(self.classes))
 
 
@@ -306,19 +305,19 @@ class Files:
         return self.folder / f"{start}{slash}{self.before}{name}{self.after}"
 
     def ids(self) -> set[str]:
-        """Ids of all files that are there: paths from the folder without the two, as in "aachen/0001"."""
+        """Return ids of all existing files: relative paths without BEFORE and AFTER, such as "aachen/0001"."""
         return file_ids(self.folder, self.before, self.after)
 
     def any(self) -> bool:
-        """Whether there is such a file."""
+        """Return whether there is such a file."""
         return _any_file(self.folder, self.before, self.after)
 
 
 @dataclass(frozen=True)
 class Tree:
-    """Where a split without a list lies. folder: what holds both, or the images where masks lie elsewhere.
+    """Paths of a split without a list. folder: the folder of both, or of the images if masks are elsewhere.
 
-    source, shared_files: as in SegmentationFolder.
+    source, shared_files: see SegmentationFolder.
     """
 
     folder: Path
@@ -329,9 +328,9 @@ class Tree:
 
 
 class PairedFolders(SegmentationFolder):
-    """Segmentation without split lists: a split is what lies in two folders, each image with a mask of its name.
+    """Segmentation without split lists: a split is two folders, in which each image has a mask with the same name.
 
-    A subclass says where they are (`tree`).
+    A subclass defines their paths (`tree`).
     """
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -383,7 +382,7 @@ class PairedFolders(SegmentationFolder):
         return self._images.path(item), self._masks.path(item)
 
 
-# Converters of other code bases write NAME_labelTrainIds.png beside NAME.png.
+# Converters of other projects write NAME_labelTrainIds.png next to NAME.png.
 _BY_PRODUCT = "_labelTrainIds"
 
 
@@ -402,21 +401,21 @@ def _any_file(folder: Path, before: str, after: str) -> bool:
 
 
 def other_files(files: Files) -> str:
-    """What lies where none of `files` does, as a sentence; empty where there is nothing."""
+    """Return a sentence on other files in the folder of `files`; empty if there are none."""
     if present := sorted(file_ids(files.folder, "", "")):
         wanted = files.path("NAME").name
-        return f"It holds {len(present)} files such as {Path(present[0]).name!r}; {wanted} is expected: rename them."
+        return f"It has {len(present)} files such as {Path(present[0]).name!r}; {wanted} is expected: rename them."
     return ""
 
 
 def why_alone(alone: list[str], have: set[str], lack: set[str], one: Files, other: Files) -> str:
-    """The likely reason why files have no partner, and what to do. alone: ids of `one` in `have` but not in `lack`."""
+    """Return why files probably have no partner, and the fix. alone: ids of `one` in `have` but not in `lack`."""
     if copies := [name for name in alone if re.search(r" ?\(\d+\)$| - [Cc]opy$", name)]:
         return f"{one.path(copies[0]).name!r} looks like a second download of a file: delete such copies."
     if {name.rpartition("/")[2] for name in have} == {name.rpartition("/")[2] for name in lack}:
         return (
-            f"The same names lie at different depths, {one.path(alone[0])} and {other.path(min(lack))}: move the files "
-            f"to where they are expected."
+            f"The same names are at different depths, {one.path(alone[0])} and {other.path(min(lack))}: move the files "
+            f"to the expected paths."
         )
     if _shifted(have, lack):
         return "The numbers of the two differ by one: one counts from 0, the other from 1. Restore the original names."
@@ -426,12 +425,12 @@ def why_alone(alone: list[str], have: set[str], lack: set[str], one: Files, othe
     stem = alone[0].rpartition("/")[2]
     names = os.listdir(expected.parent) if expected.parent.is_dir() else []
     if variants := sorted(name for name in names if name.startswith(stem) and not name[len(stem)].isalnum()):
-        return f"{variants[0]!r} is there instead of {expected.name!r}: all must be of one kind."
-    return "An archive was unpacked in part: unpack both again, wholly."
+        return f"There is {variants[0]!r} instead of {expected.name!r}: all must be of the same kind."
+    return "An archive was unpacked only in part: unpack both again completely."
 
 
 def _shifted(first: set[str], second: set[str]) -> bool:
-    """Whether names end in numbers, and those of one set are one more than those of the other."""
+    """Return whether names end in numbers, and those of one set are one larger than those of the other."""
     parsed = [[re.fullmatch(r"(.*?)(\d+)", name) for name in names] for names in (first, second)]
     numbers, others = ({(match[1], int(match[2])) for match in matches if match} for matches in parsed)
     return len(numbers) == len(first) > 1 and others in (

@@ -1,4 +1,4 @@
-"""Where the embedded data sets lie: made at first use in the cache folder, with a digest of every file."""
+"""Folders of the embedded data sets: generated at first use in the cache folder, with a digest of every file."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _logger = logging.getLogger(__name__)
 
 
 def generated_folder(name: str, generate: Callable[[Path], None]) -> Path:
-    """The folder of that name with generated files, made, or made again where files are missing or damaged.
+    """Return the folder of generated files; generate it first if files are missing or damaged.
 
-    generate: writes them into an empty folder, and `write_manifest` last. Safe for several processes at once. Raises
-    UsageError where the cache folder cannot be written.
+    generate: writes the files into an empty folder, and `write_manifest` last. Safe for several processes at once.
+    Raises UsageError if the cache folder cannot be written.
     """
     folder = cache_dir() / name
     if _intact(folder):
@@ -33,10 +33,10 @@ def generated_folder(name: str, generate: Callable[[Path], None]) -> Path:
         with FileLock(folder.parent / f"{folder.name}.lock"):
             if not _intact(folder):
                 if folder.exists():
-                    _logger.warning("%s is incomplete or damaged and is made again.", folder)
+                    _logger.warning("%s is incomplete or damaged and is generated again.", folder)
                     shutil.rmtree(folder)
                 for rest in [path for path in folder.parent.glob(f"{folder.name}.*") if path.is_dir()]:
-                    shutil.rmtree(rest)  # of a killed process, as this one has the lock
+                    shutil.rmtree(rest)  # of a killed process, because this process has the lock
                 made = folder.with_name(f"{folder.name}.partial")
                 made.mkdir()
                 generate(made)
@@ -44,7 +44,7 @@ def generated_folder(name: str, generate: Callable[[Path], None]) -> Path:
     except OSError as error:
         raise UsageError(
             f"Cannot write the embedded data set to {folder}: {error}. Set NECO_BENCH_CACHE to a folder with 100 MB of "
-            f"space that you may write."
+            f"free space and write permission."
         ) from error
     return folder
 

@@ -1,8 +1,8 @@
-"""A first `dataset.toml` for a folder of one's own, written by looking at it: `neco-bench data init FOLDER`.
+"""Write a draft of `dataset.toml` for a user's folder by inspecting it: `neco-bench data init FOLDER`.
 
-Pictures are told apart from masks by the names of folders and files, else by their format. Ids, splits, the values in
-the masks and their palette follow from the files; names of classes come from a list such as `classes.txt`, if there is
-one. What is written is read as any `dataset.toml` is, and meant to be corrected by hand.
+Images and masks are distinguished by the names of folders and files, else by their format. Ids, splits, the values in
+the masks and their palette are derived from the files; class names come from a list such as `classes.txt`, if there is
+one. The draft is checked like any `dataset.toml`, and is meant to be corrected by hand.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ from neco_bench.core.own_data import FILE, read_own
 from neco_bench.data.io import decoding, read_text, voc_colours
 from neco_bench.data.own import SUFFIXES, own_class
 
-MOST_MASKS = 2000  # of which the values are read, spread evenly
+MOST_MASKS = 2000  # maximum number of masks whose values are read, spread evenly
 
-MOST_VALUES = 255  # of classes; more mean that these pictures are no masks
+MOST_VALUES = 255  # maximum number of classes; images with more values are not masks
 
 _MASK = re.compile(
     r"(?:^|[^a-z])(?:masks?|labels?|annot\w*|seg\w*|gt|ground.?truth)(?:$|[^a-z])|gtfine|labelids", re.IGNORECASE
@@ -44,7 +44,7 @@ _LIST_FOLDERS = ("", "splits", "lists", "ImageSets", "ImageSets/Segmentation")
 
 @dataclass(frozen=True)
 class Written:
-    """What `init` wrote: the files, and what it saw, as sentences."""
+    """Files that `init` wrote, and sentences on what it found."""
 
     paths: tuple[Path, ...]
     notes: tuple[str, ...]
@@ -57,25 +57,25 @@ class _Layout:
     images: str
     masks: str
     pairs: dict[tuple[str, str], tuple[Path, Path]]
-    alone: int  # images without a mask
+    alone: int  # number of images without a mask
 
 
 def init(folder: Path, *, overwrite: bool = False) -> Written:
-    """Write a `dataset.toml` into a folder, and lists of its splits where it has none.
+    """Write a `dataset.toml` into a folder, and split lists if it has none.
 
     Raises:
-        UsageError: there is one, and not `overwrite`; a name that tasks cannot have.
-        MissingError: no such folder, no images, no masks.
-        BadInputError: masks that hold no ids or colours of classes, or what is written cannot be read.
+        UsageError: if the file exists and `overwrite` is not set, or if the folder name cannot be used in task names.
+        MissingError: if there is no such folder, or no images or masks in it.
+        BadInputError: if masks contain no ids or colours of classes, or if the written file cannot be read.
     """
     folder = folder.expanduser().absolute()
     if not folder.is_dir():
         raise MissingError(f"There is no folder {folder}.")
     if (folder / FILE).exists() and not overwrite:
-        raise UsageError(f"{folder / FILE} is there. Edit it, or write it again with --overwrite.")
+        raise UsageError(f"{folder / FILE} already exists. Edit it, or replace it with --overwrite.")
     paths = _pictures(folder)
     if not paths:
-        raise MissingError(f"{folder} holds no images ({', '.join(SUFFIXES)}).")
+        raise MissingError(f"{folder} contains no images ({', '.join(SUFFIXES)}).")
     lists: dict[str, list[str]] = {}
     if (keypoints := _keypoint_file(folder)) is not None:
         text, notes = _pairs_text(folder, paths, keypoints), [f"keypoint pairs in {keypoints.name}"]
@@ -100,7 +100,7 @@ def init(folder: Path, *, overwrite: bool = False) -> Written:
 
 
 def _pictures(folder: Path) -> list[PurePosixPath]:
-    """All pictures below a folder, from it, in order; links to folders are followed, hidden files left out."""
+    """Return sorted relative paths of all images below a folder; follows links to folders, ignores hidden files."""
     paths = []
     for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = sorted(name for name in folders if not name.startswith((".", "__MACOSX")))
@@ -110,7 +110,7 @@ def _pictures(folder: Path) -> list[PurePosixPath]:
 
 
 def _keypoint_file(folder: Path) -> Path | None:
-    """The JSON file that lists pairs of images with points, if there is one."""
+    """Return the JSON file with pairs of images and points, if there is one."""
     for path in sorted(folder.glob("*.json")):
         try:
             document = json.loads(path.read_bytes())
@@ -134,11 +134,11 @@ def _pairs_text(folder: Path, paths: Sequence[PurePosixPath], keypoints: Path) -
                 f'# Pairs of images with keypoints; docs/pages/own_data.md has all keys.\nkind = "pairs"\n'
                 f"images = {_toml(pattern)}\nsplits = {{ {split} = {_toml(keypoints.name)} }}\n"
             )
-    raise MissingError(f"{folder} holds none of the images that {keypoints} names, such as {min(named)!r}.")
+    raise MissingError(f"{folder} contains none of the images that {keypoints} names, such as {min(named)!r}.")
 
 
 def _segmentation_text(folder: Path, paths: Sequence[PurePosixPath]) -> tuple[str, dict[str, list[str]], list[str]]:
-    images, masks = _told_apart(folder, paths)
+    images, masks = _split_images_and_masks(folder, paths)
     layout = _pair_up(folder, images, masks)
     splits, lists, how = _splits(folder, layout)
     values = _MaskValues.read([mask for _, mask in layout.pairs.values()])
@@ -148,7 +148,7 @@ def _segmentation_text(folder: Path, paths: Sequence[PurePosixPath]) -> tuple[st
     names, source = _class_names(folder, values)
     notes.append(source)
     lines = [
-        "# Written by `neco-bench data init` from what lies here; correct it, first of all the names of the classes.",
+        "# Written by `neco-bench data init` from the files in this folder; correct it, above all the class names.",
         "# docs/pages/own_data.md has all keys.",
         f"classes = {_toml(names)}",
         *values.lines(names),
@@ -160,17 +160,19 @@ def _segmentation_text(folder: Path, paths: Sequence[PurePosixPath]) -> tuple[st
     return "\n".join(lines) + "\n", lists, notes
 
 
-def _told_apart(folder: Path, paths: Sequence[PurePosixPath]) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
-    """Images and masks: by name, else masks are single-channel pictures of few values."""
+def _split_images_and_masks(
+    folder: Path, paths: Sequence[PurePosixPath]
+) -> tuple[list[PurePosixPath], list[PurePosixPath]]:
+    """Return images and masks, separated by name; else, single-channel images with few values are masks."""
     masks = [path for path in paths if _MASK.search(str(path.with_suffix("")))]
     if not masks or len(masks) == len(paths):
         masks = [path for path in paths if _looks_like_mask(folder / path)]
     images = sorted(set(paths) - set(masks))
     if not masks or not images:
-        what = "masks" if not masks else "images beside masks"
+        what = "masks" if not masks else "images other than masks"
         raise MissingError(
-            f"{folder} holds {len(paths)} pictures such as {str(paths[0])!r}, but no {what}: put images into images/ "
-            f"and masks (class ids as grey levels or palette indices, or colours) into masks/, with equal names."
+            f"{folder} has {len(paths)} images such as {str(paths[0])!r}, but no {what}: put images into images/ "
+            f"and masks (class ids as grey levels or palette indices, or colours) into masks/, with the same names."
         )
     return images, masks
 
@@ -184,7 +186,7 @@ def _looks_like_mask(path: Path) -> bool:
 
 
 def _pair_up(folder: Path, images: Sequence[PurePosixPath], masks: Sequence[PurePosixPath]) -> _Layout:
-    """The patterns that give most images a mask. Raises MissingError where no names agree."""
+    """Return the patterns that give most images a mask. Raises MissingError if no names agree."""
     image_pattern, image_ids = _pattern(images)
     best: tuple[str, dict[tuple[str, str], PurePosixPath]] = ("", {})
     kinds = [masks, *([m for m in masks if m.parts[0] == place] for place in sorted({m.parts[0] for m in masks}))]
@@ -196,8 +198,8 @@ def _pair_up(folder: Path, images: Sequence[PurePosixPath], masks: Sequence[Pure
                 best = (pattern, both)
     if not best[1]:
         raise MissingError(
-            f"No image and mask in {folder} have a name in common: images are such as {str(images[0])!r}, masks such "
-            f"as {str(masks[0])!r}. Rename one of the two."
+            f"No image and mask in {folder} have the same name: images are like {str(images[0])!r}, masks like "
+            f"{str(masks[0])!r}. Rename one of the two."
         )
     pairs = {key: (folder / image_ids[key], folder / mask) for key, mask in best[1].items()}
     return _Layout(image_pattern, best[0], pairs, len(image_ids) - len(pairs))
@@ -206,9 +208,9 @@ def _pair_up(folder: Path, images: Sequence[PurePosixPath], masks: Sequence[Pure
 def _pattern(
     paths: Sequence[PurePosixPath], affixes: tuple[str, str] | None = None
 ) -> tuple[str, dict[tuple[str, str], PurePosixPath]]:
-    """A pattern with {id}, and {split} where folders are splits, and the paths by (split, id).
+    """Return a pattern with {id}, and with {split} if folders are splits, and the paths by (split, id).
 
-    affixes: what stands before and after the id in names; None: what all names have in common after a separator.
+    affixes: the texts before and after the id in names; None: the common ending of all names after a separator.
     """
     parts = [list(path.parts[:-1]) for path in paths]
     split_at = next(
@@ -237,14 +239,14 @@ def _pattern(
 
 
 def _common(sequences: Sequence[Sequence[str]]) -> list[str]:
-    """What all sequences begin with."""
+    """Return the common beginning of all sequences."""
     return [
         column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
     ]
 
 
 def _common_ending(stems: Sequence[str]) -> str:
-    """What all names end in, from a separator on: "_img" of a_img, b_img."""
+    """Return the common ending of all names, from a separator on: "_img" of a_img, b_img."""
     if len(stems) < 2:
         return ""
     ending = "".join(_common([stem[::-1] for stem in stems]))[::-1]
@@ -253,7 +255,7 @@ def _common_ending(stems: Sequence[str]) -> str:
 
 
 def _affixes_beside(masks: Sequence[PurePosixPath], image_ids: dict[tuple[str, str], PurePosixPath]) -> tuple[str, str]:
-    """What most names of masks have before and after the name of an image."""
+    """Return the texts before and after the image name in most mask names."""
     names = sorted({item.rpartition("/")[2] for _, item in image_ids}, key=len, reverse=True)
     counts: Counter[tuple[str, str]] = Counter()
     for path in masks[:50]:
@@ -264,7 +266,7 @@ def _affixes_beside(masks: Sequence[PurePosixPath], image_ids: dict[tuple[str, s
 
 
 def _splits(folder: Path, layout: _Layout) -> tuple[str, dict[str, list[str]], str]:
-    """The value of `splits`, lists to write, and a sentence: split folders, lists that are there, or a new draw."""
+    """Return the value of `splits`, lists to write, and a sentence: split folders, existing lists, or a new draw."""
     names = sorted({split for split, _ in layout.pairs}, key=lambda name: _SPLITS.index(name.lower()) if name else -1)
     if names != [""]:
         counts = Counter(split for split, _ in layout.pairs)
@@ -279,15 +281,15 @@ def _splits(folder: Path, layout: _Layout) -> tuple[str, dict[str, list[str]], s
     order = sorted(ids, key=lambda item: hashlib.sha256(item.encode()).digest())
     count = max(1, round(len(order) / 5))
     if len(order) < 2:
-        raise MissingError(f"{folder} holds a single image with a mask: two or more are needed for train and val.")
+        raise MissingError(f"{folder} has a single image with a mask; two or more are needed for train and val.")
     drawn = {"train.txt": sorted(order[count:]), "val.txt": sorted(order[:count])}
-    note = f"splits: drawn, {len(order) - count} in train.txt, {count} in val.txt; move frames of a video into one"
+    note = f"splits: drawn, {len(order) - count} in train.txt, {count} in val.txt; keep frames of a video in one split"
     return _inline({"train": "train.txt", "val": "val.txt"}), drawn, note
 
 
 @dataclass(frozen=True)
 class _MaskValues:
-    """What masks hold: values with their colours in the palette (if there is one), or, of RGB masks, colours."""
+    """Values in masks with their palette colours (if there are any), or, for RGB masks, the colours."""
 
     values: tuple[int, ...]
     colours: dict[int, tuple[int, int, int]]
@@ -296,7 +298,7 @@ class _MaskValues:
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> _MaskValues:
-        """Read them from the masks, or from MOST_MASKS of many. Raises BadInputError for what is no mask."""
+        """Read the values from at most MOST_MASKS masks. Raises BadInputError if a file is not a mask."""
         indices = np.unique(np.linspace(0, len(paths) - 1, MOST_MASKS).astype(int))
         values: set[int] = set()
         colours: dict[int, tuple[int, int, int]] = {}
@@ -305,15 +307,15 @@ class _MaskValues:
             is_grey, own, palette = _values_in(path)
             if grey not in (None, is_grey):
                 raise BadInputError(
-                    f"Mask {path} is in {'grey levels' if is_grey else 'colours'}, others are not. Make them one kind."
+                    f"Mask {path} has {'grey levels' if is_grey else 'colours'}, but others do not. Use only one kind."
                 )
             grey = is_grey
             values |= own
             colours |= palette
             if len(values) > MOST_VALUES + 1:
                 raise BadInputError(
-                    f"Mask {path}: the masks up to here hold {len(values)} values or colours, more than there can be "
-                    f"classes; they are pictures, or were resized with interpolation or saved as JPEG. Restore the "
+                    f"Mask {path}: the masks up to here have {len(values)} values or colours, more than the maximum of "
+                    f"classes; they are photos, or were resized with interpolation or saved as JPEG. Restore the "
                     f"original masks."
                 )
         if not grey:
@@ -327,7 +329,7 @@ class _MaskValues:
         return f"{len(self.values)} {kind} in the masks" + (", and 255, taken as void" if self.void else "")
 
     def lines(self, names: Sequence[str]) -> list[str]:
-        """Lines of `dataset.toml` on values and colours."""
+        """Return the lines of `dataset.toml` on values and colours."""
         if self.are_colours:
             palette = [list(self.colours[value]) for value in self.values]
             return ['mask_values = "colours"', f"palette = {_toml(palette)}"]
@@ -344,7 +346,7 @@ class _MaskValues:
 
 
 def _values_in(path: Path) -> tuple[bool, set[int], dict[int, tuple[int, int, int]]]:
-    """Whether a mask is in grey levels or indices, its values (colours as numbers), and the palette of these."""
+    """Return whether a mask has grey levels or indices, its values (colours as numbers), and their palette."""
     with decoding(f"Cannot decode mask {path}"), Image.open(path) as image:
         is_grey = image.mode in ("L", "P", "I;16", "I")
         array = np.array(image if is_grey else image.convert("RGB")).astype(np.int64)
@@ -355,7 +357,7 @@ def _values_in(path: Path) -> tuple[bool, set[int], dict[int, tuple[int, int, in
 
 
 def _class_names(folder: Path, values: _MaskValues) -> tuple[list[str], str]:
-    """Names from a list in the folder, if it has as many, else numbered ones; and a sentence on them."""
+    """Return class names from a list in the folder if the number agrees, else numbered names; and a sentence."""
     count = len(values.values)
     for name in _CLASS_LISTS:
         if (folder / name).is_file():
@@ -363,9 +365,9 @@ def _class_names(folder: Path, values: _MaskValues) -> tuple[list[str], str]:
             if len(lines) == count and len(set(lines)) == count:
                 return lines, f"{count} class names from {name}"
             if not values.are_colours and values.values and len(lines) > max(values.values):
-                return lines, f"{len(lines)} class names from {name}, of which the masks hold {count}"
+                return lines, f"{len(lines)} class names from {name}, of which the masks contain {count}"
     if count < 2:
-        raise BadInputError(f"The masks in {folder} hold {count} class: there is nothing to tell apart. Restore them.")
+        raise BadInputError(f"The masks in {folder} have {count} class; two or more are needed. Restore them.")
     if values.values == (0, 255):
         return ["background", "object"], "two classes, named background (0) and object (255)"
     return [f"class_{value if not values.are_colours else i}" for i, value in enumerate(values.values)], (
@@ -374,7 +376,7 @@ def _class_names(folder: Path, values: _MaskValues) -> tuple[list[str], str]:
 
 
 def _toml(value: Any) -> str:
-    """A text, number or list as TOML, which writes them as JSON does."""
+    """Return a text, number or list as TOML, whose syntax for these is that of JSON."""
     return json.dumps(value, ensure_ascii=False)
 
 

@@ -1,6 +1,6 @@
-"""Is a data set here, whole and readable? Used by `neco-bench data list` and `neco-bench data check`.
+"""Check whether data sets exist and are complete and readable, for `neco-bench data list` and `neco-bench data check`.
 
-Checking reads every image once, one at a time; describing reads none.
+`data check` reads every image once, one at a time; `data list` reads none.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from neco_bench.data.load import DATASETS, dataset_class, dataset_folder, fracti
 from neco_bench.data.video import VideoDataset, object_count
 from neco_bench.data.views import ViewDataset
 
-# Damaged items named one by one in each split; the rest is counted.
+# Number of damaged items named in each split; the others are only counted.
 _NAMED = 20
 
 Progress = Callable[..., Iterable[Any]]
@@ -32,7 +32,7 @@ Progress = Callable[..., Iterable[Any]]
 
 @dataclass(frozen=True)
 class Finding:
-    """level: "ok", "warning" (usable, but know this) or "error". values: figures by name, such as class fractions."""
+    """level: "ok", "warning" (usable, but noteworthy) or "error". values: numbers by name, such as class fractions."""
 
     level: Literal["ok", "warning", "error"]
     split: str
@@ -43,9 +43,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class DatasetRow:
-    """A line of the listing. fractions: patterns of the splits that are drawn. expected: items per split.
+    """A line of the listing. fractions: patterns of the drawn splits. expected: items per split.
 
-    present: the splits that have images here. problem: why none has.
+    present: the splits with images on disk. problem: why there are none.
     """
 
     name: str
@@ -60,7 +60,7 @@ class DatasetRow:
 
 
 def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[DatasetRow]:
-    """All data sets, broken plug-ins and those of one's own included. Looks for an image of each split, reads none."""
+    """Return all data sets, including user-defined ones and broken plug-ins. Looks for images, but reads none."""
     base = data_root(root)
     rows = []
     origins = {name: entry.origin for name, entry in DATASETS.entries().items()}
@@ -80,7 +80,7 @@ def describe_datasets(root: str | os.PathLike[str] | None = None) -> list[Datase
 
 
 def _present(cls: type[Dataset], base: Path | None) -> tuple[tuple[str, ...], str]:
-    """The splits that have images, and why none has."""
+    """Return the splits that have images, and why there are none."""
     if not cls.needs_root:
         return cls.splits, ""
     if base is None:
@@ -96,7 +96,7 @@ def _present(cls: type[Dataset], base: Path | None) -> tuple[tuple[str, ...], st
                 present.append(split)
             else:
                 reasons.insert(0, f"no images of split {split!r} in {folder}")
-        except Exception as error:  # of a plug-in, too: a listing names what is wrong
+        except Exception as error:  # also of a plug-in: the listing shows the error
             reasons.append(str(error).partition("\n")[0])
     return tuple(present), "" if present else reasons[0]
 
@@ -104,7 +104,7 @@ def _present(cls: type[Dataset], base: Path | None) -> tuple[tuple[str, ...], st
 def check_dataset(
     name: str, root: str | os.PathLike[str] | None = None, *, progress: Progress | None = None
 ) -> list[Finding]:
-    """Read all splits of a data set and say what is right and wrong with them, in the order of its splits.
+    """Read all splits of a data set and return findings on them, in the order of its splits.
 
     progress: called as `progress(iterable, desc=text)` around each loop; `tqdm.tqdm` fits. Raises UsageError (unknown
     name) and MissingError (no root, no folder); everything else is a finding.
@@ -158,14 +158,14 @@ def _check_count(dataset: Dataset) -> Finding:
         return Finding(
             "error",
             dataset.split,
-            f"{present} items are listed, the full split has {full}.",
+            f"{present} items are listed, but the full split has {full}.",
             "Restore the official split list.",
         )
     return Finding(
         "warning",
         dataset.split,
         f"{present} of the {full} items of the full split: results are marked as on a subset.",
-        "Get the whole data set for comparable numbers.",
+        "Download the whole data set for comparable numbers.",
     )
 
 
@@ -179,7 +179,7 @@ def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Fi
             if wrong := [int(i) for i in ids if not (0 <= i < len(dataset.classes) or i == IGNORE)]:
                 last = len(dataset.classes) - 1
                 raise BadInputError(
-                    f"The mask of {dataset.ids[index]!r} holds {wrong[0]}: ids are 0..{last}, and {IGNORE} for void."
+                    f"The mask of {dataset.ids[index]!r} contains {wrong[0]}: ids are 0..{last}, and {IGNORE} for void."
                 )
             masks.add(mask)
         except NecoBenchError as error:
@@ -195,13 +195,13 @@ def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Fi
         findings.append(Finding("ok", dataset.split, f"percent of pixels: {shown}", values=fractions))
         never = [name for name, value in fractions.items() if value == 0 and name != "void"]
         if never:
-            text = f"No pixel of {len(never)} of {len(dataset.classes)} classes: {', '.join(never)}."
+            text = f"{len(never)} of {len(dataset.classes)} classes have no pixel: {', '.join(never)}."
             findings.append(Finding("warning", dataset.split, text, "Scores average the classes that are present."))
     return findings
 
 
 def _check_dense(dataset: DenseDataset, wrap: Progress) -> list[Finding]:
-    """Frame sizes, the share of pixels with a target, and the range of depth or the mean of normals."""
+    """Report frame sizes, the share of pixels with a target, and the range of depth or the mean normal."""
     targets, damage, means = DepthSummary(), [], []
     for index in wrap(range(len(dataset)), desc=f"{dataset.name} {dataset.split}"):
         try:
@@ -225,7 +225,7 @@ def _check_dense(dataset: DenseDataset, wrap: Progress) -> list[Finding]:
         findings.append(Finding("warning", dataset.split, text, "They are not scored."))
     if targets.ranges:
         if dataset.needs_root and min(targets.shares) == 1:
-            text = "every pixel has depth: where the sensor has none, it was filled in"
+            text = "every pixel has depth: holes of the sensor were filled in"
             findings.append(Finding("ok", dataset.split, text))
         low, high = min(row[0] for row in targets.ranges), max(row[2] for row in targets.ranges)
         values = {"smallest": low, "median": targets.median, "largest": high}
@@ -233,7 +233,7 @@ def _check_dense(dataset: DenseDataset, wrap: Progress) -> list[Finding]:
         findings.append(Finding("ok", dataset.split, text, values=values))
     if means:
         x, y, z = np.mean(means, axis=0).tolist()
-        text = f"mean normal ({x:+.2f}, {y:+.2f}, {z:+.2f}): splits must agree in the directions of the axes"
+        text = f"mean normal ({x:+.2f}, {y:+.2f}, {z:+.2f}): all splits must have the same axis directions"
         findings.append(Finding("ok", dataset.split, text, values={"x": x, "y": y, "z": z}))
     return findings
 
@@ -301,7 +301,7 @@ def _check_boxes(dataset: BoxDataset, wrap: Progress) -> list[Finding]:
 
 
 def _check_video(dataset: VideoDataset, wrap: Progress) -> list[Finding]:
-    """Every frame with its mask: sizes, objects of the first masks, ids that come later, void."""
+    """Check every frame with its mask: sizes, objects of the first masks, later ids, void."""
     damage: list[str] = []
     sizes: Counter[str] = Counter()
     objects, frames, void = 0, 0, 0
@@ -336,20 +336,20 @@ def _check_video(dataset: VideoDataset, wrap: Progress) -> list[Finding]:
     text = f"{frames} frames, {objects} objects in the first masks, {void} void pixels; {shown}"
     findings.append(Finding("ok", dataset.split, text, values=values))
     if late:
-        text = f"{len(late)} frames hold objects that the first mask lacks, the first is {late[0]!r}."
+        text = f"{len(late)} frames have objects that are not in the first mask; the first is {late[0]!r}."
         findings.append(Finding("warning", dataset.split, text, "Such objects are not scored."))
     for what, found, expected in (
         ("frames", frames, dataset.frame_counts.get(dataset.split)),
         ("objects", objects, dataset.object_counts.get(dataset.split)),
     ):
         if dataset.coverage is None and expected not in (None, found):
-            text = f"{found} {what}, the official split has {expected}."
+            text = f"{found} {what}, but the official split has {expected}."
             findings.append(Finding("error", dataset.split, text, "Restore the official files."))
     return findings
 
 
 def _check_views(dataset: ViewDataset, wrap: Progress) -> list[Finding]:
-    """Every view with its depth: range, share of the object, rotations of the pairs."""
+    """Check every view with its depth: range, share of the object, rotations of the pairs."""
     damage: list[str] = []
     near, far, shares = np.inf, 0.0, []
     for view_id in wrap(dataset.image_ids, desc=f"{dataset.name} {dataset.split}"):
@@ -382,7 +382,7 @@ def _damaged(dataset: Dataset, damage: list[str], count: int, what: str) -> list
     if not damage:
         return [Finding("ok", dataset.split, f"all {count} {what} can be read and agree")]
     findings = [Finding("error", dataset.split, text) for text in damage[:_NAMED]]
-    fix = f"Get the data set again: {dataset.citation}." if dataset.citation else "Get the data set again."
+    fix = f"Download the data set again: {dataset.citation}." if dataset.citation else "Download the data set again."
     return [
         *findings,
         Finding("error", dataset.split, f"{len(damage)} of {count} {what} are damaged or missing.", fix),

@@ -21,6 +21,7 @@ from PIL import Image
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError
 from neco_bench.data.base import IGNORE
 from neco_bench.data.matlab import parse_matlab
+from neco_bench.data.png import GREY, RGB, read_plain_png
 
 T = TypeVar("T")
 
@@ -63,6 +64,9 @@ def read_image(path: Path, *, listed_in: Path | None = None) -> np.ndarray:
     applied: annotations refer to the stored pixel grid. Raises MissingError (no such file; `listed_in` is the list
     that names it) and BadInputError (truncated, not an image, more than 8 bits per channel).
     """
+    pixels = read_plain_png(path, RGB)
+    if pixels is not None:
+        return pixels
     image = open_image(path, "image", listed_in)
     if image.mode not in _IMAGE_MODES:
         raise BadInputError(
@@ -105,6 +109,9 @@ def read_mask(
     (`check_palette`), unless it is not a `known_palette`. causes: {wrong value: what the file then is}, for messages.
     size: (H, W) that the mask must have. Raises MissingError and BadInputError.
     """
+    levels = read_plain_png(path, GREY)
+    if levels is not None:
+        return map_ids(levels, path, table=table, causes=causes, size=size)
     image = open_image(path, "mask", listed_in)
     if image.mode not in ("L", "P", *(("I;16", "I") if len(table) > 256 else ())):
         kind = "a colour mask" if image.mode.startswith("RGB") else f"of pixel format {image.mode}"

@@ -1,7 +1,7 @@
-"""Data sets by name: `load_dataset("voc2012", "val", root="~/data")`. Imports neither torch nor any reader.
+"""Load data sets by name: `load_dataset("voc2012", "val", root="~/data")`. Imports neither torch nor any reader.
 
-Another package adds a data set through the entry-point group `neco_bench.datasets`: name = "module:Class", the class a
-SegmentationDataset, DenseDataset or PairDataset constructed as `Class(folder, split)`.
+Another package can add a data set through the entry-point group `neco_bench.datasets`: name = "module:Class", where the
+class is a SegmentationDataset, DenseDataset or PairDataset and is constructed as `Class(folder, split)`.
 """
 
 from __future__ import annotations
@@ -95,12 +95,12 @@ __all__ = [
 ]
 
 
-# How many draws of each fraction there are, as in open-hummingbird-eval.
+# Number of draws of each fraction, as in open-hummingbird-eval.
 DRAWS = 5
 
 
 def list_datasets(root: str | os.PathLike[str] | None = None) -> list[str]:
-    """Names of all data sets, whether their files are here or not: those of plug-ins and of one's own included."""
+    """Return the names of all data sets, including plug-ins and user-defined ones; their files need not exist."""
     return list(dict.fromkeys([*DATASETS, *own_datasets(root)]))
 
 
@@ -112,14 +112,19 @@ def load_dataset(
     limit: int | None = None,
     split_file: str | os.PathLike[str] | None = None,
 ) -> Dataset:
-    """A split of a data set, its first `limit` items if given.
+    """Load a split of a data set.
 
-    name: a registered one, or a folder below the data root that has a `dataset.toml`.
-    split: one of its splits, or a drawn fraction of one such as "trainaug_1of128_0" (`Dataset.fraction` has the rule).
-    split_file: a text file of item ids, one a line, to which the split is restricted: the list of another paper.
-    root: the folder of data sets, else NECO_BENCH_DATA; the files are in `<root>/<folder_name or name>/`. Raises
-    UsageError (unknown name or split, limit < 1), MissingError (no root, files not there), BadInputError (lists or
-    annotations wrong).
+    Args:
+        name: a registered name, or a folder below the data root that has a `dataset.toml`.
+        split: one of its splits, or a drawn fraction such as "trainaug_1of128_0" (see `Dataset.fraction`).
+        root: the folder of data sets, else NECO_BENCH_DATA; the files are in `<root>/<folder_name or name>/`.
+        limit: only the first `limit` items.
+        split_file: a text file with one item id per line, to which the split is restricted (such as a published list).
+
+    Raises:
+        UsageError: for an unknown name or split, or limit < 1.
+        MissingError: if there is no root, or files are missing.
+        BadInputError: if lists or annotations are wrong.
     """
     cls = dataset_class(name, root)
     drawn = check_split(cls, split)
@@ -133,9 +138,9 @@ def load_dataset(
 
 
 def check_split(cls: type[Dataset], split: str) -> re.Match[str] | None:
-    """The parts (split, fraction, draw) of a drawn fraction's name, None for a whole split.
+    """Return the parts (split, fraction, draw) of a drawn fraction's name, None for a whole split.
 
-    Needs no files. Raises UsageError where the data set has neither.
+    Needs no files. Raises UsageError if the data set has no such split or fraction.
     """
     drawn = re.fullmatch(r"(.+)_1of(\d+)_(\d+)", split)
     if drawn and int(drawn[2]) in cls.fractions.get(drawn[1], {}) and int(drawn[3]) < DRAWS:
@@ -148,23 +153,23 @@ def check_split(cls: type[Dataset], split: str) -> re.Match[str] | None:
 
 
 def open_split(cls: type[Dataset], folder: Path | None, split: str) -> Dataset:
-    """A split of a data set. Whatever its reader raises for wrong files is a BadInputError."""
+    """Open a split of a data set. Errors of its reader for wrong files become BadInputError."""
     with decoding(f"Data set {cls.name!r} in {folder} cannot be read", "Restore its files."):
         return cls(folder, split)  # type: ignore[call-arg]
 
 
 def base_split(split: str) -> str:
-    """The split that a fraction, or all draws of one ("trainaug_1of8_*"), is drawn from; others as they are."""
+    """Return the full split of a fraction, or of all its draws ("trainaug_1of8_*"); other names are unchanged."""
     return re.sub(r"_1of\d+_(\d+|\*)$", "", split)
 
 
 def dataset_class(name: str, root: str | os.PathLike[str] | None = None) -> type[Dataset]:
-    """The class of a data set, registered or with a `dataset.toml` below the data root.
+    """Return the class of a data set, registered or with a `dataset.toml` below the data root.
 
-    Raises UsageError (unknown) and BadInputError (a plug-in's that is none, a wrong `dataset.toml`).
+    Raises UsageError (unknown name) and BadInputError (not a data set class of a plug-in, a wrong `dataset.toml`).
     """
     if name not in DATASETS and (own := own_datasets(root).get(name)):
-        from neco_bench.data.own import own_class  # as the readers of registered data sets: when it is needed
+        from neco_bench.data.own import own_class  # imported when needed, like the readers of registered data sets
 
         return own_class(own)
     cls = DATASETS.load(name)
@@ -177,14 +182,14 @@ def dataset_class(name: str, root: str | os.PathLike[str] | None = None) -> type
 
 
 def fraction_names(cls: type[Dataset]) -> tuple[str, ...]:
-    """The splits that can be drawn from those of a data set, as patterns: "trainaug_1of{128,64,8}_{0..4}"."""
+    """Return patterns of the fractions that can be drawn from a data set: "trainaug_1of{128,64,8}_{0..4}"."""
     return tuple(
         f"{split}_1of{{{','.join(map(str, parts))}}}_{{0..{DRAWS - 1}}}" for split, parts in cls.fractions.items()
     )
 
 
 def dataset_folder(cls: type[Dataset], root: str | os.PathLike[str] | None = None) -> Path | None:
-    """The folder of a data set, None if it needs none. Raises MissingError showing the tree that is expected."""
+    """Return the folder of a data set, None if it needs none. Raises MissingError, which shows the expected tree."""
     if not cls.needs_root:
         return None
     base = data_root(root)

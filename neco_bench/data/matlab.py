@@ -1,6 +1,6 @@
-"""Arrays and structures of MATLAB files of version 5, read without SciPy, whose reader a damaged file can end or hang.
+"""Read arrays and structures of MATLAB files of version 5, because a damaged file can crash or hang SciPy's reader.
 
-Format: MathWorks, "MAT-File Format", version 5. Text, cells, sparse arrays and objects are passed over.
+Format: MathWorks, "MAT-File Format", version 5. Text, cells, sparse arrays and objects are skipped.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ _CLASSES = {6: "f8", 7: "f4", 8: "i1", 9: "u1", 10: "i2", 11: "u2", 12: "i4", 13
 
 _STRUCT, _MATRIX, _COMPRESSED = 2, 14, 15
 
-_DEPTH = 10  # of structures
+_DEPTH = 10  # maximum nesting of structures
 
 
 def parse_matlab(content: bytes) -> dict[str, Any]:
-    """The variables of a file: arrays of numbers as ndarray, single structures as dict, anything else as None.
+    """Return the variables of a file: arrays of numbers as ndarray, single structures as dict, anything else as None.
 
-    Raises ValueError, struct.error or zlib.error for what is no such file.
+    Raises ValueError, struct.error or zlib.error if it is not such a file.
     """
     order = {b"\0\1IM": "<", b"\1\0MI": ">"}.get(content[124:128])
     if order is None:
@@ -44,7 +44,7 @@ def parse_matlab(content: bytes) -> dict[str, Any]:
 
 
 def _elements(content: memoryview, order: str) -> Iterator[tuple[int, memoryview]]:
-    """(type, data) of each data element."""
+    """Yield (type, data) of each data element."""
     place = 0
     while place < len(content):
         kind, size = struct.unpack_from(f"{order}II", content, place)
@@ -53,7 +53,7 @@ def _elements(content: memoryview, order: str) -> Iterator[tuple[int, memoryview
         if kind >> 16:  # a short element, with its data in the tag
             kind, size, start, end = kind & 0xFFFF, kind >> 16, place + 4, start
         if start + size > len(content):
-            raise ValueError(f"a data element of {size} bytes is cut off")
+            raise ValueError(f"a data element of {size} bytes is truncated")
         yield kind, content[start : start + size]
         place = end
 
@@ -61,16 +61,16 @@ def _elements(content: memoryview, order: str) -> Iterator[tuple[int, memoryview
 def _numbers(element: tuple[int, memoryview], order: str) -> np.ndarray:
     kind, data = element
     if kind not in _ELEMENTS:
-        raise ValueError(f"data of type {kind} are no numbers")
+        raise ValueError(f"data of type {kind} are not numbers")
     return np.frombuffer(data, order + _ELEMENTS[kind])
 
 
 def _matrix(content: memoryview, order: str, depth: int) -> tuple[str, Any]:
-    """Name and value of an array."""
+    """Return name and value of an array."""
     if depth > _DEPTH:
         raise ValueError("its structures are nested too deeply")
     parts = list(_elements(content, order))
-    if len(parts) < 4:  # an empty array, or one of a kind that is passed over
+    if len(parts) < 4:  # an empty array, or one of a skipped kind
         return "", None
     flags, shape = (_numbers(part, order) for part in parts[:2])
     name, kind = bytes(parts[2][1]).decode("latin-1"), int(flags[0]) & 0xFF

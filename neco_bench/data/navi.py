@@ -1,8 +1,8 @@
-"""NAVI: photographs of 36 objects with depth and pose; the pairs of its in-the-wild collections, as probe3d has them.
+"""NAVI: photographs of 36 objects with depth and pose; pairs of its in-the-wild collections, as in probe3d.
 
-`neco-bench data prepare navi` makes copies whose shorter side is 1024 (as probe3d's first pass does), and the list of
-pairs. The reference's list hangs on the order in which a file system names its folders; ours on names alone
-(`draw_pairs`), and results hold its sha256.
+`neco-bench data prepare navi` writes copies whose shorter side is 1024 (like probe3d's first pass), and the list of
+pairs. The reference's list depends on the order in which a file system lists folders; ours depends on names only
+(`draw_pairs`), and results record its sha256.
 """
 
 from __future__ import annotations
@@ -22,22 +22,22 @@ from neco_bench.data.folder import contents, file_digest, locate, missing
 from neco_bench.data.io import decoding, no_file, read_image, read_json, read_text, valid_name
 from neco_bench.data.views import Camera, DepthView, ViewDataset, ViewPair, draw_pairs, rotation_matrix
 
-SHORT_SIDE = 1024  # of the prepared copies (probe3d)
+SHORT_SIDE = 1024  # shorter side of the prepared copies (probe3d)
 
 
 STEP, SEED = 4, 8  # every fourth view is a source; the seed of the reference
 
 
-COPY = "downsampled_"  # begins the names of the prepared copies
+COPY = "downsampled_"  # prefix of the names of the prepared copies
 
 
 LIST = "pairs.csv"
 
 
-DISPARITY = 65535 * 10.0  # a depth file holds this over the depth in millimetres
+DISPARITY = 65535 * 10.0  # a depth file contains this divided by the depth in millimetres
 
 
-FARTHEST = 20.0  # metres: the objects are household things in one's hand or on a table
+FARTHEST = 20.0  # metres: the objects are household objects in a hand or on a table
 
 
 @dataclass(frozen=True)
@@ -80,28 +80,28 @@ class NAVI(ViewDataset):
         return next(place.glob(f"*/wild_set/images/{COPY}*.jpg"), None) is not None
 
     def _read_list(self) -> list[ViewPair]:
-        """The pairs of the list, which must be those that its rule gives."""
+        """Return the pairs of the list, and check that they follow the rule."""
         path = self.folder / LIST
         pairs = pairs_of(self._views)
         try:
             found = read_text(path, "Pair list")
         except FileNotFoundError:
-            text = f"there is no pair list {path}. Make it with: neco-bench data prepare navi"
+            text = f"there is no pair list {path}. Create it with: neco-bench data prepare navi"
             raise missing(type(self), text) from None
         if found != list_text(pairs):
             raise BadInputError(
-                f"The pair list {path} is not the one that the rule gives for these annotations: it was changed, or "
-                f"objects were added or taken away since. Delete it and run: neco-bench data prepare navi."
+                f"The pair list {path} does not follow the rule for these annotations: it was changed, or "
+                f"objects were added or removed since. Delete it and run: neco-bench data prepare navi."
             )
         return pairs
 
     @property
     def pair_list(self) -> str:
-        """Sha256 of the list of pairs."""
+        """Return the sha256 of the list of pairs."""
         return hashlib.sha256(list_text(pairs_of(self._views)).encode()).hexdigest()
 
     def files(self, view_id: str) -> tuple[Path, Path]:
-        """Paths of the image and the depth of a view."""
+        """Return the paths of the image and the depth of a view."""
         name, _, view = view_id.partition("/")
         folder = self.folder / name / "wild_set"
         return folder / "images" / f"{COPY}{self._views[name][view].file}", folder / "depth" / f"{COPY}{view}.png"
@@ -114,7 +114,7 @@ class NAVI(ViewDataset):
         expected = copy_size(*facts.size)
         if image.shape[:2] != expected:
             raise BadInputError(
-                f"Image {image_file} is {image.shape[1]}x{image.shape[0]} pixels (width x height), its annotation "
+                f"Image {image_file} is {image.shape[1]}x{image.shape[0]} pixels (width x height), but its annotation "
                 f"gives {expected[1]}x{expected[0]} for a shorter side of {SHORT_SIDE}: it was resized or rotated. "
                 f"Delete it and run: neco-bench data prepare navi."
             )
@@ -132,7 +132,7 @@ class NAVI(ViewDataset):
 
 
 def read_annotations(folder: Path) -> dict[str, dict[str, _View]]:
-    """The in-the-wild views of each object that has another collection too, by object and view."""
+    """Return the in-the-wild views of each object that also has another collection, by object and view."""
     found: dict[str, dict[str, _View]] = {}
     for path in sorted(folder.glob("*/wild_set/annotations.json")):
         place = path.parent.parent
@@ -142,7 +142,7 @@ def read_annotations(folder: Path) -> dict[str, dict[str, _View]]:
             if views:
                 found[place.name] = views
     if not found:
-        text = f"{folder} holds no object with a wild_set and another collection. {contents(folder)}"
+        text = f"{folder} has no object with a wild_set and another collection. {contents(folder)}"
         raise missing(NAVI, text)
     return found
 
@@ -158,25 +158,25 @@ def _parse(raw: Any) -> dict[str, _View]:
         if not (np.isfinite(translation).all() and 0 < focal < np.inf and min(height, width) > 0):
             raise ValueError(f"view {file} has no finite camera")
         if stem in views:
-            raise ValueError(f"view {file} stands there twice")
+            raise ValueError(f"view {file} is listed twice")
         views[stem] = _View(Camera(rotation_matrix(camera["q"]), translation, focal), (height, width), file)
     return views
 
 
 def pairs_of(views: dict[str, dict[str, _View]]) -> list[ViewPair]:
-    """The pairs that the rule gives for views."""
+    """Return the pairs of the views according to the rule."""
     return draw_pairs({name: {view: own[view].camera for view in own} for name, own in views.items()}, STEP, SEED)
 
 
 def list_text(pairs: Iterable[ViewPair]) -> str:
-    """The list of pairs as it is stored and hashed."""
+    """Return the list of pairs as stored and hashed."""
     return "source,target,degrees\n" + "".join(f"{p.source_id},{p.target_id},{p.angle:.4f}\n" for p in pairs)
 
 
 def read_disparity(path: Path, size: tuple[int, int]) -> np.ndarray:
-    """(H, W) float32 metres of a depth file of 16 bits, which holds 65535 x 10 over the millimetres; 0 where it is 0.
+    """Read a 16-bit depth file (65535 x 10 divided by millimetres) as (H, W) float32 metres; 0 stays 0.
 
-    Raises MissingError and BadInputError: 8 bits, another size, or numbers that are no disparities.
+    Raises MissingError, and BadInputError for 8 bits, another size, or numbers that are not disparities.
     """
     try:
         with decoding(f"Cannot decode depth {path}"), Image.open(path) as image:
@@ -186,7 +186,7 @@ def read_disparity(path: Path, size: tuple[int, int]) -> np.ndarray:
     if not mode.startswith("I") or values.shape != size:
         shown = f"{image.size[0]}x{image.size[1]} pixels of format {mode}"
         raise BadInputError(
-            f"Depth {path} has {shown}, expected are {size[1]}x{size[0]} pixels of 16 bits: it was converted to 8 "
+            f"Depth {path} has {shown}; expected are {size[1]}x{size[0]} pixels of 16 bits: it was converted to 8 "
             f"bits, resized or belongs to another view. Delete it and run: neco-bench data prepare navi."
         )
     disparity = values.astype(np.float64)
@@ -194,20 +194,20 @@ def read_disparity(path: Path, size: tuple[int, int]) -> np.ndarray:
     positive = depth[depth > 0]
     if len(positive) and np.median(positive) > FARTHEST:
         raise BadInputError(
-            f"Depth {path} has a median of {np.median(positive):.0f} m, NAVI's objects are at arm's length: it holds "
-            f"depth in millimetres, or of another data set, where 16-bit disparity is expected. Restore the original."
+            f"Depth {path} has a median of {np.median(positive):.0f} m, but NAVI's objects are at arm's length: it has "
+            f"depth in millimetres, or of another data set, instead of 16-bit disparity. Restore the original."
         )
     return depth
 
 
 def copy_size(height: int, width: int) -> tuple[int, int]:
-    """(H, W) of the prepared copy: the shorter side SHORT_SIDE, the other one truncated."""
+    """Return the size (H, W) of the prepared copy: the shorter side is SHORT_SIDE, the other one is rounded down."""
     factor = SHORT_SIDE / min(height, width)
     return int(height * factor), int(width * factor)
 
 
 def prepare_navi(folder: Path, wrap: Callable[..., Iterable[Any]]) -> tuple[Path, int, str]:
-    """Make the copies of all in-the-wild views that lack one, and the list of pairs.
+    """Write the missing copies of all in-the-wild views, and the list of pairs.
 
     Returns:
         The folder, the number of files written, and a note with the number of pairs and the sha256 of their list.
@@ -229,7 +229,7 @@ def prepare_navi(folder: Path, wrap: Callable[..., Iterable[Any]]) -> tuple[Path
 
 
 def _copy(path: Path, rule: Image.Resampling, size: tuple[int, int]) -> int:
-    """Write the copy of an image or depth file, unless it is there: the number of files written."""
+    """Write the copy of an image or depth file unless it exists; return the number of files written."""
     goal = path.with_name(f"{COPY}{path.name}")
     if goal.exists():
         return 0
@@ -238,7 +238,7 @@ def _copy(path: Path, rule: Image.Resampling, size: tuple[int, int]) -> int:
             upright = ImageOps.exif_transpose(image)
             if (upright.height, upright.width) != size:
                 raise BadInputError(
-                    f"{path} is {upright.width}x{upright.height} pixels (width x height), its annotation says "
+                    f"{path} is {upright.width}x{upright.height} pixels (width x height), but its annotation states "
                     f"{size[1]}x{size[0]}. Restore the official file."
                 )
             height, width = copy_size(*size)

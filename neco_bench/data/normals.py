@@ -1,7 +1,7 @@
 """Surface normals of NYU Depth v2: the labelled frames, and the training frames of GeoNet's release.
 
 Sources: ground truth of the labelled frames by Ladicky, Zeisl and Pollefeys, ECCV 2014; training frames of Qi et al.,
-GeoNet, CVPR 2018, as probe3d (El Banani et al., CVPR 2024) reads them.
+GeoNet, CVPR 2018, read as in probe3d (El Banani et al., CVPR 2024).
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from neco_bench.data.depth import MM, NYU_SIZE, LabelledFrames
 from neco_bench.data.folder import AbsentSplitError, contents, missing
 from neco_bench.data.io import no_file, read_mat
 
-# What GeoNet's files hold less of red, green and blue: twice the mean of ImageNet in Caffe's numbers.
+# Values subtracted from red, green and blue in GeoNet's files: twice the mean of ImageNet in Caffe's numbers.
 _SUBTRACTED = 2 * np.array([122.175, 116.169, 103.508], np.float32)
 
-_LEFT_OUT = (6919, 21181)  # of the sorted files: probe3d leaves them out as damaged
+_LEFT_OUT = (6919, 21181)  # indices of the sorted files that probe3d leaves out as damaged
 
 _FILES = 30_816
 
 
 class NYUNormalsLabelled(LabelledFrames):
-    """Normals of the labelled frames, 795/654; pixels without sensor depth have none."""
+    """Normals of the labelled frames, 795/654; pixels without sensor depth have no normal."""
 
     name = "nyu_normals_labelled"
     kind = "normals"
@@ -39,13 +39,13 @@ class NYUNormalsLabelled(LabelledFrames):
   images and depth are made by: neco-bench data prepare nyuv2 --source nyu_depth_v2_labeled.mat"""
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        """The target of an item whose image has the size (H, W)."""
+        """Read the target of an item whose image has the size (H, W)."""
         _, normals, depth = self.files(item)
         return read_normals(normals, size) * (read_depth(depth, MM, size) > 0)[..., None]
 
 
 class NYUNormals(DenseDataset):
-    """Normals as probe3d has them: GeoNet's 30,814 usable training frames, and the 654 labelled test frames."""
+    """Normals as in probe3d: GeoNet's 30,814 usable training frames, and the 654 labelled test frames."""
 
     name = "nyu_normals"
     kind = "normals"
@@ -75,15 +75,15 @@ class NYUNormals(DenseDataset):
 
     @classmethod
     def group_of(cls, item: str) -> str:
-        """The run of frames of a test frame, the file alone of a training frame."""
+        """Return the run of frames of a test frame, or the file of a training frame."""
         return NYUNormalsLabelled.group_of(item) if item.isdigit() and len(item) == 4 else item
 
     def files(self, item: str) -> tuple[Path, ...]:
-        """Paths of the image and of what its target is made of."""
+        """Return the paths of the image and of the files of its target."""
         return (self.folder / f"{item}.mat",) if self._test is None else self._test.files(item)
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        """The target of an item whose image has the size (H, W)."""
+        """Read the target of an item whose image has the size (H, W)."""
         return self._read(item)[1] if self._test is None else self._test.read_target(item, size)
 
     def __getitem__(self, index: int) -> DenseSample:
@@ -103,7 +103,7 @@ class NYUNormals(DenseDataset):
         return (self.folder, self.folder.parent)
 
     def _read(self, item: str) -> tuple[np.ndarray, np.ndarray]:
-        """Image and normals of a training frame, its first 480 rows and 640 columns."""
+        """Return image and normals of a training frame: its first 480 rows and 640 columns."""
         (path,) = self.files(item)
         if not path.is_file():
             raise no_file("file", path)
@@ -112,7 +112,7 @@ class NYUNormals(DenseDataset):
         def parse(variables: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
             image, depth, normals = (np.asarray(variables[name], np.float32) for name in ("img", "depth", "norm"))
             if image.shape != normals.shape or image.shape[:2] != depth.shape or image.shape[2:] != (3,):
-                raise ValueError(f"img {image.shape}, depth {depth.shape} and norm {normals.shape} do not fit")
+                raise ValueError(f"img {image.shape}, depth {depth.shape} and norm {normals.shape} do not match")
             image = np.clip(image[:height, :width] + _SUBTRACTED, 0, 255)
             known = depth[:height, :width, None] > 0
             return image.astype(np.uint8), unit_normals(normals[:height, :width]) * known

@@ -1,7 +1,7 @@
 """NYU Depth v2, the 1,449 labelled frames: 40 or 13 semantic classes, 0 = void in files.
 
-Images and masks are PNGs taken out of nyu_depth_v2_labeled.mat by `neco-bench data prepare nyuv2`, or those of others
-with 40 or 13 classes, named by the 1-based frame number in four digits.
+Images and masks are PNGs extracted from nyu_depth_v2_labeled.mat by `neco-bench data prepare nyuv2`, or PNGs from other
+sources with 40 or 13 classes, named by the 1-based frame number with four digits.
 """
 
 from __future__ import annotations
@@ -64,16 +64,17 @@ _TEST = """
 
 
 def frames(split: str) -> list[int]:
-    """The 1-based numbers of the frames of a split, in order."""
+    """Return the 1-based numbers of the frames of a split, in order."""
     test = {n for part in _TEST.split() for n in range(int(part.split("-")[0]), int(part.split("-")[-1]) + 1)}
     return sorted(test) if split == "test" else sorted(set(range(1, FRAMES + 1)) - test)
 
 
 @functools.cache
 def scene_runs() -> dict[int, int]:
-    """The first frame of the run of each frame: frames in a row of one split, which are one scene or several.
+    """Return, for each frame, the first frame of its run: consecutive frames of one split (one scene or several).
 
-    The file has the frames of a scene in a row, and no scene is in both splits; it names scenes, the masks do not.
+    Frames of a scene are consecutive in the file, and no scene is in both splits. The file names scenes, but masks do
+    not.
     """
     runs: dict[int, int] = {}
     for split in ("train", "test"):
@@ -84,7 +85,7 @@ def scene_runs() -> dict[int, int]:
 
 
 def labels_to_classes(classes: int) -> dict[int, int]:
-    """The class id 0..39, or 0..12, of each label 1..894."""
+    """Return the class id 0..39, or 0..12, of each label 1..894."""
     of_40 = dict.fromkeys(range(1, LABELS + 1), 39)
     of_40 |= {label: id_ for id_, labels in enumerate(_LABELS_OF_40) for label in labels}
     return of_40 if classes == 40 else {label: _13_OF_40[id_] - 1 for label, id_ in of_40.items()}
@@ -118,7 +119,7 @@ class NYUv2(PairedFolders):
 
     @classmethod
     def group_of(cls, item: str) -> str | None:
-        """The run of frames (`scene_runs`) that holds a frame, as in "0014"."""
+        """Return the run (`scene_runs`) of a frame, such as "0014"."""
         number = re.search(r"\d+$", item)
         return str(scene_runs()[int(number[0])]) if number and int(number[0]) in scene_runs() else None
 
@@ -145,8 +146,8 @@ class NYUv2(PairedFolders):
         problems = super().sanity_check(masks)
         if len(masks) >= FEW and np.mean(np.array(masks.corners) == IGNORE) < 0.5:
             problems.append(
-                "The borders of the masks hold a class, those of official ones are void (0): ids are shifted, or void "
-                "was given the id of a class. Restore the original masks."
+                "The borders of the masks have a class, but those of official ones are void (0): ids are shifted, or "
+                "void was given the id of a class. Restore the original masks."
             )
         return problems
 

@@ -1,7 +1,7 @@
-"""Data sets of one's own: readers made from a `dataset.toml` (`neco_bench.core.dataset_file`).
+"""User-defined data sets: readers made from a `dataset.toml` (`neco_bench.core.dataset_file`).
 
-A split is a list of ids in a file, or, with {split} in the patterns, what lies in a folder. Ids are what {id} stands
-for in the path of the image, with "/" between folders.
+A split is a list of ids in a file, or, with {split} in the patterns, the content of a folder. An id is the part of the
+image path that matches {id}, with "/" between folders.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ PAIRS_FORM = (
 
 
 def own_class(own: OwnDataset) -> type[Dataset]:
-    """Make the reader of a data set of one's own. Raises BadInputError where its `dataset.toml` is wrong."""
+    """Return the reader class of a user-defined data set. Raises BadInputError if its `dataset.toml` is wrong."""
     if own.file is None:
         raise BadInputError(own.problem)
     file = own.file
@@ -52,7 +52,7 @@ def own_class(own: OwnDataset) -> type[Dataset]:
         "file": file,
         "splits": tuple(file.splits),
         "citation": file.citation,
-        # What the numbers depend on besides the files; colours that are for pictures alone do not count.
+        # Settings on which numbers depend; colours that are used only in pictures are left out.
         "version": digest(
             file.model_dump(exclude={"citation", *(() if file.mask_values == "colours" else ("palette",))})
         ),
@@ -72,7 +72,7 @@ def own_class(own: OwnDataset) -> type[Dataset]:
 
 
 def _restore(folder: Path, state: dict[str, Any]) -> Dataset:
-    """Make a data set again in a loading process."""
+    """Create the data set in a loading process."""
     cls = own_class(read_own(folder))
     data = cls.__new__(cls)
     data.__dict__.update(state)
@@ -80,7 +80,7 @@ def _restore(folder: Path, state: dict[str, Any]) -> Dataset:
 
 
 class _AnySuffix(Files):
-    """Files NAME + any suffix of images; `after` is what stands before the suffix."""
+    """Files NAME + any image suffix; `after` is the text before the suffix."""
 
     def path(self, item: str) -> Path:
         stem = super().path(item)
@@ -97,7 +97,7 @@ class _AnySuffix(Files):
 
 
 def files_of(folder: Path, pattern: str, split: str) -> Files:
-    """The files of a pattern such as "images/{split}/{id}.jpg"; a suffix ".*" is any one of images."""
+    """Return the files of a pattern such as "images/{split}/{id}.jpg"; the suffix ".*" is any image suffix."""
     start, after = pattern.replace("{split}", split).split("{id}")
     place, slash, before = start.rpartition("/")
     if "/" in after:
@@ -109,7 +109,7 @@ def files_of(folder: Path, pattern: str, split: str) -> Files:
 
 
 class _OwnSegmentation(PairedFolders):
-    """Images with masks, as a `dataset.toml` says."""
+    """Images with masks, according to a `dataset.toml`."""
 
     file: ClassVar[DatasetFile]
     known_palette = False  # the palette of a mask file may have any colours
@@ -148,7 +148,7 @@ class _OwnSegmentation(PairedFolders):
         colours = read_image(path, listed_in=self.list_file).astype(np.int32)
         if colours.shape[:2] != size:
             raise BadInputError(
-                f"Mask {path} is {colours.shape[1]}x{colours.shape[0]} pixels (width x height), its image "
+                f"Mask {path} is {colours.shape[1]}x{colours.shape[0]} pixels (width x height), but its image "
                 f"{size[1]}x{size[0]}. One of the two was resized: restore it."
             )
         return _ids_of_colours(colours @ _CODE, self.file, path)
@@ -160,11 +160,11 @@ class _OwnSegmentation(PairedFolders):
         return np.array(self.file.palette, np.uint8)
 
 
-_CODE = np.array([1 << 16, 1 << 8, 1], np.int32)  # of a colour as one number
+_CODE = np.array([1 << 16, 1 << 8, 1], np.int32)  # weights to encode a colour as one number
 
 
 def _ids_of_colours(codes: np.ndarray, file: DatasetFile, path: Path) -> np.ndarray:
-    """The class ids (H, W) of the colours in a mask. Raises BadInputError for one that the palette lacks."""
+    """Return the class ids (H, W) of the colours in a mask. Raises BadInputError if a colour is not in the palette."""
     known = np.array([*file.palette, *file.ignore_colours], np.int32) @ _CODE
     order = np.argsort(known)
     places = order[np.searchsorted(known, codes, sorter=order).clip(max=len(known) - 1)]
@@ -172,15 +172,15 @@ def _ids_of_colours(codes: np.ndarray, file: DatasetFile, path: Path) -> np.ndar
     if wrong.size:
         colour = [int(wrong[0]) >> shift & 255 for shift in (16, 8, 0)]
         raise BadInputError(
-            f"Mask {path} holds the colour {colour} in {(wrong == wrong[0]).sum()} pixels, and {len(np.unique(wrong))} "
-            f"colours in all that neither palette nor ignore_colours in {FILE} have. Add it there; many colours mean "
-            f"that the mask was resized with interpolation or saved as JPEG."
+            f"Mask {path} has the colour {colour} in {(wrong == wrong[0]).sum()} pixels, and {len(np.unique(wrong))} "
+            f"colours in total that are neither in palette nor in ignore_colours in {FILE}. Add it there. Many such "
+            f"colours mean that the mask was resized with interpolation or saved as JPEG."
         )
     return np.where(places < len(file.palette), places, IGNORE).astype(np.uint8)
 
 
 def _listed_ids(data: _OwnSegmentation, path: Path, images: Files) -> tuple[str, ...]:
-    """The ids in a list: ids as they are, or paths of images. Raises AbsentSplitError and BadInputError."""
+    """Return the ids in a list, whose lines are ids or image paths. Raises AbsentSplitError and BadInputError."""
     place = images.folder.relative_to(data.folder).as_posix() + "/"
     ids = [_id_of(line, place, images) for line in read_lines(type(data), path)]
     if len(set(ids)) < len(ids):
@@ -190,7 +190,7 @@ def _listed_ids(data: _OwnSegmentation, path: Path, images: Files) -> tuple[str,
 
 
 def _id_of(line: str, place: str, images: Files) -> str:
-    entry = first_entry(line)  # a line may name the mask too
+    entry = first_entry(line)  # a line may also name the mask
     stem, suffix = os.path.splitext(entry)
     if suffix.lower() not in SUFFIXES:
         return line
@@ -200,7 +200,7 @@ def _id_of(line: str, place: str, images: Files) -> str:
 
 
 def _check_all_there(data: _OwnSegmentation, files: Files, what: str) -> None:
-    """Raise MissingError where listed ids have no image or no mask."""
+    """Raise MissingError if listed ids have no image or no mask."""
     absent = [item for item in data.ids if not files.path(item).is_file()]
     if absent:
         first = files.path(absent[0])
@@ -229,14 +229,14 @@ class _OwnPairs(PairDataset):
             self.pairs = read_json(path, _parse_pairs, f"file of keypoint pairs ({PAIRS_FORM})")
         except FileNotFoundError:
             hint = near_files(path) or contents(path.parent)
-            raise missing(type(self), f"the pairs {path} are not there. {hint}", AbsentSplitError) from None
+            raise missing(type(self), f"the file of pairs {path} does not exist. {hint}", AbsentSplitError) from None
         self.ids = tuple(pair.id for pair in self.pairs)
         absent = [name for name in self.image_ids if not self._images.path(name).is_file()]
         if absent:
             first = self._images.path(absent[0])
             raise missing(
                 type(self),
-                f"{len(absent)} of the {len(self.image_ids)} images that {path} names are not there; the first should "
+                f"{len(absent)} of the {len(self.image_ids)} images that {path} names do not exist; the first should "
                 f"be {first}. {near_files(first) or contents(first.parent)}",
             )
 
@@ -259,7 +259,7 @@ class _OwnPairs(PairDataset):
 
 
 def _parse_pairs(document: Any) -> tuple[Pair, ...]:
-    """The pairs of a JSON document. Raises KeyError, TypeError and ValueError on wrong content, naming the pair."""
+    """Parse the pairs of a JSON document. Raises KeyError, TypeError and ValueError, which name the wrong pair."""
     if not isinstance(document, list) or not document:
         raise ValueError("it is not a list of pairs")
     pairs = []
@@ -272,7 +272,7 @@ def _parse_pairs(document: Any) -> tuple[Pair, ...]:
     ids = [pair.id for pair in pairs]
     if len(set(ids)) < len(ids):
         twice = next(item for i, item in enumerate(ids) if item in ids[:i])
-        raise ValueError(f"two pairs have the id {twice!r}; give each an id of its own")
+        raise ValueError(f"two pairs have the id {twice!r}; ids must be unique")
     return tuple(pairs)
 
 
@@ -291,12 +291,12 @@ def _parse_pair(raw: Any) -> Pair:
         "point_ids",
     }
     if unknown := raw.keys() - known:
-        raise ValueError(f"unknown key {min(unknown)!r}; there are {', '.join(sorted(known))}")
+        raise ValueError(f"unknown key {min(unknown)!r}; known are {', '.join(sorted(known))}")
     points = [np.array(raw[key], np.float64) for key in ("source_points", "target_points")]
     if any(p.ndim != 2 or p.shape[1:] != (2,) or not np.isfinite(p).all() for p in points) or len(points[0]) != len(
         points[1]
     ):
-        raise ValueError("source_points and target_points must be equally many [x, y], one or more")
+        raise ValueError("source_points and target_points must have the same number of points [x, y], one or more")
     source, target = valid_name(raw["source"]), valid_name(raw["target"])
     point_ids = tuple(map(str, raw.get("point_ids", range(len(points[0])))))
     if len(point_ids) != len(points[0]):

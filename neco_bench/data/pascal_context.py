@@ -1,8 +1,8 @@
 """Pascal Context on VOC 2010 images, 59 classes, or 60 with background, from 8-bit PNGs: 0 = background, 1..59.
 
-The official annotation is MATLAB files of 459 labels; the PNGs are what its `detail` API, and the converter of
-mmsegmentation that calls it, write into SegmentationClassContext with the split lists. `pascal_context` has the 59
-classes, background void; `pascal_context60` scores background too.
+The official annotation consists of MATLAB files with 459 labels. The PNGs are written by its `detail` API, or by the
+converter of mmsegmentation that calls it, into SegmentationClassContext, with the split lists. `pascal_context` has the
+59 classes with background as void; `pascal_context60` also scores background.
 """
 
 from __future__ import annotations

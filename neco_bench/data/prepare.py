@@ -1,8 +1,8 @@
-"""Turn what one downloads into what the readers need: unpack archives, convert SBD, COCO's panoptic annotation, NYUv2.
+"""Prepare downloads for the readers: unpack archives, convert SBD, COCO's panoptic annotation, NYUv2 and NAVI.
 
-Originals are never changed or overwritten. New files are written beside the goal (`*.partial`) and renamed when they
-are whole, so an interrupted command leaves nothing that a reader takes for data, and the same command goes on from
-there. One process at a time writes there.
+Originals are never changed or overwritten. New files are written next to the target (`*.partial`) and renamed when they
+are complete. An interrupted command therefore leaves no incomplete data, and the same command continues from there.
+Only one process at a time writes to a target.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ from neco_bench.data.voc2012 import VOC2012
 
 _SBD_IMAGES = 10582
 
-DEEPEST = 12.0  # metres: the sensor of NYUv2 sees no further than 10
+DEEPEST = 12.0  # metres: the sensor of NYUv2 measures at most 10
 
 _LOCK = ".neco-bench.lock"
 
-# What a system says of names in an archive that cannot be written; anything else is the fault of the disk.
+# Errors of the system for names in an archive that cannot be written; other errors are caused by the disk.
 _BAD_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ELOOP}
 
 Progress = Callable[..., Iterable[Any]]
@@ -49,7 +49,7 @@ Progress = Callable[..., Iterable[Any]]
 
 @dataclass(frozen=True)
 class Prepared:
-    """What is there now: a folder, how many files were written into it, and what is to know about it."""
+    """A prepared folder, the number of files written into it, and a note."""
 
     path: str
     written: int
@@ -64,9 +64,11 @@ def prepare(
     into: str = "",
     progress: Progress | None = None,
 ) -> list[Prepared]:
-    """`voc_sbd` (source: SBD, folder or archive), `coco_panoptic`, `nyuv2` (source: nyu_depth_v2_labeled.mat), `navi`
-    (source: its archive, or none where it is unpacked), or any data set, whose `source` archive is unpacked; those of
-    KITTI into `gt_depth` or `input`.
+    """Prepare a data set: unpack its archive or convert its annotations.
+
+    name: `voc_sbd` (source: SBD, folder or archive), `coco_panoptic`, `nyuv2` (source: nyu_depth_v2_labeled.mat),
+    `navi` (source: its archive, or none if it is unpacked), or any data set, whose `source` archive is unpacked (for
+    KITTI, into `gt_depth` or `input`).
 
     into: sub-folder of the data set's folder for the archive, such as "stuffthingmaps". progress: as in
     `check_dataset`. Raises UsageError (also where nothing can be written), MissingError (no source, no originals) and
@@ -82,7 +84,7 @@ def prepare(
         return _prepare(name, base, source, into, wrap)
     except OSError as error:
         raise NecoBenchError(
-            f"Cannot write below {base}: {error}. Make it writable or free some space; the same command then goes on."
+            f"Cannot write below {base}: {error}. Make it writable or free some space; the same command then continues."
         ) from error
 
 
@@ -99,7 +101,7 @@ def _prepare(name: str, base: Path, source: Path | None, into: str, wrap: Progre
         path, written, note = prepare_navi(base / cls.name, wrap)
         return [*done, Prepared(str(path), written, note)]
     if source is None or not source.is_file():
-        raise UsageError(f"Preparing {name!r} means unpacking an archive: give it as --source FILE.zip or FILE.tar.gz.")
+        raise UsageError(f"Preparing {name!r} needs its archive: give it as --source FILE.zip or FILE.tar.gz.")
     folder = base / (cls.folder_name or cls.name)
     if issubclass(cls, NYUv2 | LabelledFrames) and source.suffix.lower() == ".mat":
         return _nyuv2(folder, source, wrap)
@@ -111,11 +113,11 @@ def _prepare(name: str, base: Path, source: Path | None, into: str, wrap: Progre
 
 
 def unpack(archive: Path, folder: Path, wrap: Progress = lambda items, desc: items) -> Prepared:
-    """Unpack a zip or tar archive into a folder; files already there with the same size stay.
+    """Unpack a zip or tar archive into a folder; existing files with the same size are kept.
 
-    Only regular files are taken, under relative paths without "..": anything else, links included, is refused before
-    it is written. Raises BadInputError (damaged, unsafe) and UsageError (another file of that name is there, or another
-    process unpacks it).
+    Only regular files with relative paths without ".." are unpacked; anything else, including links, is refused before
+    it is written. Raises BadInputError (damaged, unsafe) and UsageError (another file with this name exists, or another
+    process unpacks the archive).
     """
     staging = _staging(archive, folder)
     moves: dict[Path, Path] = {}
@@ -125,18 +127,18 @@ def unpack(archive: Path, folder: Path, wrap: Progress = lambda items, desc: ite
                 goal, path = folder / name, staging / name
                 if goal.exists():
                     if goal.stat().st_size != size:
-                        raise UsageError(f"{goal} is there already and differs from that in {archive}. Move it away.")
+                        raise UsageError(f"{goal} already exists and differs from that in {archive}. Move it away.")
                     continue
-                if goal in moves or not path.exists() or path.stat().st_size != size:  # of equal names the last counts
+                if goal in moves or not path.exists() or path.stat().st_size != size:  # the last of equal names is used
                     path.parent.mkdir(parents=True, exist_ok=True)
                     with read() as content, path.open("wb") as file:
                         shutil.copyfileobj(content, file)
                     if path.stat().st_size != size:
                         raise EOFError(f"{name} ends early")
                 moves[goal] = path
-        except Exception as error:  # of damaged archives anything
+        except Exception as error:  # damaged archives may raise any error
             meant = _archive_error(archive, error)
-            if isinstance(meant, BadInputError):  # what it held is not to be trusted
+            if isinstance(meant, BadInputError):  # its content cannot be trusted
                 shutil.rmtree(staging, ignore_errors=True)
             raise meant from error
         for goal, path in moves.items():
@@ -147,29 +149,29 @@ def unpack(archive: Path, folder: Path, wrap: Progress = lambda items, desc: ite
 
 
 def _archive_error(archive: Path, error: Exception) -> Exception:
-    """What an error while an archive is unpacked means: `error` itself where the archive is not at fault."""
+    """Return the error to report when unpacking fails: `error` itself if the archive is not at fault."""
     if isinstance(error, NecoBenchError):
         return error
     if isinstance(error, OSError) and error.errno is not None:  # gzip and bz2 raise it without a number
         if error.errno not in _BAD_NAME:
             return error
         return BadInputError(f"Archive {archive} cannot be unpacked here: {error}. Unpack it yourself.")
-    if isinstance(error, RuntimeError):  # encrypted, or compressed in a way that Python does not know
+    if isinstance(error, RuntimeError):  # encrypted, or an unsupported compression
         return BadInputError(f"Archive {archive} cannot be unpacked here: {error}. Unpack it yourself.")
     text = str(error).partition("\n")[0].rstrip(":")
     return BadInputError(
-        f"Archive {archive} is damaged or was downloaded in part, or is no zip or tar: {text}. Download it again."
+        f"Archive {archive} is damaged or was downloaded in part, or is not a zip or tar: {text}. Download it again."
     )
 
 
 def _staging(archive: Path, folder: Path) -> Path:
-    """Where an archive is unpacked to, until all of it is there."""
+    """Return the temporary folder into which an archive is unpacked until it is complete."""
     return folder / f".{archive.name}.partial"
 
 
 @contextlib.contextmanager
 def _alone(staging: Path) -> Iterator[None]:
-    """Make a folder that only this process writes to meanwhile. Raises UsageError where another one does."""
+    """Create a folder and lock it for this process. Raises UsageError if another process has locked it."""
     staging.mkdir(parents=True, exist_ok=True)
     lock = FileLock(staging / _LOCK)
     try:
@@ -183,7 +185,7 @@ def _alone(staging: Path) -> Iterator[None]:
 
 
 class _Strict(tarfile.TarInfo):
-    """tarfile takes a header that it cannot read, or a file that ends early, for the end of the archive."""
+    """Raise errors for unreadable headers and early ends, which tarfile interprets as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Strict:
@@ -196,11 +198,11 @@ class _Strict(tarfile.TarInfo):
 
 
 def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, Callable[[], IO[bytes]]]]:
-    """(checked path, size, how to open it) of each file of an archive."""
+    """Yield (checked path, size, function to open it) of each file of an archive."""
     if zipfile.is_zipfile(archive):
         with zipfile.ZipFile(archive) as file:
             for info in file.infolist():
-                kind = info.external_attr >> 28  # 0 where the archive was made on Windows, 8 regular, 4 folder
+                kind = info.external_attr >> 28  # 0: the archive was made on Windows, 8: regular file, 4: folder
                 if info.is_dir() or _junk(info.filename):
                     continue
                 if kind not in (0, 8):
@@ -215,7 +217,7 @@ def _members(archive: Path) -> Iterator[tuple[PurePosixPath, int, Callable[[], I
                     raise _unsafe(archive, member.name)
                 yield _safe(member.name, archive), member.size, partial(_open_member, tar, member)
             while tar.fileobj is not None and tar.fileobj.read(1 << 20):
-                pass  # a compressed stream is checked where it ends
+                pass  # reading to the end checks a compressed stream
 
 
 def _open_member(tar: tarfile.TarFile, member: tarfile.TarInfo) -> IO[bytes]:
@@ -234,27 +236,27 @@ def _safe(name: str, archive: Path) -> PurePosixPath:
     if path.is_absolute() or ".." in path.parts or "\\" in name or name[1:3] == ":/":
         raise _unsafe(archive, name)
     if not path.parts or "\0" in name:
-        raise BadInputError(f"Archive {archive} holds a file with the name {name!r}. Download it again.")
+        raise BadInputError(f"Archive {archive} contains a file with the name {name!r}. Download it again.")
     return path
 
 
 def _unsafe(archive: Path, name: str) -> BadInputError:
     return BadInputError(
         f"Archive {archive} is not safe to unpack: {name!r} is a link, a device or a path out of the folder. "
-        f"Get the archive from its official place."
+        f"Download the archive from its official source."
     )
 
 
 def _convert(goal: Path, names: list[str], make: Callable[[str], Image.Image], wrap: Progress) -> Prepared:
-    """Write `make(name)` as NAME.png for all names into a folder that appears when it is whole."""
+    """Write `make(name)` as NAME.png for all names into a folder, which is renamed to its name when complete."""
     if goal.exists():
         absent = [name for name in names if not (goal / f"{name}.png").is_file()]
         if absent:
             raise UsageError(
-                f"{goal} is there already, but lacks {len(absent)} of {len(names)} files, the first is "
-                f"{absent[0]}.png. Move it away to have it made again."
+                f"{goal} already exists, but lacks {len(absent)} of {len(names)} files; the first is "
+                f"{absent[0]}.png. Move it away to create it again."
             )
-        return Prepared(str(goal), 0, "is there already")
+        return Prepared(str(goal), 0, "already exists")
     staging = goal.with_name(f"{goal.name}.partial")
     written = 0
     temporary = staging / ".tmp"
@@ -262,7 +264,7 @@ def _convert(goal: Path, names: list[str], make: Callable[[str], Image.Image], w
         for name in wrap(names, desc=goal.name):
             path = staging / f"{name}.png"
             if not path.exists():
-                with decoding(f"{name}.png of {goal} cannot be made from its source"):
+                with decoding(f"{name}.png of {goal} cannot be created from its source"):
                     image = make(name)
                 image.save(temporary, "png")
                 temporary.replace(path)
@@ -274,7 +276,7 @@ def _convert(goal: Path, names: list[str], make: Callable[[str], Image.Image], w
 
 
 def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
-    """SegmentationClassAug and trainaug.txt: all SBD images and VOC train, without VOC val; VOC's own masks first."""
+    """Write SegmentationClassAug and trainaug.txt: SBD and VOC train without VOC val, with VOC's masks if available."""
     done = []
     if source.is_file():
         done.append(unpack(source, base / "sbd", wrap))
@@ -287,8 +289,8 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
         listed = set(read_text(file, "List").split()) if file.is_file() else set()
         if absent := sorted(listed - annotated):
             raise MissingError(
-                f"{folder} lacks {len(absent)} of the {len(listed)} files that {file} names, the first is "
-                f"{absent[0]}.mat: SBD was unpacked in part. Unpack it again."
+                f"{folder} lacks {len(absent)} of the {len(listed)} files that {file} names; the first is "
+                f"{absent[0]}.mat: SBD was unpacked only in part. Unpack it again."
             )
     if not (base / VOC2012.name).is_dir():
         raise missing(VOC2012, f"there is no folder {base / VOC2012.name}.")
@@ -325,15 +327,15 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
         done.append(Prepared(str(path), 1))
     else:
         same = set(read_text(path, "List").split()) == set(names)
-        note = "is there already" if same else "is there already with other images and was left as it is"
+        note = "already exists" if same else "already exists with other images and was not changed"
         done.append(Prepared(str(path), 0, note))
     return done
 
 
 def _nyuv2(folder: Path, source: Path, wrap: Progress) -> list[Prepared]:
-    """Images, labels and raw depth (where there is some) of nyu_depth_v2_labeled.mat in the official split.
+    """Write images, labels and raw depth (if available) of nyu_depth_v2_labeled.mat in the official split.
 
-    It is HDF5 with transposed arrays. Depth is that of the sensor, with its holes, not `depths`, where they are filled.
+    The file is HDF5 with transposed arrays. Depth is the sensor depth with holes, not `depths`, where they are filled.
     """
     try:
         import h5py
@@ -386,7 +388,7 @@ def _nyuv2(folder: Path, source: Path, wrap: Progress) -> list[Prepared]:
 
 
 def _coco_panoptic(coco: Path, wrap: Progress) -> list[Prepared]:
-    """Semantic PNGs (category ids, 0 = none) from panoptic PNGs and their JSON, for the splits that are there."""
+    """Write semantic PNGs (category ids, 0 = none) from panoptic PNGs and their JSON, for the existing splits."""
     done = []
     for split in ("train", "val"):
         for archive in sorted((coco / "annotations").glob(f"panoptic_{split}2017.zip")):

@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 
 class _ProposalFlow(PairDataset):
-    """What both share: `folder`, `pairs` and where an image lies."""
+    """Base class of both: `folder`, `pairs` and the paths of images."""
 
     folder: Path
 
@@ -36,7 +36,7 @@ class _ProposalFlow(PairDataset):
     def _image_file(self, image_id: str) -> Path: ...
 
     def read_image(self, image_id: str) -> np.ndarray:
-        """(H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
+        """Read an image, (H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
         return read_image(self._image_file(image_id))
 
     def fingerprint(self) -> str:
@@ -48,7 +48,7 @@ class _ProposalFlow(PairDataset):
 class PFWillow(_ProposalFlow):
     """PF-WILLOW: all 900 ordered pairs within 10 sub-classes of 10 images, 10 points each, all visible.
 
-    Boxes are the tight boxes of the points, as every evaluation of this set has them.
+    Boxes are the tight boxes of the points, as in all evaluations of this set.
     """
 
     name = "pf_willow"
@@ -114,7 +114,7 @@ def _stem(file: str) -> str:
 
 
 def _in_voc(number: str) -> int:
-    """A class 1..20 of VOC."""
+    """Check and return a class 1..20 of VOC."""
     if not 1 <= int(number) <= 20:
         raise ValueError(f"class {number}")
     return int(number)
@@ -159,13 +159,13 @@ class PFPascal(_ProposalFlow):
         return data._image_file(data._read_list(folder)[0][0]).is_file()
 
     def _read_list(self, folder: Path) -> list[tuple[str, str, str]]:
-        """Source, target and class of each pair; the lists may lie beside the archive's folder, or as in ncnet."""
+        """Return source, target and class of each pair; lists may be next to the archive's folder, or as in ncnet."""
         self.folder = locate(folder, "Annotations/*/*.mat", name="PASCAL")
         names = (f"{self.split}_pairs.csv", f"{self.split}_pairs_pf_pascal.csv")
         places = (self.folder, folder, folder / "image_pairs")
         path = next((path for place in places for name in names if (path := place / name).is_file()), None)
         if path is None:
-            text = f"the pair list {self.folder / names[0]} is not there. {contents(self.folder)}"
+            text = f"the pair list {self.folder / names[0]} does not exist. {contents(self.folder)}"
             raise missing(type(self), text, AbsentSplitError)
         with decoding(
             f"Pair list {path} needs the columns source_image, target_image and class 1..20",

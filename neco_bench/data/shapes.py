@@ -1,12 +1,12 @@
-"""The embedded data sets: procedural scenes of textured shapes, and image pairs with keypoints. Both need no root.
+"""The embedded data sets: procedural scenes of textured shapes, and image pairs with keypoints. No data root is needed.
 
-They are made at first use in the cache folder, `shapes-<version>/`, in seconds, and read like any other data set.
-An image depends on (version, part, index) alone. Only `Generator.random` of PCG64 and numpy in float64 are used, and
-files are uncompressed (PPM, PGM), so that neither pixels nor bytes hang on fonts, drawing or compression libraries.
+They are generated at first use in the cache folder, `shapes-<version>/`, within seconds, and read like other data sets.
+An image depends only on (version, part, index). Only `Generator.random` of PCG64 and numpy in float64 are used, and
+files are uncompressed (PPM, PGM), so that pixels and bytes do not depend on fonts, drawing or compression libraries.
 
-A class is a shape with a texture that turns with it (stripes, checks, dots or rings). Colours are random per object,
-with a weak tie to the class: mean colour is a poor cue, the orientation of edges a good one. Every object carries an
-eye off its centre, so that no keypoint can be confused with another by symmetry.
+A class is a shape with a texture that rotates with it (stripes, checks, dots or rings). Colours are random per object
+and only weakly related to the class: the mean colour is a weak cue, edge orientation a strong one. Every object has an
+eye off its centre, so that symmetry does not make keypoints ambiguous.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def _checks(angle: float) -> Callable[[Array, Array], Array]:
 
 
 def _inside_star(u: Array, v: Array) -> Array:
-    """Five tips at radius 1, notches at 0.5, one tip up: in each tenth turn the edge is a straight line."""
+    """Return whether points are in a star: five tips at radius 1, notches at 0.5, one tip up, straight edges."""
     turn = 2 * np.pi / 5
     angle = np.abs((np.arctan2(u, -v) + turn / 2) % turn - turn / 2)
     x, y = np.hypot(u, v) * np.cos(angle), np.hypot(u, v) * np.sin(angle)
@@ -156,13 +156,13 @@ class ShapeObject:
     turn: float
 
     def frame(self) -> tuple[Array, Array]:
-        """Object coordinates (u, v) of all pixel centres."""
+        """Return the object coordinates (u, v) of all pixel centres."""
         dx, dy = np.arange(SIZE) - self.x, np.arange(SIZE)[:, None] - self.y
         c, s = np.cos(self.turn) / self.radius, np.sin(self.turn) / self.radius
         return dx * c + dy * s, dy * c - dx * s
 
     def points(self) -> dict[str, tuple[float, float]]:
-        """Keypoints by name, (x, y) pixels."""
+        """Return the keypoints by name, (x, y) pixels."""
         c, s = np.cos(self.turn) * self.radius, np.sin(self.turn) * self.radius
         points = _SHAPES[self.kind - 1].points
         return {name: (float(self.x + u * c - v * s), float(self.y + u * s + v * c)) for name, (u, v) in points.items()}
@@ -178,7 +178,7 @@ class Scene:
     objects: list[ShapeObject]
 
     def mask(self) -> Array:
-        """(S, S) uint8 class ids, IGNORE where one of the 8 neighbours belongs to another object."""
+        """Return class ids (S, S) uint8, IGNORE if one of the 8 neighbours belongs to another object."""
         kinds = np.array([0, *(o.kind for o in self.objects)], np.uint8)[self.owner]
         padded = np.pad(self.owner, 1, mode="edge")
         for dy, dx in itertools.product(range(3), range(3)):
@@ -190,17 +190,17 @@ _STREAMS = ("train", "val", "test", "clips", "clip looks", "clip grain", "views"
 
 
 def generator(stream: str, index: int) -> np.random.Generator:
-    """The random numbers of item `index` of a part or stage."""
+    """Return the random generator of item `index` of a part or stage."""
     return np.random.Generator(np.random.PCG64([int(VERSION), _STREAMS.index(stream), index]))
 
 
 def between(rng: np.random.Generator, low: float, high: float) -> float:
-    """A uniform number from low to high."""
+    """Draw a uniform number from low to high."""
     return low + (high - low) * rng.random()
 
 
 def _noise(rng: np.random.Generator, cells: int) -> Array:
-    """Bilinear noise of `cells` cells per side, (S, S) in 0..1."""
+    """Draw bilinear noise with `cells` cells per side, (S, S) in 0..1."""
     grid = rng.random((cells + 1, cells + 1))
     at = np.arange(SIZE) * cells / SIZE
     low = at.astype(int)
@@ -210,7 +210,7 @@ def _noise(rng: np.random.Generator, cells: int) -> Array:
 
 
 def two_colours(rng: np.random.Generator, hue: float) -> tuple[Array, Array]:
-    """A light and a dark colour, RGB in 0..1."""
+    """Draw a light and a dark colour, RGB in 0..1."""
     saturation, value, contrast = between(rng, 0.25, 0.9), between(rng, 0.6, 1), between(rng, 0.4, 0.75)
     light = colorsys.hsv_to_rgb(hue, saturation, value)
     dark = colorsys.hsv_to_rgb((hue + between(rng, -0.15, 0.15)) % 1, saturation, value * (1 - contrast))
@@ -218,7 +218,7 @@ def two_colours(rng: np.random.Generator, hue: float) -> tuple[Array, Array]:
 
 
 def background(rng: np.random.Generator) -> Array:
-    """Patches with irregular edges in two colours, over clouds: texture without a preferred orientation."""
+    """Draw patches with irregular edges in two colours over clouds: texture without a preferred orientation."""
     light, dark = two_colours(rng, rng.random())
     clouds = 0.5 * _noise(rng, 4) + 0.3 * _noise(rng, 9) + 0.2 * _noise(rng, 20)
     edges = np.clip((_noise(rng, 14) + 0.5 * _noise(rng, 31) - 0.75) * 6 + 0.5, 0, 1)
@@ -226,7 +226,7 @@ def background(rng: np.random.Generator) -> Array:
 
 
 def draw_objects(rng: np.random.Generator, objects: list[ShapeObject]) -> Scene:
-    """Paint objects in order, later ones over earlier ones, then blur a little, light and add grain."""
+    """Draw objects in order, later ones over earlier ones, then apply a slight blur, lighting and grain."""
     image = background(rng)
     owner = np.zeros((SIZE, SIZE), np.uint8)
     extents = []
@@ -259,26 +259,26 @@ def draw_objects(rng: np.random.Generator, objects: list[ShapeObject]) -> Scene:
 def _object(
     rng: np.random.Generator, kind: int, margin: float, turn: float, radius: tuple[float, float]
 ) -> ShapeObject:
-    """An object of random place (centre `margin` pixels inside the image), angle (up to `turn` degrees) and size."""
+    """Draw an object's position (centre `margin` pixels inside the image), angle (up to `turn` degrees) and size."""
     x, y = (between(rng, margin, SIZE - 1 - margin) for _ in range(2))
     low, high = radius
     return ShapeObject(kind, x, y, low * (high / low) ** rng.random(), float(np.radians(between(rng, -turn, turn))))
 
 
 def any_kind(rng: np.random.Generator) -> int:
-    """The id of a class."""
+    """Draw a class id."""
     return 1 + int(rng.random() * len(_SHAPES))
 
 
 def segmentation_scene(part: str, index: int) -> Scene:
-    """Scene `index` of "train" or "val": three to five objects, the topmost of class 1 + index % 8."""
+    """Return scene `index` of "train" or "val": three to five objects, the topmost of class 1 + index % 8."""
     rng = generator(part, index)
     kinds = [any_kind(rng) for _ in range(2 + int(rng.random() * 3))] + [1 + index % len(_SHAPES)]
     return draw_objects(rng, [_object(rng, kind, 35, 20, (40, 76)) for kind in kinds])
 
 
 def pair_scene(index: int) -> tuple[Scene, int]:
-    """Image `index` of the pairs and the place of its main object, of class 1 + index % 8, in `objects`."""
+    """Return image `index` of the pairs, and the index in `objects` of its main object, of class 1 + index % 8."""
     rng = generator("test", index)
     kind = index % len(_SHAPES)
     main = _object(rng, 1 + kind, 55, 35, (34, 76))
@@ -289,7 +289,7 @@ def pair_scene(index: int) -> tuple[Scene, int]:
 
 
 def _describe(scene: Scene, main: int) -> dict[str, Any]:
-    """Box, visible keypoints, truncation and occlusion of the main object of a scene."""
+    """Return box, visible keypoints, truncation and occlusion of the main object of a scene."""
     item, extent = scene.objects[main], scene.extents[main]
     ys, xs = np.nonzero(extent)
     visible = scene.owner == main + 1
@@ -314,7 +314,7 @@ def _level(value: float, medium: float, hard: float) -> int:
 
 
 def _pair(name: str, names: tuple[str, str], source: dict[str, Any], target: dict[str, Any]) -> dict[str, Any]:
-    """A pair annotation with the keys of SPair-71k."""
+    """Return a pair annotation with the keys of SPair-71k."""
     common = [point for point in source["points"] if point in target["points"]]
     areas = sorted((box[2] - box[0] + 1) * (box[3] - box[1] + 1) for box in (source["box"], target["box"]))
     return {
@@ -335,7 +335,7 @@ def _pair(name: str, names: tuple[str, str], source: dict[str, Any], target: dic
 
 
 def _choose_pairs(facts: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """PAIRS ordered pairs of one class with at least three common points, equally many per class."""
+    """Return PAIRS ordered pairs within a class with at least three common points, equally many per class."""
     rng = generator("test", PAIR_IMAGES)
     pairs = []
     for kind in range(len(_SHAPES)):
@@ -374,7 +374,7 @@ def generate(folder: Path) -> None:
 
 
 def shapes_folder() -> Path:
-    """The folder of the generated files, see `generated_folder`."""
+    """Return the folder of the generated files, see `generated_folder`."""
     return generated_folder(f"shapes-{VERSION}", generate)
 
 
@@ -431,7 +431,7 @@ class ShapesPairs(PairDataset):
         self.ids = tuple(pair.id for pair in self.pairs)
 
     def read_image(self, image_id: str) -> np.ndarray:
-        """(S, S, 3) uint8 RGB. Raises MissingError and BadInputError."""
+        """Read an image, (S, S, 3) uint8 RGB. Raises MissingError and BadInputError."""
         return read_image(self._image_file(image_id))
 
     def fingerprint(self) -> str:

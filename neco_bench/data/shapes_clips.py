@@ -1,8 +1,8 @@
-"""The embedded video data set: textured shapes that move, turn, grow and hide each other, with known masks.
+"""The embedded video data set: textured shapes that move, rotate, grow and occlude each other, with known masks.
 
-Made at first use in the cache folder from the shapes of `shapes.py`. All frames of a clip are drawn with the same
-random numbers, so that background, colours and light stay and the objects move; each frame has grain of its own, so
-that nothing stays the same to the last digit.
+It is generated at first use in the cache folder from the shapes of `shapes.py`. All frames of a clip are drawn with the
+same random numbers, so that background, colours and lighting stay the same while objects move. Each frame has different
+grain, so that no two frames are identical.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ GRAIN = 4
 
 
 def _path(rng: np.random.Generator, kind: int) -> list[ShapeObject]:
-    """An object on its way: a straight line of 70 to 150 pixels with a bend, up to half a turn, up to 1.4 times as
-    large or small in the end."""
+    """Draw the path of an object: a slightly bent line of 70 to 150 pixels, a rotation of up to half a turn, and a
+    change of size by a factor of up to 1.4."""
     x, y = between(rng, 45, SIZE - 46), between(rng, 45, SIZE - 46)
-    # Toward the far side, so that it stays in the picture.
+    # The object moves towards the far side, so that it stays in the image.
     angle = np.arctan2(SIZE / 2 - y, SIZE / 2 - x) + between(rng, -0.6, 0.6)
     length, bend = between(rng, 70, 150), between(rng, -25, 25)
     radius, growth = between(rng, 26, 46), between(rng, 0.7, 1.4)
@@ -52,7 +52,7 @@ def _path(rng: np.random.Generator, kind: int) -> list[ShapeObject]:
 
 
 def clip_scenes(index: int) -> list[Scene]:
-    """The frames of clip `index`: one to three objects of different classes; later ones pass before earlier ones."""
+    """Return the frames of clip `index`: one to three objects of different classes; later ones occlude earlier ones."""
     rng = generator("clips", index)
     kinds: list[int] = []
     while len(kinds) < 1 + index % 3:
@@ -65,7 +65,7 @@ def clip_scenes(index: int) -> list[Scene]:
 
 
 def _grainy(image: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    """An image (S, S, 3) uint8 with uniform noise of up to GRAIN levels, of its own for each channel."""
+    """Return an image (S, S, 3) uint8 with uniform noise of up to GRAIN levels, independent for each channel."""
     noise = (2 * rng.random(image.shape) - 1) * GRAIN
     return np.floor(np.clip(image + noise, 0, 255) + 0.5).astype(np.uint8)
 
@@ -107,9 +107,9 @@ class ShapesClips(VideoDataset):
         self.ids = read_list(type(self), self.folder / f"{split}.txt")
 
     def frames(self, sequence: str) -> tuple[str, ...]:
-        """Names of the frames, the same of each clip."""
+        """Return the names of the frames, which are the same for all clips."""
         return tuple(f"{number:05d}" for number in range(FRAMES))
 
     def files(self, sequence: str, frame: str) -> tuple[Path, Path]:
-        """Paths of the image and the mask of a frame."""
+        """Return the paths of the image and the mask of a frame."""
         return self.folder / "images" / sequence / f"{frame}.ppm", self.folder / "masks" / sequence / f"{frame}.pgm"

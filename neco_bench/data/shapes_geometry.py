@@ -1,10 +1,10 @@
 """Embedded scenes of known geometry: depth and surface normals of rendered rooms with balls, boxes and columns.
 
-Made at first use in the cache folder, `shapes_geometry-<version>/`, by the rules of `shapes.py`: an image depends on
- (version, part, index) alone, only `Generator.random` of PCG64 and numpy in float64 are used, files are
-uncompressed. A pinhole camera (224 x 224, 53 degrees) looks at a floor, a wall and three to five things that stand on
-the floor. What tells depth is the place on the floor and the width of texture, in metres, what tells normals is shading
-by a light from the upper left and the slant of texture.
+They are generated at first use in the cache folder, `shapes_geometry-<version>/`, by the rules of `shapes.py`: an image
+depends only on (version, part, index), only `Generator.random` of PCG64 and numpy in float64 are used, and files are
+uncompressed. A pinhole camera (224 x 224, 53 degrees) sees a floor, a wall and three to five objects on the floor.
+Cues for depth are the position on the floor and the scale of the texture; cues for normals are the shading by a light
+from the upper left and the slant of the texture.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _LIGHT = np.array([-0.5, -0.7, -0.5]) / np.sqrt(0.99)  # towards it: left, up an
 
 Array = np.ndarray
 
-# A direction of points (x, y, z) as numbers, and what a surface gives: depth (S, S), infinite where it is missed, and a
-# function from points (N, 3) on it to normals (N, 3) and coordinates on it (N, 2) in metres.
+# A direction (x, y, z), and a surface: its depth (S, S), infinite where rays miss it, and a function from points (N, 3)
+# on it to normals (N, 3) and surface coordinates (N, 2) in metres.
 Vector = tuple[float, float, float]
 Surface = tuple[Array, Callable[[Array], tuple[Array, Array]]]
 
@@ -57,13 +57,13 @@ class GeometryScene:
 
 
 def _along(direction: Vector) -> Array:
-    """Products of all rays with a direction; of horizontal directions (1, S), as rows are alike."""
+    """Return products of all rays with a direction; (1, S) for horizontal directions, because all rows are equal."""
     x, y, z = direction
     return x * _X + z if y == 0 else x * _X + y * _Y + z
 
 
 def _plane(normal: Vector, point: Array, across: Vector, along: Vector, reach: float, height: float) -> Surface:
-    """A rectangle about `point`; across, along: directions of its sides, reach, height: half of their lengths."""
+    """Return a rectangle around `point`; across, along: directions of its sides; reach, height: half their lengths."""
     slope = _along(normal)
     depth = np.where(slope < -1e-9, (point @ normal) / np.minimum(slope, -1e-9), np.inf)
     depth = np.broadcast_to(depth, (SIZE, SIZE))
@@ -93,7 +93,7 @@ def _ball(centre: Array, radius: float) -> Surface:
 
 
 def _column(foot: Array, radius: float, height: float) -> list[Surface]:
-    """A cylinder that stands on `foot`, with a flat top."""
+    """Return a cylinder standing on `foot`, with a flat top."""
     a, b, c = _X**2 + 1, foot[0] * _X + foot[2], foot[0] ** 2 + foot[2] ** 2 - radius**2
     inside = b**2 - a * c
     side = np.where(inside > 0, (b - np.sqrt(np.maximum(inside, 0))) / a, 0) * np.ones((SIZE, 1))
@@ -114,7 +114,7 @@ def _column(foot: Array, radius: float, height: float) -> list[Surface]:
 
 
 def _box(foot: Array, half: tuple[float, float], height: float, turn: float) -> list[Surface]:
-    """A box that stands on `foot`, turned about the vertical; half: of its width and its length."""
+    """Return a box standing on `foot`, rotated about the vertical; half: half its width and half its length."""
     first, second = (np.cos(turn), 0.0, np.sin(turn)), (-np.sin(turn), 0.0, np.cos(turn))
     up = np.array(_UP)
     surfaces = [_plane(_UP, foot + height * up, first, second, *half)]
@@ -127,7 +127,7 @@ def _box(foot: Array, half: tuple[float, float], height: float, turn: float) -> 
 
 
 def _paint(rng: np.random.Generator) -> Callable[[Array], Array]:
-    """Checks or stripes of 0.25 to 0.5 m in two colours: a function from (N, 2) metres to (N, 3) in 0..1."""
+    """Draw checks or stripes of 0.25 to 0.5 m in two colours: a function from (N, 2) metres to (N, 3) in 0..1."""
     light, dark = two_colours(rng, rng.random())
     turn, waves = between(rng, 0, np.pi), 2 * np.pi / between(rng, 0.25, 0.5)
     checks = rng.random() < 0.5
@@ -143,7 +143,7 @@ def _paint(rng: np.random.Generator) -> Callable[[Array], Array]:
 
 
 def _things(rng: np.random.Generator, far: float, ground: float) -> list[list[Surface]]:
-    """Three to five balls, columns and boxes on the floor, the surfaces of each."""
+    """Draw three to five balls, columns and boxes on the floor; return the surfaces of each."""
     things = []
     for _ in range(3 + int(rng.random() * 3)):
         z = between(rng, 1.6, 0.75 * far)
@@ -229,12 +229,12 @@ class ShapesDepth(DenseDataset):
         self.ids = read_list(type(self), self.list_file)
 
     def files(self, item: str) -> tuple[Path, ...]:
-        """Paths of the image and of what its target is made of."""
+        """Return the paths of the image and of the files of its target."""
         part = self.folder / self.split
         return part / "images" / f"{item}.ppm", part / "depth" / f"{item}.pgm"
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        """The target of an item whose image has the size (H, W)."""
+        """Read the target of an item whose image has the size (H, W)."""
         return read_depth(self.files(item)[1], MM, size)
 
 
@@ -245,10 +245,10 @@ class ShapesNormals(ShapesDepth):
     kind = "normals"
 
     def files(self, item: str) -> tuple[Path, ...]:
-        """Paths of the image and of what its target is made of."""
+        """Return the paths of the image and of the files of its target."""
         part = self.folder / self.split
         return part / "images" / f"{item}.ppm", part / "normals" / f"{item}.ppm"
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
-        """The target of an item whose image has the size (H, W)."""
+        """Read the target of an item whose image has the size (H, W)."""
         return read_normals(self.files(item)[1], size)

@@ -1,8 +1,8 @@
-"""The embedded data set of views: textured lumps of ellipsoids, photographed from several sides, of known geometry.
+"""The embedded data set of views: textured objects made of ellipsoids, rendered from several sides, known geometry.
 
-Made at first use in the cache folder, `shapes_views-<version>/`. An object is a union of ellipsoids about 20 cm across
-with a texture in its volume, so that a point looks alike from all sides; each view has a background and light of its
-own. Rays meet ellipsoids in closed form, so depth and pose are exact but for rounding.
+It is generated at first use in the cache folder, `shapes_views-<version>/`. An object is a union of ellipsoids, about
+20 cm wide, with a texture in its volume, so that a point looks the same from all sides. Each view has a different
+background and light. Ray intersections have a closed form, so depth and pose are exact except for rounding.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ VERSION = "1"
 OBJECTS, VIEWS = 24, 5
 
 
-LUMPS = 5  # ellipsoids of an object
+LUMPS = 5  # ellipsoids per object
 
 
 FOCAL, DISTANCE = 420.0, 0.45  # pixels; metres from the camera to the object's middle
 
 
-UNIT = 1e-4  # metres of a step of the depth files
+UNIT = 1e-4  # metres per unit of the depth files
 
 
 class Lumps:
-    """An object in its own frame, in metres: ellipsoids and the texture of their inside."""
+    """An object in its own frame, in metres: ellipsoids and the texture of their volume."""
 
     def __init__(self, index: int) -> None:
         rng = generator("views", index)
@@ -46,7 +46,7 @@ class Lumps:
         self.noise = [rng.random((cells, cells, cells)) for cells in (7, 13, 26)]
 
     def hit(self, origin: np.ndarray, rays: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """How far along rays (N, 3) from a point the surface is, infinite beyond it, and its normals (N, 3)."""
+        """Return distances along rays (N, 3) from a point to the surface (infinite if missed), and normals (N, 3)."""
         nearest, normals = np.full(len(rays), np.inf), np.zeros(rays.shape)
         for middle, axes, turn in zip(self.middles, self.axes, self.turns, strict=True):
             start, ray = turn @ (origin - middle) / axes, rays @ turn.T / axes  # the ellipsoid is a unit sphere there
@@ -60,7 +60,7 @@ class Lumps:
         return nearest, normals / np.maximum(np.linalg.norm(normals, axis=1, keepdims=True), 1e-12)
 
     def texture(self, points: np.ndarray) -> np.ndarray:
-        """Colours (N, 3) in 0..1 of points (N, 3) of the surface."""
+        """Return colours (N, 3) in 0..1 of points (N, 3) of the surface."""
         large, middle, small = (_sampled(grid, points / 0.24 + 0.5) for grid in self.noise)
         first = np.clip((large + 0.6 * middle - 0.8) * 5 + 0.5, 0, 1)[:, None]
         second = np.clip((middle + 0.8 * small - 0.9) * 5 + 0.5, 0, 1)[:, None]
@@ -70,21 +70,21 @@ class Lumps:
 
 
 def _on_sphere(rng: np.random.Generator) -> np.ndarray:
-    """A direction, evenly distributed."""
+    """Draw a uniformly distributed direction."""
     z, angle = between(rng, -1, 1), between(rng, 0, 2 * np.pi)
     flat = np.sqrt(1 - z * z)
     return np.array([flat * np.cos(angle), flat * np.sin(angle), z])
 
 
 def _turn(axis: np.ndarray, angle: float) -> np.ndarray:
-    """The rotation (3, 3) about an axis of length 1 (Rodrigues)."""
+    """Return the rotation (3, 3) about an axis of length 1 (Rodrigues)."""
     x, y, z = axis
     cross = np.array([[0, -z, y], [z, 0, -x], [-y, x, 0]])
     return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * (cross @ cross)
 
 
 def _sampled(grid: np.ndarray, places: np.ndarray) -> np.ndarray:
-    """Values (N,) of a grid of noise at places (N, 3) in the unit cube, linear between its points."""
+    """Return linearly interpolated values (N,) of a grid of noise at points (N, 3) in the unit cube."""
     at = np.clip(places, 0, 1) * (len(grid) - 1.001)
     low = at.astype(int)
     part = at - low
@@ -96,7 +96,7 @@ def _sampled(grid: np.ndarray, places: np.ndarray) -> np.ndarray:
 
 
 def object_cameras(index: int) -> list[Camera]:
-    """The cameras of an object: turned about it by 5 to 80 degrees in all directions from one side of it."""
+    """Return the cameras of an object: rotated about it by 5 to 80 degrees in all directions from one side."""
     rng = generator("view looks", index)
     first = _turn(_on_sphere(rng), between(rng, 0, np.pi))
     cameras = []
@@ -108,10 +108,10 @@ def object_cameras(index: int) -> list[Camera]:
 
 
 def render(shape: Lumps, camera: Camera, rng: np.random.Generator) -> DepthView:
-    """Photograph an object before a background and in light of its own."""
+    """Render an object with a random background and light."""
     side = np.arange(SIZE) + 0.5 - SIZE / 2
     x, y = np.meshgrid(side / camera.focal, side / camera.focal)
-    rays = np.stack([x, y, np.ones_like(x)], axis=-1).reshape(-1, 3)  # so that depth is the distance along them
+    rays = np.stack([x, y, np.ones_like(x)], axis=-1).reshape(-1, 3)  # z is 1, so depth is the factor along a ray
     origin = -camera.rotation.T @ camera.translation
     depth, normals = shape.hit(origin, rays @ camera.rotation)
     seen = np.isfinite(depth)

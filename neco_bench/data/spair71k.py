@@ -1,8 +1,8 @@
 """SPair-71k in its official layout: pairs of VOC images with common keypoints.
 
 Items are the pairs of Layout/large (of Layout/small in the splits *_small), sorted by pair name, so that no result
-depends on a directory's or list's order. Points and boxes are taken from the pair files as they are: integers whose
-origin the authors do not state, x up to and including the image width. Image ids are "<category>/<stem>".
+depends on a directory's or list's order. Points and boxes are those of the pair files, unchanged: integers whose origin
+the authors do not state, with x up to and including the image width. Image ids are "<category>/<stem>".
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class SPair71k(PairDataset):
     expected = {  # noqa: RUF012 (a ClassVar of the base class)
         "trn": 53340, "val": 5384, "test": 12234, "trn_small": 10652, "val_small": 1070, "test_small": 2438,
     }  # fmt: skip
-    # Third-party counts over the official files; they add up to 12,234 each.
+    # Counts over the official files by third parties; each adds up to 12,234.
     expected_attributes = {  # noqa: RUF012 (a ClassVar of the base class)
         "test": {
             "viewpoint_variation": (6654, 4474, 1106),
@@ -91,16 +91,16 @@ class SPair71k(PairDataset):
                     f"when SPair-71k was unpacked (Windows, exFAT and some copies do this). Unpack the archive again "
                     f"on a file system that allows colons."
                 ) from None
-            raise missing(type(self), f"no pair annotation {path}, though {self.list_file} names it.") from None
+            raise missing(type(self), f"no pair annotation {path}, but {self.list_file} names it.") from None
 
     def read_image(self, image_id: str) -> np.ndarray:
-        """(H, W, 3) uint8 RGB. Raises MissingError and BadInputError; the size must be that of the annotation."""
+        """Read an image (H, W, 3) uint8 RGB with the annotated size. Raises MissingError and BadInputError."""
         path = self._image_file(image_id)
         image = read_image(path, listed_in=self._annotations)
         expected = self._sizes.get(image_id, image.shape[:2])
         if image.shape[:2] != expected:
             raise BadInputError(
-                f"Image {path} is {image.shape[1]}x{image.shape[0]} pixels, its annotations are for "
+                f"Image {path} is {image.shape[1]}x{image.shape[0]} pixels, but its annotations are for "
                 f"{expected[1]}x{expected[0]}: it was resized or rotated. Restore the original file."
             )
         return image

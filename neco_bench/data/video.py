@@ -1,4 +1,4 @@
-"""The contract of video data sets: sequences of frames, each with a mask of object ids, read frame by frame."""
+"""The interface of video data sets: sequences of frames, each with a mask of object ids, read frame by frame."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from neco_bench.data.io import id_table, read_image, read_mask, read_size
 class Clip:
     """The frames of one sequence, in order, as items that are loaded and encoded like images.
 
-    id: of the sequence. ids: "SEQUENCE/FRAME". Items are samples whose masks hold object ids, 0 for the background.
+    id: id of the sequence. ids: "SEQUENCE/FRAME". Items are samples whose masks contain object ids, 0 for background.
     """
 
     def __init__(self, dataset: VideoDataset, sequence: str) -> None:
@@ -34,19 +34,19 @@ class Clip:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(H, W) of the first frame, and so of all."""
+        """Size (H, W) of the first frame, which all frames have."""
         return read_size(self._dataset.files(self.id, self._frames[0])[0])
 
     def fingerprint(self) -> str:
-        """Hex digest over names and sizes of the files of this sequence."""
+        """Return a hex digest over names and sizes of the files of this sequence."""
         return self._dataset.digest([self.id])
 
 
 class VideoDataset(Dataset):
-    """A split of sequences, whose ids are the items. Masks hold object ids from 1, 0 for background, IGNORE for void.
+    """A split of sequences, whose ids are the items. Masks contain object ids from 1, 0 (background), IGNORE (void).
 
-    `folder` and `ids` are set by the reader. object_ids: what a file value means. frame_height: of every frame, None
-    where they differ. frame_counts, object_counts: of full splits, as `data check` compares them.
+    `folder` and `ids` are set by the reader. object_ids: meaning of file values. frame_height: height of all frames,
+    None if they differ. frame_counts, object_counts: expected counts of full splits, for `data check`.
     """
 
     kind = "video"
@@ -58,24 +58,24 @@ class VideoDataset(Dataset):
 
     @abc.abstractmethod
     def frames(self, sequence: str) -> tuple[str, ...]:
-        """Names of the frames of a sequence in their order, at least three."""
+        """Return the names of the frames of a sequence in order, at least three."""
 
     @abc.abstractmethod
     def files(self, sequence: str, frame: str) -> tuple[Path, Path]:
-        """Paths of the image and the mask of a frame."""
+        """Return the paths of the image and the mask of a frame."""
 
     @property
     def object_ids(self) -> np.ndarray:
-        """Object id of each file value, see `id_table`: as in the file, 255 for void."""
+        """Return the object id of each file value, see `id_table`: by default unchanged, 255 for void."""
         return id_table({i: i for i in range(256)})
 
     @property
     def colours(self) -> np.ndarray | None:
-        """(256, 3) uint8 palette of mask files beside VOC's, see `read_mask`."""
+        """Return the palette (256, 3) uint8 of mask files that is accepted in addition to VOC's, see `read_mask`."""
         return None
 
     def clip(self, index: int) -> Clip:
-        """The frames of sequence `index`."""
+        """Return the frames of sequence `index`."""
         return Clip(self, self.ids[index])
 
     def sample(self, sequence: str, frame: str) -> Sample:
@@ -88,18 +88,18 @@ class VideoDataset(Dataset):
         return Sample(image, mask, f"{sequence}/{frame}")
 
     def check_size(self, path: Path, size: tuple[int, ...]) -> None:
-        """Raise BadInputError where a frame cannot have its original size."""
+        """Raise BadInputError if a frame cannot have its original size."""
 
     def fingerprint(self) -> str:
-        """Sha256 over name, reader version, split, the sequences, and names and sizes of their files."""
+        """Return the sha256 over name, reader version, split, the sequences, and names and sizes of their files."""
         return self.digest(self.ids)
 
     def digest(self, sequences: Sequence[str]) -> str:
-        """Sha256 over name, reader version, split, some sequences, and names and sizes of their files."""
+        """Return the sha256 over name, reader version, split, some sequences, and names and sizes of their files."""
         paths = [path for name in sequences for frame in self.frames(name) for path in self.files(name, frame)]
         return file_digest((self.name, self.version, self.split, *sequences), self.folder, paths)
 
 
 def object_count(mask: np.ndarray) -> int:
-    """The number of objects of a first mask: its highest id, void left out."""
+    """Return the number of objects of a first mask: its highest id, without void."""
     return int(mask[mask != IGNORE].max(initial=0))

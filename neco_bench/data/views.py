@@ -1,4 +1,4 @@
-"""The contract of data sets of posed views: images with depth and camera, in pairs that show the same object."""
+"""The interface of data sets of posed views: images with depth and camera, in pairs that show the same object."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from neco_bench.data.base import Dataset
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-WIDEST = 120.0  # degrees between the cameras of a pair, at most (probe3d)
+WIDEST = 120.0  # maximum angle between the cameras of a pair, in degrees (probe3d)
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Camera:
     """Pose and focal length of a view.
 
     rotation (3, 3), translation (3,): from the object's frame to the camera's (x right, y down, z away), metres.
-    focal: in pixels of the image as it is read; the principal point is its middle.
+    focal: in pixels of the image; the principal point is its centre.
     """
 
     rotation: np.ndarray
@@ -31,14 +31,14 @@ class Camera:
     focal: float
 
     def angle(self, other: Camera) -> float:
-        """Degrees of the rotation between two cameras about the object."""
+        """Return the rotation between two cameras about the object, in degrees."""
         cosine = (np.trace(self.rotation @ other.rotation.T) - 1) / 2
         return float(np.degrees(np.arccos(np.clip(cosine, -1, 1))))
 
 
 @dataclass(frozen=True)
 class DepthView:
-    """image: (H, W, 3) uint8 RGB. depth: (H, W) float32 metres along the axis of the camera, 0 beyond the object."""
+    """image: (H, W, 3) uint8 RGB. depth: (H, W) float32 metres along the axis of the camera, 0 outside the object."""
 
     image: np.ndarray
     depth: np.ndarray
@@ -57,7 +57,7 @@ class ViewPair:
 
 
 class ViewDataset(Dataset):
-    """A split of pairs of views. `pairs` names them; views are read one by one by id. Objects were drawn."""
+    """A split of pairs of views. `pairs` lists them; views are read one by one by id. Objects are the sampling unit."""
 
     kind = "views"
     sampling_unit: ClassVar[str] = "object"
@@ -70,7 +70,7 @@ class ViewDataset(Dataset):
 
     @classmethod
     def group_of(cls, item: str) -> str | None:
-        """The object of a pair, the first component of its id."""
+        """Return the object of a pair, the first component of its id."""
         return item.partition("/")[0]
 
     def _part(self, indices: Sequence[int]) -> Self:
@@ -84,17 +84,17 @@ class ViewDataset(Dataset):
 
 
 def draw_pairs(cameras: Mapping[str, Mapping[str, Camera]], step: int, seed: int) -> list[ViewPair]:
-    """Draw the pairs of a list, by a rule that hangs on names alone and on no order of files.
+    """Draw the pairs of a list, by a rule that depends only on names and not on the order of files.
 
     Objects, and the views of each, are sorted by name. Every `step`-th view in that order, over all objects, is the
-    source of a pair. Its partner is drawn evenly, by a generator of its own (seed, object, source), from the other
-    views of its object whose cameras are turned against its own by more than 0 and at most WIDEST degrees; sources
+    source of a pair. Its partner is drawn uniformly, by a separate generator (seed, object, source), from the other
+    views of its object whose cameras are rotated relative to its own by more than 0 and at most WIDEST degrees. Sources
     without such a view have no pair.
 
     Args:
-        cameras: of each view of each object, by their names.
-        step: 1 takes every view.
-        seed: of the draw.
+        cameras: the camera of each view of each object, by names.
+        step: 1 uses every view as a source.
+        seed: seed of the draw.
     """
     views = [(object_name, view) for object_name in sorted(cameras) for view in sorted(cameras[object_name])]
     pairs = []
@@ -117,11 +117,11 @@ def draw_pairs(cameras: Mapping[str, Mapping[str, Camera]], step: int, seed: int
 
 
 def rotation_matrix(quaternion: Sequence[float]) -> np.ndarray:
-    """(3, 3) of a quaternion (w, x, y, z) of any length. Raises ValueError for one of length 0 or not finite."""
+    """Return the rotation matrix (3, 3) of a quaternion (w, x, y, z). Raises ValueError if it is 0 or not finite."""
     w, x, y, z = (float(part) for part in quaternion)
     length = w * w + x * x + y * y + z * z
     if not 0 < length < np.inf:
-        raise ValueError(f"the quaternion {list(quaternion)} is no rotation")
+        raise ValueError(f"the quaternion {list(quaternion)} is not a rotation")
     s = 2 / length
     return np.array(
         [

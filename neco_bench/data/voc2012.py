@@ -1,6 +1,6 @@
 """PASCAL VOC 2012 segmentation in the official VOCdevkit layout; masks are palette PNGs read as indices.
 
-`trainaug` is the usual list of 10,582 images (VOC train plus SBD, VOC val removed); its masks lie in
+`trainaug` is the usual list of 10,582 images (VOC train plus SBD, VOC val removed); its masks are in
 SegmentationClassAug, a folder that is not part of the official archive. `train` and `val` use SegmentationClass.
 """
 
@@ -55,24 +55,24 @@ class VOC2012(SegmentationFolder):
             absent = self._masks if self.list_file.is_file() else self.list_file
             raise missing(
                 type(self),
-                f"{absent} is not there. SegmentationClassAug and trainaug.txt are no part of the official archive: "
-                f"make both from SBD with `neco-bench data prepare voc_sbd --source SBD --data-root DIR`.",
+                f"{absent} does not exist. SegmentationClassAug and trainaug.txt are not part of the official archive: "
+                f"create both from SBD with `neco-bench data prepare voc_sbd --source SBD --data-root DIR`.",
                 MissingError if self.list_file.is_file() or self._masks.is_dir() else AbsentSplitError,
             )
         self.ids = read_list(type(self), self.list_file, stems=True)
         if not self._masks.is_dir():
-            raise missing(type(self), f"the mask folder {self._masks} of split {split!r} is not there.")
+            raise missing(type(self), f"the mask folder {self._masks} of split {split!r} does not exist.")
 
     def files(self, item: str) -> tuple[Path, Path]:
         """Return the image file and the mask file of an item."""
         return self._images / f"{item}.jpg", self._masks / f"{item}.png"
 
     def sanity_check(self, masks: MaskSummary) -> list[str]:
-        """Every official mask has a border of void, nearly every one background."""
+        """Return messages if masks have no void border or no background; official masks have both."""
         counts, problems = masks.total, super().sanity_check(masks)
         if not self.split.startswith("trainaug") and not counts[IGNORE]:
             problems.append(
-                "No mask has a void border (255), all official ones do: 255 was turned into background (0). "
+                "No mask has a void border (255), but all official ones do: 255 was changed to background (0). "
                 "Use the original SegmentationClass."
             )
         if len(masks) >= FEW and not counts[0]:

@@ -1,6 +1,6 @@
-"""Encoders: the contract, its conformance check, and adapters that make one from a spec.
+"""Encoders: the `Encoder` interface, its conformance check, and adapters that build encoders from specs.
 
-Importing this package imports no torch; the names below load when they are first used.
+Importing this package does not import torch; the names below are loaded when they are first used.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = [
     "model_info",
 ]
 
-_HOMES = {
+_MODULES = {
     "base": ("DenseFeatures", "Encoder", "WeightsReport"),
     "check": ("CheckResult", "check_encoder"),
     "load": ("load_encoder",),
@@ -39,7 +39,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    for module, names in _HOMES.items():
+    for module, names in _MODULES.items():
         if name in names:
             return getattr(importlib.import_module(f"{__name__}.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,8 +1,8 @@
-"""The Encoder contract: authors write `_encode`; everyone else calls the sealed `encode`.
+"""The Encoder interface: authors implement `_encode`, and callers use `encode`, which is not overridden.
 
 `encode` checks shapes, normalises with the encoder's own statistics, sets eval and inference mode, autocast and
-precision, and checks what comes back. Prefix tokens (class, registers) never leak into `map`. What an encoder can do is
-declared (`attentions`, `has_final_norm`), never guessed from tensor shapes.
+precision, and checks the output. Prefix tokens (class, registers) are never part of `map`. The capabilities of an
+encoder are declared (`attentions`, `has_final_norm`), never guessed from tensor shapes.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @contextlib.contextmanager
 def _convolutions_in_fp32() -> Iterator[None]:
-    """Keep GPUs from rounding what convolutions multiply to TF32, which PyTorch lets depend on the batch size."""
+    """Prevent GPUs from rounding convolutions to TF32, which PyTorch may do depending on the batch size."""
     cudnn = torch.backends.cudnn
     before, cudnn.allow_tf32 = cudnn.allow_tf32, False
     try:
@@ -37,12 +37,12 @@ def _convolutions_in_fp32() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class DenseFeatures:
-    """The features that an encoder returns, in float32.
+    """Features returned by an encoder, in float32.
 
-    map: (B, D, h, w) patch features. stride: input pixels per cell. layer: where they were read, as text
-    ("last", "blocks 5,8,11", "stage 3"). final_norm: was the last norm applied. prefix: (B, P, D) class and register
-    tokens, or None. attention: (B, heads, h, w) class-token attention of the last block, or None.
-    keys: (B, D, h, w) keys of the patches in the last block's attention, heads side by side, or None.
+    map: (B, D, h, w) patch features. stride: input pixels per cell. layer: the layers that were read, as text
+    ("last", "blocks 5,8,11", "stage 3"). final_norm: whether the last norm was applied. prefix: (B, P, D) class and
+    register tokens, or None. attention: (B, heads, h, w) class-token attention of the last block, or None.
+    keys: (B, D, h, w) keys of the patches in the last block's attention, heads concatenated, or None.
     """
 
     map: Tensor
@@ -56,7 +56,7 @@ class DenseFeatures:
 
 @dataclass(frozen=True)
 class WeightsReport:
-    """What strict loading did: file or address, and the keys that were renamed, dropped or resized."""
+    """Report of strict loading: file or address, and the keys that were renamed, dropped or resized."""
 
     source: str
     renamed: dict[str, str] = field(default_factory=dict)
@@ -73,22 +73,22 @@ class Encoder(nn.Module, abc.ABC):
         stride: input pixels per cell.
         mean, std: RGB on [0, 1].
         weights_id: the sha256 of the weights in use (of the source file for code without weights).
-        layer: where features are read, as text.
+        layer: the layers that are read, as text.
         pos_interp: the position-interpolation rule; "none" where there are no positions.
-        weights_report: what loading the weights did.
-        training_data: the data sets behind the weights ("imagenet, coco"; "none"), for contamination notes.
-        overlap: with data sets, as in `zoo.toml`; set by `load_encoder`; None: as `training_data` says.
-        official: whether the weights are those that the name of the zoo stands for; set by `load_encoder`; None where
-            it stands for none.
-        statistics: where mean and std are from, as text.
+        weights_report: report of loading the weights.
+        training_data: the training data of the weights ("imagenet, coco"; "none"), for contamination notes.
+        overlap: overlap with data sets, as in `zoo.toml`; set by `load_encoder`; None: derived from `training_data`.
+        official: whether the weights are the official ones of the zoo name; set by `load_encoder`; None if the name has
+            no official weights.
+        statistics: source of mean and std, as text.
         size_multiple: sides of inputs must be multiples of this, itself a multiple of the stride; None: of the stride.
-        only_size: the side of the one square input that it takes; None: it takes any.
-        layer_count: the blocks or stages that `layers` chooses from; 0: there is no choice.
-        equal_layers: these are blocks with features of one shape, so that several can be read in one pass.
-        attentions: it can give class-token attention.
-        has_keys: it can give the keys of its last block; its `_encode` then takes `keys` besides.
-        has_final_norm: it can give features both before and after a final norm.
-        final_norm: the default is after that norm.
+        only_size: the side of the only square input that it accepts; None: any size.
+        layer_count: the number of blocks or stages for `layers`; 0: layers cannot be selected.
+        equal_layers: all blocks have features of the same shape, so that several can be read in one pass.
+        attentions: it can return class-token attention.
+        has_keys: it can return the keys of its last block; `_encode` then has the additional argument `keys`.
+        has_final_norm: it can return features both before and after a final norm.
+        final_norm: whether features are after that norm by default.
         precision: "fp32", or "bf16" or "fp16" as autocast.
     """
 
@@ -114,15 +114,15 @@ class Encoder(nn.Module, abc.ABC):
     has_final_norm: bool = False
     final_norm: bool = True
     precision: str = "fp32"
-    _inner: str | None = None  # the attribute with the model that weights files are of; None: this module itself
+    _inner: str | None = None  # the attribute with the model into which weights are loaded; None: this module
 
     @abc.abstractmethod
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
-        """Compute features of normalised images (B, 3, H, W), H and W multiples of the stride. Authors write this."""
+        """Compute features of normalised images (B, 3, H, W), H and W multiples of the stride. For authors."""
 
     @property
     def device(self) -> torch.device:
-        """Where the parameters live (the CPU for encoders without any)."""
+        """Device of the parameters (the CPU for encoders without parameters)."""
         return next(
             (p.device for p in self.parameters()), next((b.device for b in self.buffers()), torch.device("cpu"))
         )
@@ -142,16 +142,16 @@ class Encoder(nn.Module, abc.ABC):
 
         Args:
             images: (B, 3, H, W) float; H and W multiples of `stride`, or of `size_multiple`.
-            final_norm: True reads after the final norm (where there is one; the result says), False before it, None
-                takes the encoder's default.
+            final_norm: True reads after the final norm (if there is one; see the result), False before it, None uses
+                the encoder's default.
             attention: also return the class token's attention.
-            keys: also return the keys of the last block, as its projection gives them.
+            keys: also return the keys of the last block, directly after the projection.
             mean, std: replace the encoder's statistics, for protocols that fix them.
 
         Raises:
-            UsageError: shape, indivisible size, an output that this encoder does not declare.
-            BadInputError: the encoder breaks its contract.
-            NumericalError: NaN or infinite features.
+            UsageError: for a wrong shape, a size that is not a multiple, or an output that is not declared.
+            BadInputError: if the encoder violates the interface.
+            NumericalError: if features are NaN or infinite.
         """
         if images.ndim != 4 or images.shape[1] != 3 or not images.is_floating_point():
             raise UsageError(
@@ -171,9 +171,9 @@ class Encoder(nn.Module, abc.ABC):
                 f"(its stride is {self.stride}). Use a size such as {down} or {up}."
             )
         if attention and not self.attentions:
-            raise UsageError(f"Encoder {self.name!r} does not give class-token attention.")
+            raise UsageError(f"Encoder {self.name!r} does not return class-token attention.")
         if keys and not self.has_keys:
-            raise UsageError(f"Encoder {self.name!r} does not give the keys of its last block.")
+            raise UsageError(f"Encoder {self.name!r} does not return the keys of its last block.")
         if self.training:
             self.eval()
         with torch.inference_mode(), _convolutions_in_fp32():
@@ -189,12 +189,12 @@ class Encoder(nn.Module, abc.ABC):
             return self._checked(features, len(images), height // self.stride, width // self.stride)
 
     def nearest_size(self, size: int) -> int:
-        """Return the side in pixels nearest to `size` that this encoder takes; of two the larger."""
+        """Return the side in pixels nearest to `size` that this encoder accepts; the larger one in a tie."""
         multiple = self.size_multiple or self.stride
         return self.only_size or multiple * max(1, (2 * size + multiple) // (2 * multiple))
 
     def _run(self, images: Tensor, **options: bool) -> DenseFeatures:
-        """Call `_encode`, whose errors name the encoder, except where the device is out of memory."""
+        """Call `_encode`; errors get the name of the encoder, except when the device is out of memory."""
         try:
             return self._encode(images, **options)
         except (NecoBenchError, torch.OutOfMemoryError):
@@ -229,13 +229,13 @@ class Encoder(nn.Module, abc.ABC):
         if not features.map.sum().isfinite() and not features.map.isfinite().all():  # the sum is faster
             raise NumericalError(
                 f"Encoder {self.name!r} gave NaN or infinite features. Try --precision fp32; "
-                f"if it stays, the weights are broken."
+                f"if the error remains, the weights are broken."
             )
         return features
 
 
 def _hint(shape: tuple[int, ...], expected: tuple[int, int, int, int]) -> str:
-    """What to do about features of another shape: tokens are recognised by the number of channels."""
+    """Return advice for features of a wrong shape; tokens are recognised by the number of channels."""
     _, channels, rows, columns = expected
     for kind, axis, make in (
         ("(B, D, N)", 1, "x"),
@@ -245,8 +245,8 @@ def _hint(shape: tuple[int, ...], expected: tuple[int, int, int, int]) -> str:
             tokens, patches = shape[3 - axis], rows * columns
             extra = tokens - patches
             if extra < 0:
-                return f"These are {tokens} tokens {kind} where there are {patches} cells. Check stride."
+                return f"These are {tokens} tokens {kind}, but there are {patches} cells. Check stride."
             cut = f"[..., {extra}:]" if extra else ""
             first = f" The first {extra} are class and register tokens, if the encoder has any." if extra else ""
             return f"These are tokens {kind}: return {make}{cut}.unflatten(2, (H // stride, W // stride)).{first}"
-    return "Check embed_dim, stride, and that class and register tokens are removed; `neco-bench check` shows which."
+    return "Check embed_dim, stride, and that class and register tokens are removed; `neco-bench check` helps."

@@ -1,9 +1,9 @@
-"""The conformance check: does an encoder keep its contract on synthetic images?
+"""The conformance check of encoders on synthetic images.
 
-Where a feature sits is measured by changing one cell of the image and finding the cell whose features change most. Edge
-cells tell a shift by left-in tokens (which wraps to another row) from the small offsets that convolutions have; cells
-off the diagonal tell a transposed grid. Cells next to the expected one count as right, and most cells decide, as
-attention and convolutions carry changes further.
+The position of a feature is measured by changing one cell of the image and finding the cell whose features change most.
+Edge cells distinguish a shift by remaining prefix tokens (which wraps to another row) from the small offsets of
+convolutions; cells off the diagonal show a transposed grid. Cells next to the expected one count as correct, and the
+majority of the cells decides, because attention and convolutions spread changes.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from torch import Tensor
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.encoders.base import Encoder
 
-# Where one cell is changed, as fractions of the grid's height and width: both edges, and off the diagonal.
+# Positions of the changed cell, as fractions of the grid's height and width: at both edges, and off the diagonal.
 _SPOTS = ((1, 7), (3, 7), (6, 7), (2, 0), (5, 0), (0, 4), (7, 3), (2, 5), (5, 2), (4, 6))
 
 _SHIFTS = tuple(k for k in range(-9, 18) if k)  # tokens; no model in use has more than 17 in front
 
-_CELLS = 8  # cells on a side of the images used
+_CELLS = 8  # cells per side of the images used
 
-_USUAL_SIZES = (224, 256, 384, 448, 518)  # of encoders that take one size only
+_USUAL_SIZES = (224, 256, 384, 448, 518)  # sizes of encoders that accept one size only
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ class CheckResult:
 
 
 def check_encoder(encoder: Encoder) -> list[CheckResult]:
-    """Check an encoder on synthetic images of 8x8 cells (or the one size that it takes).
+    """Check an encoder on synthetic images of 8x8 cells (or the only size that it accepts).
 
     Lines: input (size and statistics, never failed), shape and stride, finite values, non-square input, deterministic,
     eval mode, batch independence, prefix tokens, grid orientation, locality. Outputs may differ by 1e-4 of
-    their largest value in float32 on the CPU, 1e-3 on other devices, 5e-2 in half precision. An error in the encoder is
-    a failed line.
+    their largest value in float32 on the CPU, 1e-3 on other devices, 5e-2 in half precision. An error in the encoder
+    gives a failed line.
     """
     torch_state = torch.get_rng_state()
     try:
@@ -88,7 +88,7 @@ def _images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
 
 
 def _size(encoder: Encoder) -> int:
-    """The side in pixels of the images to use: 8 cells, or the first usual size at which the encoder works."""
+    """Return the side in pixels of the images to use: 8 cells, or the first usual size at which the encoder works."""
     size = _CELLS * encoder.stride
     if encoder.only_size or (encoder.size_multiple or encoder.stride) > encoder.stride:
         return encoder.nearest_size(size)
@@ -101,7 +101,7 @@ def _size(encoder: Encoder) -> int:
 
 
 def _input(encoder: Encoder) -> str:
-    """Size and statistics of the input, and the range of values that these make of black and white."""
+    """Return size and statistics of the input, and the range of normalised values from black to white."""
     sides = f"multiples of {encoder.size_multiple or encoder.stride} pixels"
     if encoder.only_size:
         sides = f"{encoder.only_size}x{encoder.only_size} pixels only"
@@ -136,7 +136,7 @@ def _finite(encoder: Encoder, size: int) -> tuple[bool, str]:
 
 def _non_square(encoder: Encoder, size: int) -> tuple[bool, str]:
     if encoder.only_size:
-        return True, f"not tried: takes {size}x{size} only"
+        return True, f"not tried: accepts {size}x{size} only"
     wide = size + 2 * (encoder.size_multiple or encoder.stride)
     for height, width in ((size, wide), (wide, size)):
         try:
@@ -145,7 +145,7 @@ def _non_square(encoder: Encoder, size: int) -> tuple[bool, str]:
             if size == _CELLS * encoder.stride:
                 raise
             return False, (
-                f"{error} It works at {size}x{size}: if that is the only size that it takes, set only_size = {size}."
+                f"{error} It works at {size}x{size}: if that is the only size that it accepts, set only_size = {size}."
             )
     return True, f"{size}x{wide} and {wide}x{size}"
 
@@ -179,7 +179,7 @@ def _batch(encoder: Encoder, size: int) -> tuple[bool, str]:
 
 
 def _location(encoder: Encoder, size: int) -> list[tuple[str, bool, str]]:
-    """Lines on prefix tokens, orientation and locality, from where the change of one cell shows most."""
+    """Return the lines on prefix tokens, orientation and locality, from the position of the largest change."""
     stride, side = encoder.stride, size // encoder.stride
     cells = [(round(r / 7 * (side - 1)), round(c / 7 * (side - 1))) for r, c in _SPOTS]
     plain = _images(1, size, size)
@@ -213,14 +213,14 @@ def _location(encoder: Encoder, size: int) -> list[tuple[str, bool, str]]:
     }
     shift = max(_SHIFTS, key=lambda k: (shifted(k), shifted(k, within=0), -abs(k)))
     turn = max(turned, key=lambda name: turned[name])
-    # Another place must explain clearly more than the right one: two spots may fall either way in a convolution.
+    # Another position must explain clearly more changes than the expected one, as convolutions can move single ones.
     is_turn = turned[turn] >= right + 2
     is_shift = shifted(shift) >= max(right + 2, turned[turn])
-    prefix = f"features sit {abs(shift)} tokens {'later' if shift > 0 else 'earlier'} than they should: "
-    prefix += f"{shift} class or register tokens are left in" if shift > 0 else "patch tokens are cut off at the front"
-    detail = f"{right} of {len(cells)} changed cells change most where they are"
+    prefix = f"features are {abs(shift)} tokens {'later' if shift > 0 else 'earlier'} than expected: "
+    prefix += f"{shift} class or register tokens are not removed" if shift > 0 else "the first patch tokens are missing"
+    detail = f"for {right} of {len(cells)} changed cells, the features of that cell change most"
     return [
-        ("prefix tokens", not is_shift, prefix if is_shift else "none left in"),
+        ("prefix tokens", not is_shift, prefix if is_shift else "all removed"),
         ("grid orientation", not is_turn, f"the grid is {turn}" if is_turn else "rows and columns in order"),
         ("locality", right >= 0.6 * len(cells), detail),
     ]

@@ -1,13 +1,13 @@
-"""Checkpoints of a run: folders `checkpoint-<step>` that are there whole or not at all; the last two, and with
-`--keep-every` others.
+"""Checkpoints of a run: folders `checkpoint-<step>`, written atomically. The last two are kept, and others with
+`--keep-every`.
 
     student.safetensors, teacher.safetensors    the encoder's weights, in the names of the model it started from
-    training.pt                                 heads, optimizer, queue, counters: what going on needs besides
-    encoder.json                                how to load this one: `neco-bench run --model RUN/checkpoint-<step>`
+    training.pt                                 heads, optimizer, queue, counters: the state for resuming
+    encoder.json                                how to load it: `neco-bench run --model RUN/checkpoint-<step>`
 
-`encoder.json` beside them says how to load the newest as a model: `neco-bench run --model RUN`. A folder gets its name
-when all its files are written and loses it before the first is deleted, so that a kill at any moment leaves no half of
-one; what it leaves under other names is deleted by `clear`.
+`encoder.json` in the run folder describes how to load the newest one: `neco-bench run --model RUN`. A folder gets its
+name after all its files are written, and is renamed before the first file is deleted, so that a kill at any moment
+leaves no incomplete checkpoint. `clear` deletes the files that remain under other names.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ log = logging.getLogger("neco_bench")
 
 STORED = 2  # checkpoints of a run
 
-LOCK_SECONDS = 6.0  # loading processes of a killed run, which end within five, may have inherited its lock
+LOCK_SECONDS = 6.0  # loading processes of a killed run may have inherited its lock; they end within five seconds
 
 _NAME, _TEMPORARY, _DELETED = re.compile(r"checkpoint-(\d{7,})"), ".checkpoint.tmp", ".{}.old"
 
@@ -53,9 +53,9 @@ def step_of(folder: Path) -> int:
 
 @contextlib.contextmanager
 def locked(run: Path) -> Iterator[None]:
-    """Hold the run folder, which is created; the lock of a process ends with it, however it ends.
+    """Create the run folder if needed and lock it; the lock is released when the process ends.
 
-    Raises UsageError where another process holds it, NecoBenchError where the folder cannot be written.
+    Raises UsageError if another process has locked it, NecoBenchError if the folder cannot be written.
     """
     lock = FileLock(run / "lock")
     try:
@@ -65,7 +65,7 @@ def locked(run: Path) -> Iterator[None]:
         raise UsageError(
             f"--out {run}: another process trains here. Wait until it has ended, or give another --out."
         ) from None
-    except (OSError, NotImplementedError) as error:  # the latter is filelock's, of file systems without locks
+    except (OSError, NotImplementedError) as error:  # filelock raises the latter on file systems without locks
         raise NecoBenchError(
             f"{run}: the folder could not be locked ({getattr(error, 'strerror', None) or error}). Make it writable, "
             f"or choose another one with --out."
@@ -77,7 +77,7 @@ def locked(run: Path) -> Iterator[None]:
 
 
 def clear(run: Path) -> None:
-    """Delete what killed processes left in a run folder; only while it is `locked`."""
+    """Delete files that killed processes left in a run folder; only while it is `locked`."""
     for folder in (run / _TEMPORARY, *run.glob(_DELETED.format("checkpoint-*"))):
         shutil.rmtree(folder, ignore_errors=True)
     for file in run.glob(".*.tmp"):  # of `write_whole`
@@ -93,11 +93,11 @@ def save(
     facts: dict[str, Any],
     keep_every: int | None = None,
 ) -> None:
-    """Write a checkpoint, then `encoder.json` with `facts`, then delete what is older than the last two.
+    """Write a checkpoint and `encoder.json` with `facts`, then delete checkpoints older than the last two.
 
-    A checkpoint of that step that is there is whole, and is not written again. networks: encoders by role, "student"
-    and perhaps "teacher". keep_every: checkpoints of steps that are multiples of it stay.
-    Raises NecoBenchError where it cannot be written; earlier checkpoints are then as they were.
+    An existing checkpoint of that step is complete and is not written again. networks: encoders by role, "student" and
+    optionally "teacher". keep_every: checkpoints whose step is a multiple of it are kept.
+    Raises NecoBenchError if it cannot be written; earlier checkpoints are then unchanged.
     """
     final = run / f"checkpoint-{step:07d}"
     if not final.exists():
@@ -113,7 +113,7 @@ def save(
 
 
 def _description(step: int, networks: dict[str, Encoder], facts: dict[str, Any], folder: str) -> bytes:
-    """The content of an `encoder.json`; folder: of the weights, as seen from there."""
+    """Return the content of an `encoder.json`. folder: relative path to the weights."""
     files = {role: f"{folder}{role}.safetensors" if role in networks else None for role in ("student", "teacher")}
     return json.dumps({"format": 1, **facts, **files, "step": step}, indent=2).encode()
 
@@ -137,17 +137,17 @@ def _write(final: Path, networks: dict[str, Encoder], state: dict[str, Any], des
     except (OSError, RuntimeError, SafetensorError) as error:  # each reports a full disk differently
         shutil.rmtree(temporary, ignore_errors=True)
         before = checkpoints(run)
-        hint = f"The last checkpoint, {before[-1]}, is untouched: " if before else "Then "
+        hint = f"The last checkpoint, {before[-1]}, is unchanged: " if before else "Then "
         raise NecoBenchError(
             f"{final}: the checkpoint could not be written ({getattr(error, 'strerror', None) or error}). Free disk "
-            f"space or make the folder writable. {hint}give --resume to go on."
+            f"space or make the folder writable. {hint}give --resume to continue."
         ) from error
 
 
 def restore(folder: Path, networks: dict[str, Encoder], parts: Mapping[str, Any]) -> dict[str, Any]:
-    """Load a checkpoint into the encoders and into `parts`, which have a `load_state_dict`; return its state.
+    """Load a checkpoint into the encoders and into `parts`, which have `load_state_dict`; return its state.
 
-    A part whose stored state is empty (loss scaling of another precision) stays as it is. Raises BadInputError.
+    A part whose stored state is empty (loss scaling of another precision) is not changed. Raises BadInputError.
     """
     try:
         for role, encoder in networks.items():
@@ -159,7 +159,7 @@ def restore(folder: Path, networks: dict[str, Encoder], parts: Mapping[str, Any]
         return {**state, "step": int(state["step"]), "unusable": dict(state["unusable"])}
     except MemoryError:
         raise
-    except Exception as error:  # readers raise many types; whichever it is, this checkpoint is at fault
+    except Exception as error:  # readers raise many types; in all cases, this checkpoint is at fault
         reason = str(error).splitlines()[0] if str(error) else ""
         raise BadInputError(f"Checkpoint {folder} cannot be read ({type(error).__name__}: {reason}).") from error
 
@@ -167,21 +167,23 @@ def restore(folder: Path, networks: dict[str, Encoder], parts: Mapping[str, Any]
 def restore_newest(
     run: Path, networks: dict[str, Encoder], parts: Mapping[str, Any]
 ) -> tuple[Path, dict[str, Any], list[Path]]:
-    """`restore` the newest checkpoint that can be read. Returns it, its state, and those that cannot be read.
+    """Restore the newest readable checkpoint; return it, its state, and the unreadable ones.
 
-    Raises BadInputError where none can be read.
+    Raises BadInputError if none can be read.
     """
     unreadable: list[Path] = []
     for folder in reversed(checkpoints(run)):
         try:
             state = restore(folder, networks, parts)
         except BadInputError as error:
-            log.warning("%s The one before is tried.", error)
+            log.warning("%s Trying the previous one.", error)
             unreadable.append(folder)
             last = error
         else:
             return folder, state, unreadable
-    raise BadInputError(f"{last} Nor can any before it: give another --out, or delete {run} to begin again.") from last
+    raise BadInputError(
+        f"{last} No earlier one can be read either: give another --out, or delete {run} to start again."
+    ) from last
 
 
 def set_aside(folder: Path) -> None:

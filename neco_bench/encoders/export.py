@@ -1,14 +1,14 @@
-"""Writing an encoder's weights so that other code loads them.
+"""Write an encoder's weights in layouts of other code.
 
-timm: the state dict of the timm model itself. dinov2: the names of the official DINOv2 models of torch.hub, which are
-also those of NeCo's and DINO's ViTs (without LayerScale and registers there).
+timm: the state dict of the timm model. dinov2: the names of the official DINOv2 models of torch.hub, which NeCo's and
+DINO's ViTs also use (without LayerScale and registers).
 
-timm's models with registers keep no position of the class token: it is part of the class token. The official layout has
-one, so a zero is written; features are the same, but the tensors may differ from those of the file once read.
+timm's models with registers have no separate position of the class token: it is added to the class token. The official
+layout has one, so a zero is written. Features are the same, but the tensors may differ from those of the original file.
 
-A file holds no rule for resizing position embeddings: whoever reads it applies its own. timm takes `size_antialias`,
-torch.hub's DINOv2 that too for models with registers, and `scale_offset` for those without (see `positions`). Where the
-encoder has another, features are equal at the size of its own grid alone, and a warning says so.
+A file contains no rule for resizing position embeddings: the code that reads it applies its own. timm uses
+`size_antialias`, and so does torch.hub's DINOv2 for models with registers; for models without, it uses `scale_offset`.
+If the encoder has another rule, features are equal only at the size of its own grid, and a warning is logged.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ SUFFIXES = (".safetensors", ".pth")
 
 
 def check_target(layout: str, path: Path, overwrite: bool = False) -> None:
-    """Check that such a file could be written. Raises `UsageError` (layout, suffix, a file that exists already)."""
+    """Check that such a file can be written. Raises `UsageError` (layout, suffix, an existing file)."""
     if layout not in LAYOUTS:
         raise UsageError(f"Unknown layout {layout!r}: use {' or '.join(LAYOUTS)}.{did_you_mean(layout, LAYOUTS)}")
     if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} must end in {' or '.join(SUFFIXES)}, which says what kind of file it is.")
+        raise UsageError(f"{path} must end in {' or '.join(SUFFIXES)}, which selects the file format.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder. Name a file.")
     if path.exists() and not overwrite:
-        raise UsageError(f"{path} is there already. Choose another name, or replace it with --overwrite.")
+        raise UsageError(f"{path} already exists. Choose another name, or replace it with --overwrite.")
 
 
 def export(encoder: Encoder, layout: str, path: Path, overwrite: bool = False) -> Path:
-    """Write the encoder's weights (float32, on the CPU) to `path` in a layout, whole or not at all, and return `path`.
+    """Write the encoder's weights (float32, on the CPU) to `path` in a layout, atomically, and return `path`.
 
-    Logs a warning where the code that the layout belongs to resizes positions by another rule than the encoder.
+    Logs a warning if the code of the layout resizes positions by another rule than the encoder.
     Raises `UsageError` (as `check_target`, and an encoder that has no such layout) and `NecoBenchError` (a full disk).
     """
     check_target(layout, path, overwrite)
@@ -65,7 +65,7 @@ def export(encoder: Encoder, layout: str, path: Path, overwrite: bool = False) -
         model: Any = inner_module(encoder)
         rows, columns = (side * encoder.stride for side in model.patch_embed.grid_size)
         log.warning(
-            "%s: %s resizes position embeddings by %s, this encoder by %s: the same features at %d x %d pixels alone.",
+            "%s: %s resizes position embeddings by %s, this encoder by %s: features are equal at %d x %d pixels only.",
             path,
             READERS[layout],
             reader_rule,
@@ -97,7 +97,7 @@ def _as_dinov2(encoder: Encoder) -> dict[str, Tensor]:
     unsupported = ["another kind of block"] if type(model.blocks[0]) is not Block else _unsupported(model)
     if unsupported:
         raise UsageError(
-            f"Model {encoder.name!r} has no dinov2 layout, which knows no model with {', '.join(unsupported)}."
+            f"Model {encoder.name!r} has no dinov2 layout, which does not support {', '.join(unsupported)}."
         )
     result: dict[str, Tensor] = {}
     for name, value in model.state_dict().items():
@@ -115,7 +115,7 @@ def _as_dinov2(encoder: Encoder) -> dict[str, Tensor]:
 
 
 def _unsupported(model: Any) -> list[str]:
-    """Parts of a plain ViT of timm that the DINOv2 layout has no place for, or another meaning, as text."""
+    """Return the parts of a plain ViT of timm that the DINOv2 layout does not support, as text."""
     block = model.blocks[0]
     norms, mlp = (block.norm1, block.norm2, model.norm), block.mlp
     linear = {"qkv.weight", "qkv.bias", "proj.weight", "proj.bias"}

@@ -1,4 +1,4 @@
-"""Fetching weights without ever hanging: one attempt, short timeouts, and an error that says what to do. No torch."""
+"""Download weights with one attempt and short timeouts; errors state the fix. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _SWITCHES = ("NECO_BENCH_OFFLINE", "HF_HUB_OFFLINE")
 
 
 def offline() -> bool:
-    """Say whether fetching is switched off, by NECO_BENCH_OFFLINE or HF_HUB_OFFLINE."""
+    """Return whether downloads are switched off by NECO_BENCH_OFFLINE or HF_HUB_OFFLINE."""
     return any(os.environ.get(name, "0").lower() in ("1", "true", "yes") for name in _SWITCHES)
 
 
 def reachable(url: str) -> bool:
-    """Say whether the server of `url` answers within `TIMEOUT`. False when offline."""
+    """Return whether the server of `url` answers within `TIMEOUT`. False when offline."""
     if offline():
         return False
     request = urllib.request.Request(url, method="HEAD")  # noqa: S310 - the hub, or an address of zoo.toml
@@ -36,14 +36,14 @@ def reachable(url: str) -> bool:
 
 
 def hub_reachable() -> bool:
-    """Say whether the Hugging Face hub answers. Call it first, as the hub's client retries for half a minute."""
+    """Return whether the Hugging Face hub answers. Call this first, because its client retries for half a minute."""
     return reachable(os.environ.get("HF_ENDPOINT", "https://huggingface.co"))
 
 
 def fetch_url(url: str, path: Path) -> Path:
-    """Download `url` to `path`, whole or not at all, unless the file exists, and return `path`.
+    """Download `url` to `path` atomically, unless the file exists, and return `path`.
 
-    Raises `MissingError` naming the address and the file to put in place.
+    Raises `MissingError`, whose message names the URL and the target file.
     """
     if path.is_file():
         return path
@@ -71,7 +71,7 @@ def fetch_url(url: str, path: Path) -> Path:
 def fetch_hub_file(repo: str, name: str, path: Path) -> Path:
     """Return a file of a Hugging Face repository: `path` if it exists, else from the hub's cache, else downloaded.
 
-    Raises `MissingError` naming the address and the file to put in place.
+    Raises `MissingError`, whose message names the URL and the target file.
     """
     # slow to import
     from huggingface_hub import hf_hub_download
@@ -88,8 +88,8 @@ def fetch_hub_file(repo: str, name: str, path: Path) -> Path:
 
 
 def missing_weights(url: str, path: Path, reason: str) -> MissingError:
-    """Make the error for weights that are not on this machine and cannot be fetched."""
+    """Return the error for weights that are not on this machine and cannot be downloaded."""
     return MissingError(
-        f"Weights are not on this machine and could not be fetched ({reason}). Download {url} and save it as {path}, "
+        f"Weights are not on this machine and could not be downloaded ({reason}). Get {url} and save it as {path}, "
         f"or pass --weights FILE."
     )

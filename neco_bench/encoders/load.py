@@ -1,4 +1,4 @@
-"""Loading an encoder from a model spec. Importing this module imports no torch."""
+"""Load an encoder from a model spec. Importing this module imports no torch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("neco_bench")
 
-# DINOv3's weights of satellite images, by the name of their official files: its repository normalises by these.
+# Statistics of DINOv3's weights for satellite images, which are recognised by the name of the official files.
 _SATELLITE = "sat493m", (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
 
 _ADAPTERS = {
@@ -36,7 +36,7 @@ _ADAPTERS = {
 
 
 def resolve_device(device: str | None) -> torch.device:
-    """Return the device of that name; None and "auto" take CUDA, then MPS, then the CPU. Raises `UsageError`."""
+    """Return the device with this name; None and "auto" select CUDA, then MPS, then the CPU. Raises `UsageError`."""
     import torch  # slow to import
 
     available = {"cpu": 1, "cuda": torch.cuda.device_count(), "mps": int(torch.backends.mps.is_available())}
@@ -55,8 +55,8 @@ def resolve_device(device: str | None) -> torch.device:
 
 
 def is_fast_in_bf16(device: str | None) -> bool:
-    """Return whether the device of that name multiplies in bf16: NVIDIA GPUs of capability 8 and above, CPUs that have
-    AVX-512 BF16, AMX or ARM's products. Raises `UsageError` for an unknown device."""
+    """Return whether the device with this name has bf16 instructions: NVIDIA GPUs of capability 8 and above, CPUs with
+    AVX-512 BF16, AMX or ARM's bf16 products. Raises `UsageError` for an unknown device."""
     import torch
 
     place = resolve_device(device)
@@ -66,13 +66,13 @@ def is_fast_in_bf16(device: str | None) -> bool:
         return False
     if platform.machine().lower() in ("aarch64", "arm64"):
         return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-    # PyTorch has no public question for one instruction in the versions that are supported.
+    # The supported versions of PyTorch have no public function to query a CPU instruction.
     asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
     return any(ask() for ask in asked if ask is not None)
 
 
 def build(model: ModelSpec) -> Encoder:
-    """Build the encoder of a parsed spec by the adapter of its kind, which is imported only when it is needed."""
+    """Build the encoder of a parsed spec with the adapter of its kind, which is imported only when needed."""
     if model.base is not None:
         return _build_run_folder(model, model.base)
     adapter = importlib.import_module(f"neco_bench.encoders.adapters.{_ADAPTERS[model.kind]}")
@@ -100,7 +100,7 @@ def _build_run_folder(model: ModelSpec, base: ModelSpec) -> Encoder:
 
 
 def _set_statistics(encoder: Encoder, model: ModelSpec) -> None:
-    """Set mean and std: the spec's, or those that belong to a given file, for which a warning names them."""
+    """Set mean and std from the spec or from the given file; for a file, a warning names them."""
     file, (tag, mean, std) = model.weights, _SATELLITE
     if model.mean is None and model.std is None and file and tag in file.name.lower():
         encoder.mean, encoder.std, encoder.statistics = mean, std, "DINOv3's of SAT-493M, by the file's name"
@@ -127,23 +127,23 @@ def load_encoder(
     """Load the encoder that a spec names: frozen, in eval mode and on its device.
 
     Args:
-        weights: what replaces the spec's weights, in any layout that `encoders.weights` knows: a file, an index of
-            shards, or a folder with one of them.
-        device: None or "auto" takes the best one of this machine.
+        weights: replaces the spec's weights: a file, an index of shards, or a folder with one of them, in any layout
+            that `encoders.weights` supports.
+        device: None or "auto" selects the best device of this machine.
         precision: fp32 (default), bf16 or fp16, as autocast.
         layers: block indices of a ViT (several are concatenated along D), or the feature level of a hierarchical
             network; None reads the last.
 
     Raises:
-        UsageError: spec, option, device, precision or layers.
-        MissingError: a file, or weights that cannot be fetched.
-        BadInputError: weights that do not fit, code that breaks its contract.
+        UsageError: for a wrong spec, option, device, precision or layers.
+        MissingError: if a file is missing, or weights cannot be downloaded.
+        BadInputError: if weights do not fit, or code violates the interface.
     """
     model = parse_spec(spec, weights)
     if layers is not None:
         model = replace(model, layers=parse_layers(layers))
     if model.layers is not None and "layers" not in model.takes:
-        raise UsageError(f"Model {model.name!r} has a fixed layer and takes no layers.")
+        raise UsageError(f"Model {model.name!r} has a fixed layer; leave out layers.")
     if precision not in (None, *PRECISIONS):
         raise UsageError(f"Unknown precision {precision!r}: use {', '.join(PRECISIONS)}.")
     if model.weights is not None:
@@ -162,7 +162,7 @@ def load_encoder(
     _set_statistics(encoder, model)
     encoder.final_norm = model.final_norm
     if not model.final_norm and not encoder.has_final_norm:
-        raise UsageError(f"Model {model.name!r} has no final norm to leave out; remove final_norm=false.")
+        raise UsageError(f"Model {model.name!r} has no final norm; remove final_norm=false.")
     if encoder.stride < 1 or encoder.embed_dim < 1:
         raise BadInputError(f"Model {model.name!r}: embed_dim and stride must be positive whole numbers.")
     return encoder.requires_grad_(False).eval().to(place)

@@ -1,4 +1,4 @@
-"""Values that the options of a model spec take. Imports no torch."""
+"""Allowed values for options of a model spec. Imports no torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Run folders as models: what a training run leaves behind is a model spec by itself. Imports no torch.
+"""Run folders as models: the folder of a training run can be used as a model spec. Imports no torch.
 
-`encoder.json` in the folder names the architecture, the newest weights and what else the features depend on. The
-weights are state dicts of `weights.inner_module`: they load into the bare architecture, and nothing is ever fetched.
+`encoder.json` in the folder names the architecture, the newest weights and the other settings of the features. The
+weights are state dicts of `weights.inner_module`, which are loaded into the architecture; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from neco_bench.core.errors import BadInputError, MissingError, UsageError
 
 FORMAT = 1
 
-_FIX = "Go on with the training run, which writes it again with its next checkpoint."
+_FIX = "Resume the training run, which writes it again with its next checkpoint."
 
 _Number = Annotated[float, Field(allow_inf_nan=False)]
 
@@ -29,10 +29,10 @@ _Name = Annotated[str, Field(min_length=1)]
 class TrainedEncoder(BaseModel):
     """The content of `encoder.json`.
 
-    base: spec of the architecture, as `architecture` gives it. student, teacher: weights files, relative to the folder;
-    null for no teacher. mean, std: of RGB on [0, 1]. layers: what is read where the spec says nothing; null leaves it
-    to `base`. embed_dim: D of the features. stride: pixels. step: optimizer steps behind the weights. training_data:
-    what they were trained on, as text. overlap: the same for contamination notes, as in `zoo.toml`.
+    base: spec of the architecture, see `architecture`. student, teacher: weights files, relative to the folder; null
+    for no teacher. mean, std: RGB on [0, 1]. layers: the layers to read by default; null uses those of `base`.
+    embed_dim: D of the features. stride: pixels. step: number of optimizer steps of the weights. training_data: their
+    training data, as text. overlap: the same for contamination notes, as in `zoo.toml`.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,14 +61,14 @@ class TrainedEncoder(BaseModel):
 
 
 def read_run(folder: Path) -> TrainedEncoder:
-    """Read `encoder.json` of a run folder. Raises `MissingError` and `BadInputError`, naming the file."""
+    """Read `encoder.json` of a run folder. Raises `MissingError` and `BadInputError`, whose messages name the file."""
     path = folder / RUN_FILE
     try:
         document = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise MissingError(f"{path} could not be read: {error.strerror or error}. {_FIX}") from error
     except ValueError as error:
-        raise BadInputError(f"{path} is not a whole JSON document ({error}). {_FIX}") from error
+        raise BadInputError(f"{path} is not a complete JSON document ({error}). {_FIX}") from error
     version = document.get("format") if isinstance(document, dict) else None
     if isinstance(version, int) and version > FORMAT:
         raise BadInputError(f"{path} has format {version}; this neco-bench reads up to {FORMAT}. Upgrade neco-bench.")
@@ -81,11 +81,11 @@ def read_run(folder: Path) -> TrainedEncoder:
 
 
 def weights_file(folder: Path, branch: str | None) -> Path:
-    """Return the weights file of a branch, which exists. Raises `MissingError`, and as `read_run` and `file_of`."""
+    """Return the existing weights file of a branch. Raises `MissingError`, and the errors of `read_run`, `file_of`."""
     path = read_run(folder).file_of(folder, branch)
     if not path.is_file():
         raise MissingError(
-            f"{path}, the weights that {folder / RUN_FILE} names, is not there. Copy the run folder whole, or pass "
+            f"{path}, the weights that {folder / RUN_FILE} names, does not exist. Copy the whole run folder, or pass "
             f"--weights FILE."
         )
     return path
@@ -95,5 +95,5 @@ RUN_FILE = "encoder.json"  # in the folder of a training run; `encoders.run_fold
 
 
 def is_run_folder(body: str) -> bool:
-    """Say whether a path, as in a spec without its options, is the folder of a training run with an encoder in it."""
+    """Return whether a path (a spec without its options) is the folder of a training run with an encoder."""
     return bool(body) and os.path.isfile(os.path.join(body, RUN_FILE))

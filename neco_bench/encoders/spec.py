@@ -4,15 +4,15 @@
     timm:NAME                                       any timm model with dense features
     hub:OWNER/REPO:ENTRY                            a torch.hub entry, or a local folder in place of OWNER/REPO
     hf:ID                                           a transformers model, or a local folder
-    path/to/file.py:FACTORY                         a function of one's own
-    path/to/run                                     what a training run left in its folder
+    path/to/file.py:FACTORY                         a user's function
+    path/to/run                                     the folder of a training run
 
 Options follow a question mark, as in `timm:NAME?pretrained=false&seed=0`:
 
-    pretrained=true|false    seed=N (for pretrained=false)    branch=NAME (of one copy in a file with several)
+    pretrained=true|false    seed=N (for pretrained=false)    branch=NAME (one copy of several in a file)
     layers=3,6,9,11          final_norm=true|false            pos_interp=timm|scale_offset|size_antialias
-    mean=R,G,B  std=R,G,B    statistics on [0, 1] of the weights in use
-    trust=true               for hub: models, as this runs the repository's code
+    mean=R,G,B  std=R,G,B    statistics of the weights on [0, 1]
+    trust=true               for hub: models, because the repository's code is run
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _OPTIONS = {
     "hf": ("branch", "layers", "final_norm", "mean", "std"),
     "file": ("branch",),
     "code": ("branch",),
-    "run": ("branch", "layers", "final_norm", "trust"),  # all but the first only where the architecture takes them
+    "run": ("branch", "layers", "final_norm", "trust"),  # all but the first only if the architecture supports them
 }
 
 _FORMS = (
@@ -49,16 +49,16 @@ _FORMS = (
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A parsed spec, with the weights given beside it.
+    """A parsed spec, with optional weights.
 
-    name: the spec in its standard form: options in alphabetical order, without those that the zoo's entry has itself.
-    kind: what builds it: "timm", "hub", "hf", "file" (a Python file), "code" (a function of a package) or "run".
-    target: what that builds, such as the name in timm, or "module:function".
+    name: the spec in its standard form: options in alphabetical order, without those of the zoo entry.
+    kind: the adapter: "timm", "hub", "hf", "file" (a Python file), "code" (a function of a package) or "run".
+    target: what the adapter builds, such as the name in timm, or "module:function".
     origin: for names, the package that registered it.
-    options: as written, those of the zoo's entry included; the fields after it are their values.
-    base: for a run folder its architecture, whose layers, final norm and positions hold where the spec says nothing.
-    takes: the options that such a model has.
-    weights: a file, an index of shards or a folder with one of them, in place of the model's own weights.
+    options: the options as written, including those of the zoo entry; the fields after it are their values.
+    base: for a run folder, its architecture; its layers, final norm and positions are the defaults.
+    takes: the options that this kind of model accepts.
+    weights: a file, an index of shards or a folder with one of them, which replaces the model's own weights.
     """
 
     name: str
@@ -85,17 +85,17 @@ SpecLike = str | os.PathLike[str] | ModelSpec
 
 
 def parse_spec(spec: SpecLike, weights: str | Path | None = None) -> ModelSpec:
-    """Parse a spec; one that is parsed already is returned, with `weights` where they are given.
+    """Parse a spec; a parsed spec is returned unchanged, with `weights` if they are given.
 
     Raises:
-        UsageError: what is no spec, an unknown name or option (with the nearest known ones), a wrong value.
-        MissingError, BadInputError: a run folder without `encoder.json`, or with a broken one.
+        UsageError: for an invalid spec, an unknown name or option (the message suggests similar ones), a wrong value.
+        MissingError, BadInputError: if `encoder.json` of a run folder is missing or broken.
     """
     if isinstance(spec, ModelSpec):
         return spec if weights is None else replace(spec, weights=Path(weights))
     if not isinstance(spec, str | os.PathLike):
         raise UsageError(
-            f"A model is named by a spec, not given as {type(spec).__name__}. Write {_FORMS}. Of a module, name a "
+            f"A model is named by a spec, not by a {type(spec).__name__}. Write {_FORMS}. For a module, name a "
             f"function that returns it."
         )
     spec = os.fspath(spec).strip()
@@ -129,7 +129,7 @@ def parse_spec(spec: SpecLike, weights: str | Path | None = None) -> ModelSpec:
 
 @dataclass(frozen=True)
 class _Body:
-    """What stands before the question mark, parsed. options: those of the zoo's entry."""
+    """The parsed text before the question mark. options: those of the zoo entry."""
 
     name: str
     kind: str
@@ -147,7 +147,7 @@ def _parse_run_folder(text: str, spec: str) -> _Body | None:
     return _Body(folder, "run", folder, base=base_of(Path(folder)))
 
 
-_TARGETS = {"timm": ".+", "hub": ".+:[^:]+", "hf": ".+"}  # by scheme, a pattern of what follows it
+_TARGETS = {"timm": ".+", "hub": ".+:[^:]+", "hf": ".+"}  # by scheme, a pattern for the text after it
 
 
 def _parse_scheme(text: str, spec: str) -> _Body | None:
@@ -173,7 +173,7 @@ def _parse_registered_name(text: str, spec: str) -> _Body | None:
         return None
     name = aliases().get(text, text)
     if name not in models() and _is_in_timm(name):
-        raise UsageError(f"Unknown model {text!r}, but timm has one of that name: write timm:{spec}.")
+        raise UsageError(f"Unknown model {text!r}, but timm has a model with this name: write timm:{spec}.")
     registered = models().entry(name)
     entry = zoo().get(name)
     target, _, options = registered.value.partition("?")
@@ -185,13 +185,13 @@ def _parse_registered_name(text: str, spec: str) -> _Body | None:
 
 def _is_in_timm(name: str) -> bool:
     try:
-        import timm  # slow, and here on the way to an error only
+        import timm  # slow, but only used before an error
     except ImportError:
         return False
     return bool(timm.is_model(name.partition(".")[0]))
 
 
-# Tried in this order. Each gives None for text of another form.
+# Tried in this order. Each returns None for text of another form.
 _PARSERS: Sequence[Callable[[str, str], _Body | None]] = (
     _parse_run_folder,
     _parse_scheme,
@@ -203,10 +203,10 @@ _PARSERS: Sequence[Callable[[str, str], _Body | None]] = (
 def _unknown_form(text: str, spec: str) -> NecoBenchError:
     if os.path.isdir(text):
         return MissingError(
-            f"Folder {text} holds no trained encoder (no {RUN_FILE}): if a training run writes there, it has not saved "
-            f"a checkpoint yet. A folder of transformers is hf:{text}, one of torch.hub hub:{text}:ENTRY."
+            f"Folder {text} contains no trained encoder (no {RUN_FILE}). If a training run writes there, it has not "
+            f"saved a checkpoint yet. Use hf:{text} for a folder of transformers, hub:{text}:ENTRY for torch.hub."
         )
-    return UsageError(f"Model spec {spec!r} is none of the known forms: {_FORMS}.")
+    return UsageError(f"Model spec {spec!r} has none of the known forms: {_FORMS}.")
 
 
 def _split_options(query: str, takes: tuple[str, ...], spec: str) -> dict[str, str]:
@@ -218,7 +218,7 @@ def _split_options(query: str, takes: tuple[str, ...], spec: str) -> dict[str, s
                 f"Model spec {spec!r}: unknown option {key!r} for this kind of model; "
                 f"it takes {', '.join(takes)}.{did_you_mean(key, takes)}"
             )
-        options[key] = text.lower() if _READERS[key] is _read_flag else text  # as Python writes them
+        options[key] = text.lower() if _READERS[key] is _read_flag else text  # Python writes True and False
     return options
 
 
@@ -233,7 +233,7 @@ def _read_flag(key: str, text: str, spec: str) -> bool:
 
 
 def _read_statistic(key: str, text: str, spec: str) -> tuple[float, float, float]:
-    """Three numbers for RGB on [0, 1]; those of `std` above 0."""
+    """Read three numbers for RGB on [0, 1]; those of `std` must be above 0."""
     try:
         red, green, blue = map(float, text.split(","))
     except ValueError:
@@ -284,7 +284,7 @@ def parse_layers(layers: Layers) -> tuple[int, ...] | None:
 
 
 def functions_in(path: Path) -> str:
-    """List the functions and classes at the top level of a Python file in a sentence; "" where it cannot be read."""
+    """Return a sentence that lists the functions and classes of a Python file; "" if it cannot be read."""
     try:
         tree = ast.parse(path.read_text(encoding="utf-8"))
     except (OSError, SyntaxError, ValueError):
@@ -296,7 +296,7 @@ def functions_in(path: Path) -> str:
 def base_of(folder: Path) -> ModelSpec:
     """Parse the architecture of a run folder, with the layers that the run read.
 
-    Raises `MissingError` and `BadInputError`, naming `encoder.json`.
+    Raises `MissingError` and `BadInputError`, whose messages name `encoder.json`.
     """
     run, path = read_run(folder), folder / RUN_FILE
     if is_run_folder(run.base.partition("?")[0]):
@@ -307,16 +307,16 @@ def base_of(folder: Path) -> ModelSpec:
         raise BadInputError(f"{path}: base: {error}") from error
     if base.kind == "file" and not Path(base.target.rpartition(":")[0]).is_file():
         raise MissingError(
-            f"{path}: base {run.base!r} names a file that is not there. Work in the folder in which the encoder was "
-            f"trained, or write where the file is."
+            f"{path}: base {run.base!r} names a file that does not exist. Run the command in the folder in which the "
+            f"encoder was trained, or correct the path."
         )
     return replace(base, layers=run.layers or base.layers)
 
 
 def branch_of(spec: SpecLike) -> str | None:
-    """Say which of a run's two encoders a spec means, "student" or "teacher"; None where there are not two.
+    """Return which of a run's two encoders a spec selects, "student" or "teacher"; None if there are not two.
 
-    Raises as `parse_spec`.
+    Raises the errors of `parse_spec`.
     """
     model = parse_spec(spec)
     if model.kind != "run" or read_run(Path(model.target)).teacher is None:
@@ -325,11 +325,11 @@ def branch_of(spec: SpecLike) -> str | None:
 
 
 def architecture(spec: SpecLike) -> str:
-    """Write the spec of a model's bare architecture: what `encoder.json` records as `base`.
+    """Return the spec of a model's architecture without weights, which `encoder.json` records as `base`.
 
-    Layers, final norm and position interpolation stand in it where they are not the default; what selects weights
-    (pretrained, seed, branch) does not. A zoo name becomes its `timm:` or `hub:` spec, so that later changes of the zoo
-    cannot change it; a run folder becomes its own base. Raises as `parse_spec`.
+    It contains layers, final norm and position interpolation if they are not the default, but no options that select
+    weights (pretrained, seed, branch). A zoo name becomes its `timm:` or `hub:` spec, so that later changes to the zoo
+    do not affect it; a run folder becomes its base. Raises the errors of `parse_spec`.
     """
     model = parse_spec(spec)
     base = model.base or model
@@ -347,10 +347,10 @@ def architecture(spec: SpecLike) -> str:
 
 
 def training_of(model: ModelSpec) -> tuple[str, Mapping[str, str]]:
-    """Say what a model's weights were trained on, as text, and their overlap with data sets (`ZooEntry.overlap`).
+    """Return the training data of a model's weights as text, and their overlap with data sets (`ZooEntry.overlap`).
 
-    Given weights are known where they are the official file of an entry of the zoo. What one's own code loads is not
-    known, unless its encoder declares `training_data`. Raises `MissingError`.
+    The training data of given weights is known only if they are the official file of a zoo entry; that of user code
+    only if its encoder declares `training_data`. Raises `MissingError`.
     """
     file, entry = model.weights, model.entry
     if file is None:
@@ -368,12 +368,12 @@ def training_of(model: ModelSpec) -> tuple[str, Mapping[str, str]]:
 
 
 def is_official(model: ModelSpec, source: str) -> bool | None:
-    """Say whether a model's weights are the official file of the zoo's entry.
+    """Return whether a model's weights are the official file of the zoo entry.
 
-    False too where the sha256 of that file is not known yet; None where the name stands for no official weights.
+    False if the sha256 of that file is not known yet; None if the name has no official weights.
 
     Args:
-        source: the file that was loaded, where no entry says which.
+        source: the file that was loaded, if no zoo entry names it.
     """
     entry = model.entry
     if entry is None or (model.weights is None and not (model.pretrained and entry.has_official_weights)):
@@ -383,17 +383,17 @@ def is_official(model: ModelSpec, source: str) -> bool | None:
 
 
 def needs_loading(model: ModelSpec) -> bool:
-    """Say whether only loading can show what the weights are, as where code runs that may read any file."""
+    """Return whether the weights are only known after loading, because code runs that may read any file."""
     if model.base is not None:
         return needs_loading(model.base)
     return model.kind in ("file", "hub") or (model.kind == "code" and model.origin != BUILTIN)
 
 
 def model_info(spec: SpecLike) -> dict[str, Any]:
-    """Collect facts about a spec without loading it: name, kind, target, origin and options.
+    """Return facts about a spec without loading it: name, kind, target, origin and options.
 
-    For zoo entries it has all their facts, for run folders all that `encoder.json` says. `weights_file` is where the
-    file belongs and `weights_in_place` whether it is there. Raises as `parse_spec`.
+    Zoo entries have all their fields, run folders all fields of `encoder.json`. `weights_file` is the expected path of
+    the file, and `weights_in_place` whether it exists. Raises the errors of `parse_spec`.
     """
     model = parse_spec(spec)
     facts: dict[str, Any] = {

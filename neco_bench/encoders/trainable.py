@@ -1,8 +1,8 @@
-"""What makes an encoder trainable: stochastic depth that can be resumed, gradient checkpointing, frozen parts.
+"""Prepare encoders for training: resumable stochastic depth, gradient checkpointing, frozen parts.
 
-All randomness depends on (seed, step, position in the batch) alone. Where encoders draw numbers of their own (dropout),
-torch's generators are seeded by (seed, step, process): such a run can be resumed exactly, but does depend on the number
-of processes. Batch normalisation keeps the statistics that it came with.
+All randomness depends only on (seed, step, position in the batch). If an encoder draws random numbers itself (dropout),
+torch's generators are seeded by (seed, step, process): such a run can be resumed exactly, but depends on the number of
+processes. Batch normalisation keeps its initial statistics.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ _BLOCK_LISTS = ("blocks", "stages", "layers", "layer")
 
 
 class StochasticDepth(nn.Module):
-    """Drops a residual branch per image, and scales what it keeps (Huang et al., ECCV 2016).
+    """Drop a residual branch for some images, and scale it for the others (Huang et al., ECCV 2016).
 
-    number: of the branch, or of the first of those that share this module. exact: as in the last block of DINOv2, a
-    fixed number of images, floor(n (1 - rate)), keeps its branch.
+    number: index of the branch, or of the first branch that shares this module. exact: a fixed number of images,
+    floor(n (1 - rate)), keeps its branch, as in the last block of DINOv2.
     """
 
     def __init__(self, rate: float, number: int, shard: RankShard, exact: bool = False) -> None:
@@ -48,7 +48,7 @@ class StochasticDepth(nn.Module):
         self.calls += 1
         shard = self.shard
         views = len(x) // shard.images
-        # Equal for every call with tensors of this shape of a batch: gradient checkpointing repeats the call.
+        # The same for every call with tensors of this shape in a batch, because gradient checkpointing repeats calls.
         draws = item_rng(shard.seed, "drop_path", shard.batch_number, number, *x.shape[1:]).random((views, shard.total))
         if self.exact:
             count = max(1, math.floor(draws.size * (1 - self.rate)))
@@ -61,14 +61,14 @@ class StochasticDepth(nn.Module):
 
 @contextlib.contextmanager
 def seeded(shard: RankShard, device: torch.device) -> Iterator[None]:
-    """Let what an encoder draws by itself depend on (seed, step, process) alone; put torch's generators back after."""
+    """Seed torch's generators by (seed, step, process) for random numbers of the encoder; restore them afterwards."""
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(int(item_rng(shard.seed, "own", shard.batch_number, shard.start).integers(2**63)))
         yield
 
 
 def blocks_of(encoder: Encoder) -> list[nn.Module]:
-    """List the blocks of a transformer, or the stages of a hierarchical network; none where no name is known."""
+    """Return the blocks of a transformer or the stages of a hierarchical network; none if their names are unknown."""
     for name, module in encoder.named_modules():
         if name.rpartition(".")[2] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential):
             return [part for part in module if not isinstance(part, nn.Identity)]
@@ -78,14 +78,14 @@ def blocks_of(encoder: Encoder) -> list[nn.Module]:
 
 
 def check_has_weights(encoder: Encoder) -> None:
-    """Raise UsageError where an encoder has nothing to train."""
+    """Raise UsageError if an encoder has no weights to train."""
     if not any(True for _ in encoder.parameters()):
         raise UsageError(f"Model {encoder.name!r} has no weights to train. Use an encoder with weights.")
 
 
 @dataclasses.dataclass(frozen=True)
 class Regularisation:
-    """How an encoder is trained.
+    """Options for training an encoder.
 
     drop_path: stochastic depth of the last block, growing from 0 at the first. exact_last: the last block of a ViT with
     LayerScale drops a fixed number of images, as DINOv2 does. checkpointing: compute activations again in backward.
@@ -99,13 +99,13 @@ class Regularisation:
 def prepare(encoder: Encoder, size: int, shard: RankShard, options: Regularisation) -> None:
     """Prepare an encoder in place for training on inputs of `size` pixels; frozen parameters stay frozen.
 
-    Raises UsageError where it has no blocks known by name for gradient checkpointing, or random numbers that cannot be
-    seeded, and BadInputError where its features carry no gradient.
+    Raises UsageError if its blocks are not known by name for gradient checkpointing, or if its random numbers cannot be
+    seeded, and BadInputError if its features have no gradient.
     """
     blocks = blocks_of(encoder)
     add_stochastic_depth(encoder, options.drop_path, shard, options.exact_last)
     if options.checkpointing and not blocks:
-        raise UsageError(f"--checkpointing: model {encoder.name!r} has no blocks that are known by name.")
+        raise UsageError(f"--checkpointing: the blocks of model {encoder.name!r} are not known by name.")
     for block in blocks if options.checkpointing else ():
         block.forward = _recomputed(block.forward)
     _freeze_unused(encoder, size)
@@ -120,7 +120,7 @@ def _recomputed(forward: Any) -> Any:
 
 
 def add_stochastic_depth(encoder: nn.Module, rate: float, shard: RankShard, exact_last: bool = True) -> None:
-    """Let residual branches be dropped, at rates that grow linearly with depth, from 0.
+    """Add stochastic depth to residual branches, with rates that grow linearly with depth, from 0.
 
     exact_last: the last block of a ViT with LayerScale (DINOv2) drops exact numbers.
 
@@ -141,12 +141,12 @@ def add_stochastic_depth(encoder: nn.Module, rate: float, shard: RankShard, exac
                 setattr(module, name, drop)
         if share:
             module.forward = _recounting(module)
-        if hasattr(module, "sample_drop_ratio"):  # torch.hub's DINOv2 uses its branches only above 0, and up to 0.1
+        if hasattr(module, "sample_drop_ratio"):  # torch.hub's DINOv2 uses these branches only above 0 and up to 0.1
             module.sample_drop_ratio = min(share, 0.1)  # type: ignore[assignment]
 
 
 def _recounting(block: nn.Module) -> Any:
-    """Wrap the block's forward to count calls of its stochastic depth from 0, also when checkpointing repeats it."""
+    """Wrap the block's forward so that its stochastic depth counts calls from 0, also if checkpointing repeats it."""
     forward, drops = block.forward, [part for part in block.children() if isinstance(part, StochasticDepth)]
 
     def run(*inputs: Any, **options: Any) -> Any:
@@ -158,24 +158,24 @@ def _recounting(block: nn.Module) -> Any:
 
 
 def _freeze_unused(encoder: Encoder, size: int) -> None:
-    """Freeze what dense features never pass through (mask tokens, later stages), by one backward pass."""
+    """Freeze parameters that dense features do not use (mask tokens, later stages), found by one backward pass."""
     probe = torch.zeros(1, 3, size, size, device=encoder.device)
     with torch.enable_grad():
         features = encoder.eval()._run(probe, final_norm=encoder.has_final_norm and encoder.final_norm, attention=False)
         encoder._checked(features, 1, size // encoder.stride, size // encoder.stride)
         if not features.map.requires_grad:
-            raise BadInputError(f"Model {encoder.name!r}: its features carry no gradient, so it cannot be trained.")
+            raise BadInputError(f"Model {encoder.name!r}: its features have no gradient, so it cannot be trained.")
         features.map.sum().backward()
     unused = [name for name, p in encoder.named_parameters() if p.requires_grad and p.grad is None]
     for parameter in encoder.parameters():
         parameter.requires_grad_(parameter.grad is not None)
         parameter.grad = None
     if unused:
-        log.warning("not trained, as dense features do not pass through them: %s", ", ".join(unused[:8]))
+        log.warning("not trained, because dense features do not use them: %s", ", ".join(unused[:8]))
 
 
 def _check_own_draws(encoder: Encoder, size: int, shard: RankShard) -> None:
-    """Say so where an encoder draws numbers of its own in training; refuse one whose draws no seed repeats."""
+    """Log a warning if an encoder draws random numbers in training; raise UsageError if they cannot be seeded."""
     image = torch.randn(1, 3, size, size, generator=torch.Generator().manual_seed(0)).to(encoder.device)
     set_training(encoder)
     for module in encoder.modules():
@@ -191,19 +191,19 @@ def _check_own_draws(encoder: Encoder, size: int, shard: RankShard) -> None:
     encoder.eval()
     if not torch.allclose(first, again, rtol=1e-3, atol=1e-5, equal_nan=True):
         raise UsageError(
-            f"Model {encoder.name!r} draws random numbers in training that no seed of torch's repeats, so that a run "
-            f"could not be resumed. Draw them from torch's default generator, as torch.nn.Dropout does, or none."
+            f"Model {encoder.name!r} draws random numbers in training that torch's seed does not determine, so a run "
+            f"could not be resumed. Draw them from torch's default generator, like torch.nn.Dropout, or draw none."
         )
     if not torch.allclose(first, other, rtol=1e-3, atol=1e-5, equal_nan=True):
         log.warning(
-            "%s draws random numbers of its own in training (dropout). They follow from seed, step and process: a run "
-            "can be resumed exactly, but one on another number of processes differs.",
+            "%s draws random numbers in training (dropout). They depend on seed, step and process: a run can be "
+            "resumed exactly, but a run with another number of processes differs.",
             encoder.name,
         )
 
 
 def set_training(network: nn.Module) -> None:
-    """Set training mode, but for batch normalisation."""
+    """Set training mode, except for batch normalisation."""
     network.train()
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):

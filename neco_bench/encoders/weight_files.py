@@ -1,9 +1,9 @@
-"""Read weights files of any name without running their code.
+"""Read weights files of any format without running code in them.
 
-The first bytes of a file show what it is: safetensors, a checkpoint of PyTorch (zip or the older kind), a TorchScript
-archive, of which only the tensors are read, or an index of shards. Checkpoints are read with `weights_only=True`.
-Objects in them that are not tensors (arguments, configurations, whole modules) are replaced by placeholders that do
-nothing.
+The first bytes of a file determine its format: safetensors, a PyTorch checkpoint (zip or the older format), a
+TorchScript archive, of which only the tensors are read, or an index of shards. Checkpoints are read with
+`weights_only=True`. Objects in them that are not tensors (arguments, configurations, whole modules) are replaced by
+placeholders that do nothing.
 Importing this module imports no torch.
 """
 
@@ -42,7 +42,7 @@ _STANDARD_NAMES = (
 _UNPACK = "Unpack it and pass the weights file in it."
 
 _OTHER_FILES = (
-    (b"version https://git-lfs", "a pointer of git-lfs in place of the file. Fetch the file: git lfs pull."),
+    (b"version https://git-lfs", "a git-lfs pointer instead of the file. Download the file: git lfs pull."),
     (b"\x1f\x8b", f"compressed with gzip. {_UNPACK}"),
     (b"BZh", f"compressed with bzip2. {_UNPACK}"),
     (b"\xfd7zXZ", f"compressed with xz. {_UNPACK}"),
@@ -54,22 +54,22 @@ _OTHER_FILES = (
     (b"GGUF", "a GGUF file. Pass weights of PyTorch."),
 )
 
-# Modules of the standard library whose classes stand in checkpoints as data. No others belong there.
+# Modules of the standard library whose classes checkpoints may contain as data.
 _HARMLESS = {
     *("argparse", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"),
     *("functools", "numbers", "pathlib", "random", "types", "typing", "uuid"),
 }
 
-_REFUSALS = ("Unsupported", "Can only", "Trying to", "Only persistent", "unsupported")  # of torch's reader
+_REFUSALS = ("Unsupported", "Can only", "Trying to", "Only persistent", "unsupported")  # errors of torch's reader
 
 
 def files_of(path: Path) -> list[Path]:
-    """Return the files that weights are in: one, or an index of shards followed by its shards.
+    """Return the weights files: one file, or an index of shards followed by its shards.
 
     Args:
         path: a file, an index, or a folder with one of them.
 
-    Raises `MissingError` (a file that is not there) and `BadInputError` (a broken index, a folder without one choice).
+    Raises `MissingError` (a missing file) and `BadInputError` (a broken index, a folder with no or several files).
     """
     if path.is_dir():
         path = _in_folder(path)
@@ -87,29 +87,29 @@ def files_of(path: Path) -> list[Path]:
             f"{path} is not an index of shards (JSON with a weight_map). Pass the weights file."
         ) from error
     if absent := [shard.name for shard in shards if not shard.is_file()]:
-        raise MissingError(f"Shards that {path} names are not beside it: {first_names(absent)}.")
+        raise MissingError(f"Shards that {path} names are missing in its folder: {first_names(absent)}.")
     return [path, *shards]
 
 
 def _in_folder(folder: Path) -> Path:
-    """The weights file, or index, of a folder in which there is one choice."""
+    """Return the only weights file or index in a folder."""
     if (folder / "encoder.json").is_file():
-        raise BadInputError(f"{folder} is the folder of a training run: name it as the model, without --weights.")
+        raise BadInputError(f"{folder} is the folder of a training run: use it as the model, without --weights.")
     for name in _STANDARD_NAMES:
         if (folder / name).is_file():
             return folder / name
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if len(files) != 1:
         content = f"several weights files ({first_names(file.name for file in files)})" if files else "no weights file"
-        raise BadInputError(f"Folder {folder} holds {content}. Name the weights file.")
+        raise BadInputError(f"Folder {folder} contains {content}. Name the weights file.")
     return files[0]
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read all tensors of a file, an index of shards or a folder, on the CPU, by dotted names of nested dictionaries.
+    """Read all tensors of a file, an index of shards or a folder on the CPU; names of nested dictionaries are dotted.
 
-    Raises `MissingError` (no such file) and `BadInputError` (truncated, something else than weights, or a file that
-    wants to run code), naming the file.
+    Raises `MissingError` (no such file) and `BadInputError` (truncated, not a weights file, or a file that would run
+    code), whose messages name the file.
     """
     first, *shards = files_of(path)
     tensors: dict[str, Tensor] = {}
@@ -118,9 +118,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     if shards:
         names = json.loads(first.read_text(encoding="utf-8"))["weight_map"]
         if absent := [name for name in names if name not in tensors]:
-            raise BadInputError(f"The shards of {first} lack {first_names(absent)}. Get them again.")
+            raise BadInputError(f"The shards of {first} lack {first_names(absent)}. Download them again.")
     if not tensors:
-        raise BadInputError(f"Weights file {path} holds no named tensors.")
+        raise BadInputError(f"Weights file {path} contains no named tensors.")
     return tensors
 
 
@@ -138,45 +138,45 @@ def _read(path: Path) -> dict[str, Tensor]:
             with path.open("rb") as file:
                 names = set().union(
                     *(_names_in_pickle(file) for _ in range(5))
-                )  # of the older kind: five pickles, then data
+                )  # the older format: five pickles, then data
             content = _load(path, path, names, start[1])
         else:
             raise BadInputError(f"Weights file {path} is {_other_kind(start)}")
     except NecoBenchError:
         raise
-    except Exception as error:  # readers raise many types; whichever it is, this file is at fault
+    except Exception as error:  # readers raise many types; in all cases, this file is at fault
         reason = str(error).strip().partition("\n")[0][:200]
         raise BadInputError(
-            f"Weights file {path} could not be read; it may be truncated. Get it again. "
+            f"Weights file {path} could not be read; it may be truncated. Download it again. "
             f"({type(error).__name__}: {reason})"
         ) from error
     return dict(_flatten(content, "", ()))
 
 
 def _other_kind(start: bytes) -> str:
-    """What a file without weights is, from its first bytes, and what to do."""
+    """Return the kind of a file without weights, from its first bytes, and the fix."""
     if not start:
-        return "empty. Get it again."
+        return "empty. Download it again."
     for magic, what in _OTHER_FILES:
         if start.startswith(magic):
             return what
     if start[257:262] == b"ustar":
         return f"a tar archive. {_UNPACK}"
     if start.lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"<":
-        return "a web page, as servers send where a file is gone or wants a login. Download it again."
+        return "a web page, which servers send if a file does not exist or needs a login. Download it again."
     if start.lstrip()[:1] in (b"{", b"["):
         return "a JSON document. Pass the weights file; an index of shards must end in .json."
-    return f"neither safetensors nor a checkpoint of PyTorch: it begins with {start[:8]!r}. It may be truncated."
+    return f"neither safetensors nor a PyTorch checkpoint: it begins with {start[:8]!r}. It may be truncated."
 
 
 def _read_zip(path: Path) -> Any:
-    """The content of a checkpoint in zip form; of a TorchScript archive, placeholders that hold its tensors."""
+    """Return the content of a checkpoint in zip format; for a TorchScript archive, placeholders with its tensors."""
     with zipfile.ZipFile(path) as archive:
         names = archive.namelist()
         main = next((name for name in names if name.count("/") == 1 and name.endswith("/data.pkl")), None)
         if main is None:
             if all(name.endswith(".npy") for name in names):
-                what = "a NumPy archive (.npz), as JAX models have. Pass weights of PyTorch."
+                what = "a NumPy archive (.npz), as used for JAX models. Pass weights of PyTorch."
             else:
                 what = f"a zip archive of {first_names(names)}. {_UNPACK}"
             raise BadInputError(f"Weights file {path} is {what}")
@@ -193,7 +193,7 @@ def _read_zip(path: Path) -> Any:
 
 
 def _names_in_pickle(stream: Any) -> set[str]:
-    """The functions and classes that the next pickle in a stream names, by today's names. Runs nothing."""
+    """Return the functions and classes that the next pickle in a stream names, without running it."""
     names = set()
     try:
         for operation, argument, _ in pickletools.genops(stream):
@@ -203,13 +203,13 @@ def _names_in_pickle(stream: Any) -> set[str]:
                     (module, name), (_compat_pickle.IMPORT_MAPPING.get(module, module), name)
                 )
                 names.add(f"{module}.{name}")
-    except ValueError:  # the end of the file, or damage, which torch's own reader reports
+    except ValueError:  # end of the file, or damage, which torch's reader reports
         pass
     return names
 
 
 class _Placeholder:
-    """An object that is not read: it takes any arguments and any state, and does nothing."""
+    """Replacement of an object that is not read: it accepts any arguments and any state, and does nothing."""
 
     def __new__(cls, *_args: Any) -> Any:
         return object.__new__(cls)
@@ -229,25 +229,26 @@ class _PlaceholderList(_Placeholder):
 
 class _PlaceholderDict(_Placeholder):
     def __new__(cls, *_args: Any) -> Any:
-        return OrderedDict()  # torch's reader also gives these a state
+        return OrderedDict()  # torch's reader also sets a state on these
 
 
 def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int) -> Any:
-    """`torch.load`, with placeholders for the names that torch does not know.
+    """Call `torch.load` with placeholders for names that torch does not know.
 
-    Only filling a placeholder shows whether it is an object, a list or a dictionary: then the reading starts again.
+    Whether a placeholder must be an object, a list or a dictionary is only known when torch fills it; reading then
+    starts again.
     """
     import torch  # slow to import
 
     for name in sorted(names):
         if name.startswith("torch.distributed."):
             raise BadInputError(
-                f"Weights file {path} holds tensors that are split over processes ({name}). Gather them and save again."
+                f"Weights file {path} has tensors that are split over processes ({name}). Gather them and save again."
             )
         if not _may_be_replaced(name):
             raise BadInputError(
-                f"Weights file {path} wants to run code when it is read ({name}), and was not opened. If you trust "
-                f"where it comes from, convert it to .safetensors, or save its state dict alone."
+                f"Weights file {path} would run code when it is read ({name}), and was not opened. If you trust "
+                f"its source, convert it to .safetensors, or save only its state dict."
             )
     kinds: dict[str, type] = dict.fromkeys(names, _Placeholder)
     for _ in range(len(names) + 1):
@@ -264,26 +265,26 @@ def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int)
                 raise
             elif protocol > 2:
                 raise BadInputError(
-                    f"Weights file {path} is a pickle of protocol {protocol}, which is not read safely. Save its state "
-                    f"dict again with torch.save."
+                    f"Weights file {path} is a pickle of protocol {protocol}, which cannot be read safely. Save its "
+                    f"state dict again with torch.save."
                 ) from error
             else:
                 reason = next((line for line in str(error).splitlines() if line.startswith(_REFUSALS)), str(error))
                 raise BadInputError(f"Weights file {path} was not opened: {reason.strip()}") from error
-    raise AssertionError("each round settles one kind, or ends")
+    raise AssertionError("each round determines one kind, or returns")
 
 
 def _kind_of_filled(message: str) -> tuple[type | None, str]:
-    """The kind that a placeholder must be, and the end of its name after a dot, from torch's refusal to fill it."""
-    if found := re.search(r"Can only (append|extend|SETITEM)\w* .*got <class '(.+?)'>", message):
-        return (_PlaceholderDict if found[1] == "SETITEM" else _PlaceholderList), f".{found[2]}"
-    if found := re.match(r"'(\w+)' object does not support item assignment", message):  # torch before 2.8
-        return _PlaceholderDict, f".{found[1]}"
+    """Return the kind that a placeholder must have, and the last part of its name, from torch's error message."""
+    if match := re.search(r"Can only (append|extend|SETITEM)\w* .*got <class '(.+?)'>", message):
+        return (_PlaceholderDict if match[1] == "SETITEM" else _PlaceholderList), f".{match[2]}"
+    if match := re.match(r"'(\w+)' object does not support item assignment", message):  # torch before 2.8
+        return _PlaceholderDict, f".{match[1]}"
     return None, ""
 
 
 def _open_at_start(source: Path | io.BytesIO) -> Any:
-    """A context with a stream at its start. Given a path, torch would go by its suffix."""
+    """Open a stream at its start, because torch would use the suffix of a path."""
     if isinstance(source, Path):
         return source.open("rb")
     source.seek(0)
@@ -296,18 +297,18 @@ def _make_class(name: str, kind: type) -> type:
 
 
 def _may_be_replaced(name: str) -> bool:
-    """Whether a placeholder may replace this class or function; else the file is one that means to run code."""
+    """Return whether a placeholder may replace this class or function; otherwise the file would run code."""
     module, _, short = name.rpartition(".")
     root = module.partition(".")[0]
     if root == "builtins":
         return isinstance(getattr(builtins, short, None), type)
-    if name == "_codecs.encode":  # how bytes are stored; torch reads it itself
+    if name == "_codecs.encode":  # used to store bytes; torch reads it
         return True
     return root in _HARMLESS or root not in sys.stdlib_module_names
 
 
 def _flatten(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tuple[str, Tensor]]:
-    """Dotted names and tensors of dictionaries and placeholders, however nested; `above` stops at loops."""
+    """Yield dotted names and tensors of nested dictionaries and placeholders; `above` prevents loops."""
     from torch import Tensor  # slow to import
 
     if id(content) in above:
@@ -323,6 +324,6 @@ def _flatten(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tupl
 
 
 def first_names(names: Iterable[str]) -> str:
-    """Write the first eight names, and how many more there are."""
+    """Return the first eight names, and the number of further ones, as text."""
     first = list(names)
     return ", ".join(first[:8]) + (f" and {len(first) - 8} more" if len(first) > 8 else "")

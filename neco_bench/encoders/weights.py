@@ -2,11 +2,11 @@
 
 Layouts: timm; DINO (`teacher` / `student` with `module.backbone.`); DINOv2 (plain, or under `teacher.backbone.`); NeCo
 (plain, with `projection_head.*`); Lightning (`state_dict` with `model.*` for the student and `teacher.*`); Leopart (one
-leading component). They differ in the prefix of the names and in a few names, so one search for the prefix serves all.
-Where a file holds several copies of a model, `?branch=` selects one, else `PREFERRED`.
+leading component). They differ in the prefix of the names and in a few names, so one search for the prefix handles all.
+If a file contains several copies of a model, `?branch=` selects one, else `PREFERRED`.
 
-Tensors that are missing, left over or of another shape are an error. The few that dense features do not need (heads,
-mask token) are named in the report and in the log.
+Missing tensors, unused tensors and wrong shapes are errors. Tensors that dense features do not need (heads, mask token)
+are named in the report and in the log.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ UNUSED = re.compile(
     r"(vision_model\.)?(head|head_dist|projection_head|fc|classifier|fc_norm|attn_pool|pooler)(\.|$)|(.*\.)?mask_token$"
 )
 
-# Parts that only files have: decoders and heads of pretraining, masked patches' tokens, counters, CLIP's logit scale.
+# Parts that exist only in files: decoders and heads of pretraining, mask tokens, counters, CLIP's logit scale.
 _LEFT_OVER = re.compile(
     r"decoder_(embed|pos_embed|blocks|norm|pred)(\.|$)|masked_embed$|(dino|ibot|rasa|lm)_head\.|pre_logits\.|local_cls_norm\."
     r"|n_averaged$|logit_(scale|bias)$"
 )
 
-# Names that training adds when it wraps modules, and the attributes of pickled modules.
+# Name prefixes added by wrappers of modules in training, and attributes of pickled modules.
 _WRAPPERS = (
     "_orig_mod",
     "_fsdp_wrapped_module",
@@ -51,7 +51,7 @@ _WRAPPERS = (
     "_buffers",
 )
 
-# Of two copies in one file, the first is used: what timm, or the authors' own evaluation, takes.
+# Of two copies in one file, the first is used, as by timm or by the authors' evaluation.
 PREFERRED = (
     ("teacher", "student"),
     ("teacher", "model"),
@@ -68,7 +68,7 @@ PREFERRED = (
 
 _LIGHTNING = (("student", "teacher"), ("model", "teacher"))
 
-# Layouts that are for another kind of model spec, or for other architectures of timm, by a name in them.
+# Layouts for another kind of model spec or other timm architectures, recognised by a name.
 _OTHER_LAYOUTS = (
     (
         r"(^|\.)embeddings\.(patch_embeddings?|cls_token|class_embedding)",
@@ -76,7 +76,7 @@ _OTHER_LAYOUTS = (
     ),
     (
         r"residual1\.fn\.q_proj\.",
-        "It has the names of CAPI: capi_vitl14_lvd?trust=true and the like load the official files.",
+        "It has the names of CAPI: capi_vitl14_lvd?trust=true and similar models load the official files.",
     ),
     (
         r"\.mlp\.w12\.",
@@ -91,7 +91,7 @@ Convert = Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]
 
 
 def strip_wrappers(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
-    """Remove `_WRAPPERS` from the names of tensors, but for those that are parts of the model's `names`."""
+    """Remove `_WRAPPERS` from the names of tensors, except if they are parts of the model's `names`."""
     own = {part for name in names for part in name.split(".")}
     result = dict(tensors)
     for wrapper in _WRAPPERS:
@@ -109,10 +109,10 @@ def select(
     branch: str | None = None,
     convert: Convert | None = None,
 ) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """Return the tensors under the prefix that covers most of `names`, without it, and the names of the others as text.
+    """Return the tensors under the prefix that covers most of `names`, without the prefix, and the other names.
 
-    Where a file holds several copies of a model, `branch` names one (a part of its prefix; "." is the top level), and
-    `PREFERRED` does where it is None.
+    If a file contains several copies of a model, `branch` selects one (a part of its prefix; "." is the top level); if
+    it is None, `PREFERRED` is used.
 
     Args:
         names: the names of the model's own tensors.
@@ -143,9 +143,9 @@ def select(
 def _converted_coverage(
     tensors: Mapping[str, Tensor], names: Collection[str], convert: Convert, coverage: Mapping[str, int]
 ) -> dict[str, int]:
-    """How many of `names` each prefix covers, unchanged (`coverage`) or converted, whichever is more.
+    """Return how many of `names` each prefix covers, unchanged (`coverage`) or converted; the larger number is used.
 
-    Of nested prefixes that cover the same by conversion only the longest counts.
+    Of nested prefixes with the same coverage by conversion, only the longest counts.
     """
     empty = {key: torch.empty_like(value, device="meta") for key, value in tensors.items()}
     heads = (re.match(r"([^.]*[^.\d][^.]*\.)*", key) for key in tensors)  # up to the first number
@@ -162,7 +162,7 @@ def _converted_coverage(
 
 
 def _select_prefix(prefixes: list[str], path: Path, branch: str | None) -> str:
-    """The prefix of the copy that `branch` names, or else of the preferred one. Raises `BadInputError` listing all."""
+    """Return the prefix of the copy that `branch` selects, else of the preferred one. Raises `BadInputError`."""
     parts = {prefix: prefix.split(".") for prefix in prefixes}
     labels = ", ".join(sorted(prefix[:-1] or "." for prefix in prefixes))
     candidates = prefixes
@@ -185,12 +185,12 @@ def _select_prefix(prefixes: list[str], path: Path, branch: str | None) -> str:
 
 
 def layout_hint(tensors: Collection[str]) -> str:
-    """Say in a sentence what the layout of these names is for; "" for unknown ones."""
+    """Return a sentence on how to load files with these names; "" if the layout is unknown."""
     return next((hint for pattern, hint in _OTHER_LAYOUTS if any(re.search(pattern, key) for key in tensors)), "")
 
 
 def group_names(keys: Collection[str], prefix: str = "") -> tuple[str, ...]:
-    """Group names by the place where they leave `prefix`: one text for each group."""
+    """Group names by their part after the common part with `prefix`: one text for each group."""
     groups: dict[str, list[str]] = {}
     for key in keys:
         groups.setdefault(_group(key, prefix), []).append(key)
@@ -198,14 +198,14 @@ def group_names(keys: Collection[str], prefix: str = "") -> tuple[str, ...]:
 
 
 def _group(key: str, prefix: str) -> str:
-    """The start of a key up to where it leaves the prefix: teacher.module.head.* beside teacher.module.backbone."""
+    """Return the start of a key up to the first part not in the prefix, such as teacher.module.head.*."""
     parts, own = key.split("."), prefix.split(".")
     shared = next((i for i in range(len(parts)) if parts[: i + 1] != own[: i + 1]), len(parts))
     return ".".join(parts[: shared + 1]) + ".*"
 
 
 def misfits(model: nn.Module, tensors: Mapping[str, Tensor], whole: bool = False) -> dict[str, list[str]]:
-    """Name the tensors that keep `tensors` from being the weights of `model`, by kind of fault; empty where they fit.
+    """Return the tensors that do not fit `model`, by kind of fault; empty if all fit.
 
     Args:
         whole: parts in `UNUSED` and `_LEFT_OVER` must fit too.
@@ -231,21 +231,21 @@ def misfits(model: nn.Module, tensors: Mapping[str, Tensor], whole: bool = False
 def load_strictly(
     model: nn.Module, tensors: Mapping[str, Tensor], report: WeightsReport, *, whole: bool = False, hint: str = ""
 ) -> WeightsReport:
-    """Copy `tensors` into `model`, where every name, shape and kind of number must fit.
+    """Copy `tensors` into `model`; every name, shape and kind of number must fit.
 
-    Parts in `UNUSED` may be absent on either side, and parts in `_LEFT_OVER` from the model. What was dropped and
-    resized is logged.
+    Parts in `UNUSED` may be absent on either side, and parts in `_LEFT_OVER` from the model. Dropped and resized
+    tensors are logged.
 
     Args:
-        report: the file, and what was done to its tensors so far.
-        whole: those parts must fit too.
-        hint: what to do where something does not fit.
+        report: the file, and the changes to its tensors so far.
+        whole: parts in `UNUSED` and `_LEFT_OVER` must fit too.
+        hint: advice for the error message.
 
     Returns:
-        The report, with the tensors that the model has no place for as dropped.
+        The report, which lists unused tensors as dropped.
 
     Raises:
-        BadInputError: naming what does not fit.
+        BadInputError: if tensors do not fit; the message names them.
     """
     if kinds := misfits(model, tensors, whole):
         raise_misfits(kinds, report.source, hint or layout_hint(tensors))
@@ -255,7 +255,7 @@ def load_strictly(
     if report.dropped:
         log.warning("%s: not used for dense features, dropped: %s", report.source, first_names(sorted(report.dropped)))
     if report.resized:
-        log.warning("%s: resized as its own code does: %s", report.source, first_names(sorted(report.resized)))
+        log.warning("%s: resized, as in its own code: %s", report.source, first_names(sorted(report.resized)))
     return report
 
 
@@ -266,13 +266,13 @@ def raise_misfits(kinds: Mapping[str, list[str]], path: Path | str, hint: str = 
 
 
 def _same_kind(value: Tensor, own: Tensor) -> bool:
-    """Whether copying means the same numbers: floating point into floating point, whole numbers into whole ones."""
+    """Return whether copying keeps the numbers: floating point to floating point, integers to integers."""
     plain = value.layout == torch.strided and not value.is_meta and not value.is_quantized
     return plain and (value.is_floating_point(), value.is_complex()) == (own.is_floating_point(), own.is_complex())
 
 
 def load_file_into(model: nn.Module, path: Path, branch: str | None = None, *, whole: bool = False) -> WeightsReport:
-    """Load a file whose names are those of `model`, but for a prefix. Raises as `read_tensors` and `load_strictly`."""
+    """Load a file with the names of `model`, up to a prefix. Raises errors of `read_tensors` and `load_strictly`."""
     names = model.state_dict().keys()
     tensors = strip_chunks(strip_wrappers(read_tensors(path), names), names)
     tensors, outside = select(tensors, names, path, branch)
@@ -282,7 +282,7 @@ def load_file_into(model: nn.Module, path: Path, branch: str | None = None, *, w
 def strip_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[str, Tensor]:
     """Rename blocks of DINOv2's training checkpoints, `blocks.CHUNK.5.`, to `blocks.5.`.
 
-    Nothing is renamed where the model's `names` are of that kind themselves.
+    Nothing is renamed if the model's `names` have this form too.
     """
     chunk = re.compile(r"\bblocks\.\d+\.(\d+)\.")
     if any(chunk.search(name) for name in names):
@@ -293,7 +293,7 @@ def strip_chunks(tensors: Mapping[str, Tensor], names: Collection[str]) -> dict[
 def to_timm(
     tensors: Mapping[str, Tensor], model: nn.Module, path: Path, *, drop_registers: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, str], tuple[str, ...]]:
-    """Rename tensors of DINO, DINOv2 and NeCo to timm's names; return them, what was renamed, and what was dropped.
+    """Rename tensors of DINO, DINOv2 and NeCo to timm's names; return them, the renamed names, and the dropped names.
 
     timm's models with registers have no class position in `pos_embed`; it is added to the class token instead. SwiGLU's
     w12 and w3 are fc1 and fc2. `drop_registers` allows a file with registers for an architecture without ("XR");
@@ -325,16 +325,16 @@ def to_timm(
 
 
 def inner_module(encoder: Encoder) -> nn.Module:
-    """Return the model whose state dict is the encoder's weights: files are loaded into it, and training saves it."""
+    """Return the model whose state dict is the encoder's weights, for loading files and saving checkpoints."""
     inner: nn.Module = getattr(encoder, encoder._inner) if encoder._inner else encoder
     return inner
 
 
 def state_sha256(model: nn.Module, *, whole: bool = False) -> str:
-    """Compute the sha256 of the weights that dense features use: names, types, shapes and bytes, in the order of names.
+    """Compute the sha256 of the weights that dense features use: names, types, shapes and bytes, sorted by name.
 
     Args:
-        whole: of all weights, where it is not known what `UNUSED` names stand for.
+        whole: use all weights, because `UNUSED` names may have another meaning in this model.
     """
     digest = hashlib.sha256()
     for name, value in sorted(model.state_dict().items()):

@@ -1,4 +1,4 @@
-"""The model zoo: named encoders, whose facts `zoo.toml` beside this file holds, and their listing. Imports no torch."""
+"""The model zoo: named encoders, which `zoo.toml` in this folder describes, and their listing. Imports no torch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _FILE = Path(__file__).with_name("zoo.toml")
 
 @dataclass(frozen=True)
 class ZooEntry:
-    """One named encoder. `zoo.toml` says what each field means."""
+    """One named encoder. `zoo.toml` describes each field."""
 
     id: str
     spec: str
@@ -43,7 +43,7 @@ class ZooEntry:
 
     @property
     def weights_file(self) -> Path | None:
-        """Where the weights file belongs, whether or not it exists; None for entries without one."""
+        """Expected path of the weights file, which may not exist; None for entries without one."""
         if self.weights is None:
             return None
         if self.packaged:
@@ -52,12 +52,12 @@ class ZooEntry:
 
     @property
     def packaged(self) -> bool:
-        """Whether the weights file is part of this package, beside `zoo.toml`."""
+        """Whether the weights file is part of this package, next to `zoo.toml`."""
         return self.weights is not None and "://" not in self.weights
 
     @property
     def has_official_weights(self) -> bool:
-        """Whether the name stands for published weights. False for code and for random weights."""
+        """Whether the name has published weights. False for code and for random weights."""
         return self.spec.startswith(("timm:", "hub:")) and "pretrained=false" not in self.spec
 
 
@@ -68,7 +68,7 @@ def weights_folder(model: str) -> Path:
 
 @cache
 def zoo() -> dict[str, ZooEntry]:
-    """Read all entries, by id. Raises `BadInputError` where `zoo.toml` has an unknown or missing field."""
+    """Read all entries, by id. Raises `BadInputError` if `zoo.toml` has an unknown or missing field."""
     document = read_toml(_FILE)
     known = {f.name for f in fields(ZooEntry)} | {"teacher", "teacher_sha256"}
     entries: dict[str, ZooEntry] = {}
@@ -109,7 +109,7 @@ def models() -> Registry[Any]:
 
 
 def describe_models() -> list[dict[str, Any]]:
-    """Make one row for each model name, without loading any: the zoo's entries, then those of installed packages."""
+    """Return one row for each model name without loading models: zoo entries, then those of installed packages."""
     rows = []
     for entry in models().entries().values():
         facts = zoo().get(entry.name)

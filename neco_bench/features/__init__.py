@@ -1,1 +1,1 @@
-"""Features of data sets: transforms, loading, extraction, and the store that keeps what was extracted."""
+"""Features of data sets: transforms, loading, extraction, and the feature store."""

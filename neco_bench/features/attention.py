@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-import torchvision.transforms.functional as tf
 from scipy import ndimage
 from torch import Tensor
 
-MIN_REGION = 3  # patches of the smallest region that stays
+MIN_REGION = 3  # patches of the smallest region that is kept
 
 
-MIN_SIDE = 4  # patches, that the blur's seven can be reflected
+MIN_SIDE = 4  # minimum patches per side for the reflection padding of the 7 x 7 blur
 
 
 def top_mass(attention: Tensor, mass: float) -> Tensor:
-    """Find the patches (..., h, w) bool that hold the top `mass`, a share, of the attention (..., h, w) of each map.
+    """Return the patches (..., h, w) bool with the top share `mass` of the attention (..., h, w) of each map.
 
-    Patches are added up from the least on; those after which more than 1 - `mass` is reached are in.
+    Patches are summed in ascending order; those at which the sum exceeds 1 - `mass` are included.
     """
     ordered, order = attention.flatten(-2).sort(dim=-1)
     inside = (ordered / ordered.sum(-1, keepdim=True)).cumsum(-1) > 1 - mass
@@ -25,10 +24,12 @@ def top_mass(attention: Tensor, mass: float) -> Tensor:
 
 
 def foreground(attention: Tensor, mass: float) -> Tensor:
-    """Find the patches (N, h, w) bool with the top `mass` of the attention (N, heads, h, w), mean of heads, blurred.
+    """Return the patches (N, h, w) bool with the top `mass` of the attention (N, heads, h, w), mean of heads, blurred.
 
     Regions of one or two patches (of eight neighbours) are left out. h and w are at least `MIN_SIDE`.
     """
+    import torchvision.transforms.functional as tf  # 1.3 s, and other tasks need none of it
+
     blurred = tf.gaussian_blur(attention.mean(1, keepdim=True), [7, 7], [0.6, 0.6]).squeeze(1)
     mask = top_mass(blurred, mass).cpu().numpy()
     for image in mask:

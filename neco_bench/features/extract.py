@@ -1,7 +1,7 @@
-"""Extraction: items in a stated order, through a transform and an encoder, one batch of features at a time.
+"""Feature extraction: load items in a given order, transform and encode them, one batch at a time.
 
-Order and content do not depend on the number of workers or the batch size; only floating-point rounding inside the
-encoder may. When the device runs out of memory the batch is halved and the size used is recorded.
+Order and content do not depend on the number of workers or the batch size, except for floating-point rounding inside
+the encoder. When the device runs out of memory, the batch is halved, and the used size is recorded.
 """
 
 from __future__ import annotations
@@ -40,17 +40,17 @@ class FeatureBatch:
 def features_of(
     encoder: Encoder, images: Tensor, *, class_token: bool = False, mirrored: bool = False, **options: Any
 ) -> Tensor:
-    """Encode images: `Encoder.encode(images).map`, with what else is asked for behind it as further channels.
+    """Encode images: `Encoder.encode(images).map`, with requested additional features as further channels.
 
     Args:
-        encoder: of the images.
+        encoder: the encoder.
         images: (B, 3, H, W) in [0, 1].
-        class_token: the first prefix token at each cell; of encoders without one, the mean of the cells.
-        mirrored: after these, the same of the mirrored images, mirrored back.
-        options: of `encode`.
+        class_token: append the first prefix token to each cell, or, without prefix tokens, the mean of the cells.
+        mirrored: append the same features of the mirrored images, mirrored back.
+        options: options of `encode`.
 
     Returns:
-        (B, D, h, w), D times 2 for each of the two.
+        (B, D, h, w), where each of the two options doubles D.
     """
     encoded = encoder.encode(images, **options)
     features = encoded.map
@@ -71,9 +71,9 @@ class FeatureExtractor:
 
     Args:
         encoder: the encoder.
-        context: of the run. What happens on the way, such as a smaller batch size, is in `context.run`.
-        output: the features, one channel more with the mean over heads of the class token's attention, or that
-            attention alone, a channel for each head.
+        context: context of the run. Events such as a smaller batch size are recorded in `context.run`.
+        output: the features; the features with an additional channel, the class token's attention averaged over heads;
+            or only that attention, with a channel for each head.
         options: of every call of `features_of`, such as `mean` and `std`.
     """
 
@@ -82,9 +82,9 @@ class FeatureExtractor:
         self.options = options if output == "features" else {**options, "attention": True}
 
     def encode(self, images: Tensor, by: Encoder | None = None) -> Tensor:
-        """Encode images (B, 3, H, W): (B, D, h, w); after an out-of-memory error in halves, and so from then on.
+        """Encode images (B, 3, H, W) to (B, D, h, w); after an out-of-memory error, in halves from then on.
 
-        by: an encoder of several layers to use instead, whose features are brought to the CPU.
+        by: an encoder of several layers to use instead, whose features are moved to the CPU.
         """
         while True:
             size = self.context.batch_size_used
@@ -122,17 +122,17 @@ class FeatureExtractor:
     ) -> Iterator[FeatureBatch]:
         """Yield features of `items`, (epoch, index) pairs in order; default: every image once.
 
-        The generator given to the transform depends on (seed, epoch, image id) alone. Where the context has a feature
-        store, items that are there come from it, and the others go there. Of several processes each encodes every so
-        many batches; all of them get all batches, in order, or with `own` each only what it encoded.
+        The generator of the transform depends only on (seed, epoch, image id). If the context has a feature store,
+        stored items are read from it, and others are added to it. With several processes, each encodes a part of the
+        batches; all get all batches, in order, or, with `own`, only their own batches.
 
         Args:
-            dataset: what the items are of.
+            dataset: the data set of the items.
             transform: makes an input and a mask of each sample.
             description: of the progress bar.
-            items: in which order.
-            own: whether each process gets its own batches alone.
-            alone: whether this process encodes all items; the others have other data sets.
+            items: the items, in order.
+            own: whether each process gets only its own batches.
+            alone: whether this process encodes all items, because the others have other data sets.
         """
         if items is None:
             items = [(0, index) for index in range(len(dataset))]
@@ -155,9 +155,9 @@ class FeatureExtractor:
     def store_ahead(
         self, dataset: ImageDataset, transform: Transform, description: str, items: Sequence[tuple[int, int]]
     ) -> None:
-        """Encode `items` into the feature store, so that a stream that has each of them many times reads them there.
+        """Encode `items` into the feature store, for a stream that reads each of them many times.
 
-        Does nothing without a store, or where it has no room for all of them.
+        Does nothing if there is no store, or if it has no space for all of them.
         """
         source = ItemDataset(dataset, [items[p] for p in self._own_positions(len(items))], transform, self.context.seed)
         file, _, _ = self.open(source, self.encoder)
@@ -165,19 +165,19 @@ class FeatureExtractor:
             file.close()
             for _ in self._local(source, description):
                 pass
-        distributed.gather(None)  # what one process needs another may have encoded
+        distributed.gather(None)  # one process may need items that another has encoded
 
     def _own_positions(self, count: int) -> list[int]:
-        """Which of `count` items this process encodes: every so many batches."""
+        """Return the positions, of `count` items, that this process encodes."""
         size, world = self.context.batch_size_used, distributed.world()
         starts = range(distributed.rank() * size, count, size * world)
         return [position for start in starts for position in range(start, min(start + size, count))]
 
     def _gathered(self, batch: FeatureBatch, size: int) -> Iterator[FeatureBatch]:
-        """The batches of all processes, of at most `size` items, in their order; some may have none."""
+        """Yield the batches of all processes, of at most `size` items, in order; a process may have none."""
         with self.context.phase("gather"):
             facts = distributed.gather((batch.positions, batch.masks, batch.features.shape[1:]))
-            shape = facts[0][2]  # the first process has a batch whenever another has one
+            shape = facts[0][2]  # the first process has a batch if any process has one
             own_rows = batch.features if batch.positions else batch.features.new_zeros(0, *shape)
             features = distributed.gather_rows(own_rows, size)
         for rows, (positions, masks, _) in zip(features, facts, strict=True):
@@ -185,7 +185,7 @@ class FeatureExtractor:
                 yield FeatureBatch(positions, rows, masks)
 
     def _local(self, source: ItemDataset, description: str) -> Iterator[FeatureBatch]:
-        """Batches of items from the store, as far as it has them, then computed."""
+        """Yield batches of items, from the store as far as possible, then computed."""
         file, shared, ids = self.open(source, self.encoder)
         start = 0
         try:
@@ -211,25 +211,25 @@ class FeatureExtractor:
 
     @property
     def parts(self) -> int:
-        """How many features of the encoder's dimension, one behind the other, those of an image are made of."""
+        """Number of feature vectors of the encoder's dimension that are concatenated for an image."""
         return int(2 ** sum(bool(self.options.get(name)) for name in ("class_token", "mirrored")))
 
     def open(
         self, source: ItemDataset, encoder: Encoder, *, ahead: bool = False
     ) -> tuple[FeatureFile | None, SharedFeatures | None, list[bytes]]:
-        """Open the stored stream of items: its file, what other streams have, and ids; None where there is none.
+        """Open the stored stream of items: its file, the features in other streams, and ids; None if there is none.
 
-        Streams are known by all that their content depends on. encoder: of this extractor, or one of another layer of
-        the same model. ahead: as `FeatureStore.open` takes it.
+        Streams are identified by everything that their content depends on. encoder: that of this extractor, or one of
+        another layer of the same model. ahead: see `FeatureStore.open`.
         """
         transform, dataset = source.transform, source.dataset
         size = getattr(transform, "size", None)
-        # Of other transforms it is not known what else they depend on, and heads are not counted before encoding.
+        # The dependencies of other transforms are unknown, and the number of heads is unknown before encoding.
         sides = (size, size) if isinstance(size, int) else size
         known = dataclasses.is_dataclass(transform) and self.output != "attention"
         if self.context.store is None or not len(source) or not known or not isinstance(sides, tuple):
             return None, None, []
-        try:  # what its code does may change from one version to the next
+        try:  # the behaviour of its code may change between versions
             code = inspect.getsource(inspect.getmodule(transform) or type(transform))
         except (OSError, TypeError):
             return None, None, []
@@ -250,7 +250,7 @@ class FeatureExtractor:
         return *self.context.store.open(facts, masks, ids, shape, ahead=ahead), ids
 
     def _resolved_options(self, encoder: Encoder) -> dict[str, Any]:
-        """Options of the encoder with what their defaults stand for: equal features have equal ones."""
+        """Return options of the encoder with resolved defaults, so that equal features have equal options."""
         given = {name: value for name, value in self.options.items() if value is not None}
         after = encoder.has_final_norm and bool(given.get("final_norm", encoder.final_norm))
         plain = {"class_token": False, "mirrored": False, "mean": encoder.mean, "std": encoder.std}
@@ -259,7 +259,7 @@ class FeatureExtractor:
     def _computed(
         self, source: ItemDataset, start: int, description: str, shared: SharedFeatures | None, ids: Sequence[bytes]
     ) -> Iterator[FeatureBatch]:
-        """Batches of the items from `start` on, loaded, and encoded where no stream has their features."""
+        """Yield batches of the items from `start` on: loaded, and encoded if no stream has their features."""
         if start == len(source):
             return
         context = self.context
@@ -288,19 +288,19 @@ class FeatureExtractor:
                 yield FeatureBatch(positions, stored.to(self.encoder.device), masks)
                 continue
             features = passes.encode(positions, images, masks)
-            del batch, images  # not to be in memory while the next are loaded
+            del batch, images  # free memory before the next batch is loaded
             yield FeatureBatch(positions, features, masks)
 
 
 class _Passes:
-    """Forward passes over the items of a stream; the layers that later jobs read are stored from the same passes."""
+    """Forward passes over the items of a stream, which also store the layers that later jobs read."""
 
     def __init__(self, extractor: FeatureExtractor, source: ItemDataset) -> None:
         self._extractor, self._source = extractor, source
-        self._files: dict[int, FeatureFile] | None = None  # by layer; opened where there is a pass
+        self._files: dict[int, FeatureFile] | None = None  # by layer; opened at the first pass
 
     def encode(self, positions: Sequence[int], images: Tensor, masks: Sequence[np.ndarray]) -> Tensor:
-        """Encode a batch: features (B, D, h, w) on the encoder's device, as they come back from the store."""
+        """Encode a batch: features (B, D, h, w) on the encoder's device, equal to those read from the store."""
         extractor, context = self._extractor, self._extractor.context
         if self._files is None:
             self._files = self._open()
@@ -308,11 +308,11 @@ class _Passes:
         if self._files:
             try:
                 features = self._encode_layers(self._files, positions, images, masks)
-            except NumericalError:  # of whichever layer: of this one the encoder says so below
+            except NumericalError:  # of any layer; for this layer, the encoder raises it again below
                 self.close()
         with context.phase("encode"):
             features = extractor.encode(images) if features is None else features.to(extractor.encoder.device)
-            features = features.contiguous()  # as from the store: what is computed of them rounds by their layout
+            features = features.contiguous()  # the same memory layout as from the store, so that rounding is equal
             return features if context.store is None else cast(Tensor, context.store.rounded(features))
 
     def _open(self) -> dict[int, FeatureFile]:
@@ -327,13 +327,13 @@ class _Passes:
     def _encode_layers(
         self, files: dict[int, FeatureFile], positions: Sequence[int], images: Tensor, masks: Sequence[np.ndarray]
     ) -> Tensor:
-        """Features of this layer (B, D, h, w), on the CPU; those of the others are added to their files."""
+        """Return features of this layer (B, D, h, w) on the CPU; those of the other layers are added to their files."""
         extractor, encoder = self._extractor, cast(Any, self._extractor.encoder)
         (own,) = encoder.indices
         layers = sorted({own, *files})
         with extractor.context.phase("encode"):
             encoded = extractor.encode(images, read_layers(encoder, tuple(layers)))
-        # Parts, such as the class token's, follow each other, each of all layers; attention, which they share, is last.
+        # Parts (features, class token) are consecutive, each with all layers; attention, which is shared, comes last.
         channels = extractor.parts * len(layers) * encoder.embed_dim
         parts = encoded[:, :channels].unflatten(1, (extractor.parts, len(layers), encoder.embed_dim))
         by_layer = {
@@ -342,21 +342,21 @@ class _Passes:
         }
         with extractor.context.phase("keep"):
             for layer, file in files.items():
-                skipped = file.done - positions[0]  # of a run that was interrupted
+                skipped = file.done - positions[0]  # items stored by an interrupted run
                 if 0 <= skipped < len(positions):
-                    with contextlib.suppress(NumericalError):  # its own job says so
+                    with contextlib.suppress(NumericalError):  # reported by the job of that layer
                         file.append(extractor.context.store.rounded(by_layer[layer][skipped:]), masks[skipped:])
         return by_layer[own]
 
     def close(self) -> None:
-        """Let other processes write the streams of other layers."""
+        """Release the streams of other layers for other processes."""
         for file in (self._files or {}).values():
             file.close()
         self._files = {}
 
 
 def _of_size(batches: Iterator[FeatureBatch], size: int) -> Iterator[FeatureBatch]:
-    """The same items in batches of `size`; where the store begins or ends they may be smaller."""
+    """Yield the same items in batches of `size`; batches may be smaller at the ends of stored parts."""
     rest: FeatureBatch | None = None
     for batch in batches:
         if rest is not None:

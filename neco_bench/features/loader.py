@@ -1,4 +1,4 @@
-"""Loading of items ahead, by worker processes or threads."""
+"""Load items ahead of time, by worker processes or threads."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ImageDataset = Samples | DenseDataset
 
 
 class ItemDataset(TorchDataset):
-    """Loads and transforms item `position` of `items`, a sequence of (epoch, index)."""
+    """Data set that loads and transforms item `position` of `items`, a sequence of (epoch, index)."""
 
     def __init__(
         self, dataset: ImageDataset, items: Sequence[tuple[int, int]], transform: Transform, seed: int
@@ -33,7 +33,7 @@ class ItemDataset(TorchDataset):
         self.dataset, self.items, self.transform, self.seed = dataset, items, transform, seed
 
     def part(self, items: Sequence[tuple[int, int]]) -> ItemDataset:
-        """The same with other items."""
+        """Return the same data set with other items."""
         return ItemDataset(self.dataset, items, self.transform, self.seed)
 
     def __len__(self) -> int:
@@ -43,7 +43,7 @@ class ItemDataset(TorchDataset):
         epoch, index = self.items[position]
         try:
             sample = self.dataset[index]
-        except Exception as error:  # handed over as a value: a worker's exception arrives wrapped in its traceback
+        except Exception as error:  # returned as a value, because a worker's exception is wrapped in its traceback
             return user_error(error) or BadInputError(
                 f"Item {self.dataset.ids[index]!r} of data set {self.dataset.name!r} could not be read: "
                 f"{type(error).__name__}: {error}"
@@ -52,7 +52,7 @@ class ItemDataset(TorchDataset):
 
 
 def collate(rows: list[Any]) -> tuple[tuple[int, ...], Tensor, tuple[np.ndarray, ...]] | NecoBenchError:
-    """Stack what `ItemDataset` gives: positions, images and masks; or the first error among it."""
+    """Stack positions, images and masks of items; or return the first error."""
     for row in rows:
         if isinstance(row, NecoBenchError):
             return row
@@ -61,9 +61,9 @@ def collate(rows: list[Any]) -> tuple[tuple[int, ...], Tensor, tuple[np.ndarray,
 
 
 def load_items(items: ItemDataset, batch_size: int, workers: int) -> DataLoader | _Threaded:
-    """Batches of items by worker processes, or without them by threads of this one.
+    """Return batches of items, loaded by worker processes or, without workers, by threads of this process.
 
-    Beside an encoder on the same cores, threads that take turns with it lose less than processes that disturb it.
+    On the cores of an encoder, threads that alternate with it are faster than processes that compete with it.
     """
     if workers:
         return DataLoader(
@@ -78,17 +78,17 @@ def load_items(items: ItemDataset, batch_size: int, workers: int) -> DataLoader 
 
 @contextlib.contextmanager
 def loading_threads() -> Iterator[ThreadPoolExecutor]:
-    """Start one thread per core, in which PyTorch computes without further ones.
+    """Start one thread per core, in each of which PyTorch uses a single thread.
 
-    Each of n threads would have its own team of n otherwise, which on two cores already makes a run a tenth slower. The
-    number of threads is PyTorch's own of each thread, but also a common one, which must be as before when the encoder
-    runs: hence all threads are started, and it is set back, before any is used.
+    This is as in a worker process: the rounding of sums depends on the number of threads, and an image must not depend
+    on how it was loaded. PyTorch has a number of threads per thread and a global one, which must be restored for the
+    encoder. All threads are therefore started, and the global number is restored, before any is used.
     """
     count, before = os.cpu_count() or 1, torch.get_num_threads()
     all_there = threading.Barrier(count)
 
     def start() -> None:
-        torch.get_num_threads()  # a thread takes over the common number when it first asks, and its own after that
+        torch.get_num_threads()  # the first call in a thread copies the global number, which then is fixed for it
         torch.set_num_threads(1)
 
     with ThreadPoolExecutor(count, initializer=start) as pool:
@@ -99,7 +99,7 @@ def loading_threads() -> Iterator[ThreadPoolExecutor]:
 
 
 class _Threaded:
-    """Batches of items, each loaded by several threads when it is needed."""
+    """Batches of items, each loaded by several threads when needed."""
 
     def __init__(self, items: ItemDataset, batch_size: int) -> None:
         self.items, self.batch_size = items, batch_size

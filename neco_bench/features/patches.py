@@ -1,4 +1,4 @@
-"""Images and masks as patches: the square bicubic squash, the pixel labels of each patch, the most frequent label."""
+"""Images and masks as patches: square bicubic resizing, the pixel labels of each patch, the majority label."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from neco_bench.features.transforms import resize_nearest_pil, to_tensor
 
 @dataclass(frozen=True)
 class BicubicResizeSquare:
-    """Resize the image to a size x size square with Pillow's bicubic, and the mask by Pillow's nearest rule or not."""
+    """Resize the image to size x size (Pillow bicubic), and optionally the mask (Pillow nearest)."""
 
     size: int
     resize_mask: bool
 
     @property
     def pixels(self) -> str:
-        """What the image depends on besides its item, as `ResizeSquare.pixels`."""
+        """Identify the processing of the image, see `ResizeSquare.pixels`."""
         return f"{type(self).__name__}({self.size})"
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
@@ -37,23 +37,24 @@ class BicubicResizeSquare:
 
 
 def patchify(mask: np.ndarray, side: int) -> Tensor:
-    """Cut a mask into side x side blocks, row-major: (N, side²) uint8 pixel labels; `unpatchify` undoes it."""
+    """Split a mask into side x side blocks, row-major: (N, side²) uint8 pixel labels; the inverse is `unpatchify`."""
     rows, columns = mask.shape[0] // side, mask.shape[1] // side
     blocks = mask.reshape(rows, side, columns, side).swapaxes(1, 2).reshape(rows * columns, side**2)
     return torch.from_numpy(blocks.astype(np.uint8))
 
 
 def unpatchify(blocks: Tensor, columns: int) -> np.ndarray:
-    """Put blocks (N, side²), row-major in `columns` columns, together to a mask."""
+    """Combine blocks (N, side²), row-major in `columns` columns, to a mask."""
     side = round(blocks.shape[1] ** 0.5)
     grid = blocks.view(-1, columns, side, side).transpose(1, 2)
     return grid.reshape(-1, columns * side).cpu().numpy()
 
 
 def rescaled(features: Tensor, dim: int | None) -> Tensor:
-    """Scale features (float32) so that the largest along `dim` (None: of all) is in [1, 2), where it is not 0.
+    """Scale features (float32) so that the largest absolute value along `dim` (None: of all) is in [1, 2), if not 0.
 
-    By a power of two, which rounds nothing: squares of very large or small numbers leave the range of float32.
+    The factor is a power of two, which causes no rounding. Without it, squares of very large or small numbers would be
+    outside the range of float32.
     """
     largest = features.abs()
     largest = largest.amax() if dim is None else largest.amax(dim, keepdim=True)
@@ -62,14 +63,14 @@ def rescaled(features: Tensor, dim: int | None) -> Tensor:
 
 
 def unit_length(features: Tensor, dim: int) -> Tensor:
-    """Scale features to length 1 along `dim`, whatever their length before; 0 stays 0."""
+    """Scale features of any length to length 1 along `dim`; 0 stays 0."""
     return F.normalize(rescaled(features, dim), dim=dim)
 
 
 def patch_view(image: Tensor, stride: int, patch: int) -> np.ndarray:
-    """Cut out a patch and the eight around it: (3 s, 3 s, 3) uint8, black beyond the image.
+    """Return a patch and its eight neighbours: (3 s, 3 s, 3) uint8, black outside the image.
 
-    image: (3, H, W) in [0, 1]; stride: s, the side of a patch; patch: its row-major number.
+    image: (3, H, W) in [0, 1]; stride: s, the side of a patch; patch: its row-major index.
     """
     pixels = (image.permute(1, 2, 0).clamp(0, 1).numpy() * 255).round().astype(np.uint8)
     row, column = divmod(patch, image.shape[2] // stride)
@@ -78,10 +79,10 @@ def patch_view(image: Tensor, stride: int, patch: int) -> np.ndarray:
 
 
 def majority_label(labels: Tensor, classes: int, void: Void) -> Tensor:
-    """Find the most frequent of the labels (M, V) uint8 of each row, the smallest class id on ties: (M,) uint8.
+    """Return the most frequent of the labels (M, V) uint8 of each row, the smallest class id in a tie: (M,) uint8.
 
-    IGNORE counts as a label: it wins ties where the reference stores it as 0, loses them where it is 255, and never
-    votes (it is then the answer only where there is nothing else).
+    `void` selects how IGNORE is treated: "wins ties" (references that store it as 0), "loses ties" (as 255), or "never
+    votes" (it is returned only if there is no other label).
     """
     counts = torch.zeros(len(labels), classes + 1, dtype=torch.int32, device=labels.device)
     one = torch.ones((), dtype=torch.int32, device=labels.device)

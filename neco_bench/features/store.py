@@ -1,13 +1,13 @@
-"""The feature store: what an encoder gave for the items of a stream, stored on disk and shared by every task and run.
+"""The feature store: features of the items of a stream, stored on disk and shared by all tasks and runs.
 
-One folder per stream under `<cache>/features`, named by two digests: of all that features of an item depend on (encoder
-and weights, layer, precision, kind of device, normalisation, data set and split, what the transform does to pixels),
-and of the items, their order and their masks. Streams with the first in common share features by item: a task with
-other masks or another list of the same items computes masks alone. Augmentation is drawn per item, so augmented
-features are stored like others. Features lie one after the other in a file; masks, as the transform gave them, beside
-them. Items are appended in order and each has a checksum, so that a run that was killed
-loses the item it was writing and no more. One process writes a stream; others that come meanwhile compute for
-themselves. The least recently used streams go when the budget is exceeded.
+There is one folder per stream under `<cache>/features`, named by two digests. The first covers everything on which the
+features of an item depend (encoder and weights, layer, precision, type of device, normalisation, data set and split,
+the effect of the transform on pixels). The second covers the items, their order and their masks. Streams with the same
+first digest share features by item: a task with other masks or another list of the same items computes only masks.
+Augmentation is drawn per item, so augmented features are stored too. Features are stored consecutively in one file, and
+masks (after the transform) in another. Items are appended in order and each has a checksum, so that a killed run loses
+only the item that it was writing. One process writes a stream; other processes compute the features themselves in the
+meantime. The least recently used streams are deleted when the budget is exceeded.
 """
 
 from __future__ import annotations
@@ -47,18 +47,18 @@ ID_BYTES = 12
 
 _FILES = "index.bin", "features.bin", "masks.bin"
 
-STARTING = 60  # seconds within which a new stream has its description
+STARTING = 60  # seconds within which a new stream gets its description
 
-_REBUILT: set[Path] = set()  # by this process, once for all its tasks
+_REBUILT: set[Path] = set()  # streams rebuilt by this process, once for all its tasks
 
 
 def store_folder() -> Path:
-    """Where streams are stored. It need not exist yet."""
+    """Return the folder of all streams, which may not exist yet."""
     return cache_dir() / "features"
 
 
 def budget() -> float:
-    """Bytes that streams may take together: `NECO_BENCH_FEATURES_GB`, else 20 GB. Raises UsageError for no number."""
+    """Return the maximum bytes of all streams: `NECO_BENCH_FEATURES_GB`, else 20 GB. Raises UsageError."""
     text = os.environ.get("NECO_BENCH_FEATURES_GB", "20")
     try:
         return float(text) * 1e9
@@ -67,7 +67,7 @@ def budget() -> float:
 
 
 def _size(path: Path) -> int:
-    """Bytes of a file, 0 where there is none."""
+    """Return the bytes of a file, 0 if it does not exist."""
     try:
         return path.stat().st_size
     except FileNotFoundError:
@@ -75,7 +75,7 @@ def _size(path: Path) -> int:
 
 
 class FeatureFile:
-    """Stored items of one stream: `done` of `count` are there, each features (D, h, w) and a mask (H, W) uint8."""
+    """Stored items of one stream: `done` of `count`, each with features (D, h, w) and a mask (H, W) uint8."""
 
     def __init__(
         self, folder: Path, count: int, shape: tuple[int, ...], dtype: np.dtype, lock: FileLock | None
@@ -92,14 +92,14 @@ class FeatureFile:
 
     @property
     def done(self) -> int:
-        """Items that are there."""
+        """Number of stored items."""
         return len(self._records)
 
     def read(self, start: int, stop: int) -> tuple[Tensor, tuple[np.ndarray, ...]] | None:
-        """Features (n, D, h, w) float32 and masks of items start to stop; None where they are damaged or gone."""
+        """Read features (n, D, h, w) float32 and masks of items start to stop; None if they are damaged or deleted."""
         try:
             return self._read(start, stop)
-        except (OSError, ValueError):  # another process made room; a mask's size is wrong
+        except (OSError, ValueError):  # deleted by another process to free space; wrong size of a mask
             return None
 
     def _read(self, start: int, stop: int) -> tuple[Tensor, tuple[np.ndarray, ...]] | None:
@@ -121,7 +121,7 @@ class FeatureFile:
         return torch.from_numpy(rows).float(), tuple(images)
 
     def append(self, features: Tensor, masks: Sequence[np.ndarray]) -> None:
-        """Store the next items. A disk that is full ends the storing, not the run."""
+        """Store the next items. If the disk is full, storing ends, but the run continues."""
         if self._lock is None:
             return
         if features.shape[1:] != self.shape or any(mask.dtype != np.uint8 for mask in masks):  # a plug-in's transform
@@ -149,7 +149,7 @@ class FeatureFile:
             self.close()
 
     def _open(self) -> None:
-        """Cut off what a killed process left half-written, and go on from there."""
+        """Truncate an item that a killed process wrote in part, and continue after the previous item."""
         ends = (self.done * _RECORD.itemsize, self.done * self._item, int(self._records["end"][-1]) if self.done else 0)
         for name, end in zip(_FILES, ends, strict=True):
             with open(self.folder / name, "ab") as file:
@@ -157,9 +157,9 @@ class FeatureFile:
             self._files.append(open(self.folder / name, "ab"))  # noqa: SIM115
 
     def close(self) -> None:
-        """Let other processes write this stream."""
+        """Release this stream for other processes."""
         for file in self._files:
-            with contextlib.suppress(OSError):  # what could not be written on a full disk is tried again
+            with contextlib.suppress(OSError):  # closing writes the rest again, which may fail on a full disk
                 file.close()
         self._files = []
         if self._lock:
@@ -167,15 +167,15 @@ class FeatureFile:
             self._lock = None
 
     def drop(self) -> None:
-        """Delete it, as it is damaged; what another process writes is left to that one."""
-        log.warning("%s: a checksum is wrong or a file is gone; these features are computed again.", self.folder)
+        """Delete this damaged stream, unless another process is writing it."""
+        log.warning("%s: a checksum is wrong or a file is missing; these features are computed again.", self.folder)
         if self._lock:
             shutil.rmtree(self.folder, ignore_errors=True)
         self.close()
 
 
 class SharedFeatures:
-    """Features, by the ids of items, that the streams in `folders` have; these are read, never written."""
+    """Features of other streams in `folders`, by the ids of items; read only."""
 
     def __init__(self, folders: Sequence[Path], shape: tuple[int, ...] = (), dtype: np.dtype = DTYPES["fp32"]) -> None:
         self._places: dict[bytes, tuple[FeatureFile, int]] = {}
@@ -186,14 +186,14 @@ class SharedFeatures:
                 for number in range(min(file.done, file.count)):
                     item = content[number * ID_BYTES : (number + 1) * ID_BYTES]
                     self._places.setdefault(item, (file, number))
-                os.utime(folder / _ABOUT)  # used now
+                os.utime(folder / _ABOUT)  # last use
 
     def has(self, ids: Sequence[bytes]) -> bool:
-        """Whether all of these are there."""
+        """Return whether all of these ids are stored."""
         return bool(ids) and all(item in self._places for item in ids)
 
     def read(self, ids: Sequence[bytes]) -> Tensor | None:
-        """Features (n, D, h, w) float32; None where one is missing or damaged."""
+        """Read features (n, D, h, w) float32; None if one is missing or damaged."""
         rows = []
         for item in ids:
             file, number = self._places.get(item, (None, 0))
@@ -206,16 +206,17 @@ class SharedFeatures:
 
 @dataclass(frozen=True)
 class FeatureStore:
-    """Opens streams. dtype: "fp32", the very numbers of the encoder, or "fp16", each with a relative error of at most
-    2**-11 in half the space. identity: of the encoder as it was requested, with code and package versions, which its
-    weights do not show; None stores nothing. rebuild: what was stored before is deleted."""
+    """Open streams. dtype: "fp32" (the exact numbers of the encoder), or "fp16" (relative error at most 2**-11, half
+    the space). identity: identity of the requested encoder, with code and package versions, which its weights do not
+    show;
+    None stores nothing. rebuild: delete previously stored features."""
 
     dtype: str = "fp32"
     identity: str | None = None
     rebuild: bool = False
 
     def rounded(self, features: Tensor) -> Tensor:
-        """Features as they come back from the store. Raises NumericalError where half precision cannot hold them."""
+        """Return features as rounded by the store. Raises NumericalError if they exceed half precision."""
         if self.dtype == "fp32":
             return features
         half = features.half()
@@ -232,18 +233,18 @@ class FeatureStore:
         *,
         ahead: bool = False,
     ) -> tuple[FeatureFile | None, SharedFeatures]:
-        """Open the stream of some items, and what other streams have of them.
+        """Open the stream of some items, and the features of these items in other streams.
 
         Args:
-            pixels: all that the features of an item depend on, but its id.
-            masks: what else the stream depends on.
-            ids: `ID_BYTES` per item, in order; items of equal ids have equal features.
-            shape: of an item's features, (D, h, w).
-            ahead: for a later job: stored only where there is room beside the streams of this model and data set,
-                which that job and others of its kind may need.
+            pixels: everything on which the features of an item depend, except its id.
+            masks: everything else on which the stream depends.
+            ids: `ID_BYTES` per item, in order; items with equal ids have equal features.
+            shape: shape of an item's features, (D, h, w).
+            ahead: the stream is for a later job: it is stored only if there is space in addition to the streams of this
+                model and data set, which that job and similar ones may need.
 
         Returns:
-            The stream, None where it cannot be stored or others have all its items; and what those others have.
+            The stream, or None if it cannot be stored or others have all its items; and the features in the others.
         """
         if self.identity is None:
             return None, SharedFeatures([])
@@ -271,7 +272,7 @@ class FeatureStore:
             lock = FileLock(folder / "lock")
             try:
                 lock.acquire(blocking=False)
-            except Timeout:  # another process writes it; what is there can be read
+            except Timeout:  # another process writes it; stored items can be read
                 return FeatureFile(folder, len(ids), shape, dtype, None), shared
             return FeatureFile(folder, len(ids), shape, dtype, lock), shared
         except UsageError:
@@ -281,9 +282,9 @@ class FeatureStore:
             return None, shared
 
     def _make_room(self, about: dict[str, Any], ahead: bool) -> bool:
-        """Delete the least recently used streams that no process writes, until the bytes that a new one needs fit.
+        """Delete the least recently used streams that no process writes, until a new stream fits.
 
-        ahead: not those of the same model and data set, and beside what the streams that are there may still grow by.
+        ahead: do not delete streams of the same model and data set, and reserve space for the growth of existing ones.
         """
         limit, needed = budget(), about["bytes"]
         store_folder().mkdir(parents=True, exist_ok=True)
@@ -300,17 +301,17 @@ class FeatureStore:
 
 
 def _kind(about: dict[str, Any]) -> tuple[str, str]:
-    """The model and the data set of a stream, whose splits are several streams."""
+    """Return the model and the data set of a stream; the splits of a data set are several streams."""
     return about["encoder"], about["data"].partition(" ")[0]
 
 
 def stored_files() -> list[dict[str, Any]]:
-    """One row per stream in the store: encoder, data, items, how many are there, bytes, when it was used, folder."""
+    """Return one row per stream in the store: encoder, data, items, stored items, bytes, last use, folder."""
     return [{name: row[name] for name in row if name != "planned"} for row in _streams()]
 
 
 def _streams() -> list[dict[str, Any]]:
-    """The same with `planned`, the bytes of all items."""
+    """Return the same rows with `planned`, the bytes of all items."""
     rows = []
     for about in sorted(store_folder().glob(f"*/{_ABOUT}")):
         try:
@@ -326,7 +327,7 @@ def _streams() -> list[dict[str, Any]]:
 
 
 def remove_leftovers() -> None:
-    """Delete streams that no list names: a process was killed while it made or deleted them."""
+    """Delete incomplete streams of processes that were killed while creating or deleting them."""
     for folder in store_folder().glob("*/"):
         with contextlib.suppress(OSError):
             if not (folder / _ABOUT).exists() and time.time() - folder.stat().st_mtime > STARTING:
@@ -334,7 +335,7 @@ def remove_leftovers() -> None:
 
 
 def remove_file(folder: Path) -> bool:
-    """Delete a stream unless a process writes it; whether it is gone."""
+    """Delete a stream unless a process writes it; return whether it was deleted."""
     lock = FileLock(folder / "lock")
     try:
         lock.acquire(blocking=False)

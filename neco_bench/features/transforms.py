@@ -1,6 +1,6 @@
-"""Image and mask transforms. Images leave as (3, H, W) float32 RGB in [0, 1]; masks as (h, w) uint8 class ids.
+"""Image and mask transforms. They return images (3, H, W) float32 RGB in [0, 1], and masks (h, w) uint8 class ids.
 
-Two nearest rules exist in the reference code and differ on 1.5 % of CamVid's mask pixels: PyTorch's legacy `nearest`
+The reference code has two nearest rules, which differ on 1.5 % of CamVid's mask pixels: PyTorch's legacy `nearest`
 (source index floor(i * in/out), computed in float32), and Pillow's, which samples cell centres.
 """
 
@@ -20,9 +20,9 @@ from torch import Tensor
 
 from neco_bench.data.base import Sample
 
-MAPS = 16  # that are upsampled at a time: more leave a CPU's cache
+MAPS = 16  # maps that are upsampled at a time: more exceed a CPU's cache
 
-ROUNDING = 1e-5  # of interpolation, as a share of the largest value
+ROUNDING = 1e-5  # rounding error of interpolation, relative to the largest value
 
 Transform = Callable[[Any, np.random.Generator], tuple[Tensor, np.ndarray]]  # of a Sample or a DenseSample
 
@@ -44,24 +44,29 @@ def resize_nearest_pil(mask: np.ndarray, height: int, width: int) -> np.ndarray:
     return np.asarray(image.resize((width, height), Image.Resampling.NEAREST))
 
 
+def resize_tensor(image: Tensor, height: int, width: int) -> Tensor:
+    """Resize (C, H, W) floats to (C, height, width), bilinear and antialiased, as torchvision does."""
+    return F.interpolate(image[None], (height, width), mode="bilinear", antialias=True)[0]
+
+
 @torch.no_grad()
 def upsample_argmax(maps: Tensor, height: int, width: int) -> Tensor:
-    """Find which of the maps (C, h, w) is the largest at each pixel when they are upsampled bilinearly.
+    """Return the index of the largest of the maps (C, h, w) at each pixel of their bilinear upsampling.
 
     Args:
-        maps: of any floating-point values, such as logits or class shares.
-        height: of the result in pixels.
-        width: of the result in pixels.
+        maps: any floating-point values, such as logits or class shares.
+        height: height of the result in pixels.
+        width: width of the result in pixels.
 
     Returns:
-        (height, width) int64 ids of maps, the first of equal ones; align_corners off, and up to its rounding.
+        (height, width) int64 indices of maps, the first in a tie; align_corners off, up to its rounding.
 
-    Maps that are nowhere the largest are left out before, and of the others a few are upsampled at a time: with 150
-    classes that takes 24 ms in place of 978 ms an image.
+    Maps that cannot be the largest anywhere are excluded first, and a few of the others are upsampled at a time: with
+    150 classes this takes 24 ms instead of 978 ms per image.
     """
     highest, window = maps.amax((1, 2)), [min(2, side) for side in maps.shape[1:]]
-    # A pixel mixes at most 2 x 2 cells. Its largest value is no less than what any map has in all of them, nor, where
-    # nothing is negative, than a quarter of what any has in one.
+    # A pixel mixes at most 2 x 2 cells. Its largest value is at least the minimum of any map over these cells and, if
+    # nothing is negative, at least a quarter of the value of any map in one of them.
     least = F.max_pool2d(-maps[None], window, 1)[0].neg().amax(0).min()
     if maps.min() >= 0:
         least = torch.maximum(least, maps.amax(0).min() / 4)
@@ -69,7 +74,7 @@ def upsample_argmax(maps: Tensor, height: int, width: int) -> Tensor:
     best = most = torch.empty(0)
     for number, ids in enumerate(candidates.split(MAPS)):
         large = F.interpolate(maps[ids][None], (height, width), mode="bilinear", align_corners=False)[0]
-        values, which = large.max(0)  # takes a thirtieth of the time of argmax() along the first axis
+        values, which = large.max(0)  # 30 times as fast as argmax() along the first axis
         if number:
             best, most = torch.where(values > most, ids[which], best), torch.maximum(most, values)
         else:
@@ -92,8 +97,8 @@ def resize_image(image: np.ndarray, height: int, width: int) -> Tensor:
 def crop_box(
     rng: np.random.Generator, size: tuple[int, ...], scale: tuple[float, float], ratio: tuple[float, float]
 ) -> tuple[int, int, int, int]:
-    """Draw a crop of an image of size (height, width) as torchvision's RandomResizedCrop does, or a central one after
-    ten tries: (top, left, height, width).
+    """Draw a crop (top, left, height, width) of an image of size (height, width) like torchvision's RandomResizedCrop,
+    or a central crop after ten attempts.
 
     scale: range of the share of the area; ratio: range of width / height.
     """
@@ -118,14 +123,14 @@ def crop_box(
 
 @dataclass(frozen=True)
 class ResizeSquare:
-    """Resize image and mask to a size x size square, aspect ratio changed, or leave the mask at native resolution."""
+    """Resize image and mask to size x size (aspect ratio not kept); the mask can keep its native resolution."""
 
     size: int
-    mask: Literal["torch", "pil", "native"]  # a nearest rule, or the mask as it is
+    mask: Literal["torch", "pil", "native"]  # a nearest rule, or the unchanged mask
 
     @property
     def pixels(self) -> str:
-        """What the image depends on besides its item; a transform that states this draws nothing for it."""
+        """Identify the processing of the image, on which it depends in addition to its item; it draws no randomness."""
         return f"{type(self).__name__}({self.size})"
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:

@@ -1,4 +1,4 @@
-"""The interval of a mean, under the name that task families of plug-ins know. New code: `metrics.intervals`."""
+"""The interval of a mean, under the name used by plug-in task families. New code should use `metrics.intervals`."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ from neco_bench.metrics.intervals import Bounds, mean_interval
 
 
 def bootstrap_mean(values: np.ndarray, *, seed: int = 0) -> Bounds | None:
-    """(low, high) of the mean of `values` (n,), each of an image of its own. Nothing is drawn: `seed` is not used."""
+    """Return (low, high) of the mean of `values` (n,), one per image. Nothing is drawn: `seed` is not used."""
     return mean_interval(values)

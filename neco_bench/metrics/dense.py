@@ -1,4 +1,4 @@
-"""Errors of depth and of surface normals, of one image; data sets are scored by means over images. Pure numpy.
+"""Errors of depth and surface normals for one image; scores of data sets are means over images. Pure numpy.
 
 Depth: Eigen, Puhrsch and Fergus, NeurIPS 2014. Normals: Fouhey, Gupta and Hebert, ICCV 2013.
 """
@@ -15,13 +15,13 @@ NORMAL_METRICS = ("mean_angle", "median_angle", "rmse_angle", *(f"within_{limit:
 
 
 def depth_errors(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Compare depths (n,) of the pixels that count, both above 0, in metres.
+    """Compare depths (n,) of the scored pixels, both above 0, in metres.
 
     Returns:
-        By the names of DEPTH_METRICS: rmse (metres); abs_rel and sq_rel, the absolute and the squared difference by the
-        true depth; log10 (mean) and rmse_log (natural logarithm) of the ratio; silog, 100 times the standard deviation
-        of the logarithm of the ratio; d1 to d3, shares of pixels whose ratio, or its inverse, is below 1.25 to its
-        first to third power. All NaN without pixels.
+        Values by the names of DEPTH_METRICS: rmse (metres); abs_rel and sq_rel, the absolute and squared difference
+        divided by the true depth; log10 (mean) and rmse_log (natural logarithm) of the ratio; silog, 100 times the
+        standard deviation of the logarithm of the ratio; d1 to d3, shares of pixels whose ratio, or its inverse, is
+        below 1.25, 1.25² and 1.25³. All are NaN without pixels.
 
     >>> depth_errors(np.array([1.0, 2.0, 4.0]), np.array([1.0, 2.0, 2.0]))["d1"]
     0.6666666666666666
@@ -44,11 +44,11 @@ def depth_errors(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
 
 
 def normal_errors(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]:
-    """Compare directions (n, 3), of any length above 0, of the pixels that count.
+    """Compare directions (n, 3), of any length above 0, of the scored pixels.
 
     Returns:
-        By the names of NORMAL_METRICS: mean, median and root mean square of the angle between the two, in degrees, and
-        shares of pixels with an angle below LIMITS. All NaN without pixels.
+        Values by the names of NORMAL_METRICS: mean, median and root mean square of the angle between the two, in
+        degrees, and shares of pixels with an angle below LIMITS. All are NaN without pixels.
 
     >>> normal_errors(np.array([[1.0, 0, 0], [0, 2, 0]]), np.array([[1.0, 0, 0], [1, 0, 0]]))["mean_angle"]
     45.0
@@ -61,7 +61,7 @@ def normal_errors(prediction: np.ndarray, truth: np.ndarray) -> dict[str, float]
 
 
 def angles(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """The angle (...) in degrees between directions (..., 3); 90 where one has no length."""
+    """Return the angle (...) in degrees between directions (..., 3); 90 if one has length 0."""
     a, b = first.astype(np.float64), second.astype(np.float64)
     length = np.linalg.norm(a, axis=-1) * np.linalg.norm(b, axis=-1)
     cosine = np.divide((a * b).sum(-1), length, out=np.zeros(length.shape), where=length > 0)

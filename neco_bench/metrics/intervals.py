@@ -1,16 +1,17 @@
-"""Intervals of metrics by leaving out what was drawn. Pure numpy.
+"""Intervals of metrics by leaving out sampling units (jackknife). Pure numpy.
 
-The unit is what was drawn from a population (`core.sampling.Sampling`): an image, a sequence, a scene. The metric is
+A unit is what was sampled from a population (`core.sampling.Sampling`): an image, a sequence, a scene. The metric is
 computed without each unit in turn (delete-one jackknife: Quenouille 1956, Tukey 1958; Efron and Stein, *Annals of
-Statistics* 1981), which gives its variance and its bias from few images; the interval is Student's t over the root of
-variance plus squared bias, plus the spread over seeds. docs/pages/intervals.md has how often that covers the truth.
+Statistics* 1981), which estimates its variance and bias from few images. The interval is Student's t times the root of
+variance plus squared bias, plus the spread over seeds. docs/pages/intervals.md reports its coverage in simulations.
 
 - Pairs of images: an image is left out with all its pairs, within its category (Arvesen, *Annals of Mathematical
   Statistics* 1969).
-- Frames of a drive: neighbours depend on each other; sums over blocks of frames in a row have the variance (moving
-  blocks: Künsch, *Annals of Statistics* 1989), their length by the autocorrelation (Andrews, *Econometrica* 1991).
-- Shares of hits: Wilson's interval (1927) with as many trials as have that variance (Korn and Graubard, *Survey
-  Methodology* 1998), so that it stays within [0, 1]; also where all units agree, and leaving out shows nothing.
+- Frames of a drive: neighbouring frames depend on each other, so the variance is estimated from sums over blocks of
+  consecutive frames (moving blocks: Künsch, *Annals of Statistics* 1989), whose length follows from the autocorrelation
+  (Andrews, *Econometrica* 1991).
+- Shares of hits: Wilson's interval (1927) with the number of trials that gives the same variance (Korn and Graubard,
+  *Survey Methodology* 1998), so that it stays within [0, 1]; also if all units agree, when leaving out shows nothing.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ from neco_bench.metrics.sums import SumMetric, category_sums, mean_sums, miou_su
 
 LEVEL = 0.95
 
-# Without so many units a test says nothing: of five that all gain, the exact p is 2 / 2**5 = 0.06.
+# With fewer units, a test cannot be significant: for five units that all gain, the exact p is 2 / 2**5 = 0.06.
 FEWEST = 6
 
-# At most a fourth of the frames of a set are a block.
+# A block has at most a quarter of the frames of a set.
 MOST_OF_A_DRIVE = 4
 
-_SAME = 1e-12  # differences between values that are rounding alone
+_SAME = 1e-12  # differences below this are rounding
 
 
 Bounds = tuple[float, float]
@@ -43,10 +44,10 @@ Bounds = tuple[float, float]
 
 @dataclass(frozen=True)
 class Units:
-    """The units that were drawn, and the items of each.
+    """The sampling units, and the items of each.
 
-    member: (n,) the unit of each item, or (n, 2) of pairs of images. strata: (U,) the category of each unit, all 0
-    without categories. drives: (U,) the drive of each unit where units are frames in a row, else None.
+    member: (n,) the unit of each item, or (n, 2) for pairs of images. strata: (U,) the category of each unit, all 0
+    without categories. drives: (U,) the drive of each unit if units are consecutive frames, else None.
     """
 
     name: str
@@ -57,7 +58,7 @@ class Units:
 
     @classmethod
     def of(cls, sampling: Sampling, items: int, strata: np.ndarray | None = None) -> Units:
-        """Find the units of so many items."""
+        """Return the units of this number of items."""
         if sampling.images is not None:
             ids, member = np.unique(sampling.images, return_inverse=True)
             member = member.reshape(-1, 2)
@@ -74,7 +75,7 @@ class Units:
         return cls(sampling.unit, count, member, np.zeros(count, int))
 
     def sums(self, columns: np.ndarray) -> np.ndarray:
-        """(U, K) what leaves the sums over all items with each unit."""
+        """Return the part (U, K) of the sums over all items that belongs to each unit."""
         if self.member.ndim == 1 and self.count == len(self.member):
             return columns
         total = np.zeros((self.count, columns.shape[1]))
@@ -88,7 +89,7 @@ class Units:
         return None if self.drives is None else len(np.unique(self.drives))
 
     def block_length(self, effects: np.ndarray) -> int:
-        """Frames per block, by the lag-one autocorrelation of their effects (U,); 1 where they are independent."""
+        """Return frames per block, from the lag-one autocorrelation of their effects (U,); 1 if independent."""
         if self.drives is None:
             return 1
         centred = effects - effects.mean()
@@ -100,7 +101,7 @@ class Units:
         return int(np.clip(length, 1, max(1, len(effects) // MOST_OF_A_DRIVE)))
 
     def blocks(self, length: int) -> np.ndarray:
-        """(U,) the number of the block of each frame: `length` in a row of one drive, a rest with the block before."""
+        """Return the block (U,) of each frame: `length` consecutive frames of a drive; a rest joins the last block."""
         if self.drives is None or length == 1:
             return np.arange(self.count)
         numbers, last = np.zeros(self.count, int), -1
@@ -114,7 +115,7 @@ class Units:
 
 @dataclass(frozen=True)
 class Interval:
-    """A 95 % interval and what it rests on; see `results.schema.Drawn`. ends: None where there can be none."""
+    """A 95 % interval and its sampling units; see `results.schema.Drawn`. ends: None if there is no interval."""
 
     ends: Bounds | None
     unit: str
@@ -127,10 +128,10 @@ class Interval:
 
 @dataclass(frozen=True)
 class Estimate:
-    """A metric, and what is known of how far it may be off.
+    """A metric, and the estimate of its error.
 
-    repeats: (R,) values of seeds or draws. effects: (U,) metric less the metric without each unit, the mean over
-    repeats. informative: (U,) whether a unit counts at all.
+    repeats: (R,) values of seeds or draws. effects: (U,) metric minus the metric without each unit, averaged over
+    repeats. informative: (U,) whether a unit affects the metric.
     """
 
     repeats: np.ndarray
@@ -145,10 +146,10 @@ class Estimate:
         return float(self.repeats.mean())
 
     def minus(self, other: Estimate) -> Estimate:
-        """The paired difference to another estimate on the same units, and on the same repeats where they are as many.
+        """Return the paired difference to another estimate on the same units (and repeats, if equally many).
 
         Raises:
-            NumericalError: where the units differ in number.
+            NumericalError: if the numbers of units differ.
         """
         if len(self.effects) != len(other.effects):
             raise NumericalError(f"{len(other.effects)} units cannot be paired with {len(self.effects)}.")
@@ -159,12 +160,12 @@ class Estimate:
 
     @cached_property
     def length(self) -> int:
-        """Frames per block; 1 where units are independent."""
+        """Frames per block; 1 if units are independent."""
         return self.units.block_length(self.effects)
 
     @cached_property
     def sampling_variance(self) -> tuple[float, float]:
-        """Variance of the metric over draws of the units, bias included, and its degrees of freedom."""
+        """Return the variance of the metric over samples of units, including bias, and its degrees of freedom."""
         effects, strata = self.effects, self.units.strata
         number = np.bincount(strata)
         centred = effects - (np.bincount(strata, effects) / number)[strata]
@@ -180,7 +181,7 @@ class Estimate:
 
     @cached_property
     def variance(self) -> tuple[float, float]:
-        """Variance from units and repeats together, and its degrees of freedom (Welch and Satterthwaite)."""
+        """Return the variance from units and repeats, and its degrees of freedom (Welch and Satterthwaite)."""
         first, df = self.sampling_variance
         count = len(self.repeats)
         if count < 2:
@@ -192,7 +193,7 @@ class Estimate:
         return total, total**2 / (first**2 / df + second**2 / (count - 1))
 
     def interval(self, notes: Sequence[str] = (), level: float = LEVEL) -> Interval:
-        """Make the interval; notes: what it does not cover, besides what is found here."""
+        """Return the interval; notes: additional notes on what it does not cover."""
         units, method = int(self.informative.sum()), f"delete-one-{self.units.name} jackknife"
         notes = [*notes, *([_of_drives(self.units.groups)] if self.units.groups else [])]
         ends: Bounds | None = None
@@ -226,7 +227,7 @@ class Estimate:
 
 
 def estimates(sums: SumMetric, sampling: Sampling | None = None) -> list[Estimate]:
-    """Estimate each metric of the statistic; of one, a list of one.
+    """Estimate each metric of the statistic; for a single metric, the list has one entry.
 
     Raises:
         NumericalError: for no items, values that are not finite, or a single metric that no item defines.
@@ -258,9 +259,9 @@ def estimate(sums: SumMetric, sampling: Sampling | None = None) -> Estimate:
 def miou_interval(
     confusions: np.ndarray, *, absent: AbsentClasses = "exclude", sampling: Sampling | None = None
 ) -> Bounds | None:
-    """(low, high) of the mIoU over pooled pixels, from per-image confusions (n, C, C) or (R, n, C, C) of repeats.
+    """Return (low, high) of the mIoU over pooled pixels, from confusions per image (n, C, C), or (R, n, C, C).
 
-    None where a single unit has labelled pixels. Raises NumericalError for no images, or no labelled pixel.
+    None if only one unit has labelled pixels. Raises NumericalError for no images, or no labelled pixel.
     """
     if not confusions.any():
         raise NumericalError(
@@ -271,7 +272,7 @@ def miou_interval(
 
 
 def mean_interval(values: np.ndarray, *, sampling: Sampling | None = None, fraction: bool = True) -> Bounds | None:
-    """(low, high) of the mean of `values` (n,), fractions or not; None for a single unit. For families of plug-ins.
+    """Return (low, high) of the mean of `values` (n,); None for a single unit. For plug-in families.
 
     Raises NumericalError for no values, or NaN among them.
     """
@@ -281,12 +282,12 @@ def mean_interval(values: np.ndarray, *, sampling: Sampling | None = None, fract
 def pck_interval(
     hits: np.ndarray, totals: np.ndarray, category: np.ndarray, images: np.ndarray, *, mean: str
 ) -> Bounds | None:
-    """(low, high) of a PCK over pairs of images: see `category_sums`; images: (n, 2)."""
+    """Return (low, high) of a PCK over pairs of images: see `category_sums`; images: (n, 2)."""
     return estimate(category_sums(hits, totals, category, mean=mean), Sampling("pair", images=images)).interval().ends
 
 
 def wilson(mean: float, trials: float, quantile: float | None = None, level: float = LEVEL) -> Bounds:
-    """Wilson's interval of a share of so many trials; one-sided where it is 0 or 1: of 0 hits in 80, [0, 0.046]."""
+    """Return Wilson's interval of a share of `trials`; one-sided for 0 or 1: for 0 hits in 80, [0, 0.046]."""
     if quantile is None:
         from statistics import NormalDist
 
@@ -302,13 +303,13 @@ def wilson(mean: float, trials: float, quantile: float | None = None, level: flo
 def _estimate(
     values: np.ndarray, without: np.ndarray, informative: np.ndarray, units: Units, fraction: bool
 ) -> Estimate:
-    """Units without which a metric is undefined have no effect that could be known."""
+    """Return an estimate; units without which a metric is undefined get no effect."""
     effects = values.mean() - without.mean(1)
     return Estimate(values, np.nan_to_num(effects), informative, units, fraction)
 
 
 def _spread_like(one: Estimate, other: Estimate) -> np.ndarray:
-    """Values with the mean of a difference and the variance of its mean where the two have different repeats."""
+    """Return values with the mean of a difference and the variance of its mean, if the repeats differ."""
     parts = [float(side.repeats.var(ddof=1)) / len(side.repeats) for side in (one, other) if len(side.repeats) > 1]
     count = min(len(side.repeats) for side in (one, other) if len(side.repeats) > 1)
     shape = np.linspace(-1, 1, count)
@@ -316,7 +317,7 @@ def _spread_like(one: Estimate, other: Estimate) -> np.ndarray:
 
 
 def _running_sums(values: np.ndarray, length: int) -> np.ndarray:
-    """Sums of all stretches of `length` values in a row; of fewer values none."""
+    """Return the sums of all runs of `length` consecutive values; empty if there are fewer values."""
     ends = np.concatenate([[0.0], values.cumsum()])
     return ends[length:] - ends[:-length] if len(values) >= length else np.empty(0)
 

@@ -1,9 +1,9 @@
 """Tests of the difference between two models on the same items. Pure numpy.
 
-Under the hypothesis that it does not matter which model a unit's prediction came from, the two may be exchanged unit by
-unit: the sign of each unit's part of the difference is random (Fisher 1935, section 21; Edgington and Onghena,
-*Randomization Tests*, 2007). A part is what exchanging one unit changes, the other units being half of each model, so
-that it changes sign exactly. Units in which the two do not differ carry no information and are not counted.
+Under the null hypothesis, the two models can be exchanged for each unit: the sign of each unit's part of the difference
+is random (Fisher 1935, section 21; Edgington and Onghena, *Randomization Tests*, 2007). The part of a unit is the
+change when it is exchanged while the other units are half of each model, so that it changes sign exactly. Units on
+which the two models do not differ have no information and are not counted.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from neco_bench.metrics.sums import SumMetric
 
 DRAWS = 10_000
 
-_EXACT = 13  # up to so many units, all 2**12 patterns of signs are fewer than draws
+_EXACT = 13  # up to this number of units, all 2**12 patterns of signs are fewer than the draws
 
-_CHUNK = 4_000_000  # signs held at once
+_CHUNK = 4_000_000  # signs in memory at once
 
 
 @dataclass(frozen=True)
 class Difference:
-    """value: of the second less the first; low, high: its interval; p: two-sided, of no difference; units: that p rests
-    on, those in which the two differ; unit: what one is; test: "sign flips", "exact sign flips" or "t". NaN where there
-    is no number."""
+    """value: second minus first; low, high: its interval; p: two-sided, for the hypothesis of no difference; units: the
+    number of units that differ, which the test uses; unit: their name; test: "sign flips", "exact sign flips" or "t".
+    Undefined numbers are NaN."""
 
     value: float
     low: float
@@ -47,12 +47,12 @@ def paired_difference(
 ) -> list[Difference]:
     """Compare each metric between two models on the same items, in the same order: one Difference per metric.
 
-    p is that of exchanging the models unit by unit (`sign_flips`), of blocks of frames in a row. Where pairs share
-    images, or values are means over seeds or draws, whose spread counts too, it is Student's t of the interval. There
-    is no p for fewer than six units that differ. NaN where a metric is undefined for all items.
+    p is from exchanging the models unit by unit (`sign_flips`), where consecutive frames form blocks. If pairs share
+    images, or values are means over seeds or draws, whose spread counts too, p is from Student's t of the interval.
+    There is no p for fewer than six units that differ. NaN if a metric is undefined for all items.
 
     Raises:
-        NumericalError: where the items differ in number.
+        NumericalError: if the numbers of items differ.
     """
     if len(first.columns) != len(second.columns):
         raise NumericalError(f"{len(first.columns)} items cannot be paired with {len(second.columns)}.")
@@ -72,7 +72,7 @@ def paired_difference(
 
 
 def _untested(one: Estimate, other: Estimate, parts: np.ndarray, units: Units) -> tuple[Difference, np.ndarray | None]:
-    """A difference, and its parts by unit where signs are still to be flipped for its p."""
+    """Return a difference, and its parts by unit if its p must be computed by sign flips."""
     if np.isnan(one.repeats).any() or np.isnan(other.repeats).any():
         return Difference(_NAN, _NAN, _NAN, _NAN, 0, units.name), None
     change = other.minus(one)
@@ -95,7 +95,7 @@ def _untested(one: Estimate, other: Estimate, parts: np.ndarray, units: Units) -
 
 
 def student(change: Estimate) -> float:
-    """p of no difference, two-sided, by Student's t of the interval."""
+    """Return the two-sided p for no difference, from Student's t of the interval."""
     from scipy.stats import t
 
     variance, df = change.variance
@@ -103,10 +103,10 @@ def student(change: Estimate) -> float:
 
 
 def sign_flips(parts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Two-sided p of parts (U, M), whose signs are random under the hypothesis, of each of M metrics.
+    """Return the two-sided p for parts (U, M), whose signs are random under the hypothesis, for each of M metrics.
 
-    Of few units all patterns of signs are counted; else p is 2 (1 + the draws at least as large) / (draws + 1), so that
-    its smallest value is 2 / (draws + 1).
+    For few units, all patterns of signs are counted; otherwise p is 2 (1 + the number of draws at least as large) /
+    (draws + 1), so its smallest value is 2 / (draws + 1).
 
     Returns:
         (M,) p, and (M,) whether all patterns were counted.
@@ -130,7 +130,7 @@ def sign_flips(parts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> tuple
 
 
 def holm(values: np.ndarray) -> np.ndarray:
-    """p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 1979); NaN stays NaN."""
+    """Return p-values adjusted for their number (Holm, Scandinavian Journal of Statistics 1979); NaN stays NaN."""
     adjusted = np.full(len(values), np.nan)
     known = np.flatnonzero(~np.isnan(values))
     order = known[np.argsort(values[known], kind="stable")]
@@ -140,7 +140,7 @@ def holm(values: np.ndarray) -> np.ndarray:
 
 
 def _exchanged(first: SumMetric, second: SumMetric, sampling: Sampling) -> tuple[np.ndarray, Units]:
-    """(U, M) what exchanging the two models in one unit changes, the others being half of each; and the units."""
+    """Return the changes (U, M) from exchanging the models in one unit while the others are half of each; and units."""
     before, after = (side.columns.astype(np.float64) for side in (first, second))
     units = Units.of(sampling, len(before), first.strata)
     middle = (before.sum(0) + after.sum(0)) / 2

@@ -8,13 +8,13 @@ import numpy as np
 
 
 def pck_hits(errors: np.ndarray, thresholds: Sequence[float], *, strict: bool) -> np.ndarray:
-    """(T,) number of the errors (P,) below each threshold: < where strict, else <=. Both in the same unit."""
+    """Return the number (T,) of errors (P,) below each threshold: < if strict, else <=. Both in the same unit."""
     limits = np.asarray(thresholds)[:, None]
     return (errors < limits if strict else errors <= limits).sum(1)
 
 
 def pck_averages(hits: np.ndarray, totals: np.ndarray, classes: np.ndarray) -> dict[str, float]:
-    """PCK by the four averages in use, from hits and points per pair, (n,) each, and the class (n,) of each pair.
+    """Return the PCK by four averages, from hits and points per pair, (n,) each, and the class (n,) of each pair.
 
     points: over all points. pairs: mean of the pairs' rates. class_mean: mean of the classes' rates over their points.
     pair_weighted: the same, classes weighted by their number of pairs.
@@ -30,5 +30,5 @@ def pck_averages(hits: np.ndarray, totals: np.ndarray, classes: np.ndarray) -> d
 
 
 def box_side(box: Sequence[float]) -> float:
-    """Longest side of (x1, y1, x2, y2)."""
+    """Return the longest side of (x1, y1, x2, y2)."""
     return max(box[2] - box[0], box[3] - box[1])

@@ -26,7 +26,7 @@ def confusion_matrix(
         truth: integer class ids of any shape.
         prediction: integer ids of the same shape.
         classes: C.
-        clusters: K, where predictions are cluster ids; None takes C.
+        clusters: K, if predictions are cluster ids; None uses C.
         ignore: id in `truth` of pixels that are not counted.
 
     Returns:
@@ -46,7 +46,7 @@ def confusion_matrix(
     for name, ids, size in (("ground truth", rows, classes), ("prediction", cols, columns)):
         if ids.size and (ids.min() < 0 or ids.max() >= size):
             raise BadInputError(
-                f"{name} holds id {ids.max() if ids.max() >= size else ids.min()}, outside 0..{size - 1}."
+                f"{name} contains id {ids.max() if ids.max() >= size else ids.min()}, outside 0..{size - 1}."
             )
     return np.bincount(rows * columns + cols, minlength=classes * columns).reshape(classes, columns)
 
@@ -65,11 +65,11 @@ def iou_per_class(confusion: np.ndarray) -> np.ndarray:
 
 
 def mean_iou(confusion: np.ndarray, *, absent: AbsentClasses) -> float:
-    """Compute the mIoU of a (C, C) matrix, a fraction; `absent` says which classes count. NaN where none does.
+    """Compute the mIoU of a (C, C) matrix, a fraction; `absent` selects the classes of the mean. NaN if there are none.
 
-    "zero": all C, one in neither truth nor prediction as 0, as in open-hummingbird-eval and NeCo. "union": those in
-    truth or prediction, as in mmseg and DINOv3. "exclude": those with ground truth; one that is only predicted has IoU
-    0 whatever the model does elsewhere, and the misses already count against the true classes.
+    "zero": all C classes; a class in neither truth nor prediction counts as 0, as in open-hummingbird-eval and NeCo.
+    "union": classes in truth or prediction, as in mmseg and DINOv3. "exclude": classes with ground truth; a class that
+    is only predicted would always have IoU 0, and its pixels already count as errors of the true classes.
     """
     iou = iou_per_class(confusion)
     if absent == "zero":
@@ -94,17 +94,17 @@ def hungarian_match(confusion: np.ndarray) -> np.ndarray:
 
 
 def majority_match(confusion: np.ndarray) -> np.ndarray:
-    """Give each cluster of a (C, K) matrix the class with most of its pixels: (K,), the lowest on ties, 0 if empty."""
+    """Assign each cluster of a (C, K) matrix to its majority class: (K,), the lowest id in a tie, 0 if empty."""
     return confusion.argmax(0)
 
 
 def identity_match(confusion: np.ndarray) -> np.ndarray:
-    """Take predicted ids for class ids: (C,) of a (C, C) matrix."""
+    """Use predicted ids as class ids: (C,) of a (C, C) matrix."""
     return np.arange(confusion.shape[1])
 
 
 def merge_clusters(confusion: np.ndarray, mapping: np.ndarray) -> np.ndarray:
-    """Add up the columns of a (..., C, K) matrix by the class of each cluster, `mapping` (K,): (..., C, C)."""
+    """Sum the columns of a (..., C, K) matrix by the class of each cluster, `mapping` (K,): (..., C, C)."""
     classes = confusion.shape[-2]
     one_hot = np.zeros((confusion.shape[-1], classes), np.int64)
     one_hot[np.arange(len(mapping)), mapping] = 1
@@ -112,16 +112,16 @@ def merge_clusters(confusion: np.ndarray, mapping: np.ndarray) -> np.ndarray:
 
 
 class ImageConfusions:
-    """(C, K) confusion counts per image, stored sparse: an image has few of the C*K cells."""
+    """(C, K) confusion counts per image, stored sparse, because an image has few of the C*K cells."""
 
     def __init__(self, classes: int, clusters: int | None = None) -> None:
         self.classes = classes
         self.clusters = classes if clusters is None else clusters
-        # Two long buffers: small arrays of thousands of images would pin the pages that big ones leave.
+        # Two long buffers, because small arrays of thousands of images would fragment the memory.
         self._cells, self._counts, self._lengths = array("q"), array("q"), array("q")
 
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Count one image, given as in `confusion_matrix`."""
+        """Count one image; arguments as for `confusion_matrix`."""
         counts = confusion_matrix(truth, prediction, self.classes, clusters=self.clusters).ravel()
         cells = np.flatnonzero(counts)
         self._cells.frombytes(cells.astype(np.int64).tobytes())
@@ -133,7 +133,7 @@ class ImageConfusions:
 
     @classmethod
     def joined(cls, parts: Sequence[ImageConfusions], positions: Sequence[Sequence[int]]) -> ImageConfusions:
-        """Join counts of several processes, in the order of the positions of their images, each of them once."""
+        """Join counts of several processes in the order of the positions of their images, each once."""
         whole = cls(parts[0].classes, parts[0].clusters)
         ends = [np.concatenate([[0], np.cumsum(np.array(part._lengths))]).astype(int) for part in parts]
         rows = {position: (p, i) for p, of_part in enumerate(positions) for i, position in enumerate(of_part)}
@@ -145,13 +145,13 @@ class ImageConfusions:
         return whole
 
     def total(self) -> np.ndarray:
-        """Add up the counts of all images: (C, K) int64."""
+        """Sum the counts of all images: (C, K) int64."""
         total = np.zeros(self.classes * self.clusters, np.int64)
         np.add.at(total, np.array(self._cells), np.array(self._counts))
         return total.reshape(self.classes, self.clusters)
 
     def per_image(self, mapping: np.ndarray | None = None) -> np.ndarray:
-        """Return (n, C, C) int32 counts; mapping: (K,) class of each cluster, None where ids are class ids."""
+        """Return (n, C, C) int32 counts; mapping: (K,) class of each cluster, None if ids are class ids."""
         rows, columns = np.divmod(np.array(self._cells), self.clusters)
         columns = columns if mapping is None else mapping[columns]
         images = np.repeat(np.arange(len(self)), np.array(self._lengths))

@@ -1,4 +1,4 @@
-"""Metrics as functions of sums over items: leaving out an item, or exchanging it, is a subtraction. Pure numpy.
+"""Metrics as functions of sums over items, so that leaving out or exchanging an item is a subtraction. Pure numpy.
 
 mIoU over pooled pixels, PCK, weighted means and their roots are all of this form.
 """
@@ -17,12 +17,12 @@ Statistic = Callable[[np.ndarray], np.ndarray]
 
 @dataclass(frozen=True)
 class SumMetric:
-    """One metric, or several, of sums over items.
+    """One or several metrics as functions of sums over items.
 
-    columns: (n, K) of each item. statistic: from (rows, K) sums to (rows, R) values of R repeats (seeds, draws of the
-    training set), or to (rows, M, R) of M metrics; NaN where undefined. The metric is the mean over the repeats.
-    strata: (n,) numbers of the categories of items, where the metric is a mean over categories that are not drawn.
-    fraction: whether values lie in [0, 1].
+    columns: (n, K) values of each item. statistic: maps (rows, K) sums to (rows, R) values of R repeats (seeds, draws
+    of the training set), or to (rows, M, R) of M metrics; NaN if undefined. The metric is the mean over the repeats.
+    strata: (n,) category of each item, if the metric is a mean over fixed categories. fraction: whether values are in
+    [0, 1].
     """
 
     columns: np.ndarray
@@ -31,16 +31,16 @@ class SumMetric:
     fraction: bool = True
 
     def values(self) -> np.ndarray:
-        """(R,) or (M, R) values of all items, one per repeat."""
+        """Values (R,) or (M, R) for all items, one per repeat."""
         return self.statistic(self.columns.sum(0, keepdims=True, dtype=np.float64))[0]
 
     def value(self) -> np.ndarray:
-        """The metric of all items, () or (M,)."""
+        """The metric for all items, () or (M,)."""
         return self.values().mean(-1)
 
 
 def merged(parts: Sequence[SumMetric]) -> SumMetric:
-    """Join the same metric of several seeds on the same items: the repeats of all of them."""
+    """Join the same metric of several seeds on the same items, with all their repeats."""
     if len(parts) == 1:
         return parts[0]
     ends = np.cumsum([part.columns.shape[1] for part in parts])[:-1]
@@ -54,7 +54,7 @@ def merged(parts: Sequence[SumMetric]) -> SumMetric:
 
 
 def miou_sums(confusions: np.ndarray, absent: AbsentClasses = "exclude") -> SumMetric:
-    """mIoU over pooled pixels, from per-image confusions (n, C, C), rows ground truth, or (R, n, C, C) of repeats.
+    """Return the mIoU over pooled pixels, from confusions per image (n, C, C), rows ground truth, or (R, n, C, C).
 
     absent: which classes count, see `segmentation.mean_iou`.
     """
@@ -62,12 +62,12 @@ def miou_sums(confusions: np.ndarray, absent: AbsentClasses = "exclude") -> SumM
 
 
 def class_iou_sums(confusions: np.ndarray) -> SumMetric:
-    """The IoU of each class, NaN where it is in neither truth nor prediction; confusions as in `miou_sums`."""
+    """Return the IoU of each class, NaN if it is in neither truth nor prediction; confusions as in `miou_sums`."""
     return class_iou_of_counts(class_counts(confusions))
 
 
 def class_counts(confusions: np.ndarray) -> np.ndarray:
-    """(3, R, n, C) pixels of each class: hits, union of truth and prediction, and truth."""
+    """Return pixels (3, R, n, C) of each class: hits, union of truth and prediction, and truth."""
     stack = confusions.reshape(-1, *confusions.shape[-3:])
     hits = np.einsum("snii->sni", stack)
     truth = stack.sum(3)
@@ -99,8 +99,8 @@ def class_iou_of_counts(counts: np.ndarray) -> SumMetric:
 
 
 def size_sums(confusions: np.ndarray, low: float, high: float) -> SumMetric:
-    """mIoU over the regions of one size: what a class covers of an image, where that is a share in [low, high) of the
-    image's labelled pixels. Classes without such a region are left out. Confusions as in `miou_sums`."""
+    """Return the mIoU over regions of one size: all pixels of a class in an image, if their share of the image's
+    labelled pixels is in [low, high). Classes without such a region are left out. Confusions as in `miou_sums`."""
     counts = class_counts(confusions)
     truth = counts[2, 0]
     share = truth / np.maximum(truth.sum(1, keepdims=True), 1)
@@ -114,7 +114,7 @@ def size_sums(confusions: np.ndarray, low: float, high: float) -> SumMetric:
 
 
 def ratio_sums(hits: np.ndarray, totals: np.ndarray) -> SumMetric:
-    """sum(hits) / sum(totals), (n,) each; NaN without totals."""
+    """Return sum(hits) / sum(totals), (n,) each; NaN without totals."""
 
     def ratio(sums: np.ndarray) -> np.ndarray:
         return np.where(sums[:, 1:] > 0, _ratios(sums[:, :1], sums[:, 1:]), np.nan)
@@ -125,16 +125,16 @@ def ratio_sums(hits: np.ndarray, totals: np.ndarray) -> SumMetric:
 def category_sums(
     hits: np.ndarray, totals: np.ndarray, category: np.ndarray, *, mean: str = "categories", apart: bool = False
 ) -> SumMetric:
-    """A weighted mean over categories of sum(hits) / sum(totals), as in PCK; all (n,).
+    """Return a weighted mean over categories of sum(hits) / sum(totals), as in PCK; all (n,).
 
-    The categories are those of the benchmark, not drawn: their weights stay as they are when an item is left out.
+    The categories are fixed by the benchmark and not sampled, so their weights do not change when an item is left out.
 
     Args:
-        hits: of each item.
-        totals: of each item.
-        category: the number of its category.
-        mean: "categories" weights all alike, "totals" by their totals, so that it is sum(hits) / sum(totals).
-        apart: whether each category is a metric of its own, (rows, categories, 1).
+        hits: hits of each item.
+        totals: totals of each item.
+        category: category index of each item.
+        mean: "categories" gives equal weights, "totals" weights by totals, which gives sum(hits) / sum(totals).
+        apart: whether each category is a separate metric, (rows, categories, 1).
     """
     _, group = np.unique(category, return_inverse=True)
     member = np.arange(group.max(initial=0) + 1) == group.reshape(-1, 1)
@@ -154,7 +154,7 @@ def category_sums(
 def mean_sums(
     scores: np.ndarray, weights: np.ndarray | None = None, *, root: bool = False, fraction: bool = True
 ) -> SumMetric:
-    """The weighted mean of scores, (n,) or (R, n) of repeats, or its square root; weights: (n,)."""
+    """Return the weighted mean of scores, (n,) or (R, n) of repeats, or its square root; weights: (n,)."""
     stack = np.atleast_2d(scores)
     weights = np.ones(stack.shape[1]) if weights is None else weights
     columns = np.concatenate([(stack * weights).T, weights[:, None]], axis=1)
@@ -168,7 +168,7 @@ def mean_sums(
 
 
 def _ious_of(counts: np.ndarray) -> tuple[np.ndarray, Callable[[np.ndarray], tuple[np.ndarray, ...]]]:
-    """Columns, and a function of their sums: IoU, pixels of ground truth and of the union, (rows, R, C) each."""
+    """Return columns, and a function of their sums: IoU, pixels of ground truth and union, (rows, R, C) each."""
     _, repeats, images, classes = counts.shape
 
     def ious(sums: np.ndarray) -> tuple[np.ndarray, ...]:
@@ -184,6 +184,6 @@ def _ratios(above: np.ndarray, below: np.ndarray) -> np.ndarray:
 
 
 def _mean_counted(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Mean along the last axis by weights; NaN where all are zero."""
+    """Return the weighted mean along the last axis; NaN if all weights are zero."""
     total = weights.sum(-1)
     return np.divide((values * weights).sum(-1), total, out=np.full(total.shape, np.nan), where=total > 0)

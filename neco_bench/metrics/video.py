@@ -1,4 +1,4 @@
-"""Region similarity J and boundary accuracy F of masks in video, as the evaluation of DAVIS 2017 computes them.
+"""Region similarity J and boundary accuracy F of masks in video, as in the evaluation of DAVIS 2017.
 
 Perazzi et al., A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation, CVPR 2016, section 4. Pure
 functions on arrays; dilations are OpenCV's.
@@ -12,19 +12,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BOUND = 0.008  # of the diagonal: how far a boundary pixel may be off (davis2017-evaluation)
+BOUND = 0.008  # maximum distance of matching boundary pixels, as a share of the diagonal (davis2017-evaluation)
 
 
 def region_similarity(prediction: np.ndarray, truth: np.ndarray) -> float:
-    """Compute J, the intersection over union of two masks (H, W) bool; 1 where both are empty."""
+    """Compute J, the intersection over union of two masks (H, W) bool; 1 if both are empty."""
     union = int(np.count_nonzero(prediction | truth))
     return np.count_nonzero(prediction & truth) / union if union else 1.0
 
 
 def boundary_map(mask: np.ndarray) -> np.ndarray:
-    """Find the pixels of a mask (H, W) bool that differ from the one to their right, below, or below to the right.
+    """Return the pixels of a mask (H, W) bool that differ from the pixel to the right, below, or below right.
 
-    The last column is compared with what is below, the last row with what is to the right: (H, W) bool.
+    The last column is compared only with pixels below, the last row only with pixels to the right: (H, W) bool.
     """
     edges = np.zeros(mask.shape, bool)
     edges[:, :-1] |= mask[:, :-1] != mask[:, 1:]
@@ -40,27 +40,27 @@ def tolerance(shape: Sequence[int]) -> int:
 
 @functools.cache
 def disk(radius: int) -> np.ndarray:
-    """Make (2 r + 1, 2 r + 1) uint8, 1 at a distance of at most r from the middle."""
+    """Return a disk (2 r + 1, 2 r + 1) uint8: 1 at a distance of at most r from the centre."""
     steps = np.arange(-radius, radius + 1)
     return (steps**2 + steps[:, None] ** 2 <= radius**2).astype(np.uint8)
 
 
 @dataclass(frozen=True)
 class Boundary:
-    """The boundary of a mask and all that lies within the tolerance of it, (H, W) uint8 each."""
+    """The boundary of a mask, and all pixels within the tolerance of it, (H, W) uint8 each."""
 
     edges: np.ndarray
     near: np.ndarray
 
     @classmethod
     def of(cls, mask: np.ndarray, radius: int | None = None) -> Boundary:
-        """Find it; radius: of the tolerance, that of the mask's size where None."""
+        """Compute the boundary; radius: tolerance in pixels; None uses that for the size of the mask."""
         import cv2  # takes 0.1 s
 
         edges, near = boundary_map(mask).astype(np.uint8), np.zeros(mask.shape, np.uint8)
         radius = tolerance(mask.shape) if radius is None else radius
         rows, columns = edges.any(1).nonzero()[0], edges.any(0).nonzero()[0]
-        if len(rows):  # beyond the boundary's box nothing is near: an object of a tenth of the frame takes a fifth
+        if len(rows):  # only the box around the boundary matters: 5 times as fast for an object of a tenth of the frame
             top, left = max(0, rows[0] - radius), max(0, columns[0] - radius)
             part = (slice(top, rows[-1] + radius + 1), slice(left, columns[-1] + radius + 1))
             near[part] = cv2.dilate(edges[part], disk(radius), borderType=cv2.BORDER_CONSTANT, borderValue=0)
@@ -71,7 +71,7 @@ def boundary_accuracy(prediction: Boundary, truth: Boundary) -> float:
     """Compute F, the harmonic mean of the share of the predicted boundary near the true one, and of the true one near
     the predicted one.
 
-    With an empty boundary alone precision is 1 and recall 0, or the other way round; with two empty ones F is 1.
+    If one boundary is empty, precision is 1 and recall 0, or vice versa; if both are empty, F is 1.
     """
     predicted, true = int(prediction.edges.sum()), int(truth.edges.sum())
     if predicted and true:
@@ -84,7 +84,7 @@ def boundary_accuracy(prediction: Boundary, truth: Boundary) -> float:
 
 @dataclass(frozen=True)
 class FrameScores:
-    """What is reported of the scores of one object over frames: mean, recall (share above 0.5), decay."""
+    """Summary of the scores of one object over frames: mean, recall (share above 0.5), decay."""
 
     mean: float
     recall: float
@@ -92,9 +92,9 @@ class FrameScores:
 
     @classmethod
     def of(cls, scores: np.ndarray) -> FrameScores:
-        """Summarise (T,) scores of frames; decay is the mean of the first quarter less that of the last one.
+        """Summarise (T,) scores of frames; decay is the mean of the first quarter minus that of the last one.
 
-        Quarters lie between rounded, evenly spaced frames, which count in both quarters that they divide.
+        The limits of quarters are rounded, evenly spaced frames, which belong to both adjacent quarters.
         """
         ends = np.rint(np.linspace(1, len(scores), 5) + 1e-10).astype(int) - 1
         first, last = scores[ends[0] : ends[1] + 1], scores[ends[3] : ends[4] + 1]

@@ -1,1 +1,1 @@
-"""Tables, pages and comparisons made of results."""
+"""Tables, pages and comparisons made from results."""

@@ -1,4 +1,4 @@
-"""Two models on the same tasks: paired differences from stored per-item statistics. No re-run."""
+"""Compare two models on the same tasks: paired differences from stored per-item statistics, without running again."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from neco_bench.results.statistics import (
 )
 from neco_bench.results.store import ResultStore
 
-# Sizes of regions: the share of an image's labelled pixels that a class covers, from and below.
+# Sizes of regions: limits of the share of an image's labelled pixels that a class covers.
 SIZES = {"small (below 1 %)": (0.0, 0.01), "medium (1 to 10 %)": (0.01, 0.1), "large (from 10 %)": (0.1, 1.1)}
 
 
@@ -41,8 +41,8 @@ MOST_LISTED = 8  # results in a message
 class ComparisonRow:
     """The comparison of two models on a task, or on one class or size of it.
 
-    first, second: values of the metric; None: undefined. difference: second less first. p_holm: p adjusted for the
-    number of rows compared together. note: what else the two differ in, and what cannot be said.
+    first, second: values of the metric; None: undefined. difference: second minus first. p_holm: p adjusted for the
+    number of rows compared together. note: other differences between the two results, and limits of the comparison.
     """
 
     name: str
@@ -55,12 +55,12 @@ class ComparisonRow:
 
     @property
     def items(self) -> int:
-        """The units that p rests on: those in which the two models differ."""
+        """Number of units that the test uses: those on which the two models differ."""
         return self.difference.units
 
     @property
     def unit(self) -> str:
-        """What one of them is."""
+        """Name of the unit."""
         return self.difference.unit
 
 
@@ -69,16 +69,16 @@ StoredResult = tuple[Result, ResultStore]
 
 
 def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str]) -> dict[ResultKey, StoredResult]:
-    """Find the finished results of a model, by task, protocol, settings, seed and limit.
+    """Return the successful results of a model, by task, protocol, settings, seed and limit.
 
     Args:
-        folders: where to look.
-        model: its name in the results, or the start of a result's key where equal names have several weights.
-        tasks: names or globs; none means all.
+        folders: results folders.
+        model: its name in the results, or the start of a result's key if one name has several weights.
+        tasks: names or globs; all if empty.
 
     Raises:
-        MissingError: where there are no results.
-        UsageError: where the name stands for several.
+        MissingError: if there are no results.
+        UsageError: if the name matches several results of one task.
     """
     finished = [(result, store) for store in folders for result in store.load_all() if result.status == "ok"]
     matching: dict[ResultKey, StoredResult] = {}
@@ -93,24 +93,24 @@ def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str])
                 )
     if not matching:
         names = ", ".join(sorted({result.model for result, _ in finished})) or "none"
-        raise MissingError(f"No result of {model!r}{_for_tasks(tasks)}. There are results of: {names}.")
+        raise MissingError(f"No result of {model!r}{_for_tasks(tasks)}. Results exist for: {names}.")
     return matching
 
 
 def result_key(result: Result) -> ResultKey:
-    """What two results must share to be compared: task, protocol, settings, seed and limit."""
+    """Return what two results must share to be compared: task, protocol, settings, seed and limit."""
     changed = json.dumps(result.changed, sort_keys=True, default=str)
     return (result.task, result.protocol, changed, result.seed, result.limit)
 
 
 def item_scores(result: Result, arrays: Arrays) -> dict[str, float]:
-    """Score each item by its id: mIoU over the classes in the image, the mean over seeds and draws, PCK, or its score.
+    """Return the score of each item by its id: mIoU over the classes in the image, PCK, or the item's own score.
 
-    Images without ground truth are left out.
+    Scores are averaged over seeds and draws. Images without ground truth are left out.
 
     Raises:
-        MissingError: where a result stores no ids.
-        BadInputError: where it stores no counts.
+        MissingError: if a result stores no ids.
+        BadInputError: if it stores no counts.
     """
     ids = item_ids(arrays)
     if ids is None:
@@ -127,7 +127,7 @@ def item_scores(result: Result, arrays: Arrays) -> dict[str, float]:
     else:
         form = next((f for f in ("score", "square") if f"{f}/{result.primary_metric}" in arrays), None)
         if form is None:
-            raise BadInputError(f"The statistics of {result.model} on {result.column} hold no counts of items.")
+            raise BadInputError(f"The statistics of {result.model} on {result.column} contain no counts of items.")
         values = np.atleast_2d(arrays[f"{form}/{result.primary_metric}"]).mean(0)
         scores = (np.sqrt(values) if form == "square" else values).tolist()
     return {name: score for name, score in zip(ids, scores, strict=True) if not np.isnan(score)}
@@ -135,9 +135,9 @@ def item_scores(result: Result, arrays: Arrays) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class ResultPair:
-    """Results of two models on one task and protocol, one of each per seed, and their per-item statistics.
+    """Results of two models on one task and protocol, one pair per seed, and their per-item statistics.
 
-    The items of all are in one order.
+    All statistics have their items in the same order.
     """
 
     results: Sequence[tuple[Result, Result]]
@@ -145,12 +145,12 @@ class ResultPair:
 
     @property
     def first(self) -> Result:
-        """The first model's result of the first seed."""
+        """The first model's result for the first seed."""
         return self.results[0][0]
 
     @property
     def second(self) -> Result:
-        """The second model's."""
+        """The second model's result for the first seed."""
         return self.results[0][1]
 
     @property
@@ -165,20 +165,20 @@ class ResultPair:
 
     @property
     def name(self) -> str:
-        """The task with its protocol and what was changed, and the seed where it is one other than 0."""
+        """The task with its protocol and changes, and the seed if it is a single one other than 0."""
         if len(self.results) > 1:
             return f"{self.first.column} ({len(self.results)} seeds)"
         return _measured(self.first)
 
     @property
     def note(self) -> str:
-        """What the two results differ in, and what their interval does not cover."""
+        """Conditions in which the two results differ, and what their interval does not cover."""
         drawn = self.first.drawn
         notes = [note for note in (drawn.notes if drawn else []) if not note.startswith("fewer than")]
         return "; ".join([*differences(self.first, self.second), *notes])
 
     def sums(self, of: Callable[[Result, Arrays], SumMetric]) -> tuple[SumMetric, SumMetric]:
-        """A metric of the two models over the same items, over all seeds."""
+        """Return a metric of the two models over the same items and all seeds."""
         first, second = (
             merged([of(results[side], arrays[side]) for results, arrays in zip(self.results, self.arrays, strict=True)])
             for side in (0, 1)
@@ -187,18 +187,18 @@ class ResultPair:
 
 
 def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[ResultPair]:
-    """Pair the results of two models of the same task, protocol and settings; those of several seeds are one pair.
+    """Pair the results of two models with the same task, protocol and settings; several seeds form one pair.
 
     Args:
-        folders: where to look.
-        first: a model, named as for `results_of`.
+        folders: results folders.
+        first: a model, see `results_of`.
         second: the model to compare with it.
-        tasks: names or globs; none means all.
+        tasks: names or globs; all if empty.
 
     Raises:
-        MissingError: where there is nothing to compare.
-        UsageError: where a name stands for several results.
-        BadInputError: where two results were not measured on the same images.
+        MissingError: if there is nothing to compare.
+        UsageError: if a name matches several results of one task.
+        BadInputError: if two results were not measured on the same images.
     """
     stores = list(folders)
     of_first, of_second = (results_of(stores, model, tasks) for model in (first, second))
@@ -212,10 +212,10 @@ def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: S
 
 
 def pair_results(of_first: dict[ResultKey, StoredResult], of_second: dict[ResultKey, StoredResult]) -> list[ResultPair]:
-    """Pair the results that two models have in common, as `find_pairs` does.
+    """Pair the results that two models have in common; see `find_pairs`.
 
     Raises:
-        NecoBenchError: the last problem, where none can be paired; else they are among the problems of the stores.
+        NecoBenchError: the last problem, if no results can be paired; else problems are added to those of the stores.
     """
     by_task: dict[ResultKey, list[tuple[tuple[Result, Result], tuple[Arrays, Arrays]]]] = defaultdict(list)
     failure = None
@@ -226,7 +226,7 @@ def pair_results(of_first: dict[ResultKey, StoredResult], of_second: dict[Result
             ids = item_ids(by_task[task][0][1][0]) if by_task[task] else None
             arrays = _paired(one, other, store.statistics(one), other_store.statistics(other), ids)
             by_task[task].append(((one, other), arrays))
-        except NecoBenchError as error:  # the other pairs are compared all the same
+        except NecoBenchError as error:  # the other pairs are still compared
             failure = error
             store.problems.append(str(error))
     pairs = [ResultPair(*map(list, zip(*found, strict=True))) for found in by_task.values() if found]
@@ -236,10 +236,10 @@ def pair_results(of_first: dict[ResultKey, StoredResult], of_second: dict[Result
 
 
 def _paired(first: Result, second: Result, own: Arrays, others: Arrays, ids: list[str] | None) -> tuple[Arrays, Arrays]:
-    """The statistics of two results with equal items in equal order: that of `ids`, else of the first.
+    """Return the statistics of two results with the same items in the same order: that of `ids`, else of the first.
 
     Raises:
-        BadInputError: where their images or settings are not the same.
+        BadInputError: if their images or settings differ.
     """
     place = f"{first.task}@{first.protocol}"
     for name in MUST:
@@ -284,7 +284,7 @@ def _for_tasks(tasks: Sequence[str]) -> str:
 
 
 def compare_tasks(pairs: Sequence[ResultPair], *, draws: int = DRAWS) -> list[ComparisonRow]:
-    """Compare the primary metric of each pair; p is adjusted over the rows, of which several seeds are one."""
+    """Compare the primary metric of each pair; p is adjusted over the rows, where several seeds are one row."""
     rows = []
     for pair in pairs:
         first, second = pair.sums(primary_sums)
@@ -296,10 +296,10 @@ def compare_tasks(pairs: Sequence[ResultPair], *, draws: int = DRAWS) -> list[Co
 
 
 def class_sums(result: Result, arrays: Arrays) -> tuple[list[str], SumMetric]:
-    """The names of classes of pixels or categories of pairs, and their IoU or PCK as functions of sums over items.
+    """Return the names of classes or categories, and their IoU or PCK as functions of sums over items.
 
     Raises:
-        BadInputError: for a result that does not name them, or statistics that have none.
+        BadInputError: if the result does not name them, or the statistics have none.
     """
     if "confusion" in arrays:
         names = list(next(iter(result.per_class.values()), ()))
@@ -307,7 +307,7 @@ def class_sums(result: Result, arrays: Arrays) -> tuple[list[str], SumMetric]:
             raise BadInputError(f"{result.column}: the result of {result.model} does not name its classes.")
         return names, class_iou_sums(arrays["confusion"])
     if "hits" not in arrays:
-        raise BadInputError(f"The statistics of {result.model} on {result.column} are not of classes.")
+        raise BadInputError(f"The statistics of {result.model} on {result.column} have no classes.")
     categories = list(result.per_class.get(result.primary_metric, ()))
     present = np.unique(arrays["category"])
     if present.max(initial=0) >= len(categories):
@@ -316,10 +316,10 @@ def class_sums(result: Result, arrays: Arrays) -> tuple[list[str], SumMetric]:
 
 
 def compare_classes(pair: ResultPair, *, draws: int = DRAWS) -> list[ComparisonRow]:
-    """Compare the classes of pixels or categories of pairs, the largest gain first; p is adjusted over them.
+    """Compare each class or category, sorted by gain, the largest first; p is adjusted over them.
 
     Raises:
-        BadInputError: for a result that does not name them.
+        BadInputError: if a result does not name them.
     """
     if not {"confusion", "hits"} & set(pair.first_arrays):
         return []
@@ -337,10 +337,10 @@ def compare_classes(pair: ResultPair, *, draws: int = DRAWS) -> list[ComparisonR
 def compare_sizes(pair: ResultPair, *, draws: int = DRAWS) -> list[ComparisonRow]:
     """Compare mIoU on small, medium and large regions (SIZES); p is adjusted over them.
 
-    A region is all that one class covers in one image.
+    A region is all pixels of one class in one image.
 
     Raises:
-        UsageError: for results without confusion counts.
+        UsageError: if the results have no confusion counts.
     """
     if "confusion" not in pair.first_arrays:
         raise UsageError(f"{pair.name} has no regions of pixels to compare.")
@@ -358,10 +358,10 @@ def _of_size(limits: tuple[float, float], result: Result, arrays: Arrays) -> Sum
 
 
 def compare_images(pair: ResultPair) -> list[tuple[str, float, float]]:
-    """Compare each image or pair: (id, first, second) as in `item_scores`, the largest gain first.
+    """Return (id, first score, second score) of each image or pair, the largest gain first; see `item_scores`.
 
     Raises:
-        MissingError: where a result stores no ids.
+        MissingError: if a result stores no ids.
     """
     first, second = item_scores(pair.first, pair.first_arrays), item_scores(pair.second, pair.second_arrays)
     rows = [(name, first[name], second[name]) for name in first if name in second]

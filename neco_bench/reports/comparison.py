@@ -1,4 +1,4 @@
-"""`neco_bench.compare`: two models as an object, with tables by task, class, size and image."""
+"""`neco_bench.compare`: compare two models, with tables by task, class, size and image."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Folders = str | os.PathLike[str] | Sequence[str | os.PathLike[str]]
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models on the same tasks, second minus first, from stored statistics; notebooks show the table of tasks.
+    """Comparison of two models on the same tasks, second minus first. Notebooks show the table of tasks.
 
-    first, second: the models. pairs: their results by task. rows: the comparison of each task. problems: results that
-    could not be compared or files that could not be used.
+    first, second: the models. pairs: their results by task. rows: the comparison of each task. problems: messages on
+    results that could not be compared and files that could not be used.
     """
 
     first: str
@@ -32,11 +32,11 @@ class Comparison:
     problems: tuple[str, ...] = ()
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Arrange the tasks as a table; values and differences as they are stored, p also adjusted over the rows."""
+        """Return a table with one row per task: values and differences as stored, p, and p adjusted over the rows."""
         return comparison_frame(self.rows)
 
     def classes(self, task: str | None = None) -> pd.DataFrame:
-        """Compare the classes, or categories, of a task (the only one, if none is named), the largest gain first."""
+        """Compare the classes or categories of a task, the largest gain first. task: optional if there is only one."""
         return comparison_frame(comparing.compare_classes(self._pair(task)))
 
     def sizes(self, task: str | None = None) -> pd.DataFrame:
@@ -44,14 +44,14 @@ class Comparison:
         return comparison_frame(comparing.compare_sizes(self._pair(task)))
 
     def images(self, task: str | None = None) -> pd.DataFrame:
-        """Compare each image or pair: its id and both scores, the largest gain first."""
+        """Return the id and both scores of each image or pair, the largest gain first."""
         return pd.DataFrame(comparing.compare_images(self._pair(task)), columns=["image", "first", "second"])
 
     def _pair(self, task: str | None) -> ResultPair:
         named = [pair for pair in self.pairs if task is None or pair.name == task or pair.name.startswith(f"{task}@")]
         if len(named) != 1:
             known = ", ".join(pair.name for pair in self.pairs)
-            raise UsageError(f"{task!r} names {len(named)} of the compared tasks. Name one of: {known}.")
+            raise UsageError(f"{task!r} matches {len(named)} of the compared tasks. Name one of: {known}.")
         return named[0]
 
     def _repr_html_(self) -> str:
@@ -60,18 +60,18 @@ class Comparison:
 
 
 def compare(first: str, second: str, tasks: str | Sequence[str] = (), *, results: Folders = "results") -> Comparison:
-    """Compare two models by the statistics stored with their results; nothing is run again.
+    """Compare two models with the statistics stored with their results; nothing runs again.
 
     Args:
         first: a model as named in the results, or the start of a result's key.
         second: the model to compare with it.
-        tasks: names or globs; none means all.
-        results: results folder, or several.
+        tasks: names or globs; all if empty.
+        results: one results folder or several.
 
     Raises:
-        MissingError: no such folder, or nothing that both have.
-        UsageError: a name that stands for several results.
-        BadInputError: results on other images or settings.
+        MissingError: if a folder does not exist, or the models have no task in common.
+        UsageError: if a name matches several results of one task.
+        BadInputError: if the results are for different images or settings.
     """
     patterns = [tasks] if isinstance(tasks, str) else list(tasks)
     folders = [results] if isinstance(results, str | os.PathLike) else list(results)
@@ -82,7 +82,7 @@ def compare(first: str, second: str, tasks: str | Sequence[str] = (), *, results
 
 
 def comparison_frame(rows: Sequence[ComparisonRow]) -> pd.DataFrame:
-    """Arrange rows as a table, in full precision."""
+    """Return rows as a table, in full precision."""
     return pd.DataFrame(
         [
             {

@@ -1,4 +1,4 @@
-"""What the report page shows beside results: the pages of `show`, training curves of run folders, the plot library."""
+"""Additional content of the report page: pages of `show`, training curves of run folders, the plot library."""
 
 from __future__ import annotations
 
@@ -18,19 +18,19 @@ from neco_bench.core.files import slug
 from neco_bench.core.log import Table
 from neco_bench.results.schema import Result
 
-POINTS = 200  # of a curve on the page: means of as many equal parts of its steps
+POINTS = 200  # points of a curve on the page: means of equal parts of its steps
 
-# Observable Plot needs D3. Released files, as they are on the npm registry; their licences lie beside them.
+# Observable Plot needs D3. These are the released files of the npm registry, with their licences.
 LIBRARY = {"D3": "d3.min.js", "Observable Plot": "plot.min.js"}
 
 
 def picture_folder(result: Result, out: Path) -> Path:
-    """The folder in `out` that holds the pictures of a result."""
+    """Return the folder in `out` for the pictures of a result."""
     return out / slug(result.model) / f"{slug(f'{result.task}@{result.protocol}')}-{result.key[:8]}"
 
 
 def picture_links(results: Iterable[Result], pictures: Path, out: Path) -> dict[str, str]:
-    """Find the pages of pictures that `show` wrote into `pictures`: {key of a result: link from a page in `out`}."""
+    """Return links to the pages that `show` wrote into `pictures`: {key of a result: link from a page in `out`}."""
     pages = {result.key: picture_folder(result, pictures) / "index.html" for result in results}
     return {
         key: quote(Path(os.path.relpath(page, out)).as_posix(), safe="/")
@@ -40,25 +40,25 @@ def picture_links(results: Iterable[Result], pictures: Path, out: Path) -> dict[
 
 
 def run_folders_of(results: Iterable[Result]) -> list[Path]:
-    """The run folders of `train` that results name as their models, as far as they are there."""
+    """Return the existing run folders of `train` that results name as their models."""
     names = dict.fromkeys(result.model.partition("[layers=")[0] for result in results)
     return [folder for folder in map(Path, names) if len(str(folder)) < 1000 and (folder / "log.csv").is_file()]
 
 
 def curves_of(folders: Sequence[Path]) -> list[dict[str, Any]]:
-    """The curves of run folders, or of files like their `log.csv`: one for each, with at most POINTS of the loss.
+    """Return the training curves of run folders or `log.csv` files: one for each, with at most POINTS of the loss.
 
-    Scores of `eval.csv` beside it are curves too, one per name.
+    Scores in `eval.csv` of the run folder are returned as curves too, one per name.
 
     Raises:
-        MissingError: where there is no log.
-        BadInputError: for one that is damaged.
+        MissingError: if there is no log.
+        BadInputError: if a log is damaged.
     """
     found: list[dict[str, Any]] = []
     for folder in folders:
         file = folder / "log.csv" if folder.is_dir() else folder
         if not file.is_file():
-            raise MissingError(f"{file}: there is no log of a training run. Check --run-folder.")
+            raise MissingError(f"{file}: no such log of a training run. Check --run-folder.")
         name = folder.name if folder.is_dir() else file.stem
         found += _curves(name, Table(file).rows(), ["loss"])
         if folder.is_dir() and (folder / "eval.csv").is_file():
@@ -84,7 +84,7 @@ def _curves(name: str, rows: pd.DataFrame, columns: Sequence[str]) -> list[dict[
 
 
 def plot_library() -> dict[str, Any]:
-    """The scripts of the plot library, to be written into a page, and what its footer says of them."""
+    """Return the scripts of the plot library for a page, and the text about them for its footer."""
     folder = files("neco_bench.reports") / "vendor"
     scripts = [(folder / name).read_text(encoding="utf-8") for name in LIBRARY.values()]
     names = []

@@ -1,4 +1,4 @@
-"""Results arranged as models by columns (task@protocol), and what a cell says."""
+"""Arrange results as models by columns (task@protocol), and compute the values of cells."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from neco_bench.core.metric import Metric
 from neco_bench.reports.comparable import MUST, fact, marks, with_ids
 from neco_bench.results.schema import Result
 
-# Provenance entries in which the results of one cell (the seeds) must agree; otherwise the cell reads "ambiguous".
+# Provenance entries in which the results of one cell (the seeds) must agree; otherwise the cell is "ambiguous".
 SETTINGS = ("features", "precision")
 
-# Results that stand in a table of their own, by the ending of its name.
+# Kinds of tables: the ending of the table's name, and its title.
 KINDS = {"": "", ".subset": "parts of the data sets", ".unranked": "--limit or --set, never ranked"}
 
 RUN_COLUMNS = {
@@ -30,24 +30,24 @@ RUN_COLUMNS = {
     "protocol_hash": "object",
     "card_hash": "object",
     "dataset_fingerprint": "object",
-    "official": "object",  # are these the weights that a name of the zoo stands for? None: it stands for none
+    "official": "object",  # whether these are the official weights of the zoo name; None: the zoo has none
     "seed": "int64",
     "settings": "object",  # as JSON
     "ok": "bool",
     "value": "float64",  # of the primary metric, with its interval
     "low": "float64",
     "high": "float64",
-    "draws": "int64",  # of the training set, and the deviation over them
+    "draws": "int64",  # draws of the training set, and the deviation over them
     "deviation": "float64",
     "result": "object",
 }
 
 
 def runs_frame(results: Iterable[Result]) -> pd.DataFrame:
-    """Arrange results as a table with RUN_COLUMNS, one row each, under the names that they have in all tables.
+    """Return results as a table with RUN_COLUMNS, one row each, with the model names used in all tables.
 
-    Results of equal key and metrics (copies in several folders) count once. The rows do not depend on the order of the
-    results.
+    Results with equal key and metrics (copies in several folders) count once. The rows do not depend on the order of
+    the results.
     """
     ordered = sorted(results, key=lambda result: json.dumps(result.model_dump(), sort_keys=True, default=str))
     distinct = {(r.key, r.status, json.dumps(r.metrics, sort_keys=True)): r for r in ordered}
@@ -72,7 +72,7 @@ def runs_frame(results: Iterable[Result]) -> pd.DataFrame:
 def _run(result: Result) -> dict[str, Any]:
     metric, provenance = result.primary_metric, result.provenance
     low, high = result.ci95.get(metric, (None, None))
-    given = "weights" in (provenance.get("arguments") or {})  # all that earlier versions recorded of the weights
+    given = "weights" in (provenance.get("arguments") or {})  # earlier versions recorded nothing else on the weights
     official = provenance.get("official", False if given else None)
     return {
         "family": result.family,
@@ -98,11 +98,11 @@ def cells_of(runs: pd.DataFrame) -> pd.DataFrame:
     """Summarise the runs of each cell of the tables.
 
     Returns:
-        A table indexed by family, kind, model and column, of `value` (mean over seeds; NaN where the cell has no one
-        number), `low` and `high` (NaN without an interval; of several seeds the one that holds both the spread of items
-        and of seeds), `deviation` (over `repeats` seeds, or draws of the training set, as `over` says; NaN for one),
-        `usable` (number of results that did not fail), `results` (these first, by seed), and `marks`, what sets the
-        cell apart from others of its column.
+        A table indexed by family, kind, model and column, with `value` (mean over seeds; NaN if the cell has no single
+        number), `low` and `high` (NaN without an interval; for several seeds, the interval includes the spread of items
+        and of seeds), `deviation` (over `repeats` seeds or draws of the training set, according to `over`; NaN for
+        one), `usable` (number of results that did not fail), `results` (successful ones first, by seed), and `marks`
+        (conditions in which the cell differs from others of its column).
     """
     cell = ["family", "kind", "model", "column"]
     runs = runs.sort_values(["ok", "seed"], ascending=[False, True], kind="stable")
@@ -127,7 +127,7 @@ CELL_COLUMNS = {
 
 
 def _cell(runs: list[Any]) -> dict[str, Any]:
-    """The row of `cells_of` of the runs of one cell, those that did not fail first."""
+    """Return the row of `cells_of` for the runs of one cell, where successful runs are first."""
     good = [run for run in runs if run.ok]
     several = len(good) > 1
     one_number = len({run.settings for run in good}) == 1 and len({run.seed for run in good}) == len(good)
@@ -151,10 +151,10 @@ def _cell(runs: list[Any]) -> dict[str, Any]:
 
 
 def _interval_over_seeds(good: list[Any]) -> tuple[float, float]:
-    """The interval of the mean over seeds: the variance of items, the mean over seeds, and that of seeds together.
+    """Return the interval of the mean over seeds from the variance over items (averaged over seeds) and over seeds.
 
-    It is Student's t with the degrees of freedom of both (Welch and Satterthwaite), those of the items taken as many. A
-    seed without an interval is as wide as the others.
+    It uses Student's t with the degrees of freedom of both (Welch and Satterthwaite), where those of the items are
+    assumed to be large. A seed without an interval is assumed to have the same width as the others.
     """
     from scipy.stats import t
 
@@ -188,19 +188,19 @@ class Grid:
     cells: pd.DataFrame
 
     def metric(self, column: str) -> Metric:
-        """Unit and direction of a column."""
+        """Return unit and direction of a column."""
         metric: Metric = self.cells.xs(column, level="column").results.iloc[0][0].metric()
         return metric
 
     def wide(self, values: pd.Series) -> pd.DataFrame:
-        """Spread values of the cells to a table of models by columns; NaN where there is no cell."""
+        """Return values of the cells as a table of models by columns; NaN if there is no cell."""
         return values.unstack("column").reindex(index=self.models, columns=self.columns)
 
 
 def grids_of(cells: pd.DataFrame) -> Iterator[Grid]:
-    """Arrange cells as grids, family by family.
+    """Yield the grids of cells, family by family.
 
-    Models of a ranked grid are in order of their win rate; ties, those without one, and others in order of name.
+    Models of a ranked grid are sorted by win rate; ties, models without a win rate, and other grids by name.
     """
     for (family, kind), part in cells.groupby(level=["family", "kind"]):
         part = part.droplevel(["family", "kind"])
@@ -214,8 +214,10 @@ def grids_of(cells: pd.DataFrame) -> Iterator[Grid]:
 
 
 def win_rates(grid: Grid) -> pd.Series:
-    """The share of comparisons that a model wins: with each other model over the columns that both have, then the mean
-    over those models. A tie is half a win; NaN for a model that shares a column with no other."""
+    """Return the win rate of each model: the share of columns won against another model, averaged over the others.
+
+    Only columns that both models have are compared. A tie is half a win; NaN if a model shares no column with another.
+    """
     values = grid.wide(grid.cells.value)
     signs = np.array([grid.metric(name).sign for name in grid.columns])
     scores = values.to_numpy() * signs

@@ -1,4 +1,4 @@
-"""Write a leaderboard folder: all tables of all families, the page and the legend."""
+"""Write a leaderboard folder: the tables of all families, the report page and the Markdown page."""
 
 from __future__ import annotations
 
@@ -28,25 +28,25 @@ def write_leaderboard(
     pictures: Path | None = None,
     run_folders: Sequence[Path] = (),
 ) -> list[Path]:
-    """Write every table as CSV, the ranked ones as LaTeX, `leaderboard.md` and `report.html`.
+    """Write all tables as CSV, the ranked tables as LaTeX, `leaderboard.md` and `report.html`.
 
-    Tables of an earlier call that are no longer made are removed; other files are left alone.
+    Tables of an earlier call that no longer exist are removed; other files are not changed.
 
     Args:
-        results: results of any models and tasks, or what `board_of` made of them.
-        out: the folder to write to; it is made where there is none.
-        published: a published.csv, whose numbers are set beside the measured ones; None: no such tables.
+        results: results of any models and tasks, or the return value of `board_of`.
+        out: the folder to write to; it is created if needed.
+        published: a published.csv with numbers to show next to measured ones; None: no such tables.
         latex_intervals: whether the LaTeX tables have intervals.
-        statistics: gives the per-item statistics of a result, for paired tests; None: ranks come from intervals.
-        pictures: the folder into which `show` wrote; the page links to what it holds of these results.
-        run_folders: of `train`, whose curves stand on the page.
+        statistics: returns the per-item statistics of a result, for paired tests; None: ranks come from intervals.
+        pictures: the output folder of `show`; the page links to its pages for these results.
+        run_folders: run folders of `train`, whose curves are plotted on the page.
 
     Returns:
-        The paths of the files.
+        The paths of the written files.
 
     Raises:
-        NecoBenchError: where the folder cannot be written.
-        MissingError: where a run folder has no log.
+        NecoBenchError: if the folder cannot be written.
+        MissingError: if a run folder has no log.
     """
     out = Path(out)
     board = results if isinstance(results, Board) else board_of(results, statistics)
@@ -60,7 +60,7 @@ def write_leaderboard(
         "leaderboard.md", tables=[t for t in tables if t.detailed is not None], words=WORDS
     )
     try:
-        # Ours is every family with a full table that starts with our header, to which later versions add columns.
+        # Remove only families whose full table starts with our header, to which later versions add columns.
         ours = [
             path.name.removesuffix(".full.csv")
             for path in out.glob("*.full.csv")

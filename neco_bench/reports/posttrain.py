@@ -1,4 +1,4 @@
-"""The pages of `posttrain-report`: tables as one HTML file, Markdown, LaTeX and CSV. Computes no features."""
+"""Write the pages of `posttrain-report`: tables as one HTML file, Markdown, LaTeX and CSV. Computes no features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from neco_bench.reports.comparison import comparison_frame
 from neco_bench.reports.render import render
 from neco_bench.reports.words import MEANING, TESTS, comparison_percent
 
-LEVEL = 0.05  # below it, p after Holm tells two models apart
+LEVEL = 0.05  # significance level for Holm-adjusted p
 
 MOST_SHOWN = 24  # rows of a table of classes on the pages; the CSV file has all
 
@@ -25,8 +25,9 @@ MOST_SHOWN = 24  # rows of a table of classes on the pages; the CSV file has all
 class Section:
     """A table of the report.
 
-    name: of its CSV file. rows: as the pages print them. frame: as the CSV file has it, in full precision. marks: for
-    each row where a difference and its interval lie in [0, 100], 50 being none, and what the test says; or None.
+    name: name of its CSV file. rows: the rows as printed on the pages. frame: the content of the CSV file, in full
+    precision. marks: for each row, the positions of the difference and its interval in [0, 100], where 50 means no
+    difference, and the verdict of the test; or None.
     """
 
     name: str
@@ -44,7 +45,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Picture:
-    """What two models made of one item. tiles: (title, data URI) of each."""
+    """Pictures of the outputs of two models for one item. tiles: (title, data URI) of each picture."""
 
     task: str
     item: str
@@ -54,7 +55,7 @@ class Picture:
 
 @dataclass
 class Report:
-    """All that the pages show. curve: (steps, values) of the training loss. problems: what could not be compared."""
+    """Content of the pages. curve: (steps, values) of the training loss. problems: what could not be compared."""
 
     base: str
     tuned: str
@@ -65,16 +66,16 @@ class Report:
 
 
 def verdict(row: ComparisonRow) -> str:
-    """Say what the adjusted test says: better, worse, or not told apart."""
+    """Return the verdict of the adjusted test: better, worse, or not significant."""
     if not row.p_holm < LEVEL:
-        return "not told apart"
+        return "not significant"
     return "better" if row.metric.sign * row.difference.value > 0 else "worse"
 
 
 def comparison_section(
     name: str, title: str, groups: Sequence[tuple[dict[str, str], Sequence[ComparisonRow]]], note: str = ""
 ) -> Section:
-    """Make a table of comparisons. groups: what stands before the rows of each, such as its task, and the rows."""
+    """Return a table of comparisons. groups: leading columns, such as the task, and the rows of each group."""
     rows, frames, compared = [], [], []
     for before, group in groups:
         whole = comparison_frame(group)
@@ -85,7 +86,7 @@ def comparison_section(
         kept = list(group)
         if len(kept) > MOST_SHOWN:
             kept = kept[: MOST_SHOWN // 2] + kept[-MOST_SHOWN // 2 :]
-            note = f"{note} The {MOST_SHOWN} that change most; {name}.csv has all.".strip()
+            note = f"{note} The {MOST_SHOWN} rows that change most; {name}.csv has all.".strip()
         for row in kept:
             cells = comparison_percent(row)
             shown = {"name": cells["name"], "base": cells["first"], "tuned": cells["second"]}
@@ -97,7 +98,7 @@ def comparison_section(
 
 
 def _marks(rows: Sequence[ComparisonRow]) -> list[tuple[float, float, float, str] | None]:
-    """Places of differences on a scale that rows of one unit share."""
+    """Return the positions of differences on a scale that rows of the same unit share."""
     ends: dict[str, float] = {}
     for row in rows:
         for value in (row.difference.low, row.difference.value, row.difference.high):
@@ -116,12 +117,12 @@ def _marks(rows: Sequence[ComparisonRow]) -> list[tuple[float, float, float, str
 
 
 def plain_section(name: str, title: str, rows: Sequence[dict[str, Any]], note: str = "") -> Section:
-    """Make a table of anything."""
+    """Return a table of arbitrary rows."""
     return Section(name, title, [{k: str(v) for k, v in row.items()} for row in rows], pd.DataFrame(rows), note)
 
 
 def write_report(report: Report, out: Path) -> Path:
-    """Write `report.html`, `report.md`, `report.tex` and a CSV file for each section; returns the first."""
+    """Write `report.html`, `report.md`, `report.tex` and a CSV file for each section; return the path of the first."""
     words = {"meaning": MEANING, "tests": TESTS, "level": LEVEL}
     curve = None if report.curve is None else _curve(*report.curve)
     for name in ("html", "md", "tex"):
@@ -133,7 +134,7 @@ def write_report(report: Report, out: Path) -> Path:
 
 
 def _curve(steps: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-    """A line of at most 300 points, means of neighbours, in a box of 1000 by 200."""
+    """Return a line of at most 300 points (means of neighbouring points) in a box of 1000 by 200."""
     parts = np.array_split(np.arange(len(values)), min(300, len(values)))
     x, y = (np.array([column[part].mean() for part in parts]) for column in (steps, values))
     low, high, width = y.min(), y.max(), max(x.max() - x.min(), 1e-12)

@@ -14,7 +14,7 @@ from neco_bench.core.metric import Unit, metric_named
 
 
 class Published(BaseModel):
-    """One row of `leaderboards/published.csv`; the README there says what the fields hold."""
+    """One row of `leaderboards/published.csv`; the README there describes the fields."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -23,9 +23,9 @@ class Published(BaseModel):
     task: str
     protocol: str
     metric: str
-    unit: Unit | None = None  # of the value; None: that of the metric
+    unit: Unit | None = None  # unit of the value; None: that of the metric
     direction: Literal["higher", "lower"] | None = None  # which values are better; None: that of the metric
-    value: Decimal  # in its unit, with the digits that were printed
+    value: Decimal  # in its unit, with the printed digits
     setting: str
     source: str
     quality: Literal["printed", "digitised"]
@@ -35,12 +35,12 @@ class Published(BaseModel):
         metric = metric_named(self.metric)
         for name, stated, known in (("unit", self.unit, metric.unit), ("direction", self.direction, metric.direction)):
             if stated is not None and stated != known:
-                raise ValueError(f"{name} is {stated!r}, that of {self.metric!r} is {known!r}")
+                raise ValueError(f"{name} is {stated!r}, but that of {self.metric!r} is {known!r}")
         return self
 
 
 def read_published(path: Path | str) -> list[Published]:
-    """The rows of a published.csv. Raises MissingError where there is none, BadInputError for a bad row."""
+    """Return the rows of a published.csv. Raises MissingError if it does not exist, BadInputError for a bad row."""
     try:
         with open(path, newline="", encoding="utf-8") as file:
             reader = csv.DictReader(file, restkey="cells beyond the columns")
@@ -52,6 +52,6 @@ def read_published(path: Path | str) -> list[Published]:
                 where = f"{path}, line {reader.line_num}: {place}: {item['msg']}"
                 raise BadInputError(f"{where}. See leaderboards/README.md for the columns.") from error
     except FileNotFoundError as error:
-        raise MissingError(f"{path}: there is no such file of published numbers.") from error
+        raise MissingError(f"{path}: no such file of published numbers.") from error
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise BadInputError(f"{path}: is not a readable CSV file in UTF-8 ({error}).") from error
+        raise BadInputError(f"{path}: not a readable CSV file in UTF-8 ({error}).") from error

@@ -1,8 +1,8 @@
-"""Ranks of models from paired tests: what may be said of their order, and no more.
+"""Ranks of models from paired tests.
 
-In each column every two models are compared on the items that both were measured on, p-values are adjusted for the
-number of pairs (Holm), and a model's rank is open between 1 + the models that are better and the number less the models
-that are worse, at an adjusted p below 0.05.
+In each column, every two models are compared on the items on which both were measured. p-values are adjusted for the
+number of pairs (Holm). The possible ranks of a model are those from 1 plus the number of better models to the number of
+models minus the number of worse models, at an adjusted p below 0.05.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ from neco_bench.reports.grid import NORMAL, Grid, cells_of, grids_of, runs_frame
 from neco_bench.results.schema import Result
 from neco_bench.results.statistics import in_order, item_ids, primary_sums, sampling_of
 
-# The statistics of a result; raises NecoBenchError where there are none.
+# Returns the statistics of a result; raises NecoBenchError if there are none.
 Statistics = Callable[[Result], Mapping[str, np.ndarray]]
 
 SIGNIFICANT = 0.05
 
-# More pairs than this would need more draws than are worth their time: Student's t of the same differences then.
+# With more pairs than this, the test would need too many draws; Student's t of the same differences is used instead.
 _MOST_PAIRS = 500
 
-# Models above which the comparisons are not kept: they grow with the square, and nobody looks at so many.
+# With more models than this, the comparisons are not kept, because their number grows with the square.
 MOST_COMPARED = 40
 
 # How the pairs of a column were compared.
@@ -47,7 +47,7 @@ _NAN = float("nan")
 
 @dataclass(frozen=True)
 class Tested:
-    """The second of two models less the first, its interval, and p of no difference; NaN where nothing can be said."""
+    """Difference of two models (second minus first), its interval and p; NaN if they are undefined."""
 
     value: float
     low: float = _NAN
@@ -57,9 +57,9 @@ class Tested:
 
 @dataclass(frozen=True)
 class Ranks:
-    """Of one column: {model: (best, worst) rank}, how the models were compared, and {(first, second): comparison}.
+    """Ranks of one column: {model: (best, worst) rank}, how they were tested, and {(first, second): comparison}.
 
-    p of the comparisons is adjusted for their number. They are empty for more models than MOST_COMPARED.
+    p of the comparisons is adjusted for their number. The comparisons are empty for more models than MOST_COMPARED.
     """
 
     open: Mapping[str, tuple[int, int]]
@@ -69,10 +69,10 @@ class Ranks:
 
 @dataclass(frozen=True)
 class Board:
-    """Results arranged for tables and pages: what both are made of, computed once.
+    """Results arranged for tables and pages, computed once for both.
 
-    runs: as of `runs_frame`. cells: as of `cells_of`. grids: all of them. ranks: {family: {column: its ranks}} of the
-    ranked grids.
+    runs: return value of `runs_frame`. cells: return value of `cells_of`. grids: all grids. ranks: of the ranked grids,
+    {family: {column: ranks}}.
     """
 
     runs: pd.DataFrame
@@ -83,7 +83,7 @@ class Board:
 
 
 def board_of(results: Iterable[Result], statistics: Statistics | None = None) -> Board:
-    """Arrange results, and test what may be said of the order of models."""
+    """Arrange results, and compute the ranks of models from paired tests."""
     runs = runs_frame(results)
     cells = cells_of(runs)
     grids = list(grids_of(cells))
@@ -93,7 +93,7 @@ def board_of(results: Iterable[Result], statistics: Statistics | None = None) ->
 
 @dataclass(frozen=True)
 class _Known:
-    """What a cell gives for a test. items: its sums over items; None without statistics. error: of the value."""
+    """Input of a test from a cell. items: its sums over items; None without statistics. error: of the value."""
 
     value: float
     items: SumMetric | None = None
@@ -103,12 +103,12 @@ class _Known:
 
 
 def ranks_of(grid: Grid, statistics: Statistics | None) -> dict[str, Ranks]:
-    """The open ranks of each column of a grid that has two models or more."""
+    """Return the possible ranks for each column of a grid that has two models or more."""
     found = {}
     for column in grid.columns:
         cells = grid.cells.xs(column, level="column")
         cells = cells[cells.value.notna()]
-        ids: tuple[str, ...] = ()  # of the first model with statistics: the others are put in this order
+        ids: tuple[str, ...] = ()  # of the first model with statistics; the others are put in the same order
         known = {}
         for cell in cells.itertuples():
             known[cell.Index] = own = _known(cell, statistics, ids)
@@ -156,7 +156,7 @@ def _ranks(known: Mapping[str, _Known], sign: int) -> Ranks:
 
 
 def _tested(first: _Known, second: _Known, pairs: int) -> tuple[Tested, str]:
-    """Compare two models, and say how that was done."""
+    """Compare two models; also return how they were compared."""
     if first.items is not None and second.items is not None and first.sampling is not None:
         if pairs > _MOST_PAIRS:
             one, other = (estimate(side, first.sampling) for side in (first.items, second.items))

@@ -1,4 +1,4 @@
-"""Text from the jinja2 templates in `templates/`: HTML with every value escaped, Markdown, and LaTeX."""
+"""Fill the jinja2 templates in `templates/`: HTML with every value escaped, Markdown, and LaTeX."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def markdown_cell(text: str) -> str:
 
 
 def markdown_code(text: str) -> str:
-    """Set a cell of a Markdown table as code, so that nothing in it is markup."""
+    """Format a cell of a Markdown table as code, so that nothing in it is markup."""
     return "`" + markdown_cell(" ".join(text.split())).replace("`", "'") + "`"
 
 
@@ -45,7 +45,7 @@ ENVIRONMENT = Environment(
 )
 ENVIRONMENT.globals["zip"] = zip
 ENVIRONMENT.filters |= {"latex": latex, "cell": markdown_cell, "code": markdown_code}
-# `tojson` escapes <, >, & and ' so that no text ends a <script>.
+# `tojson` escapes <, >, & and ', so that no text can end a <script>.
 ENVIRONMENT.policies["json.dumps_kwargs"] = {
     "ensure_ascii": False,
     "separators": (",", ":"),

@@ -1,6 +1,6 @@
-"""The report page: one HTML file with its data and its plot library inside, that needs no network.
+"""The report page: one HTML file that contains its data and the plot library, and needs no network.
 
-The same results give the same bytes, in any order.
+The same results give the same bytes, whatever their order.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ from neco_bench.reports.words import WORDS
 from neco_bench.results.schema import Result
 from neco_bench.results.statistics import in_order, item_ids, sampling_of
 
-# Provenance that is the same for many results: the page holds each of its versions once.
+# Provenance that is the same for many results; the page contains each version once.
 SHARED = ("environment", "packages", "python", "platform", "cpu", "git_commit", "git_dirty", "device", "precision")
 
 # Provenance of one result.
 OWN = ("weights_id", "protocol_hash", "features", "training", "dataset")
 
-SPEED = "speed"  # the family of `neco-bench speed`: not columns of the tables, but the throughput of models
+SPEED = "speed"  # the family of `neco-bench speed`, shown as throughput and not as columns of the tables
 
 
 def report_page(
@@ -45,21 +45,21 @@ def report_page(
     pictures: Mapping[str, str] | None = None,
     curves: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Make the page: ranking, heat map, tables by family, throughput, classes, differences, and a section per model.
+    """Return the page: ranking, heat map, tables by family, throughput, classes, differences, a section per model.
 
     Args:
-        results: the results, or what `board_of` made of them.
-        published: numbers of papers, that stand in grey in the columns of their protocol.
-        statistics: gives the per-item statistics of a result, for tests and for intervals of classes.
+        results: the results, or the return value of `board_of`.
+        published: published numbers, which are shown in grey in the columns of their protocol.
+        statistics: returns the per-item statistics of a result, for tests and for intervals of classes.
         pictures: {key of a result: link to the page of its pictures}.
-        curves: of training runs, as `extras.curves_of` gives them.
+        curves: curves of training runs, see `extras.curves_of`.
     """
     board = results if isinstance(results, Board) else board_of(results, statistics)
     return page_of({**_content(board, published, pictures or {}), "curves": list(curves)})
 
 
 def page_of(content: Mapping[str, Any]) -> str:
-    """Write the page that shows `content`."""
+    """Return the page that shows `content`."""
     library = plot_library()
     folder = files("neco_bench.reports") / "templates"
     style, script = ((folder / f"report.{ending}").read_text(encoding="utf-8") for ending in ("css", "js"))
@@ -67,10 +67,10 @@ def page_of(content: Mapping[str, Any]) -> str:
 
 
 def _content(board: Board, published: Sequence[Published], pictures: Mapping[str, str]) -> dict[str, Any]:
-    """columns, models, their order in each table, results, differences, speeds, and provenance, each version once.
+    """Return columns, models, their order in each table, results, differences, speeds, and provenance.
 
-    Values are integers: as printed, times ten to the power of the digits of their column. What a result lacks is left
-    out of it.
+    Values are integers: the printed value times ten to the power of the digits of the column. Missing fields of a
+    result are left out. Each version of the provenance is stored once.
     """
     columns: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
@@ -139,12 +139,12 @@ def _unit(metric: Metric) -> dict[str, Any]:
 
 
 def source_of(row: Published) -> str:
-    """Where a published number is from, and how it was read."""
+    """Return the source of a published number, and how it was read."""
     return "; ".join(filter(None, [row.setting, row.source, "" if row.quality == "printed" else row.quality]))
 
 
 def _per_class(results: list[Result]) -> dict[str, float]:
-    """The primary metric of each class (of mIoU: IoU), the mean over seeds; NaN where it is undefined."""
+    """Return the primary metric of each class (IoU for mIoU), averaged over seeds; NaN if undefined."""
     rows = [r.per_class.get(r.primary_metric) or next(iter(r.per_class.values()), {}) for r in results]
     values: dict[str, list[float]] = defaultdict(list)
     for name, value in (item for row in rows for item in row.items()):
@@ -155,7 +155,7 @@ def _per_class(results: list[Result]) -> dict[str, float]:
 def _class_intervals(
     results: list[Result], values: Mapping[str, float], statistics: Statistics | None
 ) -> dict[str, tuple[float, float]]:
-    """Intervals of the classes whose value is that of the stored counts; none without counts."""
+    """Return intervals of the classes whose value agrees with the stored counts; none without counts."""
     if statistics is None or not values:
         return {}
     try:
@@ -171,13 +171,13 @@ def _class_intervals(
 
 
 def _whole(metric: Metric, value: float) -> int | None:
-    """A value as printed, without its point."""
+    """Return a value as printed, without the decimal point."""
     text = metric.text(value)
     return round(float(text) * 10**metric.digits) if text else None
 
 
 def _row(cell: Any, classes: list[str] | None, shared: dict[str, int], statistics: Statistics | None) -> dict[str, Any]:
-    """What the page holds of a row of `cells_of`."""
+    """Return the content of the page for a row of `cells_of`."""
     result, usable = cell.results[0], cell.results[: cell.usable]
     metric = result.metric()
     per_class = {} if np.isnan(cell.value) else _per_class(usable)
@@ -209,7 +209,7 @@ def _row(cell: Any, classes: list[str] | None, shared: dict[str, int], statistic
 
 
 def _differences(ranks: Ranks | None, metric: Metric, at: Mapping[str, int]) -> list[Any]:
-    """Of each two models of a column: numbers of both, second less first, its interval, and whether p is below 0.05."""
+    """Return, for every two models of a column: their indices, second minus first, its interval, and p below 0.05."""
     return (
         []
         if ranks is None
@@ -226,7 +226,7 @@ def _differences(ranks: Ranks | None, metric: Metric, at: Mapping[str, int]) -> 
 
 
 def _speeds(board: Board) -> list[dict[str, Any]]:
-    """Throughput of models as `neco-bench speed` measured it, one row per model, size, precision and device."""
+    """Return the throughput measured by `neco-bench speed`, one row per model, size, precision and device."""
     runs = board.runs[(board.runs.family == SPEED) & board.runs.ok]
     rows = []
     for run in runs.itertuples():

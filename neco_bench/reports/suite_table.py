@@ -1,4 +1,4 @@
-"""The table of a suite: its rows and columns in their order, with published, measured and difference side by side."""
+"""The table of a suite: rows and columns in its order, with published value, measured value and difference."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from neco_bench.results.schema import Result
 
 KINDS = ("published", "measured", "difference")
 
-PART = "‡"  # of cells measured on part of the data, or with --limit
+PART = "‡"  # marks cells measured on part of the data, or with --limit
 
 _KIND_ORDER = {"": 0, ".subset": 1, ".unranked": 2}
 
 
 @dataclass(frozen=True)
 class SuiteTable:
-    """A suite as it is printed.
+    """The table of a suite as printed.
 
-    rows: model, then by column and kind (KINDS) the text of the cell, "" where there is none. columns: titles, with
-    unit and direction where these are not the usual ones. notes: what marks in cells mean here.
+    rows: model, then by column and kind (KINDS) the text of the cell, "" if it is empty. columns: titles, with unit and
+    direction if they are not the usual ones. notes: explanations of the marks in cells.
     """
 
     suite: Suite
@@ -40,14 +40,14 @@ class SuiteTable:
     notes: Sequence[str]
 
     def frame(self) -> pd.DataFrame:
-        """Arrange it with one header line: `model`, then "TITLE published", "TITLE measured", "TITLE difference"."""
+        """Return a table with one header line: `model`, "TITLE published", "TITLE measured", "TITLE difference"."""
         header = ["model", *(f"{title} {kind}" for title in self.columns for kind in KINDS)]
         return pd.DataFrame(
             [[name, *(text for cell in cells for text in cell)] for name, cells in self.rows], columns=header
         )
 
     def contents(self) -> dict[str, str]:
-        """Write it as CSV, Markdown, LaTeX and HTML, by name of file."""
+        """Return the CSV, Markdown, LaTeX and HTML texts, by file name."""
         values = {"table": self, "kinds": KINDS, "words": SUITES}
         name = self.suite.id
         return {
@@ -56,7 +56,7 @@ class SuiteTable:
         }
 
     def write(self, out: Path) -> list[Path]:
-        """Write all files into a folder, which is made where there is none. Raises NecoBenchError where that fails."""
+        """Write all files into a folder, which is created if needed. Raises NecoBenchError if this fails."""
         contents = self.contents()
         for name, text in contents.items():
             write_whole(out / name, text.encode())
@@ -66,19 +66,19 @@ class SuiteTable:
 def suite_table(
     suite: Suite, columns: Sequence[SuiteColumn], results: Iterable[Result], published: Iterable[Published] = ()
 ) -> SuiteTable:
-    """Make the table of a suite.
+    """Return the table of a suite.
 
-    Rows are those of the suite, then other models that were measured on one of its columns, by name. Of a run of the
-    suite, the measured model is a run folder of its name. A cell holds the result of the whole data set, else that of a
-    part, which is marked; results of protocols changed by --set are left out. The difference is published minus
-    measured; it stands where task and protocol are the same, the whole data set was measured, and the weights are the
-    official ones.
+    Rows are those of the suite, then other models that were measured on one of its columns, by name. For a run of the
+    suite, the measured model is a run folder with the name of the run. A cell shows the result for the whole data set,
+    else for a part, which is marked; results of protocols changed by --set are left out. The difference is published
+    minus measured; it is shown only if task and protocol are the same, the whole data set was measured, and the weights
+    are the official ones.
 
     Args:
         suite: the suite.
         columns: its columns (`Suite.columns`).
         results: results of any models and tasks.
-        published: rows of published.csv, of which those of the suite's sources count.
+        published: rows of published.csv; only those from the suite's sources are used.
     """
     cells = _measured(columns, results)
     papers = (
@@ -117,15 +117,15 @@ def suite_table(
 
 
 def _run_of(model: str, folders: set[str]) -> str:
-    """The run of a suite that a measured model is: the name of its folder; "" for another."""
+    """Return the run of a suite to which a measured model belongs (the name of its folder), or ""."""
     name = PurePath(model.partition("?")[0]).name
     return name if name in folders else ""
 
 
 def _measured(columns: Sequence[SuiteColumn], results: Iterable[Result]) -> dict[tuple[str, int], dict[str, Any]]:
-    """The cell of each model and column number that has a result: text, value, metric, note, order of preference."""
+    """Return the cell for each model and column number with a result: text, value, metric, note, preference."""
     numbers = {(column.task.card.name, column.task.protocol.id): n for n, column in enumerate(columns)}
-    wanted = [result for result in results if (result.task, result.protocol) in numbers]  # a changed one ends in *
+    wanted = [result for result in results if (result.task, result.protocol) in numbers]  # changed ones end in *
     frame = cells_of(runs_frame(wanted))
     if not len(frame):
         return {}
@@ -151,7 +151,7 @@ def _measured(columns: Sequence[SuiteColumn], results: Iterable[Result]) -> dict
 def _paper(
     papers: Sequence[Published], row: SuiteModel, column: SuiteColumn, sources: Sequence[str]
 ) -> Published | None:
-    """The published number of a cell: of several, that of the source that the suite names first."""
+    """Return the published number of a cell; of several, the one from the source that the suite names first."""
     metric = column.task.card.metric
     fitting = [
         paper
@@ -171,7 +171,7 @@ def _place(source: str, sources: Sequence[str]) -> int:
 def _texts(
     paper: Published | None, cell: dict[str, Any] | None, column: SuiteColumn, metric: Metric
 ) -> tuple[str, str, str]:
-    """Published, measured and difference, each "" where there is none."""
+    """Return published value, measured value and difference as texts, "" if missing."""
     same = paper is not None and (paper.task, paper.protocol) == (column.task.card.name, column.task.protocol.id)
     difference = ""
     if same and paper is not None and cell and cell["value"] is not None:

@@ -1,4 +1,4 @@
-"""A page of published numbers alone: what papers print, protocol by protocol."""
+"""A report page with published numbers only, by protocol."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from neco_bench.reports.report import page_of, source_of
 
 
 def survey_page(published: Iterable[Published]) -> str:
-    """Make the report page of published numbers: a family per protocol, a column per task or setting and metric."""
+    """Return the report page of published numbers: a family per protocol, a column per task or setting and metric."""
     groups: dict[tuple[str, str, str], list[Published]] = defaultdict(list)
     for row in published:
         groups[row.protocol, row.task or row.setting, row.metric].append(row)
@@ -71,7 +71,7 @@ def _digits(row: Published) -> int:
 
 
 def _names(rows: list[Published]) -> list[str]:
-    """Models with their architecture; of several numbers of one, each with its setting or number."""
+    """Return model names with architecture; if a name has several numbers, with their setting or an index."""
     names = [f"{row.model}, {row.arch}" if row.arch else row.model for row in rows]
     texts = [
         name if names.count(name) == 1 else f"{name} ({row.setting.rpartition(': ')[2] or row.source})"

@@ -1,10 +1,10 @@
-"""Leaderboards: tables made of results, and of nothing else. The same results give the same bytes, in any order.
+"""Leaderboard tables, made only from results. The same results give the same bytes, whatever their order.
 
-One ranked table per task family holds full-set results of unchanged protocols. Results on part of a data set stand in a
-table of their own, and so do those of `--limit` and `--set`. A column is one task under one protocol: numbers of
-different protocols never share one.
+One ranked table per task family contains results on the whole data set with unchanged protocols. Results on part of a
+data set have a separate table, and so have results of `--limit` and `--set`. A column is one task under one protocol;
+numbers of different protocols never share a column.
 
-Beside them, one table per family sets published numbers (`leaderboards/published.csv`) beside the measured ones.
+Another table per family shows published numbers (`leaderboards/published.csv`) next to measured ones.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from neco_bench.reports.words import WORDS
 from neco_bench.results.frame import COLUMNS, results_frame
 from neco_bench.results.schema import Result
 
-# Endings of the names of tables beside the wide ones (KINDS).
+# Endings of the names of tables other than the wide ones (KINDS).
 BESIDE = (".ranking", ".conditions", ".published", ".full")
 
 FULL_COLUMNS = [name for name in COLUMNS if name not in ("family", "rankable")]
@@ -39,7 +39,7 @@ CONDITIONS_COLUMNS = [
     *("model", "task", "input_size", "used_size", "tokens", "interval_over", "contamination", "training_data", "marks")
 ]
 
-MARK = "†"  # of cells whose conditions are not those of the others; the table of conditions says which
+MARK = "†"  # marks cells with other conditions than the rest of the column; the table of conditions lists them
 
 PUBLISHED_COLUMNS = [
     *("model", "task", "protocol", "metric", "measured", "published", "difference", "quality", "setting", "source")
@@ -48,11 +48,11 @@ PUBLISHED_COLUMNS = [
 
 @dataclass(frozen=True)
 class Table:
-    """One table as it is written; all but the `.full` ones hold text.
+    """One table as written to a file; all but the `.full` tables contain text.
 
-    name: file name without ".csv". frame: its first column names the model. detailed: the same with intervals, as it
-    stands on the page; None for a table that does not. ranked: is it the leaderboard of its family? ranks: {column:
-    {model: (best, worst) rank that tests leave open}}.
+    name: file name without ".csv". frame: its first column names the model. detailed: the same with intervals, for the
+    page; None if the table is not on the page. ranked: whether it is the leaderboard of its family. ranks: {column:
+    {model: (best, worst) rank that tests leave possible}}.
     """
 
     name: str
@@ -63,14 +63,14 @@ class Table:
     ranks: Mapping[str, Mapping[str, tuple[int, int]]] = field(default_factory=dict)
 
     def to_csv(self) -> str:
-        """Write the table as CSV with "\\n" line ends; cells that spreadsheets would take for formulas begin with '."""
+        """Return the table as CSV with "\\n" line ends; a ' is added before cells that look like formulas."""
         csv: str = without_formulas(self.frame).to_csv(index=False, lineterminator="\n")
         return csv
 
     def to_latex(self, intervals: bool = False) -> str:
-        """Write the table for booktabs: in each column the first model bold, the second underlined.
+        """Return the table for booktabs: in each column, the first model is bold and the second underlined.
 
-        Only where tests leave it no other rank: ties are not marked. intervals: beside each value, small.
+        A model is marked only if tests leave it no other rank; ties are not marked. intervals: add small intervals.
         """
         frame = self.detailed if intervals and self.detailed is not None else self.frame
         rows = []
@@ -81,13 +81,13 @@ class Table:
 
 
 def without_formulas(frame: pd.DataFrame) -> pd.DataFrame:
-    """Put ' before each text that spreadsheets would take for a formula; drop NUL characters."""
+    """Add ' before each text that spreadsheets would interpret as a formula; remove NUL characters."""
     text = frame.apply(lambda cells: cells if is_numeric_dtype(cells) else cells.map(_plain_cell))
     return text.rename(columns=_plain_cell)
 
 
 def _plain_cell(cell: Any) -> Any:
-    """Put ' before text that begins like a formula and is no number (OWASP, CSV injection); drop NUL characters.
+    """Add ' before text that starts like a formula and is not a number (OWASP, CSV injection); remove NUL characters.
 
     The csv module of Python 3.10 cannot write NUL.
     """
@@ -102,16 +102,16 @@ def _plain_cell(cell: Any) -> Any:
 def build_tables(
     results: Iterable[Result], published: Iterable[Published] = (), statistics: Statistics | None = None
 ) -> list[Table]:
-    """Make the tables of all families; statistics: gives those of a result, for the ranks.
+    """Return the tables of all families. statistics: returns the statistics of a result, for the ranks.
 
-    They are `<family>` and `.ranking`, `.subset`, `.unranked`, `.conditions`, `.published` where they have rows, and
-    `.full`. Results of equal key and metrics (copies in several folders) count once.
+    They are `<family>` and `.ranking`, `.subset`, `.unranked`, `.conditions`, `.published` if they have rows, and
+    `.full`. Results with equal key and metrics (copies in several folders) count once.
     """
     return tables_of(board_of(results, statistics), published)
 
 
 def tables_of(board: Board, published: Iterable[Published] = ()) -> list[Table]:
-    """Make the tables of results that are arranged already; see `build_tables`."""
+    """Return the tables of arranged results; see `build_tables`."""
     runs, cells = board.runs, board.cells
     papers = pd.DataFrame([row.model_dump() for row in published], columns=list(Published.model_fields))
     tables = []
@@ -124,7 +124,7 @@ def tables_of(board: Board, published: Iterable[Published] = ()) -> list[Table]:
                 tables.append(_text_table(family, "ranking", _ranking(grid, ranks)))
         tables.append(_text_table(family, "conditions", _conditions(members, cells.xs(family, drop_level=False))))
         if len(papers):
-            tables.append(_text_table(family, "published", _published(members, papers), "published beside measured"))
+            tables.append(_text_table(family, "published", _published(members, papers), "published and measured"))
         full = results_frame(members.result)[FULL_COLUMNS].sort_values(FULL_COLUMNS, na_position="first")
         tables.append(Table(f"{slug(family)}.full", "", full))
     return [table for table in tables if len(table.frame)]
@@ -147,12 +147,12 @@ def _wide_table(grid: Grid, ranks: Mapping[str, Ranks]) -> Table:
 
 
 def _with_models(frame: pd.DataFrame) -> pd.DataFrame:
-    """Make a column of the models that index a table."""
+    """Convert the index of models to a column."""
     return frame.rename_axis(index="model", columns=None).reset_index()
 
 
 def cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
-    """Write `cells_of`: value and deviation, if detailed with the interval; MARK where the conditions are others."""
+    """Return texts of cells: value and deviation, with `detailed` also the interval; MARK if the conditions differ."""
 
     def text(cell: Any) -> str:
         if np.isnan(cell.value):
@@ -170,7 +170,7 @@ def cell_texts(cells: pd.DataFrame, detailed: bool) -> pd.Series:
 
 
 def _ranking(grid: Grid, tested: Mapping[str, Ranks]) -> pd.DataFrame:
-    """Win rate of each model and, by column, the ranks that the tests leave open."""
+    """Return the win rate of each model and, by column, the ranks that the tests leave possible."""
     rates = win_rates(grid)
     number = grid.wide(grid.cells.value).notna().sum(axis=1)
     table = pd.DataFrame(
@@ -189,8 +189,8 @@ def _ranking(grid: Grid, tested: Mapping[str, Ranks]) -> pd.DataFrame:
 
 
 def _conditions(runs: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
-    """What each model was given in each column, what its interval rests on, what is known of its training images, and
-    what sets it apart from the others of its column."""
+    """Return the conditions of each model in each column: input, sampling units of the interval, overlap of its
+    training images with the data set, and differences from the other models of the column."""
     marks = {(cell.Index[2], cell.Index[3]): "; ".join(cell.marks) for cell in cells.itertuples()}
     rows = []
     for run in runs[runs.ok].itertuples():
@@ -204,10 +204,10 @@ def _conditions(runs: pd.DataFrame, cells: pd.DataFrame) -> pd.DataFrame:
 
 
 def _published(runs: pd.DataFrame, papers: pd.DataFrame) -> pd.DataFrame:
-    """All measured and published numbers of each model and task that has both.
+    """Return all measured and published numbers of each model and task that has both.
 
-    The two share a row where protocol and metric agree; a difference stands there if the result is rankable. What was
-    measured with other weights than the official ones is another model's.
+    They share a row if protocol and metric agree; the difference is given if the result is rankable. Results with
+    weights other than the official ones count as another model.
     """
     cells = cells_of(runs[runs.ok & runs.official.ne(False)])
     cells = cells.assign(text=cell_texts(cells, detailed=True)).reset_index()

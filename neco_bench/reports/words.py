@@ -1,5 +1,7 @@
-"""What intervals, tests and ranks mean, in the words that the page, `compare`, LaTeX and the docs share; comparisons as
-text. Imports nothing that is slow."""
+"""Explanations of intervals, tests and ranks that the page, `compare`, LaTeX and the docs share; rows of comparisons.
+
+This module has no slow imports.
+"""
 
 from __future__ import annotations
 
@@ -9,37 +11,41 @@ if TYPE_CHECKING:
     from neco_bench.reports.compare import ComparisonRow
 
 MEANING = (
-    "An interval is that of the metric over the population that the units of the data set (images, pairs of images, "
-    "scenes, sequences, or blocks of frames of a drive) were drawn from, for this encoder, protocol and training "
-    "set; where a number is a mean over seeds or draws of the training set, their spread is in it too. It is made "
-    "by leaving out one unit at a time, from the variance and the bias that this shows. Called 95 %, it covered the "
-    "true value in 90 to 100 % of simulations (docs/pages/intervals.md), in fewer where many classes are in fewer "
-    "than five images, or where all frames are of one drive. It says nothing of other data sets, of errors in "
-    "labels, of other protocols, and, for a number of one seed, of other seeds."
+    "An interval describes the uncertainty of the metric over the population from which the units of the data set "
+    "(images, pairs of images, scenes, sequences, or blocks of frames of a drive) were drawn, for this encoder, "
+    "protocol and training set. If a number is a mean over seeds or over draws of the training set, the interval "
+    "includes their spread. It is computed from the variance and the bias that leaving out one unit at a time "
+    "shows. In simulations, intervals with a nominal level of 95 % covered the true value in 90 to 100 % of the "
+    "cases (docs/pages/intervals.md), and in fewer cases if many classes occur in fewer than five images, or if all "
+    "frames are from one drive. An interval says nothing about other data sets, errors in labels, other protocols "
+    "or, for a number of one seed, other seeds."
 )
 
 TESTS = (
-    "Two models are compared on the same units: p is that of exchanging the two unit by unit (sign flips; Student's "
-    "t where pairs share images, or where seeds are averaged), adjusted for the number of comparisons made together "
-    "(Holm). Units in which the two do not differ are not counted, and below six that do there is no p. Intervals "
-    "that overlap are no test, and models that are not told apart are not shown to be equal."
+    "Two models are compared on the same units. p is the p-value of a test that exchanges the two models unit by "
+    "unit (sign flips), or of Student's t-test where pairs share images or where seeds are averaged. It is adjusted "
+    "for the number of comparisons made together (Holm). Units on which the two models do not differ are not "
+    "counted, and no p is given if the models differ on fewer than six units. Overlapping intervals are not a test, "
+    "and models without a significant difference are not shown to be equal."
 )
 
 RANKS = (
-    "Ranks: in each column every two models are compared as above, Holm over the pairs; `2..4` are the ranks left "
-    "open, from 1 + the models that are better to the number less those that are worse, at an adjusted p below "
-    "0.05. `unpaired`: no counts are stored, and the intervals were compared as if the two models had different "
-    "items, which tells fewer apart. `not tested`: a result has no interval, or one of an earlier version whose "
-    "counts are not stored, and its rank is open. The win rate is no test: the share of columns in which a model "
-    "has the better value, with each other model over the columns that both have, then the mean over those models; "
-    "it depends on which models are there."
+    "Ranks: in each column, every two models are compared as described above, with Holm's adjustment over the "
+    "pairs. `2..4` is the range of ranks that the tests leave possible: from 1 plus the number of models that are "
+    "better, to the number of models minus the number that are worse, at an adjusted p below 0.05. `unpaired`: no "
+    "counts are stored, and the intervals were compared as if the two models had been measured on different items, "
+    "which detects fewer differences. `not tested`: a result has no interval, or has an interval of an earlier "
+    "version whose counts are not stored, so its rank is not known. The win rate is not a test. It is the share of "
+    "columns in which a model has the better value, computed against each other model over the columns that both "
+    "have, and then averaged over the other models. It depends on which models are in the table."
 )
 
 SUITES = (
-    "Numbers are percent, higher is better, where the head of a column says nothing else. Difference: published minus "
-    "measured; blank where the protocol of the published number is not the one that was measured, or not known to be, "
-    "and where part of the data was measured. ‡: measured on part of the data, no measurement of the task. †: measured "
-    "under other conditions than others of its column. Empty: not published, or not measured."
+    "Numbers are percent, and higher is better, unless the column header states otherwise. Difference: published "
+    "minus measured. It is blank if the measured protocol is not, or is not known to be, the protocol of the "
+    "published number, and if only part of the data was measured. ‡: measured on part of the data, so not a "
+    "measurement of the task. †: measured under other conditions than the other results in the column. Empty: not "
+    "published, or not measured."
 )
 
 WORDS = {"meaning": MEANING, "tests": TESTS, "ranks": RANKS}
@@ -50,13 +56,13 @@ def _p(value: float) -> str:
 
 
 def plural(unit: str, count: int) -> str:
-    """The name of so many units."""
+    """Return the name of a unit, in the plural if needed."""
     first, _, rest = unit.partition(" ")
     return unit if count == 1 else f"{first}s {rest}".rstrip()
 
 
 def comparison_percent(row: ComparisonRow) -> dict[str, Any]:
-    """Write a row of a comparison for a table: in the unit of the metric, empty where there is no number."""
+    """Return a row of a comparison for a table: values in the unit of the metric, "" for missing numbers."""
     difference, metric = row.difference, row.metric
     defined = difference.p == difference.p
     return {

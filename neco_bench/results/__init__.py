@@ -1,4 +1,4 @@
-"""Results: their schema, the folder they are stored in, and what produced them.
+"""Results: their schema, the folder in which they are stored, and their provenance.
 
-The only package that writes result files.
+This is the only package that writes result files.
 """

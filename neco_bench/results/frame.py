@@ -1,4 +1,4 @@
-"""Results as a pandas table: what `neco_bench.load_results` gives and the `.full.csv` files hold."""
+"""Results as a pandas table, as returned by `neco_bench.load_results` and written to the `.full.csv` files."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pandas as pd
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 
-# Columns of `results_frame`. Text that is not known is None.
+# Columns of `results_frame`. Unknown text is None.
 COLUMNS = {
     "family": "object",
     "model": "object",
@@ -21,14 +21,14 @@ COLUMNS = {
     "seed": "int64",
     "status": "object",  # ok or failed
     "metric": "object",
-    "primary": "bool",  # is this the metric of the leaderboards?
-    "value": "float64",  # as stored: a fraction where the unit is percent
+    "primary": "bool",  # whether this is the metric of the leaderboards
+    "value": "float64",  # as stored: a fraction if the unit is percent
     "ci95_low": "float64",
     "ci95_high": "float64",
     "n_images": "int64",  # images or pairs
-    "subset": "object",  # split found/expected of splits that are not whole, else empty
+    "subset": "object",  # split found/expected of incomplete splits, else empty
     "limit": "Int64",
-    "changed": "object",  # what --set changed, as JSON
+    "changed": "object",  # the changes of --set, as JSON
     "weights_id": "object",
     "protocol_hash": "object",
     "seconds": "float64",
@@ -37,8 +37,8 @@ COLUMNS = {
     "error": "object",
     "unit": "object",  # percent (value is a fraction), metres, degrees or ratio
     "direction": "object",  # higher or lower is better
-    "interval_over": "object",  # what the interval of the primary metric rests on
-    "rankable": "bool",  # of the whole data set, with an unchanged protocol
+    "interval_over": "object",  # sampling units of the interval of the primary metric
+    "rankable": "bool",  # whole data set and unchanged protocol
 }
 
 
@@ -46,16 +46,16 @@ def load_results(*folders: Path | str) -> pd.DataFrame:
     """Load stored results as a table, one row per result and metric; the primary metrics are `frame[frame.primary]`.
 
     Args:
-        folders: results folders, subfolders included; none means `results`.
+        folders: results folders, which are read with their subfolders; the default is `results`.
 
     Returns:
         A table with the columns of COLUMNS, ordered by folder and path. Metrics are fractions. A failed result has one
-        row, its value NaN.
+        row with the value NaN.
 
     Raises:
-        MissingError: where a folder does not exist. Files that cannot be used are skipped and named in warnings.
+        MissingError: if a folder does not exist. Files that cannot be used are skipped and named in warnings.
 
-    Example, the share of points found by each model of a folder:
+    Example: the share of correct points for each model of a folder.
 
     >>> import neco_bench
     >>> frame = neco_bench.load_results("leaderboards/example/results")

@@ -11,16 +11,16 @@ if TYPE_CHECKING:
 
 
 class ResultList(list[Result]):
-    """Results of `neco_bench.run` on several tasks or seeds, in the order in which they were named."""
+    """Results of `neco_bench.run` on several tasks or seeds, in the order of the request."""
 
     def to_dataframe(self) -> pd.DataFrame:
-        """Arrange them as `neco_bench.load_results` does: one row per result and metric, values as they are stored."""
+        """Return a table like that of `neco_bench.load_results`: one row per result and metric, values as stored."""
         from neco_bench.results.frame import results_frame  # pandas is slow to import
 
         return results_frame(self)
 
     def _repr_html_(self) -> str:
-        """The primary metrics as an HTML table."""
+        """Return the primary metrics as an HTML table."""
         import pandas as pd
 
         rows = []

@@ -1,4 +1,4 @@
-"""What produced a number: package versions, machine, commit of the source tree. Imports no torch."""
+"""Provenance of a number: package versions, machine, commit of the source tree. Imports no torch."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-# Distributions that can move a number or a timing.
+# Distributions that can change a number or a timing.
 PACKAGES = (
     "neco-bench",
     "torch",
@@ -25,6 +25,7 @@ PACKAGES = (
     "pandas",
     "pillow",
     "opencv-python-headless",
+    "kornia-rs",
     "huggingface-hub",
     "safetensors",
     "pydantic",
@@ -35,10 +36,11 @@ _PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
 
 
 def environment() -> dict[str, Any]:
-    """Versions of the installed PACKAGES, python, platform, cpu model and usable cores, git commit and dirty flag.
+    """Return the versions of PACKAGES, python, platform, cpu model, usable cores, git commit and dirty flag.
 
-    `git_commit` (40 hex digits) and `git_dirty` describe the checkout that neco_bench was imported from, never the
-    working directory's; both are None outside a checkout. Dirty: `neco_bench/` or `tasks/` differ from the commit.
+    `git_commit` (40 hex digits) and `git_dirty` describe the checkout from which neco_bench was imported, not that of
+    the working directory; both are None outside a checkout. Dirty means that `neco_bench/` or `tasks/` differ from the
+    commit.
     """
     packages = {}
     for name in PACKAGES:
@@ -59,7 +61,7 @@ def environment() -> dict[str, Any]:
 
 
 def peak_memory_mb() -> float:
-    """Largest resident memory of this process so far, in MiB; child processes (data workers) are not counted.
+    """Return the largest resident memory of this process so far, in MiB, without child processes (data workers).
 
     0.0 means "not measured": Windows has no `resource` module.
     """
@@ -82,8 +84,8 @@ def _cpu_model() -> str:
 
 
 def _git_state(package: Path) -> tuple[str | None, bool | None]:
-    """(commit, dirty) of the checkout whose top level holds `package`; (None, None) for any other place."""
-    # Hooks and `git rebase --exec` set GIT_DIR and the like, which would point to another repository.
+    """Return (commit, dirty) of the checkout that has `package` at its top level; (None, None) outside a checkout."""
+    # Hooks and `git rebase --exec` set GIT_DIR and similar variables, which could point to another repository.
     env = {name: value for name, value in os.environ.items() if not name.startswith("GIT_")}
     env["GIT_OPTIONAL_LOCKS"] = "0"
 
@@ -93,7 +95,7 @@ def _git_state(package: Path) -> tuple[str | None, bool | None]:
         return done.stdout.strip()
 
     try:
-        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:  # a venv inside someone's project
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != package.parent:  # a venv inside another project
             return None, None
         commit = git("rev-parse", "HEAD")
         return commit, bool(git("status", "--porcelain", "--", package.name, "tasks"))

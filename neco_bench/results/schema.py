@@ -1,6 +1,6 @@
-"""The Result: one JSON document per (model, task, protocol, seed). Each field says what it holds.
+"""The Result: one JSON document per (model, task, protocol, seed).
 
-Metrics in percent are fractions in [0, 1] here; others are in their unit (`Result.metric`).
+Metrics in percent are stored as fractions in [0, 1]; others are stored in their unit (`Result.metric`).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from neco_bench.core.metric import Metric, metric_named
 if TYPE_CHECKING:
     from neco_bench.core.task import Outcome
 
-# 2: units, drawn; ci95 is that of metrics.intervals. In 1 it is a percentile bootstrap over images or pairs.
+# 2: units, drawn; ci95 is computed by metrics.intervals. In 1 it is a percentile bootstrap over images or pairs.
 SCHEMA_VERSION = 2
 
 
-Value = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]  # of a metric; its own range is checked too
+Value = Annotated[float, Field(ge=-1e12, le=1e12, allow_inf_nan=False)]  # of a metric, whose own range is checked too
 
 
 Count = Annotated[int, Field(ge=0, le=10**15)]
@@ -38,7 +38,7 @@ class _EncoderFacts(BaseModel):
 
 
 class _ProvenanceFacts(BaseModel):
-    """The entries of `provenance` that tables and comparisons read; others are free."""
+    """The entries of `provenance` that tables and comparisons read; other entries are not checked."""
 
     weights_id: str | None = None
     protocol_hash: str | None = None
@@ -51,11 +51,11 @@ class _ProvenanceFacts(BaseModel):
 
 
 class Drawn(BaseModel):
-    """What the interval of the primary metric rests on.
+    """Sampling units and method of the interval of the primary metric.
 
-    unit: what was drawn (`core.sampling`). units: how many independent ones there are; of frames, the blocks. groups:
-    drives that frames are of; None where units are independent. repeats: seeds or draws of the training set whose
-    spread is in the interval, 1 where there is none. method: how it was made. notes: what it does not cover.
+    unit: the sampling unit (`core.sampling`). units: number of independent units; for frames, the number of blocks.
+    groups: number of drives of the frames; None if units are independent. repeats: number of seeds or draws of the
+    training set whose spread is included, else 1. method: how the interval was computed. notes: what it does not cover.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -69,7 +69,7 @@ class Drawn(BaseModel):
 
     @property
     def text(self) -> str:
-        """The same in words."""
+        """Return a short description."""
         if self.method.startswith("moving blocks"):
             name = "blocks of frames" if self.units != 1 else "block of frames"
         else:
@@ -79,30 +79,30 @@ class Drawn(BaseModel):
 
 
 class Result(BaseModel):
-    """Result of one run of one task. The per-image sufficient statistics are in `<same name>.npz` beside it."""
+    """Result of one run of one task. `<same name>.npz` next to the document has the per-image sufficient statistics."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
     schema_version: int = SCHEMA_VERSION
-    key: str  # content key (hex): what the number depends on; resume looks results up by it
+    key: str  # content key (hex): hash of everything that the number depends on; stored results are found by it
     model: str  # model spec as given, with "[layers=...]" where inner layers were requested
     task: str  # task name, e.g. "ade20k_ic"
     family: str  # task family, e.g. "in_context"; one leaderboard table each
-    protocol: str  # protocol id, with "*" appended where --set changed a constant
-    primary_metric: str  # the key of `metrics` that stands in the leaderboard
+    protocol: str  # protocol id, with "*" appended if --set changed a constant
+    primary_metric: str  # the key of `metrics` that is shown in leaderboards
     metrics: dict[str, Value]
     per_class: dict[str, dict[str, Value | None]]  # metric -> class name -> value; None: undefined (absent class)
     ci95: dict[str, tuple[Value, Value]]  # metric -> 95 % interval, see `drawn`
-    units: dict[str, Metric] = {}  # of metrics that core.metric does not know by name, and that are no fractions
-    drawn: Drawn | None = None  # what the interval rests on; None: not known (plug-ins, results of schema 1)
+    units: dict[str, Metric] = {}  # of metrics that are not in core.metric and are not fractions
+    drawn: Drawn | None = None  # sampling units of the interval; None: unknown (plug-ins, results of schema 1)
     n_images: Count  # evaluated items: images, or pairs
     seed: Count
     status: Literal["ok", "failed"]
-    error: str | None = None  # the message, where status is "failed"
+    error: str | None = None  # the message if status is "failed"
     error_code: int | None = None  # the exit code of that error
-    subset: dict[str, dict[str, Count]] | None = None  # split -> {"found", "expected"} where a split is not whole
+    subset: dict[str, dict[str, Count]] | None = None  # split -> {"found", "expected"} if a split is incomplete
     limit: Count | None = None  # --limit; such a result is never ranked
-    changed: dict[str, Any] = {}  # what --set changed, key -> value
+    changed: dict[str, Any] = {}  # changes of --set, key -> value
     provenance: dict[str, Any]  # leaderboards read "weights_id", "protocol_hash" and the SETTINGS of reports/grid.py
     timing: dict[str, Measured]  # seconds per phase, and "total"
     peak_memory_mb: Measured  # 0.0: not measured on this platform
@@ -137,21 +137,21 @@ class Result(BaseModel):
             raise ValueError(f"{table}.{place}: {problem}, not {value}")
 
     def metric(self, name: str | None = None) -> Metric:
-        """Unit, direction and range of one of its metrics, or of the primary one."""
+        """Return unit, direction and range of a metric, by default of the primary one."""
         name = name or self.primary_metric
         return self.units.get(name.removesuffix("_std")) or metric_named(name)
 
     @classmethod
     def ok(cls, fields: Mapping[str, Any], outcome: Outcome, **measured: Any) -> Result:
-        """Make the result of a run that ended well.
+        """Return the result of a successful run.
 
         Args:
-            fields: those that do not depend on how it went (`Job.result_fields`).
-            outcome: what the family returned.
+            fields: the fields that do not depend on the outcome (`Job.result_fields`).
+            outcome: the return value of the task family.
             measured: `provenance`, `timing` and `peak_memory_mb`.
 
         Raises:
-            NumericalError: for metrics outside their range, such as NaN.
+            NumericalError: if a metric is outside its range, such as NaN.
         """
         try:
             return cls(
@@ -172,7 +172,7 @@ class Result(BaseModel):
 
     @classmethod
     def failed(cls, fields: Mapping[str, Any], error: NecoBenchError, **measured: Any) -> Result:
-        """Make the result of a run that ended in an error; arguments as for `ok`."""
+        """Return the result of a run that ended in an error; arguments as for `ok`."""
         return cls(
             **fields,
             metrics={},
@@ -187,7 +187,7 @@ class Result(BaseModel):
 
     @property
     def column(self) -> str:
-        """Column in tables: task@protocol, with what --set changed, the limit, and the counts of a part of the data."""
+        """Column in tables: task@protocol, with the changes of --set, the limit, and counts of incomplete splits."""
         notes = [f"{key}={value}" for key, value in sorted(self.changed.items())]
         notes += [f"limit {self.limit}"] if self.limit is not None else []
         notes += self.subset_notes
@@ -195,23 +195,23 @@ class Result(BaseModel):
 
     @property
     def subset_notes(self) -> list[str]:
-        """`split found/expected` of each split that is not whole."""
+        """Text `split found/expected` for each incomplete split."""
         subset = sorted((self.subset or {}).items())
         return [f"{split} {counts.get('found', '?')}/{counts.get('expected', '?')}" for split, counts in subset]
 
     @property
     def drawn_text(self) -> str:
-        """What its interval rests on, as in "80 images" or "7 blocks of frames (frames of one drive: ...)"."""
+        """Sampling units of the interval, such as "80 images" or "7 blocks of frames (frames of one drive: ...)"."""
         return self.drawn.text if self.drawn is not None else ""
 
     @property
     def has_old_interval(self) -> bool:
-        """Whether its interval is one of schema 1 that could not be made again, as its counts are not stored."""
+        """Whether the interval is of schema 1 and cannot be computed again, because no counts are stored."""
         return self.schema_version < SCHEMA_VERSION and self.drawn is None and bool(self.ci95)
 
     @property
     def rankable(self) -> bool:
-        """Whether it may stand in a ranked table: of the whole data set, with an unchanged protocol."""
+        """Whether the result may be in a ranked table: whole data set and unchanged protocol."""
         return self.status == "ok" and not (self.subset or self.is_changed)
 
     @property

@@ -1,6 +1,7 @@
-"""Results sent to and fetched from a folder or a data set repository of Hugging Face, checked as they are loaded.
+"""Copy results to and from a folder or a Hugging Face data set repository, with the same checks as when loading them.
 
-Nothing is sent unless a command names the place. What does not load is refused by name, and nothing is copied then.
+Nothing is uploaded unless a command names the repository. If a file cannot be loaded, the error names it, and nothing
+is copied.
 """
 
 from __future__ import annotations
@@ -21,23 +22,23 @@ from neco_bench.results.store import ResultStore
 
 HUB = "hf://datasets/"
 
-_DIGESTS = "digests.txt"  # "<sha256>  <path>" of every file, as `sha256sum --check` reads it
+_DIGESTS = "digests.txt"  # "<sha256>  <path>" of every file, in the format of `sha256sum --check`
 
 
 @dataclass(frozen=True)
 class Copied:
-    """Paths, relative to the two folders, that were copied, and those that were there already."""
+    """Paths of copied and of already existing files, relative to both folders."""
 
     copied: list[str]
     same: list[str]
 
 
 def check_folder(folder: Path) -> list[tuple[Path, Result]]:
-    """Load every result of a folder with its statistics, and compare digests; returns the results with their paths.
+    """Load every result of a folder with its statistics, compare digests, and return the results with their paths.
 
     Raises:
-        MissingError: no such folder, or no result in it.
-        BadInputError: names every file that cannot be used or was changed, with the reason.
+        MissingError: if the folder does not exist or has no results.
+        BadInputError: if files cannot be used or were changed; the message names each file and the reason.
     """
     store = ResultStore(folder)
     results = store.load_all()
@@ -54,12 +55,12 @@ def check_folder(folder: Path) -> list[tuple[Path, Result]]:
     if problems:
         raise BadInputError("\n".join(dict.fromkeys(problems)))
     if not placed:
-        raise MissingError(f"{folder}: no results there.")
+        raise MissingError(f"{folder}: contains no results.")
     return placed
 
 
 def _changed(folder: Path) -> list[str]:
-    """What differs from the digests that were written when the folder was filled."""
+    """Return messages on files that differ from the digests that `push` wrote."""
     file = folder / _DIGESTS
     if not file.is_file():
         return []
@@ -70,26 +71,26 @@ def _changed(folder: Path) -> list[str]:
         if not path.resolve().is_relative_to(folder.resolve()):
             problems.append(f"{file}: names a file outside of its folder, {name!r}.")
         elif not path.is_file():
-            problems.append(f"{path}: is missing, {file} names it.")
+            problems.append(f"{path}: is missing, but {file} lists it.")
         elif file_sha256(path) != known:
-            problems.append(f"{path}: was changed after it was pushed: its sha256 is not that of {file}.")
+            problems.append(f"{path}: was changed after it was pushed: its sha256 differs from that in {file}.")
     return problems
 
 
 def copy_results(
     source: Path, target: Path, *, models: Sequence[str] = (), overwrite: bool = False, digests: bool = False
 ) -> Copied:
-    """Copy checked results and their statistics between folders; every file is checked before the first is written.
+    """Check all results and their statistics in a folder, then copy them to another folder.
 
     Args:
-        source: results folder.
-        target: the folder they are copied into, under the same relative paths.
-        models: names or globs; none means all.
-        overwrite: replace files that differ.
-        digests: write the digests of all files of the target beside them.
+        source: results folder to copy from.
+        target: folder to copy to; relative paths stay the same.
+        models: names or globs of models; all if empty.
+        overwrite: replace existing files with other content.
+        digests: write a file with the digests of all files in the target.
 
     Raises:
-        BadInputError: a file of either folder cannot be used, or one of the target differs.
+        BadInputError: if a file of either folder cannot be used, or a file of the target has other content.
     """
     chosen = [
         (path, result)
@@ -115,8 +116,8 @@ def copy_results(
             (copied if overwrite else differing).append(name)
     if differing:
         raise BadInputError(
-            f"{target}: {', '.join(differing)} {'is' if len(differing) == 1 else 'are'} there already and not the "
-            f"same. Nothing was copied; --overwrite replaces them."
+            f"{target}: {', '.join(differing)} already {'exists' if len(differing) == 1 else 'exist'} with other "
+            f"content. Nothing was copied; --overwrite replaces existing files."
         )
     for name in copied:
         write_whole(target / name, (source / name).read_bytes())
@@ -132,7 +133,7 @@ def _write_digests(folder: Path) -> None:
 
 
 def push(source: Path, place: str, **options: Any) -> Copied:
-    """Copy results to a folder, or to `hf://datasets/ORG/NAME`. Raises as `copy_results`, and `_hub`."""
+    """Copy results to a folder, or to `hf://datasets/ORG/NAME`. Raises the errors of `copy_results` and `_hub`."""
     if "://" not in place:
         return copy_results(source, Path(place), digests=True, **options)
     api, name = _hub(place)
@@ -156,7 +157,7 @@ def push(source: Path, place: str, **options: Any) -> Copied:
 
 
 def pull(place: str, target: Path, **options: Any) -> Copied:
-    """Copy results from a folder, or from `hf://datasets/ORG/NAME`. Raises as `copy_results`, and `_hub`."""
+    """Copy results from a folder, or from `hf://datasets/ORG/NAME`. Raises the errors of `copy_results` and `_hub`."""
     if "://" not in place:
         return copy_results(Path(place), target, **options)
     api, name = _hub(place)
@@ -170,17 +171,17 @@ _PATTERNS = ["**.json", "**.npz", "*.json", "*.npz", _DIGESTS]
 
 
 def _hub(place: str) -> tuple[Any, str]:
-    """The API, and the repository's name.
+    """Return the API of the Hugging Face hub, and the name of the repository.
 
     Raises:
-        UsageError: a place of another form.
-        MissingError: with NECO_BENCH_OFFLINE=1.
+        UsageError: if the place has another form.
+        MissingError: if NECO_BENCH_OFFLINE=1.
     """
     name = place.removeprefix(HUB).strip("/")
     if not place.startswith(HUB) or name.count("/") != 1:
-        raise UsageError(f"{place!r} is no place for results: name a folder, or {HUB}ORG/NAME.")
+        raise UsageError(f"{place!r} is not a valid place for results. Give a folder, or {HUB}ORG/NAME.")
     if os.environ.get("NECO_BENCH_OFFLINE") == "1":
-        raise MissingError(f"{place} is not reached while NECO_BENCH_OFFLINE=1. Unset it, or name a folder.")
+        raise MissingError(f"{place} cannot be reached with NECO_BENCH_OFFLINE=1. Unset it, or give a folder.")
     from huggingface_hub import HfApi  # slow to import
 
     return HfApi(), name
@@ -188,9 +189,9 @@ def _hub(place: str) -> tuple[Any, str]:
 
 @contextlib.contextmanager
 def _hub_errors(place: str) -> Iterator[None]:
-    """Report what goes wrong on the way to a repository as MissingError."""
+    """Convert errors of the connection to a repository to MissingError."""
     try:
         yield
-    except Exception as error:  # of many kinds: of HTTP, of the file system, of the hub itself
+    except Exception as error:  # many kinds: HTTP, file system, hub
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise MissingError(f"{place} could not be reached ({reason}). Check its name, and `hf auth login`.") from error
+        raise MissingError(f"{place} could not be reached ({reason}). Check its name and `hf auth login`.") from error

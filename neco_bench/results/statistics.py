@@ -1,6 +1,6 @@
-"""What the stored per-item statistics say of a result: its primary metric again, its intervals, its items.
+"""Compute the primary metric, the intervals and the item ids of a result from its stored per-item statistics.
 
-The forms that are known are those of `core.sampling`. Results of other forms (plug-ins) are taken as they are stored.
+The supported forms of statistics are those of `core.sampling`. Results of other forms (plug-ins) are used as stored.
 """
 
 from __future__ import annotations
@@ -19,25 +19,25 @@ from neco_bench.results.schema import Drawn, Result
 
 Arrays = Mapping[str, np.ndarray]
 
-TOLERANCE = 1e-9  # of a metric that is computed again; the same numbers give the same up to rounding
+TOLERANCE = 1e-9  # for a metric that is computed again from the same numbers, because of rounding
 
-# Classes in fewer images than this have no interval that covers as often as it says.
+# For classes in fewer images than this, intervals do not reach their nominal coverage.
 RARE = 5
 
 IDS = ("image_id", "pair_id", "item_id")
 
 
 def item_ids(arrays: Arrays) -> list[str] | None:
-    """The ids of the items; None where they were not stored."""
+    """Return the ids of the items; None if they were not stored."""
     found = next((arrays[name] for name in IDS if name in arrays), None)
     return None if found is None else found.astype(str).tolist()
 
 
 def in_order(arrays: Arrays, ids: Sequence[str]) -> dict[str, np.ndarray]:
-    """The statistics with their items in the order of `ids`.
+    """Return the statistics with their items in the order of `ids`.
 
     Raises:
-        BadInputError: where their items have other ids, or none.
+        BadInputError: if the items have other ids, or none.
     """
     own = item_ids(arrays)
     if own is None or len(set(own)) < len(own) or set(own) != set(ids):
@@ -54,7 +54,7 @@ def in_order(arrays: Arrays, ids: Sequence[str]) -> dict[str, np.ndarray]:
 
 
 def setting(result: Result, name: str) -> Any:
-    """Read a constant that a result was measured with. Raises BadInputError where it is not recorded."""
+    """Return a protocol constant of a result. Raises BadInputError if it is not recorded."""
     try:
         return result.provenance["settings"][name]
     except KeyError as error:
@@ -65,7 +65,7 @@ def setting(result: Result, name: str) -> Any:
 
 
 def hits_column(result: Result) -> int:
-    """Find the column of the stored hits that belongs to the primary metric, PCK@alpha."""
+    """Return the column of the stored hits that belongs to the primary metric, PCK@alpha."""
     try:
         alphas = [f"PCK@{alpha:.2f}" for alpha in setting(result, "alphas")]
         return alphas.index(result.primary_metric)
@@ -77,7 +77,7 @@ def hits_column(result: Result) -> int:
 
 
 def pck_sums(result: Result, arrays: Arrays, column: int, *, apart: bool = False) -> SumMetric:
-    """PCK at one threshold by the average of the primary metric, or with `apart` that of each category."""
+    """Return PCK at one threshold with the average of the primary metric, or with `apart` PCK of each category."""
     settings = result.provenance.get("settings", {})
     average = settings.get("average") or ("class_mean" if settings.get("pairs_per_bin") is not None else "points")
     hits, totals = arrays["hits"][:, column], arrays["totals"]
@@ -88,7 +88,7 @@ def pck_sums(result: Result, arrays: Arrays, column: int, *, apart: bool = False
 
 
 def primary_sums(result: Result, arrays: Arrays) -> SumMetric:
-    """The primary metric as a function of sums over items. Raises BadInputError for statistics of no known form."""
+    """Return the primary metric as a function of sums over items. Raises BadInputError for an unknown form."""
     name = result.primary_metric
     if "confusion" in arrays:
         return miou_sums(arrays["confusion"], setting(result, "absent"))
@@ -107,7 +107,7 @@ def _mean(result: Result, name: str, arrays: Arrays, form: str) -> SumMetric:
 
 
 def known_sums(result: Result, arrays: Arrays) -> dict[str, SumMetric]:
-    """Every metric that the statistics give, by name; those that no known form has are left out."""
+    """Return every metric that can be computed from the statistics, by name."""
     settings = result.provenance.get("settings", {})
     if "confusion" in arrays:
         known = result.primary_metric == "mIoU" and settings.get("absent") in ("zero", "exclude", "union")
@@ -126,7 +126,7 @@ def known_sums(result: Result, arrays: Arrays) -> dict[str, SumMetric]:
 
 
 def sampling_of(result: Result, arrays: Arrays) -> Sampling:
-    """How the items were drawn: as their data set says, known by name, of the ids that are stored."""
+    """Return how the items were sampled, according to the data set with the stored name and for the stored ids."""
     if "hits" in arrays:
         return Sampling("pair", images=arrays.get("images"))
     datasets = result.provenance.get("dataset", {})
@@ -139,12 +139,12 @@ def sampling_of(result: Result, arrays: Arrays) -> Sampling:
         if ids is None:
             return Sampling(unit or dataset.sampling_unit)
         return Sampling.of(unit or dataset.sampling_unit, [dataset.group_of(item) for item in ids])
-    except (NecoBenchError, AttributeError):  # the data set of a plug-in that is not installed, or no data set
+    except (NecoBenchError, AttributeError):  # a data set of a plug-in that is not installed, or not a data set
         return Sampling(unit or "image")
 
 
 def check_primary(result: Result, sums: Mapping[str, SumMetric]) -> None:
-    """Raise BadInputError where the primary metric of a document is not what its statistics give."""
+    """Raise BadInputError if the primary metric of a document differs from the value computed from its statistics."""
     name = result.primary_metric
     if result.status != "ok" or name not in sums:
         return
@@ -157,7 +157,7 @@ def check_primary(result: Result, sums: Mapping[str, SumMetric]) -> None:
 
 
 def with_intervals(result: Result, arrays: Arrays, sums: Mapping[str, SumMetric] | None = None) -> Result:
-    """The result with the intervals that its statistics give; as it is where they give none."""
+    """Return the result with intervals computed from its statistics; unchanged if they give none."""
     sums = known_sums(result, arrays) if sums is None else sums
     if not sums or result.status != "ok":
         return result
@@ -188,7 +188,7 @@ def _drawn(interval: Interval) -> Drawn:
 
 
 def _notes(result: Result, arrays: Arrays) -> list[str]:
-    """What the interval does not cover, seen from the counts."""
+    """Return notes on what the interval does not cover, derived from the counts."""
     if "confusion" not in arrays:
         return []
     counts = arrays["confusion"]

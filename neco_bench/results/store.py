@@ -1,6 +1,6 @@
-"""A folder of results: one JSON document each, and beside it `<same name>.npz` with its per-image statistics.
+"""A folder of results: one JSON document per result, and `<same name>.npz` with its per-image statistics.
 
-A result is identified by the content key in its document; files may be renamed. One bad file never hides the others.
+A result is identified by the content key in its document; files may be renamed. A bad file does not affect the others.
 """
 
 from __future__ import annotations
@@ -22,35 +22,35 @@ if TYPE_CHECKING:
     import numpy as np
 
 
-MAX_DEPTH = 32  # of nesting in a document: ours have 7
+MAX_DEPTH = 32  # maximum nesting of a document; valid ones have 7
 
 
 class ResultStore:
-    """Store results in a folder and load them, subfolders included.
+    """Store results in a folder, and load them from it and its subfolders.
 
-    problems: the files that the last `load_all` could not use, with the reason.
+    problems: messages on the files that the last `load_all` could not use.
     """
 
     def __init__(self, folder: Path | str) -> None:
         self.folder = Path(folder)
         self.problems: list[str] = []
-        self._paths: dict[str, Path] = {}  # of the documents that `load_all` gave, by key
+        self._paths: dict[str, Path] = {}  # documents that `load_all` returned, by key
 
     def save(self, result: Result, statistics: dict[str, np.ndarray] | None = None) -> Path:
-        """Write a result and its statistics, each file whole; returns the path of the JSON document.
+        """Write a result and its statistics, each file atomically, and return the path of the JSON document.
 
-        A stored result of the same key is overwritten in its place, also when it was renamed. The arrays are written
-        first, so that a document never lacks them.
+        A stored result with the same key is overwritten, even if its file was renamed. The arrays are written first, so
+        that a document never exists without them.
 
         Raises:
-            NumericalError: for NaN or infinite values.
-            NecoBenchError: where the folder cannot be written.
+            NumericalError: if values are NaN or infinite.
+            NecoBenchError: if the folder cannot be written.
         """
         try:
             text = json.dumps(result.model_dump(), indent=2, ensure_ascii=False, allow_nan=False, default=_to_json)
         except ValueError as error:
             raise NumericalError(
-                f"The result of {result.model} on {result.task}@{result.protocol} holds NaN or infinite values."
+                f"The result of {result.model} on {result.task}@{result.protocol} contains NaN or infinite values."
             ) from error
         stored = self._with_key(result.key)
         path = stored[0][0] if stored else self._default_path(result)
@@ -67,37 +67,39 @@ class ResultStore:
 
     @property
     def is_empty(self) -> bool:
-        """Whether there are no documents, readable or not."""
+        """Return whether the folder has no documents, readable or not."""
         return next(self.folder.rglob("*.json"), None) is None
 
     def check_writable(self) -> None:
         """Check that results can be written, and delete temporary files of killed processes.
 
         Raises:
-            NecoBenchError: where they cannot.
+            NecoBenchError: if they cannot.
         """
         place = next(path for path in (self.folder, *self.folder.absolute().parents) if path.exists())
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             fault = "is read-only" if place.is_dir() else "is not a folder"
-            raise NecoBenchError(f"{self.folder}: cannot be written to, as {place} {fault}. Choose another --out.")
+            raise NecoBenchError(f"{self.folder}: cannot be written: {place} {fault}. Choose another --out.")
         for folder in {path.parent for path in self.folder.rglob(".*.tmp")}:
             clear_leftovers(folder)
 
     def find(self, key: str) -> Result | None:
-        """Find the successful result with this content key; None where there is none."""
+        """Return the successful result with this content key; None if there is none."""
         return next((result for _, result in self._with_key(key) if result.status == "ok"), None)
 
     def load_all(self) -> list[Result]:
-        """Load every readable result, ordered by path; one per key, a successful one before a failed one.
+        """Load every readable result, ordered by path; one per key, where a successful result replaces a failed one.
 
-        Where statistics are stored, the primary metric is computed again from them, and so are the intervals of schema
-        1. Files that cannot be used are named in `problems`.
+        If statistics are stored, the primary metric and the intervals of schema 1 are computed again from them. Files
+        that cannot be used are named in `problems`.
 
         Raises:
-            MissingError: where there is no such folder.
+            MissingError: if the folder does not exist.
         """
         if not self.folder.is_dir():
-            raise MissingError(f"{self.folder}: no such results folder. `neco-bench run --out {self.folder}` makes it.")
+            raise MissingError(
+                f"{self.folder}: no such results folder. `neco-bench run --out {self.folder}` creates it."
+            )
         self.problems = []
         by_key: dict[str, tuple[Path, Result]] = {}
         for path in self._documents():
@@ -116,21 +118,21 @@ class ResultStore:
             if first.status != "ok" and result.status == "ok":
                 by_key[result.key], unused = (path, result), first_path
             self.problems.append(
-                f"{unused}: is not used, {by_key[result.key][0]} has the same key. Delete one of the two."
+                f"{unused}: is not used, because {by_key[result.key][0]} has the same key. Delete one of the two."
             )
         self._paths = {key: path for key, (path, _) in by_key.items()}
         return [result for _, result in sorted(by_key.values(), key=lambda item: item[0])]
 
     def path(self, result: Result) -> Path:
-        """The document of a result: the one that `load_all` read, else where `save` would write it."""
+        """Return the path of a result: the document that `load_all` read, else the path that `save` would use."""
         return self._paths.get(result.key, self._default_path(result))
 
     def statistics(self, result: Result) -> dict[str, np.ndarray]:
-        """Load the per-image arrays stored beside a result, by name.
+        """Load the per-image arrays of a result, by name.
 
         Raises:
-            MissingError: where there are none.
-            BadInputError: for a damaged file, or arrays that are not those of this result.
+            MissingError: if none are stored.
+            BadInputError: if the file is damaged, or its arrays do not belong to this result.
         """
         path = self._paths.get(result.key)
         if path is None or not path.exists():
@@ -146,7 +148,7 @@ class ResultStore:
         return sorted(path for path in self.folder.rglob("*.json") if not _may_block(path))
 
     def _with_key(self, key: str) -> list[tuple[Path, Result]]:
-        """Documents with this key, successful ones first, then by path; unreadable ones are ignored."""
+        """Return the documents with this key, successful ones first, then by path; unreadable ones are ignored."""
         matching = []
         for path in self._documents():
             try:
@@ -162,7 +164,7 @@ class ResultStore:
 
 
 def _may_block(path: Path) -> bool:
-    """Whether reading might never end, as of a pipe or a device."""
+    """Return whether reading might block forever, as for a pipe or a device."""
     try:
         mode = path.stat().st_mode
     except OSError:
@@ -171,7 +173,7 @@ def _may_block(path: Path) -> bool:
 
 
 def _read_statistics(path: Path, result: Result) -> dict[str, np.ndarray]:
-    """The arrays of a file. Raises MissingError and BadInputError."""
+    """Return the arrays of a file. Raises MissingError and BadInputError."""
     import numpy as np
 
     try:
@@ -184,7 +186,7 @@ def _read_statistics(path: Path, result: Result) -> dict[str, np.ndarray]:
             f"{path}: no statistics are stored for {result.model} on {result.task}@{result.protocol}. "
             f"Run the task again with --overwrite."
         ) from error
-    except Exception as error:  # numpy and zipfile raise anything on bad bytes
+    except Exception as error:  # numpy and zipfile raise many kinds of errors for damaged files
         raise BadInputError(
             f"{path}: the stored statistics cannot be read ({type(error).__name__}: {error}). Run the task again "
             f"with --overwrite."
@@ -192,16 +194,16 @@ def _read_statistics(path: Path, result: Result) -> dict[str, np.ndarray]:
 
 
 def _verified(path: Path, result: Result) -> Result:
-    """A result whose primary metric its statistics give again, with the intervals of this schema where they do.
+    """Check the primary metric of a result against its statistics, and return the result with intervals of this schema.
 
-    Statistics that cannot be read, or are of no known form, say nothing; what needs them gives the error.
+    Statistics that cannot be read, or have an unknown form, are ignored here; code that needs them raises the error.
 
     Raises:
-        BadInputError: where the two do not agree.
+        BadInputError: if the two do not agree.
     """
     if result.status != "ok" or not path.with_suffix(".npz").is_file():
         return result
-    from neco_bench.results.statistics import check_primary, known_sums, with_intervals  # numpy, where it is needed
+    from neco_bench.results.statistics import check_primary, known_sums, with_intervals  # imports numpy
 
     try:
         arrays = _read_statistics(path.with_suffix(".npz"), result)
@@ -216,14 +218,14 @@ def _verified(path: Path, result: Result) -> Result:
 
 
 def _check_statistics(result: Result, arrays: dict[str, np.ndarray]) -> None:
-    """Raise ValueError for statistics whose shapes or values cannot be those of this result."""
+    """Raise ValueError if shapes or values of the statistics cannot belong to this result."""
     import numpy as np
 
     for name, array in arrays.items():
         if array.dtype.kind == "f" and not np.isfinite(array).all():
-            raise ValueError(f"{name} holds NaN or infinite values")
+            raise ValueError(f"{name} contains NaN or infinite values")
         if name in ("confusion", "hits", "totals") and (array.dtype.kind not in "iuf" or (array < 0).any()):
-            raise ValueError(f"{name} does not hold counts")
+            raise ValueError(f"{name} does not contain counts")
         by_item = ("image_id", "pair_id", "item_id", "group", "weight", "category", "totals", "hits", "images")
         last = name.startswith(("score/", "square/"))
         if (last or name in by_item) and (array.ndim == 0 or array.shape[-1 if last else 0] != result.n_images):
@@ -236,16 +238,16 @@ def _check_statistics(result: Result, arrays: dict[str, np.ndarray]) -> None:
     if "hits" in arrays:
         hits, totals = arrays["hits"], arrays["totals"]
         if hits.ndim != 2 or totals.ndim != 1 or (totals == 0).any() or (hits > totals[:, None]).any():
-            raise ValueError("hits and totals do not fit each other")
+            raise ValueError("hits and totals do not match")
 
 
 def _parse(path: Path, content: bytes) -> Result:
-    """Read the result of a document. Raises BadInputError that names the file and what to do."""
+    """Parse a document. Raises BadInputError, whose message names the file and the fix."""
     try:
         document = json.loads(content, parse_constant=_reject_constant)
     except (ValueError, RecursionError) as error:
         raise BadInputError(
-            f"{path}: is not a whole JSON document ({error}). Delete it and run its task again."
+            f"{path}: is not a complete JSON document ({error}). Delete it and run its task again."
         ) from error
     version = document.get("schema_version") if isinstance(document, dict) else None
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
@@ -258,9 +260,9 @@ def _parse(path: Path, content: bytes) -> Result:
         )
     try:
         result = Result.model_validate(document)
-        # Tables and pages write it as text: that must not fail on infinite numbers, deep nesting or lone surrogates.
+        # Tables and pages write it as text, which must not fail on infinite numbers, deep nesting or lone surrogates.
         if _depth(document) > MAX_DEPTH:
-            raise ValueError(f"it is nested more than {MAX_DEPTH} deep")
+            raise ValueError(f"it has more than {MAX_DEPTH} levels of nesting")
         json.dumps(result.model_dump(), ensure_ascii=False, allow_nan=False).encode()
     except ValidationError as error:
         item = error.errors()[0]
@@ -279,9 +281,9 @@ def _depth(value: Any) -> int:
 
 
 def _reject_constant(constant: str) -> None:
-    raise ValueError(f"it holds {constant}")
+    raise ValueError(f"it contains {constant}")
 
 
 def _to_json(value: Any) -> Any:
-    """Convert what JSON lacks: numpy scalars and arrays to numbers and lists, anything else (paths, dtypes) to text."""
+    """Convert values for JSON: numpy scalars and arrays to numbers and lists, others (paths, dtypes) to text."""
     return value.tolist() if hasattr(value, "tolist") else str(value)

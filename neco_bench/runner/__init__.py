@@ -1,1 +1,1 @@
-"""From names to stored results: options, jobs, execution, cost estimates, launchers."""
+"""Turn names into jobs and stored results: options, jobs, execution, cost estimates, launchers."""

@@ -41,7 +41,7 @@ def run(
     changes: Mapping[str, Any] | None = None,
     seeds: None = None,
     **options: Any,
-) -> Any: ...  # a Result, or of a glob a ResultList
+) -> Any: ...  # a Result, or a ResultList for a glob
 
 
 @overload
@@ -69,33 +69,33 @@ def run(
     seeds: int | None = None,
     **options: Any,
 ) -> Result | ResultList:
-    """Run tasks for a model: the Result of one named task, or the list of results of several.
+    """Run tasks for a model, and return the Result of one task or the list of results of several.
 
     Args:
         model: a spec, an Encoder, or any torch.nn.Module that maps normalised images (B, 3, H, W) to features
             (B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride`.
-        task: the name of one task ("camvid_ic", "ade20k_linear@clean-1") gives its Result; a glob ("shapes_*"), names
-            with commas or a list give a ResultList, in which what failed has `status` "failed".
-        suite: the name of a suite ("neco_table1", "mine.toml:NAME"), whose tasks are run, before those named by `task`;
-            gives a ResultList. Tasks whose data are not here are left out, with a warning.
+        task: the name of one task ("camvid_ic", "ade20k_linear@clean-1") returns its Result; a glob ("shapes_*"),
+            comma-separated names or a list return a ResultList, in which failed results have `status` "failed".
+        suite: the name of a suite ("neco_table1", "mine.toml:NAME"), whose tasks run before those of `task`;
+            returns a ResultList. Tasks whose data are missing are left out, with a warning.
         data_root: folder of data sets; None: NECO_BENCH_DATA.
-        out: results folder; with it, a stored result of the same content is returned instead of running again.
-        changes: what `--set` gives on the command line.
-        seeds: run so many, from `seed` on; gives a ResultList.
+        out: results folder; if given, results are stored there, and stored results are returned instead of run again.
+        changes: changes of constants, as by `--set` on the command line.
+        seeds: number of seeds to run, starting at `seed`; returns a ResultList.
         options: fields of `RunOptions` (device, precision, batch_size, workers, seed, limit, split_file, weights,
-            layers, features, overwrite, progress). layers="all" gives a ResultList, of one result per block or
-            stage; of a ViT from one forward pass of each image, where features are stored.
+            layers, features, overwrite, progress). layers="all" returns a ResultList with one result per block or
+            stage; for a ViT, they share one forward pass per image if features are stored.
 
     Returns:
-        A Result or, of several tasks or with `seeds`, a ResultList.
+        A Result, or a ResultList for several tasks or seeds.
 
     Raises:
-        NecoBenchError: the one that the command line would report, with its exit code; that of a failed task only where
-            one is named.
+        NecoBenchError: the error that the command line would report, with its exit code. The error of a failed task is
+            raised only if a single task is named.
     """
     unknown = set(options) - set(RunOptions.__dataclass_fields__)
     if unknown:
-        raise UsageError(f"Unknown option {sorted(unknown)}. There are: {', '.join(RunOptions.__dataclass_fields__)}.")
+        raise UsageError(f"Unknown option {sorted(unknown)}. Options: {', '.join(RunOptions.__dataclass_fields__)}.")
     names = [task] if isinstance(task, str) else task
     if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
         raise UsageError(f"run() takes the name of a task such as 'shapes_ic', not {type(task).__name__}.")
@@ -118,10 +118,10 @@ def run(
                     raise
                 log.warning("%s of suite %s is left out: %s", entry.card.name, suite, error)
         if not jobs:
-            raise MissingError(f"Nothing of suite {suite!r} can be run: its data are not here. Give data_root.")
+            raise MissingError(f"Nothing in suite {suite!r} can be run: its data are missing. Give data_root.")
         for job in jobs:
             if store is None or stored(job, store) is None:
-                job.task.settings()  # a wrong setting is an error now, not after the encoder is loaded
+                job.task.settings()  # raise errors of settings before the encoder is loaded
                 if store:
                     store.check_writable()
         results = ResultList(run_job(job, store, encoder) for job in jobs)
@@ -136,18 +136,18 @@ def run(
 
 @contextlib.contextmanager
 def _as_encoder(model: Model) -> Iterator[tuple[str, Encoder | None]]:
-    """The name of a model and, of an object, its Encoder; the modes of a module's parts are as before afterwards."""
+    """Yield the name of a model and, for an object, its Encoder; afterwards, restore the training mode of its parts."""
     if isinstance(model, str | os.PathLike):
         yield os.fspath(model), None
         return
-    from torch import nn  # whoever has an encoder or a module has imported torch already
+    from torch import nn  # a caller who has an encoder or a module has already imported torch
 
     from neco_bench.encoders.adapters.user_code import encoder_of_module
 
     if not isinstance(model, nn.Module):
         raise UsageError(
             f"run() takes a model spec, an Encoder or a torch.nn.Module, not {type(model).__name__}. Subclass "
-            f"neco_bench.Encoder, or name a function that returns the module: path/to/file.py:FACTORY."
+            f"neco_bench.Encoder, or give a function that returns the module: path/to/file.py:FACTORY."
         )
     modes = {module: module.training for module in model.modules()}
     encoder = encoder_of_module(model)
@@ -160,11 +160,13 @@ def _as_encoder(model: Model) -> Iterator[tuple[str, Encoder | None]]:
 
 
 def _object_id(encoder: Encoder, options: RunOptions) -> str:
-    """What stands for an Encoder object in the content key. Raises `UsageError` and `BadInputError` for another."""
+    """Return the id of an Encoder object for the content key. Raises `UsageError` and `BadInputError` if unusable."""
     absent = [fact for fact in ("name", "embed_dim", "stride", "weights_id") if not hasattr(encoder, fact)]
     if absent:
-        raise BadInputError(f"The {type(encoder).__name__} given to run() lacks {', '.join(absent)}; set it.")
+        raise BadInputError(f"The {type(encoder).__name__} given to run() has no {', '.join(absent)}; set it.")
     ignored = [name for name in ("device", "precision", "layers", "weights") if getattr(options, name) is not None]
     if ignored:
-        raise UsageError(f"An Encoder is run as it is: give {', '.join(ignored)} to load_encoder() instead.")
+        raise UsageError(
+            f"An Encoder object is not changed by run(): give {', '.join(ignored)} to load_encoder() instead."
+        )
     return object_id(encoder)

@@ -1,4 +1,4 @@
-"""Whether a job fits into the memory and the disk that there are, known from its family's `cost`."""
+"""Check whether a job fits into the available memory and disk space, according to its family's `cost`."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("neco_bench")
 
-PER_ITEM = 128  # bytes of an item's place in the order of a run
+PER_ITEM = 128  # bytes per item for the order of a run
 
-LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # of containers, versions 2 and 1
+LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # containers: cgroup 2 and 1
 
 
 def memory_there(device: Any = None) -> float:
-    """Bytes of memory of this machine, or of its container, and of a GPU; infinite where that is not known."""
+    """Return the bytes of memory of this machine or container plus those of a GPU; infinite if unknown."""
     try:
         memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     except (AttributeError, OSError, ValueError):  # Windows
@@ -41,9 +41,9 @@ def memory_there(device: Any = None) -> float:
 
 
 def check_fits(task: Task, draws: Iterable[Mapping[str, Any]], encoder: Encoder, batch_size: int) -> int:
-    """Raise UsageError for a run that needs more memory or disk than there is; return the batch size that fits.
+    """Raise UsageError if a run needs more memory or disk space than available; return a batch size that fits.
 
-    Known from the family's `cost`; families without one, of plug-ins, are not checked.
+    The requirements are those of the family's `cost`; families of plug-ins without `cost` are not checked.
     """
     cost_of = getattr(task.module, "cost", None)
     if cost_of is None:
@@ -56,18 +56,18 @@ def check_fits(task: Task, draws: Iterable[Mapping[str, Any]], encoder: Encoder,
         if needed > there:
             changed = ", ".join(f"{key}={value}" for key, value in task.changed.items())
             raise UsageError(
-                f"{task.card.name}@{task.label} needs about {needed / 2**30:,.0f} GiB of memory, there are "
+                f"{task.card.name}@{task.label} needs about {needed / 2**30:,.0f} GiB of memory; there are "
                 f"{there / 2**30:,.0f} GiB. "
-                + (f"Lower what --set gives ({changed})." if changed else "Use --limit, a lower --set input_size=N.")
+                + (f"Lower the --set values ({changed})." if changed else "Use --limit or a lower --set input_size=N.")
             )
         free = shutil.disk_usage(next(p for p in (cache_dir(), *cache_dir().absolute().parents) if p.exists())).free
-        if cost.disk / 2 > free:  # part of that is for features that are stored only where there is room
+        if cost.disk / 2 > free:  # part of it is for features that are stored only if there is space
             raise UsageError(
-                f"{task.card.name}@{task.label} needs about {cost.disk / 2**30:,.0f} GiB in {cache_dir()}, "
+                f"{task.card.name}@{task.label} needs about {cost.disk / 2**30:,.0f} GiB in {cache_dir()}; "
                 f"{free / 2**30:,.0f} GiB are free. Free space, set NECO_BENCH_CACHE to another disk, or use --limit."
             )
-        fitting = max(1, int((there - needed) / 4 / image))  # the rest is for the encoder, and for loading
+        fitting = max(1, int((there - needed) / 4 / image))  # the rest is for the encoder and for loading
         if batch_size > fitting:
-            log.warning("--batch-size %d does not fit into memory: %d is used.", batch_size, fitting)
+            log.warning("--batch-size %d does not fit into memory; using %d.", batch_size, fitting)
             batch_size = fitting
     return batch_size

@@ -1,7 +1,7 @@
-"""What a run will take, from a short measurement: what `run --dry-run` prints.
+"""Estimate the cost of a run from short measurements, for `run --dry-run`.
 
-A family says in its `cost` how many images it encodes, how many operations it does besides and what it keeps; a few
-images through the encoder, a few from the disk and one search give the rates of this machine.
+A family states in its `cost` how many images it encodes, how many other operations it needs and how much it keeps in
+memory and on disk. Encoding a few images, loading a few images and one search give the speed of this machine.
 """
 
 from __future__ import annotations
@@ -37,20 +37,20 @@ from neco_bench.search.exact import ExactIndex
 
 MEASURED = 8  # images
 
-SEARCHED = 4096  # vectors, by as many
+SEARCHED = 4096  # queries and keys
 
 ENOUGH = 0.5  # seconds of a measurement
 
-PATIENCE = 5.0  # seconds for measuring one encoder; at further sizes its time is taken to be proportional to the area
+PATIENCE = 5.0  # seconds to measure one encoder; after that, time is assumed to be proportional to the area
 
-MOST_BARE = 1500  # million parameters of an encoder that is built for an estimate alone
+MOST_BARE = 1500  # million parameters: the largest encoder that is built only for an estimate
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """hours; memory and disk in bytes (memory of the process and, on a GPU, of the device together).
+    """Hours; memory and disk in bytes (memory of the process plus, on a GPU, of the device).
 
-    layers_ahead: layers of which later jobs find the features stored, as their passes are among these.
+    layers_ahead: layers whose features are stored for later jobs; their forward passes are included here.
     """
 
     hours: float
@@ -62,11 +62,11 @@ class Estimate:
 def forecast(
     jobs: Sequence[Job], store: ResultStore, *, fetch: bool = True, progress: bool = False
 ) -> list[dict[str, Any]]:
-    """One row per job: its items, whether its result is stored, and else the estimate, or the error it would end in.
+    """Return one row per job: items, whether its result is stored, and otherwise the estimate or the expected error.
 
-    Each model is loaded once for each layer; jobs of one model lie side by side. fetch: False fetches no weights;
-    where they are not here, the estimate is that of the architecture, beside the error. `layers_ahead` are the layers
-    whose forward passes are in the hours of this row. progress: show it on stderr.
+    Each model is loaded once for each layer; jobs of one model must be consecutive. fetch: if False, no weights are
+    downloaded; if they are missing, the row has the estimate for the architecture and the error. `layers_ahead` are the
+    layers whose forward passes are included in the hours of this row. progress: show progress on stderr.
     """
     if progress:
         with Progress("dry run") as shown:
@@ -78,7 +78,7 @@ def _rows(jobs: Iterable[Job], store: ResultStore, fetch: bool) -> list[dict[str
     rows: list[dict[str, Any]] = []
     rates = Rates()
     encoders: dict[tuple[str, str | None], tuple[Encoder | None, NecoBenchError | None]] = {}
-    passed: set[tuple[Any, ...]] = set()  # jobs whose features are stored by an earlier one
+    passed: set[tuple[Any, ...]] = set()  # jobs whose features an earlier job stores
     for job in jobs:
         is_stored = stored(job, store) is not None
         cost, problem = None, None
@@ -116,7 +116,7 @@ def _rows(jobs: Iterable[Job], store: ResultStore, fetch: bool) -> list[dict[str
 
 
 class Rates:
-    """What this machine does in a second, each measured once: encoders of one architecture are alike."""
+    """Speeds of this machine, each measured once; encoders of the same architecture share a measurement."""
 
     def __init__(self) -> None:
         self._known: dict[tuple[Any, ...], float] = {}
@@ -128,30 +128,30 @@ class Rates:
         return self._known[key]
 
     def loading(self, dataset: Dataset, size: int) -> float:
-        """Seconds to load an image."""
+        """Return the seconds to load an image."""
         key = dataset.name, dataset.split, size
         return self._once(("loading", *key), lambda: _seconds_to_load(dataset, size))
 
     def encoding(self, encoder: Encoder, size: int, batch_size: int) -> float:
-        """Seconds to encode an image."""
+        """Return the seconds to encode an image."""
         parts = ",".join(f"{name}{tuple(p.shape)}" for name, p in encoder.named_parameters())
         key = parts or encoder.name, encoder.layer, encoder.stride, encoder.precision, str(encoder.device), batch_size
         return self._encoders.setdefault(key, _Encoding()).seconds(encoder, size, batch_size)
 
     def search(self, device: torch.device, width: int) -> float:
-        """Floating-point operations in a second."""
+        """Return floating-point operations per second."""
         return self._once(("search", str(device), width), lambda: _rate(device, width))
 
 
 class _Encoding:
-    """Seconds that one encoder takes for an image, by size."""
+    """Seconds per image of one encoder, by input size."""
 
     def __init__(self) -> None:
         self._known: dict[int, float] = {}
         self._spent = 0.0
 
     def seconds(self, encoder: Encoder, size: int, batch_size: int) -> float:
-        """Seconds at a size: measured once, or after PATIENCE from the nearest size that was."""
+        """Return the seconds at a size: measured once, or, after PATIENCE, derived from the nearest measured size."""
         if size not in self._known and self._spent > PATIENCE:
             nearest = min(self._known, key=lambda other: abs(other - size))
             return self._known[nearest] * (size / nearest) ** 2
@@ -163,9 +163,9 @@ class _Encoding:
 
 
 def estimate(job: Job, encoder: Encoder, rates: Rates | None = None, *, passed: bool = False) -> Estimate | None:
-    """The estimate of a job; None where its family, a plug-in's, has no `cost`.
+    """Return the estimate of a job; None if its family (of a plug-in) has no `cost`.
 
-    rates: those measured already. passed: the features that can be stored are there.
+    rates: existing measurements. passed: the features that can be stored are already stored.
     """
     rates = rates or Rates()
     cost_of = getattr(job.task.module, "cost", None)
@@ -182,7 +182,7 @@ def estimate(job: Job, encoder: Encoder, rates: Rates | None = None, *, passed: 
     ahead = () if passed else _stored_ahead(job, encoder, costs)
     together = read_layers(encoder, (int(job.options.layers or 0), *ahead)) if ahead else encoder
     encoding = rates.encoding(together, size, job.options.batch_size)
-    # Loading and encoding go on side by side where there are workers, and not on the same cores.
+    # Loading and encoding run in parallel if there are workers and they do not use the same cores.
     apart = workers and encoder.device.type != "cpu"
     per_image = max(loading / workers, encoding) if apart else loading + encoding
     rate = rates.search(encoder.device, costs[0].width)
@@ -192,7 +192,7 @@ def estimate(job: Job, encoder: Encoder, rates: Rates | None = None, *, passed: 
 
 
 def _stored_ahead(job: Job, encoder: Encoder, costs: Sequence[Cost]) -> tuple[int, ...]:
-    """The layers that a job stores for later ones: all or none, as they fit into the feature store."""
+    """Return the layers that a job stores for later jobs: all or none, depending on the space in the feature store."""
     images = sum(c.images - c.unstored for c in costs)
     if not job.layers_ahead or not images or not encoder.equal_layers:
         return ()
@@ -202,14 +202,14 @@ def _stored_ahead(job: Job, encoder: Encoder, costs: Sequence[Cost]) -> tuple[in
 
 
 def _encoder_and_error(job: Job, fetch: bool) -> tuple[Encoder | None, NecoBenchError | None]:
-    """The encoder of a job, or why it cannot be loaded; without `fetch` both, where weights are not here."""
+    """Return the encoder of a job, or the error of loading it; without `fetch`, both if weights are missing."""
     model, options = parse_spec(job.model), job.options
     entry = model.entry if options.weights is None and model.pretrained else None
     file = entry.weights_file if entry else None
     try:
         if fetch or entry is None or file is None or file.is_file():
             return load_job_encoder(job), None
-        problem = missing_weights(str(entry.weights), file, "a dry run of a suite fetches none")
+        problem = missing_weights(str(entry.weights), file, "a dry run of a suite downloads none")
     except NecoBenchError as error:
         if fetch or not isinstance(error, MissingError):
             return None, error
@@ -221,10 +221,10 @@ def _encoder_and_error(job: Job, fetch: bool) -> tuple[Encoder | None, NecoBench
 
 
 def _seconds_to_encode(encoder: Encoder, size: int, batch_size: int) -> float:
-    """Seconds per image: of one where that already takes long, else of a batch."""
+    """Return the seconds per image, measured on one image if that is slow, else on a batch."""
     images = torch.zeros(min(MEASURED, batch_size), 3, size, size)
     if encoder.device.type != "cpu":
-        encoder.encode(images[:1])  # starts the device, which takes longer than all else
+        encoder.encode(images[:1])  # starts the device, which takes longer than the rest
     first = _seconds(lambda: encoder.encode(images[:1]))
     return first if first > ENOUGH else _median(lambda: encoder.encode(images)) / len(images)
 
@@ -238,7 +238,7 @@ def _seconds(call: Callable[[], object]) -> float:
 
 
 def _median(call: Callable[[], object]) -> float:
-    """Median seconds of three calls after a first one, or of as many as take ENOUGH; of a first that does, its own."""
+    """Return the median seconds of up to three calls after a first one, within ENOUGH; else those of the first call."""
     times = [_seconds(call)]
     while len(times) < 4 and sum(times) < ENOUGH:
         times.append(_seconds(call))
@@ -246,7 +246,7 @@ def _median(call: Callable[[], object]) -> float:
 
 
 def _seconds_to_load(dataset: Dataset, size: int) -> float:
-    """Seconds per image: reading, decoding and resizing a few of them."""
+    """Return the seconds per image to read, decode and resize a few images."""
     start = time.perf_counter()
     if isinstance(dataset, VideoDataset):
         clip = dataset.clip(0)
@@ -268,7 +268,7 @@ def _seconds_to_load(dataset: Dataset, size: int) -> float:
 
 
 def _rate(device: torch.device, width: int) -> float:
-    """Floating-point operations per second of an exact search among vectors of `width`."""
+    """Return the floating-point operations per second of an exact search with vectors of `width` dimensions."""
     index = ExactIndex(width, device)
     index.add(torch.rand(SEARCHED, width))
     queries = torch.rand(SEARCHED, width)

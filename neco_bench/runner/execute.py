@@ -1,7 +1,7 @@
-"""`run`: one encoder on one task, from names to a stored Result. What the command line calls, and the Python API.
+"""Run one encoder on one task and store the Result. Used by the command line and the Python API.
 
-The content key of a result covers everything the number depends on. It is computed without loading torch or the
-weights, so that a second run returns the stored result at once; only code that may read any file is loaded for it.
+The content key of a result covers everything that the number depends on. It is computed without loading torch or the
+weights, so that a second run returns the stored result at once; only user code that may read other files is loaded.
 """
 
 from __future__ import annotations
@@ -47,10 +47,10 @@ log = logging.getLogger("neco_bench")
 
 
 def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.ndarray] | None]:
-    """Run a job: its Result and per-image statistics.
+    """Run a job, and return its Result and per-image statistics.
 
-    Whatever goes wrong becomes a Result with status "failed"; only interruptions pass through, and, where several
-    processes run, every error, which ends them all.
+    Every error becomes a Result with status "failed". Only interruptions are raised and, if several processes run,
+    all errors, so that all processes end.
     """
     record, provenance, start = RunRecord(), _planned_facts(job), time.perf_counter()
 
@@ -68,18 +68,18 @@ def execute(job: Job, encoder: Encoder | None) -> tuple[Result, dict[str, np.nda
         statistics |= _groups(ready, statistics)
         return with_intervals(Result.ok(fields, outcome, **measured()), statistics), statistics
     except (Exception, SystemExit) as caught:
-        if distributed.world() > 1:  # the other processes wait for this one: end them all
+        if distributed.world() > 1:  # the other processes wait for this one, so all must end
             raise
         error = user_error(caught)
         if error is None:
             log.error("%s on %s: this is a bug.", job.label, job.task.card.name, exc_info=caught)
             provenance["traceback"] = traceback.format_exception(caught)
-            error = NecoBenchError(f"{type(caught).__name__}: {caught}. This is a bug: report it with its traceback.")
+            error = NecoBenchError(f"{type(caught).__name__}: {caught}. This is a bug: report it with the traceback.")
         return Result.failed(job.result_fields, error, **measured()), None
 
 
 def _planned_facts(job: Job) -> dict[str, Any]:
-    """What is known of a job before it runs."""
+    """Return the provenance that is known before a job runs."""
     task = job.task
     return {
         **environment(),
@@ -96,12 +96,12 @@ def _planned_facts(job: Job) -> dict[str, Any]:
 
 
 def _unit_of(dataset: Dataset) -> dict[str, str]:
-    """What was drawn, where it is not an image."""
+    """Return the sampling unit if it is not an image."""
     return {} if dataset.sampling_unit == "image" else {"sampling_unit": dataset.sampling_unit}
 
 
 def _groups(job: Job, statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The drive, sequence or scene of each item, where items are parts of one."""
+    """Return the drive, sequence or scene of each item, if items belong to one."""
     import numpy as np
 
     dataset, ids = job.data.get("val", job.data.get("test")), item_ids(statistics)
@@ -112,7 +112,7 @@ def _groups(job: Job, statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray
 
 
 def failed_result(job: Job, error: NecoBenchError) -> Result:
-    """The Result of a job that ended in an error before it ran, or in a process that left no result."""
+    """Return the Result of a job that failed before it ran, or whose process ended without a result."""
     return Result.failed(
         job.result_fields, error, provenance=_planned_facts(job), timing={}, peak_memory_mb=peak_memory_mb()
     )
@@ -121,7 +121,7 @@ def failed_result(job: Job, error: NecoBenchError) -> Result:
 def _executed(
     job: Job, encoder: Encoder, context: Context, provenance: dict[str, Any]
 ) -> tuple[dict[str, Any], Outcome]:
-    """The fields of the result that are known before a run, and its outcome; `provenance` is filled on the way."""
+    """Run a job, and return its outcome and the fields of the result known before the run; fills `provenance`."""
     provenance |= encoder_facts(encoder) | {"training": _training(job, encoder)}
     if provenance["official"] is False:
         _warn_once(_unofficial(encoder.name))
@@ -130,7 +130,7 @@ def _executed(
     context = replace(context, batch_size=fitting)
     for role, dataset in job.data.items():
         if dataset.fingerprint() != job.facts["data"][role]:
-            raise BadInputError(f"Files of {dataset.name!r}, split {dataset.split!r}, changed since the run began.")
+            raise BadInputError(f"Files of {dataset.name!r}, split {dataset.split!r}, changed during the run.")
     _check_masks(job)
     outcome = _outcome(job, encoder, context)
     undefined = [name for name, value in outcome.metrics.items() if not math.isfinite(value)]
@@ -143,7 +143,7 @@ def _executed(
     fields = job.result_fields
     only = encoder.only_size
     if only and used in (only, f"{only}x{only}") and only != job.task.settings().input_size_for(encoder.stride):
-        fields["model"] += f"[input={only}]"  # is another condition than the card's, and never the same row
+        fields["model"] += f"[input={only}]"  # another condition than the card's, so another row
     requested = {"input_size": job.task.settings().input_size} if "input_size" in outcome.features else {}
     provenance["features"] = {
         **outcome.features,
@@ -181,11 +181,11 @@ def _context(job: Job, record: RunRecord, recorded_ids: frozenset[str] = frozens
 
 
 def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, Encoder, Context]:
-    """A job with its encoder, loaded unless given, by whose content it is then known, and the context to run in."""
+    """Return a job with the content id of its encoder, the encoder (loaded unless given), and the context to run in."""
     options = job.options
     with context.phase("load_encoder"):
         loaded = encoder or load_job_encoder(job)
-    source = loaded.weights_report.source if loaded.weights_report else "the object itself"
+    source = loaded.weights_report.source if loaded.weights_report else "the given object"
     log.info("%s: weights of %s (%s), on %s", job.title, source, loaded.weights_id[:8], device_name(loaded))
     log.info("%s: %s", job.title, ", ".join(f"{role} {d.split} ({len(d)} items)" for role, d in job.data.items()))
     if encoder is None:
@@ -193,7 +193,7 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, En
     identity = digest([job.identity, job.facts["versions"]])
     context = replace(context, identity=identity, fresh=options.overwrite, checkpointing=options.checkpointing)
     if options.workers is None and loaded.device.type == "cpu":
-        context = replace(context, workers=0)  # threads load: processes would disturb an encoder on the same cores
+        context = replace(context, workers=0)  # threads load: processes would slow down an encoder on the same cores
     if options.features == "fp16" or (options.features != "off" and encoder is None):
         from neco_bench.features.store import FeatureStore
 
@@ -204,14 +204,14 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, En
     return job, loaded, context
 
 
-# Kinds of data whose items do not depend on each other in any family.
+# Kinds of data whose items are independent of each other in all families.
 _ALONE = (PairDataset, BoxDataset, VideoDataset, ViewDataset)
 
 
 def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """Run a job again and return what `show` draws of some items (`Context.record`); of a fraction's draws the first.
+    """Run a job again, and return what `show` draws for some items (`Context.record`); of several draws, the first.
 
-    Pairs and clips are computed alone; images within their whole split, on which clusters and heads depend.
+    Pairs and clips are computed separately. Images need their whole split, because clusters and heads depend on it.
     """
     recorded = frozenset(ids)
     job, encoder, context = _ready(job, None, _context(job, RunRecord(), recorded))
@@ -221,7 +221,7 @@ def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]
 
 
 def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None) -> Result:
-    """The stored result of a job, or a new one, stored at once. encoder: None loads what the job names."""
+    """Return the stored result of a job, or run it and store the result. encoder: None loads the job's encoder."""
     try:
         if store and (known := stored(job, store)):
             return known
@@ -236,10 +236,10 @@ def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None)
 def store_result(
     job: Job, store: ResultStore, result: Result, statistics: dict[str, np.ndarray] | None = None
 ) -> Result:
-    """Store what a job gave; where that fails, the same result as a failed one, its numbers still in it."""
-    mistyped = result.error_code == UsageError.exit_code  # is no gap in a table
+    """Store the result of a job; if that fails, return it as a failed result that still contains its numbers."""
+    mistyped = result.error_code == UsageError.exit_code  # not stored, because it is not a missing table entry
     try:
-        # An older result would be lost to a failed one, where it is run again by --overwrite.
+        # With --overwrite, a failed result must not replace an older successful one.
         lost = result.status == "failed" and store.find(result.key) is not None
         if not (mistyped or lost or distributed.rank()):
             store.save(result, statistics)
@@ -252,7 +252,7 @@ def store_result(
 
 
 def load_job_encoder(job: Job) -> Encoder:
-    """The encoder that a job names. Raises what `load_encoder` raises."""
+    """Load the encoder of a job. Raises the errors of `load_encoder`."""
     options = job.options
     return load_encoder(
         job.model,
@@ -264,14 +264,14 @@ def load_job_encoder(job: Job) -> Encoder:
 
 
 def _check_masks(job: Job) -> None:
-    """Raise BadInputError where a few masks or maps of a split already show that they are of something else."""
+    """Raise BadInputError if a few masks or maps of a split show that they do not belong to the data set."""
     for dataset in job.data.values():
         if problems := dataset.sample_sanity_check():
             raise BadInputError(f"Data set {dataset.name!r}, split {dataset.split!r}: {problems[0]}")
 
 
 def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
-    """What the family returns. Any error of a plug-in's family is that plug-in's, and loses no other job."""
+    """Run the family, and return its outcome. An error in a plug-in's family is attributed to the plug-in."""
     task = job.task
     settings = settings_for(task, encoder)
     outcomes, notes = [], []
@@ -296,9 +296,9 @@ def _outcome(job: Job, encoder: Encoder, context: Context) -> Outcome:
 
 
 def _mean_of_draws(outcomes: list[Outcome]) -> Outcome:
-    """Mean over the draws of a fraction, with the sample standard deviation of each metric as `<metric>_std`.
+    """Return the mean over the draws of a fraction, with the standard deviation of each metric as `<metric>_std`.
 
-    Statistics are stacked, draws first; their spread is in the interval.
+    Statistics are stacked along a first axis of draws; their spread is included in the interval.
     """
     import numpy as np
 
@@ -323,7 +323,7 @@ def _mean_of_draws(outcomes: list[Outcome]) -> Outcome:
 
 
 def _image_ids(job: Job, outcome: Outcome) -> dict[str, np.ndarray]:
-    """Which images the rows of the statistics are of."""
+    """Return the image ids of the rows of the statistics."""
     import numpy as np
 
     val = job.data.get("val")
@@ -333,7 +333,7 @@ def _image_ids(job: Job, outcome: Outcome) -> dict[str, np.ndarray]:
 
 
 def _training(job: Job, encoder: Encoder) -> dict[str, str]:
-    """What the encoder was trained on, and whether that touches the images of the data set."""
+    """Return the training data of the encoder, and its overlap with the images of the data set."""
     overlap = declared_overlap(encoder.training_data) if encoder.overlap is None else encoder.overlap
     source = next(iter(job.data.values()))
     names = filter(None, (source.images_from, source.folder_name, source.name))
@@ -346,17 +346,17 @@ def _warn_once(text: str) -> None:
 
 
 def _unofficial(name: str) -> str:
-    """Why the results of a name of the zoo do not stand beside published numbers."""
+    """Return why the results of a zoo model are not compared with published numbers."""
     entry = zoo().get(name.partition("?")[0])
     if entry and entry.has_official_weights and entry.sha256 is None:
-        why = f"The sha256 of the official weights of {name!r} is not known yet, so these cannot be told from others."
+        why = f"The sha256 of the official weights of {name!r} is not known yet, so these weights cannot be verified."
     else:
         why = f"These weights are not the official ones of {name!r}."
-    return f"{why} Leaderboards add their id to the name, and put no published numbers beside them."
+    return f"{why} Leaderboards add the id of the weights to the name, and show no published numbers for them."
 
 
 def check_size(task: Task, encoder: Encoder) -> None:
-    """A card's size is rounded to the stride; one that the user sets must fit, else UsageError."""
+    """Raise UsageError if an input size set by the user does not fit the encoder (sizes of cards are rounded)."""
     size, multiple = task.changed.get("input_size"), encoder.size_multiple or encoder.stride
     if encoder.only_size and size not in (None, encoder.only_size):
         raise UsageError(
@@ -372,17 +372,17 @@ def check_size(task: Task, encoder: Encoder) -> None:
 
 
 def check_encoder(task: Task, encoder: Encoder) -> None:
-    """Raise UsageError for an encoder that a task cannot take: for its size, or for what the family's own
-    `check_encoder(encoder, settings)`, where it has one, finds."""
+    """Raise UsageError if a task cannot use an encoder, because of its input size or according to the family's own
+    `check_encoder(encoder, settings)`."""
     check_size(task, encoder)
     if of_family := getattr(task.module, "check_encoder", None):
         of_family(encoder, settings_for(task, encoder))
 
 
 def settings_for(task: Task, encoder: Encoder) -> Any:
-    """The settings of a task, with the nearest input size that the encoder takes where it does not take the task's.
+    """Return the settings of a task, with the input size rounded to one that the encoder accepts.
 
-    Raises UsageError where equal tokens are asked for and the encoder cannot have as many.
+    Raises UsageError if `tokens_per_side` is set and the encoder cannot have this number of tokens.
     """
     settings = task.settings()
     used = settings.input_size_for(encoder.stride)
@@ -391,17 +391,17 @@ def settings_for(task: Task, encoder: Encoder) -> Any:
         return settings
     if settings.tokens_per_side is not None:
         raise UsageError(
-            f"tokens_per_side={settings.tokens_per_side} means inputs of {used}x{used}, which {encoder.name!r} does "
-            f"not take; the nearest are {size}x{size}."
+            f"tokens_per_side={settings.tokens_per_side} needs inputs of {used}x{used}, which {encoder.name!r} does "
+            f"not accept; the nearest size is {size}x{size}."
         )
     return settings.model_copy(update={"input_size": encoder.nearest_size(settings.input_size)})
 
 
 def encoder_facts(encoder: Encoder) -> dict[str, Any]:
-    """What the provenance says of an encoder."""
+    """Return the provenance of an encoder."""
     report = encoder.weights_report
     entry = zoo().get(encoder.name)
-    taken = encoder.official is None and entry is not None and entry.has_official_weights  # by something else's name
+    taken = encoder.official is None and entry is not None and entry.has_official_weights  # another model's name
     return {
         "weights_id": encoder.weights_id,
         "official": False if taken else encoder.official,
@@ -420,7 +420,7 @@ def encoder_facts(encoder: Encoder) -> dict[str, Any]:
 
 
 def device_name(encoder: Encoder) -> str:
-    """The name of its GPU, or the kind of its device."""
+    """Return the name of the encoder's GPU, or the type of its device."""
     import torch
 
     device = encoder.device

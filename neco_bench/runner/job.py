@@ -153,13 +153,12 @@ def identify(model: str, options: RunOptions, store: ResultStore) -> str:
     It is loaded, on the CPU, where nothing else shows what its weights are and the store has results that might be its.
     One that cannot be loaded is left to its job. Raises as `content_id`.
     """
-    identity = content_id(model, options.weights)
     if options.overwrite or store.is_empty or not needs_loading(parse_spec(model)):
-        return identity
+        return content_id(model, options.weights)
     try:
         encoder = load_encoder(model, weights=options.weights, device="cpu", layers=options.layers)
     except NecoBenchError:
-        return identity
+        return content_id(model, options.weights)
     return loaded_id(model, options.weights, encoder)
 
 

@@ -1,5 +1,5 @@
-"""Jobs in processes of their own: under a time limit here, or on a cluster, one submitit job for each result that is
-not stored yet.
+"""Run jobs in separate processes: on this machine with a time limit, or on a cluster, where each result that is not
+stored yet is one submitit job.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from neco_bench.runner.options import RunOptions
 
 LAUNCHERS = ("slurm", "local")
 
-GRACE = 3  # seconds that an interrupted process has to remove its temporary files
+GRACE = 3  # seconds for an interrupted process to remove its temporary files
 
 
 def work(model: str, task: str, changes: Mapping[str, Any], options: RunOptions, out: Path) -> Result:
-    """What a submitted job does: one result, stored in `out`."""
+    """Run a submitted job: compute one result and store it in `out`."""
     (named,) = find_tasks([task], changes, data_root=options.data_root)
     store = ResultStore(out)
     return run_job(plan(model, named, options, identity=identify(model, options, store)), store)
 
 
 def run_apart(job: Job, store: ResultStore, seconds: float) -> Result:
-    """`run_job` in a process of its own, which is ended after `seconds`, its start included.
+    """Call `run_job` in a separate process, which is ended after `seconds`, including its start.
 
-    Whatever happens to that process is a failed result of this job: also a hang, a crash in C code, or a system that
-    kills it as memory runs out.
+    Every failure of that process gives a failed result of this job, also a hang, a crash in C code, or a kill by the
+    system when memory runs out.
     """
     if (known := stored(job, store)) is not None:
         return known
@@ -51,7 +51,7 @@ def run_apart(job: Job, store: ResultStore, seconds: float) -> Result:
     sender.close()
     try:
         if not receiver.poll(seconds):
-            problem = f"The job did not end within --job-timeout {seconds:g} seconds. Give more, or check the encoder."
+            problem = f"The job did not end within --job-timeout {seconds:g} seconds. Raise it, or check the encoder."
         else:
             try:
                 given: Result | NecoBenchError = receiver.recv()
@@ -70,7 +70,7 @@ def run_apart(job: Job, store: ResultStore, seconds: float) -> Result:
 
 
 def _work_and_send(sender: Connection, *arguments: Any) -> None:
-    """What the process of `run_apart` does. It ends with its parent, and its own processes with it."""
+    """Run in the process of `run_apart`. It ends when its parent ends, together with its own child processes."""
     if hasattr(os, "setsid"):
         os.setsid()
     parent = multiprocessing.parent_process()
@@ -89,7 +89,7 @@ def _work_and_send(sender: Connection, *arguments: Any) -> None:
 
 
 def _end(process: Any) -> None:
-    """End a process and its children: at once where it is done, else after it could remove its temporary files."""
+    """End a process and its children: at once if it is done, else after time to remove its temporary files."""
     with contextlib.suppress(OSError):
         if process.is_alive():
             os.kill(process.pid, signal.SIGINT)
@@ -101,10 +101,10 @@ def _end(process: Any) -> None:
 
 
 def executor_for(folder: Path, launcher: str, parameters: Mapping[str, Any]) -> Any:
-    """submitit's executor, with logs in `<folder>/jobs`.
+    """Return submitit's executor, with logs in `<folder>/jobs`.
 
-    parameters: of its AutoExecutor (timeout_min, gpus_per_node, slurm_partition, ...). Raises UsageError for another
-    launcher, a parameter that submitit does not know, or where submitit is not installed.
+    parameters: those of AutoExecutor (timeout_min, gpus_per_node, slurm_partition, ...). Raises UsageError for an
+    unknown launcher or parameter, or if submitit is not installed.
     """
     if launcher not in LAUNCHERS:
         raise UsageError(f"Unknown --launcher {launcher!r}: use {' or '.join(LAUNCHERS)}.")
@@ -126,15 +126,15 @@ def executor_for(folder: Path, launcher: str, parameters: Mapping[str, Any]) -> 
 
 
 class JobPool:
-    """Submits jobs when it is made; `results` waits for them, in the order of the jobs.
+    """Submit jobs on construction; `result` waits for a job.
 
-    launcher, parameters: as `executor_for` takes them, whose errors it raises. Logs lie in `<results folder>/jobs`.
+    launcher, parameters: see `executor_for`, whose errors are raised. Logs are written to `<results folder>/jobs`.
     """
 
     def __init__(self, jobs: Sequence[Job], store: ResultStore, launcher: str, parameters: Mapping[str, Any]) -> None:
         executor = executor_for(store.folder, launcher, parameters)
         self._store = store
-        self._waiting: list[tuple[Job, Any]] = []  # with a result, or the job that will give it
+        self._waiting: list[tuple[Job, Any]] = []  # each with its stored result, or with its submitit job
         for job in jobs:
             pending: Any = stored(job, store)
             if pending is None:
@@ -143,13 +143,13 @@ class JobPool:
             self._waiting.append((job, pending))
 
     def cancel(self) -> None:
-        """End the jobs that are not done."""
+        """Cancel the jobs that are not done."""
         for _, pending in self._waiting:
             if not isinstance(pending, Result) and not pending.done():
                 pending.cancel(check=False)
 
     def result(self, number: int) -> Result:
-        """Wait for one of them. Where it died, a failed result that names its log."""
+        """Wait for a job and return its result; if it died, a failed result that names its log."""
         job, pending = self._waiting[number]
         if isinstance(pending, Result):
             return pending
@@ -158,7 +158,7 @@ class JobPool:
             return result
         except NecoBenchError as error:
             return failed_result(job, error)
-        except Exception as error:  # submitit's own, whose names and kinds are its affair
+        except Exception as error:  # submitit does not document its exceptions
             text = str(error).strip().splitlines()
             died = NecoBenchError(
                 f"{job.label} on {job.task.card.name}: job {pending.job_id} ended without a result "

@@ -10,17 +10,17 @@ from neco_bench.core.errors import UsageError
 from neco_bench.encoders.load import resolve_device
 from neco_bench.encoders.options import PRECISIONS
 
-MOST_SEED = 10**9  # FAISS counts seeds in 31 bits, and several follow the first
+MOST_SEED = 10**9  # FAISS seeds have 31 bits, and several seeds follow the first
 
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How to run. None: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, cores - 1 workers
-    beside a GPU and none beside a CPU.
+    """Options of a run. None means: NECO_BENCH_DATA (data_root), the best device, fp32, the last layer, and cores - 1
+    workers on a GPU and none on a CPU.
 
-    precision: "auto" takes bf16 where the protocol allows it and the device is fast in it, else fp32.
-    features: how those of a named model are stored and shared by tasks, "fp32", "fp16" or "off".
-    checkpointing: where a task trains the encoder, compute activations again in backward: less memory, more time.
+    precision: "auto" uses bf16 if the protocol allows it and the device is fast in it, else fp32.
+    features: precision in which the features of a named model are stored for all tasks: "fp32", "fp16", or "off".
+    checkpointing: if a task trains the encoder, compute activations again in backward: less memory, more time.
     """
 
     data_root: Path | None = None
@@ -40,7 +40,7 @@ class RunOptions:
 
     @property
     def workers_used(self) -> int:
-        """`workers`, by default one core less than there are, at most 16, shared by the processes of torchrun."""
+        """Number of workers; default: cores minus one, at most 16, divided among the processes of torchrun."""
         spare = max(0, min(16, (os.cpu_count() or 1) - 1)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
         return spare if self.workers is None else self.workers
 
@@ -58,12 +58,14 @@ class RunOptions:
             if value is not None and value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}.")
         if (self.workers or 0) > (most := max(64, 4 * (os.cpu_count() or 1))):
-            raise UsageError(f"--workers must be at most {most} here, got {self.workers}: each is a process.")
+            raise UsageError(
+                f"--workers must be at most {most} on this machine, got {self.workers}: each is a process."
+            )
         if self.seed > MOST_SEED:
             raise UsageError(f"--seed must be at most {MOST_SEED:,}, got {self.seed}.")
 
 
 def check_device(device: str | None) -> None:
-    """Raise UsageError for a device that is unknown or not on this machine."""
+    """Raise UsageError if a device is unknown or not available on this machine."""
     if device not in (None, "auto", "cpu"):
         resolve_device(device)

@@ -1,8 +1,8 @@
-"""How fast an encoder is, and what it needs: a result of the family "speed" per input size and precision.
+"""Measure the speed and memory of an encoder: a result of the family "speed" per input size and precision.
 
-Images per second are those of `Encoder.encode` on images in memory, without loading: normalisation, forward
-pass and the check for NaN. They belong to a device, a batch size and a number of cores, which are in the hash of the
-protocol, so that others never share a column.
+Images per second are measured for `Encoder.encode` on images in memory, without loading: normalisation, forward pass
+and the check for NaN. The device, the batch size and the number of cores are part of the protocol hash, so that results
+under other conditions never share a column.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from neco_bench.runner.execute import device_name, encoder_facts
 
 FAMILY, PROTOCOL = "speed", "speed-1"
 
-WARM_UP, LEAST = 1, 3  # batches before the clock starts, and on the clock
+WARM_UP, LEAST = 1, 3  # batches before the measurement, and in it
 
 
 @dataclass(frozen=True)
 class SpeedOptions:
-    """What to measure. sizes: pixels a side. seconds: on the clock for each, at least LEAST batches."""
+    """What to measure. sizes: pixels per side. seconds: time for each measurement, but at least LEAST batches."""
 
     sizes: tuple[int, ...]
     precisions: tuple[str, ...] = ("fp32", "bf16")
@@ -44,7 +44,7 @@ class SpeedOptions:
     seconds: float = 2.0
 
     def __post_init__(self) -> None:
-        """Raise UsageError for what cannot be measured."""
+        """Raise UsageError for invalid options."""
         unknown = [name for name in self.precisions if name not in PRECISIONS]
         if unknown:
             raise UsageError(f"Unknown precision {unknown[0]!r}: use {', '.join(PRECISIONS)}.")
@@ -53,7 +53,7 @@ class SpeedOptions:
 
 
 def task_sizes(most: int = 3) -> tuple[int, ...]:
-    """The input sizes that most tasks have under their default protocol, in pixels, in order."""
+    """Return the most common input sizes of tasks under their default protocol, in pixels, in ascending order."""
     cards = all_cards()[0].values()
     settings = [{**card.constants, **card.protocols[card.default_protocol]} for card in cards]
     counts = Counter(values["input_size"] for values in settings if "input_size" in values)
@@ -63,17 +63,17 @@ def task_sizes(most: int = 3) -> tuple[int, ...]:
 def measure_speed(
     encoder: Encoder, identity: str, options: SpeedOptions, store: ResultStore | None = None, *, overwrite: bool = False
 ) -> list[Result]:
-    """Measure an encoder at each size and precision; a result that is stored is returned, unless `overwrite`.
+    """Measure an encoder at each size and precision; stored results are returned unless `overwrite` is set.
 
     Args:
-        encoder: on its device.
-        identity: what stands for its content, as in `neco_bench.encoders.identity`.
+        encoder: the encoder, on its device.
+        identity: its content id, see `neco_bench.encoders.identity`.
         options: sizes, precisions, batch size and time.
-        store: where results are stored; None stores none.
-        overwrite: measure again.
+        store: results folder; None stores nothing.
+        overwrite: measure again even if a result is stored.
 
     Raises:
-        UsageError: a size without room for one image in memory.
+        UsageError: if one image of a size does not fit into memory.
     """
     results = []
     sizes = dict.fromkeys(encoder.nearest_size(size) for size in sorted(options.sizes))
@@ -137,7 +137,7 @@ def _measured(encoder: Encoder, identity: str, size: int, options: SpeedOptions,
 
 
 def _timed(encoder: Encoder, size: int, options: SpeedOptions) -> tuple[int, int, float, float]:
-    """Batch size, batches, their seconds, and the peak of memory in MiB; the batch is halved where memory runs out."""
+    """Return batch size, batches, their seconds, and peak memory in MiB; the batch is halved if memory runs out."""
     batch_size = options.batch_size
     while True:
         try:
@@ -158,15 +158,15 @@ def _timed(encoder: Encoder, size: int, options: SpeedOptions) -> tuple[int, int
                 raise
             if batch_size == 1:
                 raise UsageError(
-                    f"One image of {size}x{size} needs more memory than there is. Lower --size."
+                    f"One image of {size}x{size} needs more memory than is available. Lower --size."
                 ) from error
             batch_size //= 2
 
 
 def _operations(encoder: Encoder, size: int) -> float:
-    """Floating-point operations of one image: two per multiplication and addition of matrices and convolutions."""
+    """Return the floating-point operations per image: two per multiply-add in matrix products and convolutions."""
     counter = FlopCounterMode(display=False)
-    with sdpa_kernel(SDPBackend.MATH), counter:  # other kernels of attention are not counted everywhere
+    with sdpa_kernel(SDPBackend.MATH), counter:  # not all other attention kernels are counted
         encoder.encode(torch.zeros(1, 3, size, size))
     return float(counter.get_total_flops())
 
@@ -179,7 +179,7 @@ def _wait(device: torch.device) -> None:
 
 
 def _forget_peak(device: torch.device) -> None:
-    """Let the peak of memory begin anew: of the GPU, or on Linux of this process."""
+    """Reset the peak memory of the GPU, or, on Linux, of this process."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     else:

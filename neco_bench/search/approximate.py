@@ -1,15 +1,16 @@
 """Approximate search, on request: any index that FAISS has, always with its recall, measured against exact search.
 
 An index is named by FAISS's factory string, such as "IVF4096,SQfp16" ("PCA256,RFlat" stands for "PCA256,Flat,RFlat",
-which FAISS wants in full). Two have short names. "ivf": an
-inverted file (Sivic and Zisserman, ICCV 2003) with keys in half precision. "ivfpq": the same with keys as 4 bits for
-every two dimensions (product quantisation: Jegou et al., TPAMI 2011), of which the best candidates are ranked again in
-half precision. Keys wait in a file and are added in parts, so that a bank needs no more memory than its index, and up
-to as much again while that grows.
+which FAISS wants in full). Two have short names. "ivf": an inverted file (Sivic and Zisserman, ICCV 2003) with keys in
+half precision. "ivfpq": the same with keys as 4 bits for every two dimensions (product quantisation: Jegou et al.,
+TPAMI 2011), of which the best candidates are ranked again in half precision. Keys wait in a file and are added in
+parts, so that a bank needs no more memory than its index, and up to as much again while that grows.
 """
 
 from __future__ import annotations
 
+import bisect
+import functools
 import re
 import time
 from typing import Any
@@ -21,19 +22,16 @@ from torch import Tensor
 
 from neco_bench.core.errors import NumericalError, UsageError
 from neco_bench.search.exact import TopK, check_neighbours, nearest_of
-from neco_bench.search.row_file import RowFile
+from neco_bench.search.row_file import RowFile, faiss_draw
 
 RECALL = 0.99  # that parameters are tuned for
 
 SAMPLE = 256  # queries whose recall is measured
 
-LISTS_PER_ROOT = 2  # lists of "ivf", as a multiple of the root of the number of keys
-
 TRAINING = 40  # keys per list that an index is trained on, and at least so many thousand
 
-SEED = 0
-
-# Parameters of FAISS's indexes that trade time for recall, with their largest values, in the order of tuning.
+# Parameters of FAISS's indexes that trade time for recall, with their largest values, in the order of tuning; at most
+# all lists are visited ("nprobe").
 LIMITS = {"k_factor_rf": 256, "quantizer_efSearch": 1024, "efSearch": 4096, "nprobe": 2**20}
 
 
@@ -45,19 +43,15 @@ class ApproximateIndex:
     """
 
     def __init__(self, kind: str, dimension: int) -> None:
-        self.kind, self.facts = kind, dict[str, Any]()
+        self.kind, self.rows, self.facts = kind, 0, dict[str, Any]()
         self._rows = RowFile(dimension)
         self._index: Any = None
         self._make()  # a mistake is an error now, not when all keys are there
 
-    @property
-    def rows(self) -> int:
-        """Keys added."""
-        return len(self._rows)
-
     def add(self, keys: Tensor) -> None:
         """Append (n, dimension) float32 keys, before the first search."""
         self._rows.append(keys.cpu().numpy())
+        self.rows += len(keys)
 
     def search(self, queries: Tensor, k: int) -> TopK:
         """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows or there
@@ -69,11 +63,11 @@ class ApproximateIndex:
             self._index = self._build()
             seconds = time.perf_counter() - start
             sample = queries[torch.linspace(0, len(queries) - 1, min(SAMPLE, len(queries))).long()]
-            exact = nearest_of((torch.from_numpy(part) for part in self._rows.chunks()), sample, k)[1]
+            exact = nearest_of(map(torch.from_numpy, self._rows.chunks()), sample, k)[1]
             parameters, share = tune(self._index, sample, k, exact)
             self.facts = {"index": self.factory, "parameters": parameters, "recall": share, "sample": len(sample)}
             self.facts |= {"bytes": size(self._index), "build_seconds": round(seconds, 2)}
-        scores, ids = (torch.from_numpy(part) for part in self._index.search(queries.numpy(), k))
+        scores, ids = map(torch.from_numpy, self._index.search(queries.numpy(), k))
         if (ids < 0).any():
             raise NumericalError(f"search={self.kind} found fewer than {k} keys for some queries. Use search=exact.")
         return scores, ids
@@ -81,7 +75,7 @@ class ApproximateIndex:
     @property
     def factory(self) -> str:
         """FAISS's string for it."""
-        lists = max(1, min(int(LISTS_PER_ROOT * self.rows**0.5), self.rows // TRAINING))
+        lists = max(1, min(int(2 * self.rows**0.5), self.rows // TRAINING))
         width = self._rows.dimension
         parts = next(m for m in range(max(1, width // 2), 0, -1) if width % m == 0)
         names = {"ivf": f"IVF{lists},SQfp16", "ivfpq": f"IVF{lists},PQ{parts}x4fs,Refine(SQfp16)"}
@@ -101,7 +95,7 @@ class ApproximateIndex:
         inverted = faiss.try_extract_index_ivf(index)
         wanted = TRAINING * max(1000, inverted.nlist if inverted else 0)
         try:
-            index.train(self._rows.faiss_subsample(wanted, SEED))
+            index.train(self._rows.at(faiss_draw(self.rows, wanted, seed=0)))
         except RuntimeError as error:
             raise UsageError(
                 f"search={self.kind} cannot be built over {self.rows} patches: {_reason(error)} Use search=exact, or "
@@ -122,38 +116,33 @@ def tune(index: Any, queries: Tensor, k: int, exact: Tensor) -> tuple[dict[str, 
     space = faiss.ParameterSpace()
     space.initialize(index)
     known = {space.parameter_ranges.at(i).name for i in range(space.parameter_ranges.size())}
-    inverted = faiss.try_extract_index_ivf(index)
-    limits = {name: limit for name, limit in LIMITS.items() if name in known}
-    if inverted:
-        limits["nprobe"] = inverted.nlist
-    if "k_factor_rf" in limits:
-        limits["k_factor_rf"] = max(1, min(limits["k_factor_rf"], index.ntotal // k))
+    ranges = {name: range(1, limit) for name, limit in LIMITS.items() if name in known}
+    if "nprobe" in ranges:
+        inverted: Any = faiss.extract_index_ivf(index)
+        sizes = sorted(inverted.invlists.list_size(i) for i in range(inverted.nlist))
+        ranges["nprobe"] = range(int(np.searchsorted(np.cumsum(sizes), k)) + 1, inverted.nlist)
 
-    def reached(parameters: dict[str, int]) -> float:
-        for name, value in parameters.items():
-            space.set_index_parameter(index, name, value)
+    def measured() -> float:
         return recall(torch.from_numpy(index.search(queries.numpy(), k)[1]), exact)
 
-    share = reached(limits)
+    def measured_with(name: str, value: int) -> float:
+        space.set_index_parameter(index, name, value)
+        return measured()
+
+    for name, values in ranges.items():
+        space.set_index_parameter(index, name, values.stop)
     parameters = dict[str, int]()
-    for number, (name, limit) in enumerate(limits.items(), 1):
-        wanted = 1 - (1 - RECALL) * number / len(limits)
-        high = _lists_with(inverted, k) if name == "nprobe" else 1
-        low = high - 1
-        while high < limit and reached({name: high}) < wanted:
-            low, high = high, min(limit, 2 * high)
-        while high - low > 1:
-            middle = (low + high) // 2
-            low, high = (low, middle) if reached({name: middle}) >= wanted else (middle, high)
-        parameters[name] = high
-        share = reached(parameters)
-    return parameters, share
+    for number, (name, values) in enumerate(ranges.items(), 1):
+        wanted = 1 - (1 - RECALL) * number / len(ranges)
+        enough = bisect.bisect_left(values, wanted, key=functools.partial(measured_with, name))
+        parameters[name] = values.start + enough
+        space.set_index_parameter(index, name, parameters[name])
+    return parameters, measured()
 
 
 def recall(ids: Tensor, exact: Tensor) -> float:
     """Share of the exact ids (n, k) that are among `ids`."""
-    hits = [len(set(a) & set(b)) for a, b in zip(ids.tolist(), exact.tolist(), strict=True)]
-    return sum(hits) / exact.numel()
+    return faiss.eval_intersection(ids.numpy(), exact.numpy()) / exact.numel()
 
 
 def size(index: Any) -> int:
@@ -162,12 +151,6 @@ def size(index: Any) -> int:
     writer = faiss.PyCallbackIOWriter(lambda data: lengths.append(len(data)))  # type: ignore[attr-defined]
     faiss.write_index(index, writer)
     return sum(lengths)
-
-
-def _lists_with(inverted: Any, k: int) -> int:
-    """How many lists hold k keys, whichever they are."""
-    sizes = sorted(inverted.invlists.list_size(i) for i in range(inverted.nlist))
-    return min(inverted.nlist, int(np.searchsorted(np.cumsum(sizes), k)) + 1)
 
 
 def _reason(error: RuntimeError) -> str:

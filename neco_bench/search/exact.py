@@ -6,26 +6,41 @@ depends on the device alone, so that the same command gives the same digits.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable
 from typing import Any
 
 import faiss
-import numpy as np
 import torch
 from torch import Tensor
 
 from neco_bench.core import distributed
 from neco_bench.core.errors import UsageError
-from neco_bench.search.faiss_gpu import faiss_sees_gpu, to_gpu
 
 KEYS, QUERIES = 131_072, 2048  # in one product of PyTorch: 1 GiB of scores
 
 TopK = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
 
 
+def faiss_sees_gpu() -> bool:
+    """Whether FAISS is built for GPUs and finds one."""
+    return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
+
+
+@functools.cache
+def _resources() -> Any:
+    """FAISS's scratch memory on GPUs, 1.5 GiB on each that is used, for all indexes of this process."""
+    return faiss.StandardGpuResources()
+
+
+def to_gpu(index: faiss.Index, device: torch.device) -> Any:
+    """The index on that GPU."""
+    return faiss.index_cpu_to_gpu(_resources(), device.index or 0, index)
+
+
 def merged(parts: list[TopK], k: int) -> TopK:
     """The k best of results among different keys, best first; fewer where there are fewer."""
-    values, ids = torch.cat([f[0] for f in parts], 1), torch.cat([f[1] for f in parts], 1)
+    values, ids = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
     values, order = values.topk(min(k, values.shape[1]))
     return values, ids.gather(1, order)
 
@@ -44,14 +59,14 @@ def by_products(queries: Tensor, keys: Tensor, k: int) -> TopK:
 
 def nearest_of(blocks: Iterable[Tensor], queries: Tensor, k: int) -> TopK:
     """The k best for each query (n, D) among keys that come block after block, (m, D) each; ids count through them."""
-    best: TopK = torch.zeros(len(queries), 0).to(queries), torch.zeros(len(queries), 0).to(queries.device, torch.long)
-    start = 0
+    best, start = list[TopK](), 0
     for block in blocks:
         find = by_faiss if block.device.type == "cpu" else by_products
         values, ids = find(queries, block, min(k, len(block)))
-        best = merged([best, (values, ids + start)], k) if start else (values, ids)
+        best.append((values, ids + start))
+        best = [merged(best, k)] if start else best
         start += len(block)
-    return best
+    return best[0]
 
 
 class ExactIndex:
@@ -62,8 +77,7 @@ class ExactIndex:
     """
 
     def __init__(self, dimension: int, device: torch.device, *, capacity: int = 0) -> None:
-        self.dimension, self.device, self.rows = dimension, device, 0
-        self.facts = dict[str, Any]()
+        self.device, self.rows, self.facts = device, 0, dict[str, Any]()
         self._keys = torch.empty(capacity, dimension, device=device)
         self._on_gpu: Any = None
 
@@ -71,7 +85,7 @@ class ExactIndex:
         """Append (n, dimension) float32 keys."""
         needed = self.rows + len(keys)
         if needed > len(self._keys):
-            grown = torch.empty(max(needed, 2 * len(self._keys)), self.dimension, device=self.device)
+            grown = torch.empty(max(needed, 2 * self.rows), keys.shape[1], device=self.device)
             grown[: self.rows] = self._keys[: self.rows]
             self._keys = grown
         self._keys[self.rows : needed] = keys
@@ -80,20 +94,19 @@ class ExactIndex:
     def search(self, queries: Tensor, k: int) -> TopK:
         """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows."""
         check_neighbours(k, self.rows)
-        keys, queries = self._keys[: self.rows], queries.to(self.device, torch.float32)
-        faiss_can = self.device.type == "cpu" or (self.device.type == "cuda" and faiss_sees_gpu() and k <= 2048)
-        self.facts = {"index": f"flat, {'FAISS' if faiss_can else 'PyTorch'}", "bytes": keys.nbytes}
-        if not faiss_can:
-            scores, ids = nearest_of(keys.split(KEYS), queries, k)
+        keys, on_cpu = self._keys[: self.rows], self.device.type == "cpu"
+        on_gpu = self.device.type == "cuda" and faiss_sees_gpu() and k <= 2048
+        self.facts = {"index": f"flat, {'FAISS' if on_cpu or on_gpu else 'PyTorch'}", "bytes": keys.nbytes}
+        if not on_gpu:
+            blocks = [keys] if on_cpu else keys.split(KEYS)
+            scores, ids = nearest_of(blocks, queries.to(self.device, torch.float32), k)
             return scores.cpu(), ids.cpu()
-        if self.device.type == "cpu":
-            return nearest_of([keys], queries, k)
         if self._on_gpu is None:
-            self._on_gpu = to_gpu(faiss.IndexFlatIP(self.dimension), self.device)
+            self._on_gpu = to_gpu(faiss.IndexFlatIP(keys.shape[1]), self.device)
             for part in keys.split(KEYS):
                 self._on_gpu.add(part.cpu().numpy())
         self.facts["bytes"] *= 2
-        scores, ids = self._on_gpu.search(np.ascontiguousarray(queries.cpu().numpy()), k)
+        scores, ids = self._on_gpu.search(queries.cpu().float().contiguous().numpy(), k)
         return torch.from_numpy(scores), torch.from_numpy(ids)
 
 
@@ -104,11 +117,7 @@ class SharedIndex:
     def __init__(self, own: Any) -> None:
         counts = distributed.gather(own.rows)
         self.own, self.rows, self.before = own, sum(counts), sum(counts[: distributed.rank()])
-
-    @property
-    def facts(self) -> dict[str, Any]:
-        """Of this process's share."""
-        return self.own.facts
+        self.facts = dict[str, Any]()  # of this process's share
 
     def search(self, queries: Tensor, k: int) -> TopK:
         """Scores and row ids, each (n, k), best first, on the CPU."""
@@ -116,7 +125,7 @@ class SharedIndex:
         mine: TopK = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
         if self.own.rows:
             scores, ids = self.own.search(queries, min(k, self.own.rows))
-            mine = scores, ids + self.before
+            mine, self.facts = (scores, ids + self.before), self.own.facts
         return merged(distributed.gather(mine), k)
 
 

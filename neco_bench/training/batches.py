@@ -1,6 +1,6 @@
-"""Batches of views, in an order and with crops and colours that depend on (seed, epoch, image id) alone.
+"""Batches of views. Order, crops and colours depend only on (seed, epoch, image id).
 
-So they are the same for any number of processes or workers, and wherever a run was interrupted.
+They are therefore the same for any number of processes or workers, and after an interruption.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ ATTEMPTS = 100
 
 
 class Item(NamedTuple):
-    """One image's views; unusable: images that were tried before it, each with the reason."""
+    """Views of one image; unusable: images that were tried before it, each with the reason."""
 
     views: Views
     id: str
@@ -33,7 +33,7 @@ class Item(NamedTuple):
 
 
 class ViewData(Dataset[Any]):
-    """Views of image `index` in `epoch`, for keys (epoch, index); of the next usable image where that one is not."""
+    """Views of image `index` in `epoch` for keys (epoch, index), or of the next usable image if it cannot be used."""
 
     def __init__(self, images: Images, settings: ViewSettings, seed: int) -> None:
         self.images, self.settings, self.seed = images, settings, seed
@@ -53,14 +53,14 @@ class ViewData(Dataset[Any]):
                 unusable.append((name, str(error)))
             else:
                 return Item(views, name, unusable)
-        name, reason = unusable[0]  # a value: a worker's exception arrives wrapped in its traceback
-        return BadInputError(f"{len(unusable)} training images in a row cannot be used, the first is {name}: {reason}")
+        name, reason = unusable[0]  # returned, because an exception of a worker arrives wrapped in its traceback
+        return BadInputError(f"{len(unusable)} training images in a row cannot be used; the first is {name}: {reason}")
 
 
 class Order:
-    """Keys of the batches from step `first` on: each epoch a permutation of its own, the last partial batch dropped.
+    """Keys of the batches from step `first` on: each epoch has its own permutation, without the last partial batch.
 
-    A process takes the images from `start` on, `count` at a time, of each of `accumulate` parts of a step's batch.
+    A process reads `count` images from `start` on in each of the `accumulate` parts of a step's batch.
     """
 
     def __init__(self, images: int, recipe: Recipe, first: int, last: int, start: int, count: int) -> None:
@@ -94,7 +94,7 @@ def collate(items: list[Any]) -> TrainBatch | BadInputError:
 
 
 def loader(images: Images, recipe: Recipe, order: Order, workers: int, pin: bool) -> DataLoader[Any]:
-    """Make the loader of batches in `order`. pin: in page-locked memory, for GPUs."""
+    """Return the loader of batches in `order`. pin: use page-locked memory, for GPUs."""
     settings = ViewSettings(**{name: getattr(recipe, name) for name in ViewSettings.__dataclass_fields__})
     return DataLoader(
         ViewData(images, settings, recipe.seed),
@@ -116,9 +116,9 @@ Embed = Callable[..., list[Tensor]]
 class TrainBatch:
     """Views of B images.
 
-    global_views (B, 2, 3, g, g), local_views (B, V - 2, 3, l, l), uint8 RGB as they are loaded,
-    float32 once they are normalised; boxes as in `views.Views`, with a leading B. ids: of the images. unusable: images
-    that could not be used, each with the reason.
+    global_views (B, 2, 3, g, g), local_views (B, V - 2, 3, l, l), uint8 RGB when loaded, float32 after normalisation;
+    boxes as in `views.Views`, with a leading B. ids: ids of the images. unusable: images that could not be used, each
+    with the reason.
     """
 
     global_views: Tensor
@@ -129,9 +129,9 @@ class TrainBatch:
     unusable: list[tuple[str, str]]
 
     def normalised(self, encoder: Encoder, device: torch.device) -> TrainBatch:
-        """Move the batch to a device and normalise its views as the encoder takes them.
+        """Move the batch to a device and normalise its views with the encoder's statistics.
 
-        (Until then they are bytes, a quarter of the floats to hand from process to process and to the device.)
+        Before, they are bytes, which need a quarter of the size of floats for transfers between processes and devices.
         """
         moved = {name: getattr(self, name).to(device, non_blocking=True) for name in TENSORS}
         shift, scale = (torch.tensor(of, device=device).view(3, 1, 1) for of in (encoder.mean, encoder.std))
@@ -140,7 +140,7 @@ class TrainBatch:
         return dataclasses.replace(self, **moved)
 
     def groups(self) -> list[Tensor]:
-        """List the images of global views (2 B, 3, g, g) and, if any, of local ones ((V - 2) B, 3, l, l), by view."""
+        """Return the images of global views (2 B, 3, g, g) and, if any, of local ones ((V - 2) B, 3, l, l), by view."""
         return [by_view(views) for views in (self.global_views, self.local_views) if views.shape[1]]
 
 

@@ -1,7 +1,7 @@
-"""Settings that are known before a run to exceed what there is: patches, or memory.
+"""Checks before a run that its settings do not exceed the available patches, cores or memory.
 
-Every number of bytes is one that the run needs at least, of the parts whose size the settings give; activations of the
-encoder are not among them. So what is refused here could not have been run.
+Every number of bytes is a lower bound, for the parts whose size follows from the settings; activations of the encoder
+are not included. Runs that are refused here could therefore not succeed.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ log = logging.getLogger("neco_bench")
 FLOAT = 4  # bytes
 PREFETCHED = 2  # batches that a loading process prepares, DataLoader's default
 WORKERS_PER_CORE = 32
-MOST_WORKERS = 16  # 480 images of 518 px a second at 30 a core, more than a GPU takes
+MOST_WORKERS = 16  # 480 images of 518 px per second at 30 per core, more than a GPU needs
 
 
 def default_workers(recipe: Recipe, shard: RankShard) -> int:
-    """Size the loading of one process by the machine: its share of the cores less one, at most MOST_WORKERS.
+    """Return the default number of loading processes: the process's share of the cores minus one, at most MOST_WORKERS.
 
-    No more than may fill a quarter of the process's share of the memory with views. One process of several gets one at
-    least, if there are two cores.
+    Their views may use at most a quarter of the process's share of the memory. With several processes, each has at
+    least one loading process if there are two cores.
     """
     share = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     cores = usable_cores()
@@ -45,7 +45,7 @@ def default_workers(recipe: Recipe, shard: RankShard) -> int:
 
 
 def usable_cores() -> int:
-    """Count the cores that this process may use, by its affinity and the quota of its container."""
+    """Return the number of cores that this process may use, by its affinity and the quota of its container."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
@@ -55,13 +55,13 @@ def usable_cores() -> int:
 
 
 def _view_bytes(recipe: Recipe, shard: RankShard) -> int:
-    """Count the bytes of the views of a batch as they are loaded, one for each channel of a pixel."""
+    """Return the bytes of the views of a batch when loaded, one for each channel of a pixel."""
     return 3 * shard.images * (GLOBALS * recipe.global_size**2 + recipe.locals * recipe.local_size**2)
 
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that some settings request; on_host: in the machine's memory whatever the device."""
+    """Bytes required by some settings; on_host: in the machine's memory for any device."""
 
     what: str
     settings: str
@@ -72,12 +72,12 @@ class Need:
 def check(recipe: Recipe, encoder: Encoder, shard: RankShard, steps: int, workers: int) -> None:
     """Raise UsageError for settings that exceed the patches of a batch, the cores or the memory.
 
-    steps: of the whole run. workers: loading processes. Warns of settings that have less effect than they say.
+    steps: steps of the whole run. workers: loading processes. Warns if a setting has less effect than stated.
     """
     most = WORKERS_PER_CORE * (os.cpu_count() or 1)
     if workers > most:
         raise UsageError(
-            f"--workers={workers}: each is a process, and this machine has {os.cpu_count()} cores. Use at most {most}."
+            f"--workers={workers}: each is a process, but this machine has {os.cpu_count()} cores. Use at most {most}."
         )
     if recipe.objective == "neco":
         vectors = recipe.queue_length or shard.total * recipe.cells**2
@@ -94,7 +94,7 @@ def check(recipe: Recipe, encoder: Encoder, shard: RankShard, steps: int, worker
 
 
 def needs(recipe: Recipe, encoder: Encoder, shard: RankShard, prefetched: int) -> list[Need]:
-    """Say what each process of a run needs at least, part by part. prefetched: batches that wait to be used."""
+    """Return the minimum requirements of each process of a run, by part. prefetched: number of batches in the queue."""
     images, width, out = shard.images, encoder.embed_dim, recipe.head_dim
     pixels = _view_bytes(recipe, shard)
     sizes = "batch_size, global_size, local_size, locals"
@@ -125,9 +125,10 @@ def needs(recipe: Recipe, encoder: Encoder, shard: RankShard, prefetched: int) -
 
 
 def sorting_bytes(network: str, n: int) -> int:
-    """Count the bytes that `sorting.sort_columns` needs at least to sort one row of n float32 with gradient.
+    """Return the minimum bytes of `sorting.sort_columns` to sort one row of n float32 values with gradient.
 
-    Two sets of columns, the differences on its tape, and those of the largest layer again; exactly those for "bitonic".
+    These are two sets of columns, the differences on the tape, and those of the largest layer again; exact for
+    "bitonic".
     """
     if network == "odd_even":  # n layers of about n / 2 comparators, whose columns grow by two inputs each
         half = n // 2
@@ -146,7 +147,7 @@ def sorting_bytes(network: str, n: int) -> int:
 
 
 def _check_memory(parts: list[Need], device: torch.device) -> None:
-    """Raise UsageError where the device or the machine has less memory than the parts need at least."""
+    """Raise UsageError if the device or the machine has less memory than the minimum of the parts."""
     apart = device.type == "cuda"
     for on_host in (False, True) if apart else (True,):
         counted = [need for need in parts if need.on_host == on_host or not apart]
@@ -156,13 +157,13 @@ def _check_memory(parts: list[Need], device: torch.device) -> None:
             most = max(counted, key=lambda need: need.bytes)
             raise UsageError(
                 f"these settings need at least {needed / 2**30:,.1f} GiB of memory in each process, of which "
-                f"{most.bytes / 2**30:,.1f} for {most.what}; {available / 2**30:,.1f} are there. Use smaller "
+                f"{most.bytes / 2**30:,.1f} for {most.what}; {available / 2**30:,.1f} are available. Use smaller "
                 f"{most.settings}."
             )
 
 
 def host_memory() -> int | None:
-    """Find the bytes of memory that each process of this machine can have; None where the system does not say."""
+    """Return the bytes of memory available to each process of this machine; None if unknown."""
     limits = []
     try:
         limits.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))

@@ -1,16 +1,16 @@
-"""The training loop: from a recipe to a run folder that `neco-bench run --model` takes.
+"""The training loop: from a recipe to a run folder, which can be used as a model.
 
-A run folder holds
+A run folder contains
 
-    recipe.json                the recipe with every value, what was changed on resuming, the base, the data, versions
-    checkpoint-<step>/         see `encoders.checkpoints`; encoder.json says which is the newest
+    recipe.json                all values of the recipe, changes made on resuming, the base model, the data, versions
+    checkpoint-<step>/         see `encoders.checkpoints`; encoder.json names the newest
     log.csv                    one line per step
-    eval.csv, results/         scores on task cards, where they were requested
+    eval.csv, results/         scores on tasks, if requested
     lock                       locked by the process that trains here
 
-On one process a resumed run gives the same weights, bit for bit, as one that was never interrupted. Started by torchrun
-(`torchrun --nproc-per-node 2 -m neco_bench train ...`) a step's batch is shared by the processes, and gradients are
-averaged (DistributedDataParallel); evaluation is shared too.
+On one process, a resumed run gives the same weights, bit for bit, as a run without interruption. If started by torchrun
+(`torchrun --nproc-per-node 2 -m neco_bench train ...`), the batch of a step is divided among the processes, and
+gradients are averaged (DistributedDataParallel); evaluation is divided too.
 """
 
 from __future__ import annotations
@@ -47,20 +47,20 @@ log = logging.getLogger("neco_bench")
 def train(recipe: Recipe, options: TrainOptions) -> Path:
     """Train by a recipe and return the run folder.
 
-    Raises UsageError (settings that do not fit each other or what there is, a folder that holds another run or in which
-    another process trains), MissingError (images, weights), BadInputError (too many unusable images, no checkpoint that
-    can be read), NumericalError (a loss that is not finite; its batch is saved), Interrupted (SIGINT or SIGTERM, state
-    saved), NecoBenchError (a full disk, no more memory).
+    Raises UsageError (inconsistent settings or settings beyond the limits of the machine, a folder with another run or
+    in which another process trains), MissingError (images, weights), BadInputError (too many unusable images, no
+    readable checkpoint), NumericalError (a loss that is not finite; its batch is saved), Interrupted (SIGINT or
+    SIGTERM; the state is saved), NecoBenchError (full disk, out of memory).
     """
     with joined_processes(options.device) as processes:
         return TrainingRun(recipe, options, processes).run()
 
 
 class TrainingRun:
-    """A run folder and the trainer that fills it: prepare, then step, save and evaluate, until the last step."""
+    """A run folder and its trainer: prepare, then step, save and evaluate, until the last step."""
 
     def __init__(self, recipe: Recipe, options: TrainOptions, processes: Processes) -> None:
-        """Raise what `train` raises for wrong settings, before anything is written."""
+        """Check the settings before anything is written; raises the errors of `train`."""
         self.recipe, self.options, self.processes = recipe, options, processes
         self.signals = StopSignals()
         _check_options(recipe, options, processes.world)
@@ -89,9 +89,9 @@ class TrainingRun:
         return self.options.out
 
     def prepare(self) -> tuple[int, list[Path]]:
-        """Find the step to begin with: 0, or that of the last readable checkpoint; also those that are unreadable.
+        """Return the first step: 0, or that of the last readable checkpoint; also return unreadable checkpoints.
 
-        Checks that the folder holds this very run, but for changes that are stated.
+        Checks that the folder belongs to the same run, except for changes given on the command line.
         """
         out, first = self.options.out, self.processes.first
         if first:
@@ -101,12 +101,12 @@ class TrainingRun:
                 self.record.write()
             return 0, []
         if not self.options.resume:
-            raise UsageError(f"--out {out} holds a run already. Give --resume to go on with it, or another folder.")
+            raise UsageError(f"--out {out} already contains a run. Give --resume to continue it, or another folder.")
         changed = self.record.load(self.options.stated)
         step, unreadable = self._restore()
         if step > self.steps:
             raise UsageError(
-                f"--resume: {out} has done {step} steps already, more than the {self.steps} of these settings. Use "
+                f"--resume: {out} already has {step} steps, more than the {self.steps} of these settings. Use "
                 f"--set steps={step} or more."
             )
         rewrite = self.record.resume(step, changed)
@@ -117,12 +117,12 @@ class TrainingRun:
         return step, unreadable
 
     def _restore(self) -> tuple[int, list[Path]]:
-        """Load the newest checkpoint that can be read; return its step, and the checkpoints that cannot."""
+        """Load the newest readable checkpoint; return its step, and the unreadable checkpoints."""
         trainer, first = self.trainer, self.processes.first
         if first:
             newest = checkpoints.restore_newest(self.options.out, trainer.encoders, trainer.parts)
             folder, state, unreadable = newest
-        if self.processes.world > 1:  # all go on from the one that the first can read
+        if self.processes.world > 1:  # all processes continue from the checkpoint that the first can read
             with self.processes.sharing():
                 folder, unreadable = distributed.gather((folder, unreadable) if first else None)[0]
             if not first:
@@ -137,7 +137,7 @@ class TrainingRun:
         shard, on_gpu = trainer.shard, self.processes.device.type == "cuda"
         order = Order(len(self.images), recipe, first, self.steps, shard.start, shard.images)
         with contextlib.ExitStack() as stack:
-            # Closed with the run, as the error that ended it may still refer to them: Python waits for loaders at exit.
+            # Closed with the run, because the error that ended it may still refer to them: Python waits for loaders.
             loading = start_loading(loader(self.images, recipe, order, trainer.workers, on_gpu))
             batches = stack.enter_context(contextlib.closing(batch for batch in loading))
             del loading
@@ -145,8 +145,8 @@ class TrainingRun:
             if self.processes.first:
                 step_log = stack.enter_context(contextlib.closing(StepLog(options.out, first, options.tensorboard)))
                 Table(options.out / "eval.csv").begin(first)
-            # A folder that cannot be written is an error now, not after hours; and a run that was killed while it saved
-            # may have an encoder.json of an older checkpoint, or none.
+            # Writing here detects a folder that is not writable before hours of training. A run that was killed while
+            # saving may have an encoder.json of an older checkpoint, or none.
             self.save(first)
             for folder in unreadable if self.processes.first else ():
                 checkpoints.set_aside(folder)
@@ -186,7 +186,7 @@ class TrainingRun:
         }
 
     def _after_step(self, done: int) -> None:
-        """Save and evaluate where it is due. Raises Interrupted after a signal, with the state saved."""
+        """Save and evaluate when due. Raises Interrupted after a signal, when the state is saved."""
         options, last = self.options, done == self.steps
         scored = bool(options.evaluate) and (last or done % options.eval_every == 0)
         stopped = self._stop_requested()
@@ -207,9 +207,7 @@ class TrainingRun:
     def _write_checkpoint(self, step: int) -> None:
         trainer, encoder = self.trainer, self.trainer.student.encoder
         if not self.record.path.exists():  # without it, checkpoints cannot be resumed
-            raise NecoBenchError(
-                f"{self.record.path} was deleted while this run trained. Train again, with another --out."
-            )
+            raise NecoBenchError(f"{self.record.path} was deleted during this run. Train again, with another --out.")
         trainer.check_features(step)
         state = {name: part.state_dict() for name, part in trainer.parts.items()}
         state |= {"step": step, "unusable": trainer.unusable, "skipped_steps": trainer.skipped_steps}
@@ -228,9 +226,9 @@ class TrainingRun:
         checkpoints.save(self.options.out, step, trainer.encoders, state, facts, self.options.keep_every)
 
     def evaluate(self, step: int) -> None:
-        """Score the checkpoint just saved on each task, as anyone would who names the run folder as a model.
+        """Score the last saved checkpoint on each task, with the run folder as the model.
 
-        The processes share each task out. A signal ends it at once: --resume scores again what is not in eval.csv.
+        Each task is divided among the processes. A signal ends it at once: --resume scores what is not in eval.csv.
         """
         if not self.options.evaluate:
             return
@@ -240,7 +238,7 @@ class TrainingRun:
                 raise KeyboardInterrupt
             with self.processes.sharing():
                 self._score(step)
-        except (Exception, KeyboardInterrupt):  # another process that was interrupted first breaks the exchange
+        except (Exception, KeyboardInterrupt):  # if another process was interrupted first, the exchange fails
             if self.signals.received is None:
                 raise
             raise self._interrupted(step) from None
@@ -260,7 +258,7 @@ class TrainingRun:
                 out=self.options.out / "results",
                 device=str(self.processes.device),
                 workers=self.options.workers,
-                overwrite=self.processes.world > 1,  # a result stored for one process only would not be shared
+                overwrite=self.processes.world > 1,  # otherwise only one process would find a stored result
             )
             if self.processes.first:
                 low, high = result.ci95.get(result.primary_metric, (math.nan, math.nan))
@@ -270,31 +268,31 @@ class TrainingRun:
                 log.warning("step %d: %s %s %.2f", step, result.task, result.primary_metric, 100 * values["value"])
 
     def _stop_requested(self) -> bool:
-        """Whether a signal has reached any of the processes."""
+        """Return whether any of the processes has received a signal."""
         return self.processes.mean(float(self.signals.received is not None)) > 0
 
     def _interrupted(self, step: int) -> Interrupted:
         return Interrupted(
             f"interrupted after step {step} of {self.steps}; the state is in {self.options.out}. The same command with "
-            f"--resume goes on from there."
+            f"--resume continues from there."
         )
 
 
 def _check_options(recipe: Recipe, options: TrainOptions, world: int) -> None:
     if recipe.batch_size % (world * recipe.accumulate):
         raise UsageError(
-            f"batch_size={recipe.batch_size} cannot be shared by {world} processes in {recipe.accumulate} parts. "
+            f"batch_size={recipe.batch_size} cannot be divided among {world} processes in {recipe.accumulate} parts. "
             f"Use a multiple of {world * recipe.accumulate}."
         )
-    for task in options.evaluate:  # what cannot be scored is an error now
+    for task in options.evaluate:  # detect tasks that cannot be scored before training
         if len(find_tasks([task], data_root=options.data_root)) > 1:
-            raise UsageError(f"--eval {task!r} names several tasks. Give --eval once for each.")
+            raise UsageError(f"--eval {task!r} matches several tasks. Give --eval once for each.")
     if options.evaluate and "?" in str(options.out):
-        raise UsageError(f"--out {options.out}: a '?' begins the options of a model, so --eval cannot name it.")
+        raise UsageError(f"--out {options.out}: '?' starts the options of a model spec, so --eval cannot use it.")
 
 
 def _unscored_tasks(scores: Table, step: int, options: TrainOptions) -> list[str]:
-    """List the tasks without a row of this step in eval.csv: all but those scored before an interruption."""
+    """Return the tasks without a row for this step in eval.csv (some may be scored before an interruption)."""
     rows = scores.rows()
     scored = {*rows["task"][rows["step"] == step]} if len(rows) else set()
     cards = {task: find_tasks([task], data_root=options.data_root)[0] for task in options.evaluate}
@@ -302,7 +300,7 @@ def _unscored_tasks(scores: Table, step: int, options: TrainOptions) -> list[str
 
 
 def _energy(device: torch.device, seconds: float) -> dict[str, float]:
-    """Joules of a step, by the power that this process's GPU reports after it; nothing where it reports none."""
+    """Return the joules of a step from the power that the GPU reports after it; empty if it reports none."""
     if device.type != "cuda":
         return {}
     try:
@@ -317,13 +315,13 @@ def _peak_memory_mb(device: torch.device) -> float:
 
 @contextlib.contextmanager
 def _memory_errors(step: int) -> Iterator[None]:
-    """Raise NecoBenchError where a step has not enough memory."""
+    """Raise NecoBenchError if a step runs out of memory."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and not re.search("out of memory|allocate memory|enough memory", str(error)):
             raise
         raise NecoBenchError(
-            f"step {step} needs more memory than there is ({str(error).splitlines()[0] if str(error) else 'host'}). Go "
-            f"on with --resume and --checkpointing, --precision bf16 or a larger --set accumulate (parts of a batch)."
+            f"step {step} needs more memory than available ({str(error).splitlines()[0] if str(error) else 'host'}). "
+            f"Use --resume with --checkpointing, --precision bf16 or a larger --set accumulate (parts of a batch)."
         ) from error

@@ -4,9 +4,9 @@ ICLR 2025): the student's patches should order reference patches by similarity a
 As in the official code, similarities are sorted ascending, and each reference has a distribution over ranks: there is
 no second cross-entropy over the references of a rank.
 
-Deviation: the official code takes the logarithm of the student's weights as they are, so that one that underflows to 0
+Deviation: the official code takes the logarithm of the student's weights directly, so a weight that underflows to 0
 (float32, odd_even, steepness 1000 and above) makes the loss NaN. Here weights below the smallest normal number (1.2e-38
-in float32) count as that number, and have no gradient. All other weights are untouched.
+in float32) are replaced by that number, and have no gradient. All other weights are unchanged.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from neco_bench.training.sorting import (
 
 
 class _NecoLoss(torch.autograd.Function):
-    """Computes the gradient with the value, a few rows at a time, and keeps it alone."""
+    """Compute the gradient together with the value, a few rows at a time, and keep only the gradient."""
 
     @staticmethod
     def forward(
@@ -44,9 +44,9 @@ class _NecoLoss(torch.autograd.Function):
         rows, size = student.detach(), part_rows(layers, student, differentiable)
 
         def work(part: slice) -> tuple[Tensor, Tensor | None]:
-            """The sum over a part of the rows, and its gradient."""
+            """Return the sum over a part of the rows, and its gradient."""
             tape: Tape | None = [] if differentiable else None
-            own = slice(len(rows[part]))  # of the columns, the others are zeros that fill the part
+            own = slice(len(rows[part]))  # the other columns are zero padding
             target = sort_columns(filled(teacher[part] * steepness[1], size), layers, cauchy)[:, 1:, own]
             columns = sort_columns(filled(rows[part] * steepness[0], size), layers, cauchy, tape)
             weights = columns[:, 1:, own].clamp_min(smallest)
@@ -78,7 +78,7 @@ def neco_loss(
     student_steepness: float = 100.0,
     teacher_steepness: float = 100.0,
 ) -> Tensor:
-    """Cross-entropy between the soft ranks that teacher and student give to the same references.
+    """Compute the cross-entropy between the soft ranks that teacher and student assign to the same references.
 
     student_sim, teacher_sim: (M, n) cosine similarity of each of M patches to its n references. With the permutations P
     and Q of their soft sorts (Cauchy), the loss is - sum over ranks j of Q[m, i, j] ln P[m, i, j], mean over patches m

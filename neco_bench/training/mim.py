@@ -14,19 +14,19 @@ from neco_bench.training.networks import Network
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.views import GLOBALS
 
-COLOUR_SHARE = 0.25  # of mean colours beside histograms of length 1, about as varied then
+COLOUR_SHARE = 0.25  # scale of mean colours relative to histograms of length 1, for a similar variance
 
 
 class MaskedImages(nn.Module):
-    """Masked image modelling, to begin from random weights: what hidden patches show is predicted from the patches
-    around, by the head alone and without a decoder (SimMIM, Xie et al., CVPR 2022).
+    """Masked image modelling, for training from random weights: the content of hidden patches is predicted from the
+    surrounding patches by the head, without a decoder (SimMIM, Xie et al., CVPR 2022).
 
-    What is predicted: the pixels, relative to the mean and deviation of their patch (He et al., "Masked autoencoders
-    are scalable vision learners", CVPR 2022), or of four cells of the patch the orientation histograms of their
-    gradients, each of length 1 (after MaskFeat: Wei et al., CVPR 2022; of grey values), and their mean colours.
+    The targets are the pixels, relative to the mean and deviation of their patch (He et al., "Masked autoencoders are
+    scalable vision learners", CVPR 2022), or, for four cells of the patch, the orientation histograms of grey-value
+    gradients, each of length 1 (after MaskFeat: Wei et al., CVPR 2022), and the mean colours.
 
-    Hidden patches are painted in the mean colour before the encoder sees them, so that any encoder can be trained.
-    Global views only.
+    Hidden patches are replaced by the mean colour in the encoder's input, so that any encoder can be trained. Only
+    global views are used.
     """
 
     def __init__(self, recipe: Recipe, student: Network) -> None:
@@ -49,7 +49,7 @@ class MaskedImages(nn.Module):
         return F.mse_loss(predicted, self._target(images, side)[predict])
 
     def _target(self, images: Tensor, side: int) -> Tensor:
-        """What each patch shows, (B, side, side, E)."""
+        """Return the target of each patch, (B, side, side, E)."""
         if self.recipe.hidden_target == "pixels":
             pixels = F.unfold(images, self.stride, stride=self.stride).transpose(1, 2).unflatten(1, (side, side))
             deviation, mean = torch.std_mean(pixels, 3, keepdim=True)

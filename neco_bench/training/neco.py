@@ -20,7 +20,7 @@ from neco_bench.training.recipe import Recipe
 from neco_bench.training.regions import align
 from neco_bench.training.views import GLOBALS
 
-MASS = 0.6  # share of the attention that a masked loss takes for foreground
+MASS = 0.6  # share of the attention that a masked loss treats as foreground
 
 
 def patches_read(boxes: Tensor, stride: int, side: int) -> Tensor:
@@ -36,24 +36,25 @@ def patches_read(boxes: Tensor, stride: int, side: int) -> Tensor:
 class NeCo(nn.Module):
     """Patch neighbour consistency (Pariza et al., ICLR 2025), with the choices of the official code.
 
-    Deviations: a queue gives references from its first entries on (there, zero vectors stand in until it is full, and
-    a batch of 168 or more fails); processes share references, but the parts of a step that `accumulate` makes do not;
-    Euclidean distances are taken by differences (there, by a matrix product: 1e-6 of the loss); a masked loss takes
-    for attention the class token's softmax over patches alone, references from the cells of its own pair of views, and
-    its queue grows by those of the drawn tokens that are in the mask; the teacher runs without gradient.
+    Deviations: references are drawn only from the filled part of a queue (the official code uses zero vectors until it
+    is full, and fails for a batch of 168 or more). Processes share references, but the parts of a step made by
+    `accumulate` do not. Euclidean distances are computed from differences (official code: matrix product; 1e-6 of the
+    loss). A masked loss uses the class token's softmax over patches only as attention, and references from the cells of
+    its own pair of views; its queue grows by the drawn tokens that are inside the mask. The teacher runs without
+    gradient.
     """
 
     queue: Tensor
     filled: Tensor
 
     def __init__(self, recipe: Recipe, student: Network) -> None:
-        """Raises UsageError for a masked loss on an encoder without class-token attention, or on too few patches."""
+        """Raise UsageError for a masked loss on an encoder without class-token attention, or on too few patches."""
         super().__init__()
         encoder = student.encoder
         if recipe.loss_mask != "all" and not encoder.attentions:
             raise UsageError(
                 f"loss_mask={recipe.loss_mask} needs class-token attention, which --base {encoder.name!r} does not "
-                f"give. Use a plain ViT with a class token, or loss_mask=all."
+                f"have. Use a plain ViT with a class token, or loss_mask=all."
             )
         if recipe.loss_mask != "all" and recipe.global_size < MIN_SIDE * encoder.stride:
             raise UsageError(
@@ -67,11 +68,11 @@ class NeCo(nn.Module):
     def forward(
         self, batch: TrainBatch, student: Embed, teacher: Network | None, attend: Network, shard: RankShard
     ) -> Tensor:
-        """Compute the loss, a scalar. teacher: None lets the student set its targets. attend: whose attention masks."""
+        """Compute the loss, a scalar. teacher: None uses the student's targets. attend: network for attention masks."""
         count, side = shard.images, self.recipe.global_size // self.stride
         groups, stride = batch.groups(), self.stride
-        # What will be read: of a global view in the student, where the other global one lies; in the teacher, where
-        # any other view lies, and the tokens that go to the queue.
+        # Patches that are needed: in the student's global views, the overlap with the other global view; in the
+        # teacher, the overlap with any other view, and the tokens for the queue.
         read = [patches_read(self._crossed(batch), stride, side)]
         if len(groups) > 1:
             read.append(patches_read(by_view(batch.all[:, GLOBALS:]), stride, self.recipe.local_size // stride))
@@ -98,7 +99,7 @@ class NeCo(nn.Module):
                 students.append(torch.stack([aligned[v][:, 0 if v < GLOBALS else c] for v in others]))
                 teachers.append(align(targets[c], boxes[c], self.stride, self.recipe.cells).transpose(0, 1))
                 masks.append(torch.ones_like(teachers[c][..., 0], dtype=torch.bool))
-                if inside is not None:  # a bilinear mean of ones, but for rounding
+                if inside is not None:  # a bilinear mean of ones, up to rounding
                     cover = inside.float().unflatten(0, (GLOBALS, count))[c][:, None]
                     cover = align(cover, boxes[c], self.stride, self.recipe.cells).transpose(0, 1)
                     masks[c] = cover[..., 0] > 1 - 1e-4
@@ -112,11 +113,11 @@ class NeCo(nn.Module):
             )
 
     def _crossed(self, batch: TrainBatch) -> Tensor:
-        """Where the other global view lies in each global one, (2 B, 1, 4)."""
+        """Return the box of the other global view in each global view, (2 B, 1, 4)."""
         return by_view(torch.stack([batch.all[:, v, 1 - v, None] for v in range(GLOBALS)], 1))
 
     def _align_students(self, embedded: list[Tensor], batch: TrainBatch) -> list[Tensor]:
-        """For each view (B, regions, cells², E): of a global one where the other lies, of a local one where both do."""
+        """Align each view to (B, regions, cells², E): a global view with the other one, a local view with both."""
         regions = [(embedded[0], self._crossed(batch))]
         if len(embedded) > 1:
             regions.append((embedded[1], by_view(batch.all[:, GLOBALS:])))
@@ -124,7 +125,7 @@ class NeCo(nn.Module):
         return [view for part in aligned for view in part.split(len(batch.gc))]
 
     def _loss(self, by_student: Tensor, by_teacher: Tensor, mask: Tensor, shard: RankShard) -> Tensor:
-        """Mean over pairs of views of the mean over cells in the mask; similarities (pairs, B, cells², references)."""
+        """Return the mean over pairs of views of the mean over cells in the mask; (pairs, B, cells², references)."""
         recipe = self.recipe
         if recipe.shuffle_teacher:
             whole = rows_of_all(by_teacher.detach().transpose(0, 1), shard).transpose(0, 1)
@@ -151,16 +152,16 @@ class NeCo(nn.Module):
         return (sum(parts) + by_student.sum() * 0) / len(mask)  # a pair without cells contributes 0
 
     def _similarity(self, vectors: Tensor, references: Tensor) -> Tensor:
-        """(pairs, B, cells², references): cosine, or the Euclidean distance, which orders the nearest first."""
+        """Return (pairs, B, cells², references): the cosine, or the Euclidean distance, whose order is reversed."""
         if self.recipe.similarity == "euclidean":
             return torch.cdist(vectors, references, compute_mode="donot_use_mm_for_euclid_dist")
         return F.normalize(vectors, dim=-1) @ F.normalize(references, dim=-1).transpose(-1, -2)
 
     def _references(self, aligned: Tensor, mask: Tensor, c: int, shard: RankShard) -> Tensor:
-        """(V - 1, B, references, E): for each image and pair of views with global view c, drawn again.
+        """Draw references (V - 1, B, references, E) for each image and pair of views with global view c.
 
-        From a queue, or from the aligned teacher vectors (V - 1, B, cells², E) of the whole batch that are in the mask,
-        each used as often as any other.
+        They are drawn from a queue, or from the aligned teacher vectors (V - 1, B, cells², E) of the whole batch that
+        are in the mask, each with equal frequency.
         """
         count = self.recipe.references
         if self.recipe.queue_length and self.filled[c]:  # with a mask, the first draw may have left it empty
@@ -173,15 +174,15 @@ class NeCo(nn.Module):
         references = []
         for pair, pool in enumerate(pools):
             rng = item_rng(shard.seed, "references", shard.batch_number, c, pair)
-            length = self.recipe.queue_length or len(pool)  # a queue that is not full yet is counted through again
+            length = self.recipe.queue_length or len(pool)  # indices wrap around in a queue that is not full yet
             order = np.resize(rng.permutation(length) % len(pool), shard.total * count)
             mine = order[shard.start * count : (shard.start + shard.images) * count]
             references.append(pool[torch.from_numpy(mine).to(pool.device)].unflatten(0, (shard.images, count)))
         return torch.stack(references)
 
     def _draw_tokens(self, shard: RankShard, tokens: int) -> list[tuple[Tensor, Tensor]]:
-        """For each global view, which tokens of the batch go to its queue: the places in the draw that are this
-        process's, and its tokens there, counted through its images."""
+        """Return, for each global view, the tokens of the batch for its queue: the positions in the draw that belong to
+        this process, and the indices of its tokens, counted over its images."""
         if not self.recipe.queue_length:
             return []
         drawn = []
@@ -198,7 +199,7 @@ class NeCo(nn.Module):
     def _enqueue(
         self, targets: Tensor, inside: Tensor | None, drawn: list[tuple[Tensor, Tensor]], shard: RankShard
     ) -> None:
-        """Put the drawn tokens of teacher maps (2, B, E, h, w) at the head of the queues, those inside the mask."""
+        """Put the drawn tokens of teacher maps (2, B, E, h, w) that are inside the mask at the head of the queues."""
         for c, (places, tokens) in enumerate(drawn):
             new = targets.new_zeros(self._growth(shard), targets.shape[2] + 1)
             new[places, 0] = 1.0

@@ -1,20 +1,21 @@
-"""Student and teacher: an encoder with a projection head. What makes an encoder trainable: `encoders.trainable`.
+"""Student and teacher: an encoder with a projection head. `encoders.trainable` prepares encoders for training.
 
-Deviations from the official code: stochastic depth and all other randomness depend on (seed, step, position in the
-batch) alone, so that a run can be resumed exactly, on any number of processes; batch normalisation, in encoders that
-have it, keeps the statistics it came with; embeddings that no loss term reads are not computed. Where an
-encoder draws numbers of its own (dropout), torch's generators are seeded by (seed, step, process): such a run can be
-resumed exactly, but does depend on the number of processes.
+Deviations from the official code: stochastic depth and all other randomness depend only on (seed, step, position in the
+batch), so that a run can be resumed exactly, on any number of processes. Batch normalisation, in encoders that have it,
+keeps its initial statistics. Embeddings that no loss term uses are not computed. If an encoder draws random numbers
+itself (dropout), torch's generators are seeded by (seed, step, process): such a run can be resumed exactly, but depends
+on the number of processes.
 
-DINOv2 with registers: the official model trains a class token and a position of it, which are one parameter, their sum,
-in timm's. Both have the same gradient, so the sum learns at twice the rate and decays at the single one, which its own
-parameter group does here: after each step the features are those of the official model. The two parameters themselves
-are lost: exported files hold their sum, and `clip_norm` counts its gradient once. Through `hub:` both are trained.
+DINOv2 with registers: the official model trains a class token and its position as two parameters; timm's model has one
+parameter, their sum. Both have the same gradient, so the sum is trained with twice the learning rate and the single
+weight decay, in its own parameter group: after each step, the features are those of the official model. The two
+parameters themselves are not recovered: exported files contain their sum, and `clip_norm` counts its gradient once.
+With `hub:`, both are trained.
 
-How near this is to the protocol of the official code, at equal draws (tests/training/test_reference.py): in float64 the
-weights of three steps agree to 1e-7 of how far they moved. In float32 losses agree to 1e-6 and weights to 1e-3: AdamW's
-first steps are as long as the learning rate whatever the gradient, so that entries with no gradient but rounding (the
-biases of the keys, which a softmax ignores) go either way, as they do from one machine to another.
+Agreement with the official code for equal draws (tests/training/test_reference.py): in float64, the weights after three
+steps agree to 1e-7 of their change. In float32, losses agree to 1e-6 and weights to 1e-3: AdamW's first steps have the
+length of the learning rate for any gradient, so entries whose gradient is only rounding (the biases of the keys, which
+a softmax ignores) can move in either direction, as also between machines.
 """
 
 from __future__ import annotations
@@ -36,8 +37,8 @@ from neco_bench.training.recipe import Recipe
 
 
 def projection_head(width: int, recipe: Recipe, stride: int) -> nn.Sequential:
-    """Make an MLP with GELU, `head_layers` linear layers, from the width of the encoder to `head_dim`, or to what
-    `mim` predicts."""
+    """Return an MLP with GELU and `head_layers` linear layers, from the width of the encoder to `head_dim`, or to the
+    size of the targets of `mim`."""
     last = recipe.head_dim
     if recipe.objective == "mim":
         last = 3 * stride * stride if recipe.hidden_target == "pixels" else 4 * (BINS + 3)
@@ -60,7 +61,7 @@ class Network(nn.Module):
         super().__init__()
         self.encoder = encoder
         self.record_features = False
-        self.features: Tensor | None = None  # (B, D, h, w) of the first group of a call, where they are recorded
+        self.features: Tensor | None = None  # (B, D, h, w) of the first group of a call, if recorded
         self.unit = recipe.objective == "neco"
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -78,7 +79,7 @@ class Network(nn.Module):
     def forward(self, groups: list[Tensor], needed: list[Tensor]) -> list[Tensor]:
         """Compute embeddings (B, E, h, w) of each group (B, 3, H, W) of images, float32 (float64 of a float64 network).
 
-        needed: for each group (B, h, w) bool, the patches that will be read; the embeddings of others are 0.
+        needed: for each group (B, h, w) bool, the patches that are needed; the embeddings of others are 0.
         """
         outputs: list[Tensor] = []
         for images, mask in zip(groups, needed, strict=True):
@@ -96,8 +97,8 @@ class Network(nn.Module):
 def make_trainable(encoder: Encoder, recipe: Recipe, shard: RankShard, checkpointing: bool) -> None:
     """Prepare the student in place: frozen parts, stochastic depth, gradient checkpointing.
 
-    Raises what `trainable.prepare` raises, and UsageError where the encoder has nothing to train, or no blocks to
-    choose from.
+    Raises the errors of `trainable.prepare`, and UsageError if the encoder has nothing to train, or no blocks to
+    select.
     """
     check_has_weights(encoder)
     trainable = recipe.trainable_blocks
@@ -113,9 +114,9 @@ def make_trainable(encoder: Encoder, recipe: Recipe, shard: RankShard, checkpoin
 
 
 def folded_class_token(encoder: Encoder) -> nn.Parameter | None:
-    """Find the class token of timm's DINOv2 with registers, the sum of two parameters of the official model.
+    """Return the class token of timm's DINOv2 with registers, the sum of two parameters of the official model.
 
-    None for other encoders. (RADIO, which timm builds alike, has no position of its class tokens.)
+    None for other encoders. (RADIO, which timm builds in the same way, has no position of its class tokens.)
     """
     model: Any = inner_module(encoder)
     if "dinov2" not in str((getattr(model, "pretrained_cfg", None) or {}).get("architecture")):
@@ -125,11 +126,11 @@ def folded_class_token(encoder: Encoder) -> nn.Parameter | None:
 
 
 def parameter_groups(network: Network) -> list[dict[str, Any]]:
-    """Sort trainable parameters into groups for the optimizer.
+    """Return the groups of trainable parameters for the optimizer.
 
-    Encoder and head, each with weight decay (two dimensions or more) and without (biases, norms), and a fifth group for
-    a class token that is a sum of two. `part` says which, `summands` of how many parameters of the official model each
-    is the sum.
+    They are encoder and head, each with weight decay (two dimensions or more) and without (biases, norms), and a fifth
+    group for a class token that is a sum of two. `part` names the part; `summands` is the number of parameters of the
+    official model in the sum.
     """
     groups = []
     folded = folded_class_token(network.encoder)

@@ -10,12 +10,11 @@ from neco_bench.core.errors import NecoBenchError, UsageError
 
 @dataclass(frozen=True)
 class TrainOptions:
-    """How to train; the result depends on none of it, but for rounding.
+    """Options of training on which the result does not depend, up to rounding.
 
-    evaluate: tasks scored every `eval_every`
-    steps and at the end. save_every: steps between checkpoints, of which the last two
-    stay, and those of steps that are multiples of keep_every. stated: names of the recipe's values that this command
-    gives by itself, which `resume` may change from here on (`recipe.CHANGEABLE`). None: the best device,
+    evaluate: tasks to score every `eval_every` steps and at the end. save_every: steps between checkpoints, of which
+    the last two are kept, and those whose step is a multiple of keep_every. stated: names of the recipe's values given
+    by this command, which may change with `resume` (`recipe.CHANGEABLE`). None means the best device, and
     `limits.default_workers`.
     """
 

@@ -1,4 +1,4 @@
-"""How training goes, for people: a bar on a terminal, else a line at the first and last step and each half minute."""
+"""Progress of training: a bar on a terminal, else a line at the first and last step and every half minute."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from neco_bench.core.progress import EVERY
 
 
 class StepProgress:
-    """Show steps as they are done, from `first` to `total`, on stderr."""
+    """Show finished steps, from `first` to `total`, on stderr."""
 
     def __init__(self, title: str, first: int, total: int) -> None:
         self.title, self.first, self.total = title, first, total
         self.start = self.shown = time.monotonic()
-        self.rank = math.nan  # the last that was computed
+        self.rank = math.nan  # the last computed value
         self.bar = tqdm(total=total, initial=first, desc=title, unit="step") if sys.stderr.isatty() else None
 
     def update(self, row: Mapping[str, float]) -> None:
-        """Show the row of log.csv of the step just done."""
+        """Show the row of log.csv of the last step."""
         if not math.isnan(row["effective_rank"]):
             self.rank = row["effective_rank"]
         if self.bar is not None:
@@ -35,12 +35,12 @@ class StepProgress:
             print(f"{self.title}: {self._place(done, now)}, {self._facts(row)}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
-        """Leave the bar as it is."""
+        """Close the bar and leave it visible."""
         if self.bar is not None:
             self.bar.close()
 
     def _place(self, done: int, now: float) -> str:
-        """Say where the run is; the time left is by all steps of this process, with what came between them."""
+        """Return the position of the run; the remaining time is estimated from all steps and pauses of this process."""
         left = round((now - self.start) / (done - self.first) * (self.total - done))
         return f"step {done} of {self.total}, {left // 3600}:{left // 60 % 60:02d}:{left % 60:02d} left"
 

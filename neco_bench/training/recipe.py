@@ -1,8 +1,8 @@
-"""Recipes: every setting of a training run, in one frozen object. `recipes/*.toml` holds those that ship.
+"""Recipes: all settings of a training run in one frozen object. `recipes/*.toml` are the built-in recipes.
 
-A recipe file names only what differs from the defaults below, or from another recipe that it `extends`: a shipped
-one, or a .toml file whose path is relative to the folder of this one. Defaults are what all configurations of the
-official code share (Pariza et al., ICLR 2025; github.com/vpariza/NeCo, branch main).
+A recipe file contains only the differences from the defaults below, or from another recipe that it `extends`: a
+built-in one, or a .toml file whose path is relative to the folder of the file. Defaults are the values shared by all
+configurations of the official code (Pariza et al., ICLR 2025; github.com/vpariza/NeCo, branch main).
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from neco_bench.training.views import ViewSettings
 
 FOLDER = Path(__file__).with_name("recipes")
 
-# What --resume may change where the command line says so: nothing that weights, optimizer state, queue or the order of
-# the images depend on.
+# Settings that --resume may change if the command line gives them: weights, optimizer state, queue and the order of the
+# images do not depend on them.
 CHANGEABLE = (
     "precision", "epochs", "steps", "accumulate", "student_steepness", "teacher_steepness", "momentum",
     "final_momentum", "drop_path", "lr_backbone", "lr_head", "final_lr", "warmup_steps", "weight_decay",
     "final_weight_decay", "clip_norm", "max_unreadable",
 )  # fmt: skip
 
-MAX_COUNT = 2**31 - 1  # what fits 32 bits
+MAX_COUNT = 2**31 - 1  # fits 32 bits
 
 Count = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -40,26 +40,26 @@ Range = Annotated[tuple[Rate, Rate], Field(strict=False)]  # TOML has lists, not
 class Recipe(BaseModel):
     """Sizes in pixels, learning rates per step of the whole batch, scales as shares of an image's area.
 
-    objective: "neco", or "mim" (masked image modelling) to begin from random weights, without a teacher.
+    objective: "neco", or "mim" (masked image modelling) for training from random weights, without a teacher.
     base: the model spec to start from.
-    epochs, steps: how long; `steps` wins where it is given. batch_size: images per optimizer step, over all processes
-    and over `accumulate` parts of it. Gradients of the parts are averaged, but each part is a batch of its own: NeCo
-    draws references from the part (a queue holds the parts before it too), and a masked loss is the mean of the parts'
-    means. So it is not training with the whole batch at once; the number of processes makes no such difference.
-    head_*: the projection head, an MLP of `head_layers` linear layers. same_heads: the teacher's begins as a copy of
-    the student's; the official code draws two, which a long run gets over and a short one does not.
-    cells: a shared region is aligned to cells x cells vectors. references: vectors each of them is compared with.
+    epochs, steps: length of the run; `steps` has priority. batch_size: images per optimizer step, over all processes
+    and over `accumulate` parts. Gradients of the parts are averaged, but each part is a separate batch: NeCo draws
+    references from the part (a queue also contains the previous parts), and a masked loss is the mean of the parts'
+    means. This is therefore not equal to training with the whole batch at once; the number of processes makes no such
+    difference. head_*: the projection head, an MLP with `head_layers` linear layers. same_heads: the teacher's head
+    starts as a copy of the student's; the official code draws two heads, which affects short runs but not long ones.
+    cells: a shared region is aligned to cells x cells vectors. references: number of vectors to compare each with.
     queue_length: teacher tokens stored per global view as references, to which each image of a batch adds
-    `queue_per_image`; 0 takes references from the batch. loss_mask: "fg" and "bg" train on the cells that the
-    teacher's class token attends to, or on the others. use_teacher: false lets the student set its own targets.
-    shuffle_teacher: a control: targets of other patches, from which nothing can be learned.
-    hidden_share: share of patches that "mim" hides and predicts. hidden_target: their pixels, or histograms of their
-    gradients and mean colours. predict_all: predict the visible patches too.
-    momentum, final_momentum: of the teacher, which is a moving average of the student.
-    drop_path: rate of the student's last block, growing from 0 linearly. trainable_blocks: null trains everything, n
-    the blocks from n on, a list those alone; with it all outside blocks is frozen.
-    lr_*, weight_decay: cosine from the first to the `final_*` value, per step, after `warmup_steps` of linear growth.
-    clip_norm: largest gradient norm, null for none. max_unreadable: share of images that may be unusable.
+    `queue_per_image`; 0 uses references from the batch. loss_mask: "fg" and "bg" train on the cells that the teacher's
+    class token attends to, or on the others. use_teacher: false uses the student's own targets. shuffle_teacher: a
+    control experiment with targets of other patches, from which nothing can be learned. hidden_share: share of patches
+    that "mim" hides and predicts. hidden_target: their pixels, or histograms of their gradients and mean colours.
+    predict_all: also predict the visible patches. momentum, final_momentum: momentum of the teacher, which is a moving
+    average of the student. drop_path: rate of the student's last block, growing linearly from 0. trainable_blocks: null
+    trains everything, n trains the blocks from n on, a list trains only these blocks; in the latter cases, all other
+    parts are frozen. lr_*, weight_decay: cosine from the first to the `final_*` value, per step, after `warmup_steps`
+    of linear growth. clip_norm: maximum gradient norm, null for none. max_unreadable: share of images that may be
+    unusable.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
@@ -137,13 +137,15 @@ class Recipe(BaseModel):
         return self
 
     def total_steps(self, images: int) -> int:
-        """Count the optimizer steps of the run, the last partial batch of an epoch dropped.
+        """Return the number of optimizer steps of the run, without the last partial batch of each epoch.
 
-        Raises UsageError for none, and for fewer than there are steps of warm-up.
+        Raises UsageError if there are none, or fewer than warm-up steps.
         """
         per_epoch = images // self.batch_size
         if not per_epoch:
-            raise UsageError(f"batch_size={self.batch_size} is more than the {images} images. Use a smaller one.")
+            raise UsageError(
+                f"batch_size={self.batch_size} is more than the {images} images. Use a smaller batch_size."
+            )
         steps = self.steps or self.epochs * per_epoch
         if self.warmup_steps > steps:
             raise UsageError(
@@ -159,10 +161,10 @@ def shipped() -> list[str]:
 
 
 def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
-    """Load a shipped recipe by name, or one in a TOML file, with `changes` on top.
+    """Load a built-in recipe by name, or a recipe from a TOML file, and apply `changes`.
 
     Raises UsageError (unknown name, or a change with an unknown key or a wrong value), MissingError and BadInputError
-    (a file that is absent or wrong), naming the file and the key.
+    (a missing or wrong file); messages name the file and the key.
     """
     values = _read(name, ())
     unknown = [key for key in changes or {} if key not in Recipe.model_fields]
@@ -181,7 +183,7 @@ def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
 
 
 def _read(name: str, above: tuple[str, ...]) -> dict[str, Any]:
-    """Read a recipe and those it extends, each file checked for itself. above: the recipes that extend this one."""
+    """Read a recipe and those that it extends; each file is checked separately. above: recipes that extend this one."""
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file():
         if name.endswith(".toml"):
@@ -194,7 +196,7 @@ def _read(name: str, above: tuple[str, ...]) -> dict[str, Any]:
     if not isinstance(parent, str):
         raise BadInputError(f"{path}: extends must be a text, the name of a recipe or of a .toml file, got {parent!r}.")
     try:
-        file = str(path.parent / parent) if parent.endswith(".toml") else parent  # beside the recipe that names it
+        file = str(path.parent / parent) if parent.endswith(".toml") else parent  # relative to this recipe
         values = {**(_read(file, (*above, name)) if parent else {}), **own}
     except (UsageError, MissingError) as error:
         raise BadInputError(f"{path}: extends = {parent!r}: {error}") from error
@@ -209,7 +211,7 @@ def _read(name: str, above: tuple[str, ...]) -> dict[str, Any]:
 
 
 def _faults(error: ValidationError) -> str:
-    """Say in one line what pydantic reports."""
+    """Return pydantic's errors as one line."""
     return "; ".join(
         f"{'.'.join(map(str, fault['loc'])) or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}"
         + (f" (got {fault['input']!r})" if fault["loc"] else "")

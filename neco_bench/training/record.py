@@ -1,4 +1,4 @@
-"""`recipe.json` of a run folder: its settings, what was changed on resuming, and versions."""
+"""`recipe.json` of a run folder: settings, changes made on resuming, and versions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Changes = dict[str, tuple[Any, Any]]
 
 
 class RunRecord:
-    """The settings of a run. changes: those made on the way, each {"step", "from", "to"}."""
+    """The settings of a run. changes: changes made on resuming, each {"step", "from", "to"}."""
 
     def __init__(self, out: Path, settings: dict[str, Any]) -> None:
         self.path, self.settings = out / "recipe.json", settings
@@ -29,10 +29,10 @@ class RunRecord:
         write_whole(self.path, json.dumps(content, indent=2, default=str).encode())
 
     def load(self, stated: Collection[str]) -> Changes:
-        """Read the changes so far from the file, and return the settings that now differ from the stored ones.
+        """Read the previous changes from the file, and return the settings that now differ from the stored ones.
 
-        stated: names of settings that the command gives by itself. Raises BadInputError for an unreadable file, and
-        UsageError for a difference that is not allowed or not stated.
+        stated: names of settings given by the command. Raises BadInputError for an unreadable file, and UsageError for
+        a difference that is not allowed or not given by the command.
         """
         try:
             stored = json.loads(self.path.read_text(encoding="utf-8"))
@@ -51,17 +51,17 @@ class RunRecord:
         refused = {name: pair for name, pair in changed.items() if name not in allowed}
         if refused:
             free = [name for name in refused if name in CHANGEABLE]
-            hint = f" To change {', '.join(free)} from here on, say so with --set." if free else ""
+            hint = f" To change {', '.join(free)} from here on, give --set." if free else ""
             raise UsageError(
-                f"--resume: {self.path.parent} was begun with {format_changes(refused, '{1!r} (now {0!r})')}. Use the "
-                f"same settings, or another --out.{hint}"
+                f"--resume: {self.path.parent} was started with {format_changes(refused, '{1!r} (now {0!r})')}. Use "
+                f"the same settings, or another --out.{hint}"
             )
         return changed
 
     def resume(self, step: int, changed: Changes) -> bool:
-        """Let `changed` hold from `step` on, and say whether the file has to be written again.
+        """Record `changed` from `step` on, and return whether the file must be written again.
 
-        What was changed after the checkpoint of `step` was written holds from it on too.
+        Changes made after the checkpoint of `step` was written also apply from `step` on.
         """
         stored = self.changes
         self.changes = [{**change, "step": min(change["step"], step)} for change in stored]
@@ -71,7 +71,7 @@ class RunRecord:
         return self.changes != stored
 
     def changes_before(self, step: int) -> str:
-        """List the changes that weights of `step` were trained with, as the end of a sentence."""
+        """Return the changes with which weights of `step` were trained, as the end of a sentence."""
         return "".join(
             f", from step {change['step']} on {name}={value}"
             for change in self.changes

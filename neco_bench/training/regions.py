@@ -11,8 +11,8 @@ from neco_bench.core.errors import UsageError
 def align(features: Tensor, boxes: Tensor, stride: int, cells: int = 7) -> Tensor:
     """Pool (B, D, h, w) features of a view in boxes (B, R, 4), (x1, y1, x2, y2) in pixels of that view.
 
-    Returns (B, R, cells * cells, D), cells row by row: means of bilinear samples, ceil(box / cells) per cell and axis,
-    half a token of shift (`aligned`). stride: pixels per token. Not normalised again.
+    Returns (B, R, cells * cells, D), cells in row-major order: means of bilinear samples, ceil(box / cells) per cell
+    and axis, with a shift of half a token (`aligned`). stride: pixels per token. The result is not normalised again.
     For teacher view c the boxes are `gc[:, c]`, for student view v `all[:, v, c]` of `neco_bench.training.views`.
     """
     if boxes.dim() != 3 or boxes.shape[0] != len(features) or boxes.shape[2] != 4:

@@ -6,11 +6,11 @@ A comparator on values a, c (a should become the smaller one) mixes them softly:
 the soft minimum is alpha a + (1 - alpha) c and the soft maximum (1 - alpha) a + alpha c. The columns of the
 permutation, which starts as the identity, are mixed by the same weights.
 
-How it is computed: rows of x are the innermost, contiguous dimension, and a column carries the value of its wire as
-entry 0, before the weights of the inputs, so that values, weights and their gradients pass through the same two lerps.
-Comparators read slices of columns, not wires gathered by index, and a column begins with the weight of its own input
-alone and grows as comparators join wires: without both, a step of `tiny_neco` on a CPU takes 1.5 times as long. Rows
-are sorted a part at a time, so that memory grows neither with the rows nor with the layers.
+Computation: rows of x are the innermost, contiguous dimension, and a column stores the value of its wire as entry 0,
+before the weights of the inputs, so that values, weights and their gradients use the same two lerps. Comparators read
+slices of columns instead of gathering wires by index, and a column starts with the weight of its own input only and
+grows as comparators join wires: without both, a step of `tiny_neco` on a CPU takes 1.5 times as long. Rows are sorted
+in parts, so that memory does not grow with the rows or the layers.
 """
 
 from __future__ import annotations
@@ -38,21 +38,21 @@ Comparators = tuple[tuple[int, int], ...]
 # kernels.
 CPU_BYTES, ACCELERATOR_BYTES = 16 << 20, 1 << 30
 
-MAX_THREADS = 4  # more would wait for Python's lock
+MAX_THREADS = 4  # more threads would wait for Python's lock
 
 
 def bitonic(n: int) -> tuple[Comparators, ...]:
     """Build the bitonic network for n wires: that of the next power of two without its lowest wires.
 
-    In block k, groups of 2^(k + 1) wires are merged, every second one descending. The wires dropped count as smaller
-    than all others in an ascending group, as larger in a descending one. So the lower half of a descending group must
-    itself descend where the drop takes two wires or more of it and leaves two or more. diffsort 0.2.0 lacks this
-    exception: for the n that it concerns (22, 38, 42 to 46, 54 up to 64) its network does not sort; for all others,
-    the squares among them, this is the same network.
+    In block k, groups of 2^(k + 1) wires are merged, every second one descending. The dropped wires count as smaller
+    than all others in an ascending group, and as larger in a descending group. The lower half of a descending group
+    must therefore be descending if the drop removes two or more of its wires and leaves two or more. diffsort 0.2.0
+    lacks this exception: for the affected n (22, 38, 42 to 46, 54 up to 64) its network does not sort; for all other n,
+    including the squares, this is the same network.
     """
     blocks = (n - 1).bit_length()
     pad = 2**blocks - n
-    descending = [[False]]  # of each group, from the last block to the first
+    descending = [[False]]  # for each group, from the last block to the first
     for block in range(blocks - 1, 0, -1):
         cut = [down and 1 < pad - group * 2 ** (block + 1) < 2**block - 1 for group, down in enumerate(descending[-1])]
         descending.append([down for low in cut for down in (low, not low)])
@@ -89,7 +89,7 @@ def _optimal_survival(z: Tensor) -> Tensor:
 _ONE = torch.ones(())
 
 DISTRIBUTIONS = {
-    # 1/2 - atan(z)/pi without its cancellation.
+    # 1/2 - atan(z)/pi without cancellation.
     "cauchy": Distribution(lambda z: torch.atan2(_ONE, z).div_(math.pi), lambda z: 1 / (math.pi * (1 + z.square()))),
     "logistic": Distribution(lambda z: torch.sigmoid(-z), lambda z: torch.sigmoid(z) * torch.sigmoid(-z)),
     "reciprocal": Distribution(
@@ -117,8 +117,8 @@ def comparators(network: str, n: int) -> tuple[Comparators, ...]:
 
 
 class Block(NamedTuple):
-    """Comparators of one layer that slices can address: in each of `groups` groups of `size` wires, beginning at wire
-    `start`, the first `width` wires meet the last `width`."""
+    """Comparators of one layer that can be addressed by slices: in each of `groups` groups of `size` wires, starting at
+    wire `start`, the first `width` wires are compared with the last `width`."""
 
     start: int
     groups: int
@@ -134,8 +134,8 @@ class Block(NamedTuple):
 class Layer(NamedTuple):
     """One layer of a network: the blocks of its comparators, in the order of their lower wires.
 
-    sign: (comparators, 1), -1 where the upper wire gets the minimum. entries: of every column. grown: None where
-    columns stay as long as they are, else the place of each of their entries in the flattened longer columns.
+    sign: (comparators, 1), -1 if the upper wire gets the minimum. entries: number of entries of every column. grown:
+    None if columns keep their length, else the position of each of their entries in the flattened longer columns.
     """
 
     blocks: list[Block]
@@ -165,8 +165,9 @@ def _blocks(pairs: Comparators) -> list[Block]:
 
 @functools.cache
 def plan(network: str, n: int, device: torch.device) -> list[Layer]:
-    """Lay out a network for `sort_columns`. Raises UsageError for an unknown network and for no wires."""
-    spans = [(wire, wire) for wire in range(n)]  # of each wire: first and last input that can have reached it
+    """Return the layers of a network for `sort_columns`. Raises UsageError for an unknown network or no wires."""
+
+    spans = [(wire, wire) for wire in range(n)]  # first and last input that can have reached each wire
     first, entries = list(range(n)), 2  # of each wire: the input of entry 1 of its column; entries of every column
     layers = []
     for pairs in comparators(network, n):
@@ -192,7 +193,7 @@ Tape = list[tuple[Tensor, Tensor, list[Tensor]]]
 
 
 def sort_columns(x: Tensor, layers: list[Layer], distribution: Distribution, tape: Tape | None = None) -> Tensor:
-    """Sort x (n, M) softly, values times steepness. tape: gets what `sort_gradient` needs.
+    """Sort x (n, M) softly, where x is values times steepness. tape: receives the data for `sort_gradient`.
 
     Returns columns (n, n + 1, M): [j, 0] is the soft value at rank j, [j, 1 + i] the weight of input i there.
     """
@@ -213,7 +214,7 @@ def sort_columns(x: Tensor, layers: list[Layer], distribution: Distribution, tap
 
 
 def sort_gradient(gradient: Tensor, layers: list[Layer], distribution: Distribution, tape: Tape) -> Tensor:
-    """Turn the gradient (n, n + 1, M) of the columns, which is overwritten, into that of x, (n, M).
+    """Return the gradient (n, M) of x from that of the columns, (n, n + 1, M), which is overwritten.
 
     Comparators are symmetric: they mix gradients as they mix values.
     """
@@ -232,38 +233,38 @@ def sort_gradient(gradient: Tensor, layers: list[Layer], distribution: Distribut
 
 
 def _mix(low: Tensor, high: Tensor, weight: Tensor) -> None:
-    """Mix two columns softly in place: the lower one gets `weight` of itself, the upper one the rest."""
+    """Mix two columns softly in place: the lower one keeps `weight` of itself, and the upper one gets the rest."""
     mixed = torch.lerp(high, low, weight)
     torch.lerp(low, high, weight, out=high)
     low.copy_(mixed)
 
 
 def part_rows(layers: list[Layer], like: Tensor, differentiable: bool) -> int:
-    """Count the rows of `like` (M, n) to sort at a time, which `CPU_BYTES` or `ACCELERATOR_BYTES` are to hold."""
+    """Return the number of rows of `like` (M, n) to sort at a time within `CPU_BYTES` or `ACCELERATOR_BYTES`."""
     rows, n = like.shape
     tape = [len(layer.sign) * layer.entries for layer in layers] if differentiable else [0]
     row_bytes = like.element_size() * (4 * n * (n + 1) + sum(tape) + max(tape, default=0))
     count = math.ceil(rows * row_bytes / (CPU_BYTES if like.device.type == "cpu" else ACCELERATOR_BYTES))
-    return math.ceil(rows / (count + count % 2 if count > 1 else 1))  # an even number of parts: as much for each thread
+    return math.ceil(rows / (count + count % 2 if count > 1 else 1))  # an even number of parts balances threads
 
 
 def filled(rows: Tensor, size: int) -> Tensor:
-    """Transpose rows (m, n) and add zeros, (n, size), so that the last part is computed as the others are."""
+    """Transpose rows (m, n) and pad with zeros to (n, size), so that the last part is computed like the others."""
     return F.pad(rows.T, (0, size - len(rows)))
 
 
 def in_parts(work: Callable[[slice], T], size: int, like: Tensor) -> list[T]:
-    """Call `work` with parts of `size` rows of `like`, the last one perhaps smaller, and collect what it returns.
+    """Call `work` with parts of `size` rows of `like` (the last one may be smaller), and return its results.
 
-    On a CPU each thread takes whole parts: so the result does not depend on the number of threads, by not one bit.
-    `work` is to read tensors that are detached, as threads do not share torch's gradient mode.
+    On a CPU, each thread processes whole parts, so that the result does not depend on the number of threads, bit for
+    bit. `work` must read detached tensors, because threads do not share torch's gradient mode.
     """
     parts = [slice(start, start + size) for start in range(0, len(like), size)]
     threads = min(len(parts), torch.get_num_threads(), MAX_THREADS) if like.device.type == "cpu" else 1
     if threads == 1:
         return [work(part) for part in parts]
     before = torch.get_num_threads()
-    try:  # one thread for each operation: they are too small to be split
+    try:  # one thread per operation: they are too small to be split
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             return list(pool.map(work, parts))
     finally:
@@ -271,7 +272,7 @@ def in_parts(work: Callable[[slice], T], size: int, like: Tensor) -> list[T]:
 
 
 def as_rows(x: Tensor, name: str) -> Tensor:
-    """Convert x (M, n) to float32 or float64. Raises UsageError where it has another shape or no rows."""
+    """Convert x (M, n) to float32 or float64. Raises UsageError if it has another shape or no rows."""
     if x.dim() != 2 or 0 in x.shape:
         raise UsageError(f"{name} must be (rows, values), at least one of each, not {tuple(x.shape)}.")
     return x if x.dtype == torch.float64 else x.float()
@@ -284,7 +285,7 @@ def check_steepness(steepness: float) -> None:
 
 
 class _SoftSort(torch.autograd.Function):
-    """The permutation with its values as row 0, (M, n + 1, n); backward sorts again rather than store the tape."""
+    """The permutation with its values as row 0, (M, n + 1, n); backward sorts again instead of storing the tape."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, network: str, steepness: float, distribution: str) -> Tensor:

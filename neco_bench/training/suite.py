@@ -1,4 +1,4 @@
-"""Training runs of a suite, one after another or each as a job of a cluster: a folder each, skipped where done."""
+"""Training runs of a suite, one after another or as jobs on a cluster; finished runs are skipped."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from neco_bench.training.recipe import Recipe, load_recipe
 
 @dataclass(frozen=True)
 class PlannedRun:
-    """A run of a suite: what `train` takes."""
+    """A run of a suite: the arguments of `train`."""
 
     recipe: Recipe
     options: TrainOptions
 
     @property
     def is_done(self) -> bool:
-        """Whether its folder holds the last checkpoint of this very run; a missing score is for `train` to make.
+        """Return whether its folder has the last checkpoint of this run; `train` computes missing scores.
 
-        Raises MissingError where the images are not there, and what else `open_images` raises.
+        Raises MissingError if the images are missing, and other errors of `open_images`.
         """
         options = self.options
         try:
             stored = json.loads((options.out / "recipe.json").read_text(encoding="utf-8"))
             step = json.loads((options.out / "encoder.json").read_text(encoding="utf-8"))["step"]
             same = stored["recipe"] == self.recipe.model_dump(mode="json") and stored["steps"] == step
-        except (OSError, ValueError, LookupError, TypeError):  # not begun, or broken, which `train` says
+        except (OSError, ValueError, LookupError, TypeError):  # not started, or broken, which `train` reports
             return False
         if not same or options.evaluate:
             return False
@@ -45,7 +45,7 @@ class PlannedRun:
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How a run of a suite went: "trained", "done before", or what went wrong, with its exit code."""
+    """Status of a run of a suite: "trained", "done before", or the error, with its exit code."""
 
     folder: Path
     status: str
@@ -53,13 +53,13 @@ class RunStatus:
 
 
 def plan_runs(suite: Suite, options: TrainOptions, changes: Mapping[str, Any], data: str | None) -> list[PlannedRun]:
-    """The runs of a suite, in the folders `options.out`/NAME, each resumed where it has begun.
+    """Return the runs of a suite, with folders `options.out`/NAME; runs that were started are resumed.
 
-    changes: of all recipes, on top of the suite's own. data: replaces the suite's. Raises UsageError for a suite
-    without runs or wrong changes, and what `load_recipe` raises, before any of them begins.
+    changes: changes to all recipes, in addition to the suite's own. data: replaces the suite's data. Raises UsageError
+    for a suite without runs or wrong changes, and errors of `load_recipe`, before any run starts.
     """
     if not suite.runs:
-        raise UsageError(f"Suite {suite.id!r} has no training runs. `neco-bench suites` says which have.")
+        raise UsageError(f"Suite {suite.id!r} has no training runs. `neco-bench suites` lists those that have.")
     return [
         PlannedRun(
             load_recipe(run.recipe, {**run.set, **changes}),
@@ -72,10 +72,10 @@ def plan_runs(suite: Suite, options: TrainOptions, changes: Mapping[str, Any], d
 def train_runs(
     runs: Sequence[PlannedRun], folder: Path, launcher: str | None = None, parameters: Mapping[str, Any] | None = None
 ) -> Iterator[RunStatus]:
-    """Make the runs, and yield how each went.
+    """Train the runs, and yield the status of each.
 
-    A run that fails does not end the others; an interruption ends all. folder: of the logs of jobs. launcher,
-    parameters: as `run` takes them; without one the runs are made here, in their order.
+    If a run fails, the others continue; an interruption ends all. folder: folder for logs of jobs. launcher,
+    parameters: as for `run`; without a launcher, the runs are trained in this process, in order.
     """
     waiting: list[tuple[PlannedRun, Any]] = []
     executor = executor_for(folder, launcher, parameters or {}) if launcher else None
@@ -100,7 +100,7 @@ def train_runs(
             except Exception as error:
                 if job is None:
                     raise
-                text = str(error).strip().splitlines()  # submitit's own, whose kinds are its affair
+                text = str(error).strip().splitlines()  # submitit does not document its exceptions
                 reason = f"job {job.job_id} failed ({text[-1] if text else error!r}). Its log: {job.paths.stderr}"
                 yield RunStatus(run.options.out, reason, 1)
     except BaseException:

@@ -1,4 +1,4 @@
-"""One process's student, teacher, objective and optimizer, and one step of training."""
+"""Student, teacher, objective and optimizer of one process, and one step of training."""
 
 from __future__ import annotations
 
@@ -45,19 +45,19 @@ from neco_bench.training.recipe import Recipe
 
 log = logging.getLogger("neco_bench")
 
-RANK_EVERY = 50  # steps from one effective rank to the next
+RANK_EVERY = 50  # steps between computations of the effective rank
 
-# An objective is called with a batch, student and teacher, and gives the loss of the images of this process; gradients
-# are averaged over processes. What it stores between steps is in its `state_dict`.
+# An objective is called with a batch, student and teacher, and returns the loss of the images of this process;
+# gradients are averaged over processes. Its state between steps is in its `state_dict`.
 OBJECTIVES = {"neco": NeCo, "mim": MaskedImages}
 
 
 @dataclass
 class StepFacts:
-    """What a step shows besides its loss.
+    """Facts about a step other than its loss.
 
-    grad_norm: of all trained parameters, before it is clipped. data_seconds: waited for batches. effective_rank: of the
-    student's patch features, `collapse.effective_rank`; NaN at steps where it is not computed.
+    grad_norm: norm over all trained parameters, before clipping. data_seconds: time waiting for batches.
+    effective_rank: of the student's patch features, see `collapse.effective_rank`; NaN if not computed.
     """
 
     grad_norm: float = math.nan
@@ -67,7 +67,7 @@ class StepFacts:
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes that train together: this one's number and device. group: one to wait in without a time limit."""
+    """The processes that train together: number and device of this one. group: used to wait without a time limit."""
 
     device: torch.device
     rank: int = 0
@@ -76,20 +76,20 @@ class Processes:
 
     @property
     def first(self) -> bool:
-        """Whether this is the process that writes files and reports."""
+        """Whether this process writes files and reports."""
         return self.rank == 0
 
     def wait(self) -> None:
-        """Wait for the other processes, for as long as it takes."""
+        """Wait for the other processes without a time limit."""
         if self.world > 1:
             dist.barrier(self.group)
 
     def mean(self, value: float) -> float:
-        """Compute the mean of a number over the processes."""
+        """Return the mean of a number over the processes."""
         return float(mean_over_processes(torch.tensor(value, dtype=torch.float64, device=self.device)))
 
     def sharing(self) -> contextlib.AbstractContextManager[None]:
-        """Share evaluations out over the processes."""
+        """Divide evaluations among the processes."""
         return distributed.sharing(self.group) if self.world > 1 else contextlib.nullcontext()
 
 
@@ -112,15 +112,15 @@ def joined_processes(device_name: str | None) -> Iterator[Processes]:
 
 
 def cosine(first: float, last: float, step: int, steps: int) -> float:
-    """Follow half a cosine from `first` at step 0 to `last` at `steps`."""
+    """Return the value at `step` of half a cosine from `first` at step 0 to `last` at `steps`."""
     return last + (first - last) * 0.5 * (1 + math.cos(math.pi * step / max(1, steps)))
 
 
 class Trainer:
-    """What is trained, and how one step of it is done. unusable: {image: reason} of those left out so far."""
+    """The trained networks, and one step of training. unusable: {image: reason} of the images left out so far."""
 
     def __init__(self, recipe: Recipe, options: TrainOptions, images: Images, processes: Processes) -> None:
-        """Raises UsageError for settings that do not fit each other or what there is, MissingError for weights."""
+        """Raise UsageError for inconsistent or too large settings, MissingError for missing weights."""
         self.recipe, self.options, self.images, self.processes = recipe, options, images, processes
         self.device, self.steps = processes.device, recipe.total_steps(len(images))
         self.unusable: dict[str, str] = {}
@@ -128,8 +128,8 @@ class Trainer:
         self.skipped_steps = 0
         if recipe.accumulate > 1 and recipe.objective == "neco" and processes.first:
             log.warning(
-                "accumulate=%d: each part of %d images is a batch of its own, from which NeCo takes its references; "
-                "this is not training on %d images at once.",
+                "accumulate=%d: each part of %d images is a separate batch, from which NeCo draws its references; "
+                "this is not the same as training on %d images at once.",
                 recipe.accumulate,
                 recipe.batch_size // recipe.accumulate,
                 recipe.batch_size,
@@ -151,7 +151,9 @@ class Trainer:
         teacher = copy.deepcopy(encoder)
         make_trainable(encoder, recipe, self.shard, self.options.checkpointing)
         if compiled and any(isinstance(module, StochasticDepth) for module in encoder.modules()):
-            raise UsageError("--compile: stochastic depth cannot be compiled. Add --set drop_path=0, or leave it out.")
+            raise UsageError(
+                "--compile: stochastic depth cannot be compiled. Add --set drop_path=0, or omit --compile."
+            )
         self.student = Network(encoder, recipe, recipe.seed, compiled).to(self.device)
         self.teacher: Network | None = None
         if recipe.use_teacher:
@@ -165,32 +167,32 @@ class Trainer:
 
     @property
     def encoders(self) -> dict[str, Encoder]:
-        """The encoders by role, "student" and perhaps "teacher"."""
+        """The encoders by role, "student" and optionally "teacher"."""
         teacher = {} if self.teacher is None else {"teacher": self.teacher.encoder}
         return {"student": self.student.encoder, **teacher}
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What has a `state_dict` besides the encoders."""
+        """Objects with a `state_dict` other than the encoders."""
         heads = {"student_head": self.student.projection_head}
         if self.teacher is not None:
             heads["teacher_head"] = self.teacher.projection_head
         return {**heads, "objective": self.objective, "optimizer": self.optimizer, "scaler": self.scaler}
 
     def check_features(self, step: int) -> None:
-        """Raise NumericalError where the last update ruined the encoder, which is then not to be saved."""
+        """Raise NumericalError if the features are not finite after the last update, so that it is not saved."""
         encoder, size = self.student.encoder, self.recipe.local_size
         try:
             encoder.encode(torch.zeros(1, 3, size, size))
         except NumericalError as error:
             raise NumericalError(
-                f"after step {step} the features are not finite, so that this state is not saved. Go on from the last "
-                f"checkpoint with --resume and a smaller --set lr_backbone."
+                f"after step {step} the features are not finite, so this state is not saved. Continue from the "
+                f"last checkpoint with --resume and a smaller --set lr_backbone."
             ) from error
         set_training(self.student)
 
     def schedule(self, step: int) -> dict[str, float]:
-        """Set the optimizer to the learning rates and weight decay of a step; return them with the momentum."""
+        """Set the learning rates and weight decay of a step in the optimizer; return them and the momentum."""
         recipe = self.recipe
         warm = min(1.0, (step + 1) / (recipe.warmup_steps + 1))
         after, steps = max(0, step - recipe.warmup_steps), self.steps - recipe.warmup_steps
@@ -207,7 +209,7 @@ class Trainer:
         return values
 
     def step(self, step: int, batches: Iterator[Any], momentum: float) -> float:
-        """Do one optimizer step on the next batches, one for each part, and return the loss; `facts` has the rest.
+        """Do one optimizer step on the next batches, one for each part, and return the loss; sets `facts`.
 
         Raises BadInputError (too many unusable images) and NumericalError (a loss that is not finite; its batch is
         saved).
@@ -278,8 +280,8 @@ class Trainer:
         torch.save({**vars(batch), "step": step + 1, "loss": value}, content)
         write_whole(path, content.getvalue())
         raise NumericalError(
-            f"the loss of step {step + 1} is {value}. Its images are in {path}; the last checkpoint is untouched. Go "
-            f"on from it with --resume and --set precision=fp32 or a smaller --set lr_backbone."
+            f"the loss of step {step + 1} is {value}. Its images are in {path}; the last checkpoint is unchanged. "
+            f"Continue from it with --resume and --set precision=fp32 or a smaller --set lr_backbone."
         )
 
 

@@ -1,12 +1,12 @@
-"""Views of one image: crops that overlap, colours that vary, and where the crops overlap (Pariza et al., ICLR 2025,
-after Leopart's transforms; the official code's choices).
+"""Views of one image: overlapping crops, colour augmentation, and the boxes of the overlaps (Pariza et al., ICLR 2025,
+based on Leopart's transforms, with the choices of the official code).
 
-Two global and four local crops; no flip, no solarisation. The first two views are the global ones everywhere. Boxes are
-(x1, y1, x2, y2), x right, y down, corners and not pixel centres. All randomness comes from the generator given, so a
-view of an image depends on (seed, epoch, image id) where the caller seeds it by those (`core.rng.item_rng`).
+There are two global and four local crops, without flip or solarisation. The first two views are always the global ones.
+Boxes are (x1, y1, x2, y2), x right, y down, corners and not pixel centres. All randomness comes from the given
+generator, so a view depends on (seed, epoch, image id) if the caller seeds it by these (`core.rng.item_rng`).
 
-Deviations from the official code: rejection sampling of crops ends with an error for images too thin for any pair of
-crops to overlap enough, where the official code loops forever; one generator serves all draws.
+Deviations from the official code: for images that are too thin for sufficiently overlapping crops, rejection sampling
+ends with an error, while the official code loops forever; one generator is used for all draws.
 """
 
 from __future__ import annotations
@@ -51,9 +51,9 @@ class ViewSettings:
 
 @dataclass(frozen=True)
 class Views:
-    """One image's views. global_views: (2, 3, g, g), local_views: (V - 2, 3, l, l), uint8 RGB.
+    """Views of one image. global_views: (2, 3, g, g), local_views: (V - 2, 3, l, l), uint8 RGB.
 
-    gc: (2, V, 4), [i, j] is what crops i and j share, in pixels of view i, a global one.
+    gc: (2, V, 4), [i, j] is the intersection of crops i and j, in pixels of view i, a global one.
     all: (V, 2, 4), [j, i] is the same in pixels of view j.
     """
 
@@ -77,7 +77,7 @@ def shared_boxes(crops: np.ndarray, sizes: tuple[int, ...]) -> tuple[np.ndarray,
 def random_crop(
     width: int, height: int, scale: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Draw a box by the rule of torchvision's RandomResizedCrop: ten attempts, then the largest central one."""
+    """Draw a box by the rule of torchvision's RandomResizedCrop: ten attempts, then the largest central box."""
     for _ in range(10):
         area = width * height * rng.uniform(*scale)
         ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
@@ -91,10 +91,10 @@ def random_crop(
 
 
 def sample_crops(width: int, height: int, settings: ViewSettings, rng: np.random.Generator) -> np.ndarray:
-    """Draw (V, 4) integer boxes in pixels of the image, each sharing enough area with every global one before it.
+    """Draw (V, 4) integer boxes in pixels of the image, each overlapping enough with every previous global one.
 
-    With m = floor(min_overlap * width * height), a local crop shares more than m with both global ones, and the second
-    global one more than 2 m with the first. Raises BadInputError where there are none in `ATTEMPTS` attempts.
+    With m = floor(min_overlap * width * height), a local crop shares more than m pixels with both global ones, and the
+    second global one more than 2 m with the first. Raises BadInputError if `ATTEMPTS` attempts fail.
     """
     least = math.floor(settings.min_overlap * width * height)
     crops: list[tuple[int, int, int, int]] = []
@@ -139,7 +139,7 @@ def vary_colours(image: Image.Image, settings: ViewSettings, rng: np.random.Gene
 
 
 def make_views(image: np.ndarray, settings: ViewSettings, rng: np.random.Generator) -> Views:
-    """Make the views of an image (H, W, 3) uint8 RGB. Raises BadInputError for images too thin to crop."""
+    """Return the views of an image (H, W, 3) uint8 RGB. Raises BadInputError for images too thin to crop."""
     picture = Image.fromarray(image)
     crops = sample_crops(picture.width, picture.height, settings, rng)
     views = []

@@ -1,1 +1,1 @@
-"""Pictures, as arrays and PNG files."""
+"""Pictures of results and features, as arrays and PNG files."""

@@ -1,4 +1,4 @@
-"""`neco_bench.show`: the pictures of a stored result, as an object that notebooks show."""
+"""`neco_bench.show`: the pictures of a stored result, as an object that notebooks display."""
 
 from __future__ import annotations
 
@@ -27,20 +27,20 @@ def show(
     images: Sequence[str] = (),
     **options: Any,
 ) -> Shown:
-    """Draw a stored result: predictions and errors of images, matched points of pairs. The task runs again for them.
+    """Draw a stored result: predictions and errors of images, matched points of pairs. The task runs again.
 
     Args:
         model: a Result, a model as named in the results, or the start of a result's key.
-        task: name or glob that leaves one result.
-        results: results folder in which it is stored.
-        out: where the page and the pictures go, in a folder for this result.
+        task: name or glob that selects one result.
+        results: results folder that contains it.
+        out: output folder for the page and the pictures, in a subfolder for this result.
         worst, best: number of images or pairs with the lowest and the highest scores.
-        images: ids to draw instead of these.
-        options: as for `run` (data_root, weights, device), where they are not those recorded in the result.
+        images: ids to draw instead.
+        options: as for `run` (data_root, weights, device), if they differ from those recorded in the result.
 
     Raises:
-        MissingError: no such result, data or weights.
-        UsageError: several results, or nothing to draw.
+        MissingError: if there is no such result, or data or weights are missing.
+        UsageError: if several results match, or there is nothing to draw.
     """
     store = ResultStore(results)
     if isinstance(model, Result):

@@ -1,4 +1,4 @@
-"""`diagnose`: an encoder's features of a few images of a data set, in numbers and in a picture."""
+"""`diagnose`: describe an encoder's features of a few images of a data set, in numbers and in a picture."""
 
 from __future__ import annotations
 
@@ -21,24 +21,24 @@ from neco_bench.viz import diagnostics
 from neco_bench.viz.draw import WHITE, broken_lines, class_colours, class_legend, draw_keys, font, legend_keys
 from neco_bench.viz.draw_dense import scale_colours
 
-SHOWN, TILE, GAP, LINE = 8, 160, 4, 18  # images in the picture, pixels of a tile, between tiles, of a line of text
+SHOWN, TILE, GAP, LINE = 8, 160, 4, 18  # images in the picture; pixels of a tile, between tiles, of a line of text
 
-EQUAL = 0.05  # norms that differ by less than this share of the median are one: features that a last norm made equal
+EQUAL = 0.05  # norms that differ by less than this share of the median count as equal (normalised features)
 
 
 def diagnose(
     encoder: Encoder, data: SegmentationDataset, size: int, count: int, picture: Path | None = None
 ) -> list[dict[str, Any]]:
-    """One row per diagnostic of the features of `count` images, spread evenly over `data`, at size x size pixels.
+    """Return one row per diagnostic of the features of `count` images of `data`, evenly spread, at size x size pixels.
 
-    picture: PNG with a row per image: the image, its labels, principal components as colours, and norms where they
-    differ. Raises UsageError for fewer than two images or a size below four patches.
+    picture: PNG file to write, with a row per image: the image, its labels, principal components as colours, and norms
+    if they differ. Raises UsageError for fewer than two images or a size below four patches.
     """
     size = encoder.only_size or size - size % (encoder.size_multiple or encoder.stride)
     indices = np.unique(np.linspace(0, len(data) - 1, max(count, 0)).astype(int))
     if len(indices) < 2 or size < 4 * encoder.stride:
         raise UsageError(
-            f"diagnose needs two images and four patches a side; {len(indices)} at {size} pixels were given."
+            f"diagnose needs two images and four patches per side; {len(indices)} at {size} pixels were given."
         )
     maps, shifted, labels, images = [], [], [], []
     for number, index in enumerate(indices):
@@ -66,7 +66,10 @@ def diagnose(
     values = {
         "norm outliers": (diagnostics.norm_outliers(features), "share of patches above 3 x the image's median norm"),
         "effective rank": (diagnostics.effective_rank(features), f"of {encoder.embed_dim} dimensions (RankMe)"),
-        "positional leakage": (diagnostics.positional_leakage(features), "R² of a patch's place from its feature"),
+        "positional leakage": (
+            diagnostics.positional_leakage(features),
+            "R² of a patch's position predicted from its feature",
+        ),
         "neighbour purity": (
             diagnostics.neighbour_purity(features, truth, IGNORE),
             "share of nearest patches, of other images, of the same class",
@@ -77,7 +80,7 @@ def diagnose(
 
 
 def _large(ids: np.ndarray) -> np.ndarray:
-    """Ids of patches at the size of a tile."""
+    """Return ids of patches, enlarged to the size of a tile."""
     return np.asarray(Image.fromarray(ids.astype(np.uint8)).resize((TILE, TILE), Image.Resampling.NEAREST))
 
 
@@ -90,7 +93,7 @@ def draw_diagnosis(
 ) -> Image.Image:
     """Draw images, labels of their patches, principal components and norms, with headings and scales.
 
-    Norms are left out where all are equal, as for features that were normalised: such a panel would say nothing.
+    Norms are left out if all are equal (normalised features), because the panel would show nothing.
     """
     norms = diagnostics.relative_norms(features)
     low, high = float(norms.min()), float(norms.max())
@@ -99,9 +102,11 @@ def draw_diagnosis(
     notes = [f"components: red, green, blue are the first three of all patches, with {shares} of the variance"]
     if high - low > EQUAL:
         panels["norms"] = [scale_colours((own - low) / (high - low)) for own in norms]
-        notes.append(f"norms: of each patch, over the median of its image, dark {low:.2f} to bright {high:.2f}")
+        notes.append(f"norms: of each patch, relative to the median of its image, dark {low:.2f} to bright {high:.2f}")
     else:
-        notes.append(f"norms: not drawn, as all are within {100 * EQUAL:.0f} % of each other (normalised features)")
+        notes.append(
+            f"norms: not drawn, because all are within {100 * EQUAL:.0f} % of each other (normalised features)"
+        )
     step, width = TILE + GAP, len(panels) * (TILE + GAP) - GAP
     heading, words = broken_lines(title, width, 13), [line for note in notes for line in broken_lines(note, width, 13)]
     keys = legend_keys(legend, width)

@@ -1,6 +1,6 @@
 """Diagnostics of dense features: pure functions on feature maps (N, D, h, w) of N images, and on labels of patches.
 
-None is a benchmark score: they say why a score may be what it is.
+They are not benchmark scores, but can help to explain a score.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ from torch import Tensor
 from neco_bench.features.patches import rescaled, unit_length
 from neco_bench.search.exact import ExactIndex
 
-OUTLIER = 3.0  # times the median norm of an image's patches
+OUTLIER = 3.0  # threshold relative to the median norm of an image's patches
 
 
 def norm_outliers(maps: Tensor) -> float:
-    """Share of patches whose L2 norm exceeds OUTLIER times the median of their image.
+    """Return the share of patches whose L2 norm exceeds OUTLIER times the median of their image.
 
-    Artefact tokens as Darcet et al. (*Vision Transformers Need Registers*, ICLR 2024, section 2.1) describe them; they
-    use one absolute threshold for one model, a relative one compares models.
+    These are the artefact tokens of Darcet et al. (*Vision Transformers Need Registers*, ICLR 2024, section 2.1). They
+    use one absolute threshold for one model; a relative threshold allows a comparison of models.
     """
     norms = rescaled(maps, None).flatten(2).norm(dim=1)
     return float((norms > OUTLIER * norms.median(1, keepdim=True).values).float().mean())
 
 
 def effective_rank(maps: Tensor) -> float:
-    """exp of the entropy of the normalised singular values of all patches (RankMe; Garrido et al., ICML 2023, eq. 1).
+    """Return exp(entropy) of the normalised singular values of all patches (RankMe; Garrido et al., ICML 2023, eq. 1).
 
-    At most D; small where features have collapsed.
+    It is at most D, and small for collapsed features.
     """
     singular = torch.linalg.svdvals(_rows(maps).double())
     share = singular / singular.sum() + 1e-7
@@ -37,11 +37,11 @@ def effective_rank(maps: Tensor) -> float:
 
 
 def positional_leakage(maps: Tensor, *, ridge: float = 1e-3) -> float:
-    """How well a linear map reads a patch's place from its feature: R² of ridge regression on x and y in [-1, 1].
+    """Return how well a patch's position is predicted from its feature: R² of ridge regression on x, y in [-1, 1].
 
-    Fitted on the even images, scored on the odd ones; below 0 counts as 0. Content that has a place of its own (sky
-    above) is counted too, so compare encoders on the same images. Cf. Yang et al., *Denoising Vision Transformers*,
-    ECCV 2024, section 3. Needs two images.
+    It is fitted on the even images and scored on the odd ones; values below 0 count as 0. Content with a typical
+    position (sky above) contributes too, so compare encoders on the same images. Cf. Yang et al., *Denoising Vision
+    Transformers*, ECCV 2024, section 3. Needs two images.
     """
     rows, columns = maps.shape[-2:]
     grid = torch.stack(torch.meshgrid(torch.linspace(-1, 1, rows), torch.linspace(-1, 1, columns), indexing="ij"), -1)
@@ -58,10 +58,10 @@ def positional_leakage(maps: Tensor, *, ridge: float = 1e-3) -> float:
 
 
 def neighbour_purity(maps: Tensor, labels: np.ndarray, ignore: int = 255) -> float:
-    """Share of patches whose nearest patch of another image (cosine) has the same label; labels (N, h, w).
+    """Return the share of patches whose nearest patch of another image (cosine) has the same label; labels (N, h, w).
 
-    Patches labelled `ignore` are left out. What in-context retrieval with one neighbour lives on (Balazevic et al.,
-    *Towards In-context Scene Understanding*, NeurIPS 2023). NaN where no image has another to look into.
+    Patches labelled `ignore` are left out. In-context retrieval with one neighbour depends on this (Balazevic et al.,
+    *Towards In-context Scene Understanding*, NeurIPS 2023). NaN if there is only one image.
     """
     features = unit_length(_rows(maps), 1)
     flat = labels.reshape(len(maps), -1)
@@ -82,10 +82,10 @@ def neighbour_purity(maps: Tensor, labels: np.ndarray, ignore: int = 255) -> flo
 
 
 def shift_sensitivity(maps: Tensor, shifted: Tensor) -> float:
-    """1 less the mean cosine of the features of a patch before and after its image moved by one cell to the left.
+    """Return 1 minus the mean cosine of a patch's features before and after its image is shifted left by one cell.
 
-    shifted: maps of images that moved by one stride, (N, D, h, w); columns that entered or left are not compared, nor
-    is a border of one cell. 0 for an encoder that moves with its input (Zhang, *Making Convolutional Networks
+    shifted: maps of images that are shifted by one stride, (N, D, h, w); columns that enter or leave, and a border of
+    one cell, are not compared. It is 0 for a shift-equivariant encoder (Zhang, *Making Convolutional Networks
     Shift-Invariant Again*, ICML 2019).
     """
     before, after = maps[:, :, 1:-1, 2:-1], shifted[:, :, 1:-1, 1:-2]
@@ -93,9 +93,9 @@ def shift_sensitivity(maps: Tensor, shifted: Tensor) -> float:
 
 
 def principal_colours(maps: Tensor) -> np.ndarray:
-    """(N, h, w, 3) uint8: the first three principal components of all patches together as red, green and blue.
+    """Return the first three principal components of all patches as red, green and blue, (N, h, w, 3) uint8.
 
-    Each is stretched from its 1st to its 99th percentile.
+    Each is scaled from its 1st to its 99th percentile.
     """
     rows = _rows(maps).double()
     rows = rows - rows.mean(0)
@@ -109,14 +109,14 @@ def principal_colours(maps: Tensor) -> np.ndarray:
 
 
 def principal_shares(maps: Tensor) -> list[float]:
-    """The shares of the variance of all patches that the components of `principal_colours` hold, the largest first."""
+    """Return the shares of the variance explained by the components of `principal_colours`, the largest first."""
     rows = _rows(maps).double()
     variances = torch.linalg.eigvalsh((rows - rows.mean(0)).T @ (rows - rows.mean(0))).flip(0).clamp_min(0)
     return [float(share) for share in variances[:3] / variances.sum().clamp_min(1e-300)]
 
 
 def relative_norms(maps: Tensor) -> np.ndarray:
-    """(N, h, w): the L2 norm of each patch relative to the median of its image."""
+    """Return the L2 norm of each patch relative to the median of its image, (N, h, w)."""
     norms = rescaled(maps, None).norm(dim=1)
     relative = norms / norms.flatten(1).median(1).values[:, None, None].clamp_min(1e-12)
     return relative.cpu().double().numpy()

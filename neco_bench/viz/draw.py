@@ -18,30 +18,30 @@ from neco_bench.features.transforms import resize_nearest_pil
 
 BOX, WIDE_BOX = (240, 180), (500, 180)  # pixels of thumbnails
 
-SMALL, LARGE = 480, 1024  # least and most pixels of the longer side of a picture
+SMALL, LARGE = 480, 1024  # minimum and maximum pixels of the longer side of a picture
 
 GAP, LINE = 6, 20
 
-# Blue and vermilion, which those tell apart who do not tell red from green; what is wrong has broken lines or a cross
-# besides.
+# Blue and vermilion can also be distinguished by people with red-green colour blindness; errors also have broken lines
+# or a cross.
 RIGHT, WRONG, WHITE = (0, 114, 178), (214, 60, 0), (255, 255, 255)
 
-# What is not scored is hatched, so that it is seen on white, on black and beside classes of any colour.
+# Pixels that are not scored are hatched, so that they are visible on white, on black and next to any class colour.
 VOID, HATCH = WHITE, (90, 90, 90)
 
-NOT_SCORED = "void: not scored"  # the name of what is hatched, in legends
+NOT_SCORED = "void: not scored"  # the name of hatched areas in legends
 
-# The ground of pictures with text: transparent in the files. TEXT is read on white and on black.
+# The background of pictures with text is transparent in the files. TEXT is readable on white and on black.
 PAPER, TEXT, BETWEEN = (254, 255, 254), (118, 118, 118), (128, 128, 128)
 
-NEIGHBOURS, VIEW, PARTS = 5, 64, 8  # neighbours of a patch, pixels of each, and samples a side that judge a patch
+NEIGHBOURS, VIEW, PARTS = 5, 64, 8  # neighbours of a patch, pixels of each, and samples per side to classify a patch
 
 
 @dataclass(frozen=True)
 class Tile:
     """One picture (H, W, 3) uint8, or frames (T, H, W, 3) of an animation.
 
-    kind: "photo" (stored as JPEG), "map" (enlarged without blur), "wide" or "animation".
+    kind: "photo" (stored as JPEG), "map" (enlarged without smoothing), "wide" or "animation".
     """
 
     title: str
@@ -59,14 +59,14 @@ class PictureRow:
 
 
 def hatched(colours: np.ndarray, void: np.ndarray) -> np.ndarray:
-    """Hatch a picture (H, W, 3) where `void` (H, W)."""
+    """Hatch a picture (H, W, 3) at the pixels of `void` (H, W)."""
     y, x = np.indices(void.shape)
     lines = np.where(((x + y) % 8 < 2)[..., None], HATCH, VOID)
     return np.where(void[..., None], lines, colours).astype(np.uint8)
 
 
 def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8: the image (H, W, 3) in pale grey, vermilion where the prediction is wrong, void hatched."""
+    """Return the image (H, W, 3) in pale grey, with errors in vermilion and void hatched, (H, W, 3) uint8."""
     grey = (image.mean(2, keepdims=True) * 0.6 + 90).astype(np.uint8).repeat(3, axis=2)
     wrong, void = prediction != truth, truth == IGNORE
     grey[wrong] = (0.25 * grey[wrong] + 0.75 * np.array(WRONG)).astype(np.uint8)
@@ -74,16 +74,17 @@ def error_map(image: np.ndarray, truth: np.ndarray, prediction: np.ndarray) -> n
 
 
 def distinct_colours(count: int) -> np.ndarray:
-    """(count, 3) uint8: hues a golden angle apart, in three lightnesses."""
+    """Return colours (count, 3) uint8 with hues a golden angle apart, in three lightnesses."""
     hues = [(0.618034 * i) % 1 for i in range(count)]
     rows = [colorsys.hls_to_rgb(hue, (0.45, 0.65, 0.3)[i % 3], 0.7) for i, hue in enumerate(hues)]
     return (np.array(rows) * 255).round().astype(np.uint8)
 
 
 def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns: int) -> list[int]:
-    """Two patches (row-major numbers) of an image: the one that is most wrong, and the one that is most right.
+    """Return two patches (row-major indices) of an image: the one with most errors, and the one with fewest.
 
-    Of equal ones the nearest to the middle; of patches that are at least half labelled. Fewer where there are none.
+    Only patches that are at least half labelled are used; ties go to the patch nearest to the centre. Fewer are
+    returned if there are none.
     """
     small = [
         patchify(resize_nearest_pil(m.astype(np.uint8), rows * PARTS, columns * PARTS), PARTS).numpy()
@@ -102,21 +103,21 @@ def query_patches(truth: np.ndarray, prediction: np.ndarray, rows: int, columns:
 
 
 def class_colours(dataset: SegmentationDataset, ids: np.ndarray) -> np.ndarray:
-    """The data set's colours (H, W, 3) of class ids (H, W), hatched where they are void."""
+    """Return the data set's colours (H, W, 3) of class ids (H, W), with void hatched."""
     palette = np.full((256, 3), 128, np.uint8)
     palette[: len(dataset.classes)] = dataset.palette
     return hatched(palette[ids], ids == IGNORE)
 
 
 def class_legend(dataset: SegmentationDataset, maps: Sequence[np.ndarray]) -> list[tuple[str, tuple[int, ...]]]:
-    """The colours of the classes in some maps of class ids, and how void is drawn where there is some."""
+    """Return the legend for the classes in some maps of class ids, including void if there is any."""
     present = sorted({int(own) for ids in maps for own in np.unique(ids)})
     legend = [(dataset.classes[c], tuple(dataset.palette[c].tolist())) for c in present if c < len(dataset.classes)]
     return [*legend, *([(NOT_SCORED, VOID)] if IGNORE in present else [])]
 
 
 def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[str, Any], caption: str) -> PictureRow:
-    """Draw an image with its truth, its prediction and where they differ, side by side."""
+    """Draw an image, its ground truth, its prediction and the errors, side by side."""
     image = predicted["image"] if "image" in predicted else dataset[dataset.ids.index(name)].image
     side = min(max(SMALL, *image.shape[:2]), LARGE)
     image = fitted(image, (side, side), Image.Resampling.BICUBIC)
@@ -151,7 +152,7 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[s
 def _strip(
     image: np.ndarray, predicted: dict[str, Any], patch: int, rows: int, columns: int, classes: Sequence[str]
 ) -> np.ndarray:
-    """A patch and its nearest neighbours, each amid what is around it, the frame saying whether the class is right."""
+    """Draw a patch and its nearest neighbours with their surroundings; frames show whether the class is correct."""
     height, width = image.shape[0] / rows, image.shape[1] / columns
     row, column = divmod(patch, columns)
     canvas = np.pad(image, ((round(height),) * 2, (round(width),) * 2, (0, 0)))
@@ -166,7 +167,7 @@ def _strip(
     step = VIEW + 18
     strip = Image.new("RGB", (len(views) * step, VIEW + 12 + 12 * max(map(len, lines))), PAPER)
     draw = ImageDraw.Draw(strip)
-    draw.fontmode = "1"  # without half-tones, which would be seen on a dark page
+    draw.fontmode = "1"  # without antialiasing, which would be visible on a dark page
     for i, (view, _, colour) in enumerate(views):
         draw.rectangle((i * step, 0, i * step + VIEW + 5, VIEW + 5), fill=colour)
         strip.paste(Image.fromarray(view).resize((VIEW, VIEW), Image.Resampling.BICUBIC), (i * step + 3, 3))
@@ -180,7 +181,7 @@ def _strip(
 
 
 def broken_lines(text: str, width: int, size: int) -> list[str]:
-    """Break a text in a size of the font into lines of at most so many pixels, after spaces where there are any."""
+    """Break a text into lines of at most `width` pixels in a font size, at spaces if possible."""
     lines, own = [""], font(size)
     for word in text.replace(" ", " \0").split("\0"):
         if lines[-1] and own.getlength(lines[-1] + word) > width:
@@ -193,14 +194,14 @@ def broken_lines(text: str, width: int, size: int) -> list[str]:
 
 
 def _cross(draw: ImageDraw.ImageDraw, x: float, y: float) -> None:
-    """A cross that marks what is wrong."""
+    """Draw a cross that marks an error."""
     for colour, width in ((WHITE, 5), (WRONG, 2)):
         for side in (-1, 1):
             draw.line((x - 5, y - 5 * side, x + 5, y + 5 * side), fill=colour, width=width)
 
 
 def _line(draw: ImageDraw.ImageDraw, ends: tuple[float, ...], right: bool, width: int) -> None:
-    """A line (x0, y0, x1, y1): whole and in RIGHT, or broken and in WRONG."""
+    """Draw a line (x0, y0, x1, y1): solid in RIGHT, or broken in WRONG."""
     if right:
         draw.line(ends, fill=RIGHT, width=width)
         return
@@ -224,7 +225,7 @@ def _outlined(image: np.ndarray, patches: Sequence[int], rows: int, columns: int
 
 
 def draw_hits(predicted: dict[str, Any], alpha: float, strict: bool) -> np.ndarray:
-    """Say for each of P points whether it lies within `alpha` of the side, the bound itself unless `strict`."""
+    """Return for each of P points whether it is within `alpha` of the side, including the bound unless `strict`."""
     limit = alpha * predicted["side"]
     return predicted["errors"] < limit if strict else predicted["errors"] <= limit
 
@@ -244,14 +245,14 @@ def draw_matches(
     hits: np.ndarray,
     thickness: int = 4,
 ) -> np.ndarray:
-    """Draw two images (H, W, 3) beside each other, with a line from each point to where it was found, broken if missed.
+    """Draw two images (H, W, 3) side by side, with a line from each point to its match, broken if it is wrong.
 
     Args:
         pair: the images.
-        points: (P, 2) each, (x, y) pixels: where points are in the first image, were found in the second, and should
-            be, where a ring is drawn for those that were missed.
-        hits: (P,) bool, which were found.
-        thickness: of the lines in pixels.
+        points: (P, 2) each, (x, y) pixels: points in the first image, their matches in the second, and their true
+            positions, which get a ring if the match is wrong.
+        hits: (P,) bool, whether matches are correct.
+        thickness: of the lines, in pixels.
     """
     half = (LARGE // 2, LARGE // 2)
     images = [fitted(image, half, Image.Resampling.BICUBIC) for image in pair]
@@ -278,7 +279,7 @@ def draw_matches(
 
 
 def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str, Any]) -> PictureRow:
-    """Draw the attention of an image, what of it is taken for foreground, and the ground truth."""
+    """Draw the attention of an image, its foreground, and the ground truth."""
     image = fitted(dataset[dataset.ids.index(name)].image, (SMALL, SMALL), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
     score = predicted["score"]
@@ -295,7 +296,7 @@ def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str,
 
 
 def draw_boxes(dataset: BoxDataset, name: str, predicted: dict[str, Any], right: bool) -> PictureRow:
-    """Draw the boxes of the objects in white and the predicted one, whole if right; its region; what it came from."""
+    """Draw the boxes of the objects in white, the predicted box (solid if correct), its region, and the features."""
     pixels = dataset.read_image(name)
     image = fitted(pixels, (LARGE // 2, LARGE // 2), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
@@ -320,12 +321,12 @@ def draw_boxes(dataset: BoxDataset, name: str, predicted: dict[str, Any], right:
 
 
 def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
-    """(H, W) integers below 256, or (H, W, 3) colours, to another size, nearest."""
+    """Resize (H, W) integers below 256, or (H, W, 3) colours, by the nearest rule."""
     return np.asarray(Image.fromarray(values.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
 
 
 def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
-    """Pixels at the largest size that fits the box (width, height), the aspect kept."""
+    """Resize pixels to the largest size that fits the box (width, height), keeping the aspect ratio."""
     height, width = pixels.shape[:2]
     scale = min(box[0] / width, box[1] / height)
     size = (max(1, round(width * scale)), max(1, round(height * scale)))
@@ -333,7 +334,7 @@ def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> 
 
 
 def thumbnail(tile: Tile) -> np.ndarray:
-    """A small picture (h, w, 3), or 4 where its ground is transparent, of a tile; of an animation its middle frame."""
+    """Return a thumbnail (h, w, 3) of a tile, or (h, w, 4) with transparency; for an animation, its middle frame."""
     if tile.kind == "animation":
         return fitted(tile.pixels[len(tile.pixels) // 2], BOX, Image.Resampling.LANCZOS)
     rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
@@ -341,7 +342,7 @@ def thumbnail(tile: Tile) -> np.ndarray:
 
 
 def clear(tile: Tile) -> np.ndarray:
-    """The pixels of a tile; of one with text (H, W, 4), its ground transparent."""
+    """Return the pixels of a tile; with text (H, W, 4), with a transparent background."""
     ground = (tile.pixels == PAPER).all(-1)
     if tile.kind != "wide" or not ground.any():
         return tile.pixels
@@ -353,7 +354,7 @@ def _box(tile: Tile) -> tuple[int, int]:
 
 
 def font(size: int) -> Any:
-    """The font of all pictures."""
+    """Return the font of all pictures."""
     return ImageFont.load_default(size)
 
 
@@ -365,7 +366,7 @@ def encode_image(pixels: np.ndarray, photo: bool) -> bytes:
 
 
 def encode_animation(frames: np.ndarray, milliseconds: int = 125) -> bytes:
-    """A GIF that repeats frames (T, H, W, 3)."""
+    """Encode frames (T, H, W, 3) as a repeating GIF."""
     buffer = io.BytesIO()
     first, *others = [Image.fromarray(frame) for frame in frames]
     first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
@@ -373,7 +374,7 @@ def encode_animation(frames: np.ndarray, milliseconds: int = 125) -> bytes:
 
 
 def draw_grid(rows: Sequence[PictureRow], title: str, legend: Sequence[tuple[str, tuple[int, ...]]] = ()) -> np.ndarray:
-    """All rows as one picture: headings, above each row its name and caption, and below what the colours mean."""
+    """Draw all rows as one picture: headings, name and caption above each row, and the legend below."""
     longest = max(rows, key=lambda row: len(row.tiles))
     small = [[thumbnail(tile) for tile in row.tiles] for row in rows]
     widths = [max([140, *(row[i].shape[1] for row in small if i < len(row))]) + GAP for i in range(len(longest.tiles))]
@@ -391,18 +392,18 @@ def draw_grid(rows: Sequence[PictureRow], title: str, legend: Sequence[tuple[str
     for number, row in enumerate(rows):
         top = 2 * LINE + number * step
         draw.text((2, top + 2), f"{row.name}  {row.caption}", fill=(0, 0, 0), font=font(13))
-        for i, picture in enumerate(small[number]):  # a row may have fewer than the headings
+        for i, picture in enumerate(small[number]):  # a row may have fewer pictures than headings
             shown = Image.fromarray(picture)
             grid.paste(shown, (int(lefts[i]), top + LINE), shown if shown.mode == "RGBA" else None)
     draw_keys(grid, keys, top_of_keys)
     return np.asarray(grid)
 
 
-Key = tuple[int, int, str, tuple[int, ...]]  # of a legend: line, x, name and colour
+Key = tuple[int, int, str, tuple[int, ...]]  # entry of a legend: line, x, name and colour
 
 
 def legend_keys(legend: Sequence[tuple[str, tuple[int, ...]]], width: int) -> list[Key]:
-    """Place the entries of a legend in lines of a width."""
+    """Arrange the entries of a legend in lines of a width."""
     line, x, keys = 0, 2, []
     for name, colour in legend:
         room = 30 + round(font(13).getlength(name))

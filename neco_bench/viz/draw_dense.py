@@ -10,17 +10,17 @@ from PIL import Image
 from neco_bench.metrics.dense import angles
 from neco_bench.viz.draw import LARGE, NOT_SCORED, SMALL, VOID, PictureRow, Tile, fitted, hatched
 
-RELATIVE, ANGLE = 0.25, 45.0  # errors from which on their colour is the last one: a share of the depth, degrees
+RELATIVE, ANGLE = 0.25, 45.0  # errors with the last colour of the scale: share of the depth, degrees
 
 
 def depth_colours(depth: np.ndarray, low: float, high: float) -> np.ndarray:
-    """Colours (H, W, 3) of depth (H, W) from `low` (bright) to `high` (dark); hatched where it is 0."""
+    """Return colours (H, W, 3) of depth (H, W) from `low` (bright) to `high` (dark); 0 is hatched."""
     share = 1 - np.clip((depth - low) / max(high - low, 1e-9), 0, 1)
     return hatched(scale_colours(share), depth <= 0)
 
 
 def normal_colours(normals: np.ndarray, flip: bool) -> np.ndarray:
-    """Colours (H, W, 3) of directions (H, W, 3): red right, green up, blue to the camera; hatched where they are 0.
+    """Return colours (H, W, 3) of directions (H, W, 3): red right, green up, blue to the camera; 0 is hatched.
 
     flip: y is down and z away from the camera in these numbers.
     """
@@ -32,13 +32,13 @@ def normal_colours(normals: np.ndarray, flip: bool) -> np.ndarray:
 
 
 def error_colours(error: np.ndarray, valid: np.ndarray, limit: float) -> np.ndarray:
-    """Colours (H, W, 3) of errors (H, W), dark at 0, bright from `limit` on; hatched where nothing is scored."""
+    """Return colours (H, W, 3) of errors (H, W), dark at 0, bright from `limit` on; pixels not scored are hatched."""
     return hatched(scale_colours(np.clip(error / limit, 0, 1)), ~valid)
 
 
 def scale_colours(share: np.ndarray) -> np.ndarray:
-    """OpenCV's inferno, RGB, of numbers in [0, 1]."""
-    import cv2  # here, as it takes a tenth of a second to import
+    """Return the colours of OpenCV's inferno (RGB) for numbers in [0, 1]."""
+    import cv2  # imported here because it takes a tenth of a second
 
     levels = np.rint(255 * share).astype(np.uint8)
     colours: np.ndarray = cv2.applyColorMap(levels, cv2.COLORMAP_INFERNO)[..., ::-1]
@@ -46,13 +46,13 @@ def scale_colours(share: np.ndarray) -> np.ndarray:
 
 
 def draw_dense(name: str, predicted: dict[str, Any], kind: str, caption: str) -> PictureRow:
-    """Image, ground truth, prediction and errors of one image.
+    """Draw image, ground truth, prediction and errors of one image.
 
     Args:
         name: its id.
         predicted: what the family recorded: `image`, `truth` and `prediction`.
         kind: "depth" or "normals".
-        caption: beside its name.
+        caption: text next to its name.
     """
     image, truth, prediction = (predicted[part] for part in ("image", "truth", "prediction"))
     if kind == "depth":
@@ -79,7 +79,7 @@ def draw_dense(name: str, predicted: dict[str, Any], kind: str, caption: str) ->
 
 
 def dense_legend(kind: str) -> list[tuple[str, tuple[int, ...]]]:
-    """What the colours mean."""
+    """Return the legend of the colours."""
     ends = scale_colours(np.array([[0.0, 1.0]]))[0].tolist()
     dark, bright = tuple(ends[0]), tuple(ends[1])
     if kind == "depth":

@@ -1,4 +1,4 @@
-"""Drawing of tracks: frames over time as a strip, scores by frame, and an animated picture."""
+"""Drawing of clips: frames over time as a strip, scores by frame, and an animated picture."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from neco_bench.data.video import VideoDataset
 from neco_bench.metrics.video import boundary_map
 from neco_bench.viz.draw import GAP, PAPER, TEXT, WHITE, PictureRow, Tile, distinct_colours, fitted, font
 
-FRAMES, ANIMATED = 6, 24  # at most, of a strip and of an animated picture
+FRAMES, ANIMATED = 6, 24  # maximum frames of a strip and of an animated picture
 
 
 STRIP, ANIMATION = (200, 150), (480, 360)  # pixels of the frames of the two
@@ -26,12 +26,12 @@ GREY, RULE = (150, 150, 150), (190, 190, 190)
 
 
 def object_colours(count: int) -> np.ndarray:
-    """(count + 1, 3) uint8: background, then the objects in hues that lie apart."""
+    """Return colours (count + 1, 3) uint8: background, then the objects in different hues."""
     return np.concatenate([np.zeros((1, 3), np.uint8), distinct_colours(count).reshape(-1, 3)])
 
 
 def overlaid(image: np.ndarray, mask: np.ndarray, box: tuple[int, int]) -> np.ndarray:
-    """A frame (H, W, 3) with the objects of a mask (H, W) in their colours, white at their borders, fitted to a box."""
+    """Return a frame (H, W, 3) with the objects of a mask (H, W) in colour, with white borders, fitted to a box."""
     small = fitted(image, box, Image.Resampling.BICUBIC)
     ids = np.asarray(Image.fromarray(mask).resize(small.shape[1::-1], Image.Resampling.NEAREST))
     ids = np.where(ids == IGNORE, np.uint8(0), ids)
@@ -43,14 +43,14 @@ def overlaid(image: np.ndarray, mask: np.ndarray, box: tuple[int, int]) -> np.nd
 
 
 def draw_clip(dataset: VideoDataset, name: str, predicted: dict[str, Any], caption: str) -> PictureRow:
-    """A strip of ground truth above prediction, J&F by frame, and both side by side as an animated picture.
+    """Draw a strip of ground truth above prediction, J&F by frame, and both side by side as an animation.
 
     Args:
-        dataset: of the clip.
+        dataset: the data set of the clip.
         name: its id.
         predicted: what the family recorded: `truth` and `prediction`, masks of all frames; `scores` (2, objects, T),
-            J&F after the first frame, of the prediction and of the first mask left as it is.
-        caption: beside its name.
+            J&F after the first frame, of the prediction and of the unchanged first mask.
+        caption: text next to its name.
     """
     clip = dataset.clip(dataset.ids.index(name))
     count = len(predicted["truth"])
@@ -78,19 +78,19 @@ def draw_clip(dataset: VideoDataset, name: str, predicted: dict[str, Any], capti
 
 
 def _with_gap(frame: np.ndarray) -> np.ndarray:
-    """A frame with a gap to its right and below."""
+    """Return a frame with a gap to its right and below."""
     wide = np.full((frame.shape[0] + GAP, frame.shape[1] + GAP, 3), PAPER, np.uint8)
     wide[:-GAP, :-GAP] = frame
     return wide
 
 
 def plot_scores(scores: np.ndarray) -> np.ndarray:
-    """Lines of the scores (2, objects, T) in [0, 1] over frames, in the objects' colours; the second side in grey."""
+    """Plot the scores (2, objects, T) in [0, 1] over frames, in the objects' colours; the second set in grey."""
     width, height = PLOT
     left, top, bottom = 34, 6, height - 18
     plot = Image.new("RGB", PLOT, PAPER)
     draw = ImageDraw.Draw(plot)
-    draw.fontmode = "1"  # without half-tones, which would be seen on a dark page
+    draw.fontmode = "1"  # without antialiasing, which would be visible on a dark page
     frames = scores.shape[2]
 
     def place(t: int, value: float) -> tuple[float, float]:

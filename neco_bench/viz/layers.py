@@ -1,4 +1,4 @@
-"""`show --layers`: the scores of `run --layers all` against the layer, one picture and one page per task."""
+"""`show --layers`: the scores of `run --layers all` by layer, one picture and one page per task."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ from neco_bench.reports.render import render
 from neco_bench.results.schema import Result
 from neco_bench.viz.draw import RIGHT, WHITE, broken_lines, encode_image, font
 
-# One layer alone, also of an encoder that takes inputs of one size.
+# A single layer, also of an encoder that accepts one input size only.
 _ONE_LAYER = re.compile(r"(?P<model>.*)\[layers=(?P<layer>\d+)\](\[input=\d+\])?")
 
 BAND, LINES, INK, PALE = (200, 222, 238), (228, 228, 228), (0, 0, 0), (90, 90, 90)
 
 WIDTH, HEIGHT = 960, 540
-LEFT, END, TOP, BOTTOM = 76, WIDTH - 28, 84, HEIGHT - 62  # of the axes
-SHARP = 3  # times as large it is drawn, for smooth lines
+LEFT, END, TOP, BOTTOM = 76, WIDTH - 28, 84, HEIGHT - 62  # limits of the axes
+SHARP = 3  # factor by which the plot is drawn larger, for smooth lines
 
-TICKS = 8  # of the scores, at most one more
+TICKS = 8  # number of ticks of the scores (at most one more)
 
 
 @dataclass(frozen=True)
 class LayerScore:
-    """The score of a layer, the mean over `repeats` seeds or draws; low and high are NaN without an interval."""
+    """The score of a layer, averaged over `repeats` seeds or draws; low and high are NaN without an interval."""
 
     layer: int
     value: float
@@ -48,7 +48,7 @@ class LayerScore:
 
 @dataclass(frozen=True)
 class LayerCurve:
-    """The scores of a model on a task (task@protocol), by layer. lacking: layers whose results failed or disagree."""
+    """The scores of a model on a task (task@protocol), by layer. lacking: layers whose results failed or conflict."""
 
     model: str
     column: str
@@ -59,7 +59,7 @@ class LayerCurve:
 
     @property
     def best(self) -> LayerScore:
-        """The best score; of equal ones that of the first layer."""
+        """The best score; the first layer in a tie."""
         return max(self.scores, key=lambda score: self.metric.sign * score.value)
 
     @property
@@ -78,15 +78,15 @@ class LayerCurve:
 
 
 def layer_curves(results: Iterable[Result], model: str, tasks: Sequence[str]) -> list[LayerCurve]:
-    """Arrange the results of single layers of a model as curves, one per task, protocol and weights.
+    """Return the results of single layers of a model as curves, one per task, protocol and weights.
 
     Args:
-        results: stored ones of any model.
-        model: its name without layers.
-        tasks: names or globs; none means all.
+        results: stored results of any models.
+        model: the name of the model without layers.
+        tasks: names or globs; all if empty.
 
     Raises:
-        MissingError: where there are none.
+        MissingError: if there are no results.
     """
     layers: dict[str, tuple[Result, int]] = {}
     for result in results:
@@ -104,7 +104,7 @@ def layer_curves(results: Iterable[Result], model: str, tasks: Sequence[str]) ->
     curves = [curve for curve in curves if curve.scores]
     if not curves:
         raise MissingError(
-            f"No results of single layers of {model!r}{' on these tasks' if tasks else ''}. Make them: "
+            f"No results of single layers of {model!r}{' on these tasks' if tasks else ''}. Compute them: "
             f"neco-bench run --model {model} --task TASK --layers all"
         )
     return curves
@@ -123,7 +123,7 @@ def _curve(model: str, column: str, cells: list[tuple[int, Any]]) -> LayerCurve:
 
 
 def show_layers(curve: LayerCurve, out: Path) -> Path:
-    """Write the page of a curve, `index.html`, with `layers.png` beside it, into a folder in `out`. Returns it."""
+    """Write the page of a curve, `index.html`, and `layers.png` into a folder in `out`; return the page's path."""
     folder = out / slug(curve.model) / f"{slug(curve.column)}-layers"
     metric = curve.metric
     rows = [
@@ -137,7 +137,7 @@ def show_layers(curve: LayerCurve, out: Path) -> Path:
 
 
 def draw_layers(curve: LayerCurve) -> np.ndarray:
-    """Draw a curve (H, W, 3) uint8: scores by layer, their 95 % intervals as a band, the best one in a ring."""
+    """Draw a curve (H, W, 3) uint8: scores by layer, their 95 % intervals as a band, and a ring at the best one."""
     picture = Image.new("RGB", (SHARP * WIDTH, SHARP * HEIGHT), WHITE)
     draw = ImageDraw.Draw(picture)
 
@@ -176,7 +176,7 @@ def draw_layers(curve: LayerCurve) -> np.ndarray:
         text(across(layer), BOTTOM + 10, str(layer), "ma", 13, PALE)
     text((LEFT + END) / 2, HEIGHT - 14, "layer", "ms", 14, PALE)
 
-    for one, other in itertools.pairwise(curve.scores):  # a gap where one has no interval
+    for one, other in itertools.pairwise(curve.scores):  # a gap if a score has no interval
         ends = [(one.layer, one.low), (other.layer, other.low), (other.layer, other.high), (one.layer, one.high)]
         if other.layer == one.layer + 1 and not any(math.isnan(value) for _, value in ends):
             draw.polygon([(SHARP * across(layer), SHARP * up(value)) for layer, value in ends], fill=BAND)
@@ -193,10 +193,10 @@ def draw_layers(curve: LayerCurve) -> np.ndarray:
 
 
 def _ticks(curve: LayerCurve) -> list[float]:
-    """Round numbers, in the unit of the axis, from below the lowest end of an interval to above the highest."""
+    """Return round numbers, in the unit of the axis, that cover all intervals."""
     values = [v for score in curve.scores for v in (score.value, score.low, score.high) if not math.isnan(v)]
     low, high = (curve.metric.scale * end for end in (min(values), max(values)))
-    least = 10.0**-curve.metric.digits  # what tables print
+    least = 10.0**-curve.metric.digits  # the resolution of tables
     if high - low < least:
         low, high = low - least, high + least
     power = 10.0 ** math.floor(math.log10((high - low) / TICKS))

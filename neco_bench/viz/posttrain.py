@@ -1,4 +1,4 @@
-"""`posttrain-report`: a model before and after training, on the same images, from ordinary stored results."""
+"""`posttrain-report`: compare a model before and after training on the same images, from ordinary stored results."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from neco_bench.runner.job import Job, job_of, plan_all
 from neco_bench.runner.options import RunOptions
 from neco_bench.viz.show import show
 
-QUICK = ("ic", "knn", "cluster_gt", "correspondence")  # endings of the tasks that are run where none is named
+QUICK = ("ic", "knn", "cluster_gt", "correspondence")  # endings of the default tasks
 
 
 @dataclass(frozen=True)
 class PosttrainOptions:
-    """What a report holds.
+    """Options for the content of a report.
 
-    layers: inner layers to compare, None for the quarters of a ViT, () for none. layer_task: on which; default: the
-    first. images: pictures of so many items that gain most, and that lose most, of each task. every: compare the
-    checkpoints of the run whose steps are multiples of it. base_weights, weights: files of the two models.
+    layers: inner layers to compare, None for the quarters of a ViT, () for none. layer_task: the task for the layers;
+    default: the first. images: number of items per task to draw of those that gain most, and that lose most. every:
+    compare the checkpoints of the run whose steps are multiples of it. base_weights, weights: files of the two models.
     """
 
     layers: tuple[int, ...] | None = None
@@ -55,7 +55,7 @@ class PosttrainOptions:
 
 @dataclass(frozen=True)
 class PosttrainReport:
-    """What was written: the page, and what stands in it; notebooks show the table of tasks."""
+    """The written page and its content; notebooks show the table of tasks."""
 
     page: Path
     sections: tuple[Section, ...]
@@ -71,7 +71,7 @@ class PosttrainReport:
 
 
 def default_tasks(data_root: str | Path | None = None) -> list[str]:
-    """List quick tasks of several families on `shapes` and on every data set of one's own."""
+    """Return quick tasks of several families on `shapes` and on every user-defined data set."""
     names = all_cards(data_root)[0]
     return [
         f"{data}_{end}" for data in ("shapes", *own_datasets(data_root)) for end in QUICK if f"{data}_{end}" in names
@@ -88,19 +88,19 @@ def posttrain_report(
     run: RunOptions | None = None,
     **options: Any,
 ) -> PosttrainReport:
-    """Compare a model before and after training and write the report; what is stored is not computed again.
+    """Compare a model before and after training and write the report; stored results are reused.
 
     Args:
-        base: model spec of the start.
-        tuned: run folder of `train`, which also gives the curve and the cost, or any model spec.
-        tasks: names or globs; none: quick ones on `shapes` and on data sets of one's own.
+        base: spec of the model before training.
+        tuned: run folder of `train`, which also provides the curve and the cost, or any model spec.
+        tasks: names or globs; default: quick tasks on `shapes` and on user-defined data sets.
         out: folder of the report: `report.html`, `.md`, `.tex`, CSV files, pictures.
-        results: results folder, read and written.
-        run: how to run the tasks.
+        results: results folder to read and to write.
+        run: options for running the tasks.
         options: fields of `PosttrainOptions` (layers, layer_task, images, every, base_weights, weights).
 
     Raises:
-        NecoBenchError: that of the first task that failed, where none can be compared; as `run`.
+        NecoBenchError: the error of the first failed task, if no task can be compared; see also `run`.
     """
     making = _Making(base, tuned, ResultStore(results), run or RunOptions(), PosttrainOptions(**options), Path(out))
     names = [tasks] if isinstance(tasks, str) else list(tasks)
@@ -137,7 +137,7 @@ class _Making:
                 "sizes",
                 "By size of the object",
                 [({"task": p.name}, comparing.compare_sizes(p)) for p in pairs if "confusion" in p.first_arrays],
-                f"A region is all that one class covers in one image. {note}",
+                f"A region is all pixels of one class in one image. {note}",
             ),
             comparison_section(
                 "classes",
@@ -159,7 +159,7 @@ class _Making:
     def results(
         self, model: str, tasks: list[Task], problems: list[str], **changes: Any
     ) -> dict[ResultKey, StoredResult]:
-        """Run what is not stored, and return the results by what two must share."""
+        """Run jobs that are not stored, and return the results by `result_key`."""
         return self.run_jobs(self.plan(model, tasks, **changes), problems)
 
     def plan(self, model: str, tasks: list[Task], **changes: Any) -> list[Job]:
@@ -208,7 +208,7 @@ class _Making:
         tasks: list[Task],
         problems: list[str],
     ) -> Section:
-        """Compare the stored checkpoints with the base, and each with the best one of its task."""
+        """Compare the stored checkpoints with the base model, and with the best checkpoint of each task."""
         every, title = self.options.every, "Checkpoints"
         if folder is None or every is None:
             return plain_section("checkpoints", title, [])
@@ -220,19 +220,19 @@ class _Making:
                 by_step[step] = self.results(str(file.parent), tasks, problems)
         if len(by_step) == 1:
             problems.append(
-                f"--every {every}: {folder} has no other checkpoint of such steps. `train --keep-every` keeps them."
+                f"--every {every}: {folder} has no other checkpoint at these steps. `train --keep-every` keeps them."
             )
         rows: list[dict[str, Any]] = []
         for place in of_tuned:
             rows += _checkpoint_rows(place, of_base, by_step)
         note = (
-            "Each with the base, p adjusted over the checkpoints of a task. Best: by value; the others are compared "
-            "with it likewise. The best was chosen on these images, so that its value is somewhat too high."
+            "Each checkpoint is compared with the base; p is adjusted over the checkpoints of a task. Best: by value; "
+            "the others are compared with it too. It is selected on these images, so its value is slightly too high."
         )
         return plain_section("checkpoints", title, rows, note)
 
     def training(self, folder: Path | None, report: Report) -> list[Section]:
-        """The curve and the cost of a run, from its log."""
+        """Return the curve and the cost of a run, from its log."""
         log = Table(folder / "log.csv").rows() if folder else None
         if folder is None or log is None or not len(log):
             return []
@@ -255,15 +255,15 @@ class _Making:
             ),
             "data": settings["data"],
         }
-        note = "From log.csv: the hours of the steps, without evaluation and checkpoints."
+        note = "From log.csv. Hours are those of the steps, without evaluation and checkpoints."
         scores = Table(folder / "eval.csv").rows().to_dict("records")
         return [
             plain_section("training", "Training", [{"": name, "value": value} for name, value in facts.items()], note),
-            plain_section("scores", "Scores while training", scores),
+            plain_section("scores", "Scores during training", scores),
         ]
 
     def items(self, pairs: list[ResultPair], report: Report) -> Section:
-        """The items that change most of each task, and their pictures."""
+        """Return the items of each task that change most, and their pictures."""
         rows: list[dict[str, Any]] = []
         for pair in pairs:
             sign, metric = pair.first.metric().sign, pair.first.metric()
@@ -281,12 +281,12 @@ class _Making:
                     report.pictures += self.pictures(pair, chosen, metric.text)
                 except NecoBenchError as error:
                     report.problems.append(f"pictures of {pair.name}: {error}")
-        return plain_section("items", "Items that changed most", rows, "By the score of the item alone.")
+        return plain_section("items", "Items that changed most", rows, "Sorted by the score of the item.")
 
     def pictures(
         self, pair: ResultPair, chosen: list[tuple[str, float, float]], text: Callable[[float], str]
     ) -> list[Picture]:
-        """Draw items by both models, unless that was done before."""
+        """Draw items for both models, unless the pictures exist."""
         ids = [name for name, _, _ in chosen]
         folders = {}
         for side, result, arrays, weights in (
@@ -310,7 +310,7 @@ class _Making:
 def _checkpoint_rows(
     place: ResultKey, of_base: dict[ResultKey, StoredResult], by_step: dict[int, dict[ResultKey, StoredResult]]
 ) -> list[dict[str, Any]]:
-    """The checkpoints on one task: value, difference to the base, and to the best."""
+    """Return the checkpoints on one task: value, difference to the base, and comparison with the best."""
     stored = {step: found[place] for step, found in sorted(by_step.items()) if place in found}
     if place not in of_base:
         return []
@@ -333,14 +333,14 @@ def _checkpoint_rows(
         if other is None:
             standing = "best"
         else:
-            standing = f"worse than step {best}" if other.p_holm < 0.05 else f"not told apart from step {best}"
+            standing = f"worse than step {best}" if other.p_holm < 0.05 else f"not significantly worse than step {best}"
         rows.append(
             {
                 "task": result.column,
                 "step": step,
                 "value": metric.text(value(result)),
                 "95 % interval": metric.interval(*ends),
-                "less base": metric.text(row.difference.value, plus=True),
+                "minus base": metric.text(row.difference.value, plus=True),
                 "its interval": metric.interval(row.difference.low, row.difference.high, plus=True),
                 "p (Holm)": "" if np.isnan(row.p_holm) else f"{row.p_holm:.4f}",
                 "standing": standing,
@@ -350,7 +350,7 @@ def _checkpoint_rows(
 
 
 def _data(pairs: Sequence[ResultPair]) -> Section:
-    """What the two were trained on, and whether that touches the images of a task."""
+    """Return the training data of both models, and their overlap with the images of each task."""
     rows = []
     for pair in pairs:
         facts = [result.provenance.get("training") or {} for result in (pair.first, pair.second)]
@@ -363,7 +363,7 @@ def _data(pairs: Sequence[ResultPair]) -> Section:
 
 
 def _tiles(folder: Path, number: int, side: str) -> list[tuple[str, str]]:
-    """The thumbnails of an item; image and truth, which both sides have, once."""
+    """Return the thumbnails of an item; image and ground truth, which both sides have, are included once."""
     found = []
     for file in sorted((folder / "pictures").glob(f"{number:03d}-*-small.*")):
         title = file.stem[4:].removesuffix("-small").replace("-", " ")

@@ -1,4 +1,4 @@
-"""`show`: what an encoder did with some images or pairs of a stored result, as a PNG grid and an HTML page."""
+"""`show`: draw the predictions of a stored result for some images or pairs, as a PNG grid and an HTML page."""
 
 from __future__ import annotations
 
@@ -52,15 +52,15 @@ from neco_bench.viz.draw_video import draw_clip
 
 @dataclass(frozen=True)
 class Shown:
-    """What `show` wrote; notebooks show the grid of pictures."""
+    """Output of `show`; notebooks show the grid of pictures."""
 
     page: Path
-    items: int  # images or pairs drawn
-    differing: int  # items whose counts are not the stored ones
+    items: int  # number of images or pairs drawn
+    differing: int  # items whose counts differ from the stored ones
 
     @property
     def grid(self) -> Path:
-        """All pictures as one PNG."""
+        """Path of all pictures as one PNG."""
         return self.page.with_name("grid.png")
 
     def _repr_png_(self) -> bytes:
@@ -68,10 +68,10 @@ class Shown:
 
 
 def choose(scores: dict[str, float], worst: int, best: int, named: Sequence[str]) -> list[str]:
-    """Choose ids: those named, else the `worst` with the lowest scores, then the `best` with the highest.
+    """Return the named ids, or the `worst` ids with the lowest scores, then the `best` with the highest.
 
     Raises:
-        UsageError: for a name without a score, or where nothing is requested.
+        UsageError: if a name has no score, or nothing is requested.
     """
     if named:
         absent = [name for name in named if name not in scores]
@@ -88,7 +88,7 @@ def choose(scores: dict[str, float], worst: int, best: int, named: Sequence[str]
 def show(
     result: Result, arrays: dict[str, np.ndarray], job: Job, out: Path, *, worst: int, best: int, named: Sequence[str]
 ) -> Shown:
-    """Run the job of a stored result again and draw what it predicts for some items.
+    """Run the job of a stored result again and draw its predictions for some items.
 
     Writes `index.html`, `grid.png` and `pictures/` into `out`. The predictions are counted and compared with the stored
     statistics.
@@ -99,11 +99,11 @@ def show(
         job: its job, see `job_of`.
         out: folder of the page.
         worst: number of items with the lowest scores, or the largest errors.
-        best: number of the others.
-        named: ids to draw instead of these.
+        best: number of items with the highest scores, or the smallest errors.
+        named: ids to draw instead.
 
     Raises:
-        UsageError: for a task family that records no predictions; also what running the job raises.
+        UsageError: if the task family records no predictions. Errors of the job are raised too.
     """
     scores, sign = _scores(result, arrays), result.metric().sign
     ids = choose({name: sign * score for name, score in scores.items()}, worst, best, named)
@@ -129,23 +129,23 @@ def show(
         assert isinstance(dataset, PairDataset)  # noqa: S101 - there are three kinds
         stored = _stored_counts(result, arrays)
         drawn = _draw_pairs(dataset, {name: predictions[name] for name in ids}, result, stored)
-    ends = ("lowest scores", "highest") if sign > 0 else ("largest errors", "smallest")
-    order = "As named." if named else f"The {worst} with the {ends[0]}, then the {best} with the {ends[1]}."
+    ends = ("lowest scores", "highest scores") if sign > 0 else ("largest errors", "smallest errors")
+    order = "As named." if named else f"The {worst} items with the {ends[0]}, then the {best} with the {ends[1]}."
     if drawn.differing:
         counts = (
-            f"Counted again, {drawn.differing} of them differ from the stored counts: other versions, weights or data."
+            f"The counts of {drawn.differing} of them differ from the stored ones: other versions, weights or data."
         )
     else:
-        counts = "Counted again, these predictions give the stored counts."
+        counts = "These predictions give the stored counts."
     several = "confusion" in arrays and arrays["confusion"].ndim > 3
-    first = " Scores are means over several seeds or draws; the pictures are of the first." if several else ""
+    first = " Scores are means over several seeds or draws; the pictures show the first." if several else ""
     _write(out, result, drawn, f"{order} {counts}{first}")
     return Shown(out / "index.html", len(drawn.rows), drawn.differing)
 
 
 @dataclass(frozen=True)
 class _Drawn:
-    """Pictures of items, what their colours mean, and the number of items whose counts are not the stored ones."""
+    """Pictures of items, their legend, and the number of items whose counts differ from the stored ones."""
 
     rows: list[PictureRow]
     legend: list[tuple[str, tuple[int, ...]]]
@@ -153,7 +153,7 @@ class _Drawn:
 
 
 def _scores(result: Result, arrays: dict[str, np.ndarray]) -> dict[str, float]:
-    """The score by which items are chosen: of boxes their IoU, which says more than whether they are right."""
+    """Return the scores for the selection of items; for boxes the IoU, which is more informative than hits."""
     form = next((f"score/{name}" for name in ("best_IoU", result.primary_metric) if f"score/{name}" in arrays), None)
     if form is None or "image_id" not in arrays:
         return item_scores(result, arrays)
@@ -174,11 +174,11 @@ def _draw_boxes(
     least = result.provenance["settings"]["iou"]
     rows = [draw_boxes(dataset, name, own, own["iou"] >= least) for name, own in predictions.items()]
     differing = sum(abs(own["iou"] - scores[name]) > 1e-9 for name, own in predictions.items())
-    return _Drawn(rows, [("object", WHITE), ("box that is right", RIGHT), ("wrong: broken lines", WRONG)], differing)
+    return _Drawn(rows, [("object", WHITE), ("correct box", RIGHT), ("wrong: broken lines", WRONG)], differing)
 
 
 def _stored_counts(result: Result, arrays: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Stored counts of each item: its confusion matrix (of the first seed or draw), or its hits."""
+    """Return the stored counts of each item: its confusion matrix (of the first seed or draw), or its hits."""
     if "confusion" in arrays:
         counts = arrays["confusion"].reshape(-1, *arrays["confusion"].shape[-3:])[0]
     else:
@@ -220,7 +220,7 @@ def _draw_pairs(
         hits = draw_hits(own, alpha, settings["strict"])
         rows.append(draw_pair(dataset, name, own, hits))
         differing += int(hits.sum()) != stored[name]
-    return _Drawn(rows, [("found", RIGHT), ("missed: broken lines (a ring is where it should be)", WRONG)], differing)
+    return _Drawn(rows, [("correct", RIGHT), ("wrong: broken lines (a ring at the true position)", WRONG)], differing)
 
 
 def _draw_views(predictions: dict[str, dict[str, Any]], result: Result, scores: Mapping[str, float]) -> _Drawn:
@@ -234,7 +234,7 @@ def _draw_views(predictions: dict[str, dict[str, Any]], result: Result, scores: 
         rows.append(PictureRow(name, f"recall {100 * found:.1f}", [Tile("source and target", pixels, "wide")]))
         differing += not np.isclose(found, scores[name], atol=1e-4)
     limit = f"within {100 * result.provenance['settings']['bin_distance']:g} cm"
-    return _Drawn(rows, [(limit, RIGHT), ("beyond: broken lines (a ring is where it should be)", WRONG)], differing)
+    return _Drawn(rows, [(limit, RIGHT), ("beyond: broken lines (a ring at the true position)", WRONG)], differing)
 
 
 def _draw_clips(dataset: VideoDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]) -> _Drawn:
@@ -260,13 +260,13 @@ def _draw_dense(
 
 
 def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
-    """Write the page, the grid, and of each tile a thumbnail and the picture."""
+    """Write the page, the grid, and the picture and thumbnail of each tile."""
     metric = result.primary_metric
     low, high = result.ci95.get(metric, (float("nan"), float("nan")))
     title = f"{result.model} on {result.task}@{result.protocol}"
     unit = result.metric()
     value = f"{metric}: {unit.text(result.metrics[metric])} [{unit.text(low) or 'nan'}, {unit.text(high) or 'nan'}]"
-    for old in (out / "pictures").glob("[0-9][0-9][0-9]-*"):  # of an earlier call
+    for old in (out / "pictures").glob("[0-9][0-9][0-9]-*"):  # from an earlier call
         old.unlink()
     rows = [(row, [_write_tile(out, number, row, tile) for tile in row.tiles]) for number, row in enumerate(drawn.rows)]
     write_whole(out / "grid.png", encode_image(draw_grid(drawn.rows, f"{title}   {value}", drawn.legend), False))
@@ -275,7 +275,7 @@ def _write(out: Path, result: Result, drawn: _Drawn, note: str) -> None:
 
 
 def _write_tile(out: Path, number: int, row: PictureRow, tile: Tile) -> dict[str, Any]:
-    """Write a tile of a numbered row and its thumbnail; returns what the page needs of it."""
+    """Write a tile of a numbered row and its thumbnail; return its values for the page."""
     stem = f"pictures/{number:03d}-{slug(tile.title)}"
     if tile.kind == "animation":
         small = np.stack([fitted(frame, BOX, Image.Resampling.LANCZOS) for frame in tile.pixels])

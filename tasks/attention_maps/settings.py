@@ -11,9 +11,10 @@ from neco_bench.core.protocol import Share
 class Settings(BaseSettings):
     """Constants of a protocol and a card.
 
-    mass: share of the attention that is taken for foreground. native: masks are compared at their own resolution, void
-    is left out, as are images without an object; else at the input's, void is foreground, and the last id of an image,
-    which mostly is void, is no object. drop_last: the last partial batch of this size counts as 0 (0: there is none).
+    mass: share of the attention that counts as foreground. native: compare at the resolution of the masks, without void
+    and without images that have no object; otherwise at the resolution of the input, where void is foreground, and the
+    largest id of an image, which usually is void, is not an object. drop_last: the last partial batch of this size
+    counts as 0 (0: no such batch).
     """
 
     mass: Share

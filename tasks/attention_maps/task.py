@@ -1,7 +1,7 @@
 """Attention maps: the Jaccard index of the class token's attention with the objects of an image, mean over images.
 
-`neco-1` is what NeCo's and Leopart's trainers report of their teacher (`evaluate_attn_maps`), after DINO's figure 3;
-`clean-1` is the same without its quirks.
+`neco-1` is the value that NeCo's and Leopart's trainers report for their teacher (`evaluate_attn_maps`), after DINO's
+figure 3; `clean-1` is the same without its quirks.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 
 
 def check_encoder(encoder: Encoder, settings: Settings) -> None:
-    """Raise UsageError for an encoder without class-token attention, or too few patches to blur it."""
+    """Raise UsageError for an encoder without class-token attention, or with too few patches to blur it."""
     if not encoder.attentions:
         raise UsageError(
-            f"The class token's attention is what is measured, and {encoder.name!r} does not give it. Use a plain ViT "
+            f"The task measures the class token's attention, which {encoder.name!r} does not return. Use a plain ViT "
             f"with a class token, of timm or torch.hub."
         )
     if settings.input_size_for(encoder.stride) < MIN_SIDE * encoder.stride:
@@ -38,7 +38,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
-    """Measure the Jaccard index of merged heads, and beside it of each object's best head, on data["val"]."""
+    """Measure the Jaccard index of the averaged heads, and that of each object's best head, on data["val"]."""
     check_encoder(encoder, settings)
     val, size = data["val"], settings.input_size_for(encoder.stride)
     count = len(val) // settings.drop_last * settings.drop_last if settings.drop_last else len(val)
@@ -67,13 +67,13 @@ def jaccards(mask: np.ndarray, merged: np.ndarray, heads: np.ndarray, settings: 
 
     Args:
         mask: (H, W) class ids.
-        merged: (h, w) bool, of all heads together.
-        heads: (heads, h, w) bool.
-        settings: of the protocol.
+        merged: (h, w) bool, foreground of the averaged heads.
+        heads: (heads, h, w) bool, foreground of each head.
+        settings: settings of the protocol.
 
     Returns:
-        The Jaccard index of `merged` with all that is no background, and the mean over objects, each all pixels of a
-        class, of that of its best head; None for an image without an object that `clean-1` leaves out.
+        The Jaccard index of `merged` with everything that is not background, and the mean over objects (all pixels of a
+        class) of the Jaccard index of the best head; None for an image without an object, which `clean-1` leaves out.
     """
     known = mask != IGNORE if settings.native else np.ones_like(mask, bool)
     ids = np.unique(mask)
@@ -92,7 +92,7 @@ def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
 def outcome(
     val: SegmentationDataset, scores: dict[int, tuple[float, float]], size: int, settings: Settings, context: Context
 ) -> Outcome:
-    """Gather the scores of all processes and report their means; in `neco-1` dropped images count as 0."""
+    """Gather the scores of all processes and report their means; in `neco-1`, dropped images count as 0."""
     scores = {item: own for part in distributed.gather(scores) for item, own in part.items()}
     items = sorted(scores)
     if not items:

@@ -1,4 +1,4 @@
-"""How each protocol prepares an image and maps keypoints to patches and back."""
+"""Image preparation of each protocol, and the mapping between keypoints and patches."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Match = tuple[np.ndarray, np.ndarray]
 
 @dataclass(frozen=True)
 class View:
-    """Features (D, h, w) of one image, of unit length but for "squash", and its width and height in original pixels."""
+    """Features (D, h, w) of an image (unit length, except for "squash"), and its original width and height."""
 
     map: Tensor
     width: int

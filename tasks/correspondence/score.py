@@ -33,8 +33,8 @@ SUFFIX = {
 class PairScore:
     """Hits of the matched points of each pair, at each threshold of the protocol.
 
-    Several processes share the categories out, and all get the same outcome. Predictions of the pairs that `show` draws
-    are recorded.
+    With several processes, the categories are divided among them, and all get the same outcome. Predictions of the
+    pairs that `show` draws are recorded.
     """
 
     def __init__(self, dataset: PairDataset, settings: Settings, context: Context) -> None:
@@ -43,7 +43,7 @@ class PairScore:
         self._totals: dict[str, int] = {}
 
     def to_match(self, categories: Iterable[str]) -> list[str]:
-        """The categories whose pairs are to be matched and added here; other processes do the rest."""
+        """Return the categories whose pairs this process must match and add."""
         return list(categories)[distributed.rank() :: distributed.world()]
 
     def add(self, pair: Pair, points: np.ndarray, errors: np.ndarray) -> None:

@@ -1,4 +1,4 @@
-"""Semantic correspondence: find the keypoints of one image in another by the nearest patch feature, scored by PCK.
+"""Semantic correspondence: match keypoints of one image to another by the nearest patch feature, scored by PCK.
 
 `pck-1` is the plain measurement: every pair, geometry without offsets. The others reproduce references: `probe3d-1` the
 SPair-71k evaluation of probe3d (El Banani et al., *Probing the 3D Awareness of Visual Foundation Models*, CVPR 2024),
@@ -45,7 +45,7 @@ def cost(settings: Settings, data: dict[str, PairDataset], stride: int, dimensio
 
 
 def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, context: Context) -> Outcome:
-    """Measure the PCK on data["test"], category by category: features are computed once per image of each."""
+    """Measure the PCK on data["test"], by category: features are computed once per image of each category."""
     dataset = data["test"]
     groups = groups_by_category(dataset, settings)
     as_is = settings.geometry == "probe3d" and settings.tokens_per_side is None
@@ -79,9 +79,9 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
 
 
 def groups_by_category(dataset: PairDataset, settings: Settings) -> dict[str, Groups]:
-    """Named groups of each category's pairs, in order; levels of variation are groups where pairs have them.
+    """Return named groups of each category's pairs, in order; levels of variation are groups if pairs have them.
 
-    Raises BadInputError where no pair has a keypoint.
+    Raises BadInputError if no pair has a keypoint.
     """
     by_category: dict[str, list[Pair]] = defaultdict(list)
     for pair in dataset.pairs:

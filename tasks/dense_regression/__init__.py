@@ -1,1 +1,1 @@
-"""Depth and surface normals by a linear head: `README.md` and `task.py` say how."""
+"""Depth and surface normals predicted by a linear head; see `README.md` and `task.py`."""

@@ -1,6 +1,6 @@
-"""From frames with targets to inputs of an encoder: what of a frame is used, its size, padding, and augmentation.
+"""Convert frames with targets to inputs of an encoder: crop, size, padding, and augmentation.
 
-Targets travel as bytes, (H, 4 W) uint8 of depth or (H, 12 W) of normals, the form in which the store keeps masks.
+Targets are passed on as bytes, (H, 4 W) uint8 for depth or (H, 12 W) for normals, in which the store keeps masks.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as tvf
 from neco_bench.tasks.dense_regression.settings import Settings
 from PIL import Image
 from torch import Tensor
@@ -17,7 +16,7 @@ from torch import Tensor
 from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.data.dense import DenseDataset, DenseSample
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.transforms import to_tensor
+from neco_bench.features.transforms import resize_tensor, to_tensor
 
 KB_SIZE = (352, 1216)  # of KITTI's benchmark, which all KITTI frames are cropped to: bottom, middle
 
@@ -26,20 +25,20 @@ NYU_REGION = ((45, 472), (43, 608))
 
 
 def pack(target: np.ndarray) -> np.ndarray:
-    """The bytes of depth (H, W) or normals (H, W, 3), float32, in rows."""
+    """Return the bytes of depth (H, W) or normals (H, W, 3), float32, in rows."""
     return np.ascontiguousarray(target, np.float32).reshape(len(target), -1).view(np.uint8)
 
 
 def unpack(packed: np.ndarray, kind: str) -> np.ndarray:
-    """What `pack` made it of."""
+    """Invert `pack`."""
     values = np.ascontiguousarray(packed).view(np.float32)
     return values if kind == "depth" else values.reshape(len(values), -1, 3)
 
 
 def crop_frame(array: np.ndarray, frame: str) -> np.ndarray:
-    """What is used of a frame (H, W, ...): "whole", "kb" (KB_SIZE) or "centre_square" (its height).
+    """Return the used part of a frame (H, W, ...): "whole", "kb" (KB_SIZE) or "centre_square" (side: its height).
 
-    Raises BadInputError where the frame is smaller than that.
+    Raises BadInputError if the frame is smaller.
     """
     height, width = array.shape[:2]
     if frame == "kb":
@@ -56,10 +55,10 @@ def crop_frame(array: np.ndarray, frame: str) -> np.ndarray:
 
 @dataclass(frozen=True)
 class InputGrid:
-    """How an image stands in the input of an encoder, sizes (height, width) in pixels.
+    """Position of an image in the input of an encoder; sizes are (height, width) in pixels.
 
-    inner: of the image. size: of the input, a multiple of what the encoder needs; what is around the image, which is
-    central, is of the mean colour, 0 after normalisation.
+    inner: size of the image. size: size of the input, rounded up to a multiple that the encoder needs. The image is
+    centred; its surroundings have the mean colour, which is 0 after normalisation.
     """
 
     inner: tuple[int, int]
@@ -67,7 +66,7 @@ class InputGrid:
 
     @classmethod
     def of(cls, inner: tuple[int, int], encoder: Encoder) -> InputGrid:
-        """The grid of images of a size; encoders that take one size only get images squashed to it."""
+        """Return the grid for images of a size; for encoders with a single input size, images are resized to it."""
         if encoder.only_size:
             return cls((encoder.only_size,) * 2, (encoder.only_size,) * 2)
         multiple = encoder.size_multiple or encoder.stride
@@ -75,13 +74,13 @@ class InputGrid:
 
     @property
     def corner(self) -> tuple[int, int]:
-        """(top, left) of the image in the input."""
+        """Position (top, left) of the image in the input."""
         return (self.size[0] - self.inner[0]) // 2, (self.size[1] - self.inner[1]) // 2
 
     def place(self, image: Tensor, fill: tuple[float, float, float]) -> Tensor:
-        """Put an image (3, H, W) into an input, resized (bilinear, antialiased) where it is not of the inner size."""
+        """Put an image (3, H, W) into an input; resize it first (bilinear, antialiased) if it has another size."""
         if image.shape[1:] != self.inner:
-            image = tvf.resize(image, list(self.inner), antialias=True)
+            image = resize_tensor(image, *self.inner)
         if self.inner == self.size:
             return image
         (top, left), (height, width) = self.corner, self.inner
@@ -122,8 +121,8 @@ class Frame:
         image, target = (crop_frame(array, self.part) for array in (sample.image, sample.target))
         if image.shape[:2] != self.cropped:
             raise BadInputError(
-                f"Frame {sample.id!r} is {image.shape[1]}x{image.shape[0]} pixels, others of its data set are "
-                f"{self.cropped[1]}x{self.cropped[0]}: all must have one size. Restore the original files."
+                f"Frame {sample.id!r} is {image.shape[1]}x{image.shape[0]} pixels, but others of its data set are "
+                f"{self.cropped[1]}x{self.cropped[0]}: all must have the same size. Restore the original files."
             )
         return image, target
 
@@ -197,7 +196,7 @@ class Augment:
 
 
 def train_crop(frame: Frame, settings: Settings) -> tuple[int, int]:
-    """Size (height, width) of the crops of a resized frame. Raises UsageError where they do not fit in it."""
+    """Return the size (height, width) of crops of a resized frame. Raises UsageError if they do not fit in it."""
     height, width = frame.resized
     if settings.train_region == "nyu":
         rows, columns = region_slices(NYU_REGION, frame.resized)
@@ -244,6 +243,8 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _jittered(pixels: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Change brightness, contrast, saturation and hue by up to `strength`, in random order, as torchvision does."""
+    import torchvision.transforms.v2.functional as tvf  # 1.3 s, and most protocols vary no colours
+
     low, high = 1 - strength, 1 + strength
     steps = (
         lambda image: tvf.adjust_brightness(image, rng.uniform(low, high)),

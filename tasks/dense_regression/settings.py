@@ -18,28 +18,30 @@ class Settings(BaseSettings):
     """Constants of a protocol and a card. input_size is the height of frames in pixels; frames of another height are
     resized to it, crops of training in proportion.
 
-    target: what is predicted. frame: what of an image is used, see `inputs.crop_frame`. regions: where pixels are
-    scored, see `score.region_of`; the first gives the plain metrics, with several each is named too ("rmse/full").
+    target: the predicted quantity. frame: the used part of an image, see `inputs.crop_frame`. regions: regions of
+    scored pixels, see `score.region_of`; the first gives the plain metrics; with several, each is also named
+    ("rmse/full").
 
-    Features: final_norm; class_token is put beside every patch. mirror_test: predictions are means with those of the
-    mirrored image. keep_padding: the zeros around an input that is no multiple of the stride stay part of the
+    Features: final_norm; class_token: concatenate it to every patch. mirror_test: average predictions with those of the
+    mirrored image. keep_padding: the zero padding of an input that is not a multiple of the stride remains part of the
     prediction, which is stretched to the frame.
 
-    Head: batch_norm, then a convolution of `kernel`, on features `upsample` times as large; initial: of its weights,
-    from N(0, 0.01²) with bias 0, or PyTorch's default. bins: whose expected value is the depth, between min_depth and
-    max_depth. resize: of predictions to the frame. confidence: the head of normals has a fourth output, see
+    Head: batch_norm, then a convolution with `kernel`, on features upsampled by `upsample`; initial: its initial
+    weights, from N(0, 0.01²) with bias 0, or PyTorch's default. bins: number of bins whose expected value is the depth,
+    between min_depth and max_depth. resize: rule for resizing predictions to the frame. confidence: the head of normals
+    has a fourth output, see
     `losses.angular_loss`.
 
-    Loss: loss_images in one mean, loss_warmup calls without the variance term (see `losses.sig_loss`).
+    Loss: loss_images per mean, loss_warmup calls without the variance term (see `losses.sig_loss`).
     train_max_depth: larger depths are not learned.
 
-    Augmentation: train_region ("nyu": what BTS leaves of a frame), rotation_probability and degrees, flip_probability,
+    Augmentation: train_region ("nyu": the crop of BTS), rotation_probability and degrees, flip_probability,
     crop (height, width), resized_crop_probability (a square of an area in resized_crop_area, resized back), colour:
     "bts" (gamma, brightness, channels: ranges of factors) or "jitter" (of strength jitter), with colour_probability.
 
-    Optimiser: AdamW for iterations, or epochs. beta1: None is that of the schedule (see `training.rates_at`). clip: of
-    the gradient's norm. warmup: share of the iterations. evaluations: heads that are kept, the last one included;
-    select: "best" is the one with the lowest abs_rel on the test split.
+    Optimiser: AdamW for iterations, or epochs. beta1: None uses that of the schedule (see `training.rates_at`). clip:
+    maximum norm of the gradient. warmup: share of the iterations. evaluations: number of heads that are kept, including
+    the last one; select: "best" is the head with the lowest abs_rel on the test split.
     """
 
     target: Literal["depth", "normals"]

@@ -1,11 +1,11 @@
 """Dense regression: a linear head on frozen features predicts depth or surface normals at each pixel.
 
-Depth as DINOv3 (`dinov3-1`) and DINOv2 (`dinov2-lin1`, its "lin. 1") evaluate it, normals as probe3d's linear head does
-(`probe3d-1`), quirks included, and both without them (`clean-1`). README.md lists the quirks and the source of every
-constant.
+Depth is evaluated as in DINOv3 (`dinov3-1`) and DINOv2 (`dinov2-lin1`, its "lin. 1"), and normals as with probe3d's
+linear head (`probe3d-1`), including quirks; `clean-1` is without them. README.md lists the quirks and the source of
+every constant.
 
 Known deviations from the references: augmentation and order are drawn per (epoch, image), not from global streams; the
-frozen encoder is never in train mode; encoders without a class token get the mean of their patches in its place.
+frozen encoder is never in train mode; for encoders without a class token, the mean of the patches is used instead.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""The training loop: steps, their log, and a run folder from which training goes on where it ended.
+"""The training loop: steps, their log, and a run folder from which training can be resumed.
 
-The folder is in the cache, under a name that covers all that training depends on. It holds what the run folders of
-`neco-bench train` hold: `checkpoint-<step>/`, `encoder.json` (so it is a model spec), `log.csv`, `lock`. On one process
-a resumed run gives the same weights, bit for bit, as one that was never interrupted.
+The folder is in the cache; its name is a digest of everything on which training depends. Like the run folders of
+`neco-bench train`, it contains `checkpoint-<step>/`, `encoder.json` (so it is a model spec), `log.csv` and `lock`. On
+one process, a resumed run gives the same weights, bit for bit, as a run without interruption.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ SAVE_EVERY = 500  # steps
 def fine_tune(
     segmenter: Segmenter, train: SegmentationDataset, size: int, settings: Settings, context: Context
 ) -> None:
-    """Train a Segmenter in place on crops of `size` pixels, or load it where this training is finished already.
+    """Train a Segmenter in place on crops of `size` pixels, or load it if this training is already finished.
 
     Without `context.identity` nothing is stored.
 
     Raises:
-        KeyboardInterrupt: after SIGINT or SIGTERM, with the state saved.
-        NumericalError: for a loss or features that are not finite.
-        BadInputError: where no training mask has anything but void, or the encoder's features carry no gradient.
-        UsageError: where another process trains the same.
+        KeyboardInterrupt: after SIGINT or SIGTERM, when the state is saved.
+        NumericalError: if the loss or features are not finite.
+        BadInputError: if training masks contain only void, or the encoder's features have no gradient.
+        UsageError: if another process runs the same training.
     """
     steps, signals = settings.steps(len(train)), StopSignals()
     folder = RunFolder(segmenter, train, size, settings, context)
@@ -134,7 +134,7 @@ def _timed_step(trainer: Trainer, step: int, batches: Iterator[Any], images: int
 
 
 class RunFolder:
-    """Where a training is stored; path: None where nothing is."""
+    """The folder of a training run; path: None if nothing is stored."""
 
     def __init__(
         self, segmenter: Segmenter, train: SegmentationDataset, size: int, settings: Settings, context: Context
@@ -155,7 +155,7 @@ class RunFolder:
         self.log: StepLog | None = None
 
     def begin(self, trainer: Trainer, steps: int, stack: contextlib.ExitStack) -> int:
-        """Lock the folder, load its newest checkpoint, and return the step to go on with."""
+        """Lock the folder, load its newest checkpoint, and return the next step."""
         path, state = self.path, None
         unreadable: list[Path] = []
         if path is None:
@@ -180,7 +180,7 @@ class RunFolder:
         return first
 
     def after_step(self, trainer: Trainer, row: dict[str, float], save: bool) -> None:
-        """Log a step, and save a checkpoint where it is due."""
+        """Log a step, and save a checkpoint if due."""
         if self.log:
             self.log.write(row)
         step = int(row["step"])
@@ -194,7 +194,7 @@ class RunFolder:
         distributed.gather(None)
 
     def _check_features(self, trainer: Trainer, step: int) -> None:
-        """Raise NumericalError where the last update ruined the encoder, which is then not to be saved."""
+        """Raise NumericalError if the features are not finite after the last update, so that it is not saved."""
         encoder = trainer.segmenter.encoder
         try:
             encoder.encode(torch.zeros(1, 3, self.size, self.size))
@@ -208,7 +208,7 @@ class RunFolder:
 
 
 def _encoder_facts(encoder: Encoder, train: SegmentationDataset, settings: Settings) -> dict[str, Any]:
-    """What `encoder.json` says, so that the folder is a model spec."""
+    """Return the content of `encoder.json`, which makes the folder a model spec."""
     try:
         base = architecture(encoder.name)
     except NecoBenchError:  # an object, or code that is not a spec

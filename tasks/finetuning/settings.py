@@ -19,13 +19,14 @@ Rate = Annotated[float, Field(ge=0, lt=1)]  # of dropping
 class Settings(BaseSettings):
     """Constants of a protocol and a card; sizes in pixels. input_size is the side of training crops and test windows.
 
-    decoder: "linear" or "mask", the mask transformer, with `decoder_layers` blocks. drop_path: of the encoder's last
-    block, growing from 0 at the first. short_side, long_side: images are resized to the larger size with neither side
-    above these, before crops and windows. scale: range of a factor on both in training. max_class_share, crop_tries: a
-    crop where one class has this share of the labelled pixels, or all of them, is drawn again so many times. brightness
-    of 255, hue in turns (half-ranges). batch_size: of all processes together. final_rate, power: of the polynomial
-    schedule. window_overlap: of neighbouring test windows. test_scales, test_flip: views of a test image, whose class
-    probabilities are averaged. Where the encoder needs another input_size, the other sizes follow in proportion.
+    decoder: "linear" or "mask", the mask transformer, with `decoder_layers` blocks. drop_path: rate of the encoder's
+    last block, growing from 0 at the first. short_side, long_side: before crops and windows, images are resized to the
+    largest size whose sides do not exceed these. scale: range of a factor on both in training. max_class_share,
+    crop_tries: a crop in which one class has at least this share of the labelled pixels is drawn again, at most this
+    often. brightness (of 255) and hue (in turns) are half-ranges. batch_size: over all processes. final_rate, power:
+    parameters of the polynomial schedule. window_overlap: overlap of neighbouring test windows. test_scales, test_flip:
+    views of a test image, whose class probabilities are averaged. If the encoder needs another input_size, the other
+    sizes change in proportion.
     """
 
     decoder: Literal["linear", "mask"]

@@ -12,12 +12,12 @@ from neco_bench.core.protocol import Settings as BaseSettings
 class Settings(BaseSettings):
     """Constants of a protocol and a card.
 
-    input_size: side of the square input in pixels. geometry: "probe3d" (nearest resizing twice, a crop that the border
-    may cut, zero padding to the stride that is not added to positions, features upsampled to the grid) or "exact" (one
-    bicubic crop about the object, features at exact points). grid: points a side of the crop. matches: of a pair, those
-    that stand out most. distances: thresholds of recall in metres, whose mean is the score. pixels: in pixels of a crop
-    of 512. bins: ends of the bins of rotation in degrees, in which recall at `bin_distance` metres is reported.
-    average: over all "matches", or first over those of each pair ("pairs").
+    input_size: side of the square input in pixels. geometry: "probe3d" (nearest resizing twice, a crop that may be cut
+    at the border, zero padding to the stride that is not added to positions, features upsampled to the grid) or "exact"
+    (one bicubic crop around the object, features at exact points). grid: points per side of the crop. matches: number
+    of most distinctive matches per pair. distances: thresholds of recall in metres, whose mean is the score. pixels:
+    thresholds in pixels of a crop of 512. bins: edges of the rotation bins in degrees, in which recall at
+    `bin_distance` metres is reported. average: over all "matches", or first over those of each pair ("pairs").
     """
 
     geometry: Literal["probe3d", "exact"]

@@ -1,4 +1,4 @@
-"""Geometric correspondence: surface points of an object are found in another view of it by patch features.
+"""Geometric correspondence: surface points of an object are matched to another view of it by patch features.
 
 Matches are scored by their distance in space, known from depth and pose. `probe3d-1` reproduces the evaluation on NAVI
 of probe3d (El Banani et al., *Probing the 3D Awareness of Visual Foundation Models*, CVPR 2024) on a list of pairs of

@@ -1,4 +1,4 @@
-"""The memory bank: labelled patches, which of them are stored, and how they are searched."""
+"""The memory bank: selection, storage and search of labelled patches."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def patch_labels(mask: np.ndarray, stride: int, classes: int) -> np.ndarray:
 
 
 def choose_patches(labels: np.ndarray, noise: np.ndarray, count: int) -> np.ndarray:
-    """Choose at most `count` patches of one image, rare classes favoured: their ids by increasing noisy score.
+    """Choose at most `count` patches of one image, preferring rare classes; return ids by increasing noisy score.
 
     score = sum over the classes in the patch of how many patches of this image have that class; the patches with the
     smallest score * noise are selected, none of them without any label. labels (N, C), noise (N,) in [0, 1).
@@ -51,11 +51,11 @@ Index = ExactIndex | ApproximateIndex | SharedIndex
 
 @dataclass
 class Memory:
-    """Labelled patches, and where they are from.
+    """Labelled patches and their origins.
 
-    index: over their unit-length features; of several processes each has its own part of it. labels: (M, C) float32
-    class shares. origins: (epoch, image, its patches) of each augmented training image, in the order of the rows.
-    view: the input (3, H, W) of an image in an epoch. stride: side of a patch in pixels.
+    index: search index over their unit-length features; with several processes, each has a part of it. labels: (M, C)
+    float32 class shares. origins: (epoch, image, its patches) of each augmented training image, in the order of the
+    rows. view: returns the input (3, H, W) of an image in an epoch. stride: side of a patch in pixels.
     """
 
     index: Index
@@ -71,9 +71,9 @@ class Memory:
         return cosines.view(*queries.shape[:2], k), rows.view(*queries.shape[:2], k)
 
     def neighbours_of(self, cosines: Tensor, rows: Tensor) -> Callable[[], Callable[[int], list[Neighbour]]]:
-        """For `Context.record`: what each patch of an image with cosines and rows (N, k) has as its neighbours.
+        """Return, for `Context.record`, a function to the neighbours of each patch of an image; cosines, rows: (N, k).
 
-        Training images are augmented again for it.
+        It applies the augmentation to the training images again.
         """
         return lambda: partial(self._neighbours, cosines, rows)
 
@@ -90,10 +90,10 @@ class Memory:
 
 
 def retrieve(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Find the memory rows nearest to queries (Q, D), which are taken as they are: cosines and row ids (Q, k).
+    """Find the memory rows nearest to queries (Q, D): cosines and row ids (Q, k).
 
-    Queries are not normalised before the search, as in the reference: the order is the same, but where two rows tie the
-    rounding decides, and so decides alike. They are divided by powers of two, which alters no digit.
+    Queries are not normalised before the search, as in the reference: the order is the same, but ties of two rows are
+    decided by rounding, which is then the same too. They are divided by powers of two, which is exact.
     """
     queries = rescaled(queries, 1)
     scores, ids = index.search(queries, k)
@@ -103,7 +103,7 @@ def retrieve(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: float) -> Tensor:
     """Predict class shares (Q, C): softmax over the k cosines (Q, k) / temperature, times the neighbours' labels.
 
-    labels: (M, C) float32 shares, sparse, as a patch holds few classes.
+    labels: (M, C) float32 shares, sparse, because a patch has few classes.
     """
     weights = torch.softmax(scores / temperature, dim=1).numpy()
     starts = np.arange(len(ids) + 1) * ids.shape[1]
@@ -112,9 +112,9 @@ def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: fl
 
 
 def build_memory(extractor: FeatureExtractor, train: SegmentationDataset, settings: Settings, size: int) -> Memory:
-    """Make the memory of `settings.passes` augmented copies of each training image, size x size pixels each.
+    """Build the memory from `settings.passes` augmented copies of each training image, each of size x size pixels.
 
-    Raises BadInputError where they have no labelled pixel.
+    Raises BadInputError if they have no labelled pixel.
     """
     encoder, context = extractor.encoder, extractor.context
     transform = HummingbirdTrain(

@@ -1,7 +1,7 @@
 """In-context segmentation: label the patches of an image by retrieval from a memory of labelled patches.
 
 Protocol of Balazevic et al., *Towards In-context Scene Understanding* (NeurIPS 2023), as implemented by
-open-hummingbird-eval v2.0.0 (`hbird-2`, quirks included) and without its quirks (`clean-1`). README.md lists them.
+open-hummingbird-eval v2.0.0 (`hbird-2`, including quirks), and without its quirks (`clean-1`). README.md lists them.
 
 Known deviations from the reference: augmentation and sampling noise are drawn per image, not from one global stream, so
 the result does not depend on batch size or workers; search is exact (the reference's ScaNN is not).
@@ -25,9 +25,9 @@ BYTES = {"exact": 6.0, "ivf": 4.0, "ivfpq": 0.5}  # of memory, per row and dimen
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: every query against every row of the memory, which lies beside its labels.
+    """Estimate a run: every query is compared with every row of the memory, which is stored with its labels.
 
-    Raises UsageError for more neighbours than there can be rows.
+    Raises UsageError if there are more neighbours than possible rows.
     """
     size, classes = settings.input_size_for(stride), len(data["val"].classes)
     views, patches = settings.passes * len(data["train"]), (size // stride) ** 2

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torchvision.transforms.v2.functional as tvf
 from PIL import Image
 from torch import Tensor
 
@@ -74,6 +73,8 @@ class Distortion:
 
     def __call__(self, image: Tensor, rng: np.random.Generator) -> Tensor:
         """Distort an image (3, H, W) uint8."""
+        import torchvision.transforms.v2.functional as tvf  # 1.3 s, and most protocols vary no colours
+
         if self._chance(rng):
             image = _linear(image, 1, rng.uniform(-self.brightness, self.brightness))
         contrast_first = rng.random() < 0.5

@@ -13,10 +13,11 @@ class Settings(BaseSettings):
     """Constants of a protocol and a card; sizes in pixels.
 
     method: "tokencut" or "lost". features: "keys" of the last block, or "patches", its output. image: "native", padded
-    at the right and below with the mean colour, or "resized" so that its longer side is `input_size`, each side taken
-    to the nearest size that the encoder takes; of native images `input_size` is what costs are estimated with. tau:
-    cosine above which TokenCut links patches. patches: of lowest degree, among which LOST looks for those like its
-    seed. round_boxes: boxes of the ground truth are rounded to whole pixels. iou: from which on a box is right.
+    on the right and bottom with the mean colour, or "resized" so that its longer side is `input_size`, with each side
+    rounded to the nearest size that the encoder accepts; for native images, `input_size` is only used for cost
+    estimates. tau: cosine above which TokenCut links patches. patches: number of patches of lowest degree among which
+    LOST searches for patches similar to its seed. round_boxes: round boxes of the ground truth to whole pixels. iou:
+    minimum IoU of a correct box.
     """
 
     method: Literal["tokencut", "lost"]

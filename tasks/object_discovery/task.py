@@ -1,4 +1,4 @@
-"""Object discovery: one box for each image from its features alone; CorLoc, the share of images where it is right.
+"""Object discovery: one box for each image from its features only; CorLoc, the share of images with a correct box.
 
 `tokencut-1` and `lost-1` are the protocols of TokenCut (Wang et al., CVPR 2022, section 4.1) and LOST (Simeoni et al.,
 BMVC 2021, section 4.1), on the keys of the last block. `clean-1` is TokenCut on the features that an encoder gives.
@@ -30,13 +30,13 @@ def check_encoder(encoder: Encoder, settings: Settings) -> None:
     """Raise UsageError for an encoder without the keys, or without the sizes, that the protocol needs."""
     if settings.features == "keys" and not encoder.has_keys:
         raise UsageError(
-            f"features=keys needs the keys of the last block, which {encoder.name!r} does not give. Use @clean-1, "
-            f"which takes any encoder, or --set features=patches."
+            f"features=keys needs the keys of the last block, which {encoder.name!r} does not return. Use "
+            f"@clean-1, which works with any encoder, or --set features=patches."
         )
     if encoder.only_size:
         raise UsageError(
-            f"Images have their own aspect ratio here; {encoder.name!r} takes {encoder.only_size}x{encoder.only_size} "
-            f"only. Use an encoder that takes other sizes."
+            f"Images keep their aspect ratio here; {encoder.name!r} accepts {encoder.only_size}x{encoder.only_size} "
+            f"only. Use an encoder that accepts other sizes."
         )
 
 

@@ -12,8 +12,8 @@ from neco_bench.metrics import segmentation
 class Settings(BaseSettings):
     """Constants of a protocol and a card; sizes in pixels.
 
-    mask_size: side of the shrunk masks that are scored (None: their own resolution). clusters: None means as many as
-    classes. drop_last: leave out the last partial batch of this size (0: keep every image).
+    mask_size: side of the reduced masks that are scored (None: their own resolution). clusters: None means the number
+    of classes. drop_last: leave out the last partial batch of this size (0: keep every image).
     """
 
     mask_size: PositiveInt | None = None

@@ -1,24 +1,24 @@
-"""Clustering of patch features: k-means on the val images, clusters named by the ground truth, mIoU.
+"""Clustering of patch features: k-means on the val images, clusters matched to classes by the ground truth, mIoU.
 
 Protocol of NeCo's and Leopart's overclustering (`neco-1`; Pariza et al., ICLR 2025, table 1a) and without its quirks
-(`clean-1`). K = classes: Hungarian matching on IoU; K > classes: each cluster takes the class that most of its pixels
-have. Both come from one (C, K) confusion matrix. The matching sees the ground truth of the images it scores, in both.
+(`clean-1`). K = classes: Hungarian matching on IoU; K > classes: each cluster gets the majority class of its pixels.
+Both are computed from one (C, K) confusion matrix. In both protocols, the matching uses the ground truth of the scored
+images.
 """
 
 from __future__ import annotations
 
 from functools import partial
 
-import numpy as np
 import torch
 from neco_bench.tasks.clustering import (
     KMEANS_POINTS,
     PCA_POINTS,
+    PackedMasks,
     assign,
     check_enough,
     kmeans,
-    reduce_dimensions,
-    standardise,
+    standardise_and_reduce,
 )
 from neco_bench.tasks.overclustering.settings import Settings
 from neco_bench.tasks.segmentation import SegmentationScore
@@ -30,11 +30,11 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 from neco_bench.metrics.segmentation import hungarian_match, majority_match
-from neco_bench.search.row_file import ArrayFile, RowFile
+from neco_bench.search.row_file import RowFile
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: k-means on FAISS's sub-sample, and a file of all features and masks.
+    """Estimate a run: k-means on FAISS's sub-sample, and a file of all features.
 
     Raises UsageError for more clusters or components than patches.
     """
@@ -52,8 +52,9 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         operations=2.0 * passes * clusters * reduced + 4.0 * rows * dimension * reduced,
         memory=8.0 * max(points * reduced, min(rows, PCA_POINTS * dimension) * dimension)
         + 4.0 * settings.seeds * len(data["val"]) * classes**2
-        + (1 + 8.0 * settings.seeds) * (settings.mask_size or 0) ** 2,  # a mask, and what each seed predicts
-        disk=4.0 * rows * (2 * dimension + reduced) + len(data["val"]) * (settings.mask_size or size) ** 2,
+        + (1 + 8.0 * settings.seeds) * (settings.mask_size or 0) ** 2  # a mask, and what each seed predicts
+        + 0.05 * len(data["val"]) * (settings.mask_size or size) ** 2,
+        disk=4.0 * rows * (2 * dimension + reduced),
     )
 
 
@@ -65,7 +66,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     if not count:
         raise UsageError(f"drop_last leaves none of the {len(val)} images. Use --set drop_last=0, or clean-1.")
 
-    features, masks = RowFile(encoder.embed_dim), ArrayFile()
+    features, masks = RowFile(encoder.embed_dim), PackedMasks()
     transform = ResizeSquare(size, "pil" if settings.mask_size else "native")
     extractor = FeatureExtractor(encoder, context, mean=settings.mean, std=settings.std)
     for batch in extractor.stream(val, transform, "extract", items=[(0, i) for i in range(count)]):
@@ -75,8 +76,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             masks.append(small)
 
     with context.phase("pca"):
-        standardise(features)
-        reduced = reduce_dimensions(features, settings.components)
+        reduced = standardise_and_reduce(features, settings.components)
     seeds = range(context.seed, context.seed + settings.seeds)
     with context.phase("kmeans"):
         iterations, redos = settings.iterations, settings.redos
@@ -103,5 +103,5 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
 def feature_map(features: RowFile, item: int, side: int) -> torch.Tensor:
     """Read the features (D, side, side) of an image, as encoded."""
-    rows = features.at(np.arange(item * side**2, (item + 1) * side**2))
+    rows = features.read(item * side**2, (item + 1) * side**2)
     return torch.from_numpy(rows).T.unflatten(1, (side, side))

@@ -17,19 +17,19 @@ VOTE_BYTES = 128 * 2**20
 
 
 def search_keys(features: Tensor, distance: Distance) -> Tensor:
-    """Make rows whose inner product with `search_queries` of a query falls with its distance to the features (n, D)."""
+    """Return rows whose inner product with `search_queries` decreases with the distance to the features (n, D)."""
     if distance == "cosine":
         return unit_length(features, 1)
     return torch.cat([features, features.square().sum(1, keepdim=True) / -2], 1)
 
 
 def search_queries(features: Tensor, distance: Distance) -> Tensor:
-    """Make queries for the rows of `search_keys` from features (n, D)."""
+    """Return queries for the rows of `search_keys` from features (n, D)."""
     return F.pad(features, (0, 1), value=1.0) if distance == "l2" else rescaled(features, 1)
 
 
 def check_ks(k: int, patches: int) -> None:
-    """Raise UsageError where k exceeds the number of training patches."""
+    """Raise UsageError if k exceeds the number of training patches."""
     if k > patches:
         raise UsageError(
             f"{k} neighbours are requested, but there are {patches} training patches. Use smaller numbers in "
@@ -40,7 +40,7 @@ def check_ks(k: int, patches: int) -> None:
 def nearest_rows(keys: Tensor, queries: Tensor, k: int, distance: Distance, device: torch.device) -> Tensor:
     """Find the rows of `keys` (N, D) nearest to each query (Q, D): (Q, k) int64 ids, nearest first; exact.
 
-    Both stay where they are, CHUNK rows of each go to the device. Raises UsageError where k exceeds N.
+    Both stay on their device; CHUNK rows of each are moved to `device` at a time. Raises UsageError if k exceeds N.
     """
     check_ks(k, len(keys))
     offset = keys.mean(0) if distance == "l2" else 0  # left in, it would cancel digits
@@ -58,9 +58,9 @@ def nearest_rows(keys: Tensor, queries: Tensor, k: int, distance: Distance, devi
 
 
 def vote(patches: Patches, ids: Tensor, classes: int, void: Void, device: torch.device) -> Tensor:
-    """Take the most frequent label of the neighbours `ids` (Q, k), for each pixel of the block: (Q, A) uint8.
+    """Return the most frequent label of the neighbours `ids` (Q, k) for each pixel of the block: (Q, A) uint8.
 
-    IGNORE where void won. Where void never votes and no neighbour has a label at a pixel, their majority labels vote.
+    It is IGNORE if void won. If void never votes and no neighbour has a label at a pixel, their majority labels vote.
     """
     (count, k), area = ids.shape, patches.blocks.shape[1]
     voted = torch.empty(count, area, dtype=torch.uint8)

@@ -1,8 +1,8 @@
-"""Fully unsupervised segmentation: foreground from clusters (CBFE), its clusters joined to objects by community
+"""Fully unsupervised segmentation: foreground from clusters (CBFE), whose clusters are merged into objects by community
 detection (CD), mIoU after Hungarian matching on val.
 
 `neco-1` is the protocol of NeCo's table 1b and of Leopart (Ziegler and Asano, CVPR 2022, section 4.4); the ground truth
-of train chooses its foreground and its constants. `clean-1` has no such choice and takes any encoder.
+of train is used to select its foreground and its constants. `clean-1` has no such selection and works with any encoder.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from neco_bench.tasks.clustering import (
     KMEANS_POINTS,
     PCA_POINTS,
+    PackedMasks,
     PickedRows,
     assign,
     check_enough,
     kmeans,
     nearest,
-    reduce_dimensions,
-    standardise,
+    standardise_and_reduce,
 )
 from neco_bench.tasks.normalised_cut import cut
 from neco_bench.tasks.segmentation import SegmentationScore
@@ -45,7 +45,7 @@ from neco_bench.features.attention import MIN_SIDE, foreground
 from neco_bench.features.extract import FeatureExtractor, Output
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 from neco_bench.metrics.segmentation import hungarian_match
-from neco_bench.search.row_file import ArrayFile, RowFile
+from neco_bench.search.row_file import RowFile
 
 LANCZOS = 60  # products with the graph that a cut takes, about
 
@@ -57,15 +57,15 @@ def check_encoder(encoder: Encoder, settings: Settings) -> None:
         return
     if not encoder.attentions:
         raise UsageError(
-            f"foreground=attention needs the class token's attention, which {encoder.name!r} does not give. Use "
-            f"@clean-1, which takes any encoder, or --set foreground=cut."
+            f"foreground=attention needs the class token's attention, which {encoder.name!r} does not return. Use "
+            f"@clean-1, which works with any encoder, or --set foreground=cut."
         )
     if settings.input_size_for(encoder.stride) < MIN_SIDE * encoder.stride:
         raise UsageError(f"foreground=attention needs inputs of {MIN_SIDE} x {MIN_SIDE} patches or more.")
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: three k-means on FAISS's sub-sample, a cut of each image, a file of all features and masks.
+    """Estimate a run: three k-means on FAISS's sub-sample, a cut of each image, a file of all features.
 
     Raises UsageError for more clusters or components than patches.
     """
@@ -90,10 +90,10 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         + 4.0 * rows * dimension * reduced
         + is_cut * 2.0 * rows * patches * (dimension + LANCZOS),
         memory=8.0 * max(KMEANS_POINTS * max(fits) * reduced, min(rows, PCA_POINTS * dimension) * dimension)
-        + images * (12.0 * grid**2 + 8.0 * patches)
+        + images * (12.0 * grid**2 + 8.0 * patches + 0.05 * (settings.mask_size or size) ** 2)
         + is_cut * 32.0 * patches**2
         + 4.0 * (settings.seeds + settings.direct_seeds) * len(data["val"]) * classes**2,
-        disk=4.0 * rows * (2 * dimension + reduced) + images * (settings.mask_size or size) ** 2,
+        disk=4.0 * rows * (2 * dimension + reduced),
     )
 
 
@@ -106,8 +106,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     # Patch features of train and val together, and a noisy foreground of each image.
     features, noisy, masks = extract(encoder, data, size, settings, context)
     with context.phase("pca"):
-        standardise(features)
-        reduced = reduce_dimensions(features, settings.components)
+        reduced = standardise_and_reduce(features, settings.components)
 
     # Clusters of all patches; foreground are those of which enough lies in the noisy foreground.
     rounds: dict[str, Any] = {"iterations": settings.iterations, "redos": settings.redos, "device": encoder.device}
@@ -181,14 +180,14 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
 def extract(
     encoder: Encoder, data: dict[str, SegmentationDataset], size: int, settings: Settings, context: Context
-) -> tuple[RowFile, np.ndarray, dict[str, ArrayFile]]:
+) -> tuple[RowFile, np.ndarray, dict[str, PackedMasks]]:
     """Encode train, then val.
 
     Returns features, a row for each patch; (images, patches) bool noisy foreground; and masks: of val to score on, of
     train only where the protocol chooses by them.
     """
     features, noisy = RowFile(encoder.embed_dim), []
-    masks = {"train": ArrayFile(), "val": ArrayFile()}
+    masks = {"train": PackedMasks(), "val": PackedMasks()}
     transform = ResizeSquare(size, "pil" if settings.mask_size else "native")
     output: Output = "features and attention" if settings.foreground == "attention" else "features"
     extractor = FeatureExtractor(encoder, context, output=output, mean=settings.mean, std=settings.std)
@@ -211,7 +210,7 @@ def choose_foreground(
     clusters: np.ndarray,
     noisy: np.ndarray,
     cells: np.ndarray,
-    train_masks: ArrayFile,
+    train_masks: PackedMasks,
     train_count: int,
     settings: Settings,
 ) -> tuple[np.ndarray, dict[str, Any]]:
@@ -249,7 +248,7 @@ def choose_foreground(
     }
 
 
-def _areas(clusters: Iterator[np.ndarray], masks: ArrayFile, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _areas(clusters: Iterator[np.ndarray], masks: PackedMasks, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield of each image the pixels of each cluster, and those of them that the ground truth has as foreground: any
     label but 0, borders (255) too, as in the reference."""
     for own, mask in zip(clusters, masks, strict=True):
@@ -260,7 +259,7 @@ def _areas(clusters: Iterator[np.ndarray], masks: ArrayFile, count: int) -> Iter
 def add_images(
     score: SegmentationScore,
     direct: SegmentationScore,
-    masks: ArrayFile,
+    masks: PackedMasks,
     labels: np.ndarray,
     inside: np.ndarray,
     modules: np.ndarray,
@@ -305,5 +304,5 @@ def ground_truth_use(settings: Settings) -> str:
 
 def feature_map(features: RowFile, item: int, side: int) -> torch.Tensor:
     """Read the features (D, side, side) of an image, as encoded."""
-    rows = features.at(np.arange(item * side**2, (item + 1) * side**2))
+    rows = features.read(item * side**2, (item + 1) * side**2)
     return torch.from_numpy(rows).T.unflatten(1, (side, side))

@@ -14,16 +14,16 @@ from neco_bench.core.protocol import Temperature
 class Settings(BaseSettings):
     """Constants of a protocol and a card.
 
-    input_size: the shorter side of the input in pixels. resize: "floor_64" (longer side down to a multiple of 64, or of
-    a stride that 64 is no multiple of; OpenCV's bilinear), "ceil" (longer side up to the stride; bicubic) or "nearest"
-    (to the nearest multiple of it; bicubic). first_mask: of a cell "nearest" (the id at its centre) or "share" (of its
-    pixels). drop_lost: objects of higher ids than any in the reduced first mask are not tracked. context_frames: latest
-    frames beside the first one. radius: half side of the window, or radius of the circle, of cells that may be copied
-    from, in cells; window_share: the same as a share of the shorter side of the input, in place of it. neighbours: k,
-    over all context frames together. keep_ties: cells as similar as the k-th count too. upsample: of scores, to the
-    frame "bilinear" or "nearest", or "via_input", bilinear to the input's size, and the ids nearest to the frame.
-    min_max: scores of each id are stretched to [0, 1] before the largest is taken. score_last, ignore_void: of ground
-    truth; else the last frame is not scored, and void is background.
+    input_size: the shorter side of the input in pixels. resize: "floor_64" (longer side rounded down to a multiple of
+    64, or of a stride that does not divide 64; OpenCV's bilinear), "ceil" (longer side rounded up to the stride;
+    bicubic) or "nearest" (rounded to the nearest multiple; bicubic). first_mask: label of a cell, "nearest" (the id at
+    its centre) or "share" (shares of its pixels). drop_lost: objects with higher ids than all in the reduced first mask
+    are not tracked. context_frames: number of previous frames in addition to the first. radius: half side of the
+    window, or radius of the circle, of context cells, in cells; window_share: the same as a share of the shorter side
+    of the input, used instead. neighbours: k, over all context frames together. keep_ties: cells as similar as the k-th
+    count too. upsample: of scores to the frame, "bilinear" or "nearest", or "via_input": bilinear to the input's size,
+    and the ids by nearest to the frame. min_max: rescale the scores of each id to [0, 1] before the argmax. score_last:
+    score the last frame too. ignore_void: leave out void of the ground truth; otherwise void is background.
     """
 
     resize: Literal["floor_64", "ceil", "nearest"]

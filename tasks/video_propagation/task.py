@@ -1,4 +1,4 @@
-"""Label propagation in video: the mask of a clip's first frame is carried along by the similarity of patch features.
+"""Label propagation in video: the mask of a clip's first frame is propagated by the similarity of patch features.
 
 Nothing is trained. `dino-1` reproduces the evaluation of DINO (Caron et al., ICCV 2021), `dinov3-1` that of DINOv3
 (Simeoni et al., 2025); `clean-1` is the same measurement without their quirks. README.md lists constants and quirks.
@@ -41,7 +41,7 @@ def cost(settings: Settings, data: dict[str, VideoDataset], stride: int, dimensi
 
 
 def run(encoder: Encoder, data: dict[str, VideoDataset], settings: Settings, context: Context) -> Outcome:
-    """Track the objects of data["val"], clip by clip, and score them; several processes share the clips out."""
+    """Track the objects of data["val"], clip by clip, and score them; several processes divide the clips."""
     dataset = data["val"]
     score = ClipScore(dataset, settings, context)
     mine = range(distributed.rank(), len(dataset), distributed.world())
@@ -54,14 +54,14 @@ def run(encoder: Encoder, data: dict[str, VideoDataset], settings: Settings, con
 
 
 def track_clip(encoder: Encoder, clip: Clip, shape: tuple[int, int], settings: Settings, context: Context) -> Track:
-    """Propagate the first mask of a clip, and score each frame as it comes.
+    """Propagate the first mask of a clip, and score each frame.
 
     Args:
-        encoder: of the features.
-        clip: its frames.
-        shape: (H, W) of the input.
-        settings: of the protocol.
-        context: of the run.
+        encoder: the encoder.
+        clip: the clip.
+        shape: size (H, W) of the input.
+        settings: settings of the protocol.
+        context: context of the run.
     """
     transform = ResizeFrame(shape, "bilinear" if settings.resize == "floor_64" else "bicubic")
     extractor = FeatureExtractor(encoder, context, final_norm=True, mean=settings.mean, std=settings.std)

@@ -133,7 +133,7 @@ def test_the_sound_case(tmp_path: Path, root: Path, file: Path) -> None:
         (["--device", "cuda:77"], "Device 'cuda:77' is not available here"),
         (["--precision", "fp8"], "Unknown precision 'fp8'"),
         (["--layers", "2,x"], "layers='2,x' must be whole numbers"),
-        (["--layers", "3"], "takes no layers"),
+        (["--layers", "3"], "has a fixed layer; leave out layers"),
         (["--batch-size", "-3"], "--batch-size must be at least 1, got -3"),
         (["--batch-size", "many"], "--batch-size"),
         (["--workers", "-1"], "--workers must be at least 0, got -1"),
@@ -157,7 +157,7 @@ def test_wrong_usage(tmp_path: Path, arguments: list[str], message: str) -> None
     assert_says(run(tmp_path, *rest, **given), 2, message)
 
 
-@pytest.mark.parametrize(("option", "message"), [("--model", "--model names nothing"), ("--task", "No task is named")])
+@pytest.mark.parametrize(("option", "message"), [("--model", "--model is empty"), ("--task", "No task is named")])
 def test_a_name_that_is_empty(tmp_path: Path, option: str, message: str) -> None:
     """As a variable of a shell is that nobody set."""
     given = {option.strip("-"): ""}

@@ -48,13 +48,13 @@ def test_a_suite_runs_what_is_here_and_names_what_is_not(suites: Path, tmp_path:
     ]
     assert rows[0]["hours"] >= 0
     assert "voc2012" in rows[1]["problem"]
-    assert "2 results: 0 stored, 1 to run, 1 lack data" in err
+    assert "2 results: 0 stored, 1 to run, 1 cannot run (data" in err
     code, out, err = neco(*run)
     assert code == 3
     assert "missing: voc_cluster_gt (1 model): " in err
     assert [line.split()[:2] for line in out.splitlines()[1:]] == [["baseline_rgb", "shapes_ic"]]
     code, _, err = neco(*run, "--dry-run")
-    assert "2 results: 1 stored, 0 to run, 1 lack data" in err
+    assert "2 results: 1 stored, 0 to run, 1 cannot run (data" in err
     code, out, err = neco(
         "leaderboard", "--suite", f"{suites}:small", "--results", tmp_path / "r", "--out", tmp_path / "l"
     )
@@ -96,8 +96,11 @@ def test_a_dry_run_says_what_missing_weights_would_cost(
         (["run", "--suite", "neco_tabel1"], "Did you mean 'neco_table1'"),
         (["run", "--suite", "neco_ablation_data"], "Train them: neco-bench train --suite neco_ablation_data"),
         (["train", "--suite", "neco_table1"], "has no training runs"),
-        (["train", "--data", "coco"], "Give either --recipe, or --suite"),
-        (["train", "--suite", "neco_ablation_data", "--recipe", "tiny_neco"], "Give either --recipe, or --suite"),
+        (["train", "--data", "coco"], "Give either --recipe for one run, or --suite"),
+        (
+            ["train", "--suite", "neco_ablation_data", "--recipe", "tiny_neco"],
+            "Give either --recipe for one run, or --suite",
+        ),
         (["train", "--recipe", "tiny_neco"], "--recipe needs --data"),
         (["train", "--recipe", "tiny_neco", "--data", "coco", "--launcher", "local"], "for the runs of a --suite"),
         (["train", "--suite", "neco_ablation_data", "--launcher-set", "a=1"], "--launcher-set needs --launcher"),
@@ -115,7 +118,7 @@ def test_nothing_of_a_suite_can_be_run(tmp_path: Path) -> None:
     code, _, err = neco("run", "--suite", "neco_table1", "--data-root", tmp_path, "--out", tmp_path / "r")
     assert code == 3
     assert "missing: voc_cluster_gt, voc_overcluster_300, voc_overcluster_500, voc_unsup" in err
-    assert "Nothing of the suite can be run" in err
+    assert "Nothing in the suite can be run" in err
 
 
 def test_in_python(suites: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -123,7 +126,7 @@ def test_in_python(suites: Path, tmp_path: Path, caplog: pytest.LogCaptureFixtur
     results = neco_bench.run("baseline_rgb", suite=f"{suites}:small", **quick)
     assert [(result.task, result.protocol) for result in results] == [("shapes_ic", "clean-1")]
     assert "voc_cluster_gt of suite" in caplog.text
-    with pytest.raises(MissingError, match="Nothing of suite 'neco_table1'"):
+    with pytest.raises(MissingError, match="Nothing in suite 'neco_table1'"):
         neco_bench.run("baseline_rgb", suite="neco_table1", **quick)
 
 

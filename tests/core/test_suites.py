@@ -69,7 +69,7 @@ def test_a_glob_gives_a_column_each() -> None:
         "shapes_cluster_gt@neco-1",
         "shapes_correspondence@pck-1",
     ]
-    with pytest.raises(BadInputError, match="column 'c' stands for several tasks"):
+    with pytest.raises(BadInputError, match="column 'c' matches several tasks"):
         Suite(id="x", title="x", tasks={"c": "shapes_c*"}).columns()
 
 
@@ -79,7 +79,7 @@ def test_a_glob_gives_a_column_each() -> None:
         ("[suite.mine]\ntasks = []", "tasks"),
         ("[suite.mine]\ntaks = ['shapes_ic']", "tasks: Field required.*Did you mean 'tasks'"),
         ("[suite.mine]\ntasks = ['shapes_ic']\nmodels = [{}]", "give a model"),
-        ("[suite.mine]\ntasks = ['shapes_ic']\nmodels = ['a', 'a']", "a stands there twice"),
+        ("[suite.mine]\ntasks = ['shapes_ic']\nmodels = ['a', 'a']", "a is listed twice"),
         (
             "[suite.mine]\ntasks = ['shapes_ic']\nruns = [{recipe = 'r', data = 'coco', name = '../x'}]",
             "name of a folder",

@@ -151,7 +151,7 @@ def test_curated_images_are_those_of_a_list(tmp_path: Path) -> None:
     masks = np.tile(np.array([0, 91, 255], np.uint8), (8, 4))
     coco(tmp_path, "val", masks, "stuffthingmaps/val2017", 5)
     whole = load_segmentation("coco_stuff27", "val", root=tmp_path)
-    with pytest.raises(MissingError, match=r"the split list .*Coco164kFull_Stuff_Coarse\.txt is not there"):
+    with pytest.raises(MissingError, match=r"the split list .*Coco164kFull_Stuff_Coarse\.txt does not exist"):
         load_segmentation("coco_stuff27_curated", "val", root=tmp_path)
     assert not CocoStuff27Curated.has_images(tmp_path / "coco", "val")
     folder = tmp_path / "coco" / "curated" / "val2017"
@@ -210,7 +210,7 @@ def test_panoptic_of_the_sample(samples: Path, panoptic: Path) -> None:
     raw = json.loads(path.read_bytes())
     raw["annotations"][0]["segments_info"].pop()
     path.write_text(json.dumps(raw))
-    with pytest.raises(BadInputError, match=r"holds segment \d+, for which the JSON"):
+    with pytest.raises(BadInputError, match=r"has segment \d+, for which the JSON"):
         list(typed.samples(load_segmentation("coco_things", "val", root=panoptic)))
     path.write_text("{}")
     with pytest.raises(BadInputError, match=r"panoptic_val2017\.json is not a COCO annotation file: KeyError"):
@@ -225,7 +225,7 @@ def test_confused_coco_maps_are_named(tmp_path: Path) -> None:
     coco(tmp_path / "b", "val", np.full((8, 8), 255, np.uint8), folder)
     with pytest.raises(BadInputError, match="is a stuffthingmap"):
         load_segmentation("coco_things", "val", root=tmp_path / "b")[0]
-    with pytest.raises(MissingError, match="no annotation; pixelmaps, stuffthingmaps would do"):
+    with pytest.raises(MissingError, match="no annotation; one of pixelmaps, stuffthingmaps is needed"):
         load_segmentation("coco_stuff", "val", root=tmp_path / "b")
 
 
@@ -292,7 +292,7 @@ def test_ade_mistakes_are_named(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match="is a colour mask"):
         load_segmentation("ade20k", "train", root=tmp_path / "colour")[1]
     (base / "annotations" / "training" / "ADE_train_00000002.png").unlink()
-    with pytest.raises(MissingError, match=r"1 of 3 files .*unpacked in part"):
+    with pytest.raises(MissingError, match=r"1 of 3 files .*unpacked only in part"):
         load_segmentation("ade20k", "train", root=tmp_path / "colour")
 
 

@@ -149,7 +149,7 @@ def test_copies_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     (base / "ImageSets" / "Segmentation").mkdir(parents=True)
     (base / "ImageSets" / "Segmentation" / "val.txt").write_text("".join(f"2007_{i:06d}\n" for i in range(16)))
     dataset = load_segmentation("voc2012", "val", root=tmp_path)
-    fact = "No image has a side of 500 pixels, as most of voc2012 have; the longest is 250: they were resized"
+    fact = "No image has a side of 500 pixels, but most of voc2012 do; the longest is 250: they were resized"
     assert any(fact in problem for problem in dataset.sample_sanity_check())
     for folder, ending in (("JPEGImages", "jpg"), ("SegmentationClass", "png")):
         resized(base / folder / f"2007_000007.{ending}", (333, 500))
@@ -182,7 +182,7 @@ def test_ids_from_zero_with_void_at_the_end(tmp_path: Path, name: str, classes: 
     assert not dataset_of(name, tmp_path / "right", "val", right).sample_sanity_check()
     shifted = [np.where(mask == 0, classes, mask - 1).astype(np.uint8) for mask in right]
     (problem,) = dataset_of(name, tmp_path / "shifted", "val", shifted).sample_sanity_check()
-    assert "100 % of the masks hold" in problem
+    assert "100 % of the masks have" in problem
     assert "shifted by one" in problem
 
 
@@ -223,7 +223,7 @@ def test_cityscapes_label_ids_that_are_none(tmp_path: Path, monkeypatch: pytest.
     assert "No mask has void pixels" in problem
     train_ids = np.select([right == value for value in LABEL_IDS], range(19), 4).astype(np.uint8)
     problems = city_of(tmp_path / "train", [train_ids] * 4).sample_sanity_check()
-    assert any("train ids (0..18) lie in files of label ids" in problem for problem in problems)
+    assert any("train ids (0..18) are in files of label ids" in problem for problem in problems)
     train_ids[right == 1] = 255
     assert not city_of(tmp_path / "named", [train_ids] * 4, "labelTrainIds").sample_sanity_check()
     (problem,) = city_of(tmp_path / "swapped", [np.where(right == 7, np.uint8(8), right)] * 4).sample_sanity_check()

@@ -169,19 +169,19 @@ def test_depth_in_another_unit(name: str, pattern: str, labelled: Path, kitti: P
     factor = 1 / 1000 if name == "nyu_depth_labelled" else 1000 / 256
     change_depth(labelled, pattern, lambda values: np.rint(values * factor).astype(np.uint16))
     (doubt,) = dense(name, "test", root=labelled).sample_sanity_check()
-    assert "the files hold another unit" in doubt
+    assert "the files have another unit" in doubt
     findings = [row for row in check_dataset(name, labelled) if row.level == "error" and row.split == "test"]
     assert [row.text for row in findings] == [doubt]
 
 
 def test_depth_read_with_8_bits(labelled: Path) -> None:
-    """Saved with 8 bits, or cut down to 8 bits and saved with 16."""
+    """Saved with 8 bits, or reduced to 8 bits and saved with 16."""
     change_depth(labelled, "nyuv2/test_depth/0001.png", lambda values: (values >> 8).astype(np.uint8))
     with pytest.raises(BadInputError, match=r"0001\.png has pixel format L, but 16 bits are needed"):
         dense("nyu_depth_labelled", "test", root=labelled)[0]
     change_depth(labelled, "nyuv2/train_depth/*.png", lambda values: values & 255)
     (doubt,) = dense("nyu_depth_labelled", "train", root=labelled).sample_sanity_check()
-    assert "cut down to 8 bits" in doubt
+    assert "reduced to 8 bits" in doubt
 
 
 def test_swapped_splits(labelled: Path, listed: Path, kitti: Path) -> None:
@@ -204,7 +204,7 @@ def test_swapped_splits(labelled: Path, listed: Path, kitti: Path) -> None:
 def test_resized_frames(labelled: Path, kitti: Path) -> None:
     path = labelled / "nyuv2/test_rgb/0001.png"
     Image.open(path).resize((320, 240)).save(path)
-    with pytest.raises(BadInputError, match=r"is 320x240 pixels .*those of nyu_depth_labelled are 640x480"):
+    with pytest.raises(BadInputError, match=r"is 320x240 pixels .*but nyu_depth_labelled has 640x480"):
         dense("nyu_depth_labelled", "test", root=labelled)[0]
     path = labelled / "nyuv2/test_depth/0002.png"
     Image.open(path).resize((320, 240)).save(path)
@@ -227,7 +227,7 @@ def test_files_without_partner_and_bad_lists(labelled: Path, kitti: Path) -> Non
     with pytest.raises(MissingError, match=r"no depth map .*0000000003\.png, which .*kitti_eigen_test\.txt names"):
         dense("kitti_depth", "test", root=kitti)[3]
     (kitti / "kitti_depth/kitti_eigen_test.txt").write_text("only_an_image.png\n")
-    with pytest.raises(BadInputError, match=r"must hold an image, its depth and the focal length"):
+    with pytest.raises(BadInputError, match=r"must list an image, its depth and the focal length"):
         dense("kitti_depth", "test", root=kitti)
 
 

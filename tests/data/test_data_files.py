@@ -254,7 +254,7 @@ def test_spair_defects_are_named(spair: Path) -> None:
     base = spair / "spair71k" / "SPair-71k"
     dataset = load_pairs("spair71k", "val", root=spair)
     save(base / "JPEGImages" / "cat" / "a.jpg", image_of(0, (10, 15)))
-    with pytest.raises(BadInputError, match=r"a\.jpg is 15x10 pixels, its annotations are for 30x20"):
+    with pytest.raises(BadInputError, match=r"a\.jpg is 15x10 pixels, but its annotations are for 30x20"):
         dataset[0]
     (base / "JPEGImages" / "cat" / "b.jpg").unlink()
     with pytest.raises(MissingError, match=r"b\.jpg"):

@@ -41,7 +41,7 @@ def test_another_suffix(tmp_path: Path) -> None:
     images, _ = ade(tmp_path)
     for path in list(images.iterdir()):
         path.rename(path.with_suffix(".JPEG"))
-    assert "holds 3 files such as 'a.JPEG'; NAME.jpg is expected" in message(tmp_path)
+    assert "has 3 files such as 'a.JPEG'; NAME.jpg is expected" in message(tmp_path)
     assert any("'a.JPEG'" in finding.text for finding in check_dataset("ade20k", tmp_path) if finding.level == "error")
 
 
@@ -76,7 +76,7 @@ def test_masks_one_folder_deeper(tmp_path: Path) -> None:
     _, masks = ade(tmp_path)
     shutil.move(masks, masks.with_name("moved"))
     shutil.move(masks.with_name("moved"), masks / "validation")
-    assert "The same names lie at different depths" in message(tmp_path)
+    assert "The same names are at different depths" in message(tmp_path)
 
 
 def test_half_an_archive_is_told_as_such(tmp_path: Path) -> None:
@@ -101,7 +101,7 @@ def test_train_ids_beside_stuffthingmaps_are_no_masks_without_images(tmp_path: P
     dataset = load_segmentation("coco_stuff27", "val", root=tmp_path)
     assert len(dataset) == 2
     (folder / "000000000001.png").unlink()
-    assert "'000000000001_labelTrainIds.png' is there instead of '000000000001.png'" in message(
+    assert "There is '000000000001_labelTrainIds.png' instead of '000000000001.png'" in message(
         tmp_path, "coco_stuff27"
     )
 
@@ -112,7 +112,7 @@ def test_cityscapes_of_two_kinds(tmp_path: Path) -> None:
         save(base / "leftImg8bit" / "val" / "ulm" / f"ulm_{i}_leftImg8bit.png", image_of(i))
         save(base / "gtFine" / "val" / "ulm" / f"ulm_{i}_gtFine_{kind}.png", np.full((20, 30), 7, np.uint8))
     text = message(tmp_path, "cityscapes")
-    assert "'ulm_1_gtFine_labelTrainIds.png' is there instead of 'ulm_1_gtFine_labelIds.png'" in text
+    assert "There is 'ulm_1_gtFine_labelTrainIds.png' instead of 'ulm_1_gtFine_labelIds.png'" in text
 
 
 def test_cityscapes_unpacked_into_a_folder_per_archive(tmp_path: Path) -> None:
@@ -170,7 +170,7 @@ def test_other_nested_trees_are_found(tmp_path: Path, camvid: Path, spair: Path)
 
 
 def test_what_is_there_instead_of_a_data_set(voc: Path) -> None:
-    with pytest.raises(MissingError, match=r"there is no folder .*/voc2012/voc2012\. .*voc2012 holds 'VOCdevkit'\."):
+    with pytest.raises(MissingError, match=r"there is no folder .*/voc2012/voc2012\. .*voc2012 contains 'VOCdevkit'\."):
         load_segmentation("voc2012", "val", root=voc / "voc2012")  # the root is one folder too deep
     (voc / "VOC2012").mkdir()
     (voc / "voc2012").rename(voc / "away")

@@ -197,13 +197,13 @@ def no_rotation(base: Path) -> None:
 
 
 MISTAKES: list[tuple[Callable[[Path], None], int, str]] = [
-    (changed_list, 4, "is not the one that the rule gives"),
-    (object_taken_away, 4, "is not the one that the rule gives"),
+    (changed_list, 4, "does not follow the rule"),
+    (object_taken_away, 4, "does not follow the rule"),
     (not_prepared, 3, "neco-bench data prepare navi"),
     (eight_bit_depth, 4, "it was converted to 8 bits"),
-    (millimetres, 4, "holds depth in millimetres"),
+    (millimetres, 4, "has depth in millimetres"),
     (resized_images, 4, "it was resized or rotated"),
-    (no_rotation, 4, "is no rotation"),
+    (no_rotation, 4, "is not a rotation"),
 ]
 
 
@@ -225,7 +225,7 @@ def test_an_original_of_another_size_is_not_copied(navi: Path) -> None:
         small = image.resize((40, 32))
     small.save(path)
     path.with_name("downsampled_000.jpg").unlink()
-    with pytest.raises(BadInputError, match="its annotation says 80x64"):
+    with pytest.raises(BadInputError, match="its annotation states 80x64"):
         prepare("navi", navi.parents[1])
 
 

@@ -190,7 +190,7 @@ def test_voc_in_the_layout_of_neco(tmp_path: Path) -> None:
 
 
 def test_voc_without_trainaug_says_how_to_make_it(voc: Path) -> None:
-    with pytest.raises(MissingError, match=r"trainaug\.txt is not there.*neco-bench data prepare voc_sbd") as error:
+    with pytest.raises(MissingError, match=r"trainaug\.txt does not exist.*neco-bench data prepare voc_sbd") as error:
         load_segmentation("voc2012", "trainaug", root=voc)
     assert error.value.exit_code == 3
     found = [f for f in check_dataset("voc2012", voc) if f.split == "trainaug"]
@@ -201,7 +201,7 @@ def test_voc_masks_without_borders_or_in_black_and_white(voc: Path) -> None:
     folder = voc / "voc2012" / "VOCdevkit" / "VOC2012" / "SegmentationClass"
     for path in folder.iterdir():
         save(path, np.full((20, 30), 5, np.uint8))
-    assert any("255 was turned into background" in f.text for f in check_dataset("voc2012", voc) if f.level == "error")
+    assert any("255 was changed to background" in f.text for f in check_dataset("voc2012", voc) if f.level == "error")
     for path in folder.iterdir():
         save(path, np.tile(np.array([0, 255], np.uint8), (20, 15)))
     assert any("black-and-white" in f.text for f in check_dataset("voc2012", voc) if f.level == "error")
@@ -265,7 +265,7 @@ def test_split_files(samples: Path, tmp_path: Path) -> None:
     ):
         load_segmentation("voc2012", "trainaug", root=samples, split_file=path)
     path.unlink()
-    with pytest.raises(MissingError, match=r"mine\.txt is not there"):
+    with pytest.raises(MissingError, match=r"mine\.txt does not exist"):
         load_segmentation("voc2012", "trainaug", root=samples, split_file=path)
 
 

@@ -90,7 +90,7 @@ def test_voc_sbd_goes_on_after_an_interruption(voc_and_sbd: tuple[Path, Path, Pa
     assert len(load_segmentation("voc2012", "trainaug", root=root)) == 3
     assert not list(base.glob("*.partial"))
     (base / "SegmentationClassAug" / "2010_000001.png").unlink()
-    with pytest.raises(UsageError, match=r"lacks 1 of 3 files, the first is 2010_000001\.png"):
+    with pytest.raises(UsageError, match=r"lacks 1 of 3 files; the first is 2010_000001\.png"):
         prepare("voc_sbd", root, source=source)
 
 
@@ -106,7 +106,7 @@ def test_voc_sbd_defects(voc_and_sbd: tuple[Path, Path, Path], tmp_path: Path) -
     with pytest.raises(MissingError, match="given as --source"):
         prepare("voc_sbd", root, source=root / "nothing")
     (source / "dataset" / "cls" / "2010_000001.mat").unlink()
-    with pytest.raises(MissingError, match=r"2010_000001\.mat: SBD was unpacked in part"):
+    with pytest.raises(MissingError, match=r"2010_000001\.mat: SBD was unpacked only in part"):
         prepare("voc_sbd", root, source=source)
     savemat(source / "dataset" / "cls" / "2010_000001.mat", {"GTinst": 1})
     with pytest.raises(BadInputError, match=r"2010_000001\.mat is no readable class file of SBD"):
@@ -152,7 +152,7 @@ def test_panoptic_segments_of_another_form(tmp_path: Path, segments: object) -> 
     (annotations / "panoptic_val2017.json").write_text(
         json.dumps({"images": [{"id": 139, "file_name": "000000000139.jpg"}], "annotations": rows, "categories": []})
     )
-    with pytest.raises(BadInputError, match=r"000000000139\.png of .* cannot be made from its source"):
+    with pytest.raises(BadInputError, match=r"000000000139\.png of .* cannot be created from its source"):
         prepare("coco_panoptic", tmp_path)
 
 
@@ -167,7 +167,7 @@ def test_unpacking(tmp_path: Path, kind: str) -> None:
     assert not [p for p in folder.iterdir() if p.name.startswith(".")]
     assert prepare("ade20k_151", tmp_path / "root", source=archive)[0].written == 0
     (folder / "ADEChallengeData2016/images/a.jpg").write_bytes(b"mine")
-    with pytest.raises(UsageError, match=r"a\.jpg is there already and differs"):
+    with pytest.raises(UsageError, match=r"a\.jpg already exists and differs"):
         unpack(archive, folder)
     assert (folder / "ADEChallengeData2016/images/a.jpg").read_bytes() == b"mine"
     prepare("coco_stuff", tmp_path / "root", source=archive, into="stuffthingmaps")

@@ -57,7 +57,7 @@ def test_a_damaged_cache_is_noticed(
     path.write_bytes(content)
     with caplog.at_level(logging.WARNING):
         after = load_segmentation("shapes", "train")[0]
-    assert "made again" in caplog.text
+    assert "generated again" in caplog.text
     assert np.array_equal(after.image, before.image)
 
 

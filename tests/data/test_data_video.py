@@ -184,7 +184,7 @@ def empty_first_masks(base: Path) -> None:
 MISTAKES: list[tuple[Callable[[Path], None], int, str]] = [
     (colour_masks, 4, "is a colour mask, but class ids are needed"),
     (swapped_lists, 4, "were swapped or mixed"),
-    (resized, 4, "it was resized, or is of another resolution"),
+    (resized, 4, "it was resized, or has another resolution"),
     (resized_images_alone, 4, "One of the two was resized"),
     (first_masks_alone, 3, "has masks of the first frames only"),
     (other_resolution, 3, "has no frames"),

@@ -169,7 +169,7 @@ def test_masks_in_colours(tmp_path: Path) -> None:
     assert (palette[order] == dataset.palette).all()
     assert (order[dataset.mask(0)] == ids[int(dataset.ids[0])].clip(max=2)).all()
     save(tmp_path / "tiles" / "labels" / f"{dataset.ids[0]}_colour.png", palette[ids[0].clip(max=2)] + np.uint8(1))
-    with pytest.raises(BadInputError, match=r"holds the colour \[.*dataset\.toml"):
+    with pytest.raises(BadInputError, match=r"has the colour \[.*dataset\.toml"):
         dataset.mask(0)
 
 
@@ -260,7 +260,10 @@ def test_pairs_with_keypoints(tmp_path: Path) -> None:
     assert json.loads(answer.out)[0]["metrics"]["PCK@0.10"] == 1.0  # all images are the same
 
     for wrong, said in (
-        ([{**pairs[0], "target_points": points[:1]}], "pair 0: source_points and target_points must be equally many"),
+        (
+            [{**pairs[0], "target_points": points[:1]}],
+            "pair 0: source_points and target_points must have the same number",
+        ),
         ([{"source": "a", "target": "b"}], "pair 0: 'source_points' is missing"),
         ([{**pairs[0], "taget_box": [0, 0, 1, 1]}], "pair 0: unknown key 'taget_box'"),
         ([pairs[0], pairs[0]], "two pairs have the id 'a-b'"),
@@ -342,7 +345,7 @@ FAULTS: dict[str, tuple[Callable[[Path], object], int, str]] = {
         r"1 of the 2 ids in .*val\.txt have no mask; the first is 'p02', whose mask should be .*p02\.png",
     ),
     "an id without an image": (break_list, 3, r"1 of the 2 ids in .*val\.txt have no image; the first is 'p2'"),
-    "no list": (lambda folder: (folder / "val.txt").unlink(), 3, r"the split list .*val\.txt is not there"),
+    "no list": (lambda folder: (folder / "val.txt").unlink(), 3, r"the split list .*val\.txt does not exist"),
 }
 
 
@@ -374,8 +377,8 @@ def write_masks(folder: Path, array: np.ndarray) -> None:
 
 
 INIT_FAULTS: dict[str, tuple[Callable[[Path], object], type[NecoBenchError], str]] = {
-    "one is there": (lambda f: declare(f, TOML), UsageError, "Edit it, or write it again with --overwrite"),
-    "no images": (lambda f: remove(f, "*.*g"), MissingError, "holds no images"),
+    "one is there": (lambda f: declare(f, TOML), UsageError, "Edit it, or replace it with --overwrite"),
+    "no images": (lambda f: remove(f, "*.*g"), MissingError, "contains no images"),
     "no masks": (
         lambda f: remove(f, "*.png"),
         MissingError,
@@ -384,17 +387,17 @@ INIT_FAULTS: dict[str, tuple[Callable[[Path], object], type[NecoBenchError], str
     "names that differ": (
         rename_masks,
         MissingError,
-        "have a name in common",
+        "have the same name",
     ),
     "photographs as masks": (
         lambda f: write_masks(f, image_of(0)),
         BadInputError,
-        "values or colours, more than there can be classes",
+        "values or colours, more than the maximum of classes",
     ),
     "one class": (
         lambda f: write_masks(f, np.zeros((20, 30), np.uint8)),
         BadInputError,
-        "hold 1 class",
+        "have 1 class",
     ),
 }
 

@@ -116,7 +116,7 @@ class _BatchNorm(_Planted):
 @pytest.mark.parametrize(
     ("planted", "names", "message"),
     [
-        (_LeftIn, {"prefix tokens"}, "1 class or register tokens are left in"),
+        (_LeftIn, {"prefix tokens"}, "1 class or register tokens are not removed"),
         (_Transposed, {"grid orientation"}, "transposed"),
         (_Mirrored, {"grid orientation"}, "mirrored left to right"),
         (_Dropout, {"deterministic"}, "dropout"),

@@ -106,7 +106,7 @@ def test_stages_have_their_own_stride() -> None:
     encoder = load_encoder("timm:convnext_atto?pretrained=false", layers=1)
     assert (encoder.embed_dim, encoder.stride, encoder.layer) == (80, 8, "stage 1")
     assert encoder.encode(torch.rand(1, 3, 64, 64)).map.shape == (1, 80, 8, 8)
-    with pytest.raises(UsageError, match="one at a time"):
+    with pytest.raises(UsageError, match="give one layer only"):
         load_encoder("timm:convnext_atto?pretrained=false", layers=[1, 2])
 
 

@@ -117,7 +117,7 @@ def test_weights_that_are_part_of_the_package(own_zoo: Path) -> None:
     place = own_zoo / "weights" / "small.safetensors"
     assert model_info("small")["weights_file"] == str(place)
     assert {row["model"]: row["weights"] for row in describe_models()}["small"] == "missing"
-    with pytest.raises(MissingError, match=r"weights/small\.safetensors, the weights of 'small', is not there"):
+    with pytest.raises(MissingError, match=r"weights/small\.safetensors, the weights of 'small', does not exist"):
         load_encoder("small")
     before = content_id("small")
     place.parent.mkdir()

@@ -169,7 +169,7 @@ def test_another_rule_for_positions_is_reported(
     assert ("resizes position embeddings" in caplog.text) is (reader is not None)
     if reader is None:
         return
-    assert "the same features at 98 x 98 pixels alone" in caplog.text
+    assert "features are equal at 98 x 98 pixels only" in caplog.text
     theirs = load_encoder(reader, weights=path, device="cpu")
     for size, equal in ((98, True), (56, False)):
         image = torch.rand(1, 3, size, size, generator=torch.Generator().manual_seed(1))

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -14,12 +15,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import neco_bench
+from neco_bench.core import files
 from neco_bench.core.errors import BadInputError, UsageError
-from neco_bench.encoders import DenseFeatures, Encoder, content_id, load_encoder
+from neco_bench.core.protocol import find_tasks
+from neco_bench.encoders import DenseFeatures, Encoder, content_id, identity, load_encoder
 from neco_bench.encoders.spec import needs_loading, parse_spec, training_of
 from neco_bench.encoders.zoo import ZooEntry, aliases, models, zoo
 from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
+from neco_bench.runner import job
+from neco_bench.runner.options import RunOptions
 from tests.command import neco
 
 QUICK: dict[str, Any] = {"limit": 4, "workers": 0, "changes": {"input_size": 56}}
@@ -54,6 +59,63 @@ def score(model: object, out: Path, **options: Any) -> Result:
 def save_weights(folder: Path, seed: int) -> None:
     torch.manual_seed(seed)
     torch.save(nn.Conv2d(3, 4, 8, 8).state_dict(), folder / "weights.pt")
+
+
+LARGE = """
+import torch
+
+def f():
+    module = torch.nn.Conv2d(3, 4, 8, 8)
+    module.more = torch.nn.Parameter(torch.zeros(1 << 22))
+    module.embed_dim, module.stride = 4, 8
+    return module
+"""
+
+
+@pytest.fixture
+def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The files that are hashed."""
+    paths: list[Path] = []
+    digest_of = files._digest
+
+    def digest(path: Path) -> str:
+        paths.append(path)
+        return digest_of(path)
+
+    monkeypatch.setattr(files, "_digest", digest)
+    return paths
+
+
+def test_a_large_weights_file_is_hashed_once_however_many_tasks(tmp_path: Path, hashed: list[Path]) -> None:
+    """Before and after loading, for keys, provenance and overlap, in all runs; again where it has other content."""
+    (tmp_path / "large.py").write_text(LARGE)
+    weights, model = tmp_path / "weights.pt", f"{tmp_path}/large.py:f"
+    for seed, times in ((0, 1), (1, 2)):
+        torch.manual_seed(seed)
+        state = nn.Conv2d(3, 4, 8, 8).state_dict() | {"more": torch.ones(1 << 22)}
+        torch.save(state, weights)
+        for _ in range(2):
+            tasks = ["shapes_ic", "shapes_knn"]
+            results = neco_bench.run(model, tasks, out=tmp_path / "out", weights=weights, limit=4, workers=0)
+            assert [result.status for result in results] == ["ok", "ok"]
+        assert hashed.count(weights) == times
+
+
+def test_a_model_that_must_be_loaded_is_identified_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "own.py").write_text(DRAWN.format(seed=0, channels=4))
+    model = f"{tmp_path}/own.py:f"
+    result = score(model, tmp_path / "out")
+    counted = Mock(side_effect=identity.content_id)
+    for module in (identity, job):
+        monkeypatch.setattr(module, "content_id", counted)
+    (again,) = job.plan_all(
+        [model],
+        find_tasks(["shapes_ic"], QUICK["changes"]),
+        RunOptions(limit=4, workers=0),
+        ResultStore(tmp_path / "out"),
+    )
+    assert again.key == result.key
+    assert counted.call_count == 1
 
 
 def test_two_files_of_one_folder_are_two_results(tmp_path: Path) -> None:
@@ -207,7 +269,7 @@ def test_a_module_without_values_is_refused(tmp_path: Path) -> None:
 def test_what_is_no_spec_is_one_short_error(tmp_path: Path) -> None:
     module = nn.Sequential(*[nn.Conv2d(3, 3, 1) for _ in range(50)])
     for given in (module, Projection(0), ["baseline_rgb"], None):
-        with pytest.raises(UsageError, match=f"not given as {type(given).__name__}") as caught:
+        with pytest.raises(UsageError, match=f"not by a {type(given).__name__}") as caught:
             load_encoder(given)  # type: ignore[arg-type]
         assert len(str(caught.value)) < 400
     for task in (3, None, [3]):

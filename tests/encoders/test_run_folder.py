@@ -215,7 +215,7 @@ def test_options_that_the_architecture_lacks(tmp_path: Path) -> None:
     run = leave_run(tmp_path / "run", load_encoder(spec), spec)
     with pytest.raises(UsageError, match="it takes branch"):
         parse_spec(f"{run}?layers=3")
-    with pytest.raises(UsageError, match="takes no layers"):
+    with pytest.raises(UsageError, match="has a fixed layer; leave out layers"):
         load_encoder(str(run), layers=3)
     change(run, base="timm:resnet18")
     with pytest.raises(BadInputError, match=r"student\.safetensors does not fit"):
@@ -314,7 +314,7 @@ def test_a_folder_without_an_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.chdir(tmp_path)
     for spec in ("begun", f"{tmp_path}/begun/", "begun?branch=teacher"):
         for function in (content_id, model_info, load_encoder, architecture):
-            with pytest.raises(MissingError, match=r"begun.* holds no trained encoder .*not saved a checkpoint"):
+            with pytest.raises(MissingError, match=r"begun.* contains no trained encoder .*not saved a checkpoint"):
                 function(spec)
 
 
@@ -347,7 +347,7 @@ def test_wrong_descriptions(run: Path, monkeypatch: pytest.MonkeyPatch, facts: d
 @pytest.mark.parametrize("content", ["", "{", "[]", "\x00", '{"format": 1}'])
 def test_descriptions_that_are_not_whole(run: Path, content: str) -> None:
     (run / "encoder.json").write_text(content)
-    with pytest.raises(BadInputError, match=r"encoder\.json .*Go on with the training run"):
+    with pytest.raises(BadInputError, match=r"encoder\.json .*Resume the training run"):
         content_id(str(run))
 
 
@@ -374,5 +374,5 @@ def test_files_that_are_not_there(run: Path, tmp_path: Path, monkeypatch: pytest
         with pytest.raises(UsageError, match="no teacher's weights"):
             of_teacher(f"{run}?branch=teacher")
     change(run, base="mine.py:own")
-    with pytest.raises(MissingError, match=r"encoder\.json: base 'mine\.py:own' names a file that is not there"):
+    with pytest.raises(MissingError, match=r"encoder\.json: base 'mine\.py:own' names a file that does not exist"):
         parse_spec(str(run))

@@ -148,7 +148,7 @@ def test_sizes_that_are_asked_for_and_not_to_be_had() -> None:
     with pytest.raises(UsageError, match="takes inputs of 224x224 only"):
         check_size(task, encoder)
     (task,) = find_tasks(["shapes_cluster_gt"], {"tokens_per_side": 8})
-    with pytest.raises(UsageError, match="the nearest are 224x224"):
+    with pytest.raises(UsageError, match="the nearest size is 224x224"):
         settings_for(task, encoder)
 
 

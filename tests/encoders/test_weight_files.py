@@ -136,7 +136,7 @@ def test_code_is_refused_by_name(
         Path("bad.pth").write_bytes(pickle.dumps(content, protocol=2))
     else:
         torch.save(content, "bad.pth", _use_new_zipfile_serialization=form == "zip")
-    with pytest.raises(BadInputError, match=rf"bad\.pth wants to run code when it is read \({message}\)"):
+    with pytest.raises(BadInputError, match=rf"bad\.pth would run code when it is read \({message}\)"):
         read_tensors(Path("bad.pth"))
     assert not Path("attacked").exists()
 
@@ -169,7 +169,7 @@ def npz() -> bytes:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "pointer of git-lfs.*git lfs pull"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "git-lfs pointer.*git lfs pull"),
         (b"<!DOCTYPE html><html></html>", "a web page"),
         (b"\n<html><body>Sign in</body></html>", "a web page"),
         (b'<?xml version="1.0"?><Error>AccessDenied</Error>', "a web page"),
@@ -182,7 +182,7 @@ def npz() -> bytes:
         (b"\x89HDF\r\n\x1a\n", "an HDF5 file"),
         (b'{"a": 1}', "a JSON document"),
         (b"", "empty"),
-        (b"\x00\x01\x02 something", r"neither safetensors nor a checkpoint .* begins with b'\\x00"),
+        (b"\x00\x01\x02 something", r"neither safetensors nor a PyTorch checkpoint.* begins with b'\\x00"),
         (pickle.dumps(STATE, protocol=4), "protocol 4"),
     ],
     ids=lambda value: value if isinstance(value, str) else "file",  # pickles name storages by their address
@@ -239,7 +239,7 @@ def test_shards_and_folders(tmp_path: Path) -> None:
 
 
 def test_folders_with_and_without_a_choice(tmp_path: Path) -> None:
-    with pytest.raises(BadInputError, match="holds no weights file"):
+    with pytest.raises(BadInputError, match="contains no weights file"):
         read_tensors(tmp_path)
     torch.save(STATE, tmp_path / "last.PTH")
     assert same(read_tensors(tmp_path))
@@ -247,7 +247,7 @@ def test_folders_with_and_without_a_choice(tmp_path: Path) -> None:
     with pytest.raises(BadInputError, match=r"several weights files \(best\.ckpt, last\.PTH\)"):
         read_tensors(tmp_path)
     (tmp_path / "encoder.json").write_text("{}")
-    with pytest.raises(BadInputError, match="name it as the model"):
+    with pytest.raises(BadInputError, match="use it as the model"):
         read_tensors(tmp_path)
 
 

@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 import torchvision.transforms as T
+import torchvision.transforms.v2.functional as tvf
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from neco_bench.tasks.in_context import augment
 from neco_bench.tasks.in_context.augment import HummingbirdTrain
 from neco_bench.tasks.linear_segmentation.augment import CropFlip
 from PIL import Image
@@ -22,6 +24,7 @@ from neco_bench.features.transforms import (
     resize_image,
     resize_nearest_pil,
     resize_nearest_torch,
+    resize_tensor,
     upsample_argmax,
 )
 
@@ -88,6 +91,20 @@ def test_resize_equals_torchvision_on_pillow_images() -> None:
     image = np.random.default_rng(0).integers(0, 256, (57, 91, 3), dtype=np.uint8)
     theirs = T.ToTensor()(T.Resize((32, 48))(Image.fromarray(image)))
     assert torch.equal(resize_image(image, 32, 48), theirs)
+
+
+def test_resize_equals_torchvision_on_tensors() -> None:
+    image = torch.rand(3, 57, 91)
+    for size in ((32, 48), (70, 120)):
+        assert torch.equal(resize_tensor(image, *size), tvf.resize(image, list(size), antialias=True))
+
+
+@pytest.mark.parametrize("name", ["adjust_brightness", "adjust_contrast", "adjust_saturation", "adjust_hue"])
+def test_colours_change_as_by_torchvision(name: str) -> None:
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (57, 91, 3), dtype=np.uint8))
+    for factor in np.linspace(-0.5, 0.5, 41) + (0 if name == "adjust_hue" else 1):
+        ours, theirs = getattr(augment, name)(image, factor), getattr(tvf, name)(image, factor)
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs)), factor
 
 
 @given(

@@ -152,7 +152,7 @@ def test_what_cannot_be_read_is_told(store: ResultStore, tmp_path: Path) -> None
     for command in (["compare", "baseline_rgb", "baseline_hog"], ["show", "baseline_hog"]):
         code, _, err = neco(*command, "--results", str(folder))
         assert code == 3
-        assert err.count("is not a whole JSON document") == len(TASKS)
+        assert err.count("is not a complete JSON document") == len(TASKS)
 
 
 @pytest.mark.parametrize("command", [["compare", "a", "b", "--images", "-2"], ["show", "a", "--worst", "-1"]])
@@ -195,7 +195,7 @@ def test_conditions_that_differ_are_said(store: ResultStore, tmp_path: Path) -> 
     features = {**result.provenance["features"], "used_size": 64}
     save(tmp_path, result, arrays, key="f" * 16, model="other", precision="bf16", features=features)
     (row,) = compare_tasks(find_pairs([store, ResultStore(tmp_path)], "baseline_rgb", "other", []), draws=100)
-    assert row.note.startswith("precision fp32 / bf16; size as asked / 64 px")
+    assert row.note.startswith("precision fp32 / bf16; size as requested / 64 px")
 
 
 def test_items_are_paired_by_id_and_not_by_position(store: ResultStore, tmp_path: Path) -> None:

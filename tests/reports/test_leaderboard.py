@@ -253,7 +253,7 @@ def test_unusable_published_files(tmp_path: Path) -> None:
         read_published(tmp_path / "bad.csv")
     (tmp_path / "bad.csv").write_bytes(b"model,\xe9")
     for unreadable in (tmp_path, tmp_path / "bad.csv"):
-        with pytest.raises(BadInputError, match="is not a readable CSV file in UTF-8"):
+        with pytest.raises(BadInputError, match="not a readable CSV file in UTF-8"):
             read_published(unreadable)
 
 
@@ -422,7 +422,7 @@ def test_what_compare_refuses_has_a_column_of_its_own(make_result: Callable[...,
     ("changes", "mark"),
     [
         ({"precision": "bf16"}, "precision bf16, others fp32"),
-        ({"features": {"input_size": 504, "used_size": 224}}, "size 224 px, others as asked"),
+        ({"features": {"input_size": 504, "used_size": 224}}, "size 224 px, others as requested"),
         ({"packages": {"neco-bench": "0.1.9", "torch": "2.14.1"}}, "stale: neco-bench 0.1.9, newest 0.2.0"),
         ({"packages": {"neco-bench": "0.2.0", "torch": "2.7.0"}}, "torch 2.7.0, others 2.14.1"),
     ],

@@ -156,7 +156,7 @@ def test_sort_filter_open_and_dark(make_result: Callable[..., Result], tmp_path:
     assert (out["down"], out["up"], out["said"]) == ("model-0", "model-2", "ascending")
     assert out["families"] == ["linear segmentation"]
     assert out["searched"] == 2
-    assert out["nothing"] == "Nothing fits these filters."
+    assert out["nothing"] == "No results match these filters."
     assert out["light"] != out["dark"]
     assert [cell[:3] for cell in sorted(out["beside"])] == ["+33", "-33"]
     assert sorted(cell.split()[-1] for cell in out["beside"]) == ["better", "worse"]

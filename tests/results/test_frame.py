@@ -68,7 +68,7 @@ def test_no_results_and_no_folder(tmp_path: Path) -> None:
 def test_files_that_cannot_be_used_are_named(tmp_path: Path, make_result: Make) -> None:
     ResultStore(tmp_path).save(make_result())
     (tmp_path / "bad.json").write_text("{")
-    with pytest.warns(UserWarning, match=r"bad\.json: is not a whole JSON document"):
+    with pytest.warns(UserWarning, match=r"bad\.json: is not a complete JSON document"):
         table = neco_bench.load_results(tmp_path, tmp_path)
     assert len(table) == 2
 

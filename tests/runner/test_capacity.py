@@ -63,7 +63,7 @@ def test_a_dry_run_says_the_same(tmp_path: Path) -> None:
     answer = neco(*command, "--set", f"passes={HUGE}", "--dry-run")
     assert answer.code == 2
     assert "GiB of memory" in answer.out
-    assert "Lower what --set gives (passes=1000000000)" in answer.out
+    assert "Lower the --set values (passes=1000000000)" in answer.out
 
 
 def test_the_batch_is_no_larger_than_what_fits(

@@ -157,7 +157,7 @@ def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
         (("baseline_hgo", "shapes_ic"), UsageError, "baseline_hog"),
         (("baseline_hog", "shape_ic"), UsageError, "shapes_ic"),
         (("baseline_hog", "voc_ic"), MissingError, "data root"),
-        ((nn.Conv2d(3, 8, 8), "shapes_ic"), BadInputError, "The module Conv2d lacks embed_dim"),
+        ((nn.Conv2d(3, 8, 8), "shapes_ic"), BadInputError, "The module Conv2d has no embed_dim"),
         ((3, "shapes_ic"), UsageError, "not int"),
         ((Mean(), "shapes_ic"), BadInputError, "lacks name, weights_id"),
         ((NotFinite(), "shapes_ic"), NumericalError, "NaN or infinite"),

@@ -114,7 +114,7 @@ def test_the_mean_over_images(protocol: str, drop: int) -> None:
 
 def test_encoders_without_a_class_token_are_refused(real_data: Path) -> None:
     for model in ("baseline_rgb", "tiny_base"):
-        with pytest.raises(UsageError, match=f"'{model}' does not give it"):
+        with pytest.raises(UsageError, match=f"'{model}' does not return"):
             neco_bench.run(model, "voc_attention", limit=2, data_root=real_data)
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from neco_bench.tasks import clustering
-from neco_bench.tasks.clustering import assign, kmeans, nearest, reduce_dimensions, standardise
+from neco_bench.tasks.clustering import PackedMasks, assign, kmeans, nearest, standardise_and_reduce
 from sklearn.decomposition import PCA
 from sklearn.metrics import jaccard_score
 from sklearn.metrics.cluster import contingency_matrix
@@ -22,7 +22,7 @@ from neco_bench.core.task import Context
 from neco_bench.data.base import Sample
 from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.search import row_file
-from neco_bench.search.row_file import ArrayFile, RowFile
+from neco_bench.search.row_file import RowFile, faiss_draw
 from tests.typed import present
 
 
@@ -45,12 +45,6 @@ def stored(x: np.ndarray) -> RowFile:
     return rows
 
 
-def standardised(x: np.ndarray) -> RowFile:
-    rows = stored(x)
-    standardise(rows)
-    return rows
-
-
 def everything(rows: RowFile) -> np.ndarray:
     return np.concatenate(list(rows.chunks()))
 
@@ -62,19 +56,28 @@ def test_rows_come_back_in_parts_and_in_faiss_order() -> None:
     np.testing.assert_array_equal(rows.read(10, 20), x[10:20])
     permutation = np.empty(3000, np.int32)
     faiss.rand_perm(faiss.swig_ptr(permutation), 3000, 5)  # type: ignore[attr-defined]
-    np.testing.assert_array_equal(rows.faiss_subsample(1900, 5), x[permutation[:1900]])
-    np.testing.assert_array_equal(rows.faiss_subsample(3000, 5), x)
+    np.testing.assert_array_equal(rows.at(faiss_draw(3000, 1900, 5)), x[permutation[:1900]])
+    np.testing.assert_array_equal(rows.at(faiss_draw(3000, 3000, 5)), x)
 
 
-def test_arrays_of_any_shape_come_back_in_order() -> None:
-    arrays: list[np.ndarray] = [np.arange(6, dtype=np.uint8).reshape(2, 3), np.zeros((0, 4), np.int64), np.array(5.5)]
-    stored = ArrayFile()
-    for array in arrays:
-        stored.append(array)
+def test_rows_beyond_the_range_of_int32_bytes() -> None:
+    rows = RowFile(384)
+    rows._file.truncate(4 * 384 * 3_000_000)  # zeros that take no place
+    rows._file.seek(4 * 384 * 2_999_999)
+    rows._file.write(np.ones(384, np.float32).data)
+    rows._count = 3_000_000
+    assert rows.at(np.array([2_999_999, 0], np.int32))[:, 383].tolist() == [1, 0]
+
+
+def test_masks_come_back_in_order() -> None:
+    rng = np.random.default_rng(0)
+    masks, packed = [rng.integers(0, 256, shape).astype(np.uint8) for shape in ((2, 3), (1, 1), (40, 7))], PackedMasks()
+    for mask in masks:
+        packed.append(mask)
     for _ in range(2):
-        for array, again in zip(arrays, stored, strict=True):
-            assert array.dtype == again.dtype
-            np.testing.assert_array_equal(array, again)
+        for mask, again in zip(masks, packed, strict=True):
+            assert mask.dtype == again.dtype
+            np.testing.assert_array_equal(mask, again)
 
 
 def test_assignments_do_not_depend_on_how_rows_are_read() -> None:
@@ -86,15 +89,19 @@ def test_assignments_do_not_depend_on_how_rows_are_read() -> None:
 
 
 def test_standardise_equals_scikit_learn() -> None:
+    """Features that have no more dimensions than components are wanted are standardised alone."""
     x = features()
     x[:, 3] = 7  # a constant dimension
-    np.testing.assert_allclose(everything(standardised(x)), StandardScaler().fit_transform(x), atol=1e-5)
+    rows = stored(x)
+    np.testing.assert_allclose(
+        everything(standardise_and_reduce(rows, 24)), StandardScaler().fit_transform(x), atol=1e-5
+    )
+    np.testing.assert_array_equal(everything(rows), x)
 
 
 def test_pca_spans_the_space_of_scikit_learn() -> None:
-    scaled = standardised(features())
-    x, ours = everything(scaled), everything(reduce_dimensions(scaled, 6))
-    theirs = PCA(6).fit_transform(x.astype(np.float64))
+    x, ours = features(), everything(standardise_and_reduce(stored(features()), 6))
+    theirs = PCA(6).fit_transform(StandardScaler().fit_transform(x.astype(np.float64)))
     assert ours.shape == (3000, 6)
     np.testing.assert_allclose(
         np.abs((ours * theirs).sum(0)) / np.linalg.norm(ours, axis=0) / np.linalg.norm(theirs, axis=0), 1, atol=1e-4
@@ -102,16 +109,13 @@ def test_pca_spans_the_space_of_scikit_learn() -> None:
     np.testing.assert_allclose(np.linalg.norm(ours, axis=0), np.linalg.norm(theirs, axis=0), rtol=1e-4)
 
 
-def test_pca_keeps_features_that_have_no_more_dimensions() -> None:
-    x = stored(features(columns=4))
-    assert reduce_dimensions(x, 50) is x
-
-
 def test_pca_is_faiss_with_its_own_sub_sampling() -> None:
     x = features(5000, 4)  # 5000 > 1000 * 4 points
+    scaled = StandardScaler().fit_transform(x).astype(np.float32)
     reference = faiss.PCAMatrix(4, 2)
-    reference.train(x)
-    np.testing.assert_allclose(everything(reduce_dimensions(stored(x), 2)), reference.apply(x), atol=1e-5)
+    reference.train(scaled)
+    ours = everything(standardise_and_reduce(stored(x), 2))
+    np.testing.assert_allclose(ours, reference.apply(scaled), atol=1e-5)
 
 
 def test_kmeans_is_faiss_with_its_own_sub_sampling() -> None:
@@ -128,7 +132,7 @@ def test_kmeans_is_faiss_with_its_own_sub_sampling() -> None:
 
 def test_an_error_while_fitting_is_handed_over(monkeypatch: pytest.MonkeyPatch) -> None:
     rows = stored(features(8000, 8))
-    monkeypatch.setattr(RowFile, "faiss_subsample", lambda self, count, seed: 1 / (seed - 4))
+    monkeypatch.setattr(clustering, "faiss_draw", lambda total, count, seed: 1 / (seed - 4))
     with pytest.raises(ZeroDivisionError):
         list(kmeans(rows, 5, seeds=[4], iterations=1, redos=1))
 
@@ -137,8 +141,8 @@ def test_fewer_rows_than_components_or_none() -> None:
     rows = stored(features(20))
     rows.append(np.zeros((0, 24), np.float32))
     assert len(rows) == 20
-    with pytest.raises(UsageError, match="22 principal components need at least as many patches, there are 20"):
-        reduce_dimensions(rows, 22)
+    with pytest.raises(UsageError, match="22 principal components need at least as many patches, but there are 20"):
+        standardise_and_reduce(rows, 22)
 
 
 def test_more_clusters_than_points() -> None:
@@ -204,7 +208,7 @@ def test_clustering_of_given_features_equals_an_independent_computation(clusters
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
 def test_a_full_disk_is_an_error_with_the_fix() -> None:
-    for file in (RowFile(4), ArrayFile()):
-        file._file = open("/dev/full", "wb")  # noqa: SIM115
-        with pytest.raises(NecoBenchError, match=r"NECO_BENCH_CACHE"):
-            file.append(np.zeros((3, 4), np.float32))
+    rows = RowFile(4)
+    rows._file = open("/dev/full", "w+b", 0)  # type: ignore[assignment]  # noqa: SIM115
+    with pytest.raises(NecoBenchError, match=r"NECO_BENCH_CACHE"):
+        rows.append(np.zeros((3, 4), np.float32))

@@ -338,7 +338,7 @@ def test_frames_of_other_sizes_and_no_depth_are_errors(monkeypatch: pytest.Monke
 
     changes = {"iterations": 2, "batch_size": 2}
     monkeypatch.setattr(DATASETS, "load", lambda name: Cut)
-    with pytest.raises(BadInputError, match="all must have one size"):
+    with pytest.raises(BadInputError, match="all must have the same size"):
         neco_bench.run("baseline_rgb", "shapes_depth", limit=4, workers=0, changes=changes, features="off")
     monkeypatch.setattr(DATASETS, "load", lambda name: Empty)
     with pytest.raises(BadInputError, match="No pixel of the training images has a target"):

@@ -199,7 +199,7 @@ def test_boxes_go_back_to_the_image() -> None:
 
 
 def test_what_an_encoder_must_give() -> None:
-    with pytest.raises(UsageError, match=r"'baseline_rgb' does not give\. Use @clean-1"):
+    with pytest.raises(UsageError, match=r"'baseline_rgb' does not return\. Use @clean-1"):
         neco_bench.run("baseline_rgb", "shapes_discovery@tokencut-1", limit=2)
     encoder = Colours()
     encoder.only_size = 224

@@ -123,7 +123,7 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
         patch.setattr(execute, "load_encoder", interrupted)
         answer = neco(*run)
     assert answer.code == 130
-    assert "the same command goes on from there" in answer.err
+    assert "the same command continues from there" in answer.err
     assert [result.model for result in ResultStore(tmp_path).load_all()] == ["baseline_rgb"]
     loaded = []
 

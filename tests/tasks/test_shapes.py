@@ -142,7 +142,7 @@ def test_masks_of_void_alone_are_an_error(task: str, split: str, monkeypatch: py
     family = CARDS[task.partition("@")[0]].family
     changes = SMALL.get(f"{family}@{task.partition('@')[2]}", SMALL[family])
     error, message = (
-        (BadInputError, "training masks are all void")
+        (BadInputError, "training masks contain only void")
         if split == "train"
         else (NumericalError, "no scored pixel or point has ground truth. Check the masks")
     )

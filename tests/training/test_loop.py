@@ -197,13 +197,13 @@ def test_a_run_that_ends_at_any_renaming_is_resumed(last: int, tmp_path: Path, m
 
 def test_a_folder_with_a_run_is_not_overwritten(whole: Path) -> None:
     before = weights(whole)
-    with pytest.raises(UsageError, match="holds a run already"):
+    with pytest.raises(UsageError, match="already contains a run"):
         train(recipe(queue_length=60), options(whole))
-    with pytest.raises(UsageError, match=r"lr_backbone=0.001 \(now 0.1\).*To change lr_backbone .* say so with --set"):
+    with pytest.raises(UsageError, match=r"lr_backbone=0.001 \(now 0.1\).*To change lr_backbone .* give --set"):
         train(recipe(queue_length=60, lr_backbone=0.1), options(whole, resume=True))
     with pytest.raises(UsageError, match=r"queue_length=60 \(now 64\)\. Use the same settings, or another --out\.$"):
         train(recipe(queue_length=64), options(whole, resume=True, stated=("queue_length",)))
-    with pytest.raises(UsageError, match=r"done 6 steps already, more than the 5 .* Use --set steps=6 or more"):
+    with pytest.raises(UsageError, match=r"already has 6 steps, more than the 5 .* Use --set steps=6 or more"):
         train(recipe(queue_length=60, steps=5), options(whole, resume=True, stated=("steps",)))
     assert same(weights(whole), before)
 

@@ -178,7 +178,7 @@ def test_a_full_disk_leaves_the_last_checkpoint(
         plain(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", full)
-    with pytest.raises(NecoBenchError, match=r"No space left.*checkpoint-0000002, is untouched.*--resume"):
+    with pytest.raises(NecoBenchError, match=r"No space left.*checkpoint-0000002, is unchanged.*--resume"):
         train(recipe(), options(tmp_path / "run"))
     monkeypatch.undo()
     assert not list((tmp_path / "run").glob(".*"))
@@ -210,7 +210,7 @@ def test_a_log_that_cannot_be_written_is_one_error(tmp_path: Path, monkeypatch: 
     run = train(recipe(), options(tmp_path / "run", save_every=2))
     shutil.rmtree(run / "checkpoint-0000006")
     monkeypatch.setattr(log, "write_whole", lambda path, content: path.unlink() or path.mkdir())
-    with pytest.raises(NecoBenchError, match=r"log\.csv: could not be written.*--resume goes on"):
+    with pytest.raises(NecoBenchError, match=r"log\.csv: could not be written.*--resume continues"):
         train(recipe(), options(run, save_every=2, resume=True))
 
 
@@ -336,7 +336,7 @@ def test_too_many_unusable_images_end_the_run(tmp_path: Path) -> None:
         ({"global_size": 60}, UsageError, r"global_size=60 is not a multiple of the patch size 16 of .*=48 or 64"),
         ({"local_size": 20}, UsageError, r"local_size=20 .* Use --set local_size=16 or 32"),
         ({"batch_size": 25}, UsageError, "more than the 24 images"),
-        ({"accumulate": 3}, UsageError, "cannot be shared by 1 processes in 3 parts"),
+        ({"accumulate": 3}, UsageError, "cannot be divided among 1 processes in 3 parts"),
         ({"base": "no_such_model"}, UsageError, "no_such_model"),
         ({"base": "baseline_rgb"}, UsageError, "no weights to train"),
     ],

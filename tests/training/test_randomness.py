@@ -106,7 +106,7 @@ def test_a_resumed_run_ends_in_the_same_weights(
     settings = recipe(f"{file}:{factory}")
     with caplog.at_level(logging.WARNING, "neco_bench"):
         train(settings, options("whole"))
-    assert "random numbers of its own in training (dropout)" in caplog.text
+    assert "draws random numbers in training (dropout)" in caplog.text
     plain = loop.Trainer.step
 
     def step(self: Any, number: int, *rest: Any) -> float:
@@ -158,7 +158,7 @@ def test_checkpointing_repeats_the_draws(file: Path) -> None:
 
 @pytest.mark.parametrize("factory", ["generator", "numpy", "python"])
 def test_draws_that_no_seed_of_torch_repeats_are_refused(file: Path, factory: str) -> None:
-    with pytest.raises(UsageError, match="no seed of torch's repeats, so that a run could not be resumed"):
+    with pytest.raises(UsageError, match="torch's seed does not determine, so a run could not be resumed"):
         prepared(f"{file}:{factory}")
 
 

@@ -313,7 +313,7 @@ def test_a_run_begun_with_one_group_less_is_told_and_not_resumed(tmp_path: Path)
         state = torch.load(file, weights_only=True)
         state["optimizer"]["param_groups"].pop()
         torch.save(state, file)
-    with pytest.raises(BadInputError, match=r"parameter groups.* Nor can any before it"):
+    with pytest.raises(BadInputError, match=r"parameter groups.* No earlier one can be read"):
         loop.train(settings, dataclasses.replace(options, resume=True))
 
 
@@ -323,7 +323,7 @@ def test_that_parts_are_no_larger_batch_is_said(tmp_path: Path, caplog: pytest.L
         settings = recipe(**SIZES, **SETTINGS["registers"], accumulate=accumulate)
         with caplog.at_level(logging.WARNING, "neco_bench"):
             make_trainer(settings, tmp_path)
-        assert ("each part of 2 images is a batch of its own" in caplog.text) is (accumulate == 2)
+        assert ("each part of 2 images is a separate batch" in caplog.text) is (accumulate == 2)
 
 
 @pytest.mark.parametrize(

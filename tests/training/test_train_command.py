@@ -30,7 +30,7 @@ def test_two_commands(tmp_path: Path) -> None:
     assert (done.code, done.out.strip()) == (0, str(tmp_path / "run"))
     again = train(tmp_path / "run")
     assert again.code == 2
-    assert "Give --resume to go on" in again.err
+    assert "Give --resume to continue it" in again.err
     assert train(tmp_path / "run", "--resume").code == 0
     scored = neco("run", "--model", tmp_path / "run", "--task", "shapes_ic", "--limit", 4, "--workers", 0,
                   "--out", tmp_path / "results")  # fmt: skip
@@ -52,7 +52,7 @@ def test_a_signal_to_all_processes_ends_the_run_in_order(kind: signal.Signals, t
     os.killpg(child.pid, kind)
     code, message = child.wait(60), child.err
     assert code == 130, message
-    assert "--resume goes on from there" in message
+    assert "--resume continues from there" in message
     assert "Traceback" not in message
     assert len(list(out.glob("checkpoint-*"))) == 2
 
@@ -73,7 +73,7 @@ def test_sigterm_to_torchrun_and_its_workers_saves_the_state(tmp_path: Path) -> 
         os.kill(number, signal.SIGTERM)
     _, message = child.communicate(timeout=120)
     assert len(workers) == 2
-    assert "--resume goes on from there" in message, message
+    assert "--resume continues from there" in message, message
     saved = sorted(path.name for path in out.glob("checkpoint-*"))
     assert len(saved) == 2
     assert saved[1] > "checkpoint-0000000"

@@ -52,7 +52,7 @@ def test_a_wrong_name_of_either_model_ends_before_anything_runs(tmp_path: Path) 
     for base, tuned in (("tiny_base", "runs/none"), ("runs/none", "tiny_base")):
         answer = neco("posttrain-report", base, tuned, *words)
         assert answer.code == 2
-        assert "'runs/none' is none of the known forms" in answer.err
+        assert "'runs/none' has none of the known forms" in answer.err
         assert not list(tmp_path.rglob("*.json"))
 
 
@@ -68,7 +68,7 @@ def test_numbers_are_those_of_compare(place: Path, made: Path) -> None:
 
 def test_every_part_is_there(made: Path) -> None:
     assert set(pd.read_csv(made / "layers.csv")["name"]) == {"block 1", "last"}
-    assert {"better", "worse", "not told apart"} >= set(pd.read_csv(made / "classes.csv")["verdict"])
+    assert {"better", "worse", "not significant"} >= set(pd.read_csv(made / "classes.csv")["verdict"])
     assert len(pd.read_csv(made / "sizes.csv")) >= 2
     steps = pd.read_csv(made / "checkpoints.csv")
     assert (steps.groupby("task")["standing"].apply(lambda s: (s == "best").sum()) == 1).all()

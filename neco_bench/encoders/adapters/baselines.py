@@ -1,6 +1,6 @@
-"""Encoders without weights, as a floor for every table: what colour alone, and colour with gradients, can do.
+"""Encoders without weights, as baselines for every table: colour, and colour with gradients.
 
-Both work on cells of 8x8 pixels, look at each image alone, and are the same on every run.
+Both use cells of 8x8 pixels, process each image independently, and are deterministic.
 """
 
 from __future__ import annotations
@@ -19,22 +19,22 @@ BINS = 9  # unsigned orientations over 180 degrees, as Dalal and Triggs (CVPR 20
 
 
 def rgb() -> Encoder:
-    """Make the encoder of mean and spread of each colour in the cell and in its 3x3 neighbourhood: 12 numbers."""
+    """Return the encoder of mean and deviation of each colour in the cell and in its 3x3 neighbourhood: 12 numbers."""
     return _Colour()
 
 
 def hog() -> Encoder:
-    """Make the encoder of colour at three scales and of gradient histograms, near and wide: 120 numbers."""
+    """Return the encoder of colour at three scales and of gradient histograms at two scales: 120 numbers."""
     return _Gradients()
 
 
 def _around(cells: Tensor, reach: int) -> Tensor:
-    """The mean over the (2 reach + 1)² cells around each cell; cells outside the image do not count."""
+    """Return the mean over the (2 reach + 1)² cells around each cell; cells outside the image are not counted."""
     return F.avg_pool2d(cells, 2 * reach + 1, stride=1, padding=reach, count_include_pad=False)
 
 
 def _colour(images: Tensor, reaches: tuple[int, ...]) -> list[Tensor]:
-    """Mean and standard deviation of colour in each cell's surroundings, for each reach in cells."""
+    """Return mean and standard deviation of colour around each cell, for each reach in cells."""
     first, second = F.avg_pool2d(images, CELL), F.avg_pool2d(images.square(), CELL)
     features = []
     for reach in reaches:
@@ -74,7 +74,7 @@ class _Gradients(Encoder):
         images = images.float()
         cells = F.avg_pool2d(orientations(images), CELL)
         near, wide = _around(cells, 1), _around(cells, 3)
-        # Histograms relative to the strength of their block; that strength, the contrast, has features of its own.
+        # Histograms are relative to the gradient strength of their block; this contrast has separate features.
         block = near.norm(dim=1, keepdim=True) + 0.02
         neighbours = F.unfold(F.pad(cells / block, (1, 1, 1, 1), mode="replicate"), 3).unflatten(2, cells.shape[-2:])
         energy = [h.sum(1, keepdim=True).sqrt() for h in (cells, near, wide)]

@@ -2,7 +2,7 @@
 
 Venkataramanan et al. Franca: Nested Matryoshka clustering for scalable visual representation learning. 2025.
 arXiv:2507.14137; github.com/valeoai/Franca, FrancaConfig in franca/hub/backbones.py. Its giant is timm's
-vit_giant_patch14_dinov2. The heads that take positions out of its patch tokens (RASA) are no part of them.
+vit_giant_patch14_dinov2. The heads that remove positions from its patch tokens (RASA) are not included.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ def _vit(name: str, pretrained: bool, width: int, options: dict[str, Any]) -> Vi
 
 @register_model
 def vit_base_patch14_franca(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Make Franca's ViT-B/14."""
+    """Return Franca's ViT-B/14."""
     return _vit("vit_base_patch14_franca", pretrained, 768, {"depth": 12, **options})
 
 
 @register_model
 def vit_large_patch14_franca(pretrained: bool = False, **options: Any) -> VisionTransformer:
-    """Make Franca's ViT-L/14."""
+    """Return Franca's ViT-L/14."""
     return _vit("vit_large_patch14_franca", pretrained, 1024, {"depth": 24, **options})

@@ -1,8 +1,8 @@
 """Encoders from transformers: an id on the Hugging Face hub, or a local folder made by `save_pretrained`.
 
-What each model type has in front of its patch tokens is declared in `TYPES`, not read from shapes. Remote code is never
-run. Features are read from the blocks themselves, with the final norm applied here, so that every type and every
-version of transformers means the same by "before" and "after".
+`TYPES` declares the prefix tokens of each model type; they are not guessed from shapes. Remote code is never run.
+Features are read from the blocks, and the final norm is applied here, so that "before" and "after" the norm mean the
+same for every type and every version of transformers.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from neco_bench.encoders.weight_files import first_names
 
 
 class Type(NamedTuple):
-    """One model type: its class, tokens before registers and patches, names its final norm may have, mean and std."""
+    """One model type: class, number of tokens before registers and patches, names of the final norm, mean and std."""
 
     model: str
     tokens: int
     norms: tuple[str, ...] = ("layernorm",)
-    statistics: tuple[Any, Any] = (Encoder.mean, Encoder.std)  # where a model comes without a processor's configuration
+    statistics: tuple[Any, Any] = (Encoder.mean, Encoder.std)  # if a model has no processor configuration
 
 
 OPENAI = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
 HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
 
-# Of the text side and heads, which checkpoints of whole models have beside the vision model.
+# Names of the text model and heads, which checkpoints of whole models contain in addition to the vision model.
 _ELSEWHERE = re.compile(r"(text_model|text_projection|visual_projection|logit_scale|logit_bias|decoder)(\.|$)")
 
 _POST = ("post_layernorm", "vision_model.post_layernorm")
@@ -76,13 +76,13 @@ def build(spec: ModelSpec) -> Encoder:
         if local:
             raise BadInputError(f"Model folder {source} lacks a file, or has a damaged one: {error}") from error
         raise MissingError(
-            f"transformers model {spec.target!r} is not on this machine and could not be fetched. "
+            f"transformers model {spec.target!r} is not on this machine and could not be downloaded. "
             f"Download https://huggingface.co/{spec.target} and give hf:FOLDER. "
             f"({str(error).splitlines()[0]})"
         ) from error
-    except ValueError as error:  # an id or a type that transformers does not know, or code of the repository's own
+    except ValueError as error:  # an unknown id or type, or a repository with its own code
         raise UsageError(f"transformers cannot load {spec.target!r}: {error}") from error
-    except Exception as error:  # shapes that differ, a truncated file: whichever it is, these weights are at fault
+    except Exception as error:  # other shapes, a truncated file: in all cases, these weights are at fault
         raise BadInputError(f"Weights {file or source} do not fit: {type(error).__name__}: {error}") from error
     encoder = HFEncoder(model, kind, spec)
     encoder.mean, encoder.std = _statistics(source, where, kind)
@@ -95,15 +95,15 @@ def build(spec: ModelSpec) -> Encoder:
 def _load_model(
     transformers: Any, source: str, where: dict[str, Any], spec: ModelSpec
 ) -> tuple[Any, Type, WeightsReport]:
-    """The model of an id or a folder, with its own weights or the spec's. where: how transformers looks for files."""
+    """Load the model of an id or a folder, with its own or the spec's weights. where: how transformers finds files."""
     file = spec.weights
     outside: tuple[str, ...] = ()
     config = transformers.AutoConfig.from_pretrained(source, **where)
     kind = TYPES.get(config.model_type)
     if kind is None:
         raise UsageError(
-            f"Model {spec.name!r} is of type {config.model_type!r}; known are {', '.join(sorted(TYPES))}. "
-            f"Wrap it in a function of your own: path/to/file.py:FACTORY."
+            f"Model {spec.name!r} is of type {config.model_type!r}; supported are {', '.join(sorted(TYPES))}. "
+            f"Wrap it in your own function: path/to/file.py:FACTORY."
         )
     cls = getattr(transformers, kind.model, None)
     if cls is None:
@@ -128,17 +128,17 @@ def _load_model(
 
 
 def _of_file(cls: Any, config: Any, file: Path, branch: str | None) -> tuple[dict[str, Tensor], tuple[str, ...]]:
-    """The tensors of a file for a class of transformers, without what stands before their names, and what is outside.
+    """Return the tensors of a file for a class of transformers, without the prefix of their names, and unused names.
 
-    Raises `BadInputError` for a file in names of another kind.
+    Raises `BadInputError` if the file has names of another layout.
     """
     with torch.device("meta"):
         names = cls(config).state_dict().keys()
     read = weights.strip_wrappers(weights.read_tensors(file), names)
     if any(re.search(r"(^|\.)blocks\.\d+\.(\d+\.)?attn\.|(^|\.)resblocks\.", key) for key in read):
         raise BadInputError(
-            f"Weights file {file} has the names of timm or of the authors' own code, not of transformers: give it to "
-            f"timm:NAME, hub:OWNER/REPO:ENTRY or a name of the zoo."
+            f"Weights file {file} has the names of timm or of the authors' own code, not of transformers: use it with "
+            f"timm:NAME, hub:OWNER/REPO:ENTRY or a zoo name."
         )
     try:
         return weights.select(read, names, file, branch)
@@ -149,7 +149,7 @@ def _of_file(cls: Any, config: Any, file: Path, branch: str | None) -> tuple[dic
 
 
 def _statistics(source: str, where: dict[str, Any], kind: Type) -> tuple[Any, Any]:
-    """Mean and std from the configuration of the model's processor; those of its type where it has none."""
+    """Return mean and std of the model's processor configuration, or those of its type if it has none."""
     from transformers.utils import cached_file
 
     for name in ("preprocessor_config.json", "processor_config.json"):  # the second as of transformers 5
@@ -180,7 +180,7 @@ def _statistics(source: str, where: dict[str, Any], kind: Type) -> tuple[Any, An
 
 
 class HFEncoder(Encoder):
-    """A transformers vision model; `prefix` holds its class (and distillation) token and registers."""
+    """A transformers vision model; `prefix` contains its class (and distillation) token and registers."""
 
     _inner = "model"
     equal_layers = True

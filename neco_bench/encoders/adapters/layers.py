@@ -22,34 +22,34 @@ def layer_indices(layers: tuple[int, ...] | None, count: int, model: str, what: 
 
 
 def layer_name(indices: tuple[int, ...], count: int, what: str = "block") -> str:
-    """Describe the layers in words: "last", "block 8", "blocks 3,6,9,11"."""
+    """Return a description of the layers: "last", "block 8", "blocks 3,6,9,11"."""
     if indices == (count - 1,):
         return "last"
     return f"{what}{'s' * (len(indices) > 1)} {','.join(map(str, indices))}"
 
 
 def read_last(encoder: Encoder, count: int) -> Encoder:
-    """Return an encoder of the same weights that gives the features of its last `count` blocks, concatenated.
+    """Return an encoder with the same weights that returns the concatenated features of its last `count` blocks.
 
-    Raises `UsageError` where it does not read its last block, has fewer, or gives features of one block only.
+    Raises `UsageError` if it does not read its last block, has fewer blocks, or can read one block only.
     """
     if count == 1:
         return encoder
     if not encoder.equal_layers or encoder.layer != "last":
         raise UsageError(
-            f"Model {encoder.name!r} cannot give its last {count} blocks together. Use a ViT, without --layers, or "
+            f"Model {encoder.name!r} cannot return its last {count} blocks together. Use a ViT, without --layers, or "
             f"another protocol."
         )
     return read_layers(encoder, tuple(range(-count, 0)))
 
 
 def read_layers(encoder: Encoder, layers: tuple[int, ...]) -> Encoder:
-    """Return an encoder of the same weights that gives the features of these blocks, concatenated.
+    """Return an encoder with the same weights that returns the concatenated features of these blocks.
 
-    Its facts are those of one loaded with these layers. Raises `UsageError` for a block that it does not have.
+    Its attributes equal those of an encoder loaded with these layers. Raises `UsageError` for a missing block.
 
     Args:
-        encoder: reads any one block, and has `equal_layers`.
+        encoder: an encoder that reads one block and has `equal_layers`.
         layers: numbers of blocks.
     """
     copied: Any = copy.copy(encoder)

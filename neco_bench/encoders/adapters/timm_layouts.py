@@ -1,8 +1,8 @@
-"""Official layouts as timm's names, by timm's own conversions, with an account of what these do to each tensor.
+"""Convert official layouts to timm's names with timm's own conversions, and check what these do to each tensor.
 
-timm has a function per family for files in their authors' layouts (`pretrained_filter_fn`): CLIP, DINOv3, RADIO and
-many more. They also resize and drop tensors without saying so. Here the gradients of what they return show which
-numbers of a file were dropped or recomputed: that is an error, or is named in the report.
+timm has a function per family for files in the authors' layouts (`pretrained_filter_fn`): CLIP, DINOv3, RADIO and many
+more. These functions also resize and drop tensors without a message. Here, the gradients of their output show which
+numbers of a file were dropped or computed again, which is an error or is named in the report.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ _RADIO = "radio_model.model."
 
 _RESIZED_BY_DESIGN = f"{_RADIO}patch_generator.pos_embed"
 
-_OPENAI = {"input_resolution", "context_length", "vocab_size"}  # stand in OpenAI's own archives alone
+_OPENAI = {"input_resolution", "context_length", "vocab_size"}  # only OpenAI's own archives have these
 
-# BEiT-3's positions begin with two rows that no position of an image reads (timm.models.vision_transformer).
+# BEiT-3's positions begin with two rows that no image position uses (timm.models.vision_transformer).
 _UNREAD_ROWS = {"beit3.encoder.embed_positions.A.weight": 2}
 
 _LOST = "with numbers that it has no place for"
@@ -42,7 +42,7 @@ _LOST = "with numbers that it has no place for"
 
 @dataclass(frozen=True)
 class Converted:
-    """Tensors in timm's names, and what became of those of the file. positions: the file's position embeddings."""
+    """Tensors in timm's names, and what happened to those of the file. positions: the file's position embeddings."""
 
     tensors: dict[str, Tensor]
     renamed: dict[str, str]
@@ -55,7 +55,7 @@ class Converted:
 def load(
     make: Callable[..., Any], path: Path, branch: str | None, *, drop_registers: bool = False
 ) -> tuple[Any, WeightsReport]:
-    """Load a file in timm's or an official layout into the model of `make(**options)`; return it, and what was done.
+    """Load a file in timm's or an official layout into the model `make(**options)`; return the model and a report.
 
     The model is built at the file's own grid of positions. Raises `MissingError` and `BadInputError`.
     """
@@ -87,7 +87,7 @@ def load(
 
 
 def _with_filter(make: Callable[..., Any]) -> tuple[Any, Filter]:
-    """The model of `make(pretrained=True)`, without weights, and timm's conversion for its files, or None."""
+    """Return the model `make(pretrained=True)` without weights, and timm's conversion for its files, or None."""
     filters: list[Any] = []
     before = builder.load_pretrained
     builder.load_pretrained = lambda *_, filter_fn=None, **__: filters.append(filter_fn)
@@ -99,14 +99,14 @@ def _with_filter(make: Callable[..., Any]) -> tuple[Any, Filter]:
 
 
 def _fit(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) -> Converted:
-    """The tensors as they are where they fit, else converted."""
+    """Return the tensors unchanged if they fit, else converted."""
     if not weights.misfits(model, tensors):
         return Converted(dict(tensors), {}, positions=tensors.get("pos_embed"))
     return convert(tensors, model, filter_fn)
 
 
 def _size_of(fitted: Converted, model: Any) -> tuple[int, ...] | None:
-    """The input size (height, width) at which the model has the file's grid; None where it has it, or no square one."""
+    """Return the input size (height, width) that gives the file's grid; None if it is already used or not square."""
     own: Any = getattr(model, "pos_embed", None)
     embed: Any = getattr(model, "patch_embed", None)
     grid = getattr(embed, "grid_size", None)
@@ -120,31 +120,31 @@ def _size_of(fitted: Converted, model: Any) -> tuple[int, ...] | None:
 
 
 def _advice(fitted: Converted, model: Any) -> str:
-    """The architecture that has a place for what this one has not, in a sentence, or an empty string."""
+    """Return advice on an architecture that has the missing parameters, or an empty string."""
     name = f"{model.pretrained_cfg.get('architecture')}_qkvb"
     biases = any(".qkv.bias" in key for key in (fitted.faults or {}).get(_LOST, ()))
     return f"Use timm:{name}, which has these biases." if biases and timm.is_model(name) else ""
 
 
 def _as_timm(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) -> dict[str, Tensor]:
-    """The tensors as timm converts them; as they are where it cannot."""
+    """Return the tensors as converted by timm; unchanged if it cannot convert them."""
     given = dict(tensors)
-    if "patch_generator.embedder.weight" in given:  # timm knows RADIO's names by what stands before them in one release
+    if "patch_generator.embedder.weight" in given:  # timm recognises RADIO by the name prefix of one release
         given = {f"{_RADIO}{key}": value for key, value in given.items()}
     if filter_fn is None:
         return given
     try:
-        with contextlib.redirect_stdout(io.StringIO()):  # timm prints what it tries
+        with contextlib.redirect_stdout(io.StringIO()):  # timm prints messages
             try:
                 return dict(filter_fn(dict(given), model))
             except TypeError:  # a filter of one argument
                 return dict(filter_fn(dict(given)))
-    except Exception:  # made for the files of one family, it may fail in any way on others
+    except Exception:  # a filter for one family may fail in any way on files of others
         return given
 
 
 def convert(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) -> Converted:
-    """Convert tensors to timm's names. What is lost or recomputed on the way is a fault, or is named."""
+    """Convert tensors to timm's names. Lost or recomputed numbers are faults or are named in the result."""
     given, folded = _masked_biases(tensors)
     if "patch_generator.embedder.weight" in given:
         given = {f"{_RADIO}{key}": value for key, value in given.items()}
@@ -156,7 +156,7 @@ def convert(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) 
         converted = _as_timm(leaves, model, filter_fn)
     sources = {id(value): key for key, value in leaves.items()}
     renamed = dict(folded)
-    used: dict[str, Tensor | int] = {}  # per tensor of the file, in how many places each of its numbers stands
+    used: dict[str, Tensor | int] = {}  # per tensor of the file, how often each of its numbers is used
     derived: list[Tensor] = []
     positions = None
     for name, value in converted.items():
@@ -197,7 +197,7 @@ def convert(tensors: Mapping[str, Tensor], model: nn.Module, filter_fn: Filter) 
 
 
 def _count_uses(used: dict[str, Tensor | int], leaves: Mapping[str, Tensor], derived: list[Tensor]) -> None:
-    """Add to `used` in how many places of `derived` each number of a tensor stands: the gradient of their sum."""
+    """Add to `used` how often `derived` uses each number of a tensor: the gradient of the sum of `derived`."""
     inputs = [key for key, value in leaves.items() if value.requires_grad]
     if derived and inputs:
         ones = [torch.ones_like(value) for value in derived]
@@ -210,14 +210,14 @@ def _count_uses(used: dict[str, Tensor | int], leaves: Mapping[str, Tensor], der
 def _lost(
     counted: Mapping[str, Tensor], dropped: Collection[str], used: Collection[str], given: Mapping[str, Tensor]
 ) -> list[str]:
-    """Tensors of which numbers other than 0 stand nowhere: parts of used ones, and dropped biases of used weights."""
+    """Return tensors with unused nonzero numbers: parts of used tensors, and dropped biases of used weights."""
     parts = [key for key, count in counted.items() if bool(((count == 0) & (given[key] != 0)).any())]
     biases = [key for key in dropped if key.endswith(".bias") and f"{key.removesuffix('bias')}weight" in used]
     return parts + [key for key in biases if bool(given[key].ne(0).any())]
 
 
 def _masked_biases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """DINOv3 multiplies biases by a mask of zeros and ones that its files hold: the products, and what was folded."""
+    """Multiply DINOv3's biases by the masks of zeros and ones in its files; return the products and merged names."""
     result, folded = dict(tensors), {}
     for key in tensors:
         bias = key.removesuffix("_mask")
@@ -229,7 +229,7 @@ def _masked_biases(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], di
 
 
 def _inputs(value: Tensor) -> list[int]:
-    """The ids of the tensors that a tensor was computed from."""
+    """Return the ids of the tensors from which a tensor was computed."""
     ids, todo, visited = [], [value.grad_fn], set()
     while todo:
         node = todo.pop()
@@ -243,7 +243,7 @@ def _inputs(value: Tensor) -> list[int]:
 
 
 def _other_values(dropped: Collection[str], given: Mapping[str, Tensor], model: nn.Module) -> list[str]:
-    """Dropped tensors, such as the periods of rotary positions, that the model computes itself as other numbers."""
+    """Return dropped tensors (such as periods of rotary positions) for which the model computes other numbers."""
     own = {name.rpartition(".")[2]: buffer for name, buffer in model.named_buffers()}
     result = []
     for key in dropped:
@@ -256,7 +256,7 @@ def _other_values(dropped: Collection[str], given: Mapping[str, Tensor], model: 
 
 
 def _check_activation(tensors: Collection[str], model: Any, path: Path) -> None:
-    """Raise `BadInputError` where OpenAI's CLIP, trained with QuickGELU, is to run with another activation."""
+    """Raise `BadInputError` if OpenAI's CLIP, trained with QuickGELU, would run with another activation."""
     official = _OPENAI.issubset(key.rpartition(".")[2] for key in tensors)
     if official and not any(type(module).__name__ == "QuickGELU" for module in model.modules()):
         name = str(model.pretrained_cfg.get("architecture"))

@@ -1,7 +1,7 @@
 """Encoders from timm: plain ViTs, other token models (EVA, DINOv3, SigLIP, ...), and hierarchical networks and CNNs.
 
-Plain ViTs are run here block by block, for the choice of position interpolation and for class-token attention; all
-others through timm's `forward_intermediates`. Inner blocks pass the final norm too by default, as in DINOv2's
+Plain ViTs are run here block by block, to support position interpolation rules and class-token attention. All other
+models use timm's `forward_intermediates`. By default, the final norm is also applied to inner blocks, as in DINOv2's
 `get_intermediate_layers`.
 """
 
@@ -61,7 +61,7 @@ def build(spec: ModelSpec) -> Encoder:
     encoder = wrap(model, spec)
     if entry is None:
         encoder.mean, encoder.std, encoder.statistics = statistics_of(model)
-    else:  # the zoo's weights are not always those that timm's statistics belong to
+    else:  # timm's statistics may belong to other weights than the zoo's
         encoder.mean, encoder.std = entry.mean or IMAGENET_MEAN, entry.std or IMAGENET_STD
         encoder.statistics = f"the zoo's for {entry.id}"
     encoder.weights_report = report
@@ -70,26 +70,26 @@ def build(spec: ModelSpec) -> Encoder:
 
 
 def statistics_of(model: Any) -> tuple[Any, Any, str]:
-    """Return mean and std of a timm model's own weights, and where they are from, as text."""
+    """Return mean and std of a timm model's own weights, and their source as text."""
     facts = model.pretrained_cfg
     tag = ".".join(filter(None, (facts.get("architecture"), facts.get("tag"))))
     return tuple(facts["mean"]), tuple(facts["std"]), f"timm's for {tag}"
 
 
 def _zoo_file(entry: ZooEntry) -> Path | None:
-    """The weights of a zoo entry: in this package, or fetched; None where they are timm's own."""
+    """Return the weights file of a zoo entry, in this package or downloaded; None if the weights are timm's own."""
     path = entry.weights_file
     if path is None or entry.weights is None:
         return None
     if not entry.packaged:
         return fetch.fetch_url(entry.weights, path)
     if not path.is_file():
-        raise MissingError(f"{path}, the weights of {entry.id!r}, is not there. Install neco-bench again.")
+        raise MissingError(f"{path}, the weights of {entry.id!r}, does not exist. Install neco-bench again.")
     return path
 
 
 def _from_timm(spec: ModelSpec) -> tuple[Any, WeightsReport]:
-    """timm's own pretrained weights, loaded by timm with all names fitting (heads included, then removed)."""
+    """Load timm's own pretrained weights with timm; all names must fit (including heads, which are then removed)."""
     name = spec.target
     config = timm.get_pretrained_cfg(name)
     if config is None or not (config.hf_hub_id or config.url):
@@ -115,16 +115,16 @@ def _from_timm(spec: ModelSpec) -> tuple[Any, WeightsReport]:
 
 
 def _from_file(spec: ModelSpec, path: Path) -> tuple[Any, WeightsReport]:
-    """A file in any known layout. The architecture is built at the file's own grid; positions are never resized."""
+    """Load a file in any known layout. The model is built with the file's own grid; positions are never resized."""
     drop_registers = spec.entry is not None and spec.entry.drop_registers
     make = partial(create, spec.target, 0, num_classes=0)
     return timm_layouts.load(make, path, spec.branch, drop_registers=drop_registers)
 
 
 def wrap(model: Any, spec: ModelSpec, *, twin: Any = None) -> Encoder:
-    """Make the encoder that reads a timm model. twin: a copy on the meta device, made where it is not given."""
+    """Return the encoder of a timm model. twin: a copy on the meta device, created if it is not given."""
     if not hasattr(model, "forward_intermediates"):
-        raise UsageError(f"timm's {spec.target!r} gives no dense features (it has no forward_intermediates).")
+        raise UsageError(f"timm's {spec.target!r} has no dense features (it has no forward_intermediates).")
     plain = type(model) is VisionTransformer and type(model.patch_embed) is PatchEmbed and model.pos_embed is not None
     if plain and model.dynamic_img_size:
         return TimmViT(model, spec)
@@ -140,7 +140,7 @@ def wrap(model: Any, spec: ModelSpec, *, twin: Any = None) -> Encoder:
 
 
 class _Timm(Encoder):
-    """What the three kinds share: the model and the layers read."""
+    """Base class of the three kinds: the model and the layers that are read."""
 
     _inner = "model"
 
@@ -154,7 +154,7 @@ class _Timm(Encoder):
 
 
 class _Measured(_Timm):
-    """A timm model read through `forward_intermediates`, at the sizes that `timm_sizes` finds it to take."""
+    """A timm model read through `forward_intermediates`, at the input sizes that `timm_sizes` finds."""
 
     def __init__(self, model: Any, spec: ModelSpec, twin: Any, what: str) -> None:
         super().__init__(model, spec, len(model.feature_info), what)
@@ -162,16 +162,16 @@ class _Measured(_Timm):
         self.embed_dim = self.level.embed_dim * len(self.indices)
         self.stride, self.size_multiple = self.level.stride, self.level.multiple
         self.only_size, self.has_final_norm = self.level.size, self.level.final_norm
-        self._rebuilt: tuple[tuple[int, int], list[Any]] | None = None  # in a list: no part of this module
+        self._rebuilt: tuple[tuple[int, int], list[Any]] | None = None  # in a list, so that it is not a submodule
 
     def _intermediates(self, images: Tensor, **options: Any) -> tuple[Any, Any]:
-        """timm's `forward_intermediates`, and the model for inputs of this size, which may have been built for it."""
+        """Call timm's `forward_intermediates`; also return the model used, which may be built for this size."""
         size = (images.shape[-2], images.shape[-1])
         model: Any = self.model
         if self.level.rebuilt and size != tuple(self.model.pretrained_cfg["input_size"][1:]):
             if torch.is_grad_enabled():
                 raise UsageError(
-                    f"Model {self.name!r} takes inputs of one size and is built again for each other one, so it "
+                    f"Model {self.name!r} accepts one input size and is built again for each other size, so it "
                     f"cannot be trained at {size[0]}x{size[1]}."
                 )
             if self._rebuilt is None or self._rebuilt[0] != size:
@@ -187,7 +187,7 @@ class _Measured(_Timm):
     def _build_for(self, size: tuple[int, int]) -> Any:
         try:
             return build_for(self.model, size)
-        except Exception as error:  # timm's models fail in ways of their own
+        except Exception as error:  # timm's models raise various errors
             raise UsageError(
                 f"timm cannot build {self.name!r} for inputs of {size[0]}x{size[1]} "
                 f"({type(error).__name__}: {str(error)[:200]}). Use a square input."
@@ -195,7 +195,7 @@ class _Measured(_Timm):
 
 
 class TimmTokens(_Measured):
-    """A timm model of equal token grids in all blocks, through `forward_intermediates`."""
+    """A timm model with the same token grid in all blocks, read through `forward_intermediates`."""
 
     equal_layers = True
 
@@ -214,12 +214,12 @@ class TimmTokens(_Measured):
 
 
 class TimmStages(_Measured):
-    """A hierarchical network or CNN of timm, read at one feature level; the stride follows from the level."""
+    """A hierarchical network or CNN of timm, read at one feature level, which determines the stride."""
 
     def __init__(self, model: Any, spec: ModelSpec, twin: Any) -> None:
         super().__init__(model, spec, twin, "stage")
         if len(self.indices) > 1:
-            raise UsageError(f"Model {spec.name!r} is hierarchical: its stages differ in size, so read one at a time.")
+            raise UsageError(f"Model {spec.name!r} is hierarchical: its stages differ in size, so give one layer only.")
         self.pos_interp = "timm" if self.level.rebuilt else "none"
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
@@ -247,7 +247,7 @@ class TimmViT(_Timm):
         self.attentions = self.has_keys and model.cls_token is not None
 
     def _positions(self, size: tuple[int, int]) -> Tensor:
-        """Position embeddings for a grid of `size` (rows, columns); the class token's own position stays first."""
+        """Return position embeddings for a grid of `size` (rows, columns); the class token's position stays first."""
         model = self.model
         prefix = 0 if model.no_embed_class else model.num_prefix_tokens
         fixed, patches = model.pos_embed[:, :prefix], model.pos_embed[:, prefix:]
@@ -289,12 +289,14 @@ class TimmViT(_Timm):
         )
 
     def _patch_keys(self, qkv: Tensor, size: tuple[int, int]) -> Tensor:
-        """Keys of the patches (B, D, h, w), heads side by side, of projections (B, N, 3, heads, d)."""
+        """Return keys of the patches (B, D, h, w), heads concatenated, from projections (B, N, 3, heads, d)."""
         return qkv[:, self.model.num_prefix_tokens :, 1].flatten(2).transpose(1, 2).unflatten(2, size)
 
     def _class_attention(self, attn: Any, qkv: Tensor, size: tuple[int, int]) -> Tensor:
-        """The class token's attention to the patches, (B, heads, h, w), of projections (B, N, 3, heads, d); over all
-        tokens it sums to one."""
+        """Return the class token's attention to the patches, (B, heads, h, w), from projections (B, N, 3, heads, d).
+
+        The attention over all tokens sums to one.
+        """
         query, key = attn.q_norm(qkv[:, :, 0]), attn.k_norm(qkv[:, :, 1])
         scores = torch.einsum("bhd,bnhd->bhn", query[:, 0] * attn.scale, key)
         return scores.softmax(-1)[..., self.model.num_prefix_tokens :].unflatten(-1, size)

@@ -1,8 +1,8 @@
-"""Which input sizes a timm model takes, and what one level of its features is: measured on tensors without data.
+"""Find the input sizes that a timm model accepts, and the properties of a feature level, with tensors without data.
 
-timm's own facts (`fixed_input_size`, `reduction`) are not enough: some models that it calls fixed take any size, some
-need multiples of their deepest stride or of an attention block, some give a smaller grid than the stride says. A copy
-of the model on PyTorch's meta device answers all of this without computing anything.
+timm's own properties (`fixed_input_size`, `reduction`) are not sufficient: some models that are marked as fixed accept
+any size, some need multiples of their deepest stride or of an attention block, and some have a smaller grid than the
+stride implies. A copy of the model on PyTorch's meta device shows all of this without computing values.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ _LARGEST_BLOCK = 8  # attention blocks of halonet and bat_resnext, in cells of t
 
 
 class _NeedsDataError(Exception):
-    """The model looks at values of its input, which there are none of here: timm's own facts must do."""
+    """The model reads values of its input, which a meta tensor does not have; timm's own properties are used then."""
 
 
 class Level(NamedTuple):
     """One level of a timm model's features.
 
-    embed_dim: channels. stride, multiple: pixels per cell, and what the sides of an input must be multiples of.
+    embed_dim: channels. stride: pixels per cell. multiple: the sides of an input must be multiples of this.
     padding: pixels of zeros around the input of a network of unpadded convolutions, so that its grid is complete.
-    rebuilt: the model takes one size, and timm can build it for each other size with the same weights.
-    size: the side of the only input that the model takes, or None. final_norm: there is a norm behind this level.
-    final_conv: `final_conv` of the model, which timm leaves out of its feature levels, is behind this level.
+    rebuilt: the model accepts one size, and timm can build it for other sizes with the same weights.
+    size: the side of the only input that the model accepts, or None. final_norm: this level is followed by a norm.
+    final_conv: this level is followed by the model's `final_conv`, which timm leaves out of its feature levels.
     """
 
     embed_dim: int
@@ -48,7 +48,7 @@ class Level(NamedTuple):
 
 
 def create(name: str, seed: int, **options: Any) -> Any:
-    """Create a timm model that takes any input size where timm offers that, with the same weights for the same seed."""
+    """Create a timm model that accepts any input size if timm supports it; the same seed gives the same weights."""
     attempts: tuple[dict[str, Any], ...] = ({"dynamic_img_size": True}, {"strict_img_size": False}, {})
     for sizes in attempts:
         with torch.random.fork_rng(devices=[]):
@@ -64,7 +64,7 @@ def create(name: str, seed: int, **options: Any) -> Any:
 def build_for(model: Any, size: tuple[int, int]) -> Any:
     """Copy a one-size model for inputs of `size` (height, width), its positions resampled by timm.
 
-    Raises whatever timm does where it cannot convert the weights.
+    Raises the errors of timm if it cannot convert the weights.
     """
     if hasattr(model, "set_input_size"):
         copied = copy.deepcopy(model)
@@ -78,7 +78,7 @@ def build_for(model: Any, size: tuple[int, int]) -> Any:
     if convert is not None:
         state = convert(state, built) if len(inspect.signature(convert).parameters) > 1 else convert(state)
     own = built.state_dict()
-    for name, _ in built.named_buffers():  # indices of positions are of the size, not of the weights
+    for name, _ in built.named_buffers():  # position indices depend on the size, not on the weights
         if name in own and name in state and own[name].shape != state[name].shape:
             state[name] = own[name]
     built.load_state_dict(state)
@@ -94,7 +94,7 @@ def read_level(model: Any, images: Tensor, index: int, norm: bool) -> Tensor:
 def measure(model: Any, index: int, name: str) -> Level:
     """Measure level `index` of a model on the meta device. name: for messages.
 
-    Raises `UsageError` where the grid of the level fits no whole number of pixels.
+    Raises `UsageError` if a cell of the level is not a whole number of pixels.
     """
     try:
         return _measured(model.eval(), index, name)
@@ -113,7 +113,7 @@ def _measured(model: Any, index: int, name: str) -> Level:
 
     @functools.cache
     def grid(side: int, padding: int = 0, *, rebuilt: bool = False) -> int:
-        """Cells a side for an input of that side; 0 where the model does not take it."""
+        """Return the cells per side for an input with this side; 0 if the model does not accept it."""
         padded = side + padding
         try:
             with torch.inference_mode():
@@ -122,7 +122,7 @@ def _measured(model: Any, index: int, name: str) -> Level:
                 else:
                     reads[padded] = _called(model, _images(padded), index, norm=False)
                     features = reads[padded][0]
-        except Exception as error:  # models fail in ways of their own; whichever it is, they do not take this size
+        except Exception as error:  # models raise various errors; in all cases, they do not accept this size
             if "meta tensor" in str(error):
                 raise _NeedsDataError from error
             return 0
@@ -142,8 +142,8 @@ def _measured(model: Any, index: int, name: str) -> Level:
         side = _odd_multiple(multiple, own)
         cells = grid(side, rebuilt=rebuilt)
         if not cells or (cells < side / stride and cells == grid(side + multiple, rebuilt=rebuilt)):
-            continue  # it does not take this size, or brings all to one size itself
-        for factor in (1, 2, 4):  # a stem may be coarser than timm says
+            continue  # the model does not accept this size, or resizes all inputs to one size
+        for factor in (1, 2, 4):  # a stem may be coarser than timm states
             whole = cells * stride * factor == side and multiple % (stride * factor) == 0
             if whole and (multiple <= deepest or grid(side + multiple) == cells + multiple // stride):
                 return level(stride * factor, multiple, own if rebuilt else side, rebuilt=rebuilt)
@@ -152,14 +152,14 @@ def _measured(model: Any, index: int, name: str) -> Level:
             if padding and grid(side, padding) == side // stride:
                 return level(stride, multiple, side + padding, padding=padding)
     cells = grid(own)
-    for side in (own, cells * stride):  # CrossViT brings any input to the sizes of its branches
+    for side in (own, cells * stride):  # CrossViT resizes any input to the sizes of its branches
         if cells and side % cells == 0 and grid(side) == cells:
             return level(side // cells, side // cells, side, size=side)
     raise UsageError(
-        f"Model {name!r} gives a grid of {cells}x{cells} cells for {own}x{own} pixels at this level, which is no whole "
-        f"number of pixels a cell. Read another one, by layers."
+        f"Model {name!r} has a grid of {cells}x{cells} cells for {own}x{own} pixels at this level, which is no whole "
+        f"number of pixels per cell. Select another level with layers."
         if cells
-        else f"Model {name!r} does not take inputs of its own size, {own}x{own}; timm {timm.__version__} cannot run it."
+        else f"Model {name!r} does not accept its own input size, {own}x{own}; timm {timm.__version__} cannot run it."
     )
 
 
@@ -168,13 +168,13 @@ def _images(side: int) -> Tensor:
 
 
 def _odd_multiple(multiple: int, own: int) -> int:
-    """An odd multiple near a model's own size, but not that: what works only for even grids does not work there."""
+    """Return an odd multiple near, but not equal to, the model's own size, to detect models that need even grids."""
     count = own // (2 * multiple) * 2 + 1
     return multiple * (count + 2 if multiple * count == own else count)
 
 
 def _least(holds: Callable[[int], bool], most: int) -> int:
-    """The least number in [0, most] for which a monotone condition holds; 0 where it does for none."""
+    """Return the least number in [0, most] for which a monotone condition holds; 0 if it never holds."""
     if not holds(most):
         return 0
     low, high = 0, most
@@ -187,10 +187,10 @@ def _least(holds: Callable[[int], bool], most: int) -> int:
 def _end_of_level(
     model: Any, index: int, side: int, features: Tensor, called: set[nn.Module]
 ) -> tuple[int, bool, bool]:
-    """Channels of a level, and whether a norm and a last convolution are behind it. called: modules run up to it."""
+    """Return the channels of a level, and whether a norm and a final convolution follow. called: modules before it."""
     try:
         normed, with_norm = _called(model, _images(side), index, norm=True)
-        norm = bool(with_norm - called) and normed.shape == features.shape  # SAM's neck makes other channels
+        norm = bool(with_norm - called) and normed.shape == features.shape  # SAM's neck changes the channels
     except AssertionError:  # "normalization of features not supported"
         norm = False
     last = getattr(model, "final_conv", nn.Identity())
@@ -199,7 +199,7 @@ def _end_of_level(
 
 
 def _called(model: nn.Module, images: Tensor, index: int, *, norm: bool) -> tuple[Tensor, set[nn.Module]]:
-    """A level, and the modules that were called for it."""
+    """Return a level, and the modules that were called for it."""
     called: set[nn.Module] = set()
     hooks = [m.register_forward_hook(lambda m, _inputs, _output: called.add(m)) for m in model.modules()]
     try:

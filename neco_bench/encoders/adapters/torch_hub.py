@@ -54,9 +54,9 @@ def build(spec: ModelSpec) -> Encoder:
         raise
     except OSError as error:
         raise MissingError(
-            f"Hub model {spec.target!r} needs a file that could not be fetched: {error}. Pass --weights FILE."
+            f"Hub model {spec.target!r} needs a file that could not be downloaded: {error}. Pass --weights FILE."
         ) from error
-    except Exception as error:  # someone else's code may fail in any way
+    except Exception as error:  # foreign code may raise any error
         if "Cannot find callable" in str(error):
             raise UsageError(f"Hub repository {repository!r} has no entry {entry!r}.") from error
         raise BadInputError(f"Hub model {spec.target!r} failed: {type(error).__name__}: {error}") from error
@@ -71,7 +71,7 @@ def build(spec: ModelSpec) -> Encoder:
 
 @contextmanager
 def _timeout() -> Iterator[None]:
-    """torch.hub sets no timeout of its own on what it fetches."""
+    """Set a timeout for downloads, because torch.hub sets none."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(fetch.TIMEOUT)
     try:
@@ -97,9 +97,9 @@ def _wrap(model: Any, spec: ModelSpec) -> Encoder:
     inner = getattr(model, "get_intermediate_layers", None)
     if absent or not (inner or features):
         raise BadInputError(
-            f"Hub model {spec.target!r} is not in the style of DINO or DINOv2 "
-            f"(without {', '.join(absent) or 'get_intermediate_layers and forward_features'}). "
-            f"Wrap it in a function of your own: path/to/file.py:FACTORY."
+            f"Hub model {spec.target!r} does not have the interface of DINO or DINOv2 "
+            f"(it lacks {', '.join(absent) or 'get_intermediate_layers and forward_features'}). "
+            f"Wrap it in your own function: path/to/file.py:FACTORY."
         )
     if inner and "norm" in inspect.signature(inner).parameters:
         return HubDINOv2(model, spec)
@@ -109,7 +109,7 @@ def _wrap(model: Any, spec: ModelSpec) -> Encoder:
 
 
 def _patch_size(model: Any) -> Any:
-    """DINOv2's models have it; DINO's only in what embeds the patches."""
+    """Return the patch size, which DINO's models have only in their patch embedding."""
     return getattr(model, "patch_size", None) or getattr(getattr(model, "patch_embed", None), "patch_size", None)
 
 
@@ -132,12 +132,12 @@ class _Hub(Encoder):
         blocks = getattr(model, "blocks", None)
         inner = blocks.modules() if isinstance(blocks, torch.nn.Module) else ()
         last = [m.attn for m in inner if hasattr(getattr(m, "attn", None), "qkv")][-1:]
-        self.last_attention: tuple[Any, ...] = tuple(last)  # in a tuple: no part of this module besides the model's
+        self.last_attention: tuple[Any, ...] = tuple(last)  # in a tuple, so that it is not another submodule
         self.prefix_count = 1 + getattr(model, "num_register_tokens", 0)
 
     @contextmanager
     def _projections(self) -> Iterator[list[Tensor]]:
-        """Collect what the last block projects (B, N, 3 D) while the model runs inside."""
+        """Collect the projections (B, N, 3 D) of the last block while the model runs in this context."""
         taken: list[Tensor] = []
         hooks = [
             attn.qkv.register_forward_hook(lambda _module, _inputs, output: taken.append(output))
@@ -150,11 +150,11 @@ class _Hub(Encoder):
                 hook.remove()
 
     def _keys(self, taken: list[Tensor], images: Tensor) -> Tensor:
-        """Keys of the patches (B, D, h, w), heads side by side."""
+        """Return the keys of the patches (B, D, h, w), heads concatenated."""
         return self._grid(taken[-1].chunk(3, -1)[1][:, self.prefix_count :], images)
 
     def _class_attention(self, taken: list[Tensor], images: Tensor) -> Tensor:
-        """The class token's attention to the patches (B, heads, h, w); over all tokens it sums to one."""
+        """Return the class token's attention to the patches (B, heads, h, w); over all tokens it sums to one."""
         attn: Any = self.last_attention[0]
         query, key, _ = (part.unflatten(-1, (attn.num_heads, -1)) for part in taken[-1].chunk(3, -1))
         scores = torch.einsum("bhd,bnhd->bnh", query[:, 0] * attn.scale, key)
@@ -164,13 +164,13 @@ class _Hub(Encoder):
         size = (images.shape[-2] // self.stride, images.shape[-1] // self.stride)
         if tokens.shape[1] != size[0] * size[1]:
             raise BadInputError(
-                f"Hub model {self.name!r} gave {tokens.shape[1]} patch tokens where {size[0]}x{size[1]} were expected."
+                f"Hub model {self.name!r} returned {tokens.shape[1]} patch tokens; {size[0]}x{size[1]} were expected."
             )
         return tokens.transpose(1, 2).unflatten(2, size)
 
 
 class HubDINOv2(_Hub):
-    """DINOv2's interface. `prefix` is the class token; it gives no registers."""
+    """DINOv2's interface. `prefix` is the class token, without registers."""
 
     has_final_norm = True
 
@@ -212,30 +212,30 @@ class HubDINO(_Hub):
 
 
 class HubDictionary(_Hub):
-    """`forward_features` alone: the last block after the norm."""
+    """A model with `forward_features` only: the last block after the norm."""
 
     equal_layers = False
 
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         super().__init__(model, spec)
         if self.layer != "last":
-            raise UsageError(f"Model {spec.name!r} gives its last block only; leave out layers.")
+            raise UsageError(f"Model {spec.name!r} returns its last block only; leave out layers.")
         self.layer_count = 0
 
     def _encode(self, images: Tensor, *, final_norm: bool, attention: bool) -> DenseFeatures:
         output = self.model.forward_features(images)
         if not isinstance(output, dict) or "x_norm_patchtokens" not in output:
-            raise BadInputError(f"Hub model {self.name!r}: forward_features gave no x_norm_patchtokens.")
+            raise BadInputError(f"Hub model {self.name!r}: forward_features returned no x_norm_patchtokens.")
         return DenseFeatures(self._grid(output["x_norm_patchtokens"], images), self.stride, self.layer, True)
 
 
 class HubCAPI(_Hub):
-    """CAPI's interface: one layer in each pass, always after the norm; layer 0 is what enters the first block.
+    """CAPI's interface: one layer per pass, always after the norm; layer 0 is the input of the first block.
 
-    Source: facebookresearch/capi, model.py, `EncoderDecoder.forward_features`. `prefix` holds the registers.
+    Source: facebookresearch/capi, model.py, `EncoderDecoder.forward_features`. `prefix` contains the registers.
     """
 
-    equal_layers = False  # each has its own pass
+    equal_layers = False  # each layer needs its own pass
 
     def __init__(self, model: Any, spec: ModelSpec) -> None:
         super().__init__(model, spec)

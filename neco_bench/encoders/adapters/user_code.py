@@ -1,10 +1,10 @@
-"""Encoders from code: a function in a file of one's own, in an installed plug-in, or in this package.
+"""Encoders from code: a function in the user's file, in an installed plug-in, or in this package.
 
 The function takes no arguments and returns an Encoder, or a module that maps normalised images (B, 3, H, W) to features
-(B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride` (`mean` and `std` too, where they are not
-ImageNet's; `training_data`, such as "imagenet, coco", for contamination notes; `only_size`, the side of the one square
-input that it takes, or `size_multiple`). A file is run as any Python file is:
-use only those you trust.
+(B, D, H/stride, W/stride) and has the attributes `embed_dim` and `stride`. Optional attributes are `mean` and `std` (if
+they are not ImageNet's), `training_data` (such as "imagenet, coco", for contamination notes), and `only_size` (the side
+of the only square input that it accepts) or `size_multiple`. The code of a file is run, so use only files that you
+trust.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from neco_bench.encoders.zoo import models
 
 
 def build(spec: ModelSpec) -> Encoder:
-    """Build the encoder that a factory makes, and load the spec's weights into it strictly where they are given.
+    """Build the encoder of a factory, and load the spec's weights into it strictly if they are given.
 
     Raises `MissingError` (no such file) and `BadInputError` (no such factory, a factory that fails, a wrong result).
     """
@@ -42,18 +42,18 @@ def build(spec: ModelSpec) -> Encoder:
         defined_in = inspect.getsourcefile(factory) if callable(factory) else None
         source = Path(defined_in or __file__)
     if not callable(factory):
-        raise BadInputError(f"{spec.target} is {type(factory).__name__}, not a function that makes an encoder.")
+        raise BadInputError(f"{spec.target} is {type(factory).__name__}, not a function that returns an encoder.")
     try:
         made = factory()
     except NecoBenchError:
         raise
-    except (Exception, SystemExit) as error:  # someone else's code may fail in any way
+    except (Exception, SystemExit) as error:  # user code may raise any error
         raise BadInputError(f"{spec.target} failed: {type(error).__name__}: {error}") from error
     encoder = made if isinstance(made, Encoder) else ModuleEncoder(_checked_module(made, spec.target))
     encoder.name = spec.name
     for fact in ("embed_dim", "stride"):
         if not isinstance(getattr(encoder, fact, None), int):
-            raise BadInputError(f"{spec.target} made an encoder whose {fact} is not a whole number.")
+            raise BadInputError(f"{spec.target} returned an encoder whose {fact} is not a whole number.")
     if not isinstance(encoder.training_data, str):
         raise BadInputError(
             f"{spec.target} made an encoder whose training_data is {type(encoder.training_data).__name__}; write "
@@ -73,9 +73,9 @@ def build(spec: ModelSpec) -> Encoder:
 
 
 def whole_sha256(encoder: nn.Module) -> str:
-    """Compute the sha256 of all weights and of other tensors and arrays in modules; "" where there are none.
+    """Compute the sha256 of all weights and of other tensors and arrays in modules; "" if there are none.
 
-    Those of non-persistent buffers and plain attributes are in no state dict, and move the features as weights do.
+    Non-persistent buffers and plain attributes are in no state dict, but affect the features like weights.
     """
     known = {id(value) for value in encoder.state_dict(keep_vars=True).values()}
     others: dict[str, Any] = {}
@@ -103,29 +103,29 @@ def _has_bytes(value: Any) -> bool:
 
 
 def check_has_values(encoder: nn.Module, name: str) -> None:
-    """Raise `BadInputError` where weights lie on the meta device, which holds shapes alone."""
+    """Raise `BadInputError` if weights are on the meta device, which has shapes but no values."""
     tensors = [*encoder.named_parameters(), *encoder.named_buffers()]
     empty = [key for key, value in tensors if value.is_meta]
     if empty:
         raise BadInputError(
-            f"{name}: {len(empty)} of {len(tensors)} weights are on the meta device, which holds no values (the first "
-            f"is {empty[0]}). Make the module on the CPU, or load its weights before it is returned."
+            f"{name}: {len(empty)} of {len(tensors)} weights are on the meta device, which has no values (the first "
+            f"is {empty[0]}). Create the module on the CPU, or load its weights before returning it."
         )
 
 
 def _factory_in(path: Path, attribute: str) -> Any:
-    """What a Python file calls `attribute`, the file having been run."""
+    """Run a Python file and return its `attribute`."""
     if not path.is_file():
         raise MissingError(f"Encoder file {path} does not exist.")
     name = f"neco_bench_user_{hashlib.sha256(str(path.resolve()).encode()).hexdigest()[:12]}"
     module_spec = importlib.util.spec_from_file_location(name, path)
     if module_spec is None or module_spec.loader is None:
-        raise BadInputError(f"Encoder file {path} is no Python file.")
+        raise BadInputError(f"Encoder file {path} is not a Python file.")
     module = importlib.util.module_from_spec(module_spec)
-    sys.modules[name] = module  # dataclasses and pickling look a class's module up here
+    sys.modules[name] = module  # dataclasses and pickle look up a class's module here
     try:
         module_spec.loader.exec_module(module)
-    except (Exception, SystemExit) as error:  # someone else's code may fail in any way
+    except (Exception, SystemExit) as error:  # user code may raise any error
         raise BadInputError(f"Encoder file {path} could not be run: {type(error).__name__}: {error}") from error
     if not hasattr(module, attribute):
         raise BadInputError(f"Encoder file {path} has no {attribute!r}.{functions_in(path)}")
@@ -147,9 +147,9 @@ def _checked_module(made: Any, target: str) -> nn.Module:
 
 
 def encoder_of_module(module: nn.Module) -> Encoder:
-    """Make an Encoder of a module that is in memory already, where it is; an Encoder is returned as it is.
+    """Wrap a module in an Encoder without moving or copying it; an Encoder is returned unchanged.
 
-    Raises `BadInputError` where it lacks embed_dim or stride, or they are no whole numbers.
+    Raises `BadInputError` if embed_dim or stride are missing or are not whole numbers.
     """
     if isinstance(module, Encoder):
         return module
@@ -157,7 +157,7 @@ def encoder_of_module(module: nn.Module) -> Encoder:
     for fact in ("embed_dim", "stride"):
         value = getattr(module, fact, None)
         if not isinstance(value, int) or value < 1:
-            what = f"has the {fact} {value!r}" if hasattr(module, fact) else f"lacks {fact}"
+            what = f"has the {fact} {value!r}" if hasattr(module, fact) else f"has no {fact}"
             raise BadInputError(f"The module {name} {what}; set it to a whole number above 0.")
     encoder = ModuleEncoder(module)
     encoder.name = name
@@ -168,7 +168,7 @@ def encoder_of_module(module: nn.Module) -> Encoder:
 
 
 class ModuleEncoder(Encoder):
-    """A plain module as an encoder, its features taken as they come: no layers, no attention, no norm to leave out."""
+    """A plain module as an encoder; its output is used unchanged, without layers, attention or norm options."""
 
     _inner = "module"
 

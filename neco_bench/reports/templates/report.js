@@ -68,14 +68,14 @@ function plot(make, height) {  // drawn when it comes near the window, and again
 
 // How a state is drawn: never by colour alone.
 const STATES = {
-  best: ["first alone, by tests", { symbol: "star", fill: "var(--mark)", r: 6 }],
-  may: ["may be first: tests leave it open", { symbol: "circle", fill: "var(--mark)", r: 4 }],
-  rest: ["told apart from the first", { symbol: "circle", fill: "var(--paper)", stroke: "var(--ink)", r: 4 }],
+  best: ["first, according to tests", { symbol: "star", fill: "var(--mark)", r: 6 }],
+  may: ["may be first: tests do not exclude it", { symbol: "circle", fill: "var(--mark)", r: 4 }],
+  rest: ["not first, according to tests", { symbol: "circle", fill: "var(--paper)", stroke: "var(--ink)", r: 4 }],
   plain: ["not tested", { symbol: "square", fill: "var(--ink)", r: 3.5 }],
   paper: ["published", { symbol: "diamond", fill: "var(--paper)", stroke: "var(--faint)", r: 4 }],
   better: ["better than the base (p < 0.05)", { symbol: "triangle", fill: "var(--mark)", r: 5 }],
   worse: ["worse than the base (p < 0.05)", { symbol: "triangle", rotate: 180, fill: "var(--warm)", r: 5 }],
-  open: ["not told apart from the base", { symbol: "circle", fill: "var(--paper)", stroke: "var(--ink)", r: 4 }],
+  open: ["no significant difference from the base", { symbol: "circle", fill: "var(--paper)", stroke: "var(--ink)", r: 4 }],
   base: ["the base", { symbol: "cross", fill: "var(--warm)", r: 5 }],
 };
 
@@ -145,7 +145,7 @@ function panel(column, models) {
   const part = rows.filter(row => names.includes(row.name)), more = new Set(rows.map(row => row.name)).size - names.length;
   return node("figure", {}, node("figcaption", {}, node("small", {}, `${column.family.replaceAll("_", " ")}: `), ...breakable(column.name), node("small", {}, ` ${column.how || ""}`)),
     plot(width => dots(part, { width, axis: axisOf(column), label: `${column.name}: ${column.metric} of ${names.length} models` }), names.length * 20 + 44),
-    more > 0 ? node("p", { class: "note" }, `The first ${MOST}; ${more} more stand in the table.`) : null);
+    more > 0 ? node("p", { class: "note" }, `The first ${MOST}; ${more} more are in the table.`) : null);
 }
 
 // ---- sections ----
@@ -173,7 +173,7 @@ function standing(shown, models) {  // over all columns: what is printed, and wh
 function ranking(shown, models) {
   const parts = [], rows = standing(shown, models);
   if (rows.length > 1) {
-    parts.push(node("p", { class: "note" }, "All columns shown together. Dot: the share of the other models with a worse value, mean over columns (no test). Whisker: what paired tests leave open, from the share that is shown to be worse to the share that is not shown to be better. It sums up the columns below, whose tasks differ, and is no test of its own."));
+    parts.push(node("p", { class: "note" }, "All shown columns together. Dot: the share of the other models with a worse value, averaged over columns (not a test). Whisker: the range that paired tests leave possible, from the share of models shown to be worse to the share not shown to be better. This summarises the columns below, whose tasks differ, and is not a test itself."));
     const part = rows.slice(0, MOST).map(row => ({ ...row, state: "plain" }));
     parts.push(plot(width => dots(part, { width: Math.min(width, 980), axis: "other models with a worse value, %", label: "standing of models over all columns" }), part.length * 20 + 44));
     parts.push(node("div", { class: "wide" }, node("table", { id: "standing" }, node("thead", {}, node("tr", {}, ...["model", "first alone", "may be first (tie)", "columns", "worse values"].map(text => node("th", {}, text)))),
@@ -207,13 +207,13 @@ function heat(shown, models) {
     const colour = d3.color(scales.get(column)(r.value));
     return node("td", { style: `background:${colour.formatRgb()};color:${d3.lab(colour).l > 55 ? "#000" : "#fff"}`, title: [r.model, column.name, intervalText(r), rankText(r)].filter(Boolean).join("\n") }, textOf(r));
   };
-  return section("heat", "Heat map", node("p", { class: "note" }, "Each column from its worst (dark blue) to its best value (yellow), over all its models whatever the filters say. A colour is no test: a column may run over one point or over thirty."),
+  return section("heat", "Heat map", node("p", { class: "note" }, "Each column is coloured from its worst (dark blue) to its best value (yellow) over all its models, independent of the filters. Colours are not a test: the values of a column may differ by one point or by thirty."),
     node("div", { class: "wide heat" }, node("table", {}, node("thead", {}, node("tr", {}, node("th", {}, "model"), ...own.map(column => node("th", {}, ...breakable(column.name), column.legend ? ` (${column.legend})` : "")))),
       node("tbody", {}, ...rows.map(model => node("tr", {}, nameCell(model), ...own.map(column => shade(get(model, column), column))))))));
 }
 
 function badges(result) {
-  const seen = result.seen && node("span", { class: "badge" + (["seen", "near", "possible"].includes(result.seen) ? " warn" : ""), title: "overlap of the encoder's training images with those of the data set, as far as it is known" }, `overlap: ${result.seen}`);
+  const seen = result.seen && node("span", { class: "badge" + (["seen", "near", "possible"].includes(result.seen) ? " warn" : ""), title: "known overlap of the encoder's training images with those of the data set" }, `overlap: ${result.seen}`);
   const tokens = result.tokens && node("span", { class: "badge", title: "tokens per image" }, `${result.tokens} tok.`);
   const link = result.pictures && node("a", { class: "badge", href: result.pictures }, "pictures");
   return seen || tokens || link ? node("span", { class: "badges" }, seen || null, tokens || null, link || null) : null;
@@ -252,7 +252,7 @@ function tables(shown, models) {
   if (!made.length) return null;
   const papers = columns.some(column => (column.papers || []).length);
   const box = node("input", { type: "checkbox", id: "papers", checked: chosen.papers ? "" : null, onchange: event => { chosen.papers = event.target.checked; show(); } });
-  return section("tables", "Tables", data.published ? null : node("p", { class: "note" }, "Coloured: may be first, as tests leave it open. Bold as well: first alone (p < 0.05 after Holm against every other model of the column). Badges: tokens per image; overlap of the encoder's training images with the data set: seen, near (found by retrieval from it), possible (a crawl of the web), none known, unknown."),
+  return section("tables", "Tables", data.published ? null : node("p", { class: "note" }, "Coloured: may be first, because tests do not exclude it. Coloured and bold: first (p < 0.05 after Holm against every other model of the column). Badges: tokens per image; overlap of the encoder's training images with the data set: seen, near (found by retrieval from it), possible (a crawl of the web), none known, unknown."),
     papers ? node("div", { class: "picks" }, node("label", {}, box, "published numbers of the same column, in grey")) : null, ...made);
 }
 
@@ -268,7 +268,7 @@ function differences(shown, models, base) {
       plot(width => dots(rows, { width, zero: 0, axis: `difference in ${axisOf(column)}`, label: `differences to ${base}: ${column.name}` }), rows.length * 20 + 44));
   }).filter(Boolean);
   if (!panels.length) return null;
-  return section("differences", `Differences to ${base}`, node("p", { class: "note" }, "Model less base on the same items, with the 95 % interval of the paired difference; p is adjusted for all pairs of the column (Holm). Without a whisker: nothing is stored to make it of."), legend(["better", "worse", "open", "plain"]), node("div", { class: "panels" }, ...panels));
+  return section("differences", `Differences to ${base}`, node("p", { class: "note" }, "Model minus base on the same items, with the 95 % interval of the paired difference; p is adjusted for all pairs of the column (Holm). No whisker: no counts are stored to compute it."), legend(["better", "worse", "open", "plain"]), node("div", { class: "panels" }, ...panels));
 }
 
 function difference(r, column, base, b, pairs) {  // of a result and the base: paired where that is known, else of the printed values
@@ -282,7 +282,7 @@ function difference(r, column, base, b, pairs) {  // of a result and the base: p
 function throughput(shown, models) {
   const own = shown.filter(column => results.some(r => r.column === column.number && r.value !== null));
   if (data.published || !own.length) return null;
-  if (!data.speeds.length) return section("throughput", "Quality and throughput", node("p", { class: "note" }, "No throughput is stored beside these results: neco-bench speed MODEL measures it."));
+  if (!data.speeds.length) return section("throughput", "Quality and throughput", node("p", { class: "note" }, "No throughput is stored with these results: neco-bench speed MODEL measures it."));
   const settings = distinct(data.speeds, s => s.setting), setting = settings.includes(chosen.setting) ? chosen.setting : settings[0];
   const column = own.find(c => c.number === Number(chosen.quality) && chosen.quality !== null) || own[0];
   const rows = data.speeds.filter(s => s.setting === setting && models.has(s.model) && get(s.model, column) && get(s.model, column).value !== null).map(s => {
@@ -298,7 +298,7 @@ function throughput(shown, models) {
   const draw = width => Plot.plot({
     width: Math.min(width, 980), height: 380, marginLeft: 50, marginRight: 20, marginBottom: 44, marginTop: 24, grid: true, ariaLabel: `${column.name} against images per second`,
     style: { background: "transparent", color: "inherit", fontSize: "12px", overflow: "visible" },
-    x: { type: "log", label: "images per second, more is faster", labelArrow: "none", labelAnchor: "center", tickFormat: "~s", nice: true, ticks: 4 }, y: { label: axisOf(column), labelArrow: "none", inset: 14, reverse: column.lower },
+    x: { type: "log", label: "images per second, higher is faster", labelArrow: "none", labelAnchor: "center", tickFormat: "~s", nice: true, ticks: 4 }, y: { label: axisOf(column), labelArrow: "none", inset: 14, reverse: column.lower },
     marks: [
       Plot.line(rows.filter(row => row.front), { x: "images", y: "value", stroke: "var(--mark)", strokeDasharray: "5 3" }),
       Plot.ruleX(rows.filter(row => row.low !== null), { x: "images", y1: "low", y2: "high", stroke: "var(--faint)" }),
@@ -308,7 +308,7 @@ function throughput(shown, models) {
     ],
   });
   const cells = row => [row.front ? "yes" : "", row.text, row.images, row.gflops, row.params, row.memory].map(value => node("td", {}, String(value)));
-  return section("throughput", "Quality and throughput", node("p", { class: "note" }, "Dashed: the Pareto front by printed values, models that no other beats in both. Whiskers: 95 % interval."), picks, plot(draw, 380),
+  return section("throughput", "Quality and throughput", node("p", { class: "note" }, "Dashed: the Pareto front by printed values, i.e. models that no other model exceeds in both. Whiskers: 95 % interval."), picks, plot(draw, 380),
     node("div", { class: "wide" }, node("table", {}, node("thead", {}, node("tr", {}, ...["model", "on the front", axisOf(column), "images/s", "GFLOP per image", "million parameters", "peak memory, MiB"].map(text => node("th", {}, text)))), node("tbody", {}, ...rows.map(row => node("tr", {}, nameCell(row.model), ...cells(row)))))));
 }
 
@@ -332,7 +332,7 @@ function classes(shown, models, base) {
   const model = names.includes(chosen.classModel) ? chosen.classModel : names[0], result = get(model, column);
   const absent = column.classes.filter((_, i) => result.classes[i] === null);
   return section("classes", "Classes", node("div", { class: "picks" }, node("label", {}, "of ", choice("classes", own.map(c => [c.number, c.name]), column.number, value => { chosen.classes = value; })), node("label", {}, "model ", choice("class-model", names.map(name => [name, name]), model, value => { chosen.classModel = value; }))),
-    node("p", { class: "note" }, `Whiskers: 95 % interval${result.class_ends ? "" : " (none here: no counts are stored)"}.` + (base && base !== model ? ` Cross: ${base}.` : "") + (absent.length ? ` Undefined: ${absent.join(", ")}.` : "")), classPlot(result, base));
+    node("p", { class: "note" }, `Whiskers: 95 % interval${result.class_ends ? "" : " (none: no counts are stored)"}.` + (base && base !== model ? ` Cross: ${base}.` : "") + (absent.length ? ` Undefined: ${absent.join(", ")}.` : "")), classPlot(result, base));
 }
 
 function curves() {
@@ -351,7 +351,7 @@ function curves() {
     const keys = own.map(curve => { const key = node("span", {}, Plot.plot({ width: 34, height: 14, margin: 0, axis: null, x: { domain: [0, 1] }, y: { domain: [0, 1] }, marks: [Plot.line([[0, 0.5], [1, 0.5]], style(curve.name))] }), " " + curve.name); key.firstChild.style.width = "34px"; return key; });
     return node("figure", {}, node("figcaption", {}, ...breakable(value)), plot(draw, 260), node("div", { class: "legend" }, ...keys));
   });
-  return section("curves", "Training curves", node("p", { class: "note" }, "Means of up to 200 equal parts of the steps."), node("div", { class: "panels" }, ...figures));
+  return section("curves", "Training curves", node("p", { class: "note" }, "Each curve shows means over at most 200 equal parts of the steps."), node("div", { class: "panels" }, ...figures));
 }
 
 function modelPage(model) {
@@ -362,7 +362,7 @@ function modelPage(model) {
     const change = r => { const column = columns[r.column]; return difference(r, column, base, b, new Map((data.differences[column.number] || []).filter(row => row[0] === b || row[1] === b).map(row => [row[0] === b ? row[1] : row[0], row]))); };
     page.append(node("div", { class: "wide" }, node("table", {}, node("thead", {}, node("tr", {}, ...["task", base, model, "difference"].map(t => node("th", {}, ...breakable(t))))),
       node("tbody", {}, ...rows.map(([r, o]) => { const own = change(r); return node("tr", {}, node("td", {}, ...breakable(columns[r.column].name)), cell(o), cell(r), node("td", { title: STATES[own.state][0] }, own.text, own.state === "better" || own.state === "worse" ? node("span", { class: "interval" }, ` ${own.state}`) : null)); })))),
-      node("p", { class: "note" }, "In the unit of the metric; better or worse: p < 0.05 of the paired test, adjusted for all pairs of the column."));
+      node("p", { class: "note" }, "In the unit of the metric. Better or worse: p < 0.05 in the paired test, adjusted for all pairs of the column."));
   }
   for (const r of mine) {
     const column = columns[r.column];
@@ -385,7 +385,7 @@ function show() {
   const shown = columns.filter(column => (!family || column.family === family) && (!dataset || column.dataset === dataset) && (!protocol || column.protocol === protocol));
   const sections = [ranking(shown, models), differences(shown, models, base), heat(shown, models), tables(shown, models), throughput(shown, models), classes(shown, models, base), curves()].filter(Boolean);
   const fits = sections.some(made => ["section-ranking", "section-tables"].includes(made.id));
-  $("main").replaceChildren(...(fits ? sections : [node("p", {}, columns.length ? "Nothing fits these filters." : "There are no results."), ...sections.filter(made => made.id === "section-curves")]));
+  $("main").replaceChildren(...(fits ? sections : [node("p", {}, columns.length ? "No results match these filters." : "There are no results."), ...sections.filter(made => made.id === "section-curves")]));
   $("nav").replaceChildren(...(fits ? sections : []).map(made => node("button", { onclick: () => { made.firstChild.scrollIntoView(); made.firstChild.focus(); } }, made.firstChild.textContent)));
   if (focused && $(focused)) $(focused).focus();
 }
