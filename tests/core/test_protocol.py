@@ -200,6 +200,7 @@ def test_checking_settings_imports_no_torch() -> None:
     assert done.stdout.split() == []
 
 
+@pytest.mark.slow
 def test_planning_imports_no_torch(tmp_path: Path) -> None:
     code = (
         "import sys\n"

@@ -106,6 +106,7 @@ def test_heads_are_drawn_apart_unless_told_otherwise(tmp_path: Path) -> None:
         assert same(state["student_head"], state["teacher_head"]) is same_heads
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_the_state_and_resume_gives_the_same_weights(
     kind: signal.Signals, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -91,6 +91,7 @@ def test_features_of_windows_are_not_drawn(tmp_path: Path) -> None:
     assert set(re.findall(r"<figcaption>(.*?)</figcaption>", page)) == {"image", "ground truth", "prediction", "errors"}
 
 
+@pytest.mark.slow
 def test_neighbours_are_the_patches_of_the_memory(store: ResultStore) -> None:
     """The middle of each view, encoded again, has the cosine that the search found: baseline_rgb sees 3 x 3 cells."""
     (result,) = (r for r in store.load_all() if r.task == "shapes_ic")
