@@ -159,7 +159,7 @@ def test_errors_are_those_of_the_command_line(tmp_path: Path) -> None:
         (("baseline_hog", "voc_ic"), MissingError, "data root"),
         ((nn.Conv2d(3, 8, 8), "shapes_ic"), BadInputError, "The module Conv2d has no embed_dim"),
         ((3, "shapes_ic"), UsageError, "not int"),
-        ((Mean(), "shapes_ic"), BadInputError, "lacks name, weights_id"),
+        ((Mean(), "shapes_ic"), BadInputError, "has no name, weights_id"),
         ((NotFinite(), "shapes_ic"), NumericalError, "NaN or infinite"),
     ):
         with pytest.raises(error, match=message):
