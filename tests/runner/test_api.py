@@ -102,7 +102,7 @@ def test_comparisons_name_what_they_cannot_find(tmp_path: Path) -> None:
     frame = comparison.to_dataframe()
     assert len(frame) == 2
     assert (frame.difference - (frame.second - frame["first"])).abs().max() < 1e-12
-    with pytest.raises(UsageError, match="None names 2 of the compared tasks"):
+    with pytest.raises(UsageError, match=r"2 tasks were compared\. Name one of: shapes_cluster_gt"):
         comparison.classes()
     assert len(comparison.images("shapes_cluster_gt")) == 4
     with pytest.raises(UsageError, match="has 2 results: name one by its task"):

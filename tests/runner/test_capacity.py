@@ -82,7 +82,7 @@ def test_the_batch_is_no_larger_than_what_fits(
 def test_a_disk_without_room(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(capacity.shutil, "disk_usage", lambda _: usage(10, 10, 0))
-    with pytest.raises(UsageError, match=r"GiB in .*, 0 GiB are free"):
+    with pytest.raises(UsageError, match=r"GiB in .*; 0 GiB are free"):
         neco_bench.run("baseline_rgb", "shapes_cluster_gt", limit=4, workers=0, features="off")
 
 
