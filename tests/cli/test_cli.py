@@ -68,6 +68,7 @@ def test_listings_import_little(command: str, most: float, avoided: set[str]) ->
     assert len(modules) < most * len(_modules("import sys, typer"))
 
 
+@pytest.mark.slow
 def test_a_stored_result_is_back_without_torch(results: Path) -> None:
     assert not _imported(*RUN, "--out", results) & {"torch", "torchvision", "timm"}
 

@@ -36,6 +36,7 @@ def suites(tmp_path: Path) -> Path:
     return tmp_path / "my.toml"
 
 
+@pytest.mark.slow
 def test_a_suite_runs_what_is_here_and_names_what_is_not(suites: Path, tmp_path: Path) -> None:
     run = ["run", "--suite", f"{suites}:small", "--limit", 4, "--workers", 0, "--out", tmp_path / "r"]
     run += ["--data-root", tmp_path]
@@ -76,6 +77,7 @@ def test_other_models_and_further_tasks(suites: Path, tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_dry_run_says_what_missing_weights_would_cost(
     suites: Path, tmp_path: Path, new_cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

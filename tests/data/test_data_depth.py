@@ -301,6 +301,7 @@ def test_the_geometry_of_rendered_scenes() -> None:
     assert (cosine > 0.999).mean() > 0.85  # the others are edges, and balls and columns seen from the side
 
 
+@pytest.mark.slow
 def test_what_is_read_is_what_was_rendered_and_the_other_shapes_stay() -> None:
     depth, normals = (dense(name, "val") for name in ("shapes_depth", "shapes_normals"))
     scene = geometry_scene("val", 7)

@@ -44,6 +44,7 @@ def test_two_processes_make_the_same_files_of_a_half_written_cache(
     assert (tmp_path / "shapes-1/manifest.json").read_bytes() == (shapes_folder() / "manifest.json").read_bytes()
 
 
+@pytest.mark.slow
 def test_a_damaged_cache_is_noticed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:

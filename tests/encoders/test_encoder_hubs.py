@@ -213,6 +213,7 @@ def test_transformers_models(tmp_path: Path, model: str, config: str, prefix: in
     assert len(content_id(spec)) == 64
 
 
+@pytest.mark.slow
 def test_transformers_faults(tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers")
     with pytest.raises(MissingError, match="does not exist"):
@@ -237,6 +238,7 @@ def test_transformers_faults(tmp_path: Path) -> None:
         load_encoder(spec)
 
 
+@pytest.mark.slow
 def test_transformers_models_without_a_processor_file_of_the_old_kind(tmp_path: Path) -> None:
     """transformers 5 writes processor_config.json; without any, a type's own mean and deviation are taken."""
     transformers = pytest.importorskip("transformers")

@@ -125,6 +125,7 @@ def test_files_as_neco_writes_them(states: States, images: Tensor, tmp_path: Pat
     assert load_encoder("neco_dinov2r", weights=tmp_path / "l").weights_id != encoder.weights_id  # the student's
 
 
+@pytest.mark.slow
 def test_one_leading_component(states: States, images: Tensor, tmp_path: Path) -> None:
     save_file(prefixed("backbone.", states(DINO)), tmp_path / "leopart.safetensors")
     encoder = load_encoder("neco_leopart?pos_interp=timm", weights=tmp_path / "leopart.safetensors")
@@ -132,6 +133,7 @@ def test_one_leading_component(states: States, images: Tensor, tmp_path: Path) -
     torch.testing.assert_close(encoder.encode(images).map, reference_map(DINO, states(DINO), images, IMAGENET))
 
 
+@pytest.mark.slow
 def test_dinov2_training_checkpoint_with_chunks(states: States, tmp_path: Path) -> None:
     chunked = {k.replace("blocks.", "blocks.0.", 1): v for k, v in states(PLAIN).items()}
     content = prefixed("teacher.backbone.", chunked) | {"teacher.dino_head.last_layer.weight": torch.ones(2)}

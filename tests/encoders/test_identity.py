@@ -86,6 +86,7 @@ def hashed(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     return paths
 
 
+@pytest.mark.slow
 def test_a_large_weights_file_is_hashed_once_however_many_tasks(tmp_path: Path, hashed: list[Path]) -> None:
     """Before and after loading, for keys, provenance and overlap, in all runs; again where it has other content."""
     (tmp_path / "large.py").write_text(LARGE)
@@ -143,6 +144,7 @@ def test_two_files_of_one_folder_are_two_results(tmp_path: Path) -> None:
     assert len(ResultStore(tmp_path / "out").load_all()) == 2
 
 
+@pytest.mark.slow
 def test_code_that_reads_other_weights_is_another_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = tmp_path / "out"
     for seed, name in enumerate("AB"):

@@ -73,6 +73,7 @@ def test_satellite_weights(file: Path) -> None:
     assert load_encoder(f"{TINY}?mean=0.5,0.5,0.5&std=0.5,0.5,0.5", weights=renamed).mean == (0.5, 0.5, 0.5)
 
 
+@pytest.mark.slow
 def test_results_and_check_say_what_is_fed(file: Path) -> None:
     facts = encoder_facts(load_encoder(TINY, weights=file))["encoder"]
     assert tuple(facts["mean"]) == (0.5, 0.5, 0.5)

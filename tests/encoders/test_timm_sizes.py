@@ -40,6 +40,7 @@ def test_architectures(name: str) -> None:
     assert row_of(name) == ROWS[name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "index", "stride", "multiple", "padding"),
     [

@@ -17,6 +17,7 @@ NAMES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_kills_full_and_read_only_disks_and_deleted_folders(name: str, tmp_path: Path) -> None:
     """Nothing is lost or torn, the next run ends as an undisturbed one, and leaves nothing over."""
@@ -33,6 +34,7 @@ def prepared(name: str, tmp_path: Path) -> tuple[Server, Command, dict[str, obje
     return server, command, commands.contents(done)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["run", "leaderboard"])
 def test_files_that_cannot_grow(name: str, tmp_path: Path) -> None:
     """As on a disk that fills while a file is written: half of it is there then."""

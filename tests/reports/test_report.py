@@ -116,6 +116,7 @@ SET = """
 """
 
 
+@pytest.mark.slow
 @in_browser
 def test_sort_filter_open_and_dark(make_result: Callable[..., Result], tmp_path: Path) -> None:
     script = (
@@ -165,6 +166,7 @@ def test_sort_filter_open_and_dark(make_result: Callable[..., Result], tmp_path:
     assert "00000002" in out["shown"]
 
 
+@pytest.mark.slow
 @in_browser
 def test_every_section_is_drawn_and_filters_move_no_mark(make_result: Callable[..., Result], tmp_path: Path) -> None:
     """model-0 is first alone in task 0, by tests; the other two of task 2 are tied, and so not bold."""
@@ -247,6 +249,7 @@ def test_every_section_is_drawn_and_filters_move_no_mark(make_result: Callable[.
     assert (out["lines"], out["states"]) == (4, 3)  # two curves, and their keys
 
 
+@pytest.mark.slow
 @in_browser
 def test_the_page_of_published_numbers(tmp_path: Path) -> None:
     evil = "</script><img src=x onerror=wrong.push(1)>"
@@ -326,6 +329,7 @@ def test_the_command_takes_pictures_runs_and_papers(make_result: Callable[..., R
     assert (out / "published.html").stat().st_size > 500_000
 
 
+@pytest.mark.slow
 @in_browser
 def test_a_narrow_screen_scrolls_only_the_tables(make_result: Callable[..., Result], tmp_path: Path) -> None:
     script = "return { page: document.documentElement.scrollWidth, window: innerWidth };"
@@ -334,6 +338,7 @@ def test_a_narrow_screen_scrolls_only_the_tables(make_result: Callable[..., Resu
     assert out["page"] <= out["window"]
 
 
+@pytest.mark.slow
 @in_browser
 def test_names_are_text_and_never_markup(make_result: Callable[..., Result], tmp_path: Path) -> None:
     evil = "</script><img src=x onerror=wrong.push(1)>"

@@ -146,6 +146,7 @@ def test_a_loading_process_that_dies(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "--workers 0" in rows["baseline_rgb"]["error"]
 
 
+@pytest.mark.slow
 def test_data_that_disappear_after_planning(tmp_path: Path, encoders: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import shutil
 
@@ -205,6 +206,7 @@ def test_a_command_that_is_not_run(tmp_path: Path, encoders: Path) -> None:
     assert "failed: SystemExit: no licence" in answer.err
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 def test_a_job_that_hangs(tmp_path: Path, encoders: Path) -> None:
     answer, rows = run(tmp_path, f"{encoders}:sleeps", "--job-timeout", 3)
@@ -253,6 +255,7 @@ def test_sigterm_ends_a_run_as_ctrl_c_does(more: list[str], tmp_path: Path, enco
     assert subprocess.run(["pgrep", "-s", str(process.pid)], capture_output=True, text=True).stdout == ""
 
 
+@pytest.mark.slow
 def test_what_an_encoder_prints_is_not_in_the_json(tmp_path: Path, encoders: Path) -> None:
     done = processes.run(["run", "--model", f"{encoders}:prints", *QUICK, "--out", "r", "--json"], tmp_path)
     assert done.poll() == 0, done.err

@@ -47,6 +47,7 @@ def cell(results: list[Result]) -> str:
     return str(text)
 
 
+@pytest.mark.slow
 def test_auto_takes_bf16_where_the_protocol_allows_it(fast: Callable[[bool], None]) -> None:
     fast(True)
     assert precision("shapes_ic@clean-1", "auto") == "bf16"
@@ -67,6 +68,7 @@ def test_what_allows_bf16_is_ours_and_no_constant() -> None:
     assert "allows_bf16" not in protocol("in_context", "clean-1").constants
 
 
+@pytest.mark.slow
 def test_auto_is_the_precision_that_it_takes(fast: Callable[[bool], None]) -> None:
     (task,) = find_tasks(["shapes_ic@clean-1"])
     keys = {name: plan("baseline_rgb", task, RunOptions(precision=name)).key for name in ("fp32", "bf16")}

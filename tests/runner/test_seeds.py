@@ -7,6 +7,8 @@ import signal
 import statistics
 from pathlib import Path
 
+import pytest
+
 from neco_bench.core.protocol import find_tasks
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.job import plan, seeded
@@ -35,6 +37,7 @@ def cells():
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_where_it_was(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text(ENCODER)
     (tmp_path / "kill").touch()

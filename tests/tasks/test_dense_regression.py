@@ -305,6 +305,7 @@ def test_resizing_targets_samples_cell_centres() -> None:
         assert np.array_equal(resize_target(depth, size), expected)
 
 
+@pytest.mark.slow
 def test_frames_of_another_height_are_resized_and_scored_at_their_own() -> None:
     result = neco_bench.run(
         "baseline_rgb", "shapes_depth", limit=4, workers=0, changes={"input_size": 112, "iterations": 2}
@@ -394,6 +395,7 @@ def test_tables_compare_and_pictures(tmp_path: Path) -> None:
         assert len(np.unique(grid.reshape(-1, 3), axis=0)) > 500
 
 
+@pytest.mark.slow
 def test_dry_run_says_what_it_costs() -> None:
     answer = neco(
         "run", "--model", "baseline_rgb", "--task", "shapes_depth,shapes_normals@probe3d-1", "--dry-run", "--json"

@@ -102,6 +102,7 @@ def test_the_crop_of_the_reference_by_hand() -> None:
         probe3d_box("a", np.zeros((20, 20)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [96, 224])
 def test_points_lie_where_the_pixels_are(size: int) -> None:
     """Each point projects back to its place in the crop: exactly for "exact", to the pixel for "probe3d"."""
@@ -130,6 +131,7 @@ def test_padding_is_half_on_each_side_and_not_in_positions() -> None:
     assert found.places.min() == pytest.approx(0.5 / 16)
 
 
+@pytest.mark.slow
 def test_features_at_points() -> None:
     """Exact points sample bilinearly; the reference upsamples bicubically and reads the cell."""
     features = torch.randn(3, 4, 4, generator=torch.Generator().manual_seed(0))

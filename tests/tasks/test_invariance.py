@@ -136,6 +136,7 @@ def test_an_interrupt_keeps_what_is_finished(tmp_path: Path, monkeypatch: pytest
     assert loaded == ["baseline_hog"]
 
 
+@pytest.mark.slow
 def test_a_killed_process_keeps_what_is_finished(tmp_path: Path) -> None:
     """Killed with no chance to tidy up, while the second of two models is made."""
     (tmp_path / "killer.py").write_text("import os, signal\ndef make(): os.kill(os.getpid(), signal.SIGKILL)\n")

@@ -119,6 +119,7 @@ def test_the_scale_of_features_moves_nothing(task: str) -> None:
     assert metrics[3] == pytest.approx(metrics[0], abs=0.02)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize(
     "task",

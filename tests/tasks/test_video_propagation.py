@@ -187,6 +187,7 @@ def test_known_answers(protocol: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert found.metrics["J&F_first_mask"] < 0.3
 
 
+@pytest.mark.slow
 def test_scores_follow_from_the_masks() -> None:
     """Of two objects, the first frame left out and the last one too unless it is scored; void is background or out."""
     clip = load_dataset("shapes_clips", "val").clip(1)  # type: ignore[attr-defined]
@@ -231,6 +232,7 @@ def test_the_batch_size_and_the_feature_store_move_nothing(tmp_path: Path, monke
     assert [reused for _, reused in scores] == [0, 24, 0]
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_clip() -> None:
     settings = settings_of("clean-1", context_frames=2)
     maps = F.normalize(torch.randn(4, 8, 8, generator=torch.Generator().manual_seed(0)), dim=0)

@@ -283,6 +283,7 @@ def test_a_longer_run_keeps_its_heads_and_its_place(tmp_path: Path) -> None:
     assert same(weights(tmp_path / "run"), weights(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_changed_settings_hold_from_the_checkpoint_that_serves(whole: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(whole, run)

@@ -88,6 +88,7 @@ def test_branches_that_share_a_module_are_dropped_apart() -> None:
     torch.testing.assert_close(model[0](torch.ones(64, 1)), torch.ones(64, 2))
 
 
+@pytest.mark.slow
 def test_blocks_without_layer_scale() -> None:
     encoder = small_encoder("timm:vit_small_patch16_dinov3?pretrained=false")
     make_trainable(encoder, recipe(drop_path=0.1), RankShard(0, 2), False)

@@ -25,6 +25,7 @@ def train(out: Path, *arguments: object) -> Answer:
     return neco("train", "--data", "shapes:12", "--out", out, *SMALL, *arguments)
 
 
+@pytest.mark.slow
 def test_two_commands(tmp_path: Path) -> None:
     done = train(tmp_path / "run")
     assert (done.code, done.out.strip()) == (0, str(tmp_path / "run"))
@@ -42,7 +43,8 @@ def test_two_commands(tmp_path: Path) -> None:
     assert further.code == 0, further.err
 
 
-@pytest.mark.parametrize("kind", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_to_all_processes_ends_the_run_in_order(kind: signal.Signals, tmp_path: Path) -> None:
     """As a terminal and a cluster send it: loading processes get it too."""
     out = tmp_path / "run"
