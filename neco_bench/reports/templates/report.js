@@ -402,8 +402,8 @@ options("base", data.models, "nothing");
 $("compared").hidden = $("family").parentElement.hidden = data.published;
 $("search").addEventListener("input", show);
 $("about").textContent = data.published
-  ? `${results.length} numbers of papers, model cards and READMEs, ${data.models.length} models, ${columns.length} columns: a protocol, a data set or setting, and a metric. Numbers of different protocols are not comparable. Percent, higher is better, where a column says nothing else. Point at a number for its source.`
-  : `${data.models.length} models, ${columns.length} columns, ${results.length} results. Percent, higher is better, where a column says nothing else; in brackets the 95 % interval. † conditions are not those of the others: point at the cell. Filters hide models and columns, and change no mark. Click a heading to sort, a model to open it.`;
+  ? `${results.length} numbers of papers, model cards and READMEs, ${data.models.length} models, ${columns.length} columns: a protocol, a data set or setting, and a metric. Numbers of different protocols are not comparable. Numbers are percent, and higher is better, unless the column header states otherwise. Point at a number for its source.`
+  : `${data.models.length} models, ${columns.length} columns, ${results.length} results. Numbers are percent, and higher is better, unless the column header states otherwise; 95 % intervals are in brackets. † The conditions differ from those of the other numbers: point at the cell for details. Filters hide models and columns, but change no marks. Click a heading to sort, or a model to open it.`;
 $("theme").addEventListener("click", () => {
   const dark = document.documentElement.dataset.theme ? document.documentElement.dataset.theme === "dark" : matchMedia("(prefers-color-scheme: dark)").matches;
   document.documentElement.dataset.theme = dark ? "light" : "dark";
