@@ -1,7 +1,8 @@
 """Clustering of patch features: standardise, PCA, k-means, with FAISS's subsampling, on rows stored in a file.
 
 FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K points, drawn with its fixed seeds. The
-reference (NeCo's evaluations) inherits this, and so do we. Only these points are in memory, for any number of rows.
+reference (NeCo's evaluations) inherits this, and so do we. Of the features, only these points
+(for each seed that is being fitted) and one chunk of rows are in memory.
 """
 
 from __future__ import annotations

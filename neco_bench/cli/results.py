@@ -136,7 +136,10 @@ def _suite_tables(
             for note in table.notes:
                 print(note)
             if not any(measured for _, cells in table.rows for _, measured, _ in cells):
-                print(f"warning: no result of suite {suite.id!r} is stored. Check --results.", file=sys.stderr)
+                print(
+                    f"warning: suite {suite.id!r} has no stored result that can be shown. Check --results.",
+                    file=sys.stderr,
+                )
     if as_json:
         print(json.dumps({"suites": document, "files": [str(path) for path in paths]}, indent=2))
         return

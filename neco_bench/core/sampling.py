@@ -6,10 +6,9 @@ paired tests, with these units.
 
 - `image_id` (n,), `confusion` (..., n, C, C): for mIoU; leading axes are draws of the training set and seeds.
 - `pair_id` (n,), `hits` (n, thresholds), `totals` (n,), `category` (n,), `images` (n, 2): for PCK.
-- `item_id` (n,), `score/<metric>` (n,) or (repeats, n), optional `weight` (n,): for any metric that is the weighted
-mean
-  over its items, such as J&F of objects, abs_rel of images, or a recall. With `square/<metric>` instead of `score/`,
-  the metric is the root of the mean, such as an RMSE over all pixels.
+- `item_id` (n,), `score/<metric>` (n,) or (repeats, n), optional `weight` (n,): for any metric that is the
+  weighted mean over its items, such as J&F of objects, abs_rel of images, or a recall. With
+  `square/<metric>` instead of `score/`, the metric is the root of the mean, such as an RMSE over all pixels.
 """
 
 from __future__ import annotations

@@ -208,8 +208,7 @@ class SharedFeatures:
 class FeatureStore:
     """Open streams. dtype: "fp32" (the exact numbers of the encoder), or "fp16" (relative error at most 2**-11, half
     the space). identity: identity of the requested encoder, with code and package versions, which its weights do not
-    show;
-    None stores nothing. rebuild: delete previously stored features."""
+    show; None stores nothing. rebuild: delete previously stored features."""
 
     dtype: str = "fp32"
     identity: str | None = None

@@ -73,7 +73,9 @@ def marks(results: Sequence[Result]) -> list[list[str]]:
         if newest and version(own.get("neco-bench", newest)) < version(newest):
             notes.append(f"stale: neco-bench {own['neco-bench']}, newest {newest}")
         if result.has_old_interval:
-            notes.append("interval of an earlier version: a percentile bootstrap, because no counts are stored")
+            notes.append(
+                "interval of an earlier version: a percentile bootstrap; no counts are stored to compute it again"
+            )
         values.append(notes)
     return values
 

@@ -51,8 +51,10 @@ class Comparison:
         named = [pair for pair in self.pairs if task is None or pair.name == task or pair.name.startswith(f"{task}@")]
         if len(named) != 1:
             known = ", ".join(pair.name for pair in self.pairs)
-            matched = "" if task is None else f" and match {task!r}"
-            raise UsageError(f"{len(named)} tasks were compared{matched}. Name one of: {known}.")
+            count = f"{len(named)} tasks were compared"
+            if task is not None:
+                count = f"{len(named)} of the compared tasks match {task!r}"
+            raise UsageError(f"{count}. Name one of: {known}.")
         return named[0]
 
     def _repr_html_(self) -> str:

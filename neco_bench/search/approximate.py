@@ -30,9 +30,9 @@ SAMPLE = 256  # queries whose recall is measured
 
 TRAINING = 40  # keys per list that an index is trained on, and at least so many thousand
 
-# Parameters of FAISS's indexes that trade time for recall, with their largest values, in the order of tuning; at most
-# all lists are visited ("nprobe").
-LIMITS = {"k_factor_rf": 256, "quantizer_efSearch": 1024, "efSearch": 4096, "nprobe": 2**20}
+# Parameters of FAISS's indexes that trade time for recall, with their largest values, in the order of tuning. The
+# largest "nprobe" is the number of lists.
+LIMITS = {"k_factor_rf": 256, "quantizer_efSearch": 1024, "efSearch": 4096, "nprobe": 0}
 
 
 class ApproximateIndex:
@@ -107,11 +107,11 @@ class ApproximateIndex:
 
 
 def tune(index: Any, queries: Tensor, k: int, exact: Tensor) -> tuple[dict[str, int], float]:
-    """Set the parameters of an index to the smallest values that reach RECALL on queries whose neighbours are `exact`
-    (n, k), or to the largest there are, and give them and the recall reached.
+    """Set the parameters of an index to small values that reach RECALL on queries whose neighbours are `exact` (n, k),
+    or to the largest ones. Return the parameters and the recall.
 
-    One after the other, with those still to come at their largest; each may lose its share of what RECALL allows. Any
-    lists that are visited hold k keys at least.
+    Parameters are tuned by bisection, one after the other, while later ones have their largest values. Each may lose
+    its share of what RECALL allows. The visited lists always contain at least k keys.
     """
     space = faiss.ParameterSpace()
     space.initialize(index)
@@ -120,7 +120,9 @@ def tune(index: Any, queries: Tensor, k: int, exact: Tensor) -> tuple[dict[str, 
     if "nprobe" in ranges:
         inverted: Any = faiss.extract_index_ivf(index)
         sizes = sorted(inverted.invlists.list_size(i) for i in range(inverted.nlist))
-        ranges["nprobe"] = range(int(np.searchsorted(np.cumsum(sizes), k)) + 1, inverted.nlist)
+        ranges["nprobe"] = range(min(inverted.nlist, int(np.searchsorted(np.cumsum(sizes), k)) + 1), inverted.nlist)
+    if "k_factor_rf" in ranges:
+        ranges["k_factor_rf"] = range(1, max(1, min(LIMITS["k_factor_rf"], index.ntotal // k)))
 
     def measured() -> float:
         return recall(torch.from_numpy(index.search(queries.numpy(), k)[1]), exact)

@@ -29,8 +29,7 @@ class Settings(BaseSettings):
     Head: batch_norm, then a convolution with `kernel`, on features upsampled by `upsample`; initial: its initial
     weights, from N(0, 0.01²) with bias 0, or PyTorch's default. bins: number of bins whose expected value is the depth,
     between min_depth and max_depth. resize: rule for resizing predictions to the frame. confidence: the head of normals
-    has a fourth output, see
-    `losses.angular_loss`.
+    has a fourth output, see `losses.angular_loss`.
 
     Loss: loss_images per mean, loss_warmup calls without the variance term (see `losses.sig_loss`).
     train_max_depth: larger depths are not learned.

@@ -144,6 +144,8 @@ def others() -> dict[str, bytes]:
         "animated": saved(first, save_all=True, append_images=[second]),
         "bytes behind its end": whole + b"x",
         "no end": whole[:-12],
+        "two ends": whole + chunk(b"IEND", b""),
+        "two headers": whole[:33] + whole[8:],
         "too many pixels": png(b"", (20000, 20000), plain),
         "no pixels": png(b"", (0, 10), plain),
         "rows lacking": png(rows[:-31], size, plain),
@@ -153,6 +155,17 @@ def others() -> dict[str, bytes]:
         "empty": b"",
         "signature alone": whole[:8],
     }
+
+
+def test_the_checksum_inside_pixel_data_is_the_one_difference(tmp_path: Path) -> None:
+    """A file with a right checksum of its chunk and a wrong one of zlib's stream inside, as no writer makes."""
+    colours = image_of(1, (12, 10))
+    data = bytearray(zlib.compress(b"".join(b"\0" + row.tobytes() for row in colours)))
+    data[-1] ^= 1
+    header = chunk(b"IHDR", struct.pack(">II5B", 10, 12, 8, RGB, 0, 0, 0))
+    path = tmp_path / "x.png"
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", bytes(data)) + chunk(b"IEND", b""))
+    assert np.array_equal(read_image(path), colours)
 
 
 @pytest.mark.parametrize("what", others())

@@ -192,5 +192,5 @@ def test_the_command(tmp_path: Path) -> None:
     )
     code, _, err = neco("leaderboard", "--suite", "neco_ablation_data", "--results", tmp_path, "--out", tmp_path)
     assert code == 0
-    assert "no result of suite 'neco_ablation_data' is stored" in err
+    assert "suite 'neco_ablation_data' has no stored result" in err
     assert neco("leaderboard", "--suite", "neco_table9", "--out", tmp_path).code == 2
