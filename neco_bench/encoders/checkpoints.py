@@ -65,10 +65,10 @@ def locked(run: Path) -> Iterator[None]:
         raise UsageError(
             f"--out {run}: another process trains here. Wait until it has ended, or give another --out."
         ) from None
-    except (OSError, NotImplementedError) as error:  # filelock raises the latter on file systems without locks
+    except OSError as error:
         raise NecoBenchError(
-            f"{run}: the folder could not be locked ({getattr(error, 'strerror', None) or error}). Make it writable, "
-            f"or choose another one with --out."
+            f"{run}: the folder could not be locked ({error.strerror or error}). Make it writable, or choose "
+            f"another one with --out."
         ) from error
     try:
         yield

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import errno
+import fcntl
 import itertools
 import os
 import shutil
@@ -159,6 +161,41 @@ def test_of_two_that_train_in_one_folder_the_second_is_refused(tmp_path: Path, m
         pass
     done = neco("train", "--data", "shapes:4", "--out", out, *words)  # the lock of a dead process
     assert done.code == 0, done.err
+
+
+@pytest.mark.filterwarnings("ignore:flock not supported")
+def test_a_file_system_without_locks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """filelock then locks by the existence of a file, and takes over that of a process that was killed."""
+
+    def refuse(*_: Any) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    hold = (
+        "import errno, fcntl, sys, time\n"
+        "def refuse(*_): raise OSError(errno.ENOSYS, 'Function not implemented')\n"
+        "fcntl.flock = refuse\n"
+        "from filelock import FileLock\n"
+        "lock = FileLock(sys.argv[1])\n"
+        "lock.acquire()\n"
+        "print(1, flush=True)\n"
+        "time.sleep(600)"
+    )
+    out = tmp_path / "run"
+    out.mkdir()
+    other = subprocess.Popen([sys.executable, "-c", hold, str(out / "lock")], stdout=subprocess.PIPE)
+    assert other.stdout is not None
+    assert other.stdout.readline()
+    monkeypatch.setattr(checkpoints, "LOCK_SECONDS", 0.1)
+    with pytest.raises(UsageError, match="trains here"), checkpoints.locked(out):
+        pass
+    other.kill()
+    other.communicate()
+    assert (out / "lock").exists()
+    monkeypatch.undo()
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with checkpoints.locked(out):
+        pass
 
 
 def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
