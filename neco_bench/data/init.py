@@ -8,7 +8,6 @@ one. The draft is checked like any `dataset.toml`, and is meant to be corrected 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
 import os
 import re
@@ -239,10 +238,10 @@ def _pattern(
 
 
 def _common(sequences: Sequence[Sequence[str]]) -> list[str]:
-    """Return the common beginning of all sequences."""
-    return [
-        column[0] for column in itertools.takewhile(lambda column: len(set(column)) == 1, zip(*sequences, strict=False))
-    ]
+    """Return the common beginning of all sequences, which may differ in length."""
+    first = min(sequences, key=len, default=[])
+    different = (i for i, part in enumerate(first) if any(sequence[i] != part for sequence in sequences))
+    return list(first[: next(different, len(first))])
 
 
 def _common_ending(stems: Sequence[str]) -> str:

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from neco_bench.core import config
 from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean
@@ -34,7 +34,8 @@ Positive = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Range = Annotated[tuple[Rate, Rate], Field(strict=False)]  # TOML has lists, not tuples
+# TOML has lists, not tuples.
+Range = Annotated[tuple[Rate, Rate], BeforeValidator(lambda value: tuple(value) if isinstance(value, list) else value)]
 
 
 class Recipe(BaseModel):

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.encoders.spec import parse_spec
@@ -98,6 +99,15 @@ def test_changes_on_top(tmp_path: Path) -> None:
     file.write_text('extends = "neco_vits14_518"\nbatch_size = 8\n')
     assert load_recipe(str(file), {"epochs": 2}).total_steps(80) == 20
     assert load_recipe(str(file), {"steps": 7}).total_steps(80) == 7
+
+
+def test_ranges_are_lists_or_tuples_of_numbers() -> None:
+    right: tuple[Any, ...] = ([0.5, 2], (0.5, 2))
+    assert [Recipe(aspect=value).aspect for value in right] == [(0.5, 2)] * 2
+    wrongs: tuple[Any, ...] = ({0.5, 2.0}, ["0.5", 2.0], [0.5], [0.5, 1.0, 2.0], [True, 2.0], "ab")
+    for wrong in wrongs:
+        with pytest.raises(ValidationError):
+            Recipe(aspect=wrong)
 
 
 def test_a_file_extends_one_beside_it(tmp_path: Path) -> None:
