@@ -1,6 +1,6 @@
 """Whole tasks with ViT-S/16 at 224 px, against the bare encoder forward over the same images: ratios in one run.
 
-    python tests/benchmarks/bench_tasks.py [--data-root DIR] [--repeats 3] [--device cpu]
+    python tests/benchmarks/bench_tasks.py [--data-root DIR] [--repeats 3] [--device cpu] [--precision fp32]
 
 CamVid's samples, batch size 16, default loading. The forward is timed on batches that are in memory; a task takes
 loading, encoding and all the rest. "again": another task on the features that the one before it kept. Medians.
@@ -40,10 +40,11 @@ AGAIN = {
 }
 
 
-def seconds(device: str, name: str, changes: dict[str, Any], root: Path) -> tuple[float, int, dict[str, float]]:
+def seconds(name: str, changes: dict[str, Any], chosen: argparse.Namespace) -> tuple[float, int, dict[str, float]]:
     """Seconds of a task, the images it encodes, and its phases."""
     task = find_tasks([name.split()[0]], {"input_size": SIZE, **changes})[0]
-    job = plan(MODEL, task, RunOptions(data_root=root, batch_size=BATCH, device=device))
+    options = RunOptions(data_root=chosen.data_root, batch_size=BATCH, device=chosen.device, precision=chosen.precision)
+    job = plan(MODEL, task, options)
     images = sum(len(data) for data in job.data.values())
     start = time.perf_counter()
     result, _ = execute(job, None)
@@ -68,8 +69,9 @@ def main() -> None:
     parser.add_argument("--data-root", type=Path, default=os.environ.get("NECO_BENCH_DATA", "../shared/data"))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", default="fp32", choices=["fp32", "bf16", "fp16"])
     options = parser.parse_args()
-    encoder = load_encoder(MODEL, device=options.device)
+    encoder = load_encoder(MODEL, device=options.device, precision=options.precision)
     bare(encoder, BATCH)
     ratios: dict[str, list[float]] = {}
     for _ in range(options.repeats):
@@ -79,7 +81,7 @@ def main() -> None:
                 if name not in AGAIN:
                     for row in store.stored_files():
                         store.remove_file(Path(row["folder"]))
-                taken, images, phases = seconds(options.device, name, changes, options.data_root)
+                taken, images, phases = seconds(name, changes, options)
                 forward = bare(encoder, images)
                 ratios.setdefault(name, []).append(taken / forward)
                 print(f"{name}: {taken:.1f} s, forward {forward:.1f} s, {phases}", flush=True)
