@@ -10,10 +10,25 @@ from typing import Any
 import numpy as np
 
 from neco_bench.core import distributed
+from neco_bench.core.errors import UsageError
 from neco_bench.core.protocol import Settings
 from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.metrics import segmentation
+
+
+def images_used(count: int, batch_size: int, off: str) -> int:
+    """Return how many of `count` images are in complete batches. Raises UsageError for none.
+
+    off: the option of --set that uses all images, "drop_last=false".
+    """
+    used = count // batch_size * batch_size
+    if not used:
+        raise UsageError(
+            f"{off.partition('=')[0]} leaves none of the {count} images in complete batches of {batch_size}. "
+            f"Use --set {off}, or the clean-1 protocol."
+        )
+    return used
 
 
 class SegmentationScore:
@@ -113,7 +128,7 @@ class SegmentationScore:
         per_image = [self.counts[i].per_image(own) for i, own in zip(numbers.flat, mappings, strict=True)]
         self._select_recorded(numbers.flat[0], mappings[0])
         totals = [counts.sum(0) for counts in per_image]
-        confusion = per_image[0][None] if len(per_image) == 1 else np.stack(per_image)  # without a copy where it can
+        confusion = per_image[0][None] if len(per_image) == 1 else np.stack(per_image)  # no copy for a single one
         values = {
             "mIoU": float(self.mean_ious()[select].mean()),
             **(metrics or {}),
@@ -128,7 +143,7 @@ class SegmentationScore:
         return Outcome(
             metrics=values,
             per_class={"IoU": segmentation.by_class(iou, self.names)},
-            ci95={},  # the runner makes it of the statistics
+            ci95={},  # the runner computes them from the statistics
             n_images=confusion.shape[1],
             statistics={name: array.reshape(*numbers.shape, *array.shape[1:]) for name, array in arrays.items()}
             | dict(statistics or {}),

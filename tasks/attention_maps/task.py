@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import numpy as np
 from neco_bench.tasks.attention_maps.settings import Settings
+from neco_bench.tasks.segmentation import images_used
 
 from neco_bench.core import distributed
 from neco_bench.core.errors import UsageError
@@ -41,9 +42,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     """Measure the Jaccard index of the averaged heads, and that of each object's best head, on data["val"]."""
     check_encoder(encoder, settings)
     val, size = data["val"], settings.input_size_for(encoder.stride)
-    count = len(val) // settings.drop_last * settings.drop_last if settings.drop_last else len(val)
-    if not count:
-        raise UsageError(f"drop_last leaves none of the {len(val)} images. Use --set drop_last=0, or clean-1.")
+    count = images_used(len(val), settings.drop_last or 1, "drop_last=0")
     extractor = FeatureExtractor(encoder, context, output="attention", mean=settings.mean, std=settings.std)
     transform = ResizeSquare(size, "native" if settings.native else "pil")
     items = [(0, i) for i in range(count)]

@@ -10,9 +10,7 @@ frozen encoder is never in train mode; for encoders without a class token, the m
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,18 +27,17 @@ from neco_bench.tasks.dense_regression.inputs import (
 from neco_bench.tasks.dense_regression.score import RegressionScore
 from neco_bench.tasks.dense_regression.settings import Settings
 from neco_bench.tasks.dense_regression.training import train_head
-from neco_bench.tasks.linear_segmentation.batches import batched
+from neco_bench.tasks.linear_segmentation.batches import batched, training_order, with_targets
 from torch import Tensor
 
-from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.dense import DenseDataset
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.extract import FeatureBatch, FeatureExtractor
+from neco_bench.features.extract import FeatureExtractor
 
 
 def cost(settings: Settings, data: dict[str, DenseDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: crops for all iterations, then the test images, twice where they are mirrored too."""
+    """Estimate a run: crops for all iterations, then the test images, twice if they are also mirrored."""
     s, test = settings, data["val" if "val" in data else "test"]
     frame = Frame.of(test, s, stride)
     crop, height = train_crop(frame, s), frame.resized
@@ -98,24 +95,26 @@ def run(encoder: Encoder, data: dict[str, DenseDataset], settings: Settings, con
 
 
 def frame_image(dataset: DenseDataset, item: int, frame: str) -> np.ndarray:
-    """The used part of the image of an item, (H, W, 3)."""
+    """Return the used part of the image of an item, (H, W, 3)."""
     return crop_frame(dataset[item].image, frame)
 
 
 @torch.inference_mode()
 def predict_frame(head: DenseHead, features: Tensor, grid: InputGrid, size: tuple[int, ...]) -> np.ndarray:
-    """Depth (H, W) or directions (H, W, 3) of a frame from its features (1, D, h, w), or (1, 2 D, h, w): those of the
-    mirrored image follow, and the two predictions are averaged."""
+    """Predict the depth (H, W) or directions (H, W, 3) of a frame from its features (1, D, h, w).
+
+    With `mirror_test`, features are (1, 2 D, h, w), the second half of the mirrored image; predictions are averaged.
+    """
     parts = features.chunk(2, 1) if head.settings.mirror_test else (features,)
     maps = torch.cat([predict(head, part, grid, (size[0], size[1])) for part in parts]).mean(0)
-    found: np.ndarray = (maps if head.settings.target == "depth" else maps[..., :3]).cpu().numpy()
-    return found
+    prediction: np.ndarray = (maps if head.settings.target == "depth" else maps[..., :3]).cpu().numpy()
+    return prediction
 
 
 def trained_heads(
     head: DenseHead, encoder: Encoder, train: DenseDataset, settings: Settings, context: Context
 ) -> dict[int, DenseHead]:
-    """Train a head on random crops: see `train_head`."""
+    """Train a head on random crops, see `train_head`."""
     s = settings
     frame = Frame.of(train, s, encoder.stride)
     crop = train_crop(frame, s)
@@ -124,28 +123,19 @@ def trained_heads(
     total = s.iterations_used(len(train))
     items = training_order(len(train), total * s.batch_size, context.seed)
     batches = extractor_of(encoder, s, context).stream(train, transform, "train", items=items)
-    return train_head(head, batched(_with_targets(batches, train.kind), s.batch_size), grid, total)
-
-
-def training_order(count: int, total: int, seed: int) -> list[tuple[int, int]]:
-    """The items (epoch, index) of all iterations: each epoch is a permutation; batches may span two epochs."""
-    items: list[tuple[int, int]] = []
-    for epoch in range(-(-total // count)):
-        items += [(epoch, int(i)) for i in item_rng(seed, "order", epoch).permutation(count)]
-    return items[:total]
+    pairs = with_targets(batches, partial(unpack, kind=train.kind))
+    return train_head(head, batched(pairs, s.batch_size), grid, total)
 
 
 def extractor_of(encoder: Encoder, settings: Settings, context: Context, *, mirrored: bool = False) -> FeatureExtractor:
-    """An extractor of the features that the protocol says; mirrored: with those of the mirrored images."""
+    """Return an extractor of the features of the protocol; mirrored: with those of the mirrored images."""
     s = settings
-    options: dict[str, Any] = {
-        name: True for name, wanted in (("class_token", s.class_token), ("mirrored", mirrored)) if wanted
-    }
-    return FeatureExtractor(encoder, context, final_norm=s.final_norm, mean=s.mean, std=s.std, **options)
-
-
-def _with_targets(batches: Iterator[FeatureBatch], kind: str) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield features (D, h, w) and the target of each image, on the features' device."""
-    for batch in batches:
-        for features, packed in zip(batch.features, batch.masks, strict=True):
-            yield features, torch.from_numpy(unpack(packed, kind)).to(features.device, non_blocking=True)
+    return FeatureExtractor(
+        encoder,
+        context,
+        final_norm=s.final_norm,
+        mean=s.mean,
+        std=s.std,
+        class_token=s.class_token,
+        mirrored=mirrored,
+    )

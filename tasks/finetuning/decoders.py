@@ -1,6 +1,6 @@
-"""Segmenter's decoders (Strudel et al., ICCV 2021, section 3.2): patch features to a map of class scores.
+"""Segmenter's decoders (Strudel et al., ICCV 2021, section 3.2), which map patch features to class scores.
 
-Constants as in rstrudel/segmenter. Dropout, unlike there, depends on (seed, step, place in the batch) alone.
+Constants are those of rstrudel/segmenter. Dropout, unlike there, depends only on (seed, step, place in the batch).
 """
 
 from __future__ import annotations
@@ -12,14 +12,13 @@ from torch import Tensor, nn
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.rng import item_rng
 
-HEAD_WIDTH = 64
-SPREAD = 0.02  # of initial weights
+_INITIAL_STD = 0.02  # of weights
 
 
 class ItemDropout(nn.Module):
-    """Dropout whose draws for an image depend on (seed, step, the image's place in the batch of all processes) alone.
+    """Dropout that depends only on (seed, step, place of the image in the batch of all processes).
 
-    number: of this module, different for each.
+    number: number of this module, which differs between modules.
     """
 
     def __init__(self, rate: float, number: int, shard: RankShard) -> None:
@@ -27,7 +26,7 @@ class ItemDropout(nn.Module):
         self.rate, self.number, self.shard = rate, number, shard
 
     def forward(self, x: Tensor) -> Tensor:
-        """Drop entries of x (B, ...), the images of the shard in their order."""
+        """Drop entries of x (B, ...), for the images of the shard in order."""
         if not self.training or not self.rate:
             return x
         draws = torch.stack([self._draws(x[i], self.shard.start + i) for i in range(len(x))])
@@ -40,19 +39,19 @@ class ItemDropout(nn.Module):
 
 
 class LinearDecoder(nn.Linear):
-    """One affine map from a patch's features to class scores."""
+    """An affine map from a patch's features to class scores."""
 
     def __init__(self, dimension: int, classes: int) -> None:
         super().__init__(dimension, classes)
         _initialise(self)
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute scores (B, K, h, w) of features (B, D, h, w)."""
+        """Compute scores (B, K, h, w) from features (B, D, h, w)."""
         return super().forward(features.movedim(1, -1)).movedim(-1, 1)
 
 
 class Attention(nn.Module):
-    """Self-attention with dropout of its weights and of its output."""
+    """Self-attention with dropout of the weights and of the output."""
 
     def __init__(self, width: int, heads: int, dropouts: list[ItemDropout]) -> None:
         super().__init__()
@@ -69,7 +68,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """A transformer block with norms before its two branches."""
+    """A transformer block with a norm before each of its two branches."""
 
     def __init__(self, width: int, heads: int, rate: float, number: int, shard: RankShard) -> None:
         super().__init__()
@@ -86,26 +85,26 @@ class Block(nn.Module):
 
 
 class MaskTransformer(nn.Module):
-    """Class tokens that are transformed together with the patches; a class's score is its cosine with the patch.
+    """Transformer over patches and class tokens; the score of a class at a patch is the cosine of the two.
 
-    The cosines, in [-1, 1], pass a LayerNorm over the classes.
+    A LayerNorm over the classes is applied to the cosines.
     """
 
     def __init__(self, dimension: int, classes: int, layers: int, dropout: float, shard: RankShard) -> None:
         super().__init__()
-        heads = next(n for n in range(max(1, dimension // HEAD_WIDTH), 0, -1) if dimension % n == 0)
+        heads = next(n for n in range(max(1, dimension // 64), 0, -1) if dimension % n == 0)
         self.classes = classes
         self.embed = nn.Linear(dimension, dimension)
         self.tokens = nn.Parameter(torch.empty(1, classes, dimension))
         self.blocks = nn.ModuleList(Block(dimension, heads, dropout, i, shard) for i in range(layers))
         self.norm, self.norm_scores = nn.LayerNorm(dimension), nn.LayerNorm(classes)
         self.apply(_initialise)
-        nn.init.trunc_normal_(self.tokens, std=SPREAD)
+        nn.init.trunc_normal_(self.tokens, std=_INITIAL_STD)
         self.patch_map = nn.Parameter(dimension**-0.5 * torch.randn(dimension, dimension))
         self.class_map = nn.Parameter(dimension**-0.5 * torch.randn(dimension, dimension))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute scores (B, K, h, w) of features (B, D, h, w)."""
+        """Compute scores (B, K, h, w) from features (B, D, h, w)."""
         tokens = self.embed(features.flatten(2).transpose(1, 2))
         tokens = torch.cat([tokens, self.tokens.expand(len(tokens), -1, -1).to(tokens.dtype)], 1)
         for block in self.blocks:
@@ -119,5 +118,5 @@ class MaskTransformer(nn.Module):
 
 def _initialise(module: nn.Module) -> None:
     if isinstance(module, nn.Linear):
-        nn.init.trunc_normal_(module.weight, std=SPREAD)
+        nn.init.trunc_normal_(module.weight, std=_INITIAL_STD)
         nn.init.zeros_(module.bias)

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from neco_bench.tasks.finetuning.augment import Distortion, ScaleCropDistort
 from neco_bench.tasks.finetuning.segmenter import Segmenter
 from neco_bench.tasks.finetuning.settings import TEST_ONLY, Settings
 from neco_bench.tasks.finetuning.training import Epochs, Trainer, learning_rate, share_of_process
+from neco_bench.tasks.linear_segmentation.scale_crop import ScaleCropDistort
 from torch.utils.data import DataLoader
 
 from neco_bench.core import distributed
@@ -33,6 +33,7 @@ from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders import checkpoints
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.spec import architecture
+from neco_bench.encoders.trainable import set_training
 from neco_bench.features.loader import ItemDataset, collate
 from neco_bench.results.provenance import peak_memory_mb
 
@@ -73,12 +74,15 @@ def fine_tune(
 
 
 def load_batches(train: SegmentationDataset, trainer: Trainer, size: int, first: int) -> Generator[Any, None, None]:
-    """Yield this process's part (images, masks) of the batch of each step from `first` on; None where it has none."""
+    """Yield this process's part (images, masks) of the batch of each step from `first` on; None for an empty part."""
     s, encoder, context = trainer.settings, trainer.segmenter.encoder, trainer.context
+    ratio = size / s.input_size  # other sizes change in proportion
+    box = s.short_side * ratio, s.long_side * ratio
+    transform = ScaleCropDistort.of(s, size, s.mean or encoder.mean, box)
     epochs = Epochs(len(train), s.epochs, context.seed)
     parts = [share_of_process(epochs.batch(step, s.batch_size)) for step in range(first, trainer.steps)]
     loader = DataLoader(
-        ItemDataset(train, epochs, training_transform(s, size, encoder), context.seed),
+        ItemDataset(train, epochs, transform, context.seed),
         batch_sampler=[list(part) for part in parts if part],
         collate_fn=collate,
         num_workers=context.workers,
@@ -98,23 +102,8 @@ def load_batches(train: SegmentationDataset, trainer: Trainer, size: int, first:
         yield images.to(encoder.device, non_blocking=True), truth.to(encoder.device, non_blocking=True)
 
 
-def training_transform(settings: Settings, size: int, encoder: Encoder) -> ScaleCropDistort:
-    """Make the augmentation; sizes follow in proportion where `size` is not that of the card."""
-    s, ratio = settings, size / settings.input_size
-    return ScaleCropDistort(
-        size,
-        (s.short_side * ratio, s.long_side * ratio),
-        s.scale,
-        s.max_class_share,
-        s.crop_tries,
-        s.flip_probability,
-        Distortion(s.distortion_probability, s.brightness, s.contrast, s.saturation, s.hue),
-        s.mean or encoder.mean,
-    )
-
-
 def _timed_step(trainer: Trainer, step: int, batches: Iterator[Any], images: int) -> dict[str, float]:
-    """Do a step, and return its row of log.csv."""
+    """Do a step, and return its row for log.csv."""
     start, size = time.perf_counter(), trainer.settings.batch_size
     whole = Epochs(images, trainer.settings.epochs, trainer.context.seed).batch(step, size)
     with trainer.context.phase("load"):
@@ -204,7 +193,7 @@ class RunFolder:
                 f"After step {step} of fine-tuning the features are not finite. Lower the rate with "
                 f"--set learning_rate={rate:g}, or use --precision fp32."
             ) from error
-        trainer.segmenter.set_training()
+        set_training(trainer.segmenter)
 
 
 def _encoder_facts(encoder: Encoder, train: SegmentationDataset, settings: Settings) -> dict[str, Any]:

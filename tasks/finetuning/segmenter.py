@@ -1,4 +1,4 @@
-"""The network: an encoder of any kind, and one of Segmenter's decoders."""
+"""The network: any encoder, and one of Segmenter's decoders."""
 
 from __future__ import annotations
 
@@ -6,27 +6,24 @@ import contextlib
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from neco_bench.tasks.finetuning.decoders import LinearDecoder, MaskTransformer
 from neco_bench.tasks.finetuning.settings import Settings
+from neco_bench.tasks.linear_segmentation.dinov3_head import add_gradient
 from torch import Tensor, nn
 
 from neco_bench.core.distributed import RankShard
 from neco_bench.core.task import Context
-from neco_bench.data.base import IGNORE
 from neco_bench.encoders.base import Encoder
 from neco_bench.encoders.options import PRECISIONS
 from neco_bench.encoders.trainable import Regularisation, prepare, set_training
 from neco_bench.features.extract import FeatureExtractor
 
-Scale = Callable[[Tensor], Tensor]  # of a loss, as `GradScaler.scale`
-
 
 class Segmenter(nn.Module):
-    """Images in [0, 1] to scores of K classes for each patch.
+    """Map images in [0, 1] to scores of K classes for each patch.
 
-    shard: the images of the present forward pass, on which what is random in training depends. fixed: the encoder has
-    no weights, so that only the decoder is trained.
+    shard: the images of the current forward pass, on which random numbers in training depend. fixed: whether the
+    encoder has no weights, so that only the decoder is trained.
     """
 
     def __init__(self, encoder: Encoder, classes: int, settings: Settings, seed: int) -> None:
@@ -43,30 +40,26 @@ class Segmenter(nn.Module):
         self.decoder.to(encoder.device)
 
     def prepare(self, size: int, checkpointing: bool) -> None:
-        """Make the network ready to be trained on crops of `size` pixels. Raises what `trainable.prepare` raises."""
+        """Prepare the network for training on crops of `size` pixels. Raises as `trainable.prepare`."""
         if not self.fixed:
             self.encoder.requires_grad_()
             options = Regularisation(self.settings.drop_path, exact_last=False, checkpointing=checkpointing)
             prepare(self.encoder, size, self.shard, options)
-        self.set_training()
-
-    def set_training(self) -> None:
-        """Set training mode, but for batch normalisation."""
         set_training(self)
 
     @property
     def trained(self) -> list[nn.Parameter]:
-        """The parameters that are trained."""
+        """Parameters that are trained."""
         return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def autocast(self) -> contextlib.AbstractContextManager[None]:
-        """Compute in the encoder's precision."""
+        """Return the context for computing in the encoder's precision."""
         encoder = self.encoder
         dtype = getattr(torch, PRECISIONS[encoder.precision])
         return torch.autocast(encoder.device.type, dtype, enabled=encoder.precision != "fp32")
 
     def forward(self, images: Tensor) -> Tensor:
-        """Compute scores (B, K, h, w) in float32 of images (B, 3, H, W) in [0, 1], with gradient."""
+        """Compute scores (B, K, h, w) float32 of images (B, 3, H, W) in [0, 1], with gradient."""
         settings, encoder = self.settings, self.encoder
         if self.fixed:
             features = encoder.encode(images, mean=settings.mean, std=settings.std).map.clone()
@@ -83,26 +76,15 @@ class Segmenter(nn.Module):
 
     @torch.inference_mode()
     def scores(self, images: Tensor, context: Context) -> Tensor:
-        """Compute scores (B, K, h, w) of images (B, 3, H, W) in [0, 1], in parts that fit into memory, for testing."""
+        """Compute scores (B, K, h, w) of images (B, 3, H, W) in [0, 1] for testing, in parts that fit in memory."""
         mean, std = self.settings.mean, self.settings.std
         features = FeatureExtractor(self.encoder, context, final_norm=True, mean=mean, std=std).encode(images)
         with self.autocast():
             return torch.cat([self.decoder(part).float() for part in features.split(context.batch_size_used)])
 
-    def backward(self, images: Tensor, masks: Tensor, labelled: float, scale: Scale) -> float:
-        """Add the gradient of the loss of images (B, 3, H, W) with masks (B, H, W) int64, and return the loss.
+    def backward(self, images: Tensor, masks: Tensor, labelled: float, scale: Callable[[Tensor], Tensor]) -> float:
+        """Back-propagate the loss of images (B, 3, H, W) with masks (B, H, W) int64, and return it, see `add_gradient`.
 
-        The loss is the cross-entropy of the scores upsampled to the masks (bilinear, align_corners off), summed over
-        the pixels that are not void and divided by `labelled`. Upsampled one image at a time, to save memory.
-        scale: of the loss, on its way to the gradient.
+        labelled: divisor of the loss, the number of labelled pixels of the whole batch.
         """
-        scores = self(images)
-        small = scores.detach().requires_grad_()
-        losses = []
-        for row, truth in zip(small, masks, strict=True):
-            large = F.interpolate(row[None], truth.shape, mode="bilinear", align_corners=False)
-            loss = F.cross_entropy(large, truth[None], ignore_index=IGNORE, reduction="sum") / labelled
-            scale(loss).backward()
-            losses.append(loss.detach())
-        scores.backward(small.grad)
-        return float(torch.stack(losses).sum())
+        return add_gradient(self(images), masks, labelled, scale)

@@ -13,20 +13,20 @@ from neco_bench.metrics import segmentation
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-Rate = Annotated[float, Field(ge=0, lt=1)]  # of dropping
+Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Settings(BaseSettings):
     """Constants of a protocol and a card; sizes in pixels. input_size is the side of training crops and test windows.
 
-    decoder: "linear" or "mask", the mask transformer, with `decoder_layers` blocks. drop_path: rate of the encoder's
-    last block, growing from 0 at the first. short_side, long_side: before crops and windows, images are resized to the
-    largest size whose sides do not exceed these. scale: range of a factor on both in training. max_class_share,
-    crop_tries: a crop in which one class has at least this share of the labelled pixels is drawn again, at most this
-    often. brightness (of 255) and hue (in turns) are half-ranges. batch_size: over all processes. final_rate, power:
-    parameters of the polynomial schedule. window_overlap: overlap of neighbouring test windows. test_scales, test_flip:
-    views of a test image, whose class probabilities are averaged. If the encoder needs another input_size, the other
-    sizes change in proportion.
+    decoder: "linear" or "mask", the mask transformer, with `decoder_layers` blocks. drop_path: drop rate of the
+    encoder's last block; the rate increases from 0 at the first block. short_side, long_side: before crops and windows,
+    images are resized to the largest size whose sides do not exceed these. scale: range of a factor for both in
+    training. max_class_share, crop_tries: a crop in which one class has at least this share of the labelled pixels, or
+    all of them, is drawn again, at most this often. brightness (of 255) and hue (in turns) are half-ranges. batch_size:
+    over all processes. final_rate, power: parameters of the polynomial schedule. window_overlap: overlap of
+    neighbouring test windows. test_scales, test_flip: views of a test image, whose class probabilities are averaged. If
+    the encoder needs another input_size, the other sizes change in proportion.
     """
 
     decoder: Literal["linear", "mask"]
@@ -68,9 +68,9 @@ class Settings(BaseSettings):
         return self
 
     def steps(self, images: int) -> int:
-        """Count the optimizer steps over so many training images; the last batch of an epoch may be smaller."""
+        """Count the optimizer steps for a number of training images; the last batch of an epoch may be smaller."""
         return self.epochs * -(-images // self.batch_size)
 
 
-# Fields that training does not depend on: protocols that differ in nothing else share one training.
+# Training does not depend on these fields: protocols that differ only in them share one training.
 TEST_ONLY = frozenset({"window_overlap", "test_scales", "test_flip", "absent"})

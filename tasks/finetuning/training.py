@@ -1,4 +1,4 @@
-"""One step of training a Segmenter, its schedule, and the order of its batches."""
+"""Training steps of a Segmenter, their schedule, and the order of batches."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 
 from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, NumericalError, is_out_of_memory
-from neco_bench.core.reduce import mean_over_processes, sum_in_place
+from neco_bench.core.reduce import sum_in_place
 from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context
 from neco_bench.data.base import IGNORE
@@ -23,13 +23,13 @@ from neco_bench.encoders.base import Encoder
 
 
 def learning_rate(step: int, steps: int, settings: Settings) -> float:
-    """Compute the rate of step 0..steps-1: a power of what is left, from `learning_rate` to `final_rate`."""
-    left = (1 - step / steps) ** settings.power
-    return (settings.learning_rate - settings.final_rate) * left + settings.final_rate
+    """Compute the rate at step 0..steps-1: a polynomial decay from `learning_rate` to `final_rate`."""
+    factor = (1 - step / steps) ** settings.power
+    return (settings.learning_rate - settings.final_rate) * factor + settings.final_rate
 
 
 class Epochs(Sequence[tuple[int, int]]):
-    """The items (epoch, index) of all epochs; each epoch is a permutation of its own."""
+    """The items (epoch, index) of all epochs; each epoch is another permutation."""
 
     def __init__(self, images: int, epochs: int, seed: int) -> None:
         self.images, self.epochs, self.seed = images, epochs, seed
@@ -42,7 +42,7 @@ class Epochs(Sequence[tuple[int, int]]):
         return epoch, int(_order(self.images, epoch, self.seed)[place])
 
     def batch(self, step: int, size: int) -> range:
-        """Give the positions of a step's batch; the last of an epoch may be smaller."""
+        """Return the positions of a step's batch; the last batch of an epoch may be smaller."""
         epoch, number = divmod(step, -(-self.images // size))
         first = epoch * self.images
         return range(first + number * size, first + min((number + 1) * size, self.images))
@@ -54,13 +54,13 @@ def _order(count: int, epoch: int, seed: int) -> np.ndarray:
 
 
 def share_of_process(batch: range) -> range:
-    """Give the positions of a batch that this process takes."""
+    """Return the part of a batch that this process computes."""
     rank, world = distributed.rank(), distributed.world()
     return batch[rank * len(batch) // world : (rank + 1) * len(batch) // world]
 
 
 class Trainer:
-    """A Segmenter under training, and how one step is done. labelled: pixels with ground truth so far."""
+    """Training of a Segmenter, step by step. labelled: number of labelled pixels so far."""
 
     def __init__(self, segmenter: Segmenter, settings: Settings, context: Context, steps: int) -> None:
         self.segmenter, self.settings, self.context, self.steps = segmenter, settings, context, steps
@@ -73,28 +73,28 @@ class Trainer:
 
     @property
     def parts(self) -> dict[str, Any]:
-        """What has a `state_dict` besides the encoder."""
+        """Objects with a `state_dict`, except the encoder."""
         return {"decoder": self.segmenter.decoder, "optimizer": self.optimizer, "scaler": self.scaler}
 
     @property
     def encoders(self) -> dict[str, Encoder]:
-        """The encoder, as checkpoints name it."""
+        """The encoder, by its name in checkpoints."""
         return {"student": self.segmenter.encoder}
 
     def step(self, number: int, start: int, total: int, batch: tuple[Tensor, Tensor] | None) -> float:
-        """Do a step on this process's part of a batch, and return the loss of the whole.
+        """Do a step on this process's part of a batch, and return the loss of the whole batch.
 
-        The loss is the mean over the labelled pixels of the whole batch, so that neither the number of processes nor
-        parts that fit into memory move it; a batch without any moves no weight.
+        The loss is the mean over the labelled pixels of the whole batch, so it does not depend on the number of
+        processes or on the parts that fit in memory. A batch without a labelled pixel does not change weights.
 
         Args:
-            number: of the step, from 0.
+            number: number of the step, from 0.
             start: place of the part in the batch.
-            total: images of the batch.
-            batch: images (B, 3, H, W) in [0, 1] and masks (B, H, W) int64; None for no image.
+            total: number of images of the batch.
+            batch: images (B, 3, H, W) in [0, 1] and masks (B, H, W) int64; None for an empty part.
 
         Raises:
-            NumericalError: where the loss is not finite.
+            NumericalError: if the loss is not finite.
         """
         self.segmenter.shard.batch_number, self.segmenter.shard.total = number, total
         rate = learning_rate(number, self.steps, self.settings)
@@ -119,14 +119,10 @@ class Trainer:
 
     def total(self, value: float) -> float:
         """Sum a number over the processes."""
-        if distributed.world() == 1:
-            return value
-        device = self.segmenter.encoder.device
-        mean = mean_over_processes(torch.tensor(value, dtype=torch.float64, device=device))
-        return float(mean) * distributed.world()
+        return sum(distributed.gather(value))
 
     def _gradient(self, start: int, labelled: int, batch: tuple[Tensor, Tensor] | None) -> float:
-        """Compute the gradient of a batch, in smaller parts after an out-of-memory error, and return its loss."""
+        """Compute the gradient of a batch, in smaller parts after an out-of-memory error, and return the loss."""
         context, shard = self.context, self.segmenter.shard
         while True:
             self.optimizer.zero_grad(set_to_none=True)

@@ -13,7 +13,7 @@ from neco_bench.features.transforms import crop_box, resize_image, resize_neares
 
 @dataclass(frozen=True)
 class CropFlip:
-    """Random resized crop (Pillow bilinear image, Pillow nearest mask) and horizontal flip: NeCo's linear training."""
+    """Random resized crop (image Pillow bilinear, mask Pillow nearest) and horizontal flip, as NeCo trains its head."""
 
     size: int
     crop_scale: tuple[float, float]
@@ -23,8 +23,9 @@ class CropFlip:
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         """Return the image (3, size, size) in [0, 1] and the mask (size, size) of one draw of `rng`."""
         top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
-        image = resize_image(sample.image[top : top + height, left : left + width], self.size, self.size)
-        mask = resize_nearest_pil(sample.mask[top : top + height, left : left + width], self.size, self.size)
+        crop = slice(top, top + height), slice(left, left + width)
+        image = resize_image(sample.image[crop], self.size, self.size)
+        mask = resize_nearest_pil(sample.mask[crop], self.size, self.size)
         if rng.random() < self.flip_probability:
             return image.flip(-1), mask[:, ::-1].copy()
         return image, mask

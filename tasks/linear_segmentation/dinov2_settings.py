@@ -9,9 +9,9 @@ from pydantic import Field, PositiveFloat
 
 
 class Settings(BaseSettings):
-    """Constants of a protocol and a card: those of `dinov3-1`, and what it has not.
+    """Constants of a protocol and a card: those of `dinov3-1`, and some others.
 
-    last_layers: how many of the last blocks are read, concatenated. test_scales, test_flip: views of a test image,
+    last_layers: number of last blocks whose features are concatenated. test_scales, test_flip: views of a test image,
     whose class probabilities are averaged. The head after the last iteration is reported.
     """
 

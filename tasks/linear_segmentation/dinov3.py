@@ -1,76 +1,47 @@
 """Linear segmentation as DINOv3 evaluates it (`dinov3-1`): BatchNorm and a 1x1 convolution, trained on augmented crops.
 
-Protocol of facebookresearch/dinov3's linear segmentation on ADE20K (Simeoni et al., DINOv3, 2025), quirks included.
+Protocol of facebookresearch/dinov3's linear segmentation on ADE20K (Simeoni et al., DINOv3, 2025), including quirks.
 README.md lists them. Images are scored by a sliding window, at their own resolution.
 
 Known deviations from the reference: augmentation is drawn per (epoch, image) and dropout per iteration, not from global
-streams; encoders whose stride does not divide 512 get the nearest size that it does (518 for 14), all else in
-proportion; data sets other than ADE20K take the same constants.
+streams; encoders whose stride does not divide 512 get the nearest size that it divides (518 for 14), and other sizes
+change in proportion; other data sets than ADE20K have the same constants.
 """
 
 from __future__ import annotations
 
-import itertools
-
 import numpy as np
 import torch
-import torch.nn.functional as F
-from neco_bench.tasks.linear_segmentation.batches import batched, labelled
-from neco_bench.tasks.linear_segmentation.dinov3_augment import Distortion, ScaleCropDistort, resize_short_side
-from neco_bench.tasks.linear_segmentation.dinov3_head import BnHead, BnProbeOptions, train_bn_probe
+from neco_bench.tasks.linear_segmentation.batches import Batches, batched, training_order, with_targets
+from neco_bench.tasks.linear_segmentation.dinov3_head import BnHead, train_bn_probe
 from neco_bench.tasks.linear_segmentation.dinov3_settings import Settings
-from neco_bench.tasks.linear_segmentation.heads import Batches
+from neco_bench.tasks.linear_segmentation.scale_crop import ScaleCropDistort, resize_short_side
+from neco_bench.tasks.linear_segmentation.windows import Corners, crop_windows, merge_windows
 from neco_bench.tasks.segmentation import SegmentationScore
 from torch import Tensor
 
 from neco_bench.core.errors import UsageError
-from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context, Cost, Outcome
-from neco_bench.data.base import IGNORE, SegmentationDataset
+from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import to_tensor, upsample_argmax
 
 
-def window_starts(length: int, window: int, step: int) -> list[int]:
-    """Place windows along an axis of `length` >= `window` pixels: first pixels of each; the last ends with the axis."""
-    count = max(length - window + step - 1, 0) // step + 1
-    return [min(k * step, length - window) for k in range(count)]
-
-
-def merge_windows(logits: Tensor, corners: list[tuple[int, int]], window: int) -> Tensor:
-    """Average the logits (n, C, h, w) of windows, upsampled to their place: (C, H, W); corners: (top, left) of each."""
-    height, width = (max(side) + window for side in zip(*corners, strict=True))
-    total, visits = logits.new_zeros(logits.shape[1], height, width), logits.new_zeros(height, width)
-    for part, (top, left) in zip(logits, corners, strict=True):
-        place = (..., slice(top, top + window), slice(left, left + window))
-        total[place] += F.interpolate(part[None], (window, window), mode="bilinear", align_corners=False)[0]
-        visits[place] += 1
-    return total / visits
-
-
-def encode_windows(
-    extractor: FeatureExtractor, image: np.ndarray, window: int, step: int
-) -> tuple[Tensor, list[tuple[int, int]]]:
-    """Encode windows, `step` apart, over an image (H, W, 3) uint8, its short side resized to one of them.
+def encode_windows(extractor: FeatureExtractor, image: np.ndarray, window: int, step: int) -> tuple[Tensor, Corners]:
+    """Resize the short side of an image (H, W, 3) uint8 to `window`, and encode windows that are `step` pixels apart.
 
     Returns features (n, D, h, w) and corners.
     """
-    resized = to_tensor(resize_short_side(image, window))
-    rows, columns = (window_starts(side, window, step) for side in resized.shape[1:])
-    corners = list(itertools.product(rows, columns))
-    crops = torch.stack([resized[:, top : top + window, left : left + window] for top, left in corners])
+    crops, corners = crop_windows(to_tensor(resize_short_side(image, window)), window, step)
     with extractor.context.phase("encode"):
         return extractor.encode(crops), corners
 
 
 @torch.inference_mode()
-def classify_windows(
-    head: BnHead, features: Tensor, corners: list[tuple[int, int]], window: int, shape: tuple[int, ...]
-) -> Tensor:
-    """Classify the pixels of an image of `shape` (H, W) from what `encode_windows` returns, by mean logits."""
-    merged = merge_windows(head(features), corners, window)
-    return upsample_argmax(merged, *shape)
+def classify_windows(head: BnHead, features: Tensor, corners: Corners, window: int, shape: tuple[int, ...]) -> Tensor:
+    """Classify each pixel of an image of `shape` (H, W) by mean logits, from the return value of `encode_windows`."""
+    return upsample_argmax(merge_windows(head(features), corners, window), *shape)
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
@@ -84,7 +55,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         operations=crops * classes * (6.0 * dimension * (window // stride) ** 2 + 24.0 * window**2),
         memory=4.0 * (settings.batch_size * dimension * (window // stride) ** 2 + 4 * classes * window**2)
         + 4.0 * len(data["val"]) * classes**2
-        + 8.0 * (window * settings.scale[1]) ** 2,  # an image before it is cropped, a square one
+        + 8.0 * (window * settings.scale[1]) ** 2,  # a square image before it is cropped
         unstored=2 * len(data["val"]),
     )
 
@@ -97,10 +68,10 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
             "BatchNorm needs more than one patch in a batch: use --set batch_size=2, or a larger input_size."
         )
     head = BnHead(encoder.embed_dim, len(val.classes), context.seed).to(encoder.device)
-    options = BnProbeOptions(**settings.model_dump(include=set(BnProbeOptions.__dataclass_fields__)))
     extractor = FeatureExtractor(encoder, context, final_norm=True, mean=settings.mean, std=settings.std)
-    batches = training_batches(extractor, data["train"], window, settings)
-    trained = train_bn_probe(head, batches, options, context.seed, ignore=IGNORE)
+    transform = ScaleCropDistort.of(settings, window, settings.mean or encoder.mean)
+    batches = training_batches(extractor, data["train"], transform, settings)
+    trained = train_bn_probe(head, batches, settings, context.seed)
     iterations = list(trained) if settings.select == "best" else list(trained)[-1:]
 
     score = SegmentationScore(val, settings, context, shape=(len(iterations),))
@@ -125,21 +96,10 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     )
 
 
-def training_order(count: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
-    """Order the items (epoch, index) of all iterations: each epoch is a permutation; batches may span two epochs."""
-    total = settings.iterations * settings.batch_size
-    items: list[tuple[int, int]] = []
-    for epoch in range(-(-total // count)):
-        items += [(epoch, int(i)) for i in item_rng(seed, "order", epoch).permutation(count)]
-    return items[:total]
-
-
-def training_batches(extractor: FeatureExtractor, train: SegmentationDataset, size: int, settings: Settings) -> Batches:
-    """Yield features (B, D, h, w) and targets (B, size, size) of the probe's batches, one for each iteration."""
-    s = settings
-    distortion = Distortion(s.distortion_probability, s.brightness, s.contrast, s.saturation, s.hue)
-    fill = s.mean or extractor.encoder.mean
-    transform = ScaleCropDistort(size, s.scale, s.max_class_share, s.crop_tries, s.flip_probability, distortion, fill)
-    items = training_order(len(train), s, extractor.context.seed)
-    batches = extractor.stream(train, transform, "train", items=items)
-    return batched(labelled(batches, train.eval_mask), s.batch_size)
+def training_batches(
+    extractor: FeatureExtractor, train: SegmentationDataset, transform: ScaleCropDistort, settings: Settings
+) -> Batches:
+    """Return the batches of augmented crops, one for each iteration."""
+    items = training_order(len(train), settings.iterations * settings.batch_size, extractor.context.seed)
+    stream = extractor.stream(train, transform, "train", items=items)
+    return batched(with_targets(stream, train.eval_mask), settings.batch_size)

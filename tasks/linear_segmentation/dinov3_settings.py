@@ -14,12 +14,12 @@ from neco_bench.metrics import segmentation
 class Settings(BaseSettings):
     """Constants of a protocol and a card. input_size is the side of crops and windows in pixels.
 
-    scale: range of the short side in training, in crops. max_class_share, crop_tries: a crop where one class has this
-    share of the labelled pixels, or all of them, is drawn again so many times. brightness of 255, hue in turns (half-
-    ranges). warmup, evaluate_every: in iterations; where there are fewer iterations than warmup, the rate stays low.
-    warmup_start: share of the rate at the first one. select: which head is reported; "best" picks it on val.
-    window_step: distance of windows as a share of their side, rounded down to pixels. schedule: of the rate after the
-    warm-up, a cosine or a linear decay.
+    scale: range of the short side of training images, in crop sides. max_class_share, crop_tries: a crop in which one
+    class has at least this share of the labelled pixels, or all of them, is drawn again, at most this often. brightness
+    (of 255) and hue (in turns) are half-ranges. dropout: of whole channels. warmup, evaluate_every: in iterations.
+    warmup_start: share of the learning rate in the first iteration. select: the reported head; "best" is selected on
+    val. window_step: distance between windows as a share of their side, rounded down to pixels. schedule: learning rate
+    after the warm-up, the cosine of `dinov3-1` or a linear decay to 0.
     """
 
     scale: Range
@@ -30,7 +30,7 @@ class Settings(BaseSettings):
     brightness: NonNegativeFloat
     contrast: Range
     saturation: Range
-    hue: Annotated[float, Field(ge=0, le=0.5)]  # half a turn at most
+    hue: Annotated[float, Field(ge=0, le=0.5)]
     dropout: Annotated[float, Field(ge=0, lt=1)]
     iterations: PositiveInt
     batch_size: PositiveInt

@@ -1,7 +1,7 @@
 """An FCN head on frozen patch features, as Leopart evaluates it (`leopart-fcn-1`): three 3x3 convolutions and a 1x1.
 
 Protocol of MkuuWaUjinga/leopart's `linear_finetune.py` with `head_type: fcn` (Ziegler and Asano, CVPR 2022, table 4):
-the linear protocol that NeCo took over, with another head. README.md says what could not be verified.
+the linear protocol that NeCo adopted, with another head. README.md states what could not be verified.
 
 Known deviations from the reference: those of `neco-1`, and dropout is drawn per iteration.
 """
@@ -27,11 +27,11 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 
-PART = 8  # images that go through the head together: their activations are large
+PART = 8  # images that the head processes at once: their activations are large
 
 
 class FcnHead(nn.Module):
-    """Two 3x3 convolutions, a third on their output beside the features, and a 1x1; ReLU after each but the last."""
+    """Two 3x3 convolutions, a third one on features and their output, and a 1x1; ReLU after each except the last."""
 
     def __init__(self, dimension: int, channels: int, classes: int) -> None:
         super().__init__()
@@ -40,12 +40,12 @@ class FcnHead(nn.Module):
         self.classify = nn.Conv2d(channels, classes, 1)
 
     def hidden(self, features: Tensor) -> Tensor:
-        """Compute what the last convolution classifies, (B, channels, h, w), of features (B, D, h, w)."""
+        """Compute the input (B, channels, h, w) of the last convolution from features (B, D, h, w)."""
         inner = self.second(self.first(features).relu()).relu()
         return self.joined(torch.cat([features, inner], 1)).relu()
 
     def forward(self, features: Tensor) -> Tensor:
-        """Compute logits (B, C, h, w) of features (B, D, h, w)."""
+        """Compute logits (B, C, h, w) from features (B, D, h, w)."""
         return self.classify(self.hidden(features))
 
 
@@ -57,7 +57,7 @@ def _convolution(before: int, after: int) -> nn.Conv2d:
 
 
 def new_fcn_head(dimension: int, channels: int, classes: int, seed: int) -> FcnHead:
-    """Make a head, the same for a seed."""
+    """Create a head with initial weights drawn by `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return FcnHead(dimension, channels, classes)
@@ -89,8 +89,8 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     for batches in training_epochs(extractor, data["train"], s, size):
         for features, target in batches:
             optimizer.zero_grad()
-            dropped = _dropout(s, context.seed, iteration, len(features))
-            loss = add_gradient(head, features, target, dropped)
+            ones = torch.ones(len(features), s.channels, 1, 1)
+            loss = add_gradient(head, features, target, drop_channels(ones, s.dropout, context.seed, iteration))
             if not math.isfinite(loss):
                 raise NumericalError("The head's loss is not finite. Lower the rate with --set learning_rate=0.001")
             optimizer.step()
@@ -116,19 +116,14 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     return score.outcome(used_size=size, resize="squash", select=(best,), metrics=metrics)
 
 
-def _dropout(settings: Settings, seed: int, iteration: int, images: int) -> Tensor:
-    """Draw the factors (B, channels, 1, 1) of an iteration's channels: 0, or what makes up for those."""
-    return drop_channels(torch.ones(images, settings.channels, 1, 1), settings.dropout, seed, iteration)
-
-
 def add_gradient(head: FcnHead, features: Tensor, target: Tensor, dropped: Tensor) -> float:
     """Back-propagate the mean cross-entropy over the labelled pixels of a batch, in parts, and return it.
 
     Args:
-        head: on the features' device.
-        features: (B, D, h, w), upsampled to the target before the head (bilinear, align_corners off).
+        head: the head, on the features' device.
+        features: (B, D, h, w); they are upsampled to the target before the head (bilinear, align_corners off).
         target: (B, H, W) int64, with IGNORE.
-        dropped: (B, channels, 1, 1) factors of the channels that are classified.
+        dropped: (B, channels, 1, 1) factors of the input channels of the last convolution.
     """
     labelled, total = max(1, int((target != IGNORE).sum())), 0.0
     for rows, truth, factors in zip(features.split(PART), target.split(PART), dropped.split(PART), strict=True):

@@ -9,7 +9,7 @@ from pydantic import Field
 
 
 class Settings(BaseSettings):
-    """Constants of a protocol and a card: those of `neco-1` for one head, and its channels and dropout, of channels."""
+    """Constants of a protocol and a card: those of `neco-1` for one head, its channels, and the dropout of channels."""
 
     channels: Annotated[int, Field(gt=0, le=100_000)]
     dropout: Annotated[float, Field(ge=0, lt=1)]

@@ -1,11 +1,11 @@
 """The full-resolution linear probe of feature-upsampler papers (`jafar-1`, `naf-1`, `anyup-1`).
 
 Protocol of the segmentation probes of PaulCouairon/JAFAR and valeoai/NAF for their baseline, bilinear upsampling: a 1x1
-convolution on features upsampled to the pixels of a central crop, trained and scored at these pixels. README.md says
-what is from where, and what the three differ in.
+convolution on features upsampled to the pixels of a central crop, trained and scored at these pixels. README.md lists
+the sources, and the differences between the three.
 
 Known deviations from the reference: order and flips are drawn per epoch and batch, not from global streams; a batch
-without any labelled pixel, whose loss would be no number, teaches nothing.
+without a labelled pixel, whose loss is undefined, is skipped.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from functools import partial
 import numpy as np
 import torch
 import torch.nn.functional as F
-from neco_bench.tasks.linear_segmentation.batches import batched, labelled
+from neco_bench.tasks.linear_segmentation.batches import Batches, batched, with_targets
 from neco_bench.tasks.linear_segmentation.full_resolution_settings import Settings
-from neco_bench.tasks.linear_segmentation.heads import Batches, classify, logits_at, new_head
+from neco_bench.tasks.linear_segmentation.heads import classify, logits_at, new_head
 from neco_bench.tasks.segmentation import SegmentationScore
 from PIL import Image
 from torch import Tensor, nn
@@ -37,16 +37,17 @@ from neco_bench.features.transforms import resize_nearest_pil, to_tensor
 
 @dataclass(frozen=True)
 class CentreCrop:
-    """Short side at `size` pixels, the long one in proportion, and the square in its middle, as torchvision does both.
+    """Resize the short side to `size` pixels, and crop the central square, both as torchvision does.
 
-    Image Pillow bilinear (antialiased), mask Pillow nearest, which torchvision calls nearest-exact.
+    Images are resized by Pillow's bilinear rule (antialiased), masks by Pillow's nearest rule (torchvision's
+    nearest-exact).
     """
 
     size: int
 
     @property
     def pixels(self) -> str:
-        """What the image depends on besides its item."""
+        """Identify the processing of the image, see `ResizeSquare.pixels`."""
         return f"{type(self).__name__}({self.size})"
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
@@ -57,17 +58,17 @@ class CentreCrop:
     def crop(self, sample: Sample) -> tuple[np.ndarray, np.ndarray]:
         """Resize and crop the image, to (size, size, 3) uint8, and the mask."""
         short = min(sample.mask.shape)
-        height, width = (int(self.size * side / short) for side in sample.mask.shape)  # the long one rounded down
-        top, left = (round((side - self.size) / 2) for side in (height, width))  # halves to the even one
+        height, width = (int(self.size * side / short) for side in sample.mask.shape)  # the long side is rounded down
+        top, left = (round((side - self.size) / 2) for side in (height, width))  # halves are rounded to even
         place = slice(top, top + self.size), slice(left, left + self.size)
         image = Image.fromarray(sample.image).resize((width, height), Image.Resampling.BILINEAR)
         return np.asarray(image)[place], resize_nearest_pil(sample.mask, height, width)[place]
 
 
 class MirroredBehind:
-    """The images of a data set as they are, and behind them the crops of all of them mirrored.
+    """The images of a data set, followed by the mirrored crops of all of them.
 
-    They are cropped before they are mirrored: the middle of an image is not always that of its mirror image.
+    Images are cropped before they are mirrored, because rounding can move the central crop of a mirrored image.
     """
 
     def __init__(self, dataset: SegmentationDataset, crop: CentreCrop) -> None:
@@ -87,14 +88,14 @@ class MirroredBehind:
         return Sample(image[:, ::-1], mask[:, ::-1], self.ids[index])
 
     def fingerprint(self) -> str:
-        """Return that of the data set."""
+        """Return the fingerprint of the data set."""
         return self.dataset.fingerprint()
 
 
 def training_order(count: int, settings: Settings, seed: int) -> list[tuple[int, int]]:
-    """Order the items (epoch, index) of all epochs, index + count standing for a mirrored image.
+    """Return the items (epoch, index) of all epochs; the index of a mirrored image is larger by `count`.
 
-    Each epoch is a permutation, in batches of which the last may be smaller; a whole batch is mirrored, or none of it.
+    Each epoch is a permutation, in batches; the last one may be smaller. All images of a batch are mirrored, or none.
     """
     items = []
     for epoch in range(settings.epochs):
@@ -110,14 +111,14 @@ def train_probe(head: nn.Conv2d, epochs: Iterable[Batches], settings: Settings, 
     """Train a head in place by AdamW, its logits upsampled bilinearly to the pixels of the targets.
 
     Args:
-        head: 1x1 convolution.
-        epochs: for each epoch its batches, features (B, D, h, w) with targets (B, H, W) int64.
-        settings: of the protocol.
-        iterations: how many batches there are in all.
+        head: a 1x1 convolution.
+        epochs: the batches of each epoch.
+        settings: settings of the protocol.
+        iterations: total number of batches.
 
     Raises:
-        NumericalError: where a loss is not finite.
-        BadInputError: where no target of the first epoch has anything but IGNORE.
+        NumericalError: if a loss is not finite.
+        BadInputError: if all targets of the first epoch contain only void.
     """
     optimizer = torch.optim.AdamW(head.parameters(), settings.learning_rate, weight_decay=settings.weight_decay)
     by_epoch = settings.schedule == "by epoch"
@@ -137,7 +138,7 @@ def train_probe(head: nn.Conv2d, epochs: Iterable[Batches], settings: Settings, 
                     )
                 loss.backward()
                 learned = True
-            optimizer.step()  # does nothing where there is no gradient
+            optimizer.step()  # does nothing without a gradient
             if not by_epoch:
                 schedule.step()
         if not learned:
@@ -161,14 +162,14 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
 
 
 def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settings, context: Context) -> Outcome:
-    """Measure the mIoU of a linear head trained on data["train"], scored on data["val"], both at the crop's pixels."""
+    """Measure the mIoU of a linear head, trained on data["train"] and scored on data["val"] at the crop's pixels."""
     s, train, val, size = settings, data["train"], data["val"], settings.input_size_for(encoder.stride)
     crop = CentreCrop(size)
     extractor = FeatureExtractor(encoder, context, final_norm=True, mean=s.mean, std=s.std)
     items = training_order(len(train), s, context.seed)
     both = MirroredBehind(train, crop)
     extractor.store_ahead(both, crop, "encode", [(0, index) for index in sorted({index for _, index in items})])
-    images = labelled(extractor.stream(both, crop, "train", items=items), train.eval_mask)
+    images = with_targets(extractor.stream(both, crop, "train", items=items), train.eval_mask)
     epochs = (batched(itertools.islice(images, len(train)), s.batch_size) for _ in range(s.epochs))
     head = new_head(encoder.embed_dim, len(val.classes), context.seed, encoder.device)
     train_probe(head, epochs, s, s.epochs * math.ceil(len(train) / s.batch_size))
@@ -184,5 +185,5 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
 
 def cropped(dataset: SegmentationDataset, item: int, crop: CentreCrop) -> np.ndarray:
-    """Read an image of a data set and crop it, to be drawn: (size, size, 3) uint8."""
+    """Read and crop an image of a data set for drawing: (size, size, 3) uint8."""
     return crop.crop(dataset[item])[0]

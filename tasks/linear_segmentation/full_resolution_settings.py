@@ -14,9 +14,9 @@ from neco_bench.metrics import segmentation
 class Settings(BaseSettings):
     """Constants of a protocol and a card. input_size is the side of the central crops and of their masks in pixels.
 
-    flip_probability: of all images of a batch together. schedule: of the rate, a cosine from the learning rate to 0:
-    "by iteration" over all iterations; "by epoch" over all epochs, the same within each; "oscillating" over as many
-    iterations as there are epochs, and back again and again. The head after the last epoch is reported.
+    flip_probability: probability that all images of a batch are mirrored. schedule: the learning rate follows a cosine
+    to 0, "by iteration" over all iterations, or "by epoch", constant within each; "oscillating": in as many iterations
+    as there are epochs, then back, and so on. The head after the last epoch is reported.
     """
 
     flip_probability: Share

@@ -1,38 +1,27 @@
-"""The linear probe: one 1x1 convolution on patch features, trained by SGD. Pure functions on tensors.
+"""The linear head: a 1x1 convolution on patch features, trained by SGD.
 
-Upsampling the C logits instead of the D features before the head, as the reference does, is the same function (a 1x1
-convolution and bilinear interpolation commute, and the interpolation weights sum to 1, so the bias stays the same).
+The reference upsamples the D features before the head. Upsampling the C logits instead is the same function: a 1x1
+convolution and bilinear interpolation commute, and the interpolation weights sum to 1, so the bias stays the same.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from neco_bench.tasks.linear_segmentation.batches import Batches
+from neco_bench.tasks.linear_segmentation.settings import Settings
 from torch import Tensor, nn
 
 from neco_bench.core.errors import NOTHING_LABELLED, BadInputError, NumericalError
+from neco_bench.data.base import IGNORE
 from neco_bench.features.transforms import upsample_argmax
-
-# Features (B, D, h, w) with targets (B, H, W) int64.
-Batches = Iterable[tuple[Tensor, Tensor]]
-
-
-@dataclass(frozen=True)
-class ProbeOptions:
-    """SGD with momentum; rates are multiplied by `decay` every `decay_epochs` epochs."""
-
-    momentum: float
-    weight_decay: float
-    decay: float
-    decay_epochs: int
 
 
 def logits_at(heads: Sequence[nn.Conv2d], features: Tensor, height: int, width: int) -> Tensor:
-    """Compute logits (H, B, C, height, width) by each of H heads of features (B, D, h, w), in one pass.
+    """Compute the logits (H, B, C, height, width) of features (B, D, h, w) by each of H heads, in one pass.
 
     Upsampling is bilinear, align_corners off.
     """
@@ -51,46 +40,42 @@ def classify(heads: Sequence[nn.Conv2d], features: Tensor, height: int, width: i
 
 
 def new_head(dimension: int, classes: int, seed: int, device: torch.device) -> nn.Conv2d:
-    """Make a 1x1 convolution with PyTorch's default initialisation, the same for a seed."""
+    """Create a 1x1 convolution with PyTorch's default initialisation, drawn by `seed`."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return nn.Conv2d(dimension, classes, 1).to(device)
 
 
 def train_probe(
-    heads: Sequence[nn.Conv2d],
-    rates: Sequence[float],
-    epochs: Iterable[Batches],
-    options: ProbeOptions,
-    *,
-    ignore: int = 255,
+    heads: Sequence[nn.Conv2d], rates: Sequence[float], epochs: Iterable[Batches], settings: Settings
 ) -> list[list[nn.Conv2d]]:
-    """Train all heads in place, each with its own learning rate, on the same batches in one pass.
+    """Train all heads in place by SGD with momentum, on the same batches; no head depends on the others.
+
+    The loss is the mean cross-entropy over the labelled pixels.
 
     Args:
-        heads: H of them; none depends on the others.
-        rates: the learning rate of each.
-        epochs: for each epoch its batches.
-        options: of the optimiser.
-        ignore: id in the targets that is left out of the mean cross-entropy.
+        heads: the heads.
+        rates: the learning rate of each head.
+        epochs: the batches of each epoch.
+        settings: settings of the protocol.
 
     Returns:
         Copies of the heads after each epoch.
 
     Raises:
-        NumericalError: where a loss is not finite.
-        BadInputError: where no target of the first epoch has anything but `ignore`.
+        NumericalError: if a loss is not finite.
+        BadInputError: if all targets of the first epoch contain only void.
     """
     groups = [{"params": list(head.parameters()), "lr": rate} for head, rate in zip(heads, rates, strict=True)]
-    optimizer = torch.optim.SGD(groups, momentum=options.momentum, weight_decay=options.weight_decay)
-    schedule = torch.optim.lr_scheduler.StepLR(optimizer, options.decay_epochs, options.decay)
+    optimizer = torch.optim.SGD(groups, momentum=settings.momentum, weight_decay=settings.weight_decay)
+    schedule = torch.optim.lr_scheduler.StepLR(optimizer, settings.decay_epochs, settings.decay)
     snapshots, learned = [], False
     for batches in epochs:
         for features, target in batches:
             logits = logits_at(heads, features, *target.shape[-2:])
-            losses = torch.stack([F.cross_entropy(own, target, ignore_index=ignore) for own in logits])
+            losses = torch.stack([F.cross_entropy(own, target, ignore_index=IGNORE) for own in logits])
             if not torch.isfinite(losses).all():
-                if (target == ignore).all():  # nothing to learn from
+                if (target == IGNORE).all():  # nothing to learn from
                     continue
                 rate = rates[int(torch.isfinite(losses).int().argmin())]
                 raise NumericalError(

@@ -14,11 +14,11 @@ from neco_bench.metrics import segmentation
 class Settings(BaseSettings):
     """Constants of a protocol and a card; sizes in pixels.
 
-    batch_size: of the probe, not of the encoder. drop_last, drop_last_val: leave out the last partial batch.
-    select: which epoch's head is reported; "best" picks it on val. score_size: side of the shrunk masks that are scored
-    (None: their own resolution).
-    learning_rates: heads trained side by side in place of that of `learning_rate`; the best on val is reported.
-    probe_seeds: heads trained side by side from as many starts, crops and order the same for all; mean and deviation.
+    train_mask_size: side of the reduced masks for the loss. batch_size: of the head, not of the encoder. drop_last,
+    drop_last_val: leave out the last partial batch. select: the epoch whose head is reported; "best" is selected on
+    val. score_size: side of the reduced masks that are scored (None: their own resolution). learning_rates: replaces
+    `learning_rate`; one head per rate is trained at the same time, and the best on val is reported. probe_seeds: number
+    of initial weights; heads are trained on the same crops in the same order, and mean and deviation are reported.
     """
 
     train_mask_size: PositiveInt
@@ -43,5 +43,5 @@ class Settings(BaseSettings):
 
     @property
     def rates(self) -> tuple[float, ...]:
-        """The learning rates that heads are trained with."""
+        """Learning rates of the heads."""
         return self.learning_rates or (self.learning_rate,)

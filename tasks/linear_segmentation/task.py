@@ -1,7 +1,7 @@
 """Linear segmentation: a 1x1 convolution on frozen patch features.
 
-Protocol of NeCo's `linear_finetune.py` (`neco-1`, quirks included; Pariza et al., ICLR 2025, table 2) and without its
-quirks (`clean-1`). README.md lists them. The encoder sees every augmented training image once per epoch.
+Protocol of NeCo's `linear_finetune.py` (`neco-1`, including quirks; Pariza et al., ICLR 2025, table 2), and without its
+quirks (`clean-1`). README.md lists them. The encoder encodes every augmented training image once per epoch.
 
 Known deviations from the reference: augmentation and order are drawn per (epoch, image), not from a global stream.
 """
@@ -13,15 +13,14 @@ from collections.abc import Iterator
 
 import numpy as np
 from neco_bench.tasks.linear_segmentation.augment import CropFlip
-from neco_bench.tasks.linear_segmentation.batches import batched, labelled
-from neco_bench.tasks.linear_segmentation.heads import Batches, ProbeOptions, classify, new_head, train_probe
+from neco_bench.tasks.linear_segmentation.batches import Batches, batched, with_targets
+from neco_bench.tasks.linear_segmentation.heads import classify, new_head, train_probe
 from neco_bench.tasks.linear_segmentation.settings import Settings
-from neco_bench.tasks.segmentation import SegmentationScore
+from neco_bench.tasks.segmentation import SegmentationScore, images_used
 
-from neco_bench.core.errors import UsageError
 from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context, Cost, Outcome
-from neco_bench.data.base import IGNORE, SegmentationDataset
+from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
@@ -50,15 +49,14 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     """Measure the mIoU of a linear head trained on data["train"], scored on data["val"]."""
     val, size = data["val"], settings.input_size_for(encoder.stride)
     seeds = range(context.seed, context.seed + settings.probe_seeds)
-    scored = images_used(len(val), settings.batch_size if settings.drop_last_val else 1, "drop_last_val", "val")
+    scored = images_used(len(val), settings.batch_size if settings.drop_last_val else 1, "drop_last_val=false")
     extractor = FeatureExtractor(encoder, context, mean=settings.mean, std=settings.std)
     epochs = training_epochs(extractor, data["train"], settings, size)
 
     classes = len(val.classes)
     heads = [new_head(encoder.embed_dim, classes, seed, encoder.device) for _ in settings.rates for seed in seeds]
     rates = [rate for rate in settings.rates for _ in seeds]
-    options = ProbeOptions(settings.momentum, settings.weight_decay, settings.decay, settings.decay_epochs)
-    snapshots = train_probe(heads, rates, epochs, options, ignore=IGNORE)
+    snapshots = train_probe(heads, rates, epochs, settings)
     snapshots = snapshots[-1:] if settings.select == "last" else snapshots
     heads = [head for snapshot in snapshots for head in snapshot]
 
@@ -86,25 +84,14 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     return score.outcome(used_size=size, resize="squash", select=best, metrics=metrics)
 
 
-def images_used(count: int, batch_size: int, setting: str, split: str) -> int:
-    """How many of `count` images make whole batches. Raises UsageError where none is left."""
-    used = count // batch_size * batch_size
-    if not used:
-        raise UsageError(
-            f"{setting} leaves none of the {count} {split} images at batch_size {batch_size}. "
-            f"Use --set {setting}=false, or the clean-1 protocol."
-        )
-    return used
-
-
 def training_epochs(
     extractor: FeatureExtractor, train: SegmentationDataset, settings: Settings, size: int
 ) -> Iterator[Batches]:
-    """Yield the probe's batches of each epoch, from one stream over all epochs, so that workers start once.
+    """Yield the head's batches of each epoch, from one stream over all epochs, so that workers start once.
 
-    Raises UsageError where dropping the last batch leaves no image.
+    Raises UsageError if no image is left without the last batch.
     """
-    count = images_used(len(train), settings.batch_size if settings.drop_last else 1, "drop_last", "training")
+    count = images_used(len(train), settings.batch_size if settings.drop_last else 1, "drop_last=false")
     items = []
     for epoch in range(settings.epochs):
         order = np.arange(len(train))
@@ -114,5 +101,5 @@ def training_epochs(
     transform = CropFlip(size, settings.crop_scale, settings.crop_ratio, settings.flip_probability)
     batches = extractor.stream(train, transform, "train", items=items)
     side = settings.train_mask_size
-    images = labelled(batches, lambda mask: train.eval_mask(resize_nearest_torch(mask, side, side)))
+    images = with_targets(batches, lambda mask: train.eval_mask(resize_nearest_torch(mask, side, side)))
     return (batched(itertools.islice(images, count), settings.batch_size) for _ in range(settings.epochs))

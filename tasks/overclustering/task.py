@@ -21,9 +21,8 @@ from neco_bench.tasks.clustering import (
     standardise_and_reduce,
 )
 from neco_bench.tasks.overclustering.settings import Settings
-from neco_bench.tasks.segmentation import SegmentationScore
+from neco_bench.tasks.segmentation import SegmentationScore, images_used
 
-from neco_bench.core.errors import UsageError
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
@@ -62,9 +61,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     """Measure the mIoU averaged over k-means seeds, on data["val"]."""
     val, size = data["val"], settings.input_size_for(encoder.stride)
     side, clusters = size // encoder.stride, settings.clusters or len(val.classes)
-    count = len(val) // settings.drop_last * settings.drop_last if settings.drop_last else len(val)
-    if not count:
-        raise UsageError(f"drop_last leaves none of the {len(val)} images. Use --set drop_last=0, or clean-1.")
+    count = images_used(len(val), settings.drop_last or 1, "drop_last=0")
 
     features, masks = RowFile(encoder.embed_dim), PackedMasks()
     transform = ResizeSquare(size, "pil" if settings.mask_size else "native")

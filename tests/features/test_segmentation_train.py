@@ -12,7 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from neco_bench.tasks.linear_segmentation.dinov3_augment import (
+from neco_bench.tasks.linear_segmentation.scale_crop import (
     Distortion,
     ScaleCropDistort,
     choose_crop,
@@ -200,8 +200,7 @@ def test_an_item_is_transformed_alike_for_a_seed_and_epoch() -> None:
 def distorted(pixels: list[list[int]], seed: int = 0, **changes: Any) -> np.ndarray:
     """(N, 3) pixels after every step of a distortion that otherwise changes nothing."""
     still = Distortion(1, 0, (1, 1), (1, 1), 0)
-    image = torch.tensor(pixels, dtype=torch.uint8).T[:, None]
-    return replace(still, **changes)(image, np.random.default_rng(seed))[:, 0].T.numpy()
+    return replace(still, **changes)(np.array([pixels], np.uint8), np.random.default_rng(seed))[0]
 
 
 PIXELS = [[0, 128, 255], [10, 20, 30], [201, 100, 7], [255, 255, 255]]
@@ -232,10 +231,10 @@ def test_the_hue_turns_the_full_circle() -> None:
 def test_each_step_is_taken_half_of_the_time() -> None:
     """On grey, saturation and hue change nothing: brightness and contrast remain, each skipped in half of the cases."""
     half = Distortion(0.5, 32, (0.5, 1.5), (0.5, 1.5), 0.5)
-    grey, blue = torch.full((3, 1, 1), 100, dtype=torch.uint8), torch.tensor([[[50]], [[50]], [[200]]]).byte()
-    same = [torch.equal(half(grey, item_rng(seed)), grey) for seed in range(800)]
+    grey, blue = np.full((1, 1, 3), 100, np.uint8), np.array([[[50, 50, 200]]], np.uint8)
+    same = [np.array_equal(half(grey, item_rng(seed)), grey) for seed in range(800)]
     assert np.mean(same) == pytest.approx(1 / 4, abs=0.06)
-    same = [torch.equal(half(blue, item_rng(seed)), blue) for seed in range(800)]
+    same = [np.array_equal(half(blue, item_rng(seed)), blue) for seed in range(800)]
     assert np.mean(same) == pytest.approx(1 / 16, abs=0.03)
 
 

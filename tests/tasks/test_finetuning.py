@@ -11,10 +11,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 from neco_bench.tasks.finetuning import task, training
-from neco_bench.tasks.finetuning.augment import Distortion, ScaleCropDistort, _recolour, resize_bilinear, size_within
 from neco_bench.tasks.finetuning.decoders import ItemDropout, LinearDecoder, MaskTransformer
 from neco_bench.tasks.finetuning.segmenter import Segmenter
 from neco_bench.tasks.finetuning.settings import Settings
+from neco_bench.tasks.linear_segmentation.scale_crop import (
+    Distortion,
+    ScaleCropDistort,
+    recolour_hsv,
+    resize_bilinear,
+    size_within,
+)
 from torch import Tensor, nn
 
 from neco_bench.core.distributed import RankShard
@@ -184,7 +190,7 @@ def test_colours_turn_and_fade_as_in_hsv() -> None:
     rng = np.random.default_rng(0)
     image = rng.integers(0, 256, (20, 30, 3), np.uint8)
     for saturation, turn in ((0.5, 0.0), (1.0, 0.1), (1.5, -0.05)):
-        made, apart = _recolour(image, saturation, turn).astype(float), []
+        made, apart = recolour_hsv(image, saturation, turn).astype(float), []
         for before, after in zip(image.reshape(-1, 3), made.reshape(-1, 3), strict=True):
             h, s, v = colorsys.rgb_to_hsv(*(before / 255))
             expected = 255 * np.array(colorsys.hsv_to_rgb((h + turn) % 1, min(1, s * saturation), v))
@@ -195,13 +201,13 @@ def test_colours_turn_and_fade_as_in_hsv() -> None:
 
 def test_distortion_without_range_changes_little_and_with_it_stays_in_range() -> None:
     image = np.random.default_rng(0).integers(0, 256, (16, 16, 3), np.uint8)
-    still = Distortion(1.0, 0, (1.0, 1.0), (1.0, 1.0), 0.0)
+    still = Distortion(1.0, 0, (1.0, 1.0), (1.0, 1.0), 0.0, hsv=True)
     assert np.array_equal(still(image, np.random.default_rng(0)), image)
-    strong = Distortion(1.0, 32, (0.5, 1.5), (0.5, 1.5), 0.1)
+    strong = Distortion(1.0, 32, (0.5, 1.5), (0.5, 1.5), 0.1, hsv=True)
     made = [strong(image, np.random.default_rng(seed)) for seed in (0, 0, 1)]
     assert np.array_equal(made[0], made[1])
     assert not np.array_equal(made[0], made[2])
-    never = Distortion(0.0, 32, (0.5, 1.5), (0.5, 1.5), 0.1)
+    never = Distortion(0.0, 32, (0.5, 1.5), (0.5, 1.5), 0.1, hsv=True)
     assert np.array_equal(never(image, np.random.default_rng(0)), image)
 
 
@@ -216,8 +222,8 @@ def test_bilinear_resizing_has_no_antialiasing() -> None:
 def test_crops_hold_image_and_mask_together_and_pad_with_fill_and_void() -> None:
     mask = np.kron(np.arange(6, dtype=np.uint8).reshape(2, 3), np.ones((40, 40), np.uint8))
     image = np.repeat((40 * mask)[..., None], 3, 2)
-    plain = Distortion(0.0, 0, (1, 1), (1, 1), 0)
-    transform = ScaleCropDistort(64, (64, 256), (0.5, 1.5), 1.0, 0, 0.5, plain, (0.2, 0.4, 0.6))
+    plain = Distortion(0.0, 0, (1, 1), (1, 1), 0, hsv=True)
+    transform = ScaleCropDistort(64, (0.5, 1.5), 1.0, 0, 0.5, plain, (0.2, 0.4, 0.6), (64, 256))
     padded = 0
     for seed in range(12):
         made, target = transform(Sample(image, mask, "x"), np.random.default_rng(seed))

@@ -13,15 +13,16 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from neco_bench.tasks.linear_segmentation import dinov3
+from neco_bench.tasks.linear_segmentation.batches import training_order
 from neco_bench.tasks.linear_segmentation.dinov3_head import (
     BnHead,
-    BnProbeOptions,
     add_gradient,
     drop_channels,
     learning_rate,
     train_bn_probe,
 )
 from neco_bench.tasks.linear_segmentation.dinov3_settings import Settings
+from neco_bench.tasks.linear_segmentation.windows import merge_windows, window_starts
 from PIL import Image
 from torch import Tensor, nn
 
@@ -38,24 +39,27 @@ from neco_bench.metrics import segmentation
 from tests.typed import load_segmentation, present
 
 CONSTANTS = dict(protocol("linear_segmentation", "dinov3-1").constants)
-OPTIONS = BnProbeOptions(
-    iterations=40_000,
-    learning_rate=1e-3,
-    weight_decay=1e-3,
-    warmup=1500,
-    warmup_start=1e-6,
-    dropout=0.1,
-    evaluate_every=5000,
-)
+REFERENCE = {
+    "iterations": 40_000,
+    "learning_rate": 1e-3,
+    "weight_decay": 1e-3,
+    "warmup": 1500,
+    "warmup_start": 1e-6,
+    "dropout": 0.1,
+    "evaluate_every": 5000,
+}
 
 
 def make_settings(**changes: Any) -> Settings:
     return Settings(**{**CONSTANTS, "input_size": 512, **changes})
 
 
+OPTIONS = make_settings()
+
+
 def test_the_protocol_has_the_constants_of_the_reference() -> None:
     settings = make_settings()
-    assert BnProbeOptions(**{name: getattr(settings, name) for name in vars(OPTIONS)}) == OPTIONS
+    assert {name: getattr(settings, name) for name in REFERENCE} == REFERENCE
     assert (settings.batch_size, settings.select, settings.absent) == (16, "best", "union")
     assert [math.floor(window * settings.window_step) for window in (512, 518)] == [341, 345]
 
@@ -91,7 +95,7 @@ class Recorded(torch.optim.AdamW):
         super().step(closure)
 
 
-SMALL = BnProbeOptions(
+SMALL = make_settings(
     iterations=50,
     learning_rate=0.02,
     weight_decay=1e-3,
@@ -124,7 +128,7 @@ def test_the_loss_is_divided_by_all_pixels() -> None:
     _, target = batches(1)[0]
     logits = torch.randn(4, 3, 5, 5, generator=torch.Generator().manual_seed(1))
     ours, theirs = (logits.clone().requires_grad_() for _ in range(2))
-    loss = add_gradient(ours * 1.0, target, IGNORE)
+    loss = add_gradient(ours * 1.0, target, target.numel())
     large = nn.Upsample(size=(16, 16), mode="bilinear", align_corners=False)(theirs)
     plain = nn.CrossEntropyLoss(ignore_index=IGNORE)(large, target) * (target != IGNORE).float().mean()
     plain.backward()
@@ -135,14 +139,14 @@ def test_the_loss_is_divided_by_all_pixels() -> None:
 
 def test_a_batch_of_void_moves_nothing_by_its_loss() -> None:
     logits = torch.randn(2, 3, 5, 5).requires_grad_()
-    assert add_gradient(logits * 1.0, torch.full((2, 16, 16), IGNORE), IGNORE) == 0
+    assert add_gradient(logits * 1.0, torch.full((2, 16, 16), IGNORE), 2 * 16 * 16) == 0
     assert not present(logits.grad).any()
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_fifty_steps_equal_a_plain_loop(dropout: float) -> None:
     """BatchNorm, AdamW and dropout written out; features are upsampled before the convolution, the same function."""
-    data, options = batches(50), BnProbeOptions(**{**vars(SMALL), "dropout": dropout})
+    data, options = batches(50), SMALL.model_copy(update={"dropout": dropout})
     head = BnHead(6, 3, 7)
     p = [t.detach().double().requires_grad_() for t in (torch.ones(6), torch.zeros(6), head.weight, head.bias)]
     first, second = ([torch.zeros_like(t) for t in p] for _ in range(2))
@@ -210,13 +214,13 @@ def test_a_loss_that_is_not_finite() -> None:
 
 @pytest.mark.parametrize(("length", "expected"), [(512, [0]), (683, [0, 171]), (1024, [0, 341, 512])])
 def test_window_starts_by_hand(length: int, expected: list[int]) -> None:
-    assert dinov3.window_starts(length, 512, 341) == expected
+    assert window_starts(length, 512, 341) == expected
 
 
 @given(st.integers(1, 60), st.integers(0, 200), st.data())
 def test_windows_cover_an_axis(window: int, more: int, data: st.DataObject) -> None:
     step, length = data.draw(st.integers(1, window)), window + more
-    starts = dinov3.window_starts(length, window, step)
+    starts = window_starts(length, window, step)
     assert starts[0] == 0
     assert starts[-1] == length - window
     assert all(0 < b - a <= step for a, b in itertools.pairwise(starts))
@@ -277,7 +281,7 @@ def test_sliding_equals_a_naive_way(shape: tuple[int, int]) -> None:
 def test_overlapping_windows_are_averaged() -> None:
     """By hand, in one dimension: windows of 4 at 0, 3 and 5 saying 1, 2 and 6."""
     logits = torch.tensor([1.0, 2.0, 6.0]).view(3, 1, 1, 1)
-    merged = dinov3.merge_windows(logits, [(0, 0), (0, 3), (0, 5)], 4)
+    merged = merge_windows(logits, [(0, 0), (0, 3), (0, 5)], 4)
     assert merged.shape == (1, 4, 9)
     assert merged[0, 2].tolist() == [1, 1, 1, 1.5, 2, 4, 4, 6, 6]
 
@@ -302,14 +306,14 @@ def test_only_classes_without_any_pixel_are_left_out() -> None:
 
 
 def test_training_order_is_whole_epochs_end_to_end() -> None:
-    items = dinov3.training_order(10, make_settings(iterations=7, batch_size=4), seed=0)
+    items = training_order(10, 28, seed=0)
     assert len(items) == 28  # the third batch has two items of epoch 0 and two of epoch 1
     assert [epoch for epoch, _ in items] == [0] * 10 + [1] * 10 + [2] * 8
     for epoch in (0, 1):
         assert sorted(i for e, i in items if e == epoch) == list(range(10))
     assert [i for e, i in items if e == 0] != [i for e, i in items if e == 1]
-    assert items == dinov3.training_order(10, make_settings(iterations=7, batch_size=4), seed=0)
-    assert items != dinov3.training_order(10, make_settings(iterations=7, batch_size=4), seed=1)
+    assert items == training_order(10, 28, seed=0)
+    assert items != training_order(10, 28, seed=1)
 
 
 TINY: dict[str, Any] = {

@@ -10,7 +10,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from neco_bench.tasks.linear_segmentation import dinov2, fcn
-from neco_bench.tasks.linear_segmentation.dinov3_head import BnHead, BnProbeOptions, learning_rate
+from neco_bench.tasks.linear_segmentation.dinov2_settings import Settings
+from neco_bench.tasks.linear_segmentation.dinov3_head import BnHead, learning_rate
 from torch import Tensor, nn
 
 import neco_bench
@@ -27,9 +28,8 @@ MODEL = "timm:test_vit?pretrained=false&seed=0"
 
 def test_the_rate_of_dinov2_rises_and_falls_linearly() -> None:
     """protocols/linear_and_knn_others.md, section 2: warm-up of 1500 from 1e-6, times what is left of 40 000."""
-    constants = protocol("linear_segmentation", "dinov2-1").constants
-    fields = {name: constants[name] for name in BnProbeOptions.__dataclass_fields__ if name in constants}
-    options = BnProbeOptions(**fields, schedule="linear")
+    constants: dict[str, Any] = {**protocol("linear_segmentation", "dinov2-1").constants, "input_size": 512}
+    options = Settings(**constants)
     assert learning_rate(0, options) == pytest.approx(1e-9, rel=1e-9)
     assert learning_rate(750, options) == pytest.approx(1e-3 * 0.5000005 * (1 - 750 / 40_000), rel=1e-9)
     assert learning_rate(1500, options) == pytest.approx(1e-3 * (1 - 1500 / 40_000), rel=1e-12)

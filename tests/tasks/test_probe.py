@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
-from neco_bench.tasks.linear_segmentation.heads import ProbeOptions, classify, logits_at, new_head, train_probe
+from neco_bench.tasks.linear_segmentation.heads import classify, logits_at, new_head, train_probe
+from neco_bench.tasks.linear_segmentation.settings import Settings
 from torch import nn
 
 from neco_bench.core.errors import NumericalError
+from neco_bench.core.protocol import protocol
 from tests.typed import present
 
-OPTIONS = ProbeOptions(momentum=0.9, weight_decay=1e-4, decay=0.1, decay_epochs=3)
+CONSTANTS: dict[str, Any] = dict(protocol("linear_segmentation", "neco-1").constants)
+CHANGES = {"input_size": 448, "momentum": 0.9, "weight_decay": 1e-4, "decay": 0.1, "decay_epochs": 3}
+OPTIONS = Settings(**CONSTANTS | CHANGES)
 
 
 def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
