@@ -7,9 +7,6 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-MIN_REGION = 3  # patches of the smallest region that is kept
-
-
 MIN_SIDE = 4  # minimum patches per side for the reflection padding of the 7 x 7 blur
 
 
@@ -35,5 +32,5 @@ def foreground(attention: Tensor, mass: float) -> Tensor:
     for image in mask:
         regions, count = ndimage.label(image, np.ones((3, 3)))
         sizes = np.bincount(regions.ravel(), minlength=count + 1)
-        image &= sizes[regions] >= MIN_REGION
+        image &= sizes[regions] >= 3
     return torch.from_numpy(mask).to(attention.device)

@@ -89,10 +89,8 @@ class FeatureExtractor:
         while True:
             size = self.context.batch_size_used
             try:
-                if by is None:
-                    parts = [self._channels(self.encoder, part) for part in images.split(size)]
-                else:
-                    parts = [self._channels(by, part).cpu() for part in images.split(size)]
+                encoded = (self._channels(by or self.encoder, part) for part in images.split(size))
+                parts = [part.cpu() if by else part for part in encoded]
                 return torch.cat(parts) if len(parts) > 1 else parts[0]
             except (RuntimeError, MemoryError, NecoBenchError) as error:
                 if size == 1 or not is_out_of_memory(error):

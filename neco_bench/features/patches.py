@@ -1,39 +1,13 @@
-"""Images and masks as patches: square bicubic resizing, the pixel labels of each patch, the majority label."""
+"""Patches: the pixel labels of each patch, their majority, and the length of features."""
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image
 from torch import Tensor
 
-from neco_bench.data.base import IGNORE, Sample, Void
-from neco_bench.features.transforms import resize_nearest_pil, to_tensor
-
-
-@dataclass(frozen=True)
-class BicubicResizeSquare:
-    """Resize the image to size x size (Pillow bicubic), and optionally the mask (Pillow nearest)."""
-
-    size: int
-    resize_mask: bool
-
-    @property
-    def pixels(self) -> str:
-        """Identify the processing of the image, see `ResizeSquare.pixels`."""
-        return f"{type(self).__name__}({self.size})"
-
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-        """Return the image (3, size, size) and the mask; `rng` is not used."""
-        image, mask = sample.image, sample.mask
-        if image.shape[:2] != (self.size, self.size):
-            image = np.asarray(Image.fromarray(image).resize((self.size, self.size), Image.Resampling.BICUBIC))
-        if self.resize_mask and mask.shape != (self.size, self.size):
-            mask = resize_nearest_pil(mask, self.size, self.size)
-        return to_tensor(image), mask
+from neco_bench.data.base import IGNORE, Void
 
 
 def patchify(mask: np.ndarray, side: int) -> Tensor:

@@ -47,8 +47,6 @@ ID_BYTES = 12
 
 _FILES = "index.bin", "features.bin", "masks.bin"
 
-STARTING = 60  # seconds within which a new stream gets its description
-
 _REBUILT: set[Path] = set()  # streams rebuilt by this process, once for all its tasks
 
 
@@ -329,7 +327,8 @@ def remove_leftovers() -> None:
     """Delete incomplete streams of processes that were killed while creating or deleting them."""
     for folder in store_folder().glob("*/"):
         with contextlib.suppress(OSError):
-            if not (folder / _ABOUT).exists() and time.time() - folder.stat().st_mtime > STARTING:
+            age = time.time() - folder.stat().st_mtime
+            if not (folder / _ABOUT).exists() and age > 60:  # a new stream gets its description within a minute
                 remove_file(folder)
 
 

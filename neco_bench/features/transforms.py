@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,10 +19,6 @@ from PIL import Image
 from torch import Tensor
 
 from neco_bench.data.base import Sample
-
-MAPS = 16  # maps that are upsampled at a time: more exceed a CPU's cache
-
-ROUNDING = 1e-5  # rounding error of interpolation, relative to the largest value
 
 Transform = Callable[[Any, np.random.Generator], tuple[Tensor, np.ndarray]]  # of a Sample or a DenseSample
 
@@ -70,9 +66,10 @@ def upsample_argmax(maps: Tensor, height: int, width: int) -> Tensor:
     least = F.max_pool2d(-maps[None], window, 1)[0].neg().amax(0).min()
     if maps.min() >= 0:
         least = torch.maximum(least, maps.amax(0).min() / 4)
-    candidates = (~(highest < least - ROUNDING * highest.abs().max())).nonzero()[:, 0]
+    rounding = 1e-5 * highest.abs().max()  # of the interpolation
+    candidates = (~(highest < least - rounding)).nonzero()[:, 0]
     best = most = torch.empty(0)
-    for number, ids in enumerate(candidates.split(MAPS)):
+    for number, ids in enumerate(candidates.split(16)):  # more maps at a time exceed a CPU's cache
         large = F.interpolate(maps[ids][None], (height, width), mode="bilinear", align_corners=False)[0]
         values, which = large.max(0)  # 30 times as fast as argmax() along the first axis
         if number:
@@ -87,11 +84,19 @@ def to_tensor(image: np.ndarray) -> Tensor:
     return torch.from_numpy(np.array(image.transpose(2, 0, 1), order="C")).float().div_(255)
 
 
-def resize_image(image: np.ndarray, height: int, width: int) -> Tensor:
-    """Resize (H, W, 3) uint8 to (3, height, width) float32 in [0, 1], Pillow bilinear (antialiased, in uint8)."""
+def resize_image(
+    image: np.ndarray, height: int, width: int, rule: Image.Resampling = Image.Resampling.BILINEAR
+) -> Tensor:
+    """Resize (H, W, 3) uint8 to (3, height, width) float32 in [0, 1] by a rule of Pillow (antialiased, in uint8)."""
     if image.shape[:2] != (height, width):
-        image = np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR))
+        image = np.asarray(Image.fromarray(image).resize((width, height), rule))
     return to_tensor(image)
+
+
+def pad_with(image: Tensor, colour: Sequence[float], sides: tuple[int, int, int, int]) -> Tensor:
+    """Pad an image (3, H, W) by (left, right, top, bottom) pixels of a colour; the mean is 0 after normalisation."""
+    shift = torch.tensor(colour).view(3, 1, 1)
+    return F.pad(image - shift, sides) + shift
 
 
 def crop_box(
@@ -123,19 +128,25 @@ def crop_box(
 
 @dataclass(frozen=True)
 class ResizeSquare:
-    """Resize image and mask to size x size (aspect ratio not kept); the mask can keep its native resolution."""
+    """Resize image and mask to size x size (aspect ratio not kept).
+
+    mask: a nearest rule, or "native" for the unchanged mask. bicubic: resize the image by Pillow's bicubic rule;
+    otherwise by its bilinear rule.
+    """
 
     size: int
-    mask: Literal["torch", "pil", "native"]  # a nearest rule, or the unchanged mask
+    mask: Literal["torch", "pil", "native"]
+    bicubic: bool = False
 
     @property
     def pixels(self) -> str:
         """Identify the processing of the image, on which it depends in addition to its item; it draws no randomness."""
-        return f"{type(self).__name__}({self.size})"
+        return f"{type(self).__name__}({self.size}{', bicubic' if self.bicubic else ''})"
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         """Return the image (3, size, size) and the mask; `rng` is not used."""
-        image = resize_image(sample.image, self.size, self.size)
+        rule = Image.Resampling.BICUBIC if self.bicubic else Image.Resampling.BILINEAR
+        image = resize_image(sample.image, self.size, self.size, rule)
         if self.mask == "native":
             return image, sample.mask
         resize = resize_nearest_torch if self.mask == "torch" else resize_nearest_pil

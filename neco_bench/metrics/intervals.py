@@ -33,9 +33,6 @@ LEVEL = 0.95
 # With fewer units, a test cannot be significant: for five units that all gain, the exact p is 2 / 2**5 = 0.06.
 FEWEST = 6
 
-# A block has at most a quarter of the frames of a set.
-MOST_OF_A_DRIVE = 4
-
 _SAME = 1e-12  # differences below this are rounding
 
 
@@ -98,7 +95,7 @@ class Units:
         r = (centred[1:] * centred[:-1])[together].sum() / power if power > 0 else 0.0
         r = np.clip(r + (1 + 3 * r) / len(effects), 0.0, 0.97)  # Kendall's correction of the bias of r
         length = np.ceil(2.5 * (r / (1 - r**2)) ** (2 / 3) * len(effects) ** (1 / 3))
-        return int(np.clip(length, 1, max(1, len(effects) // MOST_OF_A_DRIVE)))
+        return int(np.clip(length, 1, max(1, len(effects) // 4)))  # at most a quarter of all frames
 
     def blocks(self, length: int) -> np.ndarray:
         """Return the block (U,) of each frame: `length` consecutive frames of a drive; a rest joins the last block."""

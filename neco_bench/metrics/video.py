@@ -12,8 +12,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BOUND = 0.008  # maximum distance of matching boundary pixels, as a share of the diagonal (davis2017-evaluation)
-
 
 def region_similarity(prediction: np.ndarray, truth: np.ndarray) -> float:
     """Compute J, the intersection over union of two masks (H, W) bool; 1 if both are empty."""
@@ -34,8 +32,11 @@ def boundary_map(mask: np.ndarray) -> np.ndarray:
 
 
 def tolerance(shape: Sequence[int]) -> int:
-    """Compute the radius in pixels within which boundaries of masks (H, W) match: 8 at 480 x 854."""
-    return int(np.ceil(BOUND * np.hypot(shape[0], shape[1])))
+    """Compute the radius in pixels within which boundaries of masks (H, W) match: 0.8 % of the diagonal, rounded up.
+
+    It is 8 at 480 x 854, as in davis2017-evaluation.
+    """
+    return int(np.ceil(0.008 * np.hypot(shape[0], shape[1])))
 
 
 @functools.cache

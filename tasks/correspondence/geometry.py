@@ -8,7 +8,6 @@ from functools import cached_property
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from neco_bench.tasks.correspondence.matching import (
     cell_similarity,
     nearest_cells,
@@ -23,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from neco_bench.data.base import Pair
-from neco_bench.features.transforms import to_tensor
+from neco_bench.features.transforms import pad_with, resize_image, to_tensor
 
 # Of P points: predictions (P, 2), (x, y) in pixels of the original target image, and their errors (P,) there.
 Match = tuple[np.ndarray, np.ndarray]
@@ -57,10 +56,10 @@ def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
     longest = max(image.shape[:2])
     square = np.full((longest, longest, 3), 255, np.uint8)
     square[: image.shape[0], : image.shape[1]] = image
-    tensor = to_tensor(np.asarray(Image.fromarray(square).resize((size, size), Image.Resampling.BICUBIC)))
     extra = -size % stride
-    colour = torch.tensor(mean).view(3, 1, 1)
-    return F.pad(tensor - colour, (extra // 2, extra - extra // 2) * 2) + colour
+    tensor = resize_image(square, size, size, Image.Resampling.BICUBIC)
+    sides = (extra // 2, extra - extra // 2, extra // 2, extra - extra // 2)
+    return pad_with(tensor, mean, sides)
 
 
 def integer_points(points: np.ndarray, longest: int, size: int) -> Tensor:
@@ -96,10 +95,9 @@ def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
     """Prepare (3, S, S) in [0, 1]: longer side to `size`, aspect unchanged, padded right and bottom with the mean."""
     height, width = image.shape[:2]
     scale = size / max(height, width)
-    new = (max(1, round(width * scale)), max(1, round(height * scale)))
-    tensor = to_tensor(np.asarray(Image.fromarray(image).resize(new, Image.Resampling.BICUBIC)))
+    rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
     canvas = torch.tensor(mean).view(3, 1, 1).repeat(1, size, size)
-    canvas[:, : new[1], : new[0]] = tensor
+    canvas[:, :rows, :columns] = resize_image(image, rows, columns, Image.Resampling.BICUBIC)
     return canvas
 
 
@@ -167,7 +165,7 @@ def _resized(side: int, longest: int, size: int) -> int:
 
 def prepare_squash(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
     """Prepare (3, S, S) in [0, 1]: both sides to `size` (bicubic), aspect changed."""
-    return to_tensor(np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BICUBIC)))
+    return resize_image(image, size, size, Image.Resampling.BICUBIC)
 
 
 def match_squash(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:

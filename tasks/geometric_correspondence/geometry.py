@@ -13,7 +13,7 @@ from torch import Tensor
 
 from neco_bench.core.errors import BadInputError
 from neco_bench.data.views import Camera, DepthView
-from neco_bench.features.transforms import resize_nearest_torch, to_tensor
+from neco_bench.features.transforms import pad_with, resize_nearest_torch, to_tensor
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,8 @@ def prepare_probe3d(name: str, view: DepthView, size: int, stride: int, mean: Se
     cells = np.flatnonzero(points[:, 2] > 0)
     places = np.stack([cells % grid + 0.5, cells // grid + 0.5], axis=1) / grid
     extra = -size % stride
-    colour = torch.tensor(mean).view(3, 1, 1)
-    padded = F.pad(to_tensor(image) - colour, (extra // 2, extra - extra // 2) * 2) + colour
+    sides = (extra // 2, extra - extra // 2, extra // 2, extra - extra // 2)
+    padded = pad_with(to_tensor(image), mean, sides)
     return Prepared(padded, points[cells], places, cells, focal, size, view.camera)
 
 

@@ -1,4 +1,4 @@
-"""One box for an image from its features: TokenCut (Wang et al., CVPR 2022) and LOST (Simeoni et al., BMVC 2021)."""
+"""Discovery of one box per image from its features: TokenCut (Wang et al., CVPR 2022), LOST (Simeoni et al., 2021)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from scipy import ndimage
 
 @dataclass(frozen=True)
 class Discovery:
-    """cells: (top, left, bottom, right) of the box, the last two outside. region: (h, w) bool, the patches it encloses.
-    score: (h, w) what `show` draws, larger for the object. seed: row and column."""
+    """A box around one region of patches.
+
+    cells: (top, left, bottom, right) of the box, the last two exclusive. region: (h, w) bool, the patches of the
+    region. score: (h, w), larger for the object, for `show`. seed: row and column of a patch of the object.
+    """
 
     cells: tuple[int, int, int, int]
     region: np.ndarray
@@ -21,18 +24,18 @@ class Discovery:
 
 
 def tokencut(features: np.ndarray, tau: float) -> Discovery:
-    """Take the component of the cut's side that holds its seed; features (D, h, w)."""
-    found = cut(features, tau)
-    sign = 1 if found.vector[found.seed] > 0 else -1
-    return _around(found.inside, sign * found.vector, found.seed)
+    """Return the component of the normalised cut that contains its seed; features (D, h, w)."""
+    parts = cut(features, tau)
+    sign = 1 if parts.vector[parts.seed] > 0 else -1
+    return _around(parts.inside, sign * parts.vector, parts.seed)
 
 
 def lost(features: np.ndarray, patches: int) -> Discovery:
-    """Grow the patch with the fewest similar ones, and take its component; features (D, h, w), not normalised.
+    """Return the region grown from the patch with the lowest degree; features (D, h, w), not normalised.
 
-    Two patches are similar where their inner product is positive. The seed is the patch with the fewest, the first of
-    equal ones. Of the `patches` with the fewest, those similar to the seed vote: a patch is in the region where its
-    products with them sum to more than 0.
+    Two patches are similar if their inner product is positive; the degree of a patch is the number of similar patches.
+    The seed is the patch with the lowest degree, the first in a tie. Among the `patches` patches of lowest degree, those
+    similar to the seed vote: a patch is in the region if the sum of its inner products with them is positive.
     """
     size = features.shape[1:]
     rows = features.reshape(len(features), -1).T
@@ -49,7 +52,8 @@ def lost(features: np.ndarray, patches: int) -> Discovery:
 
 
 def _around(inside: np.ndarray, score: np.ndarray, seed: tuple[int, int]) -> Discovery:
-    """Box the component, of four neighbours, that holds the seed; the seed's own cell where the seed is outside."""
+    """Return the box around the component (of four neighbours) that contains the seed, or around the seed alone if it is
+    not inside."""
     components, _ = ndimage.label(inside)
     region = components == components[seed] if inside[seed] else np.zeros_like(inside)
     region[seed] = True
@@ -59,7 +63,7 @@ def _around(inside: np.ndarray, score: np.ndarray, seed: tuple[int, int]) -> Dis
 
 
 def box_iou(box: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Compute the IoU of a box (4,) with each of others (n, 4), (x1, y1, x2, y2) with x2 and y2 outside: (n,)."""
+    """Compute the IoU of a box (4,) with each of others (n, 4), (x1, y1, x2, y2) with exclusive x2 and y2: (n,)."""
     low, high = np.maximum(box[:2], others[:, :2]), np.minimum(box[2:], others[:, 2:])
     overlap = np.clip(high - low, 0, None).prod(1)
     areas = (others[:, 2:] - others[:, :2]).prod(1)

@@ -1,7 +1,7 @@
 """Object discovery: one box for each image from its features only; CorLoc, the share of images with a correct box.
 
 `tokencut-1` and `lost-1` are the protocols of TokenCut (Wang et al., CVPR 2022, section 4.1) and LOST (Simeoni et al.,
-BMVC 2021, section 4.1), on the keys of the last block. `clean-1` is TokenCut on the features that an encoder gives.
+BMVC 2021, section 4.1), on the keys of the last block. `clean-1` is TokenCut on the encoder's usual features.
 """
 
 from __future__ import annotations
@@ -9,8 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import torch
-import torch.nn.functional as F
+from neco_bench.tasks.normalised_cut import LANCZOS
 from neco_bench.tasks.object_discovery.discovery import Discovery, box_iou, lost, tokencut
 from neco_bench.tasks.object_discovery.settings import Settings
 from torch import Tensor
@@ -21,9 +20,7 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import BoxDataset, BoxSample
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.loader import loading_threads
-from neco_bench.features.transforms import resize_image, to_tensor
-
-LANCZOS = 60  # products with the graph that a cut takes, about
+from neco_bench.features.transforms import pad_with, resize_image, to_tensor
 
 
 def check_encoder(encoder: Encoder, settings: Settings) -> None:
@@ -41,7 +38,7 @@ def check_encoder(encoder: Encoder, settings: Settings) -> None:
 
 
 def cost(settings: Settings, data: dict[str, BoxDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: each image once, the similarities of its patches, and a cut."""
+    """Estimate a run: each image once, and the similarities and the cut of its patches."""
     images, size = len(data["test"]), settings.input_size_for(stride)
     patches = (size // stride) ** 2
     products = dimension + (LANCZOS if settings.method == "tokencut" else 2)
@@ -79,7 +76,7 @@ def run(encoder: Encoder, data: dict[str, BoxDataset], settings: Settings, conte
 
 
 def read(dataset: BoxDataset, context: Context) -> Iterator[tuple[int, BoxSample]]:
-    """Read the samples that this process takes, with their numbers; some ahead, by threads."""
+    """Yield the samples that this process computes, with their indices; threads read some ahead."""
     items = range(distributed.rank(), len(dataset), distributed.world())
     with loading_threads() as pool:
         for start in range(0, len(items), context.batch_size):
@@ -90,25 +87,24 @@ def read(dataset: BoxDataset, context: Context) -> Iterator[tuple[int, BoxSample
 
 
 def prepare(image: np.ndarray, encoder: Encoder, settings: Settings) -> tuple[Tensor, tuple[float, float]]:
-    """Bring an image to a size that the encoder takes.
+    """Convert an image (H, W, 3) uint8 to an input of a size that the encoder accepts.
 
     Returns:
-        (3, H, W) RGB in [0, 1], and how many pixels of the image one of its own is, down and across.
+        The input (3, H', W') RGB in [0, 1], and the height and width of one of its pixels in pixels of the image.
     """
     height, width = image.shape[:2]
     multiple = encoder.size_multiple or encoder.stride
     if settings.image == "native":
-        mean = torch.tensor(settings.mean or encoder.mean).view(3, 1, 1)
-        # The mean colour is 0 once the encoder has normalised it: the reference pads after that.
-        padded = F.pad(to_tensor(image) - mean, (0, -width % multiple, 0, -height % multiple)) + mean
-        return padded, (1.0, 1.0)
+        sides = (0, -width % multiple, 0, -height % multiple)
+        # The reference pads with 0 after normalisation.
+        return pad_with(to_tensor(image), settings.mean or encoder.mean, sides), (1.0, 1.0)
     ratio = settings.input_size / max(height, width)
     rows, columns = (max(1, round(side * ratio / multiple)) * multiple for side in (height, width))
     return resize_image(image, rows, columns), (height / rows, width / columns)
 
 
 def to_pixels(found: Discovery, stride: int, scale: tuple[float, float], size: tuple[int, ...]) -> np.ndarray:
-    """Return the box of some cells in an image of `size` (height, width): (x1, y1, x2, y2), cut at its border."""
+    """Convert the box from cells to pixels of an image of `size` (height, width): (x1, y1, x2, y2), cut at its border."""
     top, left, bottom, right = (stride * cell for cell in found.cells)
     box = np.array([left, top, right, bottom]) * (scale[1], scale[0], scale[1], scale[0])
     return np.minimum(box, (size[1], size[0], size[1], size[0]))
@@ -117,7 +113,7 @@ def to_pixels(found: Discovery, stride: int, scale: tuple[float, float], size: t
 def outcome(
     dataset: BoxDataset, rows: dict[int, tuple[float, np.ndarray]], settings: Settings, context: Context
 ) -> Outcome:
-    """Gather the best IoU and the box of each image from all processes, and report the CorLoc."""
+    """Gather the best IoU and the box of each image from all processes, and return the CorLoc."""
     rows = {item: row for part in distributed.gather(rows) for item, row in part.items()}
     items = sorted(rows)
     if not items:
@@ -128,7 +124,7 @@ def outcome(
     return Outcome(
         metrics={"CorLoc": float(hits.mean()), "best_IoU": float(ious.mean())},
         per_class={},
-        ci95={},  # the runner makes them of the statistics
+        ci95={},  # the runner computes them from the statistics
         n_images=len(items),
         statistics={
             "image_id": np.array([dataset.ids[item] for item in items]),

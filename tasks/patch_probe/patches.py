@@ -14,7 +14,8 @@ from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.core.rng import item_rng
 from neco_bench.data.base import IGNORE, SegmentationDataset, Void
 from neco_bench.features.extract import FeatureExtractor
-from neco_bench.features.patches import BicubicResizeSquare, majority_label, patchify
+from neco_bench.features.patches import majority_label, patchify
+from neco_bench.features.transforms import ResizeSquare
 
 CHUNK = 262144  # rows searched, multiplied or standardised at once
 
@@ -84,7 +85,7 @@ def read_train(
     void: Void = "wins ties" if settings.void == "wins ties" else "loses ties"
     scaler = StandardScaler()
     stop = split = dropped = 0
-    transform = BicubicResizeSquare(size, resize_mask=True)
+    transform = ResizeSquare(size, "pil", bicubic=True)
     for batch in extractor.stream(train, transform, "train", items=items):
         features = batch.features.flatten(2).transpose(1, 2).cpu()
         for position, image, mask in zip(batch.positions, features, batch.masks, strict=True):
@@ -122,7 +123,7 @@ def read_val(
     encoder = extractor.encoder
     tokens = (size // encoder.stride) ** 2
     features, masks = torch.empty(len(val), tokens, encoder.embed_dim), list[np.ndarray]()
-    transform = BicubicResizeSquare(size, resize_mask=settings.score_at == "input")
+    transform = ResizeSquare(size, "pil" if settings.score_at == "input" else "native", bicubic=True)
     for batch in extractor.stream(val, transform, "val"):
         features[list(batch.positions)] = batch.features.flatten(2).transpose(1, 2).cpu()
         masks += batch.masks

@@ -36,7 +36,8 @@ from neco_bench.data.base import IGNORE, Sample, SegmentationDataset, Void
 from neco_bench.data.load import DATASETS
 from neco_bench.encoders import DenseFeatures, Encoder
 from neco_bench.features.extract import FeatureExtractor
-from neco_bench.features.patches import BicubicResizeSquare, majority_label, patchify, unpatchify
+from neco_bench.features.patches import majority_label, patchify, unpatchify
+from neco_bench.features.transforms import ResizeSquare
 from neco_bench.metrics.intervals import miou_interval
 from tests.tasks.test_shapes import Oracle, Painted
 from tests.typed import load_segmentation, present
@@ -150,12 +151,12 @@ def test_blocks_are_rows_of_cells_and_fit_together_again() -> None:
 def test_squash_is_bicubic_and_takes_the_mask_along_or_not() -> None:
     rng = np.random.default_rng(0)
     sample = Sample(rng.integers(0, 256, (30, 20, 3), np.uint8), rng.integers(0, 9, (30, 20), np.uint8), "")
-    image, mask = BicubicResizeSquare(12, True)(sample, rng)
+    image, mask = ResizeSquare(12, "pil", bicubic=True)(sample, rng)
     expected = np.asarray(Image.fromarray(sample.image).resize((12, 12), Image.Resampling.BICUBIC))
     np.testing.assert_array_equal((image * 255).round().byte().permute(1, 2, 0).numpy(), expected)
     expected = np.asarray(Image.fromarray(sample.mask).resize((12, 12), Image.Resampling.NEAREST))
     np.testing.assert_array_equal(mask, expected)
-    np.testing.assert_array_equal(BicubicResizeSquare(12, False)(sample, rng)[1], sample.mask)
+    np.testing.assert_array_equal(ResizeSquare(12, "native", bicubic=True)(sample, rng)[1], sample.mask)
 
 
 # Neighbours and logistic regression.
