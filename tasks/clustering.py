@@ -1,8 +1,8 @@
 """Clustering of patch features: standardise, PCA, k-means, with FAISS's subsampling, on rows stored in a file.
 
-FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K points, drawn with its fixed seeds. The
-reference (NeCo's evaluations) inherits this, and so do we. Of the features, only these points
-(for each seed that is being fitted) and one chunk of rows are in memory.
+FAISS trains PCA on at most 1000 * D points and k-means on at most 256 * K points, drawn with its fixed seeds, also in
+the reference (NeCo's evaluations). Only these points (for each seed that is being fitted) and one chunk of rows are in
+memory.
 """
 
 from __future__ import annotations
@@ -25,8 +25,6 @@ CPU = torch.device("cpu")
 
 PCA_POINTS = 1000  # per dimension, the default of faiss.PCAMatrix
 
-PCA_SEED = 1234  # of fvecs_maybe_subsample in FAISS
-
 KMEANS_POINTS = 256  # per centroid, the default of faiss.Kmeans
 
 
@@ -41,7 +39,7 @@ def check_enough(patches: int, setting: str, count: int) -> None:
 
 
 class PackedMasks:
-    """Masks (H, W) uint8 in memory as PNG, a twentieth of their pixels: appended, then read in the same order."""
+    """Masks (H, W) uint8 in memory, compressed to a twentieth as PNG; they are read in the order of appending."""
 
     def __init__(self) -> None:
         self._packed: list[np.ndarray] = []
@@ -55,10 +53,10 @@ class PackedMasks:
 
 
 def standardise_and_reduce(features: RowFile, dimensions: int) -> RowFile:
-    """Give each dimension mean 0 and population deviation 1, then project on the principal components: (N, d).
+    """Give each dimension mean 0 and population deviation 1, then project to the principal components: (N, d).
 
-    Constant dimensions become 0. PCA is FAISS's, as in the reference, on its own sub-sample; it centres and does not
-    whiten. There is none where D <= `dimensions`. Raises UsageError where there are fewer rows than components.
+    Constant dimensions become 0. PCA is FAISS's, as in the reference, on its own sub-sample; it centres but does not
+    whiten. It is omitted if D <= `dimensions`. Raises UsageError if there are fewer rows than components.
     """
     scaler = StandardScaler()
     for part in features.chunks():
@@ -74,7 +72,8 @@ def standardise_and_reduce(features: RowFile, dimensions: int) -> RowFile:
     if features.dimension > dimensions:
         check_enough(len(features), "components", dimensions)
         pca = faiss.PCAMatrix(features.dimension, dimensions)
-        pca.train(standardise(features.at(faiss_draw(len(features), PCA_POINTS * features.dimension, PCA_SEED))))
+        seed = 1234  # of fvecs_maybe_subsample in FAISS
+        pca.train(standardise(features.at(faiss_draw(len(features), PCA_POINTS * features.dimension, seed))))
     reduced = RowFile(min(features.dimension, dimensions))
     for part in map(standardise, features.chunks()):
         reduced.append(pca.apply(part) if pca else part)
@@ -82,7 +81,7 @@ def standardise_and_reduce(features: RowFile, dimensions: int) -> RowFile:
 
 
 class PickedRows:
-    """Some rows of a file to fit k-means on: those with the given ids (n,), which may repeat, in that order."""
+    """Rows of a file for fitting k-means, by their ids (n,), which may be repeated."""
 
     def __init__(self, rows: RowFile, ids: np.ndarray) -> None:
         self.rows, self.ids, self.dimension = rows, ids, rows.dimension
@@ -91,7 +90,7 @@ class PickedRows:
         return len(self.ids)
 
     def at(self, ids: np.ndarray) -> np.ndarray:
-        """Read those that stand at the given places (n,): (n, d)."""
+        """Return the rows (n, d) with indices (n,) into the ids."""
         return self.rows.at(self.ids[ids])
 
 
@@ -105,11 +104,11 @@ def kmeans(
     spherical: bool = False,
     device: torch.device = CPU,
 ) -> Iterator[faiss.Index]:
-    """Fit FAISS k-means (L2) with `redos` restarts: for each seed, in order, an index over the (K, d) centroids.
+    """Fit FAISS k-means (L2) with `redos` restarts: yield, for each seed in order, an index of the (K, d) centroids.
 
-    The index is used with `nearest`. spherical: centroids have unit length, and points (not normalised) are assigned by
-    the largest inner product. On a GPU supported by FAISS, seeds are fitted one after the other; otherwise in parallel,
-    each with a share of the cores. Raises UsageError if there are fewer points than clusters.
+    `nearest` searches the index. spherical: centroids have unit length, and points (not normalised) are assigned by the
+    largest inner product. On a GPU supported by FAISS, seeds are fitted one after another; otherwise in parallel, each
+    with a share of the cores. Raises UsageError if there are fewer points than clusters.
     """
     check_enough(len(features), "clusters", clusters)
     on_gpu = device.type == "cuda" and faiss_sees_gpu()
@@ -132,27 +131,33 @@ def kmeans(
         model.train(points)
         return model.index
 
-    if on_gpu:  # whose scratch memory serves one thread at a time
+    if on_gpu:  # only one thread at a time can use its scratch memory
         return map(fit, seeds)
-    # Each seed gets its own share of the cores: five fits of 21 clusters took 1.1 s of CPU time so, and 18 s one after
-    # the other with all of two cores.
+    # Each seed gets a share of the cores: five fits of 21 clusters took 1.1 s of CPU time, and 18 s if each used both
+    # cores.
     cores = faiss.omp_get_max_threads()
     threads = min(cores, len(seeds))
-    pool = ThreadPool(threads, faiss.omp_set_num_threads, (cores // threads,))  # sets that of the new thread
+    pool = ThreadPool(threads, faiss.omp_set_num_threads, (cores // threads,))  # sets the number of the new thread
     models = pool.imap(fit, seeds)
-    pool.close()  # an interruption does not wait for its threads
+    pool.close()  # an interruption does not wait for the threads
     return models
 
 
 def nearest(centroids: faiss.Index, rows: np.ndarray) -> np.ndarray:
-    """Find the nearest centroid of each row (n, d): (n,) int64 ids."""
+    """Return the id (n,) int64 of the nearest centroid of each row (n, d)."""
     return centroids.search(rows, 1)[1][:, 0]
 
 
 def assign(models: Sequence[faiss.Index], features: RowFile, size: int) -> Iterator[np.ndarray]:
-    """Yield, of each `size` rows in order, the ids of the nearest centroids by each of M models: (M, size) int64."""
+    """Yield the ids (M, size) int64 of the nearest centroids of M models, for groups of `size` rows in order."""
     step = max(1, CHUNK // size) * size
     for start in range(0, len(features), step):
         rows = features.read(start, start + step)
         ids = np.stack([nearest(model, rows) for model in models])
         yield from ids.reshape(len(models), -1, size).swapaxes(0, 1)
+
+
+def feature_map(features: RowFile, item: int, side: int) -> torch.Tensor:
+    """Read the features (D, side, side) of an image from a file with side * side rows per image."""
+    rows = features.read(item * side**2, (item + 1) * side**2)
+    return torch.from_numpy(rows).T.unflatten(1, (side, side))

@@ -39,8 +39,8 @@ def affinity(features: np.ndarray, tau: float) -> np.ndarray:
 def second_eigenvector(weights: np.ndarray) -> np.ndarray:
     """Solve (D - W) x = λ D x for the second smallest λ: x (N,) of a symmetric graph W (N, N), x' D x = 1.
 
-    x is D^-1/2 times the second largest eigenvector of D^-1/2 W D^-1/2. Lanczos iteration needs a seventh of the time of
-    the dense solver, which is used if the iteration does not converge, or if the second and third eigenvalues are
+    x is D^-1/2 times the second largest eigenvector of D^-1/2 W D^-1/2. Lanczos iteration takes a seventh of the time
+    of the dense solver, which is used if the iteration does not converge, or if the second and third eigenvalues are
     equal: then every combination of their eigenvectors is a solution, and the iteration would not be reproducible.
     """
     if len(weights) < 2:

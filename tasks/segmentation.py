@@ -1,4 +1,4 @@
-"""Shared by all segmentation families: the score of predicted class maps, image by image, and the Outcome."""
+"""Shared by all segmentation families: the score of predicted class maps, and the Outcome."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ class SegmentationScore:
         return [segmentation.ImageConfusions.joined(distributed.gather(counts), items) for counts in self._counts]
 
     def match(self, method: Callable[[np.ndarray], np.ndarray]) -> None:
-        """Assign a class to each predicted id, from the (C, K) counts of all images, separately for each prediction."""
+        """Assign a class to each predicted id by the (C, K) counts of all images, separately for each prediction."""
         self._mappings = [method(counts.total()) for counts in self.counts]
 
     def mean_ious(self) -> np.ndarray:
@@ -114,7 +114,7 @@ class SegmentationScore:
         metrics: Mapping[str, float] | None = None,
         statistics: Mapping[str, np.ndarray] | None = None,
     ) -> Outcome:
-        """Report the predictions at `select`: metrics are means over them.
+        """Return the outcome of the predictions at `select`; metrics are means over them.
 
         Args:
             used_size: side of the inputs in pixels.

@@ -24,7 +24,7 @@ from torch import Tensor
 from neco_bench.data.base import Pair
 from neco_bench.features.transforms import pad_with, resize_image, to_tensor
 
-# Of P points: predictions (P, 2), (x, y) in pixels of the original target image, and their errors (P,) there.
+# Predictions (P, 2), (x, y), of P points, and their errors (P,), in pixels of the original target image.
 Match = tuple[np.ndarray, np.ndarray]
 
 
@@ -48,10 +48,10 @@ class View:
 
 
 def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """Prepare (3, S', S') in [0, 1]: padded white to a square, bicubic to `size`, padded to the stride.
+    """Return an input (3, S', S') in [0, 1]: padded to a square, resized to `size` (bicubic), padded to the stride.
 
-    The first padding is right and bottom; the last one is zero after normalisation (the mean before it), the smaller
-    half at the low side.
+    The first padding is white, at the right and bottom. The second is the mean colour (0 after normalisation) on all
+    sides; if it is odd, it is smaller at the top and left.
     """
     longest = max(image.shape[:2])
     square = np.full((longest, longest, 3), 255, np.uint8)
@@ -65,13 +65,14 @@ def prepare_probe3d(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
 def integer_points(points: np.ndarray, longest: int, size: int) -> Tensor:
     """Scale integer pixels (P, 2) of an image whose longest side becomes `size`, truncated toward zero: (P, 2) float.
 
-    Multiplied first, then divided, in single precision: a factor size / longest would lose a pixel where it is exact.
+    Values are multiplied first, then divided, in single precision: a product with the rounded size / longest can be one
+    pixel too small.
     """
     return (torch.from_numpy(points).long() * size / longest).long().float()
 
 
 def match_probe3d(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
-    """Match by probe3d's integer points and corner read-out."""
+    """Match integer points, and read features and predictions at the corners of cells, as probe3d does."""
 
     def scaled(points: np.ndarray, view: View) -> Tensor:
         return integer_points(points, view.longest, size) / size
@@ -85,14 +86,14 @@ def match_probe3d(pairs: Sequence[Pair], sources: Sequence[View], target: View, 
 
 
 def _at(views: Sequence[View], grids: Sequence[Tensor], *, align_corners: bool) -> Tensor:
-    """(P, D) features of views at points of each, see `sampled`."""
+    """Return the features (P, D) of views at points of each view, see `sampled`."""
     return torch.cat(
         [sampled(view.map, grid, align_corners=align_corners) for view, grid in zip(views, grids, strict=True)]
     )
 
 
 def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """Prepare (3, S, S) in [0, 1]: longer side to `size`, aspect unchanged, padded right and bottom with the mean."""
+    """Return an input (3, S, S) in [0, 1]: longer side `size` (bicubic), padded right and bottom with the mean colour."""
     height, width = image.shape[:2]
     scale = size / max(height, width)
     rows, columns = max(1, round(height * scale)), max(1, round(width * scale))
@@ -102,7 +103,7 @@ def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[fl
 
 
 def match_centres(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
-    """Match by exact points: pixel i spans [i, i + 1), a cell predicts its centre."""
+    """Match exact points: pixel i covers [i, i + 1), and the prediction is the centre of a cell."""
     grids = [
         torch.from_numpy((pair.source_points + 0.5) / view.longest * 2 - 1).float()
         for pair, view in zip(pairs, sources, strict=True)
@@ -120,7 +121,7 @@ def _ends(pairs: Sequence[Pair]) -> np.ndarray:
 
 
 def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """Prepare (3, S, S) in [0, 1]: longer side to `size` (Lanczos), aspect unchanged, centred on black."""
+    """Return an input (3, S, S) in [0, 1]: longer side `size` (Lanczos), centred on black."""
     height, width = image.shape[:2]
     new_width, new_height = (_resized(side, max(height, width), size) for side in (width, height))
     canvas = np.zeros((size, size, 3), np.uint8)
@@ -133,7 +134,7 @@ def prepare_padded_centre(image: np.ndarray, size: int, stride: int, mean: Seque
 def match_padded_centre(
     pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int, settings: Settings
 ) -> Match:
-    """Match from the source cell that has the point, in single precision, as sd-dino does."""
+    """Match the source cell that contains the point, in single precision, as sd-dino does."""
 
     def border(view: View) -> np.ndarray:
         return np.array(
@@ -159,17 +160,17 @@ def match_padded_centre(
 
 
 def _resized(side: int, longest: int, size: int) -> int:
-    """Pixels of a side of an image whose longest side becomes `size`; halves to even."""
+    """Return the pixels of a side of an image whose longest side becomes `size`; halves are rounded to even."""
     return max(1, round(size * side / longest))
 
 
 def prepare_squash(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """Prepare (3, S, S) in [0, 1]: both sides to `size` (bicubic), aspect changed."""
+    """Return an input (3, S, S) in [0, 1]: both sides `size` (bicubic), aspect ratio not kept."""
     return resize_image(image, size, size, Image.Resampling.BICUBIC)
 
 
 def match_squash(pairs: Sequence[Pair], sources: Sequence[View], target: View, size: int, stride: int) -> Match:
-    """Match integer points to the nearest of all pixels of the target; pair by pair, as all pixels take much memory."""
+    """Match integer points to the nearest of all pixels of the target; pair by pair, to limit memory."""
     pixels = []
     for pair, source in zip(pairs, sources, strict=True):
         limits = (source.width - 1, source.height - 1)

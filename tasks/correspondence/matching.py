@@ -1,4 +1,4 @@
-"""Semantic correspondence: match keypoints between feature maps, score them by PCK. Pure functions.
+"""Match keypoints between feature maps. Pure functions.
 
 Points are (P, 2) float (x, y), x right, y down. Maps are (D, h, w).
 """
@@ -16,7 +16,7 @@ from neco_bench.data.base import Pair
 
 
 def sampled(features: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
-    """Sample a map (D, h, w) bilinearly at points: (P, D); grid: (P, 2) in [-1, 1], with `align_corners`."""
+    """Sample a map (D, h, w) bilinearly at points of a grid (P, 2) in [-1, 1], see `F.grid_sample`: (P, D)."""
     return F.grid_sample(
         features[None],
         grid.to(features)[None, None],
@@ -27,15 +27,14 @@ def sampled(features: Tensor, grid: Tensor, *, align_corners: bool) -> Tensor:
 
 
 def cell_similarity(points: Tensor, target: Tensor) -> Tensor:
-    """Compute inner products (P, h, w) of features (P, D) with those of every cell of the target."""
+    """Compute the inner products (P, h, w) of features (P, D) with every cell of the target (D, h, w)."""
     return (points @ target.flatten(1)).unflatten(1, target.shape[1:])
 
 
 def nearest_cells(points: Tensor, target: Tensor, valid: Tensor | None = None) -> Tensor:
-    """Find the cell of the target that is most similar to each of the features (P, D): (P, 2) int64 (column, row).
+    """Find the cell of the target with the largest inner product with each of the features (P, D): see `peak_cells`.
 
-    Similarity is the inner product, the cosine where features have unit length. valid: (h, w) bool, the cells that may
-    be chosen. Ties go to the first cell in row-major order.
+    valid: (h, w) bool, the cells that may be selected.
     """
     similarity = cell_similarity(points, target)
     if valid is not None:
@@ -44,7 +43,7 @@ def nearest_cells(points: Tensor, target: Tensor, valid: Tensor | None = None) -
 
 
 def peak_cells(similarity: Tensor) -> Tensor:
-    """Find the largest of each (h, w): (P, 2) int64 (column, row); ties go to the first cell in row-major order."""
+    """Find the largest of each (h, w): (P, 2) int64 (column, row), the first in row-major order in a tie."""
     best, width = similarity.flatten(1).argmax(1), similarity.shape[2]
     return torch.stack([best % width, best // width], dim=1)
 
@@ -52,8 +51,8 @@ def peak_cells(similarity: Tensor) -> Tensor:
 def window_softargmax(similarity: Tensor, half_window: int, temperature: float) -> Tensor:
     """Compute the mean cell under the softmax of similarity (P, h, w) / temperature: (P, 2) float (column, row).
 
-    The window around each peak has (2 half_window + 1)^2 cells, fewer at the border. Outside it similarities are 0 and
-    not -inf, so every cell of the map keeps some weight: a quirk of GeoAware-SC (Zhang et al., CVPR 2024).
+    The window around each peak has (2 half_window + 1)² cells, fewer at the border. Outside of it, similarities are 0
+    instead of -inf, so every cell of the map has some weight: a quirk of GeoAware-SC (Zhang et al., CVPR 2024).
     """
     peaks = peak_cells(similarity)
     rows, columns = (torch.arange(side, device=similarity.device) for side in similarity.shape[1:])
@@ -74,10 +73,10 @@ def nearest_pixels(
 ) -> Tensor:
     """Find the target pixel most similar (cosine) to the source feature at each of `points`: (P, 2) int64 (x, y).
 
-    Sizes are (height, width) in pixels, to which the maps are upsampled bilinearly (corners not aligned); points:
-    (P, 2) int64 (x, y); norms: `pixel_norms` of the target, where they are known. The upsampled maps are never made: an
-    inner product with a mixture of four cells is the mixture of four inner products. In double precision; of pixels
-    equal to 1e-12 (those along the border often are) the first in row-major order is taken, on every machine the same.
+    Maps are upsampled bilinearly (align_corners off) to sizes (height, width) in pixels, but upsampled maps are never
+    stored: an inner product with a mean of four cells is the mean of four inner products. points: (P, 2) int64 (x, y).
+    norms: `pixel_norms` of the target, if known. Computed in double precision; if pixels differ by less than 1e-12, as
+    often at the border, the first in row-major order is returned, so that results do not depend on the machine.
     """
     norms = pixel_norms(target, target_size) if norms is None else norms
     source, target = _double(source), _double(target)
@@ -92,13 +91,13 @@ def nearest_pixels(
 
 
 def pixel_norms(features: Tensor, size: tuple[int, int]) -> Tensor:
-    """Compute the length of each pixel's feature, of (D, h, w) upsampled bilinearly to `size`: (H, W) float64."""
+    """Compute the length (H, W) float64 of each pixel's feature after bilinear upsampling of (D, h, w) to `size`."""
     features = _double(features)
     height, width = features.shape[1:]
     rows, columns = _mixture(features.shape[1:], size, features.device)
     padded = F.pad(features, (1, 1, 0, 1))
     squared = rows.new_zeros(size)
-    # A pixel mixes neighbours: the products of a cell with itself, and with its neighbours in four directions.
+    # A pixel is a mean of neighbouring cells: products of a cell with itself, and with neighbours in four directions.
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1)):
         product = (features * padded[:, down : down + height, 1 + right : 1 + right + width]).sum(0)
         by_rows = rows * _shifted(rows, down)
@@ -108,18 +107,18 @@ def pixel_norms(features: Tensor, size: tuple[int, int]) -> Tensor:
 
 
 def _double(features: Tensor) -> Tensor:
-    """In double precision, on the CPU where the device has none."""
+    """Convert to double precision, on the CPU if the device does not support it."""
     return (features.cpu() if features.device.type == "mps" else features).double()
 
 
 def _shifted(shares: Tensor, by: int) -> Tensor:
-    """The share of the cell that lies `by` after each one (0 beyond the end), (n, cells)."""
-    return shares if by == 0 else F.pad(shares, (0, 1))[:, 1:] if by > 0 else F.pad(shares, (1, 0))[:, :-1]
+    """Shift the columns of shares (n, cells) to the left by -1, 0 or 1, and fill with 0."""
+    return F.pad(shares, (max(0, -by), max(0, by)))[:, max(0, by) :][:, : shares.shape[1]]
 
 
 def _mixture(cells: Sequence[int], size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:
-    """The shares (H, h) and (W, w) of rows and columns of cells that a pixel mixes when a map of (h, w) `cells` is
-    upsampled bilinearly to (H, W): of at most two each."""
+    """Return the weights (H, h) of rows and (W, w) of columns of cells in each pixel, when a map of (h, w) `cells` is
+    upsampled bilinearly to (H, W)."""
     ends = []
     for count, pixels in zip(cells, size, strict=True):
         position = ((torch.arange(pixels, dtype=torch.float64) + 0.5) * (count / pixels) - 0.5).clamp(0, count - 1)
@@ -128,9 +127,9 @@ def _mixture(cells: Sequence[int], size: tuple[int, int], device: torch.device) 
 
 
 def draw_pairs(pairs: Sequence[Pair], attribute: str, level: int | None, count: int, seed: int) -> list[Pair]:
-    """Draw up to `count` pairs of one attribute level (None: any), shuffled by Python's generator of this seed.
+    """Draw up to `count` pairs with a level of an attribute (None: any), by Python's generator, as probe3d does.
 
-    probe3d's draw; it shuffles in directory order, which differs between machines, and we in order of file names.
+    probe3d shuffles pairs in the order of the directory, which differs between machines; here they are sorted by id.
     """
     drawn = sorted((p for p in pairs if level is None or p.attributes[attribute] == level), key=lambda p: p.id)
     random.Random(seed).shuffle(drawn)  # noqa: S311 - a seeded draw, no secret

@@ -1,4 +1,4 @@
-"""The PCK of matched pairs: averages over points, pairs and categories, and the Outcome from them."""
+"""The PCK of matched pairs: averages over points, pairs and categories, and the Outcome."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import Pair, PairDataset
 from neco_bench.metrics.pck import box_side, pck_averages, pck_hits
 
-# Named groups of pairs; "" is that of the primary metric.
+# Groups of pairs by name; the primary metric is that of the group "".
 Groups = Mapping[str, Sequence[Pair]]
 
-# The averages reported beside the primary one; none where pairs are drawn, as in the reference.
+# Averages that are reported in addition to the primary one; none if pairs are drawn, as in the reference.
 BESIDE = {
     "points": ("class_mean", "pairs"),
     "pairs": ("points", "class_mean"),
@@ -55,10 +55,10 @@ class PairScore:
         self.context.record(pair.id, points=points, errors=errors, side=side)
 
     def outcome(self, groups: Sequence[Groups], *, used_size: int) -> Outcome:
-        """Report the PCK of each named group of pairs.
+        """Return the outcome: the PCK of each group of pairs.
 
         Args:
-            groups: of each category.
+            groups: the groups of each category.
             used_size: side of the inputs in pixels.
         """
         for hits, totals in distributed.gather((self._hits, self._totals)):
@@ -87,7 +87,7 @@ class PairScore:
         return Outcome(
             metrics=metrics,
             per_class=per_class,
-            ci95={},  # the runner makes them of the statistics
+            ci95={},  # the runner computes them from the statistics
             n_images=len(statistics["totals"]),
             statistics=statistics,
             features={
@@ -103,7 +103,7 @@ class PairScore:
         return sorted({pair.category for pair in self.dataset.pairs})
 
     def _arrays(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-        """Of each pair its hits at each threshold, its points, the number of its category, and of its two images."""
+        """Return arrays over pairs: hits at each threshold, number of points, indices of the category and the images."""
         numbers = {name: i for i, name in enumerate(self.dataset.image_ids)}
         categories = {name: i for i, name in enumerate(self._categories)}
         return {
@@ -114,14 +114,14 @@ class PairScore:
         }
 
     def _averages(self, key: str, hits: np.ndarray, totals: np.ndarray, category: np.ndarray) -> dict[str, float]:
-        """The primary average under `key`, and those beside it."""
+        """Return the primary average as `key`, and the additional ones."""
         average = self.settings.average_used
         beside = BESIDE[average] if self.settings.pairs_per_bin is None else ()
         values = pck_averages(hits, totals, category)
         return {key: values[average], **{f"{key}_{SUFFIX[other]}": values[other] for other in beside}}
 
     def _by_category(self, hits: np.ndarray, totals: np.ndarray, category: np.ndarray) -> dict[str, float | None]:
-        """The PCK of each category, None where it has no pair."""
+        """Return the PCK of each category, None for a category without pairs."""
         rates: dict[str, float | None] = dict.fromkeys(self._categories)
         for number in np.unique(category):
             own = category == number

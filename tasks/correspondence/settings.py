@@ -15,13 +15,14 @@ Average = Literal["points", "pairs", "class_mean"]
 class Settings(BaseSettings):
     """Constants of a protocol and a card; sizes in pixels.
 
-    geometry: "probe3d" (white padding right and bottom, integer keypoints, corner read-out, zero padding to the
-    stride), "centres" (exact points, cell centres, padded cells never chosen), "padded_centre" (centred on black, the
-    source cell that contains the point) or "squash" (aspect changed, features upsampled to the original pixels).
-    readout: "nearest" cell or pixel; for "padded_centre" also "window_softargmax" with half_window cells and
-    temperature. centre_shift: added there to the cell centre that is the prediction. alphas: thresholds as shares of
-    the longest side of the target box. average: of the primary metric, see `pck_averages`; None is "class_mean" where
-    pairs are drawn, else "points". pairs_per_bin: None takes every pair.
+    geometry: "probe3d" (white padding right and bottom, integer keypoints, features at corners of cells, zero padding
+    to the stride), "centres" (exact points, predictions are centres of cells without padding), "padded_centre" (centred
+    on black, the source cell that contains the point) or "squash" (aspect ratio not kept, features upsampled to the
+    original pixels). readout: "nearest" cell or pixel; for "padded_centre" also "window_softargmax", with half_window
+    in cells and temperature. centre_shift: added to the predictions of "padded_centre". alphas: thresholds as shares of
+    the longest side of the target box. average: of the primary metric, see `pck_averages`; None: "class_mean" if pairs
+    are drawn, else "points". pairs_per_bin: number of pairs to draw with draw_seed; None: all pairs. strict: errors
+    must be smaller than the threshold.
     """
 
     geometry: Literal["probe3d", "centres", "padded_centre", "squash"]
@@ -47,7 +48,7 @@ class Settings(BaseSettings):
     @classmethod
     def _name_scores(cls, alphas: tuple[float, ...]) -> tuple[float, ...]:
         if any(round(alpha, 2) != alpha for alpha in alphas) or len(set(alphas)) < len(alphas) or 0.1 not in alphas:
-            raise ValueError("PCK@0.10 is the score: hundredths, each once, and 0.1 among them")
+            raise ValueError("give different multiples of 0.01, including 0.1, because PCK@0.10 is the score")
         return alphas
 
     @property

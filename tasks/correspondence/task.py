@@ -1,10 +1,10 @@
 """Semantic correspondence: match keypoints of one image to another by the nearest patch feature, scored by PCK.
 
-`pck-1` is the plain measurement: every pair, geometry without offsets. The others reproduce references: `probe3d-1` the
-SPair-71k evaluation of probe3d (El Banani et al., *Probing the 3D Awareness of Visual Foundation Models*, CVPR 2024),
-which NeCo cites; `sd-dino-1` that of *A Tale of Two Features* (Zhang et al., NeurIPS 2023); `geoaware-1` the zero-shot
-one of *Telling Left from Right* (Zhang et al., CVPR 2024); `dift-1` that of *Emergent Correspondence from Image
-Diffusion* (Tang et al., NeurIPS 2023). README.md lists their constants and quirks.
+`pck-1` uses all pairs and geometry without offsets. The other protocols reproduce references: `probe3d-1`, the SPair-71k
+evaluation of probe3d (El Banani et al., *Probing the 3D Awareness of Visual Foundation Models*, CVPR 2024), which NeCo
+cites; `sd-dino-1`, *A Tale of Two Features* (Zhang et al., NeurIPS 2023); `geoaware-1`, the zero-shot evaluation of
+*Telling Left from Right* (Zhang et al., CVPR 2024); `dift-1`, *Emergent Correspondence from Image Diffusion* (Tang et
+al., NeurIPS 2023). README.md lists their constants and quirks.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from neco_bench.features.patches import rescaled, unit_length
 
 
 def cost(settings: Settings, data: dict[str, PairDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: every image once, about eight points a pair against every cell."""
+    """Estimate a run: every image once; about eight points per pair are compared with every cell."""
     dataset = data["test"]
     size = settings.input_size_for(stride)
     cells, categories = (size // stride) ** 2, len({pair.category for pair in dataset.pairs})
@@ -38,14 +38,14 @@ def cost(settings: Settings, data: dict[str, PairDataset], stride: int, dimensio
         images=len(dataset.image_ids),
         size=size,
         width=dimension,
-        operations=2.0 * len(dataset) * (8 + 2 * 4) * cells * dimension,  # and both maps are normalised
+        operations=2.0 * len(dataset) * (8 + 2 * 4) * cells * dimension,  # including normalisation of both maps
         memory=4.0 * len(dataset.image_ids) / categories * cells * dimension,
         unstored=len(dataset.image_ids),
     )
 
 
 def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, context: Context) -> Outcome:
-    """Measure the PCK on data["test"], by category: features are computed once per image of each category."""
+    """Measure the PCK on data["test"]; each image of a category is encoded once."""
     dataset = data["test"]
     groups = groups_by_category(dataset, settings)
     as_is = settings.geometry == "probe3d" and settings.tokens_per_side is None
@@ -55,7 +55,7 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
     if settings.geometry == "padded_centre":
         match = partial(match_padded_centre, settings=settings)
 
-    # "squash" mixes features of their own lengths before it compares directions.
+    # "squash" interpolates features before it normalises them.
     normalise = partial(rescaled, dim=None) if settings.geometry == "squash" else partial(unit_length, dim=0)
     norm, mean, std = settings.final_norm, settings.mean, settings.std
     extractor = FeatureExtractor(encoder, context, final_norm=norm, mean=mean, std=std)

@@ -1,4 +1,4 @@
-"""How a view becomes an input, and which points of its surface are matched."""
+"""Preparation of views as inputs, and the points of the surface to match."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from neco_bench.features.transforms import pad_with, resize_nearest_torch, to_te
 class Prepared:
     """A view as an input with the points to match.
 
-    image: (3, S, S) in [0, 1]. points: (N, 3) float64 in the camera's frame, metres. places: (N, 2) float64, where the
-    points lie in the crop, (x, y) as shares of its side. cells: (N,) numbers of the grid's cells, row by row. focal: in
-    pixels of the crop, of side `side`.
+    image: (3, S, S) in [0, 1]. points: (N, 3) float64 in the camera's frame, in metres. places: (N, 2) float64,
+    positions of the points in the crop, (x, y) as shares of its side. cells: (N,) row-major indices of grid cells.
+    focal: focal length in pixels of the crop. side: side of the crop in pixels.
     """
 
     image: Tensor
@@ -35,7 +35,7 @@ class Prepared:
 
 
 def surface_points(depth: np.ndarray, focal: float) -> np.ndarray:
-    """(H, W, 3) points in the camera's frame of depth (H, W), the principal point in the middle."""
+    """Return the points (H, W, 3) of depth (H, W) in the camera's frame, with the principal point at the centre."""
     height, width = depth.shape
     x = (np.arange(width) + 0.5 - width / 2) / focal
     y = (np.arange(height) + 0.5 - height / 2) / focal
@@ -45,9 +45,9 @@ def surface_points(depth: np.ndarray, focal: float) -> np.ndarray:
 def prepare_probe3d(name: str, view: DepthView, size: int, stride: int, mean: Sequence[float], grid: int) -> Prepared:
     """Prepare a view as probe3d does.
 
-    The shorter side becomes `size` (nearest), the middle square is cut out, from it the square about the object (at the
-    border of the image less than a square), which is resized to `size` again (nearest, aspect changed). The input is
-    padded with the mean to the stride, half on each side; positions are not moved by that.
+    The shorter side is resized to `size` (nearest), and the central square is cropped. From it, the square around the
+    object (less than a square at the border of the image) is cropped and resized to `size` (nearest, aspect ratio not
+    kept). The input is padded with the mean to the stride, half on each side, but positions are not shifted by this.
     """
     import cv2  # takes 0.1 s
 
@@ -65,8 +65,8 @@ def prepare_probe3d(name: str, view: DepthView, size: int, stride: int, mean: Se
         for part in (image, points)
     )
     focal = view.camera.focal * scale * size / min(rows.stop - rows.start, columns.stop - columns.start)
-    chosen = resize_nearest_torch(np.arange(size)[None], 1, grid)[0]
-    points = points[chosen][:, chosen].reshape(-1, 3)
+    selected = resize_nearest_torch(np.arange(size)[None], 1, grid)[0]
+    points = points[selected][:, selected].reshape(-1, 3)
     cells = np.flatnonzero(points[:, 2] > 0)
     places = np.stack([cells % grid + 0.5, cells // grid + 0.5], axis=1) / grid
     extra = -size % stride
@@ -76,10 +76,10 @@ def prepare_probe3d(name: str, view: DepthView, size: int, stride: int, mean: Se
 
 
 def probe3d_box(name: str, depth: np.ndarray) -> tuple[slice, slice]:
-    """Rows and columns of the square about the object, where depth (S, S) is not 0, as far as they are in the image.
+    """Return rows and columns, within the image, of the square around the object, where depth (S, S) is not 0.
 
-    The last row and column of the object count as beyond it. Where the square about its middle leaves the image, it
-    begins as many pixels before the object as that is narrower than the square, and no less than 0.
+    The last row and column of the object are excluded. If the square around its centre exceeds the image, the square
+    instead ends with the object, but starts at 0 or later.
     """
     rows, columns = np.nonzero(depth > 0)
     if not len(rows):
@@ -97,9 +97,9 @@ def probe3d_box(name: str, depth: np.ndarray) -> tuple[slice, slice]:
 
 
 def prepare_exact(name: str, view: DepthView, size: int, stride: int, mean: Sequence[float], grid: int) -> Prepared:
-    """Prepare a view by one bicubic crop: the square about the middle of the object, the mean beyond the image.
+    """Prepare a view by one bicubic crop of the square around the object; the mean colour fills it outside the image.
 
-    Points lie at the centres of pixels: of each cell of the grid, the pixel in which its middle lies.
+    Points are at the centres of pixels: for each cell of the grid, the pixel that contains its centre.
     """
     rows, columns = np.nonzero(view.depth > 0)
     if not len(rows):
@@ -108,7 +108,7 @@ def prepare_exact(name: str, view: DepthView, size: int, stride: int, mean: Sequ
     top, bottom, left, right = rows.min(), rows.max() + 1, columns.min(), columns.max() + 1
     side = max(bottom - top, right - left)
     top, left = (top + bottom - side) / 2, (left + right - side) / 2
-    border = side  # enough on each side, whatever leaves the image
+    border = side  # the square never exceeds the image by more
     canvas = np.empty((height + 2 * border, width + 2 * border, 3), np.uint8)
     canvas[:] = np.rint(255 * np.array(mean))
     canvas[border : border + height, border : border + width] = view.image
@@ -128,9 +128,9 @@ def prepare_exact(name: str, view: DepthView, size: int, stride: int, mean: Sequ
 
 
 def features_at(features: Tensor, prepared: Prepared, grid: int, geometry: str) -> Tensor:
-    """The features (N, D) of the points of a view, of any length, from a map (D, h, w).
+    """Return the features (N, D), not normalised, of the points of a view from a map (D, h, w).
 
-    "probe3d" upsamples the map, padding included, to the grid (bicubic); "exact" samples it bilinearly.
+    "probe3d" upsamples the map, including padding, to the grid (bicubic); "exact" samples it bilinearly.
     """
     if geometry == "probe3d":
         large = F.interpolate(features[None], (grid, grid), mode="bicubic", align_corners=False)[0]

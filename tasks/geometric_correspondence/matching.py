@@ -1,4 +1,4 @@
-"""Match points of two views by their features, and measure how far apart they are in space. Pure functions."""
+"""Match points of two views by their features, and transform points between cameras. Pure functions."""
 
 from __future__ import annotations
 
@@ -11,36 +11,32 @@ from torch import Tensor
 from neco_bench.data.views import Camera
 from neco_bench.features.patches import unit_length
 
-CHUNK = 2048  # points compared at a time
-
-
-SMALLEST = 1e-9  # distance, so that a ratio is defined
-
+CHUNK = 2048  # number of points that are compared at a time
 
 PIXELS = 512  # side of the crop in which errors in pixels are given
 
 
 @dataclass(frozen=True)
 class Matches:
-    """Numbers (M,) of the points of the first and the second view, those that stand out most first."""
+    """Indices (M,) of matched points in the first and in the second view, the most distinctive first."""
 
     source: np.ndarray
     target: np.ndarray
 
 
 def match_points(source: Tensor, target: Tensor, count: int) -> Matches:
-    """Match each of the features (N, D) to the most similar (cosine) of (K, D), and keep the `count` that stand out.
+    """Match each of the features (N, D) to the most similar (cosine) of (K, D); return the `count` most distinctive.
 
-    How much one stands out is 1 less the ratio of the distances (1 - cosine) to the nearest and the second nearest
-    (Lowe, IJCV 2004). Of equal ones the first is taken. With a single target all stand out equally.
+    The distinctiveness is 1 minus the ratio of the distances (1 - cosine) to the nearest and the second nearest (Lowe,
+    IJCV 2004); the first match is preferred in a tie. With a single target, all are equally distinctive.
     """
     source, target = unit_length(source, 1), unit_length(target, 1)
     best, weight = [], []
     for part in source.split(CHUNK):
         cosines = part @ target.T
-        nearest = cosines.max(1)  # and again without it: topk(2) takes three times as long
+        nearest = cosines.max(1)  # two maxima, because topk(2) takes three times as long
         second = cosines.scatter_(1, nearest.indices[:, None], -1.0).amax(1) if len(target) > 1 else nearest.values
-        near, far = ((1 - values).clamp(min=SMALLEST) for values in (nearest.values, second))
+        near, far = ((1 - values).clamp(min=1e-9) for values in (nearest.values, second))
         best.append(nearest.indices)
         weight.append(1 - near / far)
     order = torch.sort(torch.cat(weight), descending=True, stable=True).indices[:count]
@@ -48,11 +44,11 @@ def match_points(source: Tensor, target: Tensor, count: int) -> Matches:
 
 
 def moved(points: np.ndarray, source: Camera, target: Camera) -> np.ndarray:
-    """Points (N, 3) in the frame of one camera, in that of another."""
+    """Transform points (N, 3) from the frame of one camera to that of another."""
     rotation = target.rotation @ source.rotation.T
     return points @ rotation.T + target.translation - rotation @ source.translation
 
 
 def projected(points: np.ndarray, focal: float) -> np.ndarray:
-    """(N, 2) places (x, y) of points (N, 3) in an image, in pixels from the principal point."""
+    """Project points (N, 3) to an image: (N, 2) positions (x, y) in pixels from the principal point."""
     return focal * points[:, :2] / points[:, 2:]

@@ -1,4 +1,4 @@
-"""Recall of matched points: the share within a distance of the true place, by pairs, objects and bins of rotation."""
+"""Recall of matched points, the share within a distance of the true position: by pair, object and bin of rotation."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ from neco_bench.data.views import ViewDataset, ViewPair
 
 
 def threshold_names(settings: Settings) -> list[str]:
-    """Names of the metrics of each threshold, those in metres first: "recall@2cm", "recall@25px"."""
+    """Return the names of the metrics at each threshold, those in metres first: "recall@2cm", "recall@25px"."""
     centimetres = [f"recall@{100 * value:g}cm" for value in settings.distances]
     return centimetres + [f"recall@{value:g}px" for value in settings.pixels]
 
 
 def bin_names(settings: Settings) -> list[str]:
-    """Names of the bins of rotation, "0-30"."""
+    """Return the names of the bins of rotation, such as "0-30"."""
     return [f"{low:g}-{high:g}" for low, high in itertools.pairwise(settings.bins)]
 
 
 class MatchScore:
-    """Hits of the matches of each pair, at each threshold. Several processes share the objects out."""
+    """Hits of the matches of each pair at each threshold; several processes divide the objects."""
 
     def __init__(self, dataset: ViewDataset, settings: Settings, context: Context) -> None:
         self.dataset, self.settings, self.context = dataset, settings, context
@@ -38,12 +38,12 @@ class MatchScore:
         self._hits[pair.id] = np.array([int((values < limit).sum()) for values, limit in limits]), len(errors)
 
     def outcome(self, *, used_size: int) -> Outcome:
-        """Report recall over all pairs, by object, and by bin of rotation; intervals are over objects.
+        """Return the outcome: recall over all pairs, by object, and by bin of rotation; intervals are over objects.
 
-        Raises NumericalError where no pair has a match.
+        Raises NumericalError if no pair has a match.
         """
-        for found in distributed.gather(self._hits):
-            self._hits |= found
+        for hits_of_process in distributed.gather(self._hits):
+            self._hits |= hits_of_process
         pairs, settings = self.dataset.pairs, self.settings
         hits = np.stack([self._hits[pair.id][0] for pair in pairs]).astype(np.float64)
         matches = np.array([self._hits[pair.id][1] for pair in pairs])

@@ -1,8 +1,8 @@
 """Geometric correspondence: surface points of an object are matched to another view of it by patch features.
 
-Matches are scored by their distance in space, known from depth and pose. `probe3d-1` reproduces the evaluation on NAVI
-of probe3d (El Banani et al., *Probing the 3D Awareness of Visual Foundation Models*, CVPR 2024) on a list of pairs of
-our own; `clean-1` is the same measurement without its quirks. README.md lists constants and quirks.
+Matches are scored by their distance in space, known from depth and pose. `probe3d-1` reproduces probe3d's evaluation on
+NAVI (El Banani et al., *Probing the 3D Awareness of Visual Foundation Models*, CVPR 2024) with another list of pairs;
+`clean-1` is the same measurement without its quirks. README.md lists constants and quirks.
 """
 
 from __future__ import annotations
@@ -25,11 +25,9 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.loader import loading_threads
 
-DRAWN = 30  # matches of a pair that `show` draws
-
 
 def cost(settings: Settings, data: dict[str, ViewDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: every view once; a third of the grid's points of each pair against as many."""
+    """Estimate a run: every view once; a third of the grid's points is compared with as many for each pair."""
     dataset = data["test"]
     size = settings.input_size_for(stride)
     points = settings.grid**2 / 3
@@ -45,7 +43,7 @@ def cost(settings: Settings, data: dict[str, ViewDataset], stride: int, dimensio
 
 
 def run(encoder: Encoder, data: dict[str, ViewDataset], settings: Settings, context: Context) -> Outcome:
-    """Measure recall on data["test"], object by object: each view is encoded once."""
+    """Measure the recall on data["test"], object by object; each view is encoded once."""
     dataset = data["test"]
     by_object: dict[str, list[ViewPair]] = defaultdict(list)
     for pair in dataset.pairs:
@@ -81,7 +79,7 @@ def encode_views(
         return prepare(view_id, dataset.read_view(view_id), size, multiple, mean, settings.grid)
 
     extractor = FeatureExtractor(encoder, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std)
-    found: dict[str, tuple[Prepared, Tensor]] = {}
+    views: dict[str, tuple[Prepared, Tensor]] = {}
     with loading_threads() as pool:
         for start in range(0, len(view_ids), context.batch_size):
             chunk = view_ids[start : start + context.batch_size]
@@ -91,8 +89,8 @@ def encode_views(
                 images = torch.stack([view.image for view in prepared])
                 maps = extractor.encode(images)
                 for name, view, features in zip(chunk, prepared, maps, strict=True):
-                    found[name] = view, features_at(features, view, settings.grid, settings.geometry)
-    return found
+                    views[name] = view, features_at(features, view, settings.grid, settings.geometry)
+    return views
 
 
 def score_pair(
@@ -102,25 +100,24 @@ def score_pair(
     settings: Settings,
     score: MatchScore,
 ) -> None:
-    """Match the points of one view to those of another, and count those that are near their true place."""
+    """Match the points of one view to those of another, and add their errors to the score."""
     (first, first_features), (second, second_features) = source, target
     matches = match_points(first_features, second_features, settings.matches)
     true = moved(first.points[matches.source], first.camera, second.camera)
-    found = second.points[matches.target]
-    errors = np.linalg.norm(true - found, axis=1)
-    ends, places = (projected(points, second.focal) for points in (true, found))
+    matched = second.points[matches.target]
+    errors = np.linalg.norm(true - matched, axis=1)
+    ends, places = (projected(points, second.focal) for points in (true, matched))
     score.add(pair, errors, np.linalg.norm(ends - places, axis=1) * PIXELS / second.side)
 
     def drawn() -> dict[str, np.ndarray]:
-        """Some of the matches, in pixels of the two crops: where they start, were found, and should be."""
-        chosen = np.unique(np.linspace(0, len(errors) - 1, min(DRAWN, len(errors))).astype(int))
-        starts = first.places[matches.source[chosen]] * first.side
-        at = second.places[matches.target[chosen]] * second.side
+        """Return up to 30 matches, in pixels of the two crops: points, matched points and true positions."""
+        some = np.unique(np.linspace(0, len(errors) - 1, min(30, len(errors))).astype(int))
+        at = second.places[matches.target[some]] * second.side
         return {
-            "starts": starts,
+            "starts": first.places[matches.source[some]] * first.side,
             "found": at,
-            "ends": at + (ends - places)[chosen],
-            "right": errors[chosen] < settings.bin_distance,
+            "ends": at + (ends - places)[some],
+            "right": errors[some] < settings.bin_distance,
         }
 
     images = [(255 * view.image).round().byte().permute(1, 2, 0).numpy for view in (first, second)]

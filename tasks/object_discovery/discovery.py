@@ -34,8 +34,8 @@ def lost(features: np.ndarray, patches: int) -> Discovery:
     """Return the region grown from the patch with the lowest degree; features (D, h, w), not normalised.
 
     Two patches are similar if their inner product is positive; the degree of a patch is the number of similar patches.
-    The seed is the patch with the lowest degree, the first in a tie. Among the `patches` patches of lowest degree, those
-    similar to the seed vote: a patch is in the region if the sum of its inner products with them is positive.
+    The seed is the patch with the lowest degree, the first in a tie. Of the `patches` patches with the lowest degree,
+    those similar to the seed vote: a patch is in the region if the sum of its inner products with them is positive.
     """
     size = features.shape[1:]
     rows = features.reshape(len(features), -1).T
@@ -52,7 +52,7 @@ def lost(features: np.ndarray, patches: int) -> Discovery:
 
 
 def _around(inside: np.ndarray, score: np.ndarray, seed: tuple[int, int]) -> Discovery:
-    """Return the box around the component (of four neighbours) that contains the seed, or around the seed alone if it is
+    """Return the box around the component (of four neighbours) that contains the seed; around the seed alone if it is
     not inside."""
     components, _ = ndimage.label(inside)
     region = components == components[seed] if inside[seed] else np.zeros_like(inside)

@@ -104,7 +104,7 @@ def prepare(image: np.ndarray, encoder: Encoder, settings: Settings) -> tuple[Te
 
 
 def to_pixels(found: Discovery, stride: int, scale: tuple[float, float], size: tuple[int, ...]) -> np.ndarray:
-    """Convert the box from cells to pixels of an image of `size` (height, width): (x1, y1, x2, y2), cut at its border."""
+    """Convert a box of cells to pixels of an image of `size` (height, width): (x1, y1, x2, y2), cut at its border."""
     top, left, bottom, right = (stride * cell for cell in found.cells)
     box = np.array([left, top, right, bottom]) * (scale[1], scale[0], scale[1], scale[0])
     return np.minimum(box, (size[1], size[0], size[1], size[0]))

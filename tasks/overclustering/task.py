@@ -1,8 +1,8 @@
 """Clustering of patch features: k-means on the val images, clusters matched to classes by the ground truth, mIoU.
 
 Protocol of NeCo's and Leopart's overclustering (`neco-1`; Pariza et al., ICLR 2025, table 1a) and without its quirks
-(`clean-1`). K = classes: Hungarian matching on IoU; K > classes: each cluster gets the majority class of its pixels.
-Both are computed from one (C, K) confusion matrix. In both protocols, the matching uses the ground truth of the scored
+(`clean-1`). If K is the number of classes, clusters are matched by the Hungarian method on IoU; if K is larger, each
+cluster gets the majority class of its pixels. In both protocols, the matching uses the ground truth of the scored
 images.
 """
 
@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from neco_bench.tasks.clustering import (
     KMEANS_POINTS,
     PCA_POINTS,
     PackedMasks,
     assign,
     check_enough,
+    feature_map,
     kmeans,
     standardise_and_reduce,
 )
@@ -51,7 +51,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
         operations=2.0 * passes * clusters * reduced + 4.0 * rows * dimension * reduced,
         memory=8.0 * max(points * reduced, min(rows, PCA_POINTS * dimension) * dimension)
         + 4.0 * settings.seeds * len(data["val"]) * classes**2
-        + (1 + 8.0 * settings.seeds) * (settings.mask_size or 0) ** 2  # a mask, and what each seed predicts
+        + (1 + 8.0 * settings.seeds) * (settings.mask_size or 0) ** 2  # a mask, and the prediction of each seed
         + 0.05 * len(data["val"]) * (settings.mask_size or size) ** 2,
         disk=4.0 * rows * (2 * dimension + reduced),
     )
@@ -96,9 +96,3 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         metrics={"mIoU_std": float(scores.std())},
         statistics={"mIoU_per_seed": scores},
     )
-
-
-def feature_map(features: RowFile, item: int, side: int) -> torch.Tensor:
-    """Read the features (D, side, side) of an image, as encoded."""
-    rows = features.read(item * side**2, (item + 1) * side**2)
-    return torch.from_numpy(rows).T.unflatten(1, (side, side))

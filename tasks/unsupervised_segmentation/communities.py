@@ -1,4 +1,4 @@
-"""Communities of clusters that lie beside each other: co-occurrence, a graph, Infomap (Rosvall and Bergstrom, 2008)."""
+"""Communities of clusters that are often neighbours: co-occurrence, a graph, Infomap (Rosvall and Bergstrom, 2008)."""
 
 from __future__ import annotations
 
@@ -15,10 +15,11 @@ Edge = tuple[int, int, float]
 
 
 def offsets(reach: Sequence[int], angles: Literal["reference", "even"]) -> Counter[tuple[int, int]]:
-    """List the (rows, columns) to the neighbours at each distance in eight directions, with how often they count.
+    """Return the offsets (rows, columns) of neighbours in eight directions at each distance, with multiplicity.
 
-    "reference" has 240 for 225 degrees: a slip, which changes the neighbour at distance 2 from (-1, -1) to (-2, -1).
-    Diagonal ones at distance 2 are those at distance 1, as in scikit-image's co-occurrence, which rounds.
+    "reference" has 240 instead of 225 degrees, an error that changes the neighbour at distance 2 from (-1, -1) to
+    (-2, -1). Diagonal neighbours at distance 2 equal those at distance 1, because offsets are rounded as in
+    scikit-image's co-occurrence.
     """
     turns = [i * math.pi / 4 for i in range(8)]
     if angles == "reference":
@@ -27,9 +28,9 @@ def offsets(reach: Sequence[int], angles: Literal["reference", "even"]) -> Count
 
 
 class CoOccurrence:
-    """How often clusters are neighbours: of each image the shares of each cluster's neighbours, mean over images.
+    """Mean over images of the shares of each cluster's neighbours.
 
-    Images come one at a time, so memory does not grow with their number.
+    Images are added one at a time, so memory does not grow with their number.
     """
 
     def __init__(self, clusters: int, neighbours: Counter[tuple[int, int]]) -> None:
@@ -56,14 +57,14 @@ class CoOccurrence:
         self._images[present] += total > 0
 
     def shares(self) -> np.ndarray:
-        """(K, K): rows are clusters, columns their neighbours; a row sums to 1, or to 0 without any neighbour."""
+        """Return (K, K) shares of neighbours (columns) of each cluster (rows); a row without neighbours is 0."""
         return self._shares / np.maximum(self._images, 1)[:, None]
 
 
 def edges(shares: np.ndarray, threshold: float | None) -> list[Edge]:
-    """List the edges (i, j, weight), i < j, where both shares are at least `threshold`; the weight is the smaller one.
+    """Return the edges (i, j, weight), i < j, for which both shares are at least `threshold`; the weight is the smaller.
 
-    threshold: None takes 1 / (K - 1), the share if a cluster's neighbours were all others equally often.
+    threshold: None uses 1 / (K - 1), the share if all other clusters were neighbours equally often.
     """
     least = 1 / max(1, len(shares) - 1) if threshold is None else threshold
     weights = np.minimum(shares, shares.T)
@@ -72,7 +73,7 @@ def edges(shares: np.ndarray, threshold: float | None) -> list[Edge]:
 
 
 def check_infomap() -> None:
-    """Raise UsageError where the package is not installed."""
+    """Raise UsageError if the package is not installed."""
     try:
         import infomap  # noqa: F401
     except ImportError as error:
@@ -82,9 +83,9 @@ def check_infomap() -> None:
 
 
 def communities(links: Sequence[Edge], clusters: int, *, modules: int, markov_time: float, seed: int) -> np.ndarray:
-    """Find communities by two-level undirected Infomap: (clusters,) ids from 1, and 0 for those without an edge.
+    """Find communities by two-level undirected Infomap: (clusters,) ids from 1; 0 for clusters without an edge.
 
-    modules: the preferred number of communities. seed: from 0 (Infomap's own begin at 1).
+    modules: preferred number of communities. seed: 0 or more (Infomap's seeds start at 1).
     """
     ids = np.zeros(clusters, np.int64)
     if not links:

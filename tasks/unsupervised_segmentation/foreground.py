@@ -1,4 +1,4 @@
-"""Cluster-based foreground: which clusters of patches lie in a noisy foreground, image by image."""
+"""Cluster-based foreground: select the clusters of patches that agree with a noisy foreground."""
 
 from __future__ import annotations
 
@@ -6,18 +6,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-# Shares of clusters, by precision from below, that the reference tries as background.
-LEAST, MOST = 0.55, 0.75
-
-STEP = 0.05  # to which the reference rounds the threshold
-
 
 def precisions(clusters: np.ndarray, noisy: np.ndarray, weights: np.ndarray, count: int) -> np.ndarray:
-    """Compute for each cluster which share of its area in an image is noisy foreground, mean over images that have it.
+    """Compute the share of each cluster's area that is noisy foreground, averaged over the images that contain it.
 
     Args:
-        clusters: (N, P) cluster of each of P patches of N images.
-        noisy: (N, P) bool.
+        clusters: (N, P) clusters of P patches of N images.
+        noisy: (N, P) bool, the noisy foreground.
         weights: (P,) area of each patch in pixels.
         count: number of clusters K.
 
@@ -33,35 +28,36 @@ def precisions(clusters: np.ndarray, noisy: np.ndarray, weights: np.ndarray, cou
 
 
 def best_threshold(precision: np.ndarray, areas: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Find the precision from which on clusters fit the ground-truth foreground best, to the nearest 0.05.
+    """Return the threshold of the precision at which clusters fit the foreground best, rounded to 0.05 as the reference.
 
-    Tried are splits with 55 % to 75 % of the clusters as background; the last of equally good ones counts.
+    Splits with 55 % to 75 % of the clusters as background are compared, as in the reference; the last of the best ones
+    is used.
 
     Args:
-        precision: (K,); an absent cluster ranks lowest.
-        areas: of each image (K,) pixels of each cluster, and of these the ones of the ground truth's foreground.
+        precision: (K,) precisions; absent clusters rank lowest.
+        areas: for each image, (K,) pixels of each cluster, and (K,) those in the foreground of the ground truth.
     """
     known = np.nan_to_num(precision)
     order, count = np.argsort(known, kind="stable"), len(known)
-    starts = np.arange(int(LEAST * count), int(MOST * count))
+    starts = np.arange(int(0.55 * count), int(0.75 * count))
     if not len(starts):
         starts = np.array([count // 2])
     ious = np.zeros(len(starts))  # summed over images
     for area, inside in areas:
-        # From each rank on: what the clusters there cover in all.
+        # Pixels of the clusters from each rank on.
         predicted, hits = (values[order][::-1].cumsum()[::-1][starts] for values in (area, inside))
         union = predicted + inside.sum() - hits
         ious += np.divide(hits, union, out=np.zeros(len(starts)), where=union > 0)
     best = len(ious) - 1 - int(np.argmax(ious[::-1]))
     value = known[order][starts[best]]
-    grid = np.arange(0, 1, STEP)
+    grid = np.arange(0, 1, 0.05)
     return float(grid[np.abs(grid - value).argmin()])
 
 
 def otsu(precision: np.ndarray) -> float:
-    """Find the precision that separates clusters best into two groups (Otsu, 1979: least variance within them).
+    """Return the smallest precision of the upper of two groups of clusters (Otsu, 1979: least variance within groups).
 
-    The least precision of the upper group; absent clusters (NaN) do not count.
+    Absent clusters (NaN) are not used.
     """
     values = np.sort(precision[~np.isnan(precision)])
     below = np.arange(1, len(values))

@@ -14,15 +14,16 @@ from neco_bench.metrics import segmentation
 class Settings(BaseSettings):
     """Constants of a protocol and a card.
 
-    mask_size: side of the shrunk maps and masks, in pixels, on which all is counted; None: patches, and masks at their
-    own resolution. foreground: what is taken for a first, noisy foreground: patches with the top `mass` of the class
-    token's "attention", or the side of the normalised "cut" with the seed, at cosine `tau`. foreground_clusters: of all
-    patches, each of them foreground or not. threshold: of the precision of a foreground cluster, the best one on the
-    ground truth of train ("train_masks"), or from the precisions alone ("otsu"). community_clusters: of foreground
-    patches, the nodes of the graph. reach: distances, in cells, at which clusters are neighbours. angles: of
-    neighbours, the "reference"'s with its slip, or "even" steps of 45 degrees. weight_threshold: of an edge; None: as
-    often as if all clusters were equally near. markov_time: of Infomap. seeds, direct_seeds: of Infomap, and of k-means
-    with a cluster for each class.
+    mask_size: side in pixels of the reduced maps and masks on which everything is counted; None: patches, and masks at
+    their own resolution. foreground: the first, noisy foreground: patches with the top `mass` of the class token's
+    "attention", or the part of the normalised "cut" that contains the seed, at cosine `tau`. foreground_clusters:
+    number of clusters of all patches, each of which is foreground or not. threshold: of the precision of foreground
+    clusters; the best on the ground truth of train ("train_masks"), or from the precisions alone ("otsu").
+    community_clusters: number of clusters of foreground patches, the nodes of the graph. reach: distances in cells at
+    which clusters are neighbours. angles: directions of neighbours, those of the "reference" with its error, or "even"
+    steps of 45 degrees. weight_threshold: smallest weight of an edge; None: the share if all clusters were neighbours
+    equally often. markov_time: of Infomap. seeds: number of seeds of Infomap. direct_seeds: number of seeds of k-means
+    with one cluster per class.
     """
 
     mask_size: PositiveInt | None = None

@@ -1,5 +1,5 @@
-"""Fully unsupervised segmentation: foreground from clusters (CBFE), whose clusters are merged into objects by community
-detection (CD), mIoU after Hungarian matching on val.
+"""Fully unsupervised segmentation: clusters are selected as foreground (CBFE) and merged into objects by community
+detection (CD); mIoU after Hungarian matching on val.
 
 `neco-1` is the protocol of NeCo's table 1b and of Leopart (Ziegler and Asano, CVPR 2022, section 4.4); the ground truth
 of train is used to select its foreground and its constants. `clean-1` has no such selection and works with any encoder.
@@ -21,11 +21,12 @@ from neco_bench.tasks.clustering import (
     PickedRows,
     assign,
     check_enough,
+    feature_map,
     kmeans,
     nearest,
     standardise_and_reduce,
 )
-from neco_bench.tasks.normalised_cut import cut
+from neco_bench.tasks.normalised_cut import LANCZOS, cut
 from neco_bench.tasks.segmentation import SegmentationScore
 from neco_bench.tasks.unsupervised_segmentation.communities import (
     CoOccurrence,
@@ -47,11 +48,9 @@ from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 from neco_bench.metrics.segmentation import hungarian_match
 from neco_bench.search.row_file import RowFile
 
-LANCZOS = 60  # products with the graph that a cut takes, about
-
 
 def check_encoder(encoder: Encoder, settings: Settings) -> None:
-    """Raise UsageError for an encoder without the attention that the protocol needs, or without Infomap."""
+    """Raise UsageError if Infomap is missing, or the encoder has no attention but the protocol needs it."""
     check_infomap()
     if settings.foreground != "attention":
         return
@@ -65,7 +64,7 @@ def check_encoder(encoder: Encoder, settings: Settings) -> None:
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: three k-means on FAISS's sub-sample, a cut of each image, a file of all features.
+    """Estimate a run: three k-means on FAISS's sub-samples, a cut of each image, a file of all features.
 
     Raises UsageError for more clusters or components than patches.
     """
@@ -108,7 +107,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     with context.phase("pca"):
         reduced = standardise_and_reduce(features, settings.components)
 
-    # Clusters of all patches; foreground are those of which enough lies in the noisy foreground.
+    # Clusters of all patches. Clusters with a sufficient share in the noisy foreground are foreground.
     rounds: dict[str, Any] = {"iterations": settings.iterations, "redos": settings.redos, "device": encoder.device}
     with context.phase("kmeans"):
         count = settings.foreground_clusters
@@ -118,7 +117,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     cells = resize_nearest_torch(np.arange(side**2).reshape(side, side), grid, grid)  # the patch of each pixel
     inside, facts = choose_foreground(clusters, noisy, cells, masks["train"], train_count, settings)
 
-    # Clusters of the pixels of foreground patches: those that communities are made of, and one for each object class.
+    # Clusters of the pixels of foreground patches: the nodes of the graph, and, for "direct", one per object class.
     image, pixel = inside[:, cells.ravel()].nonzero()
     picked = PickedRows(reduced, image * side**2 + cells.ravel()[pixel])
     nodes = settings.community_clusters
@@ -131,7 +130,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     of_images = zip(inside, assign(models, reduced, side**2), strict=True)
     labels = np.stack([np.where(own, ids, background).astype(np.int32) for own, ids in of_images], 1)
 
-    # Communities: clusters that lie beside each other in train and val, the background one among them.
+    # Communities of clusters that are often neighbours in train and val; background is one of the nodes.
     with context.phase("communities"):
         together = CoOccurrence(nodes + 1, offsets(settings.reach, settings.angles))
         for own in context.track(labels[0], "co-occurrence", labels.shape[1]):
@@ -148,7 +147,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         components=reduced.dimension,
     )
 
-    # Score on val: each seed is matched alone.
+    # Score on val: each seed is matched separately.
     val, part = data["val"], slice(train_count, None)
     width = max(objects + 1, int(modules.max()) + 1)
     score = SegmentationScore(val, settings, context, shape=(len(modules),), clusters=width)
@@ -183,8 +182,8 @@ def extract(
 ) -> tuple[RowFile, np.ndarray, dict[str, PackedMasks]]:
     """Encode train, then val.
 
-    Returns features, a row for each patch; (images, patches) bool noisy foreground; and masks: of val to score on, of
-    train only where the protocol chooses by them.
+    Returns features, one row per patch; (images, patches) bool noisy foreground; and masks: those of val for scoring,
+    and those of train only if the protocol selects the foreground by them.
     """
     features, noisy = RowFile(encoder.embed_dim), []
     masks = {"train": PackedMasks(), "val": PackedMasks()}
@@ -214,18 +213,18 @@ def choose_foreground(
     train_count: int,
     settings: Settings,
 ) -> tuple[np.ndarray, dict[str, Any]]:
-    """Choose the clusters that are foreground by their precision; the reference takes that of each split apart.
+    """Select foreground clusters by their precision; as in the reference, each split has its own precisions.
 
     Args:
-        clusters: (images, patches), of train and then of val.
-        noisy: (images, patches) bool.
-        cells: (H, W) patch of each pixel on which all is counted.
-        train_masks: ground truth of train, empty where nothing is chosen by it.
-        train_count: images of train.
-        settings: of the protocol.
+        clusters: (images, patches) clusters, first of train, then of val.
+        noisy: (images, patches) bool, the noisy foreground.
+        cells: (H, W) patch of each pixel.
+        train_masks: ground truth of train, if it is used.
+        train_count: number of images of train.
+        settings: settings of the protocol.
 
     Returns:
-        (images, patches) bool, and what to note of it.
+        (images, patches) bool foreground, and notes on it.
     """
     count, pixels = settings.foreground_clusters, cells.ravel()
     weights = np.bincount(pixels, minlength=clusters.shape[1])
@@ -249,8 +248,8 @@ def choose_foreground(
 
 
 def _areas(clusters: Iterator[np.ndarray], masks: PackedMasks, count: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield of each image the pixels of each cluster, and those of them that the ground truth has as foreground: any
-    label but 0, borders (255) too, as in the reference."""
+    """Yield, for each image, the pixels of each cluster, and those that are foreground in the ground truth: all labels
+    except 0, including borders (255), as in the reference."""
     for own, mask in zip(clusters, masks, strict=True):
         truth = resize_nearest_torch(mask, *own.shape) > 0
         yield np.bincount(own.ravel(), minlength=count), np.bincount(own[truth], minlength=count)
@@ -265,19 +264,19 @@ def add_images(
     modules: np.ndarray,
     shown: Callable[[int], torch.Tensor],
 ) -> np.ndarray:
-    """Count the images of val, communities in `score` and the direct clusters in `direct`.
+    """Count the images of val: communities in `score`, direct clusters in `direct`.
 
     Args:
-        score: with a prediction for each of Infomap's seeds.
-        direct: with one for each seed of k-means.
-        masks: the ground truth of each image.
-        labels: (1 + direct seeds, images, patches) clusters, the first those of the communities.
+        score: has one prediction per seed of Infomap.
+        direct: has one prediction per seed of k-means.
+        masks: ground truth of each image.
+        labels: (1 + direct seeds, images, patches) clusters; the first are the nodes of the communities.
         inside: (images, patches) bool foreground.
         modules: (seeds, clusters) community of each cluster.
-        shown: gives the features of an image, which `show` draws.
+        shown: returns the features of an image for `show`.
 
     Returns:
-        (images,) IoU of the foreground with all classes but the first; void is left out.
+        (images,) IoU of the foreground and all classes except the first, without void.
     """
     side, ious = math.isqrt(inside.shape[1]), []
     for item, mask in enumerate(masks):
@@ -293,16 +292,10 @@ def add_images(
 
 
 def ground_truth_use(settings: Settings) -> str:
-    """Say what the ground truth of train decides."""
+    """Return how the ground truth of train is used."""
     if settings.threshold == "otsu":
         return "none"
     return (
         "chooses the foreground threshold; community_clusters, markov_time and weight_threshold are constants that the "
         "reference tuned on Pascal VOC train by 300 trials"
     )
-
-
-def feature_map(features: RowFile, item: int, side: int) -> torch.Tensor:
-    """Read the features (D, side, side) of an image, as encoded."""
-    rows = features.read(item * side**2, (item + 1) * side**2)
-    return torch.from_numpy(rows).T.unflatten(1, (side, side))
