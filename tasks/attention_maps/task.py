@@ -51,18 +51,19 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         with context.phase("score"):
             merged = foreground(batch.features, settings.mass).cpu().numpy()
             heads = top_mass(batch.features, settings.mass).cpu().numpy()
-            for position, mask, one, several in zip(batch.positions, batch.masks, merged, heads, strict=True):
+            means = batch.features.mean(1).cpu().numpy()
+            rows = zip(batch.positions, batch.masks, merged, heads, means, strict=True)
+            for position, mask, one, several, mean in rows:
                 own = jaccards(mask, one, several, settings)
                 if own is not None:
                     scores[position] = own
                     large = resize_nearest_torch(one, *mask.shape)
-                    mean = batch.features[batch.positions.index(position)].mean(0).cpu().numpy()
                     context.record(val.ids[position], truth=mask, region=large, score=mean, jaccard=own[0])
     return outcome(val, scores, size, settings, context)
 
 
 def jaccards(mask: np.ndarray, merged: np.ndarray, heads: np.ndarray, settings: Settings) -> tuple[float, float] | None:
-    """Compare the attention of an image with its mask.
+    """Compare the foreground of an image's attention with its mask.
 
     Args:
         mask: (H, W) class ids.
@@ -71,7 +72,7 @@ def jaccards(mask: np.ndarray, merged: np.ndarray, heads: np.ndarray, settings: 
         settings: settings of the protocol.
 
     Returns:
-        The Jaccard index of `merged` with everything that is not background, and the mean over objects (all pixels of a
+        The Jaccard index of `merged` and all pixels that are not background, and the mean over objects (all pixels of a
         class) of the Jaccard index of the best head; None for an image without an object, which `clean-1` leaves out.
     """
     known = mask != IGNORE if settings.native else np.ones_like(mask, bool)
@@ -91,7 +92,7 @@ def _jaccard(one: np.ndarray, other: np.ndarray) -> float:
 def outcome(
     val: SegmentationDataset, scores: dict[int, tuple[float, float]], size: int, settings: Settings, context: Context
 ) -> Outcome:
-    """Gather the scores of all processes and report their means; in `neco-1`, dropped images count as 0."""
+    """Gather the scores of all processes and return their means; in `neco-1`, dropped images count as 0."""
     scores = {item: own for part in distributed.gather(scores) for item, own in part.items()}
     items = sorted(scores)
     if not items:
@@ -105,7 +106,7 @@ def outcome(
     return Outcome(
         metrics={name: float(column.mean()) for name, column in zip(names, values.T, strict=True)},
         per_class={},
-        ci95={},  # the runner makes them of the statistics
+        ci95={},  # the runner computes them from the statistics
         n_images=len(items),
         statistics={
             "image_id": np.array([val.ids[item] for item in items]),

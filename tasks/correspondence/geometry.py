@@ -93,7 +93,7 @@ def _at(views: Sequence[View], grids: Sequence[Tensor], *, align_corners: bool) 
 
 
 def prepare_centres(image: np.ndarray, size: int, stride: int, mean: Sequence[float]) -> Tensor:
-    """Return an input (3, S, S) in [0, 1]: longer side `size` (bicubic), padded right and bottom with the mean colour."""
+    """Return an input (3, S, S) in [0, 1]: longer side `size` (bicubic), mean colour at the right and bottom."""
     height, width = image.shape[:2]
     scale = size / max(height, width)
     rows, columns = max(1, round(height * scale)), max(1, round(width * scale))

@@ -100,8 +100,8 @@ def pixel_norms(features: Tensor, size: tuple[int, int]) -> Tensor:
     # A pixel is a mean of neighbouring cells: products of a cell with itself, and with neighbours in four directions.
     for down, right in ((0, 0), (0, 1), (1, 0), (1, 1), (1, -1)):
         product = (features * padded[:, down : down + height, 1 + right : 1 + right + width]).sum(0)
-        by_rows = rows * _shifted(rows, down)
-        by_columns = columns * _shifted(columns, right)
+        by_rows = rows * F.pad(rows, (-down, down))  # shifted, with 0 beyond the end
+        by_columns = columns * F.pad(columns, (-right, right))
         squared += (2 if down or right else 1) * (by_rows @ product @ by_columns.T)
     return squared.clamp_(min=1e-24).sqrt_()
 
@@ -109,11 +109,6 @@ def pixel_norms(features: Tensor, size: tuple[int, int]) -> Tensor:
 def _double(features: Tensor) -> Tensor:
     """Convert to double precision, on the CPU if the device does not support it."""
     return (features.cpu() if features.device.type == "mps" else features).double()
-
-
-def _shifted(shares: Tensor, by: int) -> Tensor:
-    """Shift the columns of shares (n, cells) to the left by -1, 0 or 1, and fill with 0."""
-    return F.pad(shares, (max(0, -by), max(0, by)))[:, max(0, by) :][:, : shares.shape[1]]
 
 
 def _mixture(cells: Sequence[int], size: tuple[int, int], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -103,7 +103,7 @@ class PairScore:
         return sorted({pair.category for pair in self.dataset.pairs})
 
     def _arrays(self, pairs: Sequence[Pair]) -> dict[str, np.ndarray]:
-        """Return arrays over pairs: hits at each threshold, number of points, indices of the category and the images."""
+        """Return arrays over pairs: hits at each threshold, number of points, index of the category and the images."""
         numbers = {name: i for i, name in enumerate(self.dataset.image_ids)}
         categories = {name: i for i, name in enumerate(self._categories)}
         return {

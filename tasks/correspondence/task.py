@@ -1,10 +1,10 @@
 """Semantic correspondence: match keypoints of one image to another by the nearest patch feature, scored by PCK.
 
-`pck-1` uses all pairs and geometry without offsets. The other protocols reproduce references: `probe3d-1`, the SPair-71k
-evaluation of probe3d (El Banani et al., *Probing the 3D Awareness of Visual Foundation Models*, CVPR 2024), which NeCo
-cites; `sd-dino-1`, *A Tale of Two Features* (Zhang et al., NeurIPS 2023); `geoaware-1`, the zero-shot evaluation of
-*Telling Left from Right* (Zhang et al., CVPR 2024); `dift-1`, *Emergent Correspondence from Image Diffusion* (Tang et
-al., NeurIPS 2023). README.md lists their constants and quirks.
+`pck-1` uses all pairs and geometry without offsets. The other protocols reproduce references: `probe3d-1`, probe3d's
+evaluation on SPair-71k (El Banani et al., *Probing the 3D Awareness of Visual Foundation Models*, CVPR 2024), which
+NeCo cites; `sd-dino-1`, *A Tale of Two Features* (Zhang et al., NeurIPS 2023); `geoaware-1`, the zero-shot evaluation
+of *Telling Left from Right* (Zhang et al., CVPR 2024); `dift-1`, *Emergent Correspondence from Image Diffusion* (Tang
+et al., NeurIPS 2023). README.md lists their constants and quirks.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The linear heads: depth as the expected value of bins, normals as a direction; and their predictions at pixels."""
+"""Linear heads for depth (the expected value of bins) and normals (a direction), and their predictions at pixels."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torch import Tensor, nn
 
 
 class DenseHead(nn.Module):
-    """BatchNorm or none, a convolution, and for depth the expected value of bins.
+    """An optional BatchNorm, a convolution, and, for depth, the expected value of bins.
 
-    Depth: K bins c_k, evenly from min_depth to max_depth, have the weights (relu(z_k) + 0.1) / sum(relu(z) + 0.1),
-    the linear normalisation of the Monocular-Depth-Estimation-Toolbox, so that logits of 0 predict their middle.
+    Depth: K bins c_k, evenly spaced from min_depth to max_depth, have the weights (relu(z_k) + 0.1) / sum(relu(z) +
+    0.1), the linear normalisation of the Monocular-Depth-Estimation-Toolbox.
     """
 
     def __init__(self, channels: int, settings: Settings, seed: int) -> None:
@@ -31,15 +31,16 @@ class DenseHead(nn.Module):
         self.register_buffer("centres", centres.float())
 
     def forward(self, features: Tensor) -> Tensor:
-        """(B, D, h, w) -> depth (B, 1, u h, u w), or directions (B, 3 or 4, u h, u w); u: of `upsample`.
+        """Compute depth (B, 1, u h, u w) or directions (B, 3 or 4, u h, u w) from (B, D, h, w), where u is `upsample`.
 
-        Where the kernel is 1, the outputs are upsampled instead of the features, which is the same function.
+        If the kernel is 1, outputs are upsampled instead of features, which is the same function.
         """
         s = self.settings
         features = self.norm(features)
-        maps = self.conv(features) if s.kernel == 1 else self.conv(_enlarged(features, s.upsample))
         if s.kernel == 1:
-            maps = _enlarged(maps, s.upsample)
+            maps = _enlarged(self.conv(features), s.upsample)
+        else:
+            maps = self.conv(_enlarged(features, s.upsample))
         if s.target == "normals":
             return maps
         weights = maps.relu() + 0.1
@@ -54,12 +55,12 @@ def _enlarged(maps: Tensor, factor: int) -> Tensor:
 
 
 def predict(head: DenseHead, features: Tensor, grid: InputGrid, size: tuple[int, int]) -> Tensor:
-    """Predict the pixels of frames or crops from features of their inputs.
+    """Predict the pixels of frames or crops from the features of their inputs.
 
     Args:
         head: the head.
         features: (B, D, h, w).
-        grid: how the image stands in its input.
+        grid: position of the image in its input.
         size: (H, W) of the frame.
 
     Returns:

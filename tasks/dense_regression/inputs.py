@@ -1,6 +1,7 @@
 """Convert frames with targets to inputs of an encoder: crop, size, padding, and augmentation.
 
-Targets are passed on as bytes, (H, 4 W) uint8 for depth or (H, 12 W) for normals, in which the store keeps masks.
+Targets are converted to bytes, (H, 4 W) uint8 for depth or (H, 12 W) for normals, because the feature store stores
+masks as bytes.
 """
 
 from __future__ import annotations
@@ -18,14 +19,14 @@ from neco_bench.data.dense import DenseDataset, DenseSample
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.transforms import resize_tensor, to_tensor
 
-KB_SIZE = (352, 1216)  # of KITTI's benchmark, which all KITTI frames are cropped to: bottom, middle
+KB_SIZE = (352, 1216)  # height and width in KITTI's benchmark; frames are cropped to it at the bottom, in the middle
 
-# What BTS leaves of NYU frames for training: rows and columns of 480 x 640.
+# The region of NYU frames that BTS uses for training: rows and columns of 480 x 640.
 NYU_REGION = ((45, 472), (43, 608))
 
 
 def pack(target: np.ndarray) -> np.ndarray:
-    """Return the bytes of depth (H, W) or normals (H, W, 3), float32, in rows."""
+    """Return depth (H, W) or normals (H, W, 3), float32, as rows of bytes."""
     return np.ascontiguousarray(target, np.float32).reshape(len(target), -1).view(np.uint8)
 
 
@@ -91,9 +92,9 @@ class InputGrid:
 
 @dataclass(frozen=True)
 class Frame:
-    """The used part of a frame, resized to `height` pixels in proportion where it has another height.
+    """The used part of frames, resized to `height` pixels, with the same aspect ratio.
 
-    cropped: its size (height, width) as `crop_frame` leaves it, in all items.
+    part: see `crop_frame`. cropped: size (height, width) of the part before resizing, the same for all items.
     """
 
     part: str
@@ -102,22 +103,22 @@ class Frame:
 
     @classmethod
     def of(cls, dataset: DenseDataset, settings: Settings, stride: int) -> Frame:
-        """The frame of a data set, whose items all have one size after `crop_frame`."""
+        """Return the frame of a data set, whose items must have the same size after `crop_frame`."""
         height, width = crop_frame(dataset[0].image, settings.frame).shape[:2]
         return cls(settings.frame, (height, width), settings.used_height(stride))
 
     @property
     def scale(self) -> float:
-        """Pixels of the resized frame to one of the frame."""
+        """Factor from the original to the resized frame."""
         return self.height / self.cropped[0]
 
     @property
     def resized(self) -> tuple[int, int]:
-        """(height, width) of the resized frame."""
+        """Size (height, width) of the resized frame."""
         return self.height, max(1, round(self.cropped[1] * self.scale))
 
     def cut(self, sample: DenseSample) -> tuple[np.ndarray, np.ndarray]:
-        """The used part of image and target. Raises BadInputError where its size is not that of the first item."""
+        """Return the used part of image and target. Raises BadInputError if its size is not `cropped`."""
         image, target = (crop_frame(array, self.part) for array in (sample.image, sample.target))
         if image.shape[:2] != self.cropped:
             raise BadInputError(
@@ -129,29 +130,29 @@ class Frame:
 
 @dataclass(frozen=True)
 class FrameInput:
-    """A frame as the encoder gets it, and its target at the frame's own size."""
+    """Make the input of a frame, and its target at the frame's size. size: that of the grid, for the feature store."""
 
     frame: Frame
     grid: InputGrid
-    size: tuple[int, int]  # of the grid: the feature store asks for it
+    size: tuple[int, int]
     fill: tuple[float, float, float]
 
     @property
     def pixels(self) -> str:
-        """What the input depends on besides its item, as `ResizeSquare.pixels`."""
+        """Identify the processing of the frame, see `ResizeSquare.pixels`."""
         return repr(self)
 
     def __call__(self, sample: DenseSample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-        """Return the input (3, H, W) in [0, 1] and the target packed; `rng` is not used."""
+        """Return the input (3, H, W) in [0, 1] and the packed target; `rng` is not used."""
         image, target = self.frame.cut(sample)
         return self.grid.place(to_tensor(_resized(image, self.frame.resized)), self.fill), pack(target)
 
 
 @dataclass(frozen=True)
 class Augment:
-    """A random crop of a frame with its target, in the order of BTS (Lee et al., 2019): rotation, flip, crop, colour.
+    """Random rotation, flip, crop and colours of a frame and its target, in the order of BTS (Lee et al., 2019).
 
-    grid: of the crop. The target has the size of the crop before it is squashed or padded.
+    grid: position of the crop in the input. size: that of the grid. The target has the size of the crop.
     """
 
     frame: Frame
@@ -162,7 +163,7 @@ class Augment:
     settings: Settings
 
     def __call__(self, sample: DenseSample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-        """Return the input (3, H, W) in [0, 1] and the target packed, of one draw of `rng`."""
+        """Return the input (3, H, W) in [0, 1] and the packed target, drawn by `rng`."""
         s = self.settings
         image, target = self.frame.cut(sample)
         image, target = _resized(image, self.frame.resized), resize_target(target, self.frame.resized)
@@ -212,14 +213,14 @@ def train_crop(frame: Frame, settings: Settings) -> tuple[int, int]:
 
 
 def region_slices(region: tuple[tuple[int, int], tuple[int, int]], shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """Rows and columns of a region of 480 x 640, in proportion for other shapes."""
+    """Return rows and columns of a region of 480 x 640, scaled for other shapes."""
     scales = shape[0] / 480, shape[1] / 640
     rows, columns = (slice(*(round(end * scale) for end in ends)) for ends, scale in zip(region, scales, strict=True))
     return rows, columns
 
 
 def resize_target(target: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Depth (H, W) or normals (H, W, 3) at another size by the nearest rule that samples cell centres."""
+    """Resize depth (H, W) or normals (H, W, 3) by the nearest rule that samples cell centres."""
     if target.shape[:2] == size:
         return target
     index = [
@@ -230,7 +231,7 @@ def resize_target(target: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def mirrored(target: np.ndarray) -> np.ndarray:
-    """A target of the mirrored image: the x of normals changes its sign."""
+    """Return the target of the mirrored image; the x of normals changes its sign."""
     flipped = target[:, ::-1]
     return flipped if target.ndim == 2 else flipped * np.array([-1, 1, 1], np.float32)
 
@@ -243,7 +244,7 @@ def _resized(image: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 def _jittered(pixels: Tensor, strength: float, rng: np.random.Generator) -> Tensor:
     """Change brightness, contrast, saturation and hue by up to `strength`, in random order, as torchvision does."""
-    import torchvision.transforms.v2.functional as tvf  # 1.3 s, and most protocols vary no colours
+    import torchvision.transforms.v2.functional as tvf  # 1.3 s, and most protocols do not change colours
 
     low, high = 1 - strength, 1 + strength
     steps = (
@@ -260,7 +261,7 @@ def _jittered(pixels: Tensor, strength: float, rng: np.random.Generator) -> Tens
 def _resized_crop(
     pixels: Tensor, target: np.ndarray, area: tuple[float, float], rng: np.random.Generator
 ) -> tuple[Tensor, np.ndarray]:
-    """A square of a share of the area, resized back with the nearest pixels; depth values stay as they are."""
+    """Crop a square with a share of the area, and resize it back by the nearest rule; depths are not changed."""
     height, width = target.shape[:2]
     side = min(height, width, max(1, round((height * width * rng.uniform(*area)) ** 0.5)))
     top, left = int(rng.integers(height - side + 1)), int(rng.integers(width - side + 1))

@@ -1,9 +1,9 @@
-"""Errors of predicted depth and normals, image by image and region by region, and the Outcome from them."""
+"""Errors of predicted depth and normals by image and region, and the Outcome."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -23,7 +23,7 @@ GARG = ((0.40810811, 0.99189189), (0.03594771, 0.96405229))
 
 
 def region_of(region: str, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """Rows and columns of "full", "eigen" (of NYU, in proportion) or "garg" (of KITTI) in a frame (H, W)."""
+    """Return rows and columns of "full", "eigen" (of NYU, scaled) or "garg" (of KITTI) in a frame (H, W)."""
     if region == "eigen":
         return region_slices(EIGEN, shape)
     if region == "garg":
@@ -33,34 +33,33 @@ def region_of(region: str, shape: tuple[int, ...]) -> tuple[slice, slice]:
 
 
 class RegressionScore:
-    """Errors of the images of a data set, of one or several heads.
+    """Errors of the images of a data set, for one or several heads.
 
-    Where several processes share the images out, each adds those that it has predicted, and all get the same outcome.
-    Images without a pixel to score are left out.
+    With several processes, each adds the images that it has predicted, and all get the same outcome. Images without a
+    pixel to score are left out.
     """
 
     def __init__(self, dataset: DenseDataset, settings: Settings, context: Context) -> None:
         self.dataset, self.settings, self.context = dataset, settings, context
         self.names = DEPTH_METRICS if settings.target == "depth" else NORMAL_METRICS
-        self._values: dict[int, np.ndarray] = {}  # of each item (heads, regions, metrics)
-        self._gathered = False
+        self._values: dict[int, np.ndarray] = {}  # by item: (heads, regions, metrics)
 
     def add(self, item: int, truth: np.ndarray, predictions: np.ndarray, image: Callable[[], np.ndarray]) -> None:
         """Compare the predictions of one image by all heads.
 
         Args:
-            item: its number in the data set.
+            item: its index in the data set.
             truth: (H, W) or (H, W, 3).
             predictions: (heads, H, W) or (heads, H, W, 3).
-            image: makes the frame (H, W, 3) that `show` draws.
+            image: returns the frame (H, W, 3) for `show`.
         """
         s = self.settings
         is_depth = s.target == "depth"
         valid: np.ndarray = (truth > s.min_depth) & (truth < s.max_depth) if is_depth else np.any(truth != 0, axis=2)
-        compare = depth_errors if s.target == "depth" else normal_errors
+        compare = depth_errors if is_depth else normal_errors
         rows = []
         for prediction in predictions:
-            used = np.clip(prediction, s.min_depth, s.max_depth) if s.target == "depth" else prediction
+            used = np.clip(prediction, s.min_depth, s.max_depth) if is_depth else prediction
             regions = []
             for region in s.regions:
                 place = region_of(region, valid.shape)
@@ -70,34 +69,29 @@ class RegressionScore:
         self._values[item] = np.array(rows)
         self.context.record(
             self.dataset.ids[item],
-            truth=np.where(valid if s.target == "depth" else valid[..., None], truth, 0),
+            truth=np.where(valid if is_depth else valid[..., None], truth, 0),
             prediction=predictions,
             image=image,
-            values=partial(self._first_values, item),
+            values=self._values[item][:, 0],
         )
 
-    def _first_values(self, item: int) -> np.ndarray:
-        return self._values[item][:, 0]
-
-    @property
+    @cached_property
     def values(self) -> np.ndarray:
-        """(heads, images, regions, metrics), images in their order. Nothing can be added after."""
-        if not self._gathered:
-            for own in distributed.gather(self._values):
-                self._values |= own
-            self._gathered = True
+        """Values (heads, images, regions, metrics) of all processes, in order. Nothing can be added afterwards."""
+        for own in distributed.gather(self._values):
+            self._values |= own
         return np.stack([self._values[item] for item in sorted(self._values)], 1)
 
     def best(self, metric: str) -> int:
-        """The head with the lowest mean of a metric in the first region."""
+        """Return the head with the lowest mean of a metric in the first region."""
         means = np.nanmean(self.values[:, :, 0, self.names.index(metric)], axis=1)
         return int(np.nanargmin(means)) if not np.isnan(means).all() else 0
 
     def outcome(self, head: int, features: dict[str, Any]) -> Outcome:
-        """Report a head: metrics are means over images (`nanmean` of regions in which some have no pixel).
+        """Return the outcome of a head: metrics are means over the images that have pixels in the region.
 
         Args:
-            head: its number.
+            head: index of the head.
             features: how inputs were prepared.
         """
         values, s = self.values[head], self.settings

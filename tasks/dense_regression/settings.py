@@ -99,9 +99,9 @@ class Settings(BaseSettings):
         return self
 
     def iterations_used(self, count: int) -> int:
-        """Iterations on `count` training images."""
+        """Number of iterations for `count` training images."""
         return self.iterations or (self.epochs or 1) * max(1, count // self.batch_size)
 
     def used_height(self, stride: int) -> int:
-        """Height of frames in pixels: `input_size` as it is, or `tokens_per_side` strides."""
+        """Height of frames in pixels: `input_size`, or `tokens_per_side` strides."""
         return stride * self.tokens_per_side if self.tokens_per_side else self.input_size

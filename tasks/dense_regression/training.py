@@ -1,42 +1,38 @@
-"""Training of a linear head by AdamW, with the schedules of the references. Pure functions on tensors."""
+"""Training of a linear head by AdamW, with the schedules of the references."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterable
 
 import torch
 from neco_bench.tasks.dense_regression.heads import DenseHead, predict
 from neco_bench.tasks.dense_regression.inputs import InputGrid
 from neco_bench.tasks.dense_regression.losses import angular_loss, cosine_loss, sig_loss
 from neco_bench.tasks.dense_regression.settings import Settings
+from neco_bench.tasks.linear_segmentation.batches import Batches
 from torch import Tensor
 
 from neco_bench.core.errors import BadInputError, NumericalError
 
-BASE_MOMENTUM, MAX_MOMENTUM = 0.85, 0.95  # between which the one-cycle schedules move beta1
+BASE_MOMENTUM, MAX_MOMENTUM = 0.85, 0.95  # range of beta1 in the schedules "dinov2" and "dinov3"
 
-WARMUP_START = 1e-3  # share of the rate at the first step, of "dinov2" and "dinov3"
-
-NOTHING_KNOWN = (
-    "No pixel of the training images has a target, so there is nothing to learn from. Check them: neco-bench data "
-    "check."
-)
+WARMUP_START = 1e-3  # share of the rate at the first step of the schedules "dinov2" and "dinov3"
 
 
 def _cosine(start: float, end: float, done: float) -> float:
-    """From `start` at 0 to `end` at 1."""
+    """Return the value at `done`, from 0 to 1, of half a cosine from `start` to `end`."""
     return end + (start - end) * (1 + math.cos(math.pi * done)) / 2
 
 
 def rates_at(step: int, total: int, settings: Settings) -> tuple[float, float]:
-    """Learning rate and beta1 of step 0..total-1.
+    """Return the learning rate and beta1 of step 0..total-1.
 
-    "dinov3": warm-up linear, plus a thousandth of the rate, times the cosine of all steps, beta1 0; then the cosine, to
-    1/25,000 of the rate, beta1 from 0.85 to 0.95. "dinov2": mmcv's cosine to 1e-8 of the rate, linear warm-up from a
-    thousandth, and its one-cycle momentum, 0.95 to 0.85 in the first 30 % and back. "probe3d": linear from 0.01 to 1,
-    then a quarter of a cosine to 0.01. "cosine": linear warm-up, then a cosine to 0. beta1 is 0.9 in the last two.
+    "dinov3": linear warm-up times a cosine over all steps, plus a thousandth of the rate, with beta1 0; then the cosine
+    to 1/25,000 of the rate, with beta1 from 0.85 to 0.95. "dinov2": mmcv's cosine to 1e-8 of the rate, linear warm-up
+    from a thousandth, and its one-cycle momentum, from 0.95 to 0.85 in the first 30 % and back. "probe3d": linear from
+    0.01 to 1, then a quarter of a cosine to 0.01. "cosine": linear warm-up, then a cosine to 0. In the last two, beta1
+    is 0.9.
     """
     s, peak, warmup = settings, settings.learning_rate, round(settings.warmup * total)
     if s.schedule == "dinov3":
@@ -67,48 +63,44 @@ def rates_at(step: int, total: int, settings: Settings) -> tuple[float, float]:
 
 
 def loss_of(prediction: Tensor, target: Tensor, settings: Settings, call: int) -> Tensor | None:
-    """The loss of a batch of predictions: the mean over groups of `loss_images`; None where no pixel has a target.
+    """Return the loss of a batch of predictions, the mean over groups of `loss_images`; None if no pixel has a target.
 
     Args:
-        prediction: depth (B, H, W) or (B, H, W, 3 or 4).
+        prediction: depth (B, H, W) or directions (B, H, W, 3 or 4).
         target: (B, H, W) or (B, H, W, 3), 0 where there is none.
-        settings: of the protocol.
+        settings: settings of the protocol.
         call: number of the batch.
     """
     s = settings
-    losses = []
-    for found, wanted in zip(
-        prediction.split(s.loss_images or len(target)), target.split(s.loss_images or len(target)), strict=True
-    ):
-        valid = wanted > 0 if s.target == "depth" else (wanted != 0).any(-1)
+    size, losses = s.loss_images or len(target), []
+    for predicted, true in zip(prediction.split(size), target.split(size), strict=True):
+        valid = true > 0 if s.target == "depth" else (true != 0).any(-1)
         if s.target == "depth" and s.train_max_depth is not None:
-            valid &= wanted < s.train_max_depth
+            valid &= true < s.train_max_depth
         if valid.sum() < 2:
             continue
         if s.target == "depth":
-            losses.append(sig_loss(found, wanted, valid, with_variance=call >= s.loss_warmup))
+            losses.append(sig_loss(predicted, true, valid, with_variance=call >= s.loss_warmup))
         else:
-            losses.append((angular_loss if s.confidence else cosine_loss)(found, wanted, valid))
+            losses.append((angular_loss if s.confidence else cosine_loss)(predicted, true, valid))
     return torch.stack(losses).mean() if losses else None
 
 
-def train_head(
-    head: DenseHead, batches: Iterable[tuple[Tensor, Tensor]], grid: InputGrid, total: int
-) -> dict[int, DenseHead]:
-    """Train `head` in place, one batch for each of `total` iterations.
+def train_head(head: DenseHead, batches: Batches, grid: InputGrid, total: int) -> dict[int, DenseHead]:
+    """Train `head` in place, one batch per iteration.
 
     Args:
         head: the head to train.
         batches: features (B, D, h, w) with targets (B, H, W) or (B, H, W, 3).
-        grid: how crops stand in their inputs.
-        total: the number of batches.
+        grid: position of crops in their inputs.
+        total: number of batches.
 
     Returns:
         {iterations done: copy of the head, in eval mode}, `evaluations` of them, the last one at the end.
 
     Raises:
-        NumericalError: where the loss is not finite.
-        BadInputError: where no pixel has a target.
+        NumericalError: if the loss is not finite.
+        BadInputError: if no pixel has a target.
     """
     s = head.settings
     optimizer = torch.optim.AdamW(head.parameters(), lr=s.learning_rate, weight_decay=s.weight_decay)
@@ -133,5 +125,8 @@ def train_head(
         if done == total or (done % every == 0 and done // every < s.evaluations):
             heads[done] = copy.deepcopy(head).eval()
     if not learned:
-        raise BadInputError(NOTHING_KNOWN)
+        raise BadInputError(
+            "No pixel of the training images has a target, so there is nothing to learn from. Check them: neco-bench "
+            "data check."
+        )
     return heads

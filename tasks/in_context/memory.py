@@ -25,7 +25,7 @@ from neco_bench.search.exact import ExactIndex, SharedIndex
 
 
 def patch_labels(mask: np.ndarray, stride: int, classes: int) -> np.ndarray:
-    """Count class shares (N, C) float32 of the stride x stride patches, row-major; void pixels count for no class."""
+    """Compute class shares (N, C) float32 of stride x stride patches, row-major; void pixels belong to no class."""
     rows, columns = mask.shape[0] // stride, mask.shape[1] // stride
     patches = mask.reshape(rows, stride, columns, stride).swapaxes(1, 2).reshape(rows * columns, -1).astype(np.int64)
     cells = np.arange(rows * columns)[:, None] * (classes + 1) + np.where(patches == IGNORE, classes, patches)
@@ -34,10 +34,10 @@ def patch_labels(mask: np.ndarray, stride: int, classes: int) -> np.ndarray:
 
 
 def choose_patches(labels: np.ndarray, noise: np.ndarray, count: int) -> np.ndarray:
-    """Choose at most `count` patches of one image, preferring rare classes; return ids by increasing noisy score.
+    """Select at most `count` patches of an image, preferring rare classes; return indices by increasing noisy score.
 
-    score = sum over the classes in the patch of how many patches of this image have that class; the patches with the
-    smallest score * noise are selected, none of them without any label. labels (N, C), noise (N,) in [0, 1).
+    The score is the sum, over the classes in the patch, of the number of patches in this image that contain the class;
+    labelled patches with the smallest score * noise are selected. labels: (N, C) class shares; noise: (N,) in [0, 1).
     """
     present = labels > 0
     score = (present * present.sum(0)).sum(1).astype(np.float32) * noise
@@ -92,8 +92,8 @@ class Memory:
 def retrieve(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """Find the memory rows nearest to queries (Q, D): cosines and row ids (Q, k).
 
-    Queries are not normalised before the search, as in the reference: the order is the same, but ties of two rows are
-    decided by rounding, which is then the same too. They are divided by powers of two, which is exact.
+    Queries are not normalised before the search, as in the reference, so that rounding decides ties of rows as there.
+    They are divided by powers of two, which is exact.
     """
     queries = rescaled(queries, 1)
     scores, ids = index.search(queries, k)
@@ -103,7 +103,7 @@ def retrieve(index: Index, queries: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: float) -> Tensor:
     """Predict class shares (Q, C): softmax over the k cosines (Q, k) / temperature, times the neighbours' labels.
 
-    labels: (M, C) float32 shares, sparse, because a patch has few classes.
+    labels: (M, C) float32 shares; sparse, because a patch has few classes.
     """
     weights = torch.softmax(scores / temperature, dim=1).numpy()
     starts = np.arange(len(ids) + 1) * ids.shape[1]
@@ -112,9 +112,9 @@ def read_labels(scores: Tensor, ids: Tensor, labels: csr_matrix, temperature: fl
 
 
 def build_memory(extractor: FeatureExtractor, train: SegmentationDataset, settings: Settings, size: int) -> Memory:
-    """Build the memory from `settings.passes` augmented copies of each training image, each of size x size pixels.
+    """Build the memory from `settings.passes` augmented copies, of size x size pixels, of each training image.
 
-    Raises BadInputError if they have no labelled pixel.
+    Raises BadInputError if no pixel is labelled.
     """
     encoder, context = extractor.encoder, extractor.context
     transform = HummingbirdTrain(

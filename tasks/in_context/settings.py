@@ -14,14 +14,15 @@ from neco_bench.metrics import segmentation
 class Settings(BaseSettings):
     """Constants of a protocol and a card. Sizes in pixels; memory_size in patches (None: every patch).
 
-    passes: augmented copies of each training image. search: "exact", or an index as in `neco_bench.search.approximate`.
+    passes: number of augmented copies of each training image. neighbours: k. jitter: see `augment.HummingbirdTrain`.
+    search: "exact", or an index as in `neco_bench.search.approximate`.
     """
 
     memory_size: PositiveInt | None = None
     passes: PositiveInt
     neighbours: PositiveInt
     temperature: Temperature
-    jitter: Annotated[float, Field(ge=0, le=0.5)]  # a hue turns by half a circle at most
+    jitter: Annotated[float, Field(ge=0, le=0.5)]
     jitter_probability: Share
     crop_scale: Range
     crop_ratio: Range

@@ -21,11 +21,9 @@ from neco_bench.features.transforms import ResizeSquare, upsample_argmax
 from neco_bench.metrics.segmentation import hungarian_match, identity_match
 from neco_bench.search.exact import check_neighbours
 
-BYTES = {"exact": 6.0, "ivf": 4.0, "ivfpq": 0.5}  # of memory, per row and dimension; other indexes: as "exact"
-
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: every query is compared with every row of the memory, which is stored with its labels.
+    """Estimate a run: every query is compared with every row of the memory.
 
     Raises UsageError if there are more neighbours than possible rows.
     """
@@ -33,7 +31,7 @@ def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, 
     views, patches = settings.passes * len(data["train"]), (size // stride) ** 2
     rows = min(views * patches, settings.memory_size or views * patches)
     check_neighbours(settings.neighbours, rows)
-    stored = BYTES.get(settings.search, BYTES["exact"])
+    stored = {"ivf": 4.0, "ivfpq": 0.5}.get(settings.search, 6.0)  # bytes per row and dimension
     return Cost(
         images=views + len(data["val"]),
         size=size,

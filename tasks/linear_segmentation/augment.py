@@ -21,7 +21,7 @@ class CropFlip:
     flip_probability: float
 
     def __call__(self, sample: Sample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
-        """Return the image (3, size, size) in [0, 1] and the mask (size, size) of one draw of `rng`."""
+        """Return the image (3, size, size) in [0, 1] and the mask (size, size), drawn by `rng`."""
         top, left, height, width = crop_box(rng, sample.mask.shape, self.crop_scale, self.crop_ratio)
         crop = slice(top, top + height), slice(left, left + width)
         image = resize_image(sample.image[crop], self.size, self.size)

@@ -62,7 +62,7 @@ class CoOccurrence:
 
 
 def edges(shares: np.ndarray, threshold: float | None) -> list[Edge]:
-    """Return the edges (i, j, weight), i < j, for which both shares are at least `threshold`; the weight is the smaller.
+    """Return the edges (i, j, weight), i < j, with both shares at least `threshold`; the weight is the smaller share.
 
     threshold: None uses 1 / (K - 1), the share if all other clusters were neighbours equally often.
     """

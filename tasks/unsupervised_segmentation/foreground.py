@@ -28,10 +28,10 @@ def precisions(clusters: np.ndarray, noisy: np.ndarray, weights: np.ndarray, cou
 
 
 def best_threshold(precision: np.ndarray, areas: Iterable[tuple[np.ndarray, np.ndarray]]) -> float:
-    """Return the threshold of the precision at which clusters fit the foreground best, rounded to 0.05 as the reference.
+    """Return the threshold of the precision at which clusters fit the foreground best, rounded to 0.05.
 
-    Splits with 55 % to 75 % of the clusters as background are compared, as in the reference; the last of the best ones
-    is used.
+    Splits with 55 % to 75 % of the clusters as background are compared; the last of the best ones is used. All these
+    numbers are those of the reference.
 
     Args:
         precision: (K,) precisions; absent clusters rank lowest.
