@@ -1,4 +1,4 @@
-"""Check whether a job fits into the available memory and disk space, according to its family's `cost`."""
+"""The available memory, and whether a job fits into memory and disk space, according to its family's `cost`."""
 
 from __future__ import annotations
 
@@ -19,20 +19,24 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("neco_bench")
 
-PER_ITEM = 128  # bytes per item for the order of a run
-
 LIMITS = "/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes"  # containers: cgroup 2 and 1
+
+
+def host_memory() -> int | None:
+    """Return the bytes of memory of this machine or container; None if unknown."""
+    try:
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (AttributeError, OSError, ValueError):  # Windows has no sysconf
+        return None
+    for path in LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # absent, or "max"
+            memory = min(memory, int(Path(path).read_text()))
+    return memory
 
 
 def memory_there(device: Any = None) -> float:
     """Return the bytes of memory of this machine or container plus those of a GPU; infinite if unknown."""
-    try:
-        memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    except (AttributeError, OSError, ValueError):  # Windows
-        return float("inf")
-    for path in LIMITS:
-        with contextlib.suppress(OSError, ValueError):  # "max": none
-            memory = min(memory, float(Path(path).read_text()))
+    memory = float(host_memory() or "inf")
     if device is not None and device.type == "cuda":
         import torch  # not needed to plan
 
@@ -52,7 +56,7 @@ def check_fits(task: Task, draws: Iterable[Mapping[str, Any]], encoder: Encoder,
     for data in draws:
         cost = cost_of(settings, data, encoder.stride, encoder.embed_dim)
         image = 4.0 * (3 * cost.size**2 + encoder.embed_dim * (cost.size // encoder.stride) ** 2)
-        needed = cost.memory + image + PER_ITEM * cost.images
+        needed = cost.memory + image + 128 * cost.images  # the order of a run needs 128 bytes per item
         if needed > there:
             changed = ", ".join(f"{key}={value}" for key, value in task.changed.items())
             raise UsageError(

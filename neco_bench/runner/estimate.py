@@ -37,13 +37,9 @@ from neco_bench.search.exact import ExactIndex
 
 MEASURED = 8  # images
 
-SEARCHED = 4096  # queries and keys
-
 ENOUGH = 0.5  # seconds of a measurement
 
 PATIENCE = 5.0  # seconds to measure one encoder; after that, time is assumed to be proportional to the area
-
-MOST_BARE = 1500  # million parameters: the largest encoder that is built only for an estimate
 
 
 @dataclass(frozen=True)
@@ -214,7 +210,8 @@ def _encoder_and_error(job: Job, fetch: bool) -> tuple[Encoder | None, NecoBench
         if fetch or not isinstance(error, MissingError):
             return None, error
         problem = error
-    if model.kind != "timm" or options.weights is not None or (entry and entry.params_m > MOST_BARE):
+    too_large = entry is not None and entry.params_m > 1500  # million parameters, to be built only for an estimate
+    if model.kind != "timm" or options.weights is not None or too_large:
         return None, problem
     bare = replace(model, pretrained=False)
     return load_encoder(bare, device=options.device, precision=options.precision, layers=options.layers), problem
@@ -248,28 +245,23 @@ def _median(call: Callable[[], object]) -> float:
 def _seconds_to_load(dataset: Dataset, size: int) -> float:
     """Return the seconds per image to read, decode and resize a few images."""
     start = time.perf_counter()
+    images: Iterable[np.ndarray] = ()
     if isinstance(dataset, VideoDataset):
         clip = dataset.clip(0)
-        for index in range(min(MEASURED, len(clip))):
-            resize_image(clip[index].image, size, size)
-        return (time.perf_counter() - start) / min(MEASURED, len(clip))
-    if isinstance(dataset, ViewDataset):
-        views = dataset.image_ids[:MEASURED]
-        for view_id in views:
-            resize_image(dataset.read_view(view_id).image, size, size)
-        return (time.perf_counter() - start) / len(views)
-    count = min(MEASURED, len(dataset))
-    for index in range(count):
-        if isinstance(dataset, (SegmentationDataset, BoxDataset, DenseDataset)):
-            resize_image(dataset[index].image, size, size)
-        elif isinstance(dataset, PairDataset):
-            resize_image(dataset.read_image(dataset.image_ids[index]), size, size)
-    return (time.perf_counter() - start) / count
+        images = (clip[index].image for index in range(min(MEASURED, len(clip))))
+    elif isinstance(dataset, ViewDataset):
+        images = (dataset.read_view(view_id).image for view_id in dataset.image_ids[:MEASURED])
+    elif isinstance(dataset, PairDataset):
+        images = map(dataset.read_image, dataset.image_ids[:MEASURED])
+    elif isinstance(dataset, SegmentationDataset | BoxDataset | DenseDataset):
+        images = (dataset[index].image for index in range(min(MEASURED, len(dataset))))
+    count = len([resize_image(image, size, size) for image in images])
+    return (time.perf_counter() - start) / max(1, count)
 
 
 def _rate(device: torch.device, width: int) -> float:
     """Return the floating-point operations per second of an exact search with vectors of `width` dimensions."""
-    index = ExactIndex(width, device)
-    index.add(torch.rand(SEARCHED, width))
-    queries = torch.rand(SEARCHED, width)
-    return 2.0 * SEARCHED**2 * width / _median(lambda: index.search(queries, 8))
+    index, count = ExactIndex(width, device), 4096
+    index.add(torch.rand(count, width))
+    queries = torch.rand(count, width)
+    return 2.0 * count**2 * width / _median(lambda: index.search(queries, 8))

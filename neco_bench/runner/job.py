@@ -21,17 +21,18 @@ from neco_bench.results.schema import Result
 from neco_bench.results.store import ResultStore
 from neco_bench.runner.options import RunOptions
 
-# Distributions that a stored result and stored features depend on; what one kind of encoder needs is in its identity.
+# Packages whose versions affect results and stored features; those of an encoder are part of its identity.
 VERSIONS = ("neco-bench", "torch", "torchvision", "timm", "numpy", "pillow", "scikit-learn", "faiss-gpu", "faiss-cpu")
 
 
 @dataclass(frozen=True)
 class Job:
-    """One model on one task with its data opened: what `--dry-run` shows and `execute` runs.
+    """One model on one task with its data opened.
 
-    data: by role; the draws of a fraction have the roles "train/0", "train/1", ... identity: of the encoder's content,
-    as far as it is known. key: the content key, of facts and identity. place: among the jobs of a command: "3 of 12".
-    layers_ahead: layers of which later jobs of a sweep need the features, see `Context`.
+    data: by role; the draws of a fraction have the roles "train/0", "train/1", ... facts, identity: everything on which
+    the result depends, except the encoder, and the identity of the encoder as far as known; the content key `key` is
+    their digest. place: position among the jobs of a command, "3 of 12". layers_ahead: layers whose features later jobs
+    need, see `Context`.
     """
 
     model: str
@@ -45,12 +46,12 @@ class Job:
     layers_ahead: tuple[int, ...] = ()
 
     def identified(self, identity: str) -> Job:
-        """The job with what is known of its encoder once that is loaded."""
+        """Return the job with another identity of its encoder, such as that of the loaded encoder."""
         return replace(self, identity=identity, key=digest([dict(self.facts), identity]))
 
     @property
     def result_fields(self) -> dict[str, Any]:
-        """The fields of its Result that do not depend on how the run went."""
+        """Fields of the Result that are known before the run."""
         coverage = {role.partition("/")[0]: d.coverage for role, d in self.data.items() if d.coverage is not None}
         return {
             "key": self.key,
@@ -67,33 +68,33 @@ class Job:
 
     @property
     def draws(self) -> list[dict[str, Dataset]]:
-        """The data of each run of the family: of the only one, or of one per draw of a fraction."""
+        """Data of each run of the family: one run, or one per draw of a fraction."""
         parts = [(*role.partition("/")[::2], dataset) for role, dataset in self.data.items()]
         numbers = sorted({number for _, number, _ in parts if number}) or [""]
         return [{role: d for role, number, d in parts if number in ("", wanted)} for wanted in numbers]
 
     @property
     def label(self) -> str:
-        """The model column of tables: the spec, with the layers where inner ones were asked for."""
+        """The model in tables: its spec, with the layers if they are given."""
         return self.model + (f"[layers={self.options.layers}]" if self.options.layers else "")
 
     @property
     def title(self) -> str:
-        """What messages call it: its place, model, task, and the seed where it is not 0."""
+        """Title in messages: place, model, task, and the seed if it is not 0."""
         place = f"[{self.place}] " if self.place else ""
         seed = f", seed {self.options.seed}" if self.options.seed else ""
         return f"{place}{self.label} on {self.task.card.name}@{self.task.label}{seed}"
 
 
 def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = None) -> Job:
-    """Check the model's name and open the data. Loads no weights and, but for the precision "auto", no torch.
+    """Check the model's name and open the data. Loads no weights, and torch only for the precision "auto".
 
-    identity: what stands for the encoder's content; None asks the model spec.
+    identity: identity of the encoder; None computes it from the model spec.
     """
     if options.precision == "auto":
         fast = task.protocol.allows_bf16 and is_fast_in_bf16(options.device)
         options = replace(options, precision="bf16" if fast else "fp32")
-    if identity is None:  # an unknown model or a missing file is an error now, not hours later
+    if identity is None:  # raises now, not hours later, for an unknown model or a missing file
         identity = content_id(model, options.weights)
     if options.split_file is not None and "train" not in task.card.splits:
         raise UsageError(
@@ -101,7 +102,7 @@ def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = 
         )
     data = {}
     for role, split in task.card.splits.items():
-        if role != "train" and not split.endswith("_*"):  # of `camvid_ic[test]`, before any file is looked for
+        if role != "train" and not split.endswith("_*"):  # for `camvid_ic[test]`, before any file is opened
             check_split(dataset_class(task.dataset, options.data_root), split)
     for role, split in task.card.splits.items():
         file = options.split_file if role == "train" else None
@@ -117,15 +118,15 @@ def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = 
         "limit": options.limit,
         "versions": {name: version_of(name) for name in VERSIONS},
     }
-    if options.features == "fp16":  # the other two give the same numbers
+    if options.features == "fp16":  # the other options do not affect numbers
         facts["features"] = options.features
     return Job(model, task, data, options, facts, identity, digest([facts, identity]))
 
 
 def job_of(result: Result, **given: Any) -> Job:
-    """The job that made a stored result. given: fields of `RunOptions` to use instead of the recorded ones.
+    """Return the job of a stored result. given: fields of `RunOptions` that replace the recorded ones.
 
-    Raises what `plan` raises, such as UsageError for a model that has no spec (an Encoder object).
+    Raises the errors of `plan`, such as UsageError for a model without a spec (an Encoder object).
     """
     recorded = result.provenance.get("arguments", {})
     kinds = {"data_root": Path, "split_file": Path, "weights": Path, "batch_size": int, "workers": int, "limit": int}
@@ -139,7 +140,7 @@ def job_of(result: Result, **given: Any) -> Job:
 
 
 def _splits(role: str, split: str, listed: bool) -> dict[str, str]:
-    """{role: split}; of a fraction all draws, {"train/0": "trainaug_1of8_0", ...}, unless a list replaces them."""
+    """Return {role: split}; for a fraction, its draws {"train/0": "trainaug_1of8_0", ...}, unless `listed`."""
     if not split.endswith("_*"):
         return {role: split}
     if listed:
@@ -148,10 +149,10 @@ def _splits(role: str, split: str, listed: bool) -> dict[str, str]:
 
 
 def identify(model: str, options: RunOptions, store: ResultStore) -> str:
-    """What stands for the encoder of a spec in content keys.
+    """Return the identity, in content keys, of the encoder of a spec.
 
-    It is loaded, on the CPU, where nothing else shows what its weights are and the store has results that might be its.
-    One that cannot be loaded is left to its job. Raises as `content_id`.
+    The encoder is loaded on the CPU only if its weights cannot be identified otherwise and the store has results. If
+    loading fails, the job will report it. Raises the errors of `content_id`.
     """
     if options.overwrite or store.is_empty or not needs_loading(parse_spec(model)):
         return content_id(model, options.weights)
@@ -163,9 +164,10 @@ def identify(model: str, options: RunOptions, store: ResultStore) -> str:
 
 
 def for_each_layer(model: str, options: RunOptions) -> list[RunOptions]:
-    """The options of one run per block or stage where `layers` is "all", and else the options as they are.
+    """Return the options of one run per block or stage if `layers` is "all", else the unchanged options.
 
-    The encoder is loaded on the CPU to count them. Raises `UsageError` for one without layers, and as `load_encoder`.
+    The encoder is loaded on the CPU to count its layers. Raises UsageError for an encoder without layers, and the
+    errors of `load_encoder`.
     """
     if options.layers != "all":
         return [options]
@@ -178,15 +180,15 @@ def for_each_layer(model: str, options: RunOptions) -> list[RunOptions]:
 def each_of(
     model: str, task: Task, layered: Sequence[tuple[RunOptions, str | None]], seeds: int, store: ResultStore | None
 ) -> list[Job]:
-    """The jobs of a model on a task: for each of `layered`, options and the encoder's identity, so many seeds.
+    """Return the jobs of a model on a task, for each seed and each of `layered`, (options, identity of the encoder).
 
-    The data are opened once. Of several layers, each job knows those of later jobs that have no result yet, unless no
-    features are stored. Raises as `plan` and `seeded`.
+    The data are opened once. For several layers, `layers_ahead` of each job has the layers of later jobs without a
+    result, unless features are not stored. Raises the errors of `plan` and `seeded`.
     """
     first = plan(model, task, layered[0][0], identity=layered[0][1])
     jobs = seeded(first, seeds)
     for options, identity in layered[1:]:
-        own = replace(first.options, layers=options.layers)  # with what planning has set
+        own = replace(first.options, layers=options.layers)  # including changes by `plan`
         other = replace(first, options=own, facts={**first.facts, "layers": options.layers})
         jobs += seeded(other.identified(identity or first.identity), seeds)
     if len(layered) == 1 or layered[0][0].features == "off":
@@ -202,7 +204,7 @@ def each_of(
 
 @dataclass(frozen=True)
 class MissingJob:
-    """A model on a task that cannot be planned here, as its data or a file of the model is not there."""
+    """A model on a task that cannot be planned, because data or a file of the model are missing."""
 
     model: str
     task: Task
@@ -218,10 +220,10 @@ def plan_all(
     seeds: int = 1,
     missing: list[MissingJob] | None = None,
 ) -> list[Job]:
-    """Jobs of every model on every task, one for each of `seeds` from `options.seed` on, and for each layer of "all".
+    """Return the jobs of every model on every task, for `seeds` seeds from `options.seed` on, and each layer of "all".
 
-    Names, settings and data are checked before anything runs. Imports no torch, unless an encoder must be
-    loaded to know what it is. missing: takes what is not there, which else is an error.
+    Names, settings and data are checked before anything runs. Imports no torch, unless an encoder must be loaded to
+    identify it. missing: receives the jobs whose data or files are missing; None raises their errors.
     """
     tasks = list(tasks)
     for task in tasks:
@@ -250,9 +252,9 @@ def plan_all(
 
 
 def numbered(jobs: list[Job], *, apart: bool = False) -> list[Job]:
-    """The jobs, each with its place among them where there are several.
+    """Return the jobs with their places, if there are several.
 
-    apart: they run in processes of their own, where none fills the feature store for another.
+    apart: jobs run in separate processes, so none stores features for another.
     """
     if apart:
         jobs = [replace(job, layers_ahead=()) for job in jobs]
@@ -262,10 +264,10 @@ def numbered(jobs: list[Job], *, apart: bool = False) -> list[Job]:
 
 
 def seeded(job: Job, count: int) -> list[Job]:
-    """The job, and the same ones with the seeds that follow. Raises UsageError for a wrong number."""
+    """Return the job for `count` consecutive seeds, starting with its own. Raises UsageError for a wrong count."""
     if count < 1:
         raise UsageError(f"--seeds must be at least 1, got {count}.")
-    replace(job.options, seed=job.options.seed + count - 1)  # raises where that is too large
+    replace(job.options, seed=job.options.seed + count - 1)  # raises if it is too large
     jobs = []
     for seed in range(job.options.seed, job.options.seed + count):
         facts = {**job.facts, "seed": seed}
@@ -275,5 +277,5 @@ def seeded(job: Job, count: int) -> list[Job]:
 
 
 def stored(job: Job, store: ResultStore) -> Result | None:
-    """The finished result of a job, unless the options ask for a new one."""
+    """Return the stored result of a job; None if there is none, or if `overwrite` is set."""
     return None if job.options.overwrite else store.find(job.key)

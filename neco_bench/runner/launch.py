@@ -22,8 +22,6 @@ from neco_bench.runner.execute import failed_result, run_job, store_result
 from neco_bench.runner.job import Job, identify, plan, stored
 from neco_bench.runner.options import RunOptions
 
-LAUNCHERS = ("slurm", "local")
-
 GRACE = 3  # seconds for an interrupted process to remove its temporary files
 
 
@@ -32,6 +30,12 @@ def work(model: str, task: str, changes: Mapping[str, Any], options: RunOptions,
     (named,) = find_tasks([task], changes, data_root=options.data_root)
     store = ResultStore(out)
     return run_job(plan(model, named, options, identity=identify(model, options, store)), store)
+
+
+def _arguments(job: Job, store: ResultStore) -> tuple[Any, ...]:
+    """Return the arguments of `work` for a job."""
+    task = f"{job.task.card.name}@{job.task.protocol.id}"
+    return job.model, task, dict(job.task.changed), job.options, store.folder
 
 
 def run_apart(job: Job, store: ResultStore, seconds: float) -> Result:
@@ -44,9 +48,7 @@ def run_apart(job: Job, store: ResultStore, seconds: float) -> Result:
         return known
     spawn = multiprocessing.get_context("spawn")  # a fork of a process with threads or a GPU may hang
     receiver, sender = spawn.Pipe(duplex=False)
-    task = f"{job.task.card.name}@{job.task.protocol.id}"
-    arguments = job.model, task, dict(job.task.changed), job.options, store.folder
-    process = spawn.Process(target=_work_and_send, args=(sender, *arguments))
+    process = spawn.Process(target=_work_and_send, args=(sender, *_arguments(job, store)))
     process.start()
     sender.close()
     try:
@@ -106,8 +108,8 @@ def executor_for(folder: Path, launcher: str, parameters: Mapping[str, Any]) -> 
     parameters: those of AutoExecutor (timeout_min, gpus_per_node, slurm_partition, ...). Raises UsageError for an
     unknown launcher or parameter, or if submitit is not installed.
     """
-    if launcher not in LAUNCHERS:
-        raise UsageError(f"Unknown --launcher {launcher!r}: use {' or '.join(LAUNCHERS)}.")
+    if launcher not in ("slurm", "local"):
+        raise UsageError(f"Unknown --launcher {launcher!r}: use slurm or local.")
     try:
         import submitit
     except ImportError as error:
@@ -138,8 +140,7 @@ class JobPool:
         for job in jobs:
             pending: Any = stored(job, store)
             if pending is None:
-                task = f"{job.task.card.name}@{job.task.protocol.id}"
-                pending = executor.submit(work, job.model, task, dict(job.task.changed), job.options, store.folder)
+                pending = executor.submit(work, *_arguments(job, store))
             self._waiting.append((job, pending))
 
     def cancel(self) -> None:

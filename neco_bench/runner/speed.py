@@ -31,7 +31,7 @@ from neco_bench.runner.execute import device_name, encoder_facts
 
 FAMILY, PROTOCOL = "speed", "speed-1"
 
-WARM_UP, LEAST = 1, 3  # batches before the measurement, and in it
+LEAST = 3  # minimum number of batches of a measurement
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,7 @@ def _timed(encoder: Encoder, size: int, options: SpeedOptions) -> tuple[int, int
             images = torch.rand(batch_size, 3, size, size, generator=torch.Generator().manual_seed(0))
             images = images.to(encoder.device)
             _forget_peak(encoder.device)
-            for _ in range(WARM_UP):
-                encoder.encode(images)
+            encoder.encode(images)  # warm-up
             _wait(encoder.device)
             batches, start = 0, time.perf_counter()
             while batches < LEAST or time.perf_counter() - start < options.seconds:

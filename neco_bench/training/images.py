@@ -1,4 +1,4 @@
-"""Where training images come from: folders, lists, well-known data sets, the generated shapes, and mixtures of them."""
+"""Sources of training images: folders, lists, well-known data sets, the generated shapes, and mixtures of them."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff", ".ppm")
 
 log = logging.getLogger("neco_bench")
 
-MAX_SHAPES = 10_000_000  # whose names take a gigabyte
+MAX_SHAPES = 10_000_000  # their names need a gigabyte
 
-# Data sets by name: the folder of each below the data root, and where its training images are in that.
+# Data sets by name: the folder below the data root, and the folder of the training images in it.
 FOLDERS = {
     "coco": ("coco", "train2017"),
     "imagenet": ("imagenet", "train"),
@@ -33,16 +33,14 @@ FOLDERS = {
 
 IMAGENET100 = Path(__file__).with_name("imagenet100.txt")  # names of the folders of its classes
 
-IMAGENET100_IMAGES = 126_689  # for training
-
 
 @dataclass(frozen=True)
 class Images:
-    """Images by number.
+    """Images by index.
 
-    ids: their names, in a fixed order that does not depend on where they lie. folder: of files whose names are the ids;
-    None for generated ones. description: for people. source: the collection they are known to be from, as
-    `Dataset.images_from` names it.
+    ids: their names, in a fixed order that does not depend on the place of the folder. folder: folder of the files,
+    whose names are the ids; None for generated images. description: for messages. source: the collection of the images
+    if known, as named by `Dataset.images_from`.
     """
 
     ids: tuple[str, ...]
@@ -54,7 +52,7 @@ class Images:
         return len(self.ids)
 
     def read(self, index: int) -> np.ndarray:
-        """Read image (H, W, 3) uint8 RGB. Raises BadInputError for one that is absent or cannot be decoded."""
+        """Read image (H, W, 3) uint8 RGB. Raises BadInputError for an image that is missing or cannot be decoded."""
         if self.folder is None:
             return segmentation_scene("train", index).image
         try:
@@ -63,23 +61,23 @@ class Images:
             raise BadInputError(str(error)) from error
 
     def fingerprint(self) -> str:
-        """Hash ids and sizes of files (-1 for an absent one) by sha256, or the version of generated images."""
+        """Return the sha256 of ids and file sizes (-1 for a missing file), or of the version of generated images."""
         digest = hashlib.sha256(VERSION.encode() if self.folder is None else b"files")
         for name in self.ids:
             size = 0
             if self.folder is not None:
                 try:
                     size = os.stat(self.folder / name).st_size
-                except (OSError, ValueError):  # absent, or a name that no file can have
+                except (OSError, ValueError):  # missing, or an invalid file name
                     size = -1
             digest.update(f"{name} {size}\n".encode("utf-8", "surrogateescape"))
         return digest.hexdigest()
 
     def overlap(self, root: Path | None = None) -> dict[str, str]:
-        """Name the collections that they are from, as `Dataset.images_from` does: {name: "seen"}.
+        """Return the collections of the images, as named by `Dataset.images_from`: {name: "seen"}.
 
-        It is the requested one, else the folders of the images say it, which have the names of data sets or are below
-        the data root. "*" is "unknown" where some lie elsewhere.
+        A collection is known from the request, or from folders with the names of data sets or below the data root. For
+        images elsewhere, "*" is "unknown".
         """
         if self.folder is None or self.source:
             return {self.source or "shapes": "seen"}
@@ -104,9 +102,9 @@ class Images:
 
 @dataclass(frozen=True)
 class Mixture(Images):
-    """The images of several sources, one after another; an image has the same chance in each epoch as any other.
+    """The images of several sources, one after another; each image is used once per epoch.
 
-    parts: the sources; ids are theirs behind the description of the source.
+    parts: the sources; their descriptions are prefixes of the ids.
     """
 
     parts: tuple[Images, ...] = ()
@@ -120,11 +118,11 @@ class Mixture(Images):
         raise IndexError(index)
 
     def fingerprint(self) -> str:
-        """Hash the fingerprints of the sources by sha256."""
+        """Return the sha256 of the fingerprints of the sources."""
         return hashlib.sha256("\n".join(part.fingerprint() for part in self.parts).encode()).hexdigest()
 
     def overlap(self, root: Path | None = None) -> dict[str, str]:
-        """Name the collections that the sources are from, "*" for what is unknown."""
+        """Return the collections of all sources, see `Images.overlap`."""
         overlap: dict[str, str] = {}
         for part in self.parts:
             overlap |= part.overlap(root)
@@ -132,9 +130,9 @@ class Mixture(Images):
 
 
 def open_images(spec: str, root: Path | None = None) -> Images:
-    """Open the images that `spec` names: one source, or several with commas between them.
+    """Open the images of `spec`: one source, or several separated by commas.
 
-    A source that is named twice is an error. Raises as `_open_source`.
+    Raises UsageError for a repeated source, and the errors of `_open_source`.
     """
     names = [name.strip() for name in spec.split(",") if name.strip()]
     if len(names) < 2 or os.path.exists(spec):
@@ -152,11 +150,11 @@ def open_images(spec: str, root: Path | None = None) -> Images:
 def _open_source(spec: str, root: Path | None = None) -> Images:
     """Open the images of one source.
 
-    A folder (its images, however deep); a list file (a path per line, absolute or from the folder of the list, with
-    either separator; # begins a comment); `shapes` or `shapes:N` (the first N training scenes, never those of the val
-    split); `coco`, `imagenet`, `imagenet100` (its 100 classes in `imagenet`) or `voc` below the data root, each with
-    `:FOLDER` for another folder.
-    Raises UsageError (unknown name), MissingError (nothing there) and BadInputError (an empty list).
+    A source is a folder (with images at any depth); a list file (one path per line, absolute or relative to the folder
+    of the list, with either separator; # starts a comment); `shapes` or `shapes:N` (the first N training scenes, none
+    of the val split); or `coco`, `imagenet`, `imagenet100` (its 100 classes in `imagenet`) or `voc` below the data
+    root, each with `:FOLDER` for another folder. Raises UsageError (unknown name), MissingError (nothing there) and
+    BadInputError (an empty list).
     """
     name, _, rest = spec.partition(":")
     if name == "shapes" and not os.path.exists(spec):
@@ -191,9 +189,9 @@ def _named(name: str, rest: str, root: Path | None) -> Images:
             raise MissingError(f"--data {name}: its images should be in {folder / inside}, which is not there.")
         classes = _imagenet100(folder / inside) if name == "imagenet100" else ()
         images = _in_folder(folder / inside, f"{name} {inside}", classes)
-        if classes and len(images) != IMAGENET100_IMAGES:
-            text = "--data %s: %s has %d images of the 100 classes, where ImageNet-100 has %d."
-            log.warning(text, name, folder / inside, len(images), IMAGENET100_IMAGES)
+        if classes and len(images) != 126_689:
+            text = "--data %s: %s has %d images of the 100 classes, where ImageNet-100 has 126689."
+            log.warning(text, name, folder / inside, len(images))
         return replace(images, source=name.removesuffix("100"))
     if not folder.is_dir():
         raise MissingError(f"--data voc: there is no folder {folder}. It should hold\n{VOC2012.layout}")
@@ -206,7 +204,7 @@ def _named(name: str, rest: str, root: Path | None) -> Images:
 
 
 def _imagenet100(folder: Path) -> tuple[str, ...]:
-    """The names of the class folders of ImageNet-100. Raises MissingError where one of them is not there."""
+    """Return the names of the class folders of ImageNet-100. Raises MissingError if one of them is missing."""
     lines = IMAGENET100.read_text(encoding="utf-8").splitlines()
     names = tuple(name for line in lines if not line.startswith("#") for name in line.split())
     absent = [name for name in names if not (folder / name).is_dir()]
@@ -219,21 +217,18 @@ def _imagenet100(folder: Path) -> tuple[str, ...]:
 
 
 def _in_folder(folder: Path, description: str, inside: tuple[str, ...] = ()) -> Images:
-    """Find the images of a folder, at any depth. inside: names of its folders, of which others are left out."""
+    """Find the images of a folder, at any depth. inside: names of the folders to use; all if empty."""
     names: list[str] = []
     for current, folders, files in os.walk(folder, followlinks=True):
         if inside and os.path.samefile(current, folder):
             folders[:], files = [name for name in folders if name in inside], []
-        above = {
-            os.path.realpath(current),
-            *map(str, Path(os.path.realpath(current)).parents),
-        }  # a link there has no end
-        further = (name for name in folders if os.path.realpath(os.path.join(current, name)) not in above)
+        here = Path(os.path.realpath(current))
+        above = {here, *here.parents}  # links to these would lead in circles
+        further = (name for name in folders if Path(os.path.realpath(os.path.join(current, name))) not in above)
         folders[:] = [name for name in further if not name.startswith(".")]
         near = os.path.relpath(current, folder)
-        names += [
-            os.path.normpath(os.path.join(near, f)) for f in files if f.lower().endswith(SUFFIXES) and f[0] != "."
-        ]
+        found = (name for name in files if name.lower().endswith(SUFFIXES) and not name.startswith("."))
+        names += [os.path.normpath(os.path.join(near, name)) for name in found]
     if not names:
         raise MissingError(f"{folder} has no images, at any depth; looked for {', '.join(SUFFIXES)}.")
     return Images(tuple(sorted(names)), description, folder)

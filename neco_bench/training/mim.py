@@ -14,8 +14,6 @@ from neco_bench.training.networks import Network
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.views import GLOBALS
 
-COLOUR_SHARE = 0.25  # scale of mean colours relative to histograms of length 1, for a similar variance
-
 
 class MaskedImages(nn.Module):
     """Masked image modelling, for training from random weights: the content of hidden patches is predicted from the
@@ -55,6 +53,6 @@ class MaskedImages(nn.Module):
             deviation, mean = torch.std_mean(pixels, 3, keepdim=True)
             return (pixels - mean) / (deviation + 1e-3)
         histograms = F.normalize(F.adaptive_avg_pool2d(orientations(images), 2 * side), dim=1, eps=1e-2)
-        colours = COLOUR_SHARE * F.adaptive_avg_pool2d(images, 2 * side)
+        colours = 0.25 * F.adaptive_avg_pool2d(images, 2 * side)  # for a variance similar to that of histograms
         cells = torch.cat([histograms, colours], 1).unflatten(2, (side, 2)).unflatten(4, (side, 2))
         return cells.permute(0, 2, 4, 1, 3, 5).flatten(3)

@@ -20,8 +20,6 @@ from neco_bench.training.recipe import Recipe
 from neco_bench.training.regions import align
 from neco_bench.training.views import GLOBALS
 
-MASS = 0.6  # share of the attention that a masked loss treats as foreground
-
 
 def patches_read(boxes: Tensor, stride: int, side: int) -> Tensor:
     """Mark the patches (N, side, side) bool that `align` reads for boxes (N, R, 4) in pixels."""
@@ -89,7 +87,8 @@ class NeCo(nn.Module):
             targets = embedded[0] if teacher is None else teacher(groups[:1], [by_teacher])[0]
             inside = None
             if self.recipe.loss_mask != "all":
-                inside = foreground(attend.attention(groups[0]).float(), MASS) ^ (self.recipe.loss_mask == "bg")
+                share = 0.6  # of the attention, in the official code
+                inside = foreground(attend.attention(groups[0]).float(), share) ^ (self.recipe.loss_mask == "bg")
         with torch.autocast(targets.device.type, enabled=False):
             targets = targets.unflatten(0, (GLOBALS, count))
             self._enqueue(targets.detach(), inside, drawn, shard)

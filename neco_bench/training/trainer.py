@@ -35,11 +35,7 @@ from neco_bench.training.collapse import effective_rank
 from neco_bench.training.images import Images
 from neco_bench.training.mim import MaskedImages
 from neco_bench.training.neco import NeCo
-from neco_bench.training.networks import (
-    Network,
-    make_trainable,
-    parameter_groups,
-)
+from neco_bench.training.networks import Network, make_trainable, parameter_groups
 from neco_bench.training.options import TrainOptions
 from neco_bench.training.recipe import Recipe
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,16 @@ from neco_bench.encoders.base import Encoder
 from neco_bench.features.patches import majority_label, patchify
 from neco_bench.features.transforms import resize_image, resize_nearest_pil
 from neco_bench.viz import diagnostics
-from neco_bench.viz.draw import WHITE, broken_lines, class_colours, class_legend, draw_keys, font, legend_keys
+from neco_bench.viz.draw import (
+    WHITE,
+    broken_lines,
+    class_colours,
+    class_legend,
+    draw_keys,
+    encode_image,
+    font,
+    legend_keys,
+)
 from neco_bench.viz.draw_dense import scale_colours
 
 SHOWN, TILE, GAP, LINE = 8, 160, 4, 18  # images in the picture; pixels of a tile, between tiles, of a line of text
@@ -60,9 +68,7 @@ def diagnose(
         shown = [_large(ids) for ids in truth[: len(images)]]
         coloured = [class_colours(data, ids) for ids in shown]
         drawn = draw_diagnosis(images, coloured, features, title, class_legend(data, shown))
-        buffer = io.BytesIO()
-        drawn.save(buffer, "PNG")
-        write_whole(picture, buffer.getvalue())
+        write_whole(picture, encode_image(np.asarray(drawn), False))
     values = {
         "norm outliers": (diagnostics.norm_outliers(features), "share of patches above 3 x the image's median norm"),
         "effective rank": (diagnostics.effective_rank(features), f"of {encoder.embed_dim} dimensions (RankMe)"),

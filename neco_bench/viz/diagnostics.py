@@ -13,17 +13,15 @@ from torch import Tensor
 from neco_bench.features.patches import rescaled, unit_length
 from neco_bench.search.exact import ExactIndex
 
-OUTLIER = 3.0  # threshold relative to the median norm of an image's patches
-
 
 def norm_outliers(maps: Tensor) -> float:
-    """Return the share of patches whose L2 norm exceeds OUTLIER times the median of their image.
+    """Return the share of patches whose L2 norm exceeds 3 times the median of their image.
 
     These are the artefact tokens of Darcet et al. (*Vision Transformers Need Registers*, ICLR 2024, section 2.1). They
     use one absolute threshold for one model; a relative threshold allows a comparison of models.
     """
     norms = rescaled(maps, None).flatten(2).norm(dim=1)
-    return float((norms > OUTLIER * norms.median(1, keepdim=True).values).float().mean())
+    return float((norms > 3 * norms.median(1, keepdim=True).values).float().mean())
 
 
 def effective_rank(maps: Tensor) -> float:

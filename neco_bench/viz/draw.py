@@ -136,9 +136,7 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[s
         coloured = distinct_colours(int(clusters.max()) + 1)[clusters]
         tiles.append(Tile("clusters", _enlarged(coloured, height, width), "map"))
     if "foreground" in predicted:
-        tiles.append(
-            Tile("foreground", _enlarged(predicted["foreground"] * 255, height, width)[..., None].repeat(3, 2), "map")
-        )
+        tiles.append(_grey("foreground", predicted["foreground"] * 255, height, width))
     if "neighbours" in predicted:
         rows, columns = predicted["features"].shape[1:]
         queries = query_patches(predicted["truth"], predicted["prediction"], rows, columns)
@@ -224,12 +222,6 @@ def _outlined(image: np.ndarray, patches: Sequence[int], rows: int, columns: int
     return np.asarray(drawn)
 
 
-def draw_hits(predicted: dict[str, Any], alpha: float, strict: bool) -> np.ndarray:
-    """Return for each of P points whether it is within `alpha` of the side, including the bound unless `strict`."""
-    limit = alpha * predicted["side"]
-    return predicted["errors"] < limit if strict else predicted["errors"] <= limit
-
-
 def draw_pair(dataset: PairDataset, name: str, predicted: dict[str, Any], hits: np.ndarray) -> PictureRow:
     """Draw both images, a line from each point to its prediction, and a ring at the target of a missed one."""
     sample = dataset[dataset.ids.index(name)]
@@ -266,8 +258,8 @@ def draw_matches(
     def dot(x: float, y: float, radius: int, **style: Any) -> None:
         draw.ellipse((x - radius, y - radius, x + radius, y + radius), **style)
 
-    for start, found, end, hit in zip(*points, hits, strict=True):
-        (x0, y0), (x1, y1), (x2, y2) = start * scales[0], found * scales[1], end * scales[1]
+    for start, match, end, hit in zip(*points, hits, strict=True):
+        (x0, y0), (x1, y1), (x2, y2) = start * scales[0], match * scales[1], end * scales[1]
         colour = RIGHT if hit else WRONG
         _line(draw, (x0, y0, left + x1, y1), bool(hit), thickness)
         dot(x0, y0, 5, fill=colour, outline=WHITE)
@@ -287,10 +279,7 @@ def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str,
     tiles = [
         Tile("image", image, "photo"),
         Tile("ground truth", class_colours(dataset, _enlarged(predicted["truth"], height, width)), "map"),
-        *(
-            Tile(title, _enlarged(np.repeat(values[..., None], 3, 2), height, width), "map")
-            for title, values in maps.items()
-        ),
+        *(_grey(title, values, height, width) for title, values in maps.items()),
     ]
     return PictureRow(name, f"Jaccard {100 * predicted['jaccard']:.1f}", tiles)
 
@@ -316,13 +305,18 @@ def draw_boxes(dataset: BoxDataset, name: str, predicted: dict[str, Any], right:
     grey = 255 * (score - score.min()) / max(float(np.ptp(score)), 1e-12)
     tiles = [Tile("image", image, "photo"), Tile("boxes", np.asarray(drawn), "photo")]
     for title, values in {"region": predicted["region"] * 255, "score": grey}.items():
-        tiles.append(Tile(title, _enlarged(np.repeat(values[..., None], 3, 2), height, width), "map"))
+        tiles.append(_grey(title, values, height, width))
     return PictureRow(name, f"IoU {predicted['iou']:.2f}", tiles)
 
 
 def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize (H, W) integers below 256, or (H, W, 3) colours, by the nearest rule."""
     return np.asarray(Image.fromarray(values.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
+
+
+def _grey(title: str, values: np.ndarray, height: int, width: int) -> Tile:
+    """Return values (h, w) from 0 to 255 as a grey map."""
+    return Tile(title, _enlarged(values, height, width)[..., None].repeat(3, 2), "map")
 
 
 def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:
@@ -338,7 +332,7 @@ def thumbnail(tile: Tile) -> np.ndarray:
     if tile.kind == "animation":
         return fitted(tile.pixels[len(tile.pixels) // 2], BOX, Image.Resampling.LANCZOS)
     rule = Image.Resampling.NEAREST if tile.kind == "map" else Image.Resampling.LANCZOS
-    return fitted(clear(tile), _box(tile), rule)
+    return fitted(clear(tile), WIDE_BOX if tile.kind == "wide" else BOX, rule)
 
 
 def clear(tile: Tile) -> np.ndarray:
@@ -347,10 +341,6 @@ def clear(tile: Tile) -> np.ndarray:
     if tile.kind != "wide" or not ground.any():
         return tile.pixels
     return np.concatenate([tile.pixels, np.where(ground, 0, 255).astype(np.uint8)[..., None]], -1)
-
-
-def _box(tile: Tile) -> tuple[int, int]:
-    return WIDE_BOX if tile.kind == "wide" else BOX
 
 
 def font(size: int) -> Any:

@@ -16,15 +16,6 @@ from neco_bench.viz.draw import GAP, PAPER, TEXT, WHITE, PictureRow, Tile, disti
 FRAMES, ANIMATED = 6, 24  # maximum frames of a strip and of an animated picture
 
 
-STRIP, ANIMATION = (200, 150), (480, 360)  # pixels of the frames of the two
-
-
-PLOT = (600, 150)  # width and height of the plot of scores
-
-
-GREY, RULE = (150, 150, 150), (190, 190, 190)
-
-
 def object_colours(count: int) -> np.ndarray:
     """Return colours (count + 1, 3) uint8: background, then the objects in different hues."""
     return np.concatenate([np.zeros((1, 3), np.uint8), distinct_colours(count).reshape(-1, 3)])
@@ -57,15 +48,13 @@ def draw_clip(dataset: VideoDataset, name: str, predicted: dict[str, Any], capti
     chosen = np.unique(np.linspace(0, count - 1, FRAMES).round().astype(int))
     rows = []
     for part in ("truth", "prediction"):
-        frames = [overlaid(clip[i].image, predicted[part][i], STRIP) for i in chosen]
+        frames = [overlaid(clip[i].image, predicted[part][i], (200, 150)) for i in chosen]
         rows.append(np.concatenate([_with_gap(frame) for frame in frames], 1))
     moving = []
     for i in np.unique(np.linspace(0, count - 1, ANIMATED).round().astype(int)):
         image = clip[i].image
-        half = (ANIMATION[0] // 2, ANIMATION[1])
-        moving.append(
-            np.concatenate([overlaid(image, predicted[part][i], half) for part in ("truth", "prediction")], 1)
-        )
+        halves = [overlaid(image, predicted[part][i], (240, 360)) for part in ("truth", "prediction")]
+        moving.append(np.concatenate(halves, 1))
     return PictureRow(
         name,
         caption,
@@ -86,9 +75,9 @@ def _with_gap(frame: np.ndarray) -> np.ndarray:
 
 def plot_scores(scores: np.ndarray) -> np.ndarray:
     """Plot the scores (2, objects, T) in [0, 1] over frames, in the objects' colours; the second set in grey."""
-    width, height = PLOT
+    width, height = 600, 150
     left, top, bottom = 34, 6, height - 18
-    plot = Image.new("RGB", PLOT, PAPER)
+    plot = Image.new("RGB", (width, height), PAPER)
     draw = ImageDraw.Draw(plot)
     draw.fontmode = "1"  # without antialiasing, which would be visible on a dark page
     frames = scores.shape[2]
@@ -98,7 +87,7 @@ def plot_scores(scores: np.ndarray) -> np.ndarray:
 
     for level in (0.0, 0.5, 1.0):
         y = place(0, level)[1]
-        draw.line((left, y, width - 8, y), fill=RULE)
+        draw.line((left, y, width - 8, y), fill=(190, 190, 190))
         draw.text((2, y - 7), f"{100 * level:.0f}", fill=TEXT, font=font(11))
     draw.text((left, bottom + 3), "frame 1", fill=TEXT, font=font(11))
     draw.text((width - 40, bottom + 3), f"{frames}", fill=TEXT, font=font(11))
@@ -106,5 +95,5 @@ def plot_scores(scores: np.ndarray) -> np.ndarray:
     for side, thickness in ((1, 2), (0, 3)):
         for number, values in enumerate(scores[side]):
             line = [place(t, float(value)) for t, value in enumerate(values)]
-            draw.line(line, fill=GREY if side else tuple(colours[number]), width=thickness)
+            draw.line(line, fill=(150, 150, 150) if side else tuple(colours[number]), width=thickness)
     return np.asarray(plot)

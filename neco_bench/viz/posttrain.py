@@ -28,8 +28,6 @@ from neco_bench.runner.job import Job, job_of, plan_all
 from neco_bench.runner.options import RunOptions
 from neco_bench.viz.show import show
 
-QUICK = ("ic", "knn", "cluster_gt", "correspondence")  # endings of the default tasks
-
 
 @dataclass(frozen=True)
 class PosttrainOptions:
@@ -73,9 +71,9 @@ class PosttrainReport:
 def default_tasks(data_root: str | Path | None = None) -> list[str]:
     """Return quick tasks of several families on `shapes` and on every user-defined data set."""
     names = all_cards(data_root)[0]
-    return [
-        f"{data}_{end}" for data in ("shapes", *own_datasets(data_root)) for end in QUICK if f"{data}_{end}" in names
-    ]
+    endings = ("ic", "knn", "cluster_gt", "correspondence")
+    quick = (f"{data}_{end}" for data in ("shapes", *own_datasets(data_root)) for end in endings)
+    return [name for name in quick if name in names]
 
 
 def posttrain_report(

@@ -37,7 +37,6 @@ from neco_bench.viz.draw import (
     draw_attention,
     draw_boxes,
     draw_grid,
-    draw_hits,
     draw_matches,
     draw_pair,
     draw_segmentation,
@@ -107,28 +106,27 @@ def show(
     """
     scores, sign = _scores(result, arrays), result.metric().sign
     ids = choose({name: sign * score for name, score in scores.items()}, worst, best, named)
-    predictions = record_predictions(job, ids)
-    if any(name not in predictions for name in ids):
+    recorded = record_predictions(job, ids)
+    if any(name not in recorded for name in ids):
         raise UsageError(f"Task family {result.family!r} records no predictions that could be drawn.")
+    predictions = {name: recorded[name] for name in ids}
     data = job.draws[0]
     dataset = data["test"] if "test" in data else data["val"]
     if isinstance(dataset, DenseDataset):
-        drawn = _draw_dense({name: predictions[name] for name in ids}, dataset.kind, result, arrays)
+        drawn = _draw_dense(predictions, dataset.kind, result, arrays)
     elif isinstance(dataset, BoxDataset):
-        drawn = _draw_boxes(dataset, {name: predictions[name] for name in ids}, result, scores)
+        drawn = _draw_boxes(dataset, predictions, result, scores)
     elif isinstance(dataset, ViewDataset):
-        drawn = _draw_views({name: predictions[name] for name in ids}, result, scores)
+        drawn = _draw_views(predictions, result, scores)
     elif isinstance(dataset, VideoDataset):
-        drawn = _draw_clips(dataset, {name: predictions[name] for name in ids}, scores)
+        drawn = _draw_clips(dataset, predictions, scores)
     elif isinstance(dataset, SegmentationDataset) and f"score/{result.primary_metric}" in arrays:
-        drawn = _draw_attention(dataset, {name: predictions[name] for name in ids}, scores)
+        drawn = _draw_attention(dataset, predictions, scores)
     elif isinstance(dataset, SegmentationDataset):
-        stored = _stored_counts(result, arrays)
-        drawn = _draw_images(dataset, {name: predictions[name] for name in ids}, scores, stored)
+        drawn = _draw_images(dataset, predictions, scores, _stored_counts(result, arrays))
     else:
-        assert isinstance(dataset, PairDataset)  # noqa: S101 - there are three kinds
-        stored = _stored_counts(result, arrays)
-        drawn = _draw_pairs(dataset, {name: predictions[name] for name in ids}, result, stored)
+        assert isinstance(dataset, PairDataset)  # noqa: S101 - the only other kind
+        drawn = _draw_pairs(dataset, predictions, result, _stored_counts(result, arrays))
     ends = ("lowest scores", "highest scores") if sign > 0 else ("largest errors", "smallest errors")
     order = "As named." if named else f"The {worst} items with the {ends[0]}, then the {best} with the {ends[1]}."
     if drawn.differing:
@@ -217,7 +215,8 @@ def _draw_pairs(
     alpha = settings["alphas"][hits_column(result)]
     rows, differing = [], 0
     for name, own in predictions.items():
-        hits = draw_hits(own, alpha, settings["strict"])
+        limit = alpha * own["side"]
+        hits = own["errors"] < limit if settings["strict"] else own["errors"] <= limit
         rows.append(draw_pair(dataset, name, own, hits))
         differing += int(hits.sum()) != stored[name]
     return _Drawn(rows, [("correct", RIGHT), ("wrong: broken lines (a ring at the true position)", WRONG)], differing)
@@ -227,12 +226,12 @@ def _draw_views(predictions: dict[str, dict[str, Any]], result: Result, scores: 
     distances = result.provenance["settings"]["distances"]
     rows, differing = [], 0
     for name, own in predictions.items():
-        found = float(np.mean([(own["errors"] < limit).mean() for limit in distances]))
+        recall = float(np.mean([(own["errors"] < limit).mean() for limit in distances]))
         matches = own["matches"]
         points = (matches["starts"], matches["found"], matches["ends"])
         pixels = draw_matches((own["source"], own["target"]), points, matches["right"], 2)
-        rows.append(PictureRow(name, f"recall {100 * found:.1f}", [Tile("source and target", pixels, "wide")]))
-        differing += not np.isclose(found, scores[name], atol=1e-4)
+        rows.append(PictureRow(name, f"recall {100 * recall:.1f}", [Tile("source and target", pixels, "wide")]))
+        differing += not np.isclose(recall, scores[name], atol=1e-4)
     limit = f"within {100 * result.provenance['settings']['bin_distance']:g} cm"
     return _Drawn(rows, [(limit, RIGHT), ("beyond: broken lines (a ring at the true position)", WRONG)], differing)
 
@@ -240,9 +239,9 @@ def _draw_views(predictions: dict[str, dict[str, Any]], result: Result, scores: 
 def _draw_clips(dataset: VideoDataset, predictions: dict[str, dict[str, Any]], scores: Mapping[str, float]) -> _Drawn:
     rows, differing = [], 0
     for name, own in predictions.items():
-        found = own["scores"][0, :, : own["scored"]].mean()
-        rows.append(draw_clip(dataset, name, own, f"J&F {100 * found:.1f}, objects: {len(own['scores'][0])}"))
-        differing += not np.isclose(found, scores[name], atol=1e-4)
+        score = own["scores"][0, :, : own["scored"]].mean()
+        rows.append(draw_clip(dataset, name, own, f"J&F {100 * score:.1f}, objects: {len(own['scores'][0])}"))
+        differing += not np.isclose(score, scores[name], atol=1e-4)
     return _Drawn(rows, [], differing)
 
 

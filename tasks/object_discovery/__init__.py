@@ -1,1 +1,1 @@
-"""Object discovery: one box for an image from its patches alone, scored by CorLoc."""
+"""Object discovery: one box for an image from its patches, scored by CorLoc."""

@@ -40,10 +40,10 @@ def check_ks(k: int, patches: int) -> None:
 def nearest_rows(keys: Tensor, queries: Tensor, k: int, distance: Distance, device: torch.device) -> Tensor:
     """Find the rows of `keys` (N, D) nearest to each query (Q, D): (Q, k) int64 ids, nearest first; exact.
 
-    Both stay on their device; CHUNK rows of each are moved to `device` at a time. Raises UsageError if k exceeds N.
+    CHUNK rows of each are moved to `device` at a time. Raises UsageError if k exceeds N.
     """
     check_ks(k, len(keys))
-    offset = keys.mean(0) if distance == "l2" else 0  # left in, it would cancel digits
+    offset = keys.mean(0) if distance == "l2" else 0  # it would cost digits
     scores = torch.full((len(queries), k), -torch.inf)
     ids = torch.zeros(len(queries), k, dtype=torch.int64)
     for start in range(0, len(keys), CHUNK):

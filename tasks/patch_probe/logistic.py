@@ -14,14 +14,12 @@ from torch import Tensor
 
 from neco_bench.core.errors import NumericalError
 
-LINE_SEARCH = 50  # steps of one line search at most
-
 
 @dataclass
 class Logistic:
-    """A fitted multinomial model: weights (K, D + 1), the last column the intercepts, of the classes (K,) uint8.
+    """A fitted multinomial model: weights (K, D + 1), with intercepts in the last column, of classes (K,) uint8.
 
-    converged: False where it was stopped before the optimum, by the number of iterations or by the line search.
+    converged: whether it reached the optimum before the maximum number of iterations, and the line search succeeded.
     """
 
     weights: Tensor
@@ -30,22 +28,22 @@ class Logistic:
     converged: bool
 
     def logits(self, features: Tensor) -> Tensor:
-        """(n, K) of features (n, D), on the device of the weights."""
+        """Compute logits (n, K) from features (n, D), on the device of the weights."""
         return F.linear(features.to(self.weights), self.weights[:, :-1], self.weights[:, -1])
 
     def predict(self, features: Tensor) -> Tensor:
-        """(N,) uint8 class ids, on the CPU."""
+        """Return class ids (N,) uint8 of features (N, D), on the CPU."""
         return torch.cat([self.classes[self.logits(part).argmax(1).cpu()] for part in features.split(CHUNK)])
 
 
 def fit_logistic(
     features: Tensor, labels: Tensor, c: float, *, max_iterations: int, tolerance: float, device: torch.device
 ) -> Logistic:
-    """Minimise c * (sum of cross-entropies) + |W|²/2 over features (N, D) and labels (N,) uint8; intercepts are free.
+    """Minimise c * (sum of cross-entropies) + |W|²/2 for features (N, D) and labels (N,) uint8; intercepts are free.
 
-    By scikit-learn on CPUs, by its optimiser on GPUs, both in float64: in float32, L-BFGS stops before the optimum.
-    Only classes that occur are fitted; two of them by one vector of weights. Raises NumericalError where features are
-    not finite.
+    Uses scikit-learn on CPUs and `fit_on_device` on GPUs, both in float64: in float32, L-BFGS stops before the optimum.
+    Only classes that occur are fitted; two classes have a single vector of weights. Raises NumericalError if features
+    are not finite.
     """
     if not torch.isfinite(features).all():
         raise NumericalError(f"Logistic regression with C = {c:g} was given features that are not finite.")
@@ -64,7 +62,7 @@ def fit_logistic(
             features.double().numpy(), target.numpy()
         )
     weights = torch.from_numpy(np.column_stack([model.coef_, model.intercept_]))
-    if len(present) == 2:  # of the second class alone
+    if len(present) == 2:  # scikit-learn returns the weights of the second class
         weights = torch.cat([torch.zeros_like(weights), weights])
     stopped_early = any(issubclass(warning.category, ConvergenceWarning) for warning in caught)
     return Logistic(weights, present, int(model.n_iter_[0]), converged=not stopped_early)
@@ -79,14 +77,14 @@ def fit_on_device(
     tolerance: float,
     device: torch.device,
 ) -> Logistic:
-    """The same by SciPy's L-BFGS-B with the options of scikit-learn, products on the device, CHUNK rows at a time.
+    """Do the same by SciPy's L-BFGS-B with scikit-learn's options; the device multiplies CHUNK rows at a time.
 
-    A step on all of ADE20K is 10^12 operations, and scikit-learn uses GPUs on Python 3.11 and newer only.
-    target: (N,) int64 places among the classes `present`.
+    A step on all of ADE20K needs 10^12 operations, and scikit-learn can use GPUs only on Python 3.11 and newer.
+    target: (N,) int64 indices into the classes `present`.
     """
     target = target.to(device)
     shape = len(present), features.shape[1] + 1
-    strength = 1 / (c * len(features)) * (2 if len(present) == 2 else 1)  # a vector is there as two halves here
+    strength = 1 / (c * len(features)) * (2 if len(present) == 2 else 1)  # one vector of weights is split into two here
 
     def objective(flat: np.ndarray) -> tuple[float, np.ndarray]:
         weights = torch.tensor(flat.reshape(shape), device=device, requires_grad=True)
@@ -108,8 +106,8 @@ def fit_on_device(
         method="L-BFGS-B",
         options={
             "maxiter": max_iterations,
-            "maxfun": LINE_SEARCH * max_iterations,
-            "maxls": LINE_SEARCH,
+            "maxfun": 50 * max_iterations,
+            "maxls": 50,
             "gtol": tolerance,
             "ftol": 64 * np.finfo(float).eps,
         },

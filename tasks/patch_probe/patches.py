@@ -1,4 +1,4 @@
-"""Patches with their labels: which of the training images they are read of, and how many."""
+"""Patches with their labels, and the selection of training patches."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from neco_bench.features.extract import FeatureExtractor
 from neco_bench.features.patches import majority_label, patchify
 from neco_bench.features.transforms import ResizeSquare
 
-CHUNK = 262144  # rows searched, multiplied or standardised at once
+CHUNK = 262144  # number of rows that are searched, multiplied or standardised at once
 
 
 @dataclass
 class Patches:
     """Rows on the CPU: features (N, D) float32, blocks (N, A) uint8 pixel labels, labels (N,) uint8 majority labels.
 
-    A row whose label is IGNORE is not fitted on.
+    Rows whose label is IGNORE are not used for fitting.
     """
 
     features: Tensor
@@ -33,7 +33,7 @@ class Patches:
 
     @classmethod
     def empty(cls, rows: int, dimension: int, area: int) -> Patches:
-        """Reserve memory for that many rows, of `dimension` features and `area` pixels each."""
+        """Reserve memory for a number of rows with `dimension` features and `area` pixels each."""
         blocks, labels = torch.empty(rows, area, dtype=torch.uint8), torch.empty(rows, dtype=torch.uint8)
         return cls(torch.empty(rows, dimension), blocks, labels)
 
@@ -55,10 +55,10 @@ def standardise(features: Tensor, scaler: StandardScaler) -> None:
 
 
 def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]:
-    """Split images into those to fit on and those held out to choose with: sorted indices of each.
+    """Split images into those for fitting and those held out for selection: sorted indices of each.
 
-    floor(count * share) images are held out, at least one: they are the first of a permutation that depends on
-    (seed, count) alone. Raises UsageError for a single image.
+    floor(count * share) images are held out, but at least one: the first of a permutation that depends only on (seed,
+    count). Raises UsageError for a single image.
     """
     if count < 2:
         raise UsageError(f"{count} training image leaves none to hold out for the grid. Use --limit 2 or more.")
@@ -70,10 +70,11 @@ def hold_out(count: int, share: float, seed: int) -> tuple[list[int], list[int]]
 def read_train(
     extractor: FeatureExtractor, train: SegmentationDataset, settings: Settings, size: int
 ) -> tuple[Patches, int, StandardScaler]:
-    """Read patches of the images to fit on, then, from the returned row on, all patches of the held-out images.
+    """Read patches of the images for fitting, then, from the returned row on, all patches of the held-out images.
 
-    Of the former only those with a majority label are stored, at most max_patches / images; the scaler has seen all
-    their patches. Raises UsageError for a single image, BadInputError where no patch has a majority label.
+    Patches for fitting are stored only if they have a majority label, at most max_patches / images per image; the
+    scaler is fitted on all of them. Raises UsageError for a single image, BadInputError if no patch has a majority
+    label.
     """
     encoder, context = extractor.encoder, extractor.context
     fit, held_out = hold_out(len(train), settings.holdout, settings.holdout_seed)
@@ -81,7 +82,7 @@ def read_train(
     tokens, area, dimension = (size // encoder.stride) ** 2, encoder.stride**2, encoder.embed_dim
     quota = min(tokens, max(1, settings.max_patches // len(train))) if settings.max_patches else tokens
     patches = Patches.empty(len(fit) * quota + len(held_out) * tokens, dimension, area)
-    # Whoever wins a tie of a vote wins one of a patch; where void never votes, it still drops what is mostly void.
+    # The same rule for ties as in votes; if void never votes, patches that are mostly void are dropped nevertheless.
     void: Void = "wins ties" if settings.void == "wins ties" else "loses ties"
     scaler = StandardScaler()
     stop = split = dropped = 0
@@ -110,7 +111,7 @@ def read_train(
 
 
 def drop_above(quota: int, labels: Tensor, rng: np.random.Generator) -> None:
-    """Set labels (N,) of one image to IGNORE, at random, until `quota` are left."""
+    """Set random labels (N,) of an image to IGNORE, until `quota` are left."""
     usable = np.flatnonzero(labels.numpy() != IGNORE)
     if len(usable) > quota:
         labels[torch.from_numpy(rng.permutation(usable)[quota:])] = IGNORE
@@ -119,7 +120,7 @@ def drop_above(quota: int, labels: Tensor, rng: np.random.Generator) -> None:
 def read_val(
     extractor: FeatureExtractor, val: SegmentationDataset, settings: Settings, size: int
 ) -> tuple[Tensor, list[np.ndarray]]:
-    """Read (n, N, D) features of the patches of each image, on the CPU, and one mask per image to score on."""
+    """Read the features (n, N, D) of the patches of each image, on the CPU, and one mask per image for scoring."""
     encoder = extractor.encoder
     tokens = (size // encoder.stride) ** 2
     features, masks = torch.empty(len(val), tokens, encoder.embed_dim), list[np.ndarray]()
@@ -131,7 +132,7 @@ def read_val(
 
 
 def refit_rows(patches: Patches, split: int) -> Patches:
-    """All rows to fit on: the held-out ones without a label to fit are overwritten by those behind them."""
+    """Return all rows for fitting: held-out rows without a label are overwritten by the next ones."""
     held_out = patches[split:]
     usable = held_out[held_out.labels != IGNORE]
     stop = split + len(usable)

@@ -16,26 +16,26 @@ from neco_bench.core.task import Context
 
 
 class Probe(Protocol):
-    """A way to predict the pixel labels of patches, with a grid of constants to choose among."""
+    """A method to predict the pixel labels of patches, with a grid of constants to select from."""
 
     def grid(self, fitted: Patches, queries: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Yield each point of the grid with the blocks (Q, A) uint8 that it predicts for queries (Q, D)."""
+        """Yield each point of the grid with its predicted blocks (Q, A) uint8 for queries (Q, D)."""
 
     def name(self, point: Any) -> str:
-        """The point as results name it."""
+        """Return the name of a point in results."""
 
     def predict(self, fitted: Patches, queries: Tensor, point: Any) -> Tensor:
         """Predict blocks (Q, A) uint8 for queries (Q, D) by one point of the grid."""
 
 
 class KnnProbe:
-    """The most frequent label of the k nearest patches, for each pixel of the block; points are (k, distance)."""
+    """Predict the most frequent label of the k nearest patches for each pixel of a block; points are (k, distance)."""
 
     def __init__(self, settings: Settings, classes: int, context: Context, device: torch.device) -> None:
         self.settings, self.classes, self.device = settings, classes, device
 
     def grid(self, fitted: Patches, queries: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Yield each point and its prediction; one search per distance serves every k."""
+        """Yield each point and its prediction, with one search per distance for all k."""
         ks, distances = self.settings.ks, self.settings.distances
         rows = {d: nearest_rows(fitted.features, queries, max(ks), d, self.device) for d in distances}
         for k in ks:
@@ -56,7 +56,7 @@ class KnnProbe:
 
 
 class LogisticProbe:
-    """Multinomial logistic regression, one class for all of a block; points are the inverse strengths C."""
+    """Multinomial logistic regression, with one class for a whole block; points are the inverse strengths C."""
 
     def __init__(self, settings: Settings, classes: int, context: Context, device: torch.device) -> None:
         self.settings, self.context, self.device = settings, context, device
@@ -91,7 +91,7 @@ class LogisticProbe:
 
 
 def to_device(features: Tensor, device: torch.device) -> Tensor:
-    """Copy features to the device, or leave them where they do not fit: they are then copied in every iteration."""
+    """Copy features to the device; if they do not fit, return them, so that parts are copied in every iteration."""
     try:
         return features.to(device)
     except torch.OutOfMemoryError:

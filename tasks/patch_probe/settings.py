@@ -16,10 +16,10 @@ Distance = Literal["cosine", "l2"]
 class Settings(BaseSettings):
     """Constants of a protocol and a card; sizes in pixels.
 
-    ks and distances: the grid of method "knn"; regularisations: that of "logreg", the inverse strengths C.
-    max_iterations, tolerance: L-BFGS stops after so many, or where all of the gradient of the mean loss is smaller.
-    holdout: share of the training images that choose within the grid. void: whether ignored pixels vote, and who wins a
-    tie. max_patches: of the training images together, equally many from each (None: all).
+    ks, distances: grid of the method "knn". regularisations: grid of "logreg", the inverse strengths C. max_iterations,
+    tolerance: L-BFGS stops after this number of iterations, or if all entries of the gradient of the mean loss are
+    smaller. holdout: share of the training images for selecting from the grid. void: whether ignored pixels vote, and
+    how ties are decided. max_patches: total number of training patches, equally many from each image (None: all).
     """
 
     method: Literal["knn", "logreg"]

@@ -1,9 +1,9 @@
 """Patch probe: label patches by their nearest training patches, or by logistic regression on them.
 
-Protocol of CAPI's `eval_segmentation.py` (`capi-1`, quirks included; Darcet et al., 2025) and without its quirks
-(`clean-1`). README.md lists them. Every patch carries its block of pixel labels: k-NN votes per pixel of the block,
-logistic regression gives the whole block one class. The grid (k and distance, or C) is chosen on held-out training
-images, at the input size.
+Protocol of CAPI's `eval_segmentation.py` (`capi-1`, including quirks; Darcet et al., 2025), and without its quirks
+(`clean-1`). README.md lists them. Every patch has a block of pixel labels: k-NN votes for each pixel of the block,
+logistic regression predicts one class for the whole block. The best of the grid (k and distance, or C) is selected on
+held-out training images, at the input size.
 
 Known deviations from the reference: the held-out images are drawn by image count and seed, not by file order; features
 are standardised with float64 sums; logistic regression is scikit-learn's in float64, not cuML's in float32.
@@ -33,17 +33,17 @@ from neco_bench.metrics import segmentation
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: all patches are in memory; the grid on the held-out images, then the val images."""
+    """Estimate a run: the grid on the held-out images, then the val images; all patches are in memory."""
     size, classes = settings.input_size_for(stride), len(data["val"].classes)
     patches, images = (size // stride) ** 2, len(data["train"])
-    wide = 12.0 if settings.method == "logreg" else 4.0  # bytes of a number: logistic regression has a copy in float64
+    wide = 12.0 if settings.method == "logreg" else 4.0  # bytes per number: logistic regression has a copy in float64
     rows = min(images * patches, settings.max_patches or images * patches)
     held_out, val = settings.holdout * images * patches, len(data["val"]) * patches
     neighbours = 0.0
     if settings.method == "knn":
         fitted = len(hold_out(images, settings.holdout, settings.holdout_seed)[0]) * patches
         check_ks(max(settings.ks), fitted)
-        neighbours = 36.0 * max(settings.ks) * max(held_out, val)  # scores and ids, of two blocks at a time
+        neighbours = 36.0 * max(settings.ks) * max(held_out, val)  # scores and ids of two blocks at a time
         operations = 2.0 * rows * dimension * (len(settings.distances) * held_out + val)
     else:
         fits = len(settings.regularisations) + 1
@@ -72,17 +72,17 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     if settings.standardise:
         standardise(patches.features, scaler)
         standardise(queries, scaler)
-    # What k-NN predicts may be void: a class of its own, which is in nobody's ground truth.
+    # k-NN can predict void, which is an additional class without ground truth.
     extra = ("void",) if settings.method == "knn" and settings.void != "never votes" else ()
 
     def class_map(blocks: Tensor, shape: tuple[int, ...]) -> np.ndarray:
-        """Predicted blocks (N, A) of an image, at the resolution of its mask."""
+        """Return the predicted blocks (N, A) of an image as a class map of the size of its mask."""
         return resize_nearest_pil(unpatchify(blocks.clamp(max=len(val.classes)), side), *shape)
 
     held_out = [unpatchify(blocks, side) for blocks in patches.blocks[split:].split(side**2)]
 
     def select(predicted: Tensor) -> float:
-        """The mIoU of blocks predicted for the held-out images."""
+        """Return the mIoU of predicted blocks on the held-out images."""
         counts = segmentation.ImageConfusions(len(val.classes) + len(extra))
         for blocks, truth in zip(predicted.split(side**2), held_out, strict=True):
             counts.add(truth, class_map(blocks, truth.shape))
@@ -114,5 +114,5 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
 
 
 def feature_map(rows: Tensor, columns: int) -> Tensor:
-    """The map (D, h, w) of the features (h*w, D) of an image's patches."""
+    """Return the features (h*w, D) of an image's patches as a map (D, h, w)."""
     return rows.T.unflatten(1, (-1, columns))

@@ -1,6 +1,6 @@
 """Propagate labels from frame to frame by the similarity of features. Pure functions on tensors.
 
-Maps are (D, h, w) with features of unit length, labels (C, h, w) scores of ids.
+Maps are (D, h, w) features of unit length; labels are (C, h, w) scores of ids.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from torch import Tensor
 
 from neco_bench.features.transforms import resize_nearest_pil, resize_nearest_torch
 
-TILE = 12  # cells a side that are compared at a time: of larger ones more cells lie outside the window of each
+TILE = 12  # side in cells of the tiles that are compared at once; larger ones have more cells outside of each window
 
 
 def first_labels(mask: np.ndarray, rows: int, columns: int, settings: Settings) -> Tensor:
-    """Reduce a mask (H, W) of ids 0, 1, ... to the labels (C, rows, columns) of the first frame, float32.
+    """Reduce a mask (H, W) of ids 0, 1, ... to the labels (C, rows, columns) float32 of the first frame.
 
-    C is the highest id plus 1; with `drop_lost` of the ids that the reduced mask has.
+    C is the highest id plus 1; with `drop_lost`, that of the reduced mask.
     """
     if settings.first_mask == "share":
         one_hot = F.one_hot(torch.from_numpy(mask.astype(np.int64))).permute(2, 0, 1).float()
@@ -36,9 +36,9 @@ def first_labels(mask: np.ndarray, rows: int, columns: int, settings: Settings) 
 def propagate(query: Tensor, context: Sequence[tuple[Tensor, Tensor]], settings: Settings) -> Tensor:
     """Compute the labels (C, h, w) of a frame from the features and labels of context frames.
 
-    Each cell takes the mean label of the `neighbours` cells of all context frames together that are most similar to
-    it within its window, weighted by exp(cosine / temperature). Computed tile by tile: memory does not grow with the
-    size of the map.
+    Each cell gets the mean label of the `neighbours` most similar cells within its window, over all context frames,
+    with weights exp(cosine / temperature). It is computed tile by tile, so that memory does not grow with the size of
+    the map.
     """
     rows, columns = query.shape[1:]
     reach = settings.radius_in_cells(rows, columns)
@@ -67,7 +67,7 @@ def window_gate(
     settings: Settings,
     reach: float,
 ) -> Tensor:
-    """Find which cells of a part of a grid lie in the window of each cell of a tile: (tile, part) bool, row-major."""
+    """Return which cells of a part of a grid are in the window of each cell of a tile: (tile, part) bool, row-major."""
     down = torch.arange(*rows)[:, None] - torch.arange(*key_rows)
     across = torch.arange(*columns)[:, None] - torch.arange(*key_columns)
     if settings.window == "square":
@@ -78,10 +78,10 @@ def window_gate(
 
 
 def weighted_labels(similarity: Tensor, labels: Tensor, gate: Tensor, settings: Settings) -> Tensor:
-    """Mix the labels (C, K) of keys for each query: (C, Q). similarity: (Q, K) cosines; gate: (Q, K) bool."""
+    """Average the labels (C, K) of keys for each query: (C, Q). similarity: (Q, K) cosines; gate: (Q, K) bool."""
     count = min(settings.neighbours, similarity.shape[1])
     if settings.keep_ties:
-        highest = similarity.masked_fill(~gate, -torch.inf).amax(1, keepdim=True)  # no larger number overflows
+        highest = similarity.masked_fill(~gate, -torch.inf).amax(1, keepdim=True)  # subtracted against overflow
         weights = ((similarity - highest) / settings.temperature).clamp_(max=0).exp_().mul_(gate)
         least = weights.topk(count, dim=1).values[:, -1:]
         weights = weights.masked_fill_(weights < least, 0)
@@ -92,9 +92,9 @@ def weighted_labels(similarity: Tensor, labels: Tensor, gate: Tensor, settings: 
 
 
 class Tracker:
-    """Labels of the frames of a clip, one after the other; no more than the context is held.
+    """Labels of the frames of a clip in order; only the context frames are stored.
 
-    features: (D, h, w) of the first frame, of unit length. labels: (C, h, w) of it.
+    features: (D, h, w) of the first frame, of unit length. labels: (C, h, w) of the first frame.
     """
 
     def __init__(self, features: Tensor, labels: Tensor, settings: Settings) -> None:
@@ -110,7 +110,7 @@ class Tracker:
 
 
 def mask_of(labels: Tensor, size: tuple[int, int], input_size: tuple[int, int], settings: Settings) -> np.ndarray:
-    """Find the id of each pixel, (H, W) uint8, from labels (C, h, w)."""
+    """Return the id (H, W) uint8 of each pixel from labels (C, h, w)."""
     if settings.upsample == "nearest":
         scores = torch.from_numpy(resize_nearest_torch(labels.cpu().numpy(), *size))
     else:
@@ -118,7 +118,7 @@ def mask_of(labels: Tensor, size: tuple[int, int], input_size: tuple[int, int], 
         scores = F.interpolate(labels[None], goal, mode="bilinear", align_corners=False)[0]
     if settings.min_max:
         low, high = scores.amin((1, 2), keepdim=True), scores.amax((1, 2), keepdim=True)
-        # Of an id that is nowhere, or everywhere alike, nothing can be stretched.
+        # Constant scores, such as those of an id that is nowhere, are not changed.
         scores = torch.where(high > low, (scores - low) / (high - low).clamp(min=1e-30), scores)
     ids = scores.argmax(0).to(torch.uint8).cpu().numpy()
     return ids if ids.shape == size else resize_nearest_pil(ids, *size)

@@ -1,4 +1,4 @@
-"""J and F of tracked objects: scores of frames, of objects and clips, and the Outcome from them."""
+"""J and F of tracked objects: scores of frames, objects and clips, and the Outcome."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from neco_bench.data.base import IGNORE
 from neco_bench.data.video import Clip, VideoDataset, object_count
 from neco_bench.metrics.video import Boundary, FrameScores, boundary_accuracy, region_similarity
 
-# What is kept of each object, in the order of columns: of J, then of F.
+# Scores of each object, in the order of columns.
 OBJECT_COLUMNS = ("J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
 
-# What is reported of the first mask left as it is too, and by clip and object.
+# Scores that are also reported by clip and object, and for the unchanged first mask.
 CLIP_SCORES = ("J&F", "J", "F")
 
-FLOOR = "_first_mask"  # ends the names of the same scores of the first mask, left as it is
+FLOOR = "_first_mask"  # ending of the names of scores of the unchanged first mask
 
 
 class Track:
-    """J and F of each object in each frame of a clip after the first, of what is predicted and of the first mask.
+    """J and F of each object in each frame of a clip after the first, for predictions and for the unchanged first mask.
 
-    clip: its frames. first: (H, W) mask of the first frame without void. recorded: whether `show` draws the clip.
+    first: (H, W) mask of the first frame without void. recorded: whether `show` draws the clip.
     """
 
     def __init__(self, clip: Clip, first: np.ndarray, settings: Settings, *, recorded: bool = False) -> None:
@@ -35,7 +35,7 @@ class Track:
         if not self.objects:
             raise BadInputError(f"The first mask of {clip.id!r} has no object. Restore the original masks.")
         self._first_boundaries = [Boundary.of(first == i) for i in self._ids]
-        self._scores: list[np.ndarray] = []  # of frames: (predicted or first mask, J or F, object)
+        self._scores: list[np.ndarray] = []  # by frame: (prediction or first mask, J or F, object)
         self.truths: list[np.ndarray] | None = [first] if recorded else None
         self.predictions: list[np.ndarray] = [first]
 
@@ -44,7 +44,7 @@ class Track:
         return range(1, self.objects + 1)
 
     def add(self, truth: np.ndarray, prediction: np.ndarray) -> None:
-        """Score the next frame: masks (H, W) uint8 of ids. Raises BadInputError for another size than the first's."""
+        """Score the next frame: masks (H, W) uint8 of ids. Raises BadInputError if its size differs from the first."""
         if truth.shape != self.first.shape:
             raise BadInputError(
                 f"Frame {self.clip.ids[len(self._scores) + 1]!r} is {truth.shape[1]}x{truth.shape[0]} pixels, the "
@@ -56,7 +56,7 @@ class Track:
         void, first = truth == IGNORE, self.first
         boundaries = self._first_boundaries
         truth = np.where(void, np.uint8(0), truth)
-        if self.settings.ignore_void and void.any():  # nothing is there then, in any of the masks
+        if self.settings.ignore_void and void.any():  # all masks are 0 there
             prediction, first = (np.where(void, np.uint8(0), mask) for mask in (prediction, first))
             boundaries = [Boundary.of(first == i) for i in self._ids]
         scores = np.zeros((2, 2, self.objects))
@@ -69,28 +69,28 @@ class Track:
 
     @property
     def frame_scores(self) -> np.ndarray:
-        """(2, 2, objects, T) of all frames after the first: predicted or first mask left, J or F."""
+        """Scores (2, 2, objects, T) of all frames after the first: prediction or first mask, J or F."""
         return np.stack(self._scores, axis=-1)
 
     def object_scores(self) -> np.ndarray:
-        """(2, objects, 6) of the scored frames, as OBJECT_COLUMNS: predicted, and of the first mask left as it is."""
+        """Return scores (2, objects, 6), see OBJECT_COLUMNS, of the prediction and of the unchanged first mask."""
         frames = self.frame_scores if self.settings.score_last else self.frame_scores[..., :-1]
         rows = np.zeros((2, self.objects, len(OBJECT_COLUMNS)))
         for side, kind, number in np.ndindex(*frames.shape[:3]):
-            found = FrameScores.of(frames[side, kind, number])
-            rows[side, number, 3 * kind : 3 * kind + 3] = found.mean, found.recall, found.decay
+            summary = FrameScores.of(frames[side, kind, number])
+            rows[side, number, 3 * kind : 3 * kind + 3] = summary.mean, summary.recall, summary.decay
         return rows
 
 
 class ClipScore:
-    """Scores of the objects of all clips. Several processes share the clips out, and all get the same outcome."""
+    """Scores of the objects of all clips. Several processes divide the clips, and all get the same outcome."""
 
     def __init__(self, dataset: VideoDataset, settings: Settings, context: Context) -> None:
         self.dataset, self.settings, self.context = dataset, settings, context
         self._objects: dict[str, np.ndarray] = {}
 
     def add(self, track: Track) -> None:
-        """Count a clip, all of whose frames are scored."""
+        """Add a clip after all its frames are scored."""
         self._objects[track.clip.id] = track.object_scores()
         if track.truths is not None:
             scores = track.frame_scores.mean(1)  # J&F (2, objects, T)
@@ -99,18 +99,18 @@ class ClipScore:
             self.context.record(track.clip.id, **masks, scores=scores, scored=scored)
 
     def outcome(self, shapes: set[tuple[int, int]], stride: int) -> Outcome:
-        """Report means over objects, as the evaluation of DAVIS does, with intervals over clips.
+        """Return the outcome: means over objects, as in the evaluation of DAVIS, with intervals over clips.
 
         Args:
             shapes: (H, W) of the inputs.
-            stride: of the encoder.
+            stride: stride of the encoder.
         """
-        for found in distributed.gather(self._objects):
-            self._objects |= found
+        for of_process in distributed.gather(self._objects):
+            self._objects |= of_process
         clips = [self._objects[name] for name in self.dataset.ids]  # (2, objects, 6) each
         weight = np.array([clip.shape[1] for clip in clips])
         objects = np.concatenate(clips, axis=1)
-        scores: dict[str, np.ndarray] = {}  # of each clip, the mean over its objects
+        scores: dict[str, np.ndarray] = {}  # by clip: the mean over its objects
         for side, ending in enumerate(("", FLOOR)):
             for name in CLIP_SCORES if ending else dict.fromkeys((*CLIP_SCORES, *OBJECT_COLUMNS)):
                 scores[name + ending] = np.array([_named(clip[side], name).mean() for clip in clips])
@@ -144,7 +144,7 @@ class ClipScore:
 
 
 def _named(objects: np.ndarray, name: str) -> np.ndarray:
-    """A score (M,) by its name, from (M, 6) as OBJECT_COLUMNS."""
+    """Return the score (M,) with a name from (M, 6), see OBJECT_COLUMNS."""
     if name == "J&F":
         return (_named(objects, "J") + _named(objects, "F")) / 2
     return objects[:, OBJECT_COLUMNS.index(name)]

@@ -42,7 +42,7 @@ class Settings(BaseSettings):
     ignore_void: bool
 
     def input_shape(self, height: int, width: int, stride: int, multiple: int) -> tuple[int, int]:
-        """(H, W) of the input of frames of a size, multiples of `multiple`, itself one of the stride."""
+        """Return the size (H, W) of inputs for frames of a size; both are multiples of `multiple`."""
         short = multiple * max(1, math.floor(self.input_size_for(stride) / multiple + 0.5))
         exact = short * max(height, width) / min(height, width)
         if self.resize == "floor_64":
@@ -56,5 +56,5 @@ class Settings(BaseSettings):
         return (short, long) if height <= width else (long, short)
 
     def radius_in_cells(self, rows: int, columns: int) -> float:
-        """Reach of the window in a grid of cells."""
+        """Return the radius of the window in cells, for a grid of this size."""
         return self.radius if self.window_share is None else self.window_share * min(rows, columns)

@@ -24,7 +24,7 @@ from neco_bench.features.patches import unit_length
 
 
 def cost(settings: Settings, data: dict[str, VideoDataset], stride: int, dimension: int) -> Cost:
-    """Estimate a run: every frame once; each cell against those of its window in all context frames."""
+    """Estimate a run: every frame once; each cell is compared with its window in all context frames."""
     dataset = data["val"]
     height, width = settings.input_shape(*dataset.clip(0).size, stride, stride)
     rows, columns = height // stride, width // stride
@@ -33,7 +33,7 @@ def cost(settings: Settings, data: dict[str, VideoDataset], stride: int, dimensi
     frames = sum(len(dataset.frames(name)) for name in dataset.ids)
     return Cost(
         images=frames,
-        size=stride * math.ceil(math.sqrt(rows * columns)),  # a square of as many cells
+        size=stride * math.ceil(math.sqrt(rows * columns)),  # a square with the same number of cells
         width=dimension,
         operations=2.0 * frames * rows * columns * compared * dimension,
         memory=4.0 * rows * columns * dimension * (2 * settings.context_frames + 4),
@@ -54,15 +54,7 @@ def run(encoder: Encoder, data: dict[str, VideoDataset], settings: Settings, con
 
 
 def track_clip(encoder: Encoder, clip: Clip, shape: tuple[int, int], settings: Settings, context: Context) -> Track:
-    """Propagate the first mask of a clip, and score each frame.
-
-    Args:
-        encoder: the encoder.
-        clip: the clip.
-        shape: size (H, W) of the input.
-        settings: settings of the protocol.
-        context: context of the run.
-    """
+    """Propagate the first mask of a clip, and score each frame. shape: size (H, W) of the input."""
     transform = ResizeFrame(shape, "bilinear" if settings.resize == "floor_64" else "bicubic")
     extractor = FeatureExtractor(encoder, context, final_norm=True, mean=settings.mean, std=settings.std)
     batches = extractor.stream(clip, transform, clip.id, alone=True)

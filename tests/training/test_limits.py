@@ -13,7 +13,7 @@ from neco_bench.core.distributed import RankShard
 from neco_bench.core.errors import UsageError
 from neco_bench.training import limits
 from neco_bench.training.images import MAX_SHAPES, open_images
-from neco_bench.training.limits import check, host_memory, needs, sorting_bytes
+from neco_bench.training.limits import check, needs, process_memory, sorting_bytes
 from neco_bench.training.neco import NeCo
 from neco_bench.training.networks import Network
 from neco_bench.training.sorting import DISTRIBUTIONS, Tape, plan, sort_columns
@@ -86,15 +86,15 @@ def test_settings_that_fit_are_not_refused(caplog: pytest.LogCaptureFixture) -> 
 
 def test_what_is_counted_is_measured_against_the_memory_there_is(monkeypatch: pytest.MonkeyPatch) -> None:
     total = sum(need.bytes for need in needs(recipe(), small_encoder(), RankShard(0, 4), prefetched=0))
-    monkeypatch.setattr(limits, "host_memory", lambda: total)
+    monkeypatch.setattr(limits, "process_memory", lambda: total)
     check(recipe(), small_encoder(), RankShard(0, 4), 6, 0)
-    monkeypatch.setattr(limits, "host_memory", lambda: total - 1)
+    monkeypatch.setattr(limits, "process_memory", lambda: total - 1)
     with pytest.raises(UsageError, match="GiB"):
         check(recipe(), small_encoder(), RankShard(0, 4), 6, 0)
     monkeypatch.undo()
-    whole = host_memory()
+    whole = process_memory()
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
-    assert whole is None or host_memory() == whole // 4
+    assert whole is None or process_memory() == whole // 4
 
 
 def test_processes_and_generated_images_have_a_bound(tmp_path: Path) -> None:

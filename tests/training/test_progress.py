@@ -190,6 +190,6 @@ def test_workers_are_sized_by_the_machine(
 ) -> None:
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     monkeypatch.setattr(limits, "usable_cores", lambda: cores)
-    monkeypatch.setattr(limits, "host_memory", lambda: (gigabytes << 30) // processes)
+    monkeypatch.setattr(limits, "process_memory", lambda: (gigabytes << 30) // processes)
     big = recipe(global_size=518, local_size=98, batch_size=64)
     assert limits.default_workers(big, RankShard(0, 64, 0, 64)) == workers
