@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +17,15 @@ from torch.utils.data import Dataset as TorchDataset
 
 from neco_bench.core.errors import BadInputError, NecoBenchError, user_error
 from neco_bench.core.rng import item_rng
+from neco_bench.core.task import Context
 from neco_bench.data.base import Samples
 from neco_bench.data.dense import DenseDataset
 from neco_bench.features.transforms import Transform
 
 ImageDataset = Samples | DenseDataset
+
+T = TypeVar("T")
+S = TypeVar("S")
 
 
 class ItemDataset(TorchDataset):
@@ -96,6 +100,15 @@ def loading_threads() -> Iterator[ThreadPoolExecutor]:
             ready.result()
         torch.set_num_threads(before)
         yield pool
+
+
+def load_chunks(load: Callable[[T], S], items: Sequence[T], context: Context) -> Iterator[list[S]]:
+    """Yield the results of `load` for all items in order, in lists of the batch size, computed by threads."""
+    with loading_threads() as pool:
+        for start in range(0, len(items), context.batch_size):
+            with context.phase("load"):
+                loaded = list(pool.map(load, items[start : start + context.batch_size]))
+            yield loaded
 
 
 class _Threaded:

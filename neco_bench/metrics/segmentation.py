@@ -18,29 +18,28 @@ AbsentClasses = Literal["zero", "exclude", "union"]
 
 
 def confusion_matrix(
-    truth: np.ndarray, prediction: np.ndarray, classes: int, *, clusters: int | None = None, ignore: int = 255
+    truth: np.ndarray, prediction: np.ndarray, classes: int, *, clusters: int | None = None
 ) -> np.ndarray:
     """Count pixels by class and prediction.
 
     Args:
-        truth: integer class ids of any shape.
+        truth: integer class ids of any shape; pixels with id 255 (void) are not counted.
         prediction: integer ids of the same shape.
         classes: C.
         clusters: K, if predictions are cluster ids; None uses C.
-        ignore: id in `truth` of pixels that are not counted.
 
     Returns:
         (C, K) int64.
 
     Raises:
-        BadInputError: for a truth id outside 0..C-1 that is not `ignore`, or a prediction outside 0..K-1.
+        BadInputError: for a truth id outside 0..C-1 that is not void, or a prediction outside 0..K-1.
 
     >>> confusion_matrix(np.array([0, 0, 1, 255]), np.array([0, 1, 1, 0]), 2)
     array([[1, 1],
            [0, 1]])
     """
     columns = classes if clusters is None else clusters
-    keep = truth != ignore
+    keep = truth != 255
     rows = truth[keep].astype(np.int64)
     cols = prediction[keep].astype(np.int64)
     for name, ids, size in (("ground truth", rows, classes), ("prediction", cols, columns)):

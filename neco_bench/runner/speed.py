@@ -52,12 +52,12 @@ class SpeedOptions:
             raise UsageError("--size and --batch-size must be at least 1, --seconds above 0 and below 3600.")
 
 
-def task_sizes(most: int = 3) -> tuple[int, ...]:
-    """Return the most common input sizes of tasks under their default protocol, in pixels, in ascending order."""
+def task_sizes() -> tuple[int, ...]:
+    """Return the three most common input sizes of tasks under their default protocol, in pixels, ascending."""
     cards = all_cards()[0].values()
     settings = [{**card.constants, **card.protocols[card.default_protocol]} for card in cards]
     counts = Counter(values["input_size"] for values in settings if "input_size" in values)
-    return tuple(sorted(size for size, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:most]))
+    return tuple(sorted(size for size, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:3]))
 
 
 def measure_speed(

@@ -12,7 +12,7 @@ from PIL import Image, ImageDraw
 
 from neco_bench.core.errors import UsageError
 from neco_bench.core.files import write_whole
-from neco_bench.data.base import IGNORE, SegmentationDataset
+from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.patches import majority_label, patchify
 from neco_bench.features.transforms import resize_image, resize_nearest_pil
@@ -77,7 +77,7 @@ def diagnose(
             "R² of a patch's position predicted from its feature",
         ),
         "neighbour purity": (
-            diagnostics.neighbour_purity(features, truth, IGNORE),
+            diagnostics.neighbour_purity(features, truth),
             "share of nearest patches, of other images, of the same class",
         ),
         "shift sensitivity": (diagnostics.shift_sensitivity(features, moved), "1 - cosine after a shift by one patch"),

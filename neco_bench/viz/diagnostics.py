@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from neco_bench.data.base import IGNORE
 from neco_bench.features.patches import rescaled, unit_length
 from neco_bench.search.exact import ExactIndex
 
@@ -34,7 +35,7 @@ def effective_rank(maps: Tensor) -> float:
     return float(torch.exp(-(share * share.log()).sum()))
 
 
-def positional_leakage(maps: Tensor, *, ridge: float = 1e-3) -> float:
+def positional_leakage(maps: Tensor) -> float:
     """Return how well a patch's position is predicted from its feature: R² of ridge regression on x, y in [-1, 1].
 
     It is fitted on the even images and scored on the odd ones; values below 0 count as 0. Content with a typical
@@ -48,23 +49,23 @@ def positional_leakage(maps: Tensor, *, ridge: float = 1e-3) -> float:
     mean, scale = fit.mean(0), fit.std(0) + 1e-6
     fit, test = ((part - mean) / scale for part in (fit, test))
     target = place.repeat(len(fit) // len(place), 1)
-    gram = fit.T @ fit + ridge * len(fit) * torch.eye(fit.shape[1], dtype=torch.float64)
+    gram = fit.T @ fit + 1e-3 * len(fit) * torch.eye(fit.shape[1], dtype=torch.float64)
     weights = torch.linalg.solve(gram, fit.T @ target)
     expected = place.repeat(len(test) // len(place), 1)
     error = (test @ weights - expected).square().sum() / (expected - expected.mean(0)).square().sum()
     return max(0.0, 1 - float(error))
 
 
-def neighbour_purity(maps: Tensor, labels: np.ndarray, ignore: int = 255) -> float:
+def neighbour_purity(maps: Tensor, labels: np.ndarray) -> float:
     """Return the share of patches whose nearest patch of another image (cosine) has the same label; labels (N, h, w).
 
-    Patches labelled `ignore` are left out. In-context retrieval with one neighbour depends on this (Balazevic et al.,
+    Patches labelled void are left out. In-context retrieval with one neighbour depends on this (Balazevic et al.,
     *Towards In-context Scene Understanding*, NeurIPS 2023). NaN if there is only one image.
     """
     features = unit_length(_rows(maps), 1)
     flat = labels.reshape(len(maps), -1)
     image = np.repeat(np.arange(len(maps)), flat.shape[1])
-    labelled = flat.ravel() != ignore
+    labelled = flat.ravel() != IGNORE
     features, image, flat = features[torch.from_numpy(labelled)], image[labelled], flat.ravel()[labelled]
     hits, total = 0, 0
     for number in np.unique(image):

@@ -355,11 +355,11 @@ def encode_image(pixels: np.ndarray, photo: bool) -> bytes:
     return buffer.getvalue()
 
 
-def encode_animation(frames: np.ndarray, milliseconds: int = 125) -> bytes:
-    """Encode frames (T, H, W, 3) as a repeating GIF."""
+def encode_animation(frames: np.ndarray) -> bytes:
+    """Encode frames (T, H, W, 3) as a repeating GIF with 8 frames per second."""
     buffer = io.BytesIO()
     first, *others = [Image.fromarray(frame) for frame in frames]
-    first.save(buffer, "GIF", save_all=True, append_images=others, duration=milliseconds, loop=0)
+    first.save(buffer, "GIF", save_all=True, append_images=others, duration=125, loop=0)
     return buffer.getvalue()
 
 

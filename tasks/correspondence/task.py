@@ -25,7 +25,7 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import Pair, PairDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureExtractor
-from neco_bench.features.loader import loading_threads
+from neco_bench.features.loader import load_chunks
 from neco_bench.features.patches import rescaled, unit_length
 
 
@@ -119,16 +119,16 @@ def encode_views(
     normalise: Callable[[torch.Tensor], torch.Tensor],
 ) -> dict[str, View]:
     """Load, prepare and encode images, and normalise their features: {image id: view}."""
-    ids, context = sorted(image_ids), extractor.context
+
+    def load(image_id: str) -> tuple[str, torch.Tensor, tuple[int, ...]]:
+        image = dataset.read_image(image_id)
+        return image_id, prepare(image), image.shape
+
     views: dict[str, View] = {}
-    with loading_threads() as pool:
-        for start in range(0, len(ids), context.batch_size_used):
-            chunk = ids[start : start + context.batch_size_used]
-            with context.phase("load"):
-                images = list(pool.map(dataset.read_image, chunk))
-                batch = torch.stack(list(pool.map(prepare, images)))
-            with context.phase("encode"):
-                features = extractor.encode(batch)
-            for name, image, feature in zip(chunk, images, features, strict=True):
-                views[name] = View(normalise(feature), image.shape[1], image.shape[0])
+    for loaded in load_chunks(load, sorted(image_ids), extractor.context):
+        names, inputs, shapes = zip(*loaded, strict=True)
+        with extractor.context.phase("encode"):
+            features = extractor.encode(torch.stack(inputs))
+        for name, feature, (height, width, _) in zip(names, features, shapes, strict=True):
+            views[name] = View(normalise(feature), width, height)
     return views

@@ -23,7 +23,7 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.views import ViewDataset, ViewPair
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureExtractor
-from neco_bench.features.loader import loading_threads
+from neco_bench.features.loader import load_chunks
 
 
 def cost(settings: Settings, data: dict[str, ViewDataset], stride: int, dimension: int) -> Cost:
@@ -75,21 +75,16 @@ def encode_views(
     prepare, multiple = GEOMETRIES[settings.geometry], encoder.size_multiple or encoder.stride
     mean = settings.mean or encoder.mean
 
-    def load(view_id: str) -> Prepared:
-        return prepare(view_id, dataset.read_view(view_id), size, multiple, mean, settings.grid)
+    def load(view_id: str) -> tuple[str, Prepared]:
+        return view_id, prepare(view_id, dataset.read_view(view_id), size, multiple, mean, settings.grid)
 
     extractor = FeatureExtractor(encoder, context, final_norm=settings.final_norm, mean=settings.mean, std=settings.std)
     views: dict[str, tuple[Prepared, Tensor]] = {}
-    with loading_threads() as pool:
-        for start in range(0, len(view_ids), context.batch_size):
-            chunk = view_ids[start : start + context.batch_size]
-            with context.phase("load"):
-                prepared = list(pool.map(load, chunk))
-            with context.phase("encode"):
-                images = torch.stack([view.image for view in prepared])
-                maps = extractor.encode(images)
-                for name, view, features in zip(chunk, prepared, maps, strict=True):
-                    views[name] = view, features_at(features, view, settings.grid, settings.geometry)
+    for loaded in load_chunks(load, view_ids, context):
+        with context.phase("encode"):
+            maps = extractor.encode(torch.stack([view.image for _, view in loaded]))
+            for (name, view), features in zip(loaded, maps, strict=True):
+                views[name] = view, features_at(features, view, settings.grid, settings.geometry)
     return views
 
 

@@ -6,6 +6,7 @@ BMVC 2021, section 4.1), on the keys of the last block. `clean-1` is TokenCut on
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 
 import numpy as np
@@ -19,7 +20,7 @@ from neco_bench.core.errors import UsageError
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import BoxDataset, BoxSample
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.loader import loading_threads
+from neco_bench.features.loader import load_chunks
 from neco_bench.features.transforms import pad_with, resize_image, to_tensor
 
 
@@ -76,14 +77,10 @@ def run(encoder: Encoder, data: dict[str, BoxDataset], settings: Settings, conte
 
 
 def read(dataset: BoxDataset, context: Context) -> Iterator[tuple[int, BoxSample]]:
-    """Yield the samples that this process computes, with their indices; threads read some ahead."""
+    """Return the samples that this process computes, with their indices."""
     items = range(distributed.rank(), len(dataset), distributed.world())
-    with loading_threads() as pool:
-        for start in range(0, len(items), context.batch_size):
-            chunk = items[start : start + context.batch_size]
-            with context.phase("load"):
-                samples = list(pool.map(dataset.__getitem__, chunk))
-            yield from zip(chunk, samples, strict=True)
+    samples = itertools.chain.from_iterable(load_chunks(dataset.__getitem__, items, context))
+    return zip(items, samples, strict=True)
 
 
 def prepare(image: np.ndarray, encoder: Encoder, settings: Settings) -> tuple[Tensor, tuple[float, float]]:
