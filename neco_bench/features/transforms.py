@@ -99,13 +99,13 @@ def pad_with(image: Tensor, colour: Sequence[float], sides: tuple[int, int, int,
     return F.pad(image - shift, sides) + shift
 
 
-def crop_box(
+def crop_size(
     rng: np.random.Generator, size: tuple[int, ...], scale: tuple[float, float], ratio: tuple[float, float]
-) -> tuple[int, int, int, int]:
-    """Draw a crop (top, left, height, width) of an image of size (height, width) like torchvision's RandomResizedCrop,
-    or a central crop after ten attempts.
+) -> tuple[int, int, bool]:
+    """Draw (height, width) of a crop of an image of size (height, width) like torchvision's RandomResizedCrop.
 
-    scale: range of the share of the area; ratio: range of width / height.
+    scale: range of the share of the area; ratio: range of width / height. After ten attempts, the largest size within
+    the range of the ratio is returned, with False: that crop is central.
     """
     height, width = size
     area = height * width
@@ -115,14 +115,18 @@ def crop_box(
         aspect = math.exp(rng.uniform(low, high))
         w, h = round(math.sqrt(target * aspect)), round(math.sqrt(target / aspect))
         if 0 < w <= width and 0 < h <= height:
-            return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
-    aspect = width / height
-    if aspect < ratio[0]:
-        w, h = width, max(1, round(width / ratio[0]))
-    elif aspect > ratio[1]:
-        w, h = max(1, round(height * ratio[1])), height
-    else:
-        w, h = width, height
+            return h, w, True
+    return min(height, max(1, round(width / ratio[0]))), min(width, max(1, round(height * ratio[1]))), False
+
+
+def crop_box(
+    rng: np.random.Generator, size: tuple[int, ...], scale: tuple[float, float], ratio: tuple[float, float]
+) -> tuple[int, int, int, int]:
+    """Draw a crop (top, left, height, width), see `crop_size`."""
+    height, width = size
+    h, w, drawn = crop_size(rng, size, scale, ratio)
+    if drawn:
+        return int(rng.integers(0, height - h + 1)), int(rng.integers(0, width - w + 1)), h, w
     return (height - h) // 2, (width - w) // 2, h, w
 
 

@@ -249,8 +249,8 @@ def estimates(sums: SumMetric, sampling: Sampling | None = None) -> list[Estimat
 
 def estimate(sums: SumMetric, sampling: Sampling | None = None) -> Estimate:
     """Estimate the one metric of a statistic. Raises as `estimates`."""
-    (found,) = estimates(sums, sampling)
-    return found
+    (single,) = estimates(sums, sampling)
+    return single
 
 
 def miou_interval(

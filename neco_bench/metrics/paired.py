@@ -19,10 +19,6 @@ from neco_bench.metrics.sums import SumMetric
 
 DRAWS = 10_000
 
-_EXACT = 13  # up to this number of units, all 2**12 patterns of signs are fewer than the draws
-
-_CHUNK = 4_000_000  # signs in memory at once
-
 
 @dataclass(frozen=True)
 class Difference:
@@ -59,16 +55,16 @@ def paired_difference(
     sampling = sampling or Sampling()
     before, after = (estimates(side, sampling) for side in (first, second))
     middle, units = _exchanged(first, second, sampling)
-    found = [_untested(*three, units) for three in zip(before, after, middle.T, strict=True)]
-    flipped = [m for m, (_, parts) in enumerate(found) if parts is not None]
-    alone = {m: parts for m in flipped if (parts := found[m][1]) is not None}
-    for shape in {parts.shape for parts in alone.values()}:  # blocks may differ between metrics
-        same = [m for m in flipped if alone[m].shape == shape]
-        p, exact = sign_flips(np.stack([alone[m] for m in same], axis=1), draws=draws, seed=seed)
+    untested = [_untested(*three, units) for three in zip(before, after, middle.T, strict=True)]
+    differences = [difference for difference, _ in untested]
+    to_flip = {m: parts for m, (_, parts) in enumerate(untested) if parts is not None}
+    for shape in {parts.shape for parts in to_flip.values()}:  # blocks may differ between metrics
+        same = [m for m, parts in to_flip.items() if parts.shape == shape]
+        p, exact = sign_flips(np.stack([to_flip[m] for m in same], axis=1), draws=draws, seed=seed)
         for m, value, few in zip(same, p, exact, strict=True):
             test = "exact sign flips" if few else "sign flips"
-            found[m] = replace(found[m][0], p=float(value), test=test), None
-    return [difference for difference, _ in found]
+            differences[m] = replace(differences[m], p=float(value), test=test)
+    return differences
 
 
 def _untested(one: Estimate, other: Estimate, parts: np.ndarray, units: Units) -> tuple[Difference, np.ndarray | None]:
@@ -114,14 +110,14 @@ def sign_flips(parts: np.ndarray, *, draws: int = DRAWS, seed: int = 0) -> tuple
     size = np.abs(parts)
     counted = size > 1e-12 * size.max(0, initial=0)
     observed = np.abs(parts.sum(0)) - 1e-9 * size.sum(0)  # equal sums in another order are equal
-    exact = counted.sum(0) <= _EXACT
+    exact = counted.sum(0) <= 13  # all 2**12 patterns of signs are fewer than the draws
     p, larger = np.ones(parts.shape[1]), np.zeros(parts.shape[1])
     for m in np.flatnonzero(exact):
         own = parts[counted[:, m], m]
         patterns = (np.arange(2 ** max(0, len(own) - 1))[:, None] >> np.arange(len(own))) & 1
         p[m] = (np.abs((1 - 2 * patterns) @ own) >= observed[m]).mean()
     rng, drawn = np.random.default_rng(seed), parts[:, ~exact]
-    rows = max(1, _CHUNK // len(parts))
+    rows = max(1, 4_000_000 // len(parts))  # 4 million signs in memory at once
     for start in range(0, draws if drawn.shape[1] else 0, rows):
         bits = rng.integers(0, 256, (min(rows, draws - start), -(-len(parts) // 8)), dtype=np.uint8)
         signs = np.unpackbits(bits, axis=1, count=len(parts)).astype(np.float64)

@@ -58,7 +58,25 @@ def miou_sums(confusions: np.ndarray, absent: AbsentClasses = "exclude") -> SumM
 
     absent: which classes count, see `segmentation.mean_iou`.
     """
-    columns, ious = _ious_of(class_counts(confusions))
+    return miou_of_counts(class_counts(confusions), absent)
+
+
+def class_iou_sums(confusions: np.ndarray) -> SumMetric:
+    """Return the IoU of each class, NaN if it is in neither truth nor prediction; confusions as in `miou_sums`."""
+    return class_iou_of_counts(class_counts(confusions))
+
+
+def class_counts(confusions: np.ndarray) -> np.ndarray:
+    """Return pixels (3, R, n, C) of each class: hits, union of truth and prediction, and truth."""
+    stack = confusions.reshape(-1, *confusions.shape[-3:])
+    hits = np.einsum("snii->sni", stack)
+    truth = stack.sum(3)
+    return np.stack([hits, truth + stack.sum(2) - hits, truth])
+
+
+def miou_of_counts(counts: np.ndarray, absent: AbsentClasses = "exclude") -> SumMetric:
+    """`miou_sums` of `class_counts`."""
+    columns, ious = _ious_of(counts)
 
     def miou(sums: np.ndarray) -> np.ndarray:
         values, truth, union = ious(sums)
@@ -69,23 +87,15 @@ def miou_sums(confusions: np.ndarray, absent: AbsentClasses = "exclude") -> SumM
     return SumMetric(columns, miou)
 
 
-def class_iou_sums(confusions: np.ndarray) -> SumMetric:
-    """Return the IoU of each class, NaN if it is in neither truth nor prediction; confusions as in `miou_sums`."""
-    columns, ious = _ious_of(class_counts(confusions))
+def class_iou_of_counts(counts: np.ndarray) -> SumMetric:
+    """`class_iou_sums` of `class_counts`."""
+    columns, ious = _ious_of(counts)
 
     def per_class(sums: np.ndarray) -> np.ndarray:
         values, _, union = ious(sums)
         return np.where(union > 0, values, np.nan).swapaxes(1, 2)
 
     return SumMetric(columns, per_class)
-
-
-def class_counts(confusions: np.ndarray) -> np.ndarray:
-    """Return pixels (3, R, n, C) of each class: hits, union of truth and prediction, and truth."""
-    stack = confusions.reshape(-1, *confusions.shape[-3:])
-    hits = np.einsum("snii->sni", stack)
-    truth = stack.sum(3)
-    return np.stack([hits, truth + stack.sum(2) - hits, truth])
 
 
 def size_sums(confusions: np.ndarray, low: float, high: float) -> SumMetric:

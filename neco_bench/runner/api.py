@@ -106,7 +106,7 @@ def run(
     with _as_encoder(model) as (name, encoder):
         if encoder is None:
             each = for_each_layer(name, run_options)
-            layered = [(chosen, identify(name, chosen, store) if store else None) for chosen in each]
+            layered = [(own, identify(name, own, store) if store else None) for own in each]
         else:
             layered = [(run_options, _object_id(encoder, run_options))]
         jobs = []

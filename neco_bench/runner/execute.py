@@ -204,18 +204,15 @@ def _ready(job: Job, encoder: Encoder | None, context: Context) -> tuple[Job, En
     return job, loaded, context
 
 
-# Kinds of data whose items are independent of each other in all families.
-_ALONE = (PairDataset, BoxDataset, VideoDataset, ViewDataset)
-
-
 def record_predictions(job: Job, ids: Iterable[str]) -> dict[str, dict[str, Any]]:
     """Run a job again, and return what `show` draws for some items (`Context.record`); of several draws, the first.
 
-    Pairs and clips are computed separately. Images need their whole split, because clusters and heads depend on it.
+    Pairs and clips are independent of each other. Images need their whole split: clusters and heads depend on it.
     """
+    independent = PairDataset, BoxDataset, VideoDataset, ViewDataset
     recorded = frozenset(ids)
     job, encoder, context = _ready(job, None, _context(job, RunRecord(), recorded))
-    data = {role: d.subset(recorded) if isinstance(d, _ALONE) else d for role, d in job.draws[0].items()}
+    data = {role: d.subset(recorded) if isinstance(d, independent) else d for role, d in job.draws[0].items()}
     job.task.module.run(encoder, data, settings_for(job.task, encoder), context)
     return context.run.predictions
 

@@ -100,8 +100,8 @@ def _measured(encoder: Encoder, identity: str, size: int, options: SpeedOptions,
     }
     protocol_hash = digest([PROTOCOL, conditions])
     key = digest([FAMILY, identity, encoder.layer, size, encoder.precision, protocol_hash, provenance["packages"]])
-    if store is not None and (found := store.find(key)) is not None:
-        return found
+    if store is not None and (known := store.find(key)) is not None:
+        return known
     start = time.perf_counter()
     batch_size, batches, seconds, memory = _timed(encoder, size, options)
     metrics = {

@@ -21,8 +21,6 @@ from neco_bench.training.images import Images
 from neco_bench.training.recipe import Recipe
 from neco_bench.training.views import Views, ViewSettings, make_views
 
-ATTEMPTS = 100
-
 
 class Item(NamedTuple):
     """Views of one image; unusable: images that were tried before it, each with the reason."""
@@ -41,7 +39,7 @@ class ViewData(Dataset[Any]):
     def __getitem__(self, key: tuple[int, int]) -> Item | BadInputError:
         epoch, first = key
         unusable: list[tuple[str, str]] = []
-        for index in range(first, first + min(ATTEMPTS, len(self.images))):
+        for index in range(first, first + min(100, len(self.images))):
             name = self.images.ids[index % len(self.images)]
             try:
                 image = self.images.read(index % len(self.images))

@@ -21,6 +21,7 @@ from PIL import Image, ImageFilter
 from torch import Tensor
 
 from neco_bench.core.errors import BadInputError
+from neco_bench.features.transforms import crop_size
 
 GLOBALS = 2
 ATTEMPTS = 1000
@@ -77,16 +78,11 @@ def shared_boxes(crops: np.ndarray, sizes: tuple[int, ...]) -> tuple[np.ndarray,
 def random_crop(
     width: int, height: int, scale: tuple[float, float], aspect: tuple[float, float], rng: np.random.Generator
 ) -> tuple[int, int, int, int]:
-    """Draw a box by the rule of torchvision's RandomResizedCrop: ten attempts, then the largest central box."""
-    for _ in range(10):
-        area = width * height * rng.uniform(*scale)
-        ratio = math.exp(rng.uniform(math.log(aspect[0]), math.log(aspect[1])))
-        w, h = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < w <= width and 0 < h <= height:
-            x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
-            return x, y, x + w, y + h
-    w, h = min(width, max(1, round(height * aspect[1]))), min(height, max(1, round(width / aspect[0])))
+    """Draw a box (x1, y1, x2, y2), see `crop_size`; unlike `crop_box`, x is drawn first."""
+    h, w, drawn = crop_size(rng, (height, width), scale, aspect)
     x, y = (width - w) // 2, (height - h) // 2
+    if drawn:
+        x, y = int(rng.integers(width - w + 1)), int(rng.integers(height - h + 1))
     return x, y, x + w, y + h
 
 

@@ -45,10 +45,10 @@ def draw_clip(dataset: VideoDataset, name: str, predicted: dict[str, Any], capti
     """
     clip = dataset.clip(dataset.ids.index(name))
     count = len(predicted["truth"])
-    chosen = np.unique(np.linspace(0, count - 1, FRAMES).round().astype(int))
+    shown = np.unique(np.linspace(0, count - 1, FRAMES).round().astype(int))
     rows = []
     for part in ("truth", "prediction"):
-        frames = [overlaid(clip[i].image, predicted[part][i], (200, 150)) for i in chosen]
+        frames = [overlaid(clip[i].image, predicted[part][i], (200, 150)) for i in shown]
         rows.append(np.concatenate([_with_gap(frame) for frame in frames], 1))
     moving = []
     for i in np.unique(np.linspace(0, count - 1, ANIMATED).round().astype(int)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +102,8 @@ def posttrain_report(
     """
     making = _Making(base, tuned, ResultStore(results), run or RunOptions(), PosttrainOptions(**options), Path(out))
     names = [tasks] if isinstance(tasks, str) else list(tasks)
-    chosen = find_tasks(names or default_tasks(making.run.data_root), data_root=making.run.data_root)
-    return making.make(chosen)
+    root = making.run.data_root
+    return making.make(find_tasks(names or default_tasks(root), data_root=root))
 
 
 @dataclass
@@ -114,6 +114,8 @@ class _Making:
     run: RunOptions
     options: PosttrainOptions
     out: Path
+    problems: list[str] = field(default_factory=list)
+    failure: int | None = None  # the exit code of the first job that failed
 
     def make(self, tasks: list[Task]) -> PosttrainReport:
         report = Report(self.base, self.tuned)
@@ -122,15 +124,15 @@ class _Making:
             raise UsageError(f"--every compares the checkpoints of a run folder of `train`, which {self.tuned} is not.")
         models = ((self.base, self.options.base_weights), (self.tuned, self.options.weights))
         plans = [self.plan(model, tasks, weights=weights) for model, weights in models]  # both, before anything runs
-        of_base, of_tuned = (self.run_jobs(jobs, report.problems) for jobs in plans)
+        of_base, of_tuned = (self.run_jobs(jobs) for jobs in plans)
         pairs = comparing.pair_results(of_base, of_tuned)
         if not pairs:
-            raise error_of_code(self.failure or 1, "; ".join(report.problems) or "no task has results of both models.")
+            raise error_of_code(self.failure or 1, "; ".join(self.problems) or "no task has results of both models.")
         note = "p is adjusted over the rows of each task."
         report.sections = [
             comparison_section("tasks", "Tasks", [({}, comparing.compare_tasks(pairs))]),
-            self.checkpoints(folder, of_base, of_tuned, tasks, report.problems),
-            self.layers(tasks, pairs, report.problems),
+            self.checkpoints(folder, of_base, of_tuned, tasks),
+            self.layers(tasks, pairs),
             comparison_section(
                 "sizes",
                 "By size of the object",
@@ -148,33 +150,29 @@ class _Making:
             self.items(pairs, report),
         ]
         report.sections = [section for section in report.sections if section.rows]
-        report.problems += [problem for problem in self.store.problems if problem not in report.problems]
+        report.problems = list(dict.fromkeys([*self.problems, *self.store.problems]))
         page = write_report(report, self.out)
         return PosttrainReport(page, tuple(report.sections), tuple(report.problems))
 
-    failure: int | None = None  # the exit code of the first job that failed
-
-    def results(
-        self, model: str, tasks: list[Task], problems: list[str], **changes: Any
-    ) -> dict[ResultKey, StoredResult]:
+    def results(self, model: str, tasks: list[Task], **changes: Any) -> dict[ResultKey, StoredResult]:
         """Run jobs that are not stored, and return the results by `result_key`."""
-        return self.run_jobs(self.plan(model, tasks, **changes), problems)
+        return self.run_jobs(self.plan(model, tasks, **changes))
 
     def plan(self, model: str, tasks: list[Task], **changes: Any) -> list[Job]:
         return plan_all([model], tasks, replace(self.run, **changes), self.store)
 
-    def run_jobs(self, jobs: list[Job], problems: list[str]) -> dict[ResultKey, StoredResult]:
-        found: dict[ResultKey, StoredResult] = {}
+    def run_jobs(self, jobs: list[Job]) -> dict[ResultKey, StoredResult]:
+        results: dict[ResultKey, StoredResult] = {}
         for job in jobs:
             result = run_job(job, self.store)
             if result.status == "ok":
-                found[comparing.result_key(result)] = (result, self.store)
+                results[comparing.result_key(result)] = (result, self.store)
             else:
-                problems.append(f"{job.title}: {result.error}")
+                self.problems.append(f"{job.title}: {result.error}")
                 self.failure = self.failure or result.error_code
-        return found
+        return results
 
-    def layers(self, tasks: list[Task], pairs: list[ResultPair], problems: list[str]) -> Section:
+    def layers(self, tasks: list[Task], pairs: list[ResultPair]) -> Section:
         """Compare inner layers on one task; p is adjusted over them."""
         title = "Layer by layer"
         layers = self.options.layers
@@ -187,10 +185,11 @@ class _Making:
         compared: list[ResultPair] = []
         labels: list[str] = []
         for layer in layers:
-            of_base = self.results(self.base, [task], problems, layers=str(layer), weights=self.options.base_weights)
-            of_tuned = self.results(self.tuned, [task], problems, layers=str(layer), weights=self.options.weights)
-            compared += (found := comparing.pair_results(of_base, of_tuned) if of_base and of_tuned else [])
-            labels += [f"block {layer}"] * len(found)
+            of_base = self.results(self.base, [task], layers=str(layer), weights=self.options.base_weights)
+            of_tuned = self.results(self.tuned, [task], layers=str(layer), weights=self.options.weights)
+            of_layer = comparing.pair_results(of_base, of_tuned) if of_base and of_tuned else []
+            compared += of_layer
+            labels += [f"block {layer}"] * len(of_layer)
         if not compared:
             return plain_section("layers", title, [])
         last = [pair for pair in pairs if (pair.first.task, pair.first.protocol) == (task.card.name, task.label)]
@@ -204,7 +203,6 @@ class _Making:
         of_base: dict[ResultKey, StoredResult],
         of_tuned: dict[ResultKey, StoredResult],
         tasks: list[Task],
-        problems: list[str],
     ) -> Section:
         """Compare the stored checkpoints with the base model, and with the best checkpoint of each task."""
         every, title = self.options.every, "Checkpoints"
@@ -215,9 +213,9 @@ class _Making:
         for file in sorted(folder.glob(f"checkpoint-*/{RUN_FILE}")):
             step = read_run(file.parent).step
             if step and step % every == 0 and step != newest:
-                by_step[step] = self.results(str(file.parent), tasks, problems)
+                by_step[step] = self.results(str(file.parent), tasks)
         if len(by_step) == 1:
-            problems.append(
+            self.problems.append(
                 f"--every {every}: {folder} has no other checkpoint at these steps. `train --keep-every` keeps them."
             )
         rows: list[dict[str, Any]] = []
@@ -237,13 +235,13 @@ class _Making:
         numbers = {name: log[name].astype(float).to_numpy() for name in log if name != "step"}
         report.curve = (log["step"].to_numpy(), numbers["loss"])
         settings = json.loads((folder / "recipe.json").read_text(encoding="utf-8"))
-        seen, images = settings["recipe"]["batch_size"] * len(log), settings["images"]
+        views, images = settings["recipe"]["batch_size"] * len(log), settings["images"]
         energy = np.nansum(numbers["joules"]) / 3.6e6 if "joules" in numbers else None
         facts = {
             "objective": settings["recipe"]["objective"],
             "steps": len(log),
             "hours": f"{numbers['seconds'].sum() / 3600:.4g}",
-            "images": f"{images} ({seen} with repetition, {seen / images:.3g} passes)",
+            "images": f"{images} ({views} with repetition, {views / images:.3g} passes)",
             "images per second (median)": f"{np.median(numbers['images_per_second']):.4g}",
             "peak memory (MiB)": f"{numbers['peak_memory_mb'].max():.0f}",
             "energy of one GPU (kWh)": "not measured" if energy is None else f"{energy:.4g}",
@@ -268,24 +266,24 @@ class _Making:
             changed = [row for row in comparing.compare_images(pair) if row[1] != row[2]]
             changed.sort(key=lambda row: (-sign * (row[2] - row[1]), row[0]))
             most = self.options.images
-            chosen = list(dict.fromkeys([*changed[:most], *changed[max(0, len(changed) - most) :]])) if most else []
-            for name, one, other in chosen:
+            shown = list(dict.fromkeys([*changed[:most], *changed[max(0, len(changed) - most) :]])) if most else []
+            for name, one, other in shown:
                 texts = {"base": metric.text(one), "tuned": metric.text(other)}
                 rows.append(
                     {"task": pair.name, "item": name, **texts, "difference": metric.text(other - one, plus=True)}
                 )
-            if chosen:
+            if shown:
                 try:
-                    report.pictures += self.pictures(pair, chosen, metric.text)
+                    report.pictures += self.pictures(pair, shown, metric.text)
                 except NecoBenchError as error:
-                    report.problems.append(f"pictures of {pair.name}: {error}")
+                    self.problems.append(f"pictures of {pair.name}: {error}")
         return plain_section("items", "Items that changed most", rows, "Sorted by the score of the item.")
 
     def pictures(
-        self, pair: ResultPair, chosen: list[tuple[str, float, float]], text: Callable[[float], str]
+        self, pair: ResultPair, shown: list[tuple[str, float, float]], text: Callable[[float], str]
     ) -> list[Picture]:
         """Draw items for both models, unless the pictures exist."""
-        ids = [name for name, _, _ in chosen]
+        ids = [name for name, _, _ in shown]
         folders = {}
         for side, result, arrays, weights in (
             ("base", pair.first, pair.first_arrays, self.options.base_weights),
@@ -298,18 +296,18 @@ class _Making:
                 job = job_of(result, data_root=self.run.data_root, weights=weights, device=self.run.device)
                 show(result, dict(arrays), job, folder, worst=0, best=0, named=ids)
                 write_whole(folder / "drawn.json", drawn.encode())
-        found = []
-        for number, (name, one, other) in enumerate(chosen):
+        pictures = []
+        for number, (name, one, other) in enumerate(shown):
             tiles = [tile for side, folder in folders.items() for tile in _tiles(folder, number, side)]
-            found.append(Picture(pair.name, name, f"{text(one)} to {text(other)}", tiles))
-        return found
+            pictures.append(Picture(pair.name, name, f"{text(one)} to {text(other)}", tiles))
+        return pictures
 
 
 def _checkpoint_rows(
     place: ResultKey, of_base: dict[ResultKey, StoredResult], by_step: dict[int, dict[ResultKey, StoredResult]]
 ) -> list[dict[str, Any]]:
     """Return the checkpoints on one task: value, difference to the base, and comparison with the best."""
-    stored = {step: found[place] for step, found in sorted(by_step.items()) if place in found}
+    stored = {step: results[place] for step, results in sorted(by_step.items()) if place in results}
     if place not in of_base:
         return []
     metric = next(iter(stored.values()))[0].metric()
@@ -362,7 +360,7 @@ def _data(pairs: Sequence[ResultPair]) -> Section:
 
 def _tiles(folder: Path, number: int, side: str) -> list[tuple[str, str]]:
     """Return the thumbnails of an item; image and ground truth, which both sides have, are included once."""
-    found = []
+    tiles = []
     for file in sorted((folder / "pictures").glob(f"{number:03d}-*-small.*")):
         title = file.stem[4:].removesuffix("-small").replace("-", " ")
         if title in ("image", "ground truth"):
@@ -371,5 +369,5 @@ def _tiles(folder: Path, number: int, side: str) -> list[tuple[str, str]]:
         else:
             title = f"{side}: {title}"
         kind = {".jpg": "jpeg"}.get(file.suffix, file.suffix[1:])
-        found.append((title, f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"))
-    return sorted(found, key=lambda tile: (tile[0] not in ("image", "ground truth"), tile[0] != "image"))
+        tiles.append((title, f"data:image/{kind};base64,{base64.b64encode(file.read_bytes()).decode()}"))
+    return sorted(tiles, key=lambda tile: (tile[0] not in ("image", "ground truth"), tile[0] != "image"))

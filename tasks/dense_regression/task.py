@@ -77,13 +77,13 @@ def run(encoder: Encoder, data: dict[str, DenseDataset], settings: Settings, con
                 maps = [predict_frame(own, features[None], grid, truth.shape[:2]) for own in heads.values()]
                 score.add(item, truth, np.stack(maps), partial(frame_image, test, item, s.frame))
 
-    chosen = score.best("abs_rel") if s.select == "best" else len(heads) - 1
-    context.note(iteration_reported=list(heads)[chosen])
+    selected = score.best("abs_rel") if s.select == "best" else len(heads) - 1
+    context.note(iteration_reported=list(heads)[selected])
     if s.class_token:
         context.note(beside_patches="the first prefix token, or their mean")
     height, width = grid.size
     return score.outcome(
-        chosen,
+        selected,
         {
             "input_size": s.input_size,
             "used_size": f"{width}x{height}",

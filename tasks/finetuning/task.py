@@ -88,7 +88,7 @@ def classify(segmenter: Segmenter, image: np.ndarray, window: int, settings: Set
 
     def logits_of(view: np.ndarray, scale: float) -> Tensor:
         factor = scale * ratio
-        size = size_within(*view.shape[:2], factor * s.short_side, factor * s.long_side)
+        size = size_within(view.shape[0], view.shape[1], factor * s.short_side, factor * s.long_side)
         resized = to_tensor(resize_bilinear(view, *size))
         if min(size) < window:
             size = short_side_size(*size, window)

@@ -11,8 +11,6 @@ from torch import Tensor
 from neco_bench.data.views import Camera
 from neco_bench.features.patches import unit_length
 
-CHUNK = 2048  # number of points that are compared at a time
-
 PIXELS = 512  # side of the crop in which errors in pixels are given
 
 
@@ -32,7 +30,7 @@ def match_points(source: Tensor, target: Tensor, count: int) -> Matches:
     """
     source, target = unit_length(source, 1), unit_length(target, 1)
     best, weight = [], []
-    for part in source.split(CHUNK):
+    for part in source.split(2048):
         cosines = part @ target.T
         nearest = cosines.max(1)  # two maxima, because topk(2) takes three times as long
         second = cosines.scatter_(1, nearest.indices[:, None], -1.0).amax(1) if len(target) > 1 else nearest.values

@@ -71,7 +71,7 @@ def classify(
     """Classify each pixel of an image (H, W, 3) uint8 by the views of the protocol, see `classify_views`."""
 
     def logits_of(view: np.ndarray, scale: float) -> Tensor:
-        size = short_side_size(*view.shape[:2], max(window, round(window * scale)))
+        size = short_side_size(view.shape[0], view.shape[1], max(window, round(window * scale)))
         step = max(1, int(window * settings.window_step))
         crops, corners = crop_windows(to_tensor(resize_bilinear(view, *size)), window, step)
         with extractor.context.phase("encode"):

@@ -166,8 +166,9 @@ class ScaleCropDistort:
         if self.box is None:
             image = resize_short_side(sample.image, max(1, int(self.size * factor)))
         else:
+            height, width = sample.mask.shape
             short, long = (factor * side for side in self.box)
-            image = resize_bilinear(sample.image, *size_within(*sample.image.shape[:2], short, long))
+            image = resize_bilinear(sample.image, *size_within(height, width, short, long))
         mask = resize_nearest_torch(sample.mask, *image.shape[:2])
         crop = choose_crop(mask, self.size, self.max_class_share, self.crop_tries, rng)
         image, mask = image[crop], mask[crop]

@@ -23,7 +23,8 @@ def window_starts(length: int, window: int, step: int) -> list[int]:
 
 def crop_windows(image: Tensor, window: int, step: int) -> tuple[Tensor, Corners]:
     """Crop windows, `step` pixels apart, from an image (3, H, W): (n, 3, window, window), and their corners."""
-    corners = list(itertools.product(*(window_starts(side, window, step) for side in image.shape[1:])))
+    rows, columns = (window_starts(side, window, step) for side in image.shape[1:])
+    corners = list(itertools.product(rows, columns))
     return torch.stack([image[:, top : top + window, left : left + window] for top, left in corners]), corners
 
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 
 import numpy as np
 from neco_bench.tasks.normalised_cut import LANCZOS
-from neco_bench.tasks.object_discovery.discovery import Discovery, box_iou, lost, tokencut
+from neco_bench.tasks.object_discovery.discovery import box_iou, lost, tokencut
 from neco_bench.tasks.object_discovery.settings import Settings
 from torch import Tensor
 
@@ -67,12 +67,13 @@ def run(encoder: Encoder, data: dict[str, BoxDataset], settings: Settings, conte
             features = encoder.encode(image[None], mean=settings.mean, std=settings.std, **options)
             maps = (features.map if features.keys is None else features.keys)[0].cpu().numpy()
         with context.phase("discover"):
-            found = tokencut(maps, settings.tau) if settings.method == "tokencut" else lost(maps, settings.patches)
-        box = to_pixels(found, encoder.stride, scale, sample.image.shape)
+            tau, patches = settings.tau, settings.patches
+            discovery = tokencut(maps, tau) if settings.method == "tokencut" else lost(maps, patches)
+        box = to_pixels(discovery.cells, encoder.stride, scale, sample.image.shape)
         truth = np.rint(sample.boxes) if settings.round_boxes else sample.boxes
         best = float(box_iou(box, truth).max())
         rows[item] = best, box
-        context.record(sample.id, box=box, boxes=truth, iou=best, score=found.score, region=found.region)
+        context.record(sample.id, box=box, boxes=truth, iou=best, score=discovery.score, region=discovery.region)
     return outcome(dataset, rows, settings, context)
 
 
@@ -100,9 +101,9 @@ def prepare(image: np.ndarray, encoder: Encoder, settings: Settings) -> tuple[Te
     return resize_image(image, rows, columns), (height / rows, width / columns)
 
 
-def to_pixels(found: Discovery, stride: int, scale: tuple[float, float], size: tuple[int, ...]) -> np.ndarray:
+def to_pixels(cells: tuple[int, ...], stride: int, scale: tuple[float, float], size: tuple[int, ...]) -> np.ndarray:
     """Convert a box of cells to pixels of an image of `size` (height, width): (x1, y1, x2, y2), cut at its border."""
-    top, left, bottom, right = (stride * cell for cell in found.cells)
+    top, left, bottom, right = (stride * cell for cell in cells)
     box = np.array([left, top, right, bottom]) * (scale[1], scale[0], scale[1], scale[0])
     return np.minimum(box, (size[1], size[0], size[1], size[0]))
 

@@ -89,7 +89,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         value = segmentation.mean_iou(counts.total(), absent=settings.absent)
         if np.isnan(value):
             raise BadInputError(
-                f"The {len(held_out)} held-out training images have no labelled pixel, so nothing can be chosen on "
+                f"The {len(held_out)} held-out training images have no labelled pixel, so nothing can be selected on "
                 f"them. Use more images, or --set holdout_seed=1."
             )
         return value

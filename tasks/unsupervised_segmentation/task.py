@@ -236,8 +236,7 @@ def choose_foreground(
         threshold = best_threshold(precision[0], _areas(large, train_masks, count))
     else:
         threshold = otsu(precision[0])
-    chosen = [(own >= threshold)[clusters[part]] for own, part in zip(precision, parts, strict=True)]
-    inside = np.concatenate(chosen)
+    inside = np.concatenate([(own >= threshold)[clusters[part]] for own, part in zip(precision, parts, strict=True)])
     if not inside.any():
         raise UsageError(f"No cluster has a precision of {threshold:.2f}, so nothing is foreground. Use more images.")
     return inside, {

@@ -20,8 +20,6 @@ OBJECT_COLUMNS = ("J", "J_recall", "J_decay", "F", "F_recall", "F_decay")
 # Scores that are also reported by clip and object, and for the unchanged first mask.
 CLIP_SCORES = ("J&F", "J", "F")
 
-FLOOR = "_first_mask"  # ending of the names of scores of the unchanged first mask
-
 
 class Track:
     """J and F of each object in each frame of a clip after the first, for predictions and for the unchanged first mask.
@@ -111,7 +109,7 @@ class ClipScore:
         weight = np.array([clip.shape[1] for clip in clips])
         objects = np.concatenate(clips, axis=1)
         scores: dict[str, np.ndarray] = {}  # by clip: the mean over its objects
-        for side, ending in enumerate(("", FLOOR)):
+        for side, ending in enumerate(("", "_first_mask")):
             for name in CLIP_SCORES if ending else dict.fromkeys((*CLIP_SCORES, *OBJECT_COLUMNS)):
                 scores[name + ending] = np.array([_named(clip[side], name).mean() for clip in clips])
         names = [f"{clip}/{i + 1}" for clip, count in zip(self.dataset.ids, weight, strict=True) for i in range(count)]

@@ -194,8 +194,8 @@ def test_boxes_go_back_to_the_image() -> None:
     assert scale == (100 / 48, 130 / 64)
     nothing = np.zeros((3, 4))
     found = Discovery((1, 2, 3, 4), nothing > 0, nothing, (1, 2))
-    np.testing.assert_allclose(to_pixels(found, 16, scale, (100, 130, 3)), [65, 100 / 3, 130, 100])
-    np.testing.assert_allclose(to_pixels(found, 16, (1, 1), (45, 60)), [32, 16, 60, 45])  # the padding is cut off
+    np.testing.assert_allclose(to_pixels(found.cells, 16, scale, (100, 130, 3)), [65, 100 / 3, 130, 100])
+    np.testing.assert_allclose(to_pixels(found.cells, 16, (1, 1), (45, 60)), [32, 16, 60, 45])  # the padding is cut off
 
 
 def test_what_an_encoder_must_give() -> None:
