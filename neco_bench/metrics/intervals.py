@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import numpy as np
 
@@ -241,7 +240,7 @@ def estimates(sums: SumMetric, sampling: Sampling | None = None) -> list[Estimat
         if np.isnan(values).any():
             raise NumericalError("No item has ground truth, so the metric is undefined.")
         return [_estimate(values, without, (parts != 0).any(1), units, sums.fraction)]
-    informative = np.any(~_close(without, values[None]), axis=2)
+    informative = np.any(~np.isclose(without, values[None], rtol=0, atol=_SAME, equal_nan=True), axis=2)
     return [
         _estimate(values[m], without[:, m], informative[:, m], units, sums.fraction) for m in range(values.shape[0])
     ]
@@ -317,10 +316,6 @@ def _running_sums(values: np.ndarray, length: int) -> np.ndarray:
     """Return the sums of all runs of `length` consecutive values; empty if there are fewer values."""
     ends = np.concatenate([[0.0], values.cumsum()])
     return ends[length:] - ends[:-length] if len(values) >= length else np.empty(0)
-
-
-def _close(one: np.ndarray, other: np.ndarray) -> Any:
-    return np.isclose(one, other, rtol=0, atol=_SAME, equal_nan=True)
 
 
 def _of_drives(number: int) -> str:

@@ -23,7 +23,7 @@ from neco_bench.core.progress import Progress
 from neco_bench.core.protocol import FAMILIES, Task
 from neco_bench.core.registry import BUILTIN
 from neco_bench.core.task import Context, Outcome, RunRecord
-from neco_bench.data.base import BoxDataset, Dataset, PairDataset, SegmentationDataset
+from neco_bench.data.base import BoxDataset, PairDataset, SegmentationDataset
 from neco_bench.data.video import VideoDataset
 from neco_bench.data.views import ViewDataset
 from neco_bench.encoders.identity import loaded_id
@@ -89,15 +89,12 @@ def _planned_facts(job: Job) -> dict[str, Any]:
         "settings": task.constants,
         "citation": task.citation,
         "dataset": {
-            role: {"name": d.name, "split": d.split, "items": len(d)} | _unit_of(d) for role, d in job.data.items()
+            role: {"name": d.name, "split": d.split, "items": len(d)}
+            | ({} if d.sampling_unit == "image" else {"sampling_unit": d.sampling_unit})
+            for role, d in job.data.items()
         },
         "dataset_fingerprint": dict(job.facts["data"]),
     }
-
-
-def _unit_of(dataset: Dataset) -> dict[str, str]:
-    """Return the sampling unit if it is not an image."""
-    return {} if dataset.sampling_unit == "image" else {"sampling_unit": dataset.sampling_unit}
 
 
 def _groups(job: Job, statistics: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

@@ -24,6 +24,7 @@ from neco_bench.viz.draw import (
     class_legend,
     draw_keys,
     encode_image,
+    enlarged,
     font,
     legend_keys,
 )
@@ -65,7 +66,7 @@ def diagnose(
     truth = torch.stack(labels).numpy()
     if picture is not None:
         title = f"{encoder.name} on {data.name}, {size} x {size} pixels, {len(features)} images"
-        shown = [_large(ids) for ids in truth[: len(images)]]
+        shown = [enlarged(ids, TILE, TILE) for ids in truth[: len(images)]]
         coloured = [class_colours(data, ids) for ids in shown]
         drawn = draw_diagnosis(images, coloured, features, title, class_legend(data, shown))
         write_whole(picture, encode_image(np.asarray(drawn), False))
@@ -83,11 +84,6 @@ def diagnose(
         "shift sensitivity": (diagnostics.shift_sensitivity(features, moved), "1 - cosine after a shift by one patch"),
     }
     return [{"diagnostic": name, "value": round(value, 4), "meaning": text} for name, (value, text) in values.items()]
-
-
-def _large(ids: np.ndarray) -> np.ndarray:
-    """Return ids of patches, enlarged to the size of a tile."""
-    return np.asarray(Image.fromarray(ids.astype(np.uint8)).resize((TILE, TILE), Image.Resampling.NEAREST))
 
 
 def draw_diagnosis(

@@ -122,7 +122,7 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[s
     side = min(max(SMALL, *image.shape[:2]), LARGE)
     image = fitted(image, (side, side), Image.Resampling.BICUBIC)
     height, width = image.shape[:2]
-    truth, prediction = (_enlarged(predicted[kind], height, width) for kind in ("truth", "prediction"))
+    truth, prediction = (enlarged(predicted[kind], height, width) for kind in ("truth", "prediction"))
     tiles = [
         Tile("image", image, "photo"),
         Tile("ground truth", class_colours(dataset, truth), "map"),
@@ -130,11 +130,11 @@ def draw_segmentation(dataset: SegmentationDataset, name: str, predicted: dict[s
         Tile("errors", error_map(image, truth, prediction), "map"),
     ]
     if "colours" in predicted:
-        tiles.append(Tile("features (PCA)", _enlarged(predicted["colours"], height, width), "map"))
+        tiles.append(Tile("features (PCA)", enlarged(predicted["colours"], height, width), "map"))
     if "clusters" in predicted:
         clusters = predicted["clusters"]
         coloured = distinct_colours(int(clusters.max()) + 1)[clusters]
-        tiles.append(Tile("clusters", _enlarged(coloured, height, width), "map"))
+        tiles.append(Tile("clusters", enlarged(coloured, height, width), "map"))
     if "foreground" in predicted:
         tiles.append(_grey("foreground", predicted["foreground"] * 255, height, width))
     if "neighbours" in predicted:
@@ -278,7 +278,7 @@ def draw_attention(dataset: SegmentationDataset, name: str, predicted: dict[str,
     maps = {"attention": 255 * score / max(float(score.max()), 1e-12), "foreground": predicted["region"] * 255}
     tiles = [
         Tile("image", image, "photo"),
-        Tile("ground truth", class_colours(dataset, _enlarged(predicted["truth"], height, width)), "map"),
+        Tile("ground truth", class_colours(dataset, enlarged(predicted["truth"], height, width)), "map"),
         *(_grey(title, values, height, width) for title, values in maps.items()),
     ]
     return PictureRow(name, f"Jaccard {100 * predicted['jaccard']:.1f}", tiles)
@@ -309,14 +309,14 @@ def draw_boxes(dataset: BoxDataset, name: str, predicted: dict[str, Any], right:
     return PictureRow(name, f"IoU {predicted['iou']:.2f}", tiles)
 
 
-def _enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
+def enlarged(values: np.ndarray, height: int, width: int) -> np.ndarray:
     """Resize (H, W) integers below 256, or (H, W, 3) colours, by the nearest rule."""
     return np.asarray(Image.fromarray(values.astype(np.uint8)).resize((width, height), Image.Resampling.NEAREST))
 
 
 def _grey(title: str, values: np.ndarray, height: int, width: int) -> Tile:
     """Return values (h, w) from 0 to 255 as a grey map."""
-    return Tile(title, _enlarged(values, height, width)[..., None].repeat(3, 2), "map")
+    return Tile(title, enlarged(values, height, width)[..., None].repeat(3, 2), "map")
 
 
 def fitted(pixels: np.ndarray, box: tuple[int, int], rule: Image.Resampling) -> np.ndarray:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from neco_bench.tasks.correspondence.settings import Settings
@@ -41,10 +41,6 @@ class PairScore:
         self.dataset, self.settings, self.context = dataset, settings, context
         self._hits: dict[str, np.ndarray] = {}
         self._totals: dict[str, int] = {}
-
-    def to_match(self, categories: Iterable[str]) -> list[str]:
-        """Return the categories whose pairs this process must match and add."""
-        return list(categories)[distributed.rank() :: distributed.world()]
 
     def add(self, pair: Pair, points: np.ndarray, errors: np.ndarray) -> None:
         """Count one pair: predicted points (P, 2), (x, y) pixels of the target image, and their errors (P,) there."""

@@ -20,6 +20,7 @@ from neco_bench.tasks.correspondence.matching import draw_pairs
 from neco_bench.tasks.correspondence.score import Groups, PairScore
 from neco_bench.tasks.correspondence.settings import Settings
 
+from neco_bench.core import distributed
 from neco_bench.core.errors import BadInputError
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import Pair, PairDataset
@@ -60,7 +61,8 @@ def run(encoder: Encoder, data: dict[str, PairDataset], settings: Settings, cont
     norm, mean, std = settings.final_norm, settings.mean, settings.std
     extractor = FeatureExtractor(encoder, context, final_norm=norm, mean=mean, std=std)
     score = PairScore(dataset, settings, context)
-    for category in context.track(score.to_match(groups), "pairs"):
+    mine = list(groups)[distributed.rank() :: distributed.world()]
+    for category in context.track(mine, "pairs"):
         by_target: dict[str, list[Pair]] = defaultdict(list)
         for pair in {pair.id: pair for members in groups[category].values() for pair in members}.values():
             by_target[pair.target_id].append(pair)

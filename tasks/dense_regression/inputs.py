@@ -17,7 +17,7 @@ from torch import Tensor
 from neco_bench.core.errors import BadInputError, UsageError
 from neco_bench.data.dense import DenseDataset, DenseSample
 from neco_bench.encoders.base import Encoder
-from neco_bench.features.transforms import resize_tensor, to_tensor
+from neco_bench.features.transforms import resize_image, resize_tensor, to_tensor
 
 KB_SIZE = (352, 1216)  # height and width in KITTI's benchmark; frames are cropped to it at the bottom, in the middle
 
@@ -130,12 +130,16 @@ class Frame:
 
 @dataclass(frozen=True)
 class FrameInput:
-    """Make the input of a frame, and its target at the frame's size. size: that of the grid, for the feature store."""
+    """Make the input of a frame, and its target at the frame's size."""
 
     frame: Frame
     grid: InputGrid
-    size: tuple[int, int]
     fill: tuple[float, float, float]
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Size (height, width) of the input, for the feature store."""
+        return self.grid.size
 
     @property
     def pixels(self) -> str:
@@ -145,22 +149,26 @@ class FrameInput:
     def __call__(self, sample: DenseSample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         """Return the input (3, H, W) in [0, 1] and the packed target; `rng` is not used."""
         image, target = self.frame.cut(sample)
-        return self.grid.place(to_tensor(_resized(image, self.frame.resized)), self.fill), pack(target)
+        return self.grid.place(resize_image(image, *self.frame.resized), self.fill), pack(target)
 
 
 @dataclass(frozen=True)
 class Augment:
     """Random rotation, flip, crop and colours of a frame and its target, in the order of BTS (Lee et al., 2019).
 
-    grid: position of the crop in the input. size: that of the grid. The target has the size of the crop.
+    grid: position of the crop in the input. The target has the size of the crop.
     """
 
     frame: Frame
     grid: InputGrid
-    size: tuple[int, int]
     fill: tuple[float, float, float]
     crop: tuple[int, int]
     settings: Settings
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Size (height, width) of the input, for the feature store."""
+        return self.grid.size
 
     def __call__(self, sample: DenseSample, rng: np.random.Generator) -> tuple[Tensor, np.ndarray]:
         """Return the input (3, H, W) in [0, 1] and the packed target, drawn by `rng`."""

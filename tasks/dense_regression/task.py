@@ -67,7 +67,7 @@ def run(encoder: Encoder, data: dict[str, DenseDataset], settings: Settings, con
 
     frame = Frame.of(test, s, encoder.stride)
     grid = InputGrid.of(frame.resized, encoder)
-    transform = FrameInput(frame, grid, grid.size, s.mean or encoder.mean)
+    transform = FrameInput(frame, grid, s.mean or encoder.mean)
     score = RegressionScore(test, s, context)
     extractor = extractor_of(encoder, s, context, mirrored=s.mirror_test)
     for batch in extractor.stream(test, transform, "score", own=True):
@@ -119,7 +119,7 @@ def trained_heads(
     frame = Frame.of(train, s, encoder.stride)
     crop = train_crop(frame, s)
     grid = InputGrid.of(crop, encoder)
-    transform = Augment(frame, grid, grid.size, s.mean or encoder.mean, crop, s)
+    transform = Augment(frame, grid, s.mean or encoder.mean, crop, s)
     total = s.iterations_used(len(train))
     items = training_order(len(train), total * s.batch_size, context.seed)
     batches = extractor_of(encoder, s, context).stream(train, transform, "train", items=items)

@@ -13,17 +13,6 @@ from neco_bench.core.task import Context, Outcome
 from neco_bench.data.views import ViewDataset, ViewPair
 
 
-def threshold_names(settings: Settings) -> list[str]:
-    """Return the names of the metrics at each threshold, those in metres first: "recall@2cm", "recall@25px"."""
-    centimetres = [f"recall@{100 * value:g}cm" for value in settings.distances]
-    return centimetres + [f"recall@{value:g}px" for value in settings.pixels]
-
-
-def bin_names(settings: Settings) -> list[str]:
-    """Return the names of the bins of rotation, such as "0-30"."""
-    return [f"{low:g}-{high:g}" for low, high in itertools.pairwise(settings.bins)]
-
-
 class MatchScore:
     """Hits of the matches of each pair at each threshold; several processes divide the objects."""
 
@@ -52,7 +41,9 @@ class MatchScore:
         rates = hits / np.maximum(matches, 1)[:, None]
         in_metres = len(settings.distances)
         at_bin, rates = rates[:, in_metres], np.delete(rates, in_metres, axis=1)
-        scores = dict(zip(threshold_names(settings), rates.T, strict=True))
+        names = [f"recall@{100 * value:g}cm" for value in settings.distances]
+        names += [f"recall@{value:g}px" for value in settings.pixels]
+        scores = dict(zip(names, rates.T, strict=True))
         scores = {"recall": rates[:, :in_metres].mean(1), **scores}
         weight = matches if settings.average == "matches" else (matches > 0).astype(int)
         objects, group = np.unique([pair.object for pair in pairs], return_inverse=True)
@@ -72,7 +63,8 @@ class MatchScore:
         key = f"recall@{100 * settings.bin_distance:g}cm"
         bins = np.digitize(angles, settings.bins) - 1
         turned: dict[str, float | None] = {}
-        for number, name in enumerate(bin_names(settings)):
+        for number, (low, high) in enumerate(itertools.pairwise(settings.bins)):
+            name = f"{low:g}-{high:g}"
             own = (bins == number) & (matches > 0)
             turned[name] = float(at_bin[own].mean()) if own.any() else None
             if own.any():

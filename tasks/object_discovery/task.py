@@ -63,8 +63,8 @@ def run(encoder: Encoder, data: dict[str, BoxDataset], settings: Settings, conte
             continue
         image, scale = prepare(sample.image, encoder, settings)
         with context.phase("encode"):
-            options = {"keys": True} if settings.features == "keys" else {}
-            features = encoder.encode(image[None], mean=settings.mean, std=settings.std, **options)
+            keys = settings.features == "keys"
+            features = encoder.encode(image[None], keys=keys, mean=settings.mean, std=settings.std)
             maps = (features.map if features.keys is None else features.keys)[0].cpu().numpy()
         with context.phase("discover"):
             tau, patches = settings.tau, settings.patches

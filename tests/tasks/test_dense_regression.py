@@ -262,7 +262,7 @@ def test_image_and_target_stay_together() -> None:
     frame = Frame("whole", (480, 640), 480)
     crop = train_crop(frame, s)
     grid = InputGrid(crop, crop)
-    augment = Augment(frame, grid, crop, (0, 0, 0), crop, s)
+    augment = Augment(frame, grid, (0, 0, 0), crop, s)
     offsets, flipped = set(), set()
     for number in range(8):
         image, packed = augment(sample_of((480, 640)), item_rng(number))
@@ -275,7 +275,7 @@ def test_image_and_target_stay_together() -> None:
         assert 44 <= depth.min() <= 44 + 565 - 544  # columns 43 to 607
     assert len(offsets) > 3
     assert flipped == {False, True}
-    rotating = Augment(frame, grid, crop, (0, 0, 0), crop, s.model_copy(update={"rotation_probability": 1.0}))
+    rotating = Augment(frame, grid, (0, 0, 0), crop, s.model_copy(update={"rotation_probability": 1.0}))
     image, packed = rotating(sample_of((480, 640)), item_rng(1))
     depth, levels = unpack(packed, "depth"), (255 * image).round().numpy()
     difference = np.abs(levels[0] + 256 * levels[1] - (depth - 1))
@@ -289,7 +289,7 @@ def test_normals_turn_with_a_mirrored_image() -> None:
     s = settings_of("nyu_normals@probe3d-1", colour="none", resized_crop_probability=1.0)
     frame = Frame("centre_square", (480, 480), 480)
     grid = InputGrid((480, 480), (480, 480))
-    image, packed = Augment(frame, grid, (480, 480), (0, 0, 0), (480, 480), s)(sample, item_rng(0))
+    image, packed = Augment(frame, grid, (0, 0, 0), (480, 480), s)(sample, item_rng(0))
     assert unpack(packed, "normals").shape == (480, 480, 3)
     levels = (255 * image).round().numpy()
     columns = levels[0] + 256 * levels[1]
@@ -315,7 +315,7 @@ def test_frames_of_another_height_are_resized_and_scored_at_their_own() -> None:
     frame = Frame("whole", (224, 224), 112)
     grid = InputGrid((112, 112), (112, 112))
     sample = ShapesDepth(None, "val")[0]
-    image, packed = FrameInput(frame, grid, grid.size, (0, 0, 0))(sample, item_rng(0))
+    image, packed = FrameInput(frame, grid, (0, 0, 0))(sample, item_rng(0))
     assert image.shape == (3, 112, 112)
     assert unpack(packed, "depth").shape == (224, 224)
 

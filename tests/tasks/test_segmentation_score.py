@@ -8,9 +8,10 @@ import numpy as np
 import pytest
 import torch
 from neco_bench.tasks.in_context.settings import Settings
-from neco_bench.tasks.segmentation import SegmentationScore
+from neco_bench.tasks.segmentation import SegmentationScore, images_used
 
 from neco_bench.core import distributed
+from neco_bench.core.errors import UsageError
 from neco_bench.core.task import Context
 from neco_bench.data.base import IGNORE, Sample, SegmentationDataset
 from neco_bench.metrics.segmentation import hungarian_match, identity_match
@@ -94,3 +95,10 @@ def test_processes_share_images_out_or_each_have_all(shared: bool, monkeypatch: 
     assert outcome.n_images == 2
     assert outcome.statistics["confusion"].sum((1, 2)).tolist() == [3, 4]
     assert outcome.metrics["mIoU"] == 1
+
+
+def test_images_in_complete_batches() -> None:
+    assert [images_used(count, 4, "drop_last=false") for count in (4, 11, 12)] == [4, 8, 12]
+    assert images_used(7, 1, "drop_last=0") == 7
+    with pytest.raises(UsageError, match=r"drop_last leaves none of the 3 images .* of 4\. Use --set drop_last=false"):
+        images_used(3, 4, "drop_last=false")
