@@ -14,6 +14,7 @@ from neco_bench.core.errors import UsageError
 from neco_bench.core.protocol import Settings
 from neco_bench.core.task import Context, Outcome
 from neco_bench.data.base import SegmentationDataset
+from neco_bench.features.transforms import resize_nearest_torch
 from neco_bench.metrics import segmentation
 
 
@@ -29,6 +30,11 @@ def images_used(count: int, batch_size: int, off: str) -> int:
             f"Use --set {off}, or the clean-1 protocol."
         )
     return used
+
+
+def reduce_mask(mask: np.ndarray, side: int | None) -> np.ndarray:
+    """Resize a mask to side x side by PyTorch's nearest rule; None keeps its size."""
+    return mask if side is None else resize_nearest_torch(mask, side, side)
 
 
 class SegmentationScore:

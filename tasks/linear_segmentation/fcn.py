@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import copy
 import math
+from functools import partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from neco_bench.tasks.linear_segmentation.dinov3_head import drop_channels
 from neco_bench.tasks.linear_segmentation.fcn_settings import Settings
-from neco_bench.tasks.linear_segmentation.task import training_epochs
+from neco_bench.tasks.linear_segmentation.task import add_images, training_epochs
 from neco_bench.tasks.segmentation import SegmentationScore
 from torch import Tensor, nn
 
@@ -25,7 +25,6 @@ from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import IGNORE, SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureExtractor
-from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
 
 PART = 8  # images that the head processes at once: their activations are large
 
@@ -102,13 +101,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         heads = heads if s.select == "best" else heads[-1:]
 
     score = SegmentationScore(val, settings, context, shape=(len(heads),))
-    transform = ResizeSquare(size, "pil" if s.score_size else "native")
-    for batch in extractor.stream(val, transform, "score", own=True):
-        with context.phase("predict"):
-            for item, features, mask in zip(batch.positions, batch.features, batch.masks, strict=True):
-                if s.score_size:
-                    mask = resize_nearest_torch(mask, s.score_size, s.score_size)
-                score.add(item, mask, _classify(heads, features, mask.shape), features=features.cpu)
+    add_images(score, extractor, len(val), partial(_classify, heads))
     scores = score.mean_ious()
     best = int(scores.argmax())
     context.note(epoch_reported=s.epochs - len(heads) + best + 1, scored_images=len(val))
@@ -136,7 +129,7 @@ def add_gradient(head: FcnHead, features: Tensor, target: Tensor, dropped: Tenso
 
 
 @torch.no_grad()
-def _classify(heads: list[FcnHead], features: Tensor, shape: tuple[int, ...]) -> np.ndarray:
+def _classify(heads: list[FcnHead], features: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Classify each pixel of an image with features (D, h, w) by each of H heads: class ids (H, height, width)."""
     large = F.interpolate(features[None], shape, mode="bilinear", align_corners=False)
-    return torch.stack([head(large)[0].argmax(0) for head in heads]).cpu().numpy()
+    return torch.stack([head(large)[0].argmax(0) for head in heads])

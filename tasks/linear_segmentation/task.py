@@ -9,21 +9,22 @@ Known deviations from the reference: augmentation and order are drawn per (epoch
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import numpy as np
 from neco_bench.tasks.linear_segmentation.augment import CropFlip
 from neco_bench.tasks.linear_segmentation.batches import Batches, batched, with_targets
 from neco_bench.tasks.linear_segmentation.heads import classify, new_head, train_probe
 from neco_bench.tasks.linear_segmentation.settings import Settings
-from neco_bench.tasks.segmentation import SegmentationScore, images_used
+from neco_bench.tasks.segmentation import SegmentationScore, images_used, reduce_mask
+from torch import Tensor
 
 from neco_bench.core.rng import item_rng
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.extract import FeatureExtractor
-from neco_bench.features.transforms import ResizeSquare, resize_nearest_torch
+from neco_bench.features.transforms import ResizeSquare
 
 
 def cost(settings: Settings, data: dict[str, SegmentationDataset], stride: int, dimension: int) -> Cost:
@@ -61,14 +62,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     heads = [head for snapshot in snapshots for head in snapshot]
 
     score = SegmentationScore(val, settings, context, shape=(len(snapshots), len(settings.rates), len(seeds)))
-    transform = ResizeSquare(size, "pil" if settings.score_size else "native")
-    for batch in extractor.stream(val, transform, "score", items=[(0, i) for i in range(scored)], own=True):
-        with context.phase("predict"):
-            for item, features, mask in zip(batch.positions, batch.features, batch.masks, strict=True):
-                if settings.score_size:
-                    mask = resize_nearest_torch(mask, settings.score_size, settings.score_size)
-                predictions = classify(heads, features, *mask.shape).cpu().numpy()
-                score.add(item, mask, predictions, features=features.cpu)
+    add_images(score, extractor, scored, lambda features, shape: classify(heads, features, *shape))
 
     scores = score.mean_ious()  # [epoch, rate, seed]
     means = scores.mean(2)
@@ -82,6 +76,27 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         metrics["mIoU_std"] = float(scores[epoch, rate].std(ddof=1))
     best = (epoch, rate) if len(seeds) > 1 else (epoch, rate, 0)
     return score.outcome(used_size=size, resize="squash", select=best, metrics=metrics)
+
+
+def add_images(
+    score: SegmentationScore,
+    extractor: FeatureExtractor,
+    count: int,
+    classify: Callable[[Tensor, tuple[int, ...]], Tensor],
+) -> None:
+    """Predict the first `count` val images, and add them to the score.
+
+    classify: maps features (D, h, w) and the shape of a mask to class ids (heads, H, W).
+    """
+    settings: Settings = score.settings  # type: ignore[assignment]
+    size = settings.input_size_for(extractor.encoder.stride)
+    transform = ResizeSquare(size, "pil" if settings.score_size else "native")
+    items = [(0, i) for i in range(count)]
+    for batch in extractor.stream(score.dataset, transform, "score", items=items, own=True):
+        with extractor.context.phase("predict"):
+            for item, features, mask in zip(batch.positions, batch.features, batch.masks, strict=True):
+                mask = reduce_mask(mask, settings.score_size)
+                score.add(item, mask, classify(features, mask.shape).cpu().numpy(), features=features.cpu)
 
 
 def training_epochs(
@@ -100,6 +115,5 @@ def training_epochs(
         items += [(epoch, int(i)) for i in order[:count]]
     transform = CropFlip(size, settings.crop_scale, settings.crop_ratio, settings.flip_probability)
     batches = extractor.stream(train, transform, "train", items=items)
-    side = settings.train_mask_size
-    images = with_targets(batches, lambda mask: train.eval_mask(resize_nearest_torch(mask, side, side)))
+    images = with_targets(batches, lambda mask: train.eval_mask(reduce_mask(mask, settings.train_mask_size)))
     return (batched(itertools.islice(images, count), settings.batch_size) for _ in range(settings.epochs))

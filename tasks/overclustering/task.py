@@ -21,7 +21,7 @@ from neco_bench.tasks.clustering import (
     standardise_and_reduce,
 )
 from neco_bench.tasks.overclustering.settings import Settings
-from neco_bench.tasks.segmentation import SegmentationScore, images_used
+from neco_bench.tasks.segmentation import SegmentationScore, images_used, reduce_mask
 
 from neco_bench.core.task import Context, Cost, Outcome
 from neco_bench.data.base import SegmentationDataset
@@ -69,8 +69,7 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
     for batch in extractor.stream(val, transform, "extract", items=[(0, i) for i in range(count)]):
         features.append(batch.features.flatten(2).transpose(1, 2).flatten(0, 1).cpu().numpy())
         for mask in batch.masks:
-            small = resize_nearest_torch(mask, settings.mask_size, settings.mask_size) if settings.mask_size else mask
-            masks.append(small)
+            masks.append(reduce_mask(mask, settings.mask_size))
 
     with context.phase("pca"):
         reduced = standardise_and_reduce(features, settings.components)

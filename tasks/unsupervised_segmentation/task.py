@@ -27,7 +27,7 @@ from neco_bench.tasks.clustering import (
     standardise_and_reduce,
 )
 from neco_bench.tasks.normalised_cut import LANCZOS, cut
-from neco_bench.tasks.segmentation import SegmentationScore
+from neco_bench.tasks.segmentation import SegmentationScore, reduce_mask
 from neco_bench.tasks.unsupervised_segmentation.communities import (
     CoOccurrence,
     check_infomap,
@@ -200,8 +200,7 @@ def extract(
                 else:
                     noisy += [cut(own, settings.tau).inside for own in maps.cpu().numpy()]
             for mask in batch.masks if name == "val" or settings.threshold == "train_masks" else ():
-                grid = (settings.mask_size,) * 2 if settings.mask_size else mask.shape
-                masks[name].append(resize_nearest_torch(mask, *grid))
+                masks[name].append(reduce_mask(mask, settings.mask_size))
     return features, np.stack(noisy).reshape(len(noisy), -1), masks
 
 
