@@ -1,9 +1,9 @@
-"""The two probes, each with its grid: k-NN over k and distance, logistic regression over C."""
+"""The two probes, which predict the pixel labels of patches, each with a grid of constants to select from."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from neco_bench.tasks.patch_probe.knn import nearest_rows, vote
@@ -15,28 +15,19 @@ from torch import Tensor
 from neco_bench.core.task import Context
 
 
-class Probe(Protocol):
-    """A method to predict the pixel labels of patches, with a grid of constants to select from."""
-
-    def grid(self, fitted: Patches, queries: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Yield each point of the grid with its predicted blocks (Q, A) uint8 for queries (Q, D)."""
-
-    def name(self, point: Any) -> str:
-        """Return the name of a point in results."""
-
-    def predict(self, fitted: Patches, queries: Tensor, point: Any) -> Tensor:
-        """Predict blocks (Q, A) uint8 for queries (Q, D) by one point of the grid."""
-
-
 class KnnProbe:
-    """Predict the most frequent label of the k nearest patches for each pixel of a block; points are (k, distance)."""
+    """Predict the most frequent label of the k nearest patches for each pixel of a block.
 
-    def __init__(self, settings: Settings, classes: int, context: Context, device: torch.device) -> None:
+    Points of the grid are (k, distance).
+    """
+
+    def __init__(self, settings: Settings, classes: int, device: torch.device) -> None:
         self.settings, self.classes, self.device = settings, classes, device
 
     def grid(self, fitted: Patches, queries: Tensor) -> Iterator[tuple[Any, Tensor]]:
-        """Yield each point and its prediction, with one search per distance for all k."""
+        """Yield each point of the grid, and the blocks (Q, A) uint8 that it predicts for queries (Q, D)."""
         ks, distances = self.settings.ks, self.settings.distances
+        # One search per distance for all k.
         rows = {d: nearest_rows(fitted.features, queries, max(ks), d, self.device) for d in distances}
         for k in ks:
             for distance in distances:
@@ -58,7 +49,7 @@ class KnnProbe:
 class LogisticProbe:
     """Multinomial logistic regression, with one class for a whole block; points are the inverse strengths C."""
 
-    def __init__(self, settings: Settings, classes: int, context: Context, device: torch.device) -> None:
+    def __init__(self, settings: Settings, context: Context, device: torch.device) -> None:
         self.settings, self.context, self.device = settings, context, device
 
     def grid(self, fitted: Patches, queries: Tensor) -> Iterator[tuple[Any, Tensor]]:

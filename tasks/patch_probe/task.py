@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from neco_bench.tasks.patch_probe.knn import check_ks
 from neco_bench.tasks.patch_probe.patches import hold_out, read_train, read_val, refit_rows, standardise
-from neco_bench.tasks.patch_probe.probes import KnnProbe, LogisticProbe, Probe
+from neco_bench.tasks.patch_probe.probes import KnnProbe, LogisticProbe
 from neco_bench.tasks.patch_probe.settings import Settings
 from neco_bench.tasks.segmentation import SegmentationScore
 from torch import Tensor
@@ -95,8 +95,9 @@ def run(encoder: Encoder, data: dict[str, SegmentationDataset], settings: Settin
         return value
 
     device = encoder.device if encoder.device.type == "cuda" else torch.device("cpu")
-    kind = KnnProbe if settings.method == "knn" else LogisticProbe
-    probe: Probe = kind(settings, len(val.classes), context, device)
+    probe: KnnProbe | LogisticProbe = LogisticProbe(settings, context, device)
+    if settings.method == "knn":
+        probe = KnnProbe(settings, len(val.classes), device)
     with context.phase("select"):
         grid = {point: select(blocks) for point, blocks in probe.grid(patches[:split], patches.features[split:])}
     best = max(grid, key=lambda point: grid[point])
