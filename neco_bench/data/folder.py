@@ -15,7 +15,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from neco_bench.core.errors import BadInputError, MissingError
+from neco_bench.core.errors import BadInputError, MissingError, first_names
 from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, Sample, SegmentationDataset
 from neco_bench.data.io import (
     id_table,
@@ -49,8 +49,7 @@ def contents(path: Path) -> str:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError:
         return ""
-    shown = ", ".join(map(repr, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"{folder} contains {shown or 'nothing'}."
+    return f"{folder} contains {first_names(map(repr, names)) or 'nothing'}."
 
 
 def locate(folder: Path, *markers: str, name: str = "") -> Path:

@@ -25,7 +25,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, first_names
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -313,9 +313,3 @@ def _flatten(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tupl
             yield f"{prefix}{key}", value.detach()
         elif isinstance(key, str):
             yield from _flatten(value, f"{prefix}{key}.", (*above, id(content)))
-
-
-def first_names(names: Iterable[str]) -> str:
-    """Return the first eight names, and the number of further ones, as text."""
-    first = list(names)
-    return ", ".join(first[:8]) + (f" and {len(first) - 8} more" if len(first) > 8 else "")
