@@ -2,8 +2,8 @@
 
     python leaderboards/make_published.py FOLDER leaderboards/published.csv
 
-Prints how many rows were read, kept and dropped, by reason. The rules below are the documentation of every choice; the
-README beside this file says them in words.
+Prints how many rows were read, kept and dropped, by reason. The rules below document every choice; the README in this
+folder explains them in words.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from neco_bench.core.metric import metric_named
 
 Row = dict[str, str]
 
-
 COLUMNS = ("model", "arch", "task", "protocol", "metric", "unit", "direction", "value", "setting", "source", "quality")
 
-# Reason, column, pattern: the first that is found drops the row.
+# Reason, column, pattern: the first pattern that is found drops the row.
 DROPPED = (
     ("second-hand", "setting", r"quoted|quotes|original Hummingbird paper|in review|implied:|reference line"),
     ("second-hand", "setting", r"^(?!unsupervised, SD).*as collected in that table"),  # all but LDM's own rows
@@ -35,8 +34,7 @@ DROPPED = (
     ("data set not stated", "dataset", r"not stated"),
 )
 
-
-# Whose experiments a source reports; first match. Paper and repository of one group are one publication.
+# The publication to which a source belongs, by the first pattern found. A paper and its repository are one publication.
 PUBLICATIONS = {
     "hbird-1-scann": r"open-hummingbird-eval",
     "neco": r"NeCo README|vpariza/NeCo|^paper (Table|Figure)",
@@ -64,8 +62,7 @@ PUBLICATIONS = {
     "semantic-correspondence": r"Visual-AI",
 }
 
-
-# What was measured, by the text of the task; first match.
+# What was measured, by the first pattern found in the text of the task.
 MEASURES = {
     "ic-depth": r"in-context depth",
     "ic": r"in-context",
@@ -83,7 +80,6 @@ MEASURES = {
     "segmentation": r"^segmentation",
 }
 
-
 DATASETS = {
     "voc": r"Pascal ?VOC.*",
     "ade20k": r"ADE20K( val)?",
@@ -99,8 +95,7 @@ DATASETS = {
     "davis_vos": r"DAVIS-2017( val)?",
 }
 
-
-# Zoo ids by the name in the paper; {size}{patch}{plus} come from the architecture.
+# Zoo ids by the name in the paper; {} is size, patch and plus sign of the architecture.
 MODELS = {
     "dino_vit{}": r"dino",
     "dinov2_vit{}": r"dinov2( \(no registers\)| \(distilled.*\))?",
@@ -109,8 +104,7 @@ MODELS = {
     "mae_vit{}": r"mae",
 }
 
-
-# The starting points of Segmenter's models, by architecture: what timm 0.4.12 gave under the names in its config.yml.
+# The starting points of Segmenter's models, by architecture: timm 0.4.12's weights for the names in its config.yml.
 SEGMENTER = {
     "ViT-T/16": "timm:vit_tiny_patch16_384.augreg_in21k_ft_in1k",
     "ViT-S/16": "timm:vit_small_patch16_384.augreg_in21k_ft_in1k",
@@ -119,8 +113,7 @@ SEGMENTER = {
     "DeiT-B/16 distilled": "timm:deit_base_distilled_patch16_384.fb_in1k",
 }
 
-
-# Zoo ids of names that mean these weights in one publication alone, by that, the name and the architecture.
+# Zoo ids of names that mean these weights only in one publication, by publication, name and architecture.
 NAMED = {
     ("neco", "iBOT", "ViT-S/16"): "ibot_vits16",
     ("neco", "iBOT", "ViT-B/16"): "ibot_vitb16",
@@ -147,20 +140,17 @@ NAMED = {
 }
 
 
-CONVNEXT = {"T": "tiny", "S": "small", "B": "base", "L": "large"}
-
-
 def first(table: dict[str, str], text: str, match: Callable[[str, str], object] = re.search) -> str:
-    """Return the first name whose pattern matches a text, "" where none does."""
+    """Return the first name whose pattern matches a text; "" if none does."""
     return next((name for name, pattern in table.items() if match(pattern, text)), "")
 
 
 def model_id(row: Row, publication: str) -> str:
-    """Our zoo id where name and architecture match one, else the paper's name."""
+    """Return the zoo id that matches name and architecture, else the name in the paper."""
     name, arch = row["model"], row["arch"]
     if named := NAMED.get((publication, name, arch)):
         return named
-    if publication == "franca-readme":  # the files differ in where they say the training data
+    if publication == "franca-readme":  # the column with the training data differs between files
         return f"Franca ({'LAION-600M' if 'LAION' in name + row['setting'] else 'IN21K'})"
     if publication == "neco" and name == "NeCo":  # its values equal those of the README's DINOv2R-XR rows
         name = "NeCo(DINOv2R-XR)"
@@ -174,18 +164,18 @@ def model_id(row: Row, publication: str) -> str:
     if pattern and vit:
         return pattern.format(f"{vit[1].lower()}{vit[3]}{'plus' if vit[2] else ''}")
     if pattern == "dinov3_vit{}" and arch.startswith("ConvNeXt-"):
-        return f"dinov3_convnext_{CONVNEXT[arch[-1]]}"
+        return "dinov3_convnext_" + {"T": "tiny", "S": "small", "B": "base", "L": "large"}[arch[-1]]
     return name
 
 
 def video_task(row: Row) -> str:
-    """The task of a number on DAVIS 2017, by the size of the input where DINOv3 has three."""
+    """Return the task of a number on DAVIS 2017, by the size of the input, of which DINOv3 has three."""
     size = first({"_960": r": M |equals size M", "_1440": r": L "}, f": {row['setting']}")
     return f"davis_vos{size}"
 
 
 def task_id(measure: str, dataset: str, row: Row) -> str:
-    """Our task id by the naming rule; empty where we have no such task."""
+    """Return the task id by the naming rule; empty if there is no such task."""
     if measure == "correspondence":
         return dataset if dataset in ("spair", "navi") else ""
     if measure == "video":
@@ -208,7 +198,7 @@ def task_id(measure: str, dataset: str, row: Row) -> str:
 
 
 def depth_protocol(publication: str, task: str, row: Row) -> str:
-    """Our protocol of linear depth, where a number was obtained by it; else nothing."""
+    """Return the protocol of linear depth that gave a number; empty for other protocols."""
     if publication == "dinov3" and task == "nyu_depth":
         return "dinov3-1"
     lin1 = publication == "dinov2" and task and row["setting"] == "lin. 1"
@@ -216,7 +206,7 @@ def depth_protocol(publication: str, task: str, row: Row) -> str:
 
 
 def video_facts(publication: str, model: str, metric: str, task: str, setting: str) -> tuple[str, str, list[str]]:
-    """The metric as ours are named, our protocol (empty where it is another), and notes."""
+    """Return the name of the metric here, the protocol (empty for another one), and notes."""
     metric = re.sub(r" mean$", "", metric).replace(" ", "_")
     quoted = publication == "dino" and not re.match(r"DINO|Supervised ImageNet", model)
     known = publication in ("dino", "dinov3") and task and metric == "J&F" and not quoted
@@ -227,7 +217,7 @@ def video_facts(publication: str, model: str, metric: str, task: str, setting: s
 
 
 def convert(row: Row) -> tuple[Row, tuple]:
-    """The row in our columns, and its key: rows of one key are one number of one publication, written down twice."""
+    """Return a row with COLUMNS, and its key: rows with the same key are copies of one number of one publication."""
     if "almost certainly ViT-B/14" in row["setting"]:
         row["arch"] = "ViT-B/14"
     publication = first(PUBLICATIONS, row["source"])

@@ -121,7 +121,7 @@ def speed_row(result: Result) -> dict[str, Any]:
         "tokens": features["tokens"],
         "precision": result.provenance["precision"],
         **{
-            f"{name.replace('_', ' ')}": result.metric(name).text(measured[name])
+            name.replace("_", " "): result.metric(name).text(measured[name])
             for name in ("images_per_second", "gflops_per_image", "million_parameters")
         },
         "peak memory (MiB)": f"{result.peak_memory_mb:.0f}",

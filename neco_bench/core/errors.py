@@ -51,6 +51,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
+def first_names(names: Iterable[str]) -> str:
+    """Return the first eight names, and the number of further ones, as text."""
+    known = list(names)
+    return ", ".join(known[:8]) + (f" and {len(known) - 8} more" if len(known) > 8 else "")
+
+
 def error_of_code(code: int | None, message: str) -> NecoBenchError:
     """Return the error for the exit code of a stored failure."""
     kinds = {kind.exit_code: kind for kind in (UsageError, MissingError, BadInputError, NumericalError)}

@@ -22,8 +22,6 @@ except ImportError:  # Windows
 
 _TEMPORARY = re.compile(r"\.[0-9a-f]{32}\.tmp")
 
-_DAY = 24 * 3600
-
 _cleared: set[Path] = set()  # folders cleared by this process
 
 
@@ -67,7 +65,7 @@ def clear_leftovers(folder: Path) -> None:
         for path in [path for path in folder.iterdir() if _TEMPORARY.fullmatch(path.name)]:
             with contextlib.suppress(OSError), path.open("r+b") as file:
                 locked = _lock(file)
-                if locked or (locked is None and time.time() - path.stat().st_mtime > _DAY):
+                if locked or (locked is None and time.time() - path.stat().st_mtime > 24 * 3600):
                     path.unlink()
 
 

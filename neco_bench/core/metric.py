@@ -16,18 +16,6 @@ from pydantic import BaseModel, ConfigDict
 
 Unit = Literal["percent", "metres", "degrees", "ratio", "images/s", "GFLOP", "million"]
 
-# Digits after the decimal point, and the text after a number if the unit is not stated elsewhere.
-_DIGITS = {"percent": 1, "metres": 3, "degrees": 1, "ratio": 3, "images/s": 1, "GFLOP": 2, "million": 2}
-_SIGNS = {
-    "percent": "%",
-    "metres": "m",
-    "degrees": "°",
-    "ratio": "",
-    "images/s": "images/s",
-    "GFLOP": "GFLOP",
-    "million": "million",
-}
-
 
 class Metric(BaseModel):
     """Unit, direction and range of a metric.
@@ -61,12 +49,13 @@ class Metric(BaseModel):
     @property
     def digits(self) -> int:
         """Digits after the decimal point in tables."""
-        return _DIGITS[self.unit]
+        return {"metres": 3, "ratio": 3, "GFLOP": 2, "million": 2}.get(self.unit, 1)
 
     @property
     def legend(self) -> str:
         """Text next to the name of a metric, unless it is in percent and higher is better."""
-        notes = [_SIGNS[self.unit]] if self.unit not in ("percent", "ratio") else []
+        unit = {"metres": "m", "degrees": "°"}.get(self.unit, self.unit)
+        notes = [unit] if self.unit not in ("percent", "ratio") else []
         return ", ".join([*notes, "lower is better"] if self.lower_is_better else notes)
 
     def text(self, value: float | None, plus: bool = False) -> str:
@@ -96,15 +85,14 @@ class Metric(BaseModel):
 
 ROUNDING = 1e-6  # by which a mean of values may exceed their range
 
-
-_RATIO = Metric(unit="ratio", lower_is_better=True, high=None)
-
 # By name: the first pattern that matches the whole name, without "_std" and the part after "/".
 METRICS: dict[str, Metric] = {
     r"(?i)((mean|median|rmse)[-_ ])?(angle|angular[-_ ]error)": Metric(
         unit="degrees", lower_is_better=True, high=180.0
     ),
-    r"(?i)si[-_ ]?rmse|rmse[-_ ]?log|log_?10|silog|abs[-_ ]?rel|sq[-_ ]?rel|rmse x10": _RATIO,
+    r"(?i)si[-_ ]?rmse|rmse[-_ ]?log|log_?10|silog|abs[-_ ]?rel|sq[-_ ]?rel|rmse x10": Metric(
+        unit="ratio", lower_is_better=True, high=None
+    ),
     r"(?i)rmse( m|_\w+)?|mae( m|_m)?": Metric(unit="metres", lower_is_better=True, high=None),
     r"[JF][ _]decay": Metric(lower_is_better=True, low=-1.0),
     r"images_per_second": Metric(unit="images/s", high=None),

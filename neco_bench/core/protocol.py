@@ -59,13 +59,6 @@ FAMILIES: Registry = Registry(
     listing="neco-bench tasks",
 )
 
-
-# Renamed task ids: old id -> new id.
-RENAMED: dict[str, str] = {}
-
-# Splits of official data sets that share images: VOC's.
-_OF_TRAINING = {"train", "trainaug", "trainval"}
-
 MOST = 10**12  # limit of numbers in settings, so that the product of two fits integers and single precision
 
 
@@ -163,8 +156,8 @@ class Card:
         roles = [role for role in self.splits if role != "train"]
         if [self.splits[role] for role in roles] == [split]:
             return self
-        trained, asked = (re.sub(r"_1of\d+_(\d+|\*)$", "", name) for name in (self.splits.get("train", ""), split))
-        if trained == asked or {trained, asked} <= _OF_TRAINING:
+        trained, scored = (re.sub(r"_1of\d+_(\d+|\*)$", "", name) for name in (self.splits.get("train", ""), split))
+        if trained == scored or {trained, scored} <= {"train", "trainaug", "trainval"}:  # VOC's share images
             raise UsageError(
                 f"Task {self.name!r} is trained on the split {self.splits['train']!r}: {split!r} has images of it and "
                 f"cannot be scored. Name another split, or only {self.name!r}."
@@ -447,10 +440,8 @@ def find_tasks(
 
 def _name_and_split(name: str, cards: Mapping[str, Card]) -> tuple[str, str]:
     """Return the parts of `NAME[SPLIT]` if NAME is a task; otherwise the name or glob, and no split."""
-    found = re.fullmatch(r"(.+)\[([\w.-]+)\]", name)
-    if found and (task := RENAMED.get(found[1], found[1])) in cards:
-        return task, found[2]
-    return RENAMED.get(name, name), ""
+    match = re.fullmatch(r"(.+)\[([\w.-]+)\]", name)
+    return (match[1], match[2]) if match and match[1] in cards else (name, "")
 
 
 def _raise_broken(name: str, broken: Mapping[str, str]) -> None:

@@ -100,21 +100,19 @@ class Suite(BaseModel):
     @field_validator("models", mode="before")
     @classmethod
     def _specs(cls, models: Any) -> Any:
-        return (
-            [{"model": row} if isinstance(row, str) else row for row in models] if isinstance(models, list) else models
-        )
+        if not isinstance(models, list):
+            return models
+        return [{"model": row} if isinstance(row, str) else row for row in models]
 
     @model_validator(mode="after")
     def _consistent(self) -> Suite:
         folders = [run.folder for run in self.runs]
-        titles = [row.title for row in self.models]
-        for kind, names in (("runs", folders), ("models", titles)):
+        for kind, names in (("runs", folders), ("models", [row.title for row in self.models])):
             if twice := sorted({name for name in names if names.count(name) > 1}):
                 raise ValueError(f"{kind}: {', '.join(twice)} is listed twice; give each another name")
         if wrong := [name for name in folders if not _NAME.fullmatch(name)]:
             raise ValueError(f"runs: {wrong[0]!r} is the name of a folder: letters, digits, _ . and - only")
-        titles = list(self.tasks)
-        if unknown := [title for title in self.stands_for if title not in titles]:
+        if unknown := [title for title in self.stands_for if title not in self.tasks]:
             raise ValueError(f"stands_for: there is no column {unknown[0]!r}")
         return self
 

@@ -11,11 +11,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from neco_bench.data.base import IGNORE
 from neco_bench.data.folder import Files, PairedFolders, Tree, locate, missing
-from neco_bench.data.io import id_table
 
 # The first synonym of each line of objectInfo150.txt.
 _NAMES = """
@@ -33,8 +30,6 @@ _NAMES = """
     monitor, bulletin board, shower, radiator, glass, clock, flag
 """
 
-_SHIFTED = "that ids were already shifted to 0..149 with 255 for other (150-class form), while 0 = other is needed"
-
 
 class ADE20K(PairedFolders):
     """ADE20K, 150 classes, 20,210/2,000 images. Ids are file stems."""
@@ -42,15 +37,17 @@ class ADE20K(PairedFolders):
     name = "ade20k"
     folder_name = "ade20k"
     splits = ("train", "val")
-    expected = {"train": 20210, "val": 2000}  # noqa: RUF012 (a ClassVar of the base class)
-    fractions = {"train": {128: 150, 64: 300, 8: 2550}}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"train": 20210, "val": 2000}
+    fractions = {"train": {128: 150, 64: 300, 8: 2550}}
     citation = "Zhou et al., Scene Parsing through ADE20K Dataset, CVPR 2017"
     layout = """\
   <data root>/ade20k/ADEChallengeData2016/    or directly ade20k/
     images/{training,validation}/NAME.jpg
     annotations/{training,validation}/NAME.png   8-bit ids, 0 = other, 1..150"""
     classes = tuple(" ".join(name.split()) for name in _NAMES.split(","))
-    causes = {IGNORE: _SHIFTED}  # noqa: RUF012 (a ClassVar of the base class)
+    first_value = 1
+    void: ClassVar[int | None] = 0
+    causes = {IGNORE: "that ids were already shifted to 0..149 with 255 for other, while 0 = other is needed"}
     rare_class = 149  # "flag", in 2 % of the images
     sizes_differ = True
 
@@ -69,24 +66,15 @@ class ADE20K(PairedFolders):
         part = {"train": "training", "val": "validation"}[split]
         return Tree(base, Files(base / "images" / part, ".jpg"), Files(base / "annotations" / part, ".png"))
 
-    @property
-    def table(self) -> np.ndarray:
-        """Class id of each value in the files, (256,) integers."""
-        return id_table({0: IGNORE, **{i + 1: i for i in range(150)}})
-
 
 class ADE20K151(ADE20K):
     """ADE20K with 151 classes: id 0 is "other", a separate class that is void in scored ground truth."""
 
     name = "ade20k_151"
     classes = ("other", *ADE20K.classes)
+    first_value, void = 0, None
     void_class: ClassVar[int | None] = 0
     rare_class = 150
-
-    @property
-    def table(self) -> np.ndarray:
-        """Class id of each value in the files, (256,) integers."""
-        return id_table({i: i for i in range(151)})
 
 
 class ADE20K151Scored(ADE20K151):

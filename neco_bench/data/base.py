@@ -125,9 +125,9 @@ class Dataset(abc.ABC):
         return None
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
+    def has_images(cls, folder: Path, split: str) -> bool:
         """Return whether a folder has images of a split, without reading them. May raise errors of the constructor."""
-        return folder is None or any(folder.iterdir())
+        return any(folder.iterdir())
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -237,9 +237,14 @@ class MaskSummary:
 
 
 def _readings(entry: str) -> Iterator[str]:
-    """Yield the ids that a line of a list may mean: the whole line, its file stem, or those of its first word."""
+    """Yield the ids that a line of a list may mean: the line, its file stem, its first word, and the word's stem."""
     for text in (entry, entry.split()[0]):
         yield from (text, PurePosixPath(text).stem)
+
+
+def spread_indices(length: int, count: int) -> np.ndarray:
+    """Return at most `count` indices of a sequence, evenly spread from its first to its last item."""
+    return np.unique(np.linspace(0, length - 1, count).astype(int))
 
 
 class SegmentationDataset(Dataset):
@@ -314,8 +319,7 @@ class SegmentationDataset(Dataset):
 
     def sample_sanity_check(self) -> list[str]:
         """Return the messages of `sanity_check` for 16 masks across the split."""
-        indices = np.unique(np.linspace(0, len(self) - 1, MANY).astype(int))
-        return self.sanity_check(MaskSummary(self.mask(index) for index in indices))
+        return self.sanity_check(MaskSummary(self.mask(index) for index in spread_indices(len(self), MANY)))
 
     @property
     @abc.abstractmethod

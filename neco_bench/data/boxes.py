@@ -13,7 +13,7 @@ import numpy as np
 
 from neco_bench.core.errors import BadInputError, MissingError
 from neco_bench.data.base import BoxDataset
-from neco_bench.data.folder import contents, file_digest, locate, missing, read_list
+from neco_bench.data.folder import checked_box, contents, file_digest, locate, missing, read_list
 from neco_bench.data.io import decoding, no_file, read_image, read_json, valid_name
 from neco_bench.data.shapes import Scene, Shapes, segmentation_scene
 
@@ -33,7 +33,7 @@ class _BoxFolder(BoxDataset):
         """Return the paths of the annotation files."""
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
+    def has_images(cls, folder: Path, split: str) -> bool:
         """Return whether the first image of the list exists."""
         data = cls(folder, split)  # type: ignore[call-arg]
         return data.image_file(data.ids[0]).is_file()
@@ -43,7 +43,7 @@ class _BoxFolder(BoxDataset):
         return read_image(self.image_file(image_id), listed_in=self.list_file)
 
     def fingerprint(self) -> str:
-        """Sha256 over name, reader version, split, ids, and names and sizes of images and annotations."""
+        """Return the sha256 over name, reader version, split, ids, and names and sizes of images and annotations."""
         facts = (self.name, self.version, self.split, *self.ids)
         return file_digest(facts, self.folder, [*map(self.image_file, self.ids), *self.annotation_files()])
 
@@ -74,34 +74,25 @@ class _VOCBoxes(_BoxFolder):
         return [self._annotation(item) for item in self.ids]
 
     def boxes(self, image_id: str) -> np.ndarray:
-        """Read the boxes: 1-based, inclusive integers in the file; 1 is subtracted at the left and top."""
+        """Read the boxes: the file has 1-based, inclusive integers, so 1 is subtracted at the left and top."""
         path = self._annotation(image_id)
         try:
             with decoding(f"{path} is not an annotation of Pascal VOC"):
                 root = ElementTree.fromstring(path.read_bytes())  # noqa: S314 - as at the import
-                found = [[float(item.findtext(f"bndbox/{name}", "")) for name in SIDES] for item in root.iter("object")]
+                boxes = []
+                for item in root.iter("object"):
+                    sides = [float(item.findtext(f"bndbox/{side}", "")) for side in ("xmin", "ymin", "xmax", "ymax")]
+                    boxes.append(checked_box(np.subtract(sides, (1, 1, 0, 0))))
         except FileNotFoundError:
             raise no_file("annotation", path, self.list_file) from None
-        boxes = np.array(found, np.float64).reshape(-1, 4) - (1, 1, 0, 0)
-        check_boxes(boxes, path)
-        return boxes
-
-
-SIDES = ("xmin", "ymin", "xmax", "ymax")
-
-
-def check_boxes(boxes: np.ndarray, path: Path) -> None:
-    """Raise BadInputError for a box that is not finite or has no area."""
-    wrong = ~(np.isfinite(boxes).all(1) & (boxes[:, 0] < boxes[:, 2]) & (boxes[:, 1] < boxes[:, 3]))
-    if wrong.any():
-        raise BadInputError(f"{path} has the box {boxes[wrong][0].tolist()}, which has no area. Restore the original.")
+        return np.array(boxes, np.float64).reshape(-1, 4)
 
 
 class VOC2007Boxes(_VOCBoxes):
     """PASCAL VOC 2007 trainval with object boxes, 5,011 images. Ids are file stems such as 000005."""
 
     name, folder_name, year = "voc2007_boxes", "voc2007", "2007"
-    expected = {"trainval": 5011}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"trainval": 5011}
     citation = "Everingham et al., IJCV 2010"
     layout = """\
   <data root>/voc2007/VOCdevkit/VOC2007/      or voc2007/VOC2007/, or directly voc2007/
@@ -114,7 +105,7 @@ class VOC2012Boxes(_VOCBoxes):
     """PASCAL VOC 2012 trainval with object boxes, 11,540 images. Ids are file stems such as 2008_000008."""
 
     name, folder_name, year = "voc2012_boxes", "voc2012", "2012"
-    expected = {"trainval": 11540}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"trainval": 11540}
     citation = "Everingham et al., IJCV 2015"
     layout = """\
   <data root>/voc2012/VOCdevkit/VOC2012/      or voc2012/VOC2012/, or directly voc2012/
@@ -134,7 +125,7 @@ class COCO20k(_BoxFolder):
 
     name, folder_name = "coco20k", "coco"
     splits = ("train",)
-    expected = {"train": 19817}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"train": 19817}
     citation = "Lin et al., Microsoft COCO, ECCV 2014; the list: Vo et al., ECCV 2020, as in LOST, BMVC 2021"
     layout = """\
   <data root>/coco/
@@ -199,7 +190,7 @@ class ShapesBoxes(BoxDataset):
     version = Shapes.version
     needs_root = False
     splits = ("val",)
-    expected = {"val": Shapes.expected["val"]}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"val": Shapes.expected["val"]}
     citation = Shapes.citation
     layout = Shapes.layout
 

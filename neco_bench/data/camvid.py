@@ -7,15 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
-
 from neco_bench.data.folder import SegmentationFolder, locate, read_list
-
-# Colours of the SegNet tutorial.
-_COLOURS = (
-    (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
-    (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
-)  # fmt: skip
 
 
 class CamVid(SegmentationFolder):
@@ -23,7 +15,7 @@ class CamVid(SegmentationFolder):
 
     name = "camvid"
     splits = ("train", "val", "test")
-    expected = {"train": 367, "val": 101, "test": 233}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"train": 367, "val": 101, "test": 233}
     citation = (
         "Brostow et al., Pattern Recognition Letters 2009; split and classes of SegNet (Badrinarayanan et al. 2017)"
     )
@@ -36,11 +28,15 @@ class CamVid(SegmentationFolder):
         "Sky", "Building", "Pole", "Road", "Pavement", "Tree",
         "SignSymbol", "Fence", "Car", "Pedestrian", "Bicyclist",
     )  # fmt: skip
+    class_colours = (  # of the SegNet tutorial
+        (128, 128, 128), (128, 0, 0), (192, 192, 128), (128, 64, 128), (60, 40, 222), (128, 128, 0),
+        (192, 128, 128), (64, 64, 128), (64, 0, 128), (64, 64, 0), (0, 128, 192),
+    )  # fmt: skip
     void = 11
     image_size = (360, 480)
     sampling_unit = "frame"
     larger = (3, 4)  # road, pavement
-    causes = {255: "that void was rewritten from 11 to 255"}  # noqa: RUF012 (a ClassVar of the base class)
+    causes = {255: "that void was rewritten from 11 to 255"}
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder = locate(folder, "trainannot", "valannot", "testannot")
@@ -56,8 +52,3 @@ class CamVid(SegmentationFolder):
     def files(self, item: str) -> tuple[Path, Path]:
         """Return the image file and the mask file of an item."""
         return self.folder / self.split / f"{item}.png", self.folder / f"{self.split}annot" / f"{item}.png"
-
-    @property
-    def palette(self) -> np.ndarray:
-        """Colours of the classes, (C, 3) uint8."""
-        return np.array(_COLOURS, np.uint8)

@@ -15,19 +15,12 @@ from neco_bench.data.io import id_table
 LABEL_IDS = (7, 8, 11, 12, 13, 17, 19, 20, 21, 22, 23, 24, 25, 26, 27, 28, 31, 32, 33)
 
 
-_COLOURS = (
-    (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153), (250, 170, 30),
-    (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0), (0, 0, 142), (0, 0, 70),
-    (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
-)  # fmt: skip
-
-
 class Cityscapes(PairedFolders):
     """Cityscapes, 19 classes, 2,975/500 images. Ids are "CITY/CITY_SEQUENCE_FRAME"; the test split has no masks."""
 
     name = "cityscapes"
     splits = ("train", "val")
-    expected = {"train": 2975, "val": 500}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"train": 2975, "val": 500}
     citation = "Cordts et al., The Cityscapes Dataset for Semantic Urban Scene Understanding, CVPR 2016"
     layout = """\
   <data root>/cityscapes/
@@ -37,10 +30,15 @@ class Cityscapes(PairedFolders):
         "road", "sidewalk", "building", "wall", "fence", "pole", "traffic light", "traffic sign", "vegetation",
         "terrain", "sky", "person", "rider", "car", "truck", "bus", "train", "motorcycle", "bicycle",
     )  # fmt: skip
+    class_colours = (
+        (128, 64, 128), (244, 35, 232), (70, 70, 70), (102, 102, 156), (190, 153, 153), (153, 153, 153),
+        (250, 170, 30), (220, 220, 0), (107, 142, 35), (152, 251, 152), (70, 130, 180), (220, 20, 60), (255, 0, 0),
+        (0, 0, 142), (0, 0, 70), (0, 60, 100), (0, 80, 100), (0, 0, 230), (119, 11, 32),
+    )  # fmt: skip
     image_size = (1024, 2048)
     larger = (0, 1)  # road, sidewalk
     sampling_unit = "frame"
-    causes = {IGNORE: "that train ids (255 = void) are in a file of label ids (0..33)"}  # noqa: RUF012 (ClassVar)
+    causes = {IGNORE: "that train ids (255 = void) are in a file of label ids (0..33)"}
 
     @classmethod
     def group_of(cls, item: str) -> str:
@@ -76,12 +74,7 @@ class Cityscapes(PairedFolders):
 
     @property
     def table(self) -> np.ndarray:
-        """Class id of each value in the files, (256,) integers."""
+        """Return the class id of each file value, see `id_table`."""
         if self.source == "labelTrainIds":
             return super().table
         return id_table({**dict.fromkeys(range(34), IGNORE), **{value: i for i, value in enumerate(LABEL_IDS)}})
-
-    @property
-    def palette(self) -> np.ndarray:
-        """The colours of the classes, (C, 3) uint8."""
-        return np.array(_COLOURS, np.uint8)

@@ -111,12 +111,6 @@ _PLACES = {
 CURATED = "Coco164kFull_Stuff_Coarse.txt"
 
 
-_CAUSES = {
-    **dict.fromkeys(range(184, 201), "that the file holds panoptic category ids (0 = none, up to 200)"),
-    255: "that the file is a stuffthingmap (category id - 1, 255 = none), which belongs in stuffthingmaps/",
-}
-
-
 def find_annotation(folder: Path, source: str, split: str) -> Path | None:
     """Return the path of a kind of annotation in a COCO folder; None if it does not exist."""
     places = (folder / place.format(split) for place in _PLACES[source])
@@ -208,8 +202,8 @@ class _Coco(PairedFolders):
 
     folder_name = "coco"
     splits = ("train", "val")
-    expected = {"train": 118287, "val": 5000}  # noqa: RUF012 (a ClassVar of the base class)
-    fractions = {"train": {10: 11828}}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"train": 118287, "val": 5000}
+    fractions = {"train": {10: 11828}}
     longest_side = 640
     sizes_differ = True
     citation = "Lin et al., Microsoft COCO, ECCV 2014; Caesar et al., COCO-Stuff, CVPR 2018; Kirillov et al., CVPR 2019"
@@ -224,7 +218,10 @@ class _Coco(PairedFolders):
     annotations/instances_{train,val}2017.json"""
     rows: ClassVar[Mapping[int, int]]
     sources: ClassVar[tuple[str, ...]]
-    causes = _CAUSES
+    causes = {
+        **dict.fromkeys(range(184, 201), "that the file contains panoptic category ids (0 = none, up to 200)"),
+        255: "that the file is a stuffthingmap (category id - 1, 255 = none), which belongs in stuffthingmaps/",
+    }
     shift: ClassVar[int] = 0
 
     @classmethod
@@ -244,9 +241,8 @@ class _Coco(PairedFolders):
         return Tree(folder, images, Files(place, "" if source == "instances" else ".png"), source, shared)
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the folder has images of a split, without reading them."""
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the folder has images and masks of a split, without reading them."""
         tree = cls.tree(folder, split)
         return tree.images.any() and (tree.source == "instances" or tree.masks.any())
 
@@ -267,14 +263,13 @@ class _Coco(PairedFolders):
 
     @property
     def table(self) -> np.ndarray:
-        """Class id of each value in the files, (256,) integers."""
-        shift = self.shift
+        """Return the class id of each file value, see `id_table`."""
         values = VALUES[self.source].items()
-        return id_table({value: self.rows.get(id_ + shift if id_ else 0, IGNORE) for value, id_ in values})
+        return id_table({value: self.rows.get(id_ + self.shift if id_ else 0, IGNORE) for value, id_ in values})
 
     @property
     def known_palette(self) -> bool:
-        """False for pixelmaps, which have permuted colours of Matlab's `jet`; wrong ids show in values (92 to 183)."""
+        """Return False for pixelmaps: their colours are Matlab's `jet` in another order."""
         return self.source != "pixelmaps"
 
     def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
@@ -332,8 +327,8 @@ class CocoStuff27Curated(CocoStuff27):
     """COCO-Stuff-27 on the images of a list of IIC, which PiCIE and STEGO distribute and JAFAR and NAF use."""
 
     name = "coco_stuff27_curated"
-    expected = {"train": 97702, "val": 4172}  # noqa: RUF012 (a ClassVar of the base class)
-    fractions = {}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"train": 97702, "val": 4172}
+    fractions = {}
     layout = f"""{CocoStuff27.layout}
   and the lists from the code and data of IIC, PiCIE and STEGO
     curated/{{train,val}}2017/{CURATED}   one NAME per line"""
@@ -343,9 +338,8 @@ class CocoStuff27Curated(CocoStuff27):
         return cls.tree(folder, split).folder / "curated" / f"{split}2017" / CURATED
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the folder has images of a split and their list, without reading them."""
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the folder has images of a split and their list, without reading them."""
         return super().has_images(folder, split) and cls._list_of(folder, split).is_file()
 
     def __init__(self, folder: Path, split: str) -> None:
@@ -355,8 +349,8 @@ class CocoStuff27Curated(CocoStuff27):
         here, self.ids = self.ids, tuple(item for item in self.ids if item in listed)
         if not self.ids:
             raise BadInputError(
-                f"None of the {len(listed)} names in {self.list_file}, such as {min(listed)!r}, is that of an image of "
-                f"split {split!r}, such as {here[0]!r}. Restore the list or the images."
+                f"None of the {len(listed)} names in {self.list_file}, such as {min(listed)!r}, is the name of an "
+                f"image of split {split!r}, such as {here[0]!r}. Restore the list or the images."
             )
 
 
@@ -365,5 +359,5 @@ class CocoStuff171(_Coco):
 
     name = "coco_stuff171"
     classes = tuple(name for _, name in sorted((_THING_NAMES | _STUFF_NAMES).items()))
-    rows = {number: row for row, number in enumerate(sorted(_THING_NAMES | _STUFF_NAMES))}  # noqa: RUF012 (ClassVar)
+    rows = {number: row for row, number in enumerate(sorted(_THING_NAMES | _STUFF_NAMES))}
     sources = ("stuffthingmaps",)

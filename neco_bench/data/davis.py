@@ -10,8 +10,8 @@ from typing import ClassVar
 
 import numpy as np
 
-from neco_bench.core.errors import BadInputError, MissingError
-from neco_bench.data.folder import AbsentSplitError, contents, file_ids, locate, missing, read_lines
+from neco_bench.core.errors import BadInputError
+from neco_bench.data.folder import AbsentSplitError, Files, contents, locate, missing, read_lines
 from neco_bench.data.io import id_table, voc_colours
 from neco_bench.data.video import VideoDataset
 
@@ -24,11 +24,6 @@ _VAL_2016 = (
 _ADDED_2017 = (
     "bike-packing", "dogs-jump", "gold-fish", "india", "judo", "lab-coat", "loading", "mbike-trick", "pigs", "shooting",
 )  # fmt: skip
-
-# The palette of DAVIS is VOC's with 191 for 192.
-_COLOURS = np.where(voc_colours(256) == 192, np.uint8(191), voc_colours(256))
-
-SCORED = 3  # minimum number of frames of a sequence, because the first and the last are not scored
 
 
 class _Davis(VideoDataset):
@@ -59,9 +54,8 @@ class _Davis(VideoDataset):
         return self.folder / "Annotations" / "480p"
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the folder has images of a split, without reading them."""
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the folder has images of a split, without reading them."""
         data = cls.__new__(cls)
         data.folder, data.split = locate(folder, "JPEGImages", "Annotations"), split
         return any(next((data._images / name).glob("[!.]*.jpg"), None) is not None for name in data._listed())
@@ -70,13 +64,12 @@ class _Davis(VideoDataset):
         """Return the sequences of the list of the split, whose lines name sequences or their frames."""
         path = self.folder / "ImageSets" / self.lists / f"{self.split}.txt"
         if path.is_file():
-            lines = read_lines(type(self), path)
-            return {_sequence(line) for line in lines}
+            return set(map(_sequence, read_lines(type(self), path)))
         if not self._images.is_dir():
             text = f"there are no frames at 480p: {self._images} is not a folder. {contents(self._images)}"
-            raise missing(type(self), text, MissingError)
-        there = {place.name for place in self._images.iterdir() if place.is_dir() and not place.name.startswith(".")}
-        own = there & set(self.validation) if self.split == "val" else there - set(self.validation)
+            raise missing(type(self), text)
+        present = {place.name for place in self._images.iterdir() if place.is_dir() and not place.name.startswith(".")}
+        own = present & set(self.validation) if self.split == "val" else present - set(self.validation)
         if not own:
             text = f"there is no split list {path}, and no sequence of {self.split!r} in {self._images}."
             raise missing(type(self), f"{text} {contents(self._images)}", AbsentSplitError)
@@ -96,9 +89,7 @@ class _Davis(VideoDataset):
 
     def _paired(self, sequence: str) -> tuple[str, ...]:
         """Return the names of the frames of a sequence, and check that each has an image and a mask."""
-        images, masks = (
-            file_ids(place / sequence, "", ending) for place, ending in ((self._images, ".jpg"), (self._masks, ".png"))
-        )
+        images, masks = Files(self._images / sequence, ".jpg").ids(), Files(self._masks / sequence, ".png").ids()
         if not images:
             raise missing(type(self), f"sequence {sequence!r} has no frames: {self._images / sequence}/NNNNN.jpg.")
         if alone := sorted(images ^ masks):
@@ -108,8 +99,8 @@ class _Davis(VideoDataset):
                 f"{len(alone)} of the {len(images)} frames of {sequence!r} have no partner in {place / sequence}; the "
                 f"first is {alone[0]}: the archive was unpacked only in part, or has masks of the first frames only.",
             )
-        if len(images) < SCORED:
-            raise BadInputError(f"Sequence {self._images / sequence} has {len(images)} frames; {SCORED} are needed.")
+        if len(images) < 3:  # the first and the last are not scored
+            raise BadInputError(f"Sequence {self._images / sequence} has {len(images)} frames; 3 are needed.")
         return tuple(sorted(images))
 
     def frames(self, sequence: str) -> tuple[str, ...]:
@@ -120,18 +111,11 @@ class _Davis(VideoDataset):
         """Return the paths of the image and the mask of a frame."""
         return self._images / sequence / f"{frame}.jpg", self._masks / sequence / f"{frame}.png"
 
-    def check_size(self, path: Path, size: tuple[int, ...]) -> None:
-        """Raise BadInputError for a frame that is not 480 pixels high."""
-        if size[0] != self.frame_height:
-            raise BadInputError(
-                f"Frame {path} is {size[1]}x{size[0]} pixels (width x height), but those of {self.name} at 480p are "
-                f"480 high: it was resized, or has another resolution. J and F of resized frames cannot be compared: "
-                f"restore the official 480p frames."
-            )
-
     @property
     def colours(self) -> np.ndarray | None:
-        return _COLOURS
+        """Return the palette of DAVIS: VOC's with 191 for 192."""
+        colours = voc_colours(256)
+        return np.where(colours == 192, np.uint8(191), colours)
 
 
 def _sequence(line: str) -> str:
@@ -145,9 +129,9 @@ class DAVIS2017(_Davis):
 
     name = "davis2017"
     images_from = "davis"
-    expected = {"train": 60, "val": 30}  # noqa: RUF012 (a ClassVar of the base class)
-    frame_counts = {"val": 1999}  # noqa: RUF012
-    object_counts = {"val": 61}  # noqa: RUF012
+    expected = {"train": 60, "val": 30}
+    frame_counts = {"val": 1999}
+    object_counts = {"val": 61}
     validation = (*_VAL_2016, *_ADDED_2017)
     lists = "2017"
     citation = "Pont-Tuset et al., The 2017 DAVIS Challenge on Video Object Segmentation, arXiv 1704.00675"
@@ -164,8 +148,8 @@ class DAVIS2016(_Davis):
 
     name = "davis2016"
     images_from = "davis"
-    expected = {"train": 30, "val": 20}  # noqa: RUF012 (a ClassVar of the base class)
-    object_counts = {"train": 30, "val": 20}  # noqa: RUF012
+    expected = {"train": 30, "val": 20}
+    object_counts = {"train": 30, "val": 20}
     validation = _VAL_2016
     lists = "480p"
     citation = "Perazzi et al., A Benchmark Dataset and Evaluation Methodology for Video Object Segmentation, CVPR 2016"

@@ -11,9 +11,9 @@ from typing import ClassVar, Literal
 import numpy as np
 
 from neco_bench.core.errors import BadInputError
-from neco_bench.data.base import FEW, MANY, Dataset
+from neco_bench.data.base import FEW, MANY, Dataset, spread_indices
 from neco_bench.data.folder import file_digest
-from neco_bench.data.io import RESTORE, decoding, open_image, read_image
+from neco_bench.data.io import RESTORE, check_shape, decoding, open_image, read_image
 from neco_bench.data.png import RGB, read_plain_png
 
 Quantity = Literal["depth", "normals"]
@@ -63,11 +63,12 @@ class DenseDataset(Dataset):
     """A split of images with targets in files.
 
     kind: "depth" or "normals". image_sizes: allowed sizes (H, W) of frames; empty: any. likely_median: range in metres
-    for the median depth of the maps of a split.
+    for the median depth of the maps of a split. file_unit: unit of values in depth files, as text.
     """
 
     image_sizes: ClassVar[tuple[tuple[int, int], ...]] = ()
     likely_median: ClassVar[tuple[float, float]] = (0.0, float("inf"))
+    file_unit: ClassVar[str] = ""
     folder: Path
     list_file: Path | None = None
 
@@ -91,10 +92,8 @@ class DenseDataset(Dataset):
         return read_image(self.files(item)[0], listed_in=self.list_file)
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Return whether images and targets of a split exist, without reading them."""
-        if not cls.needs_root:
-            return True
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the first image of a split and its target exist, without reading them."""
         data = cls(folder, split)  # type: ignore[call-arg]
         return all(path.is_file() for path in data.files(data.ids[0]))
 
@@ -122,15 +121,12 @@ class DenseDataset(Dataset):
             f"or were reduced to 8 bits. Restore the original depth files."
         ]
 
-    file_unit: ClassVar[str] = ""  # unit of values in depth files, as text
-
     def sample_sanity_check(self) -> list[str]:
         """Return the messages of `sanity_check` for 16 targets across the split."""
-        indices = np.unique(np.linspace(0, len(self) - 1, MANY).astype(int))
-        return self.sanity_check(DepthSummary(self[index].target for index in indices))
+        return self.sanity_check(DepthSummary(self[index].target for index in spread_indices(len(self), MANY)))
 
     def fingerprint(self) -> str:
-        """Sha256 over name, reader version, split, ids, and names and sizes of all files."""
+        """Return the sha256 over name, reader version, split, ids, and names and sizes of all files."""
         facts = (self.name, self.version, self.split, *self.ids)
         return file_digest(facts, self._bases, dict.fromkeys(path for item in self.ids for path in self.files(item)))
 
@@ -156,7 +152,7 @@ def read_depth(path: Path, per_metre: float, size: tuple[int, int], *, listed_in
         values = np.array(image)
     if values.min() < 0 or values.max() > 65535:
         raise BadInputError(f"Depth map {path} has values {values.min()}..{values.max()}, not 16-bit ones. {RESTORE}")
-    _check_shape(path, values.shape, size, "Depth map")
+    check_shape(path, values.shape, size, "Depth map")
     return values.astype(np.float32) / np.float32(per_metre)
 
 
@@ -174,7 +170,7 @@ def read_normals(path: Path, size: tuple[int, int], *, listed_in: Path | None = 
             )
         with decoding(f"Cannot decode map of normals {path}"):
             values = np.array(image)
-    _check_shape(path, values.shape[:2], size, "Map of normals")
+    check_shape(path, values.shape[:2], size, "Map of normals")
     vectors = values.astype(np.float32) * np.float32(2 / 255) - 1
     vectors[~values.any(axis=2)] = 0  # black
     return unit_normals(vectors)
@@ -183,13 +179,5 @@ def read_normals(path: Path, size: tuple[int, int], *, listed_in: Path | None = 
 def unit_normals(vectors: np.ndarray) -> np.ndarray:
     """Scale vectors (H, W, 3) to length 1, float32; those shorter than 0.5, or not finite, become 0."""
     length = np.linalg.norm(vectors, axis=2, keepdims=True)
-    there = np.isfinite(length) & (length >= 0.5)
-    return np.where(there, vectors / np.where(there, length, 1), 0).astype(np.float32)
-
-
-def _check_shape(path: Path, shape: tuple[int, ...], size: tuple[int, ...], what: str) -> None:
-    if shape != size:
-        raise BadInputError(
-            f"{what} {path} is {shape[1]}x{shape[0]} pixels (width x height), but its image {size[1]}x{size[0]}. One "
-            f"of the two was resized or belongs to another item: restore both from the original archive."
-        )
+    known = np.isfinite(length) & (length >= 0.5)
+    return np.where(known, vectors / np.where(known, length, 1), 0).astype(np.float32)

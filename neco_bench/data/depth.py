@@ -15,7 +15,7 @@ import numpy as np
 
 from neco_bench.core.errors import BadInputError
 from neco_bench.data.dense import DenseDataset, read_depth
-from neco_bench.data.folder import AbsentSplitError, contents, file_ids, first_entry, locate, missing, read_lines
+from neco_bench.data.folder import AbsentSplitError, Files, contents, first_entry, locate, missing, read_lines
 from neco_bench.data.nyuv2 import frames, scene_runs
 
 MM = 1000.0  # file values of NYU per metre
@@ -37,7 +37,7 @@ class LabelledFrames(DenseDataset):
         """Raises AbsentSplitError (no images), MissingError (files without partners), BadInputError (swapped)."""
         cls = type(self)
         self.folder, self.split = locate(folder, f"{split}_rgb", "train_rgb", "test_rgb"), split
-        found = [file_ids(self.folder / f"{split}_{part}", "", ".png") for part in cls.parts]
+        found = [Files(self.folder / f"{split}_{part}", ".png").ids() for part in cls.parts]
         if not found[0]:
             text = f"split {split!r} has no images in {self.folder / f'{split}_rgb'}. {contents(self.folder)}"
             raise missing(cls, text, AbsentSplitError)
@@ -45,7 +45,7 @@ class LabelledFrames(DenseDataset):
         if strange := sorted(found[0] - official):
             other = "test" if split == "train" else "train"
             raise BadInputError(
-                f"{self.folder / f'{split}_rgb'} holds {len(strange)} frames that are not of the official {split} "
+                f"{self.folder / f'{split}_rgb'} contains {len(strange)} frames that are not in the official {split} "
                 f"split; the first is {strange[0]}.png: those of {split} and {other} were swapped, or were renumbered. "
                 f"Restore them with `neco-bench data prepare nyuv2`."
             )
@@ -59,10 +59,8 @@ class LabelledFrames(DenseDataset):
         self.ids = tuple(sorted(found[0]))
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
+    def has_images(cls, folder: Path, split: str) -> bool:
         """Return whether images and targets of a split exist, without reading them."""
-        if folder is None:
-            return False
         place = locate(folder, f"{split}_rgb", "train_rgb", "test_rgb")
         return all(next((place / f"{split}_{part}").glob("*.png"), None) for part in cls.parts)
 
@@ -99,7 +97,8 @@ class NYUDepthLabelled(LabelledFrames):
 class ListedDepth(DenseDataset):
     """Depth for a list of images with lines "image depth focal"; images whose depth is "None" are left out.
 
-    list_names: the list of each split. roots: folders of the data set in which files of the list may be.
+    list_names: the list of each split. image_roots, depth_roots: folders of the data set in which listed files may be.
+    per_metre: file values per metre.
     """
 
     kind = "depth"
@@ -126,7 +125,7 @@ class ListedDepth(DenseDataset):
             raise BadInputError(f"Split list {self.list_file} names no image with depth. Restore the official list.")
         self.ids = tuple(sorted(pairs))
         self._pairs = pairs
-        if wrong := next((item for item in self.ids if not self.belongs(item)), None):
+        if wrong := next((item for item in self.ids if self.is_test(item) != (split == "test")), None):
             raise BadInputError(
                 f"{self.list_file} names {wrong!r}, which is not in the official {split} split: the lists of train and "
                 f"test were swapped, or are of another split. Restore the official list."
@@ -136,10 +135,6 @@ class ListedDepth(DenseDataset):
     @abc.abstractmethod
     def is_test(cls, item: str) -> bool:
         """Return whether an image belongs to the official test split, according to its name."""
-
-    def belongs(self, item: str) -> bool:
-        """Return whether an image belongs to this split."""
-        return self.is_test(item) == (self.split == "test")
 
     def files(self, item: str) -> tuple[Path, ...]:
         """Return the paths of the image and of the files of its target."""

@@ -1,5 +1,5 @@
-"""Helpers for data sets in folders: split lists, errors that show the expected tree, digests, pair annotations, and
-segmentation data sets that are read file by file."""
+"""Data sets in folders: split lists, errors that show the expected tree, digests, pair annotations, and base classes
+for segmentation and pairs that are read file by file."""
 
 from __future__ import annotations
 
@@ -7,21 +7,27 @@ import abc
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import numpy as np
 
-from neco_bench.core.errors import BadInputError, MissingError
-from neco_bench.data.base import IGNORE, Dataset, Pair, Sample, SegmentationDataset
-from neco_bench.data.io import id_table, near_files, no_file, read_image, read_mask, read_size, read_text, valid_name
-from neco_bench.data.io import voc_colours as voc_colours
-
-PAIR_ATTRIBUTES = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
-
-_DEPTH = 4  # maximum depth of folders in which the files of a data set are searched
+from neco_bench.core.errors import BadInputError, MissingError, first_names
+from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, Sample, SegmentationDataset
+from neco_bench.data.io import (
+    id_table,
+    near_files,
+    no_file,
+    read_image,
+    read_mask,
+    read_size,
+    read_text,
+    valid_name,
+    voc_colours,
+)
 
 
 class AbsentSplitError(MissingError):
@@ -43,18 +49,17 @@ def contents(path: Path) -> str:
         names = sorted(name for name in os.listdir(folder) if not name.startswith("."))
     except OSError:
         return ""
-    shown = ", ".join(map(repr, names[:6])) + (f" and {len(names) - 6} more" if len(names) > 6 else "")
-    return f"{folder} contains {shown or 'nothing'}."
+    return f"{folder} contains {first_names(map(repr, names)) or 'nothing'}."
 
 
 def locate(folder: Path, *markers: str, name: str = "") -> Path:
-    """Return the nearest folder, from `folder` downwards, that contains one of the `markers` (globs); else `folder`.
+    """Return the nearest folder that contains one of the `markers` (globs), at most 4 levels below; else `folder`.
 
     name: part of the name of the right folder if several are equally near. Raises BadInputError if it is still
     ambiguous.
     """
     level = [folder]
-    for _ in range(_DEPTH + 1):
+    for _ in range(5):
         holders = [place for place in level if any(next(place.glob(marker), None) for marker in markers)]
         if len(holders) > 1 and name:
             holders = [place for place in holders if name in place.name] or holders
@@ -96,10 +101,14 @@ def read_list(dataset: type[Dataset], path: Path, *, stems: bool = False) -> tup
     words = tuple(map(first_entry, read_lines(dataset, path)))
     if stems:
         words = tuple(PurePosixPath(word).stem for word in words)
-    if len(set(words)) < len(words):
-        twice = next(word for i, word in enumerate(words) if word in words[:i])
+    if twice := repeated(words):
         raise BadInputError(f"Split list {path} names {twice!r} more than once. Restore it from the original archive.")
     return words
+
+
+def repeated(names: Iterable[str]) -> str | None:
+    """Return a name that occurs more than once; None if there is none."""
+    return next((name for name, count in Counter(names).items() if count > 1), None)
 
 
 def first_entry(line: str) -> str:
@@ -129,15 +138,6 @@ def file_digest(facts: Iterable[str], bases: Path | Sequence[Path], files: Itera
     return digest.hexdigest()
 
 
-def pair_text(pair: Pair) -> str:
-    """Return the content of a pair as one line, for digests."""
-    points = (pair.source_points.tolist(), pair.target_points.tolist(), pair.point_ids)
-    boxes = (pair.source_box, pair.target_box)
-    return repr(
-        (pair.id, pair.source_id, pair.target_id, points, boxes, pair.category, sorted(pair.attributes.items()))
-    )
-
-
 def parse_pair(name: str, raw: dict[str, Any]) -> Pair:
     """Parse the JSON object of a SPair-71k pair file. Raises KeyError, TypeError, ValueError on wrong content."""
     category = valid_name(raw["category"])
@@ -146,7 +146,8 @@ def parse_pair(name: str, raw: dict[str, Any]) -> Pair:
         raise ValueError(f"{len(source)} source points, {len(target)} target points, {len(raw['kps_ids'])} point names")
     if not (np.isfinite(source).all() and np.isfinite(target).all()):
         raise ValueError("a keypoint is not a finite number")
-    attributes = {key: int(raw[key]) for key in PAIR_ATTRIBUTES}
+    names = ("viewpoint_variation", "scale_variation", "truncation", "occlusion")
+    attributes = {name: int(raw[name]) for name in names}
     if not all(0 <= level <= 3 for level in attributes.values()):
         raise ValueError(f"levels of attributes are 0..3, got {attributes}")
     return Pair(
@@ -173,34 +174,19 @@ def checked_box(values: Iterable[Any]) -> tuple[float, float, float, float]:
     return box
 
 
-def file_ids(folder: Path, before: str, after: str) -> set[str]:
-    """Return ids of all files BEFORE + NAME + AFTER below a folder: the path without the two, such as "aachen/0001"."""
-    ids: set[str] = set()
-
-    def fail(error: OSError) -> None:
-        if not isinstance(error, FileNotFoundError):
-            raise error
-
-    for place, _, names in os.walk(folder, onerror=fail):
-        inner = Path(place).relative_to(folder).as_posix()
-        start = "" if inner == "." else f"{inner}/"
-        ids.update(
-            start + name[len(before) : len(name) - len(after)]
-            for name in names
-            if name.startswith(before) and name.endswith(after) and not name.startswith(".")
-        )
-    return ids
-
-
 class SegmentationFolder(SegmentationDataset):
     """Segmentation read from files. A subclass sets `folder`, `split`, `ids`, and defines the paths of files.
 
-    void: the mask value in files that means void. causes: likely causes of certain wrong values, for messages.
-    image_size: (H, W) of every image of the set, None if they differ. list_file: the list of items, if any.
-    source: the kind of annotation that is read, if there are several. shared_files: other files on which masks depend.
+    first_value: the value of class 0 in mask files; those of the other classes follow. void: the value that means void,
+    if there is one. causes: likely causes of certain wrong values, for messages. class_colours: colours of the classes
+    in pictures; VOC's if empty. image_size: (H, W) of every image of the set, None if they differ. list_file: the list
+    of items, if any. source: the kind of annotation that is read, if there are several. shared_files: other files on
+    which masks depend.
     """
 
-    void: ClassVar[int] = IGNORE
+    first_value: ClassVar[int] = 0
+    void: ClassVar[int | None] = IGNORE
+    class_colours: ClassVar[Sequence[tuple[int, int, int]]] = ()
     causes: ClassVar[dict[int, str]] = {}
     image_size: ClassVar[tuple[int, int] | None] = None
     folder: Path
@@ -214,14 +200,13 @@ class SegmentationFolder(SegmentationDataset):
 
     @property
     def table(self) -> np.ndarray:
-        """Return the class id of each file value (see `id_table`): by default unchanged, and IGNORE for `void`."""
-        return id_table({**{i: i for i in range(len(self.classes))}, self.void: IGNORE})
+        """Return the class id of each file value, see `id_table`."""
+        void = {} if self.void is None else {self.void: IGNORE}
+        return id_table({self.first_value + i: i for i in range(len(self.classes))} | void)
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the folder has images of a split, without reading them."""
-        if not cls.needs_root:
-            return True
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the first image of a split and its mask exist, without reading them."""
         data = cls(folder, split)  # type: ignore[call-arg]
         return all(path.is_file() for path in data.files(data.ids[0]))
 
@@ -255,14 +240,13 @@ class SegmentationFolder(SegmentationDataset):
 
     def read_mask(self, item: str, size: tuple[int, int]) -> np.ndarray:
         """Read the mask of an item id, which must have the size (H, W) of its image."""
-        table, path = self.table, self.files(item)[1]
-        of_ids = np.zeros((256, 3), np.uint8)
-        of_ids[: len(self.classes)] = self.palette
-        colours = of_ids[table[:256]]
+        table = self.table
+        colours = np.zeros((256, 3), np.uint8)
+        colours[: len(self.classes)] = self.palette
         return read_mask(
-            path,
+            self.files(item)[1],
             table=table,
-            colours=colours,
+            colours=colours[table[:256]],
             known_palette=self.known_palette,
             causes=self.causes,
             size=size,
@@ -287,8 +271,37 @@ class SegmentationFolder(SegmentationDataset):
 
     @property
     def palette(self) -> np.ndarray:
-        """Return VOC's colours, unless a set has its own."""
-        return voc_colours(len(self.classes))
+        """Return `class_colours`, else VOC's colours."""
+        return np.array(self.class_colours, np.uint8) if self.class_colours else voc_colours(len(self.classes))
+
+
+class PairFolder(PairDataset):
+    """Image pairs read from files. A subclass sets `folder`, `split`, `pairs`, `ids`, and defines paths of images."""
+
+    folder: Path
+
+    @abc.abstractmethod
+    def image_file(self, image_id: str) -> Path:
+        """Return the path of an image."""
+
+    def read_image(self, image_id: str) -> np.ndarray:
+        """Read an image, (H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
+        return read_image(self.image_file(image_id))
+
+    def fingerprint(self) -> str:
+        """Return the sha256 over name, reader version, split, pairs with all points, and image names and sizes."""
+        pairs = [
+            repr(
+                (
+                    *(pair.id, pair.source_id, pair.target_id),
+                    (pair.source_points.tolist(), pair.target_points.tolist(), pair.point_ids),
+                    *((pair.source_box, pair.target_box), pair.category, sorted(pair.attributes.items())),
+                )
+            )
+            for pair in self.pairs
+        ]
+        facts = (self.name, self.version, self.split, *pairs)
+        return file_digest(facts, self.folder, map(self.image_file, self.image_ids))
 
 
 @dataclass(frozen=True)
@@ -306,11 +319,36 @@ class Files:
 
     def ids(self) -> set[str]:
         """Return ids of all existing files: relative paths without BEFORE and AFTER, such as "aachen/0001"."""
-        return file_ids(self.folder, self.before, self.after)
+        ids: set[str] = set()
+
+        def fail(error: OSError) -> None:
+            if not isinstance(error, FileNotFoundError):
+                raise error
+
+        for place, _, names in os.walk(self.folder, onerror=fail):
+            inner = Path(place).relative_to(self.folder).as_posix()
+            start = "" if inner == "." else f"{inner}/"
+            ids.update(
+                start + name[len(self.before) : len(name) - len(self.after)] for name in names if self._matches(name)
+            )
+        return ids
 
     def any(self) -> bool:
-        """Return whether there is such a file."""
-        return _any_file(self.folder, self.before, self.after)
+        """Return whether there is such a file; stops at the first."""
+        folders = []
+        try:
+            with os.scandir(self.folder) as entries:
+                for entry in entries:
+                    if entry.is_dir():
+                        folders.append(Path(entry.path))
+                    elif self._matches(entry.name):
+                        return True
+        except OSError:
+            return False
+        return any(replace(self, folder=folder).any() for folder in folders)
+
+    def _matches(self, name: str) -> bool:
+        return name.startswith(self.before) and name.endswith(self.after) and not name.startswith(".")
 
 
 @dataclass(frozen=True)
@@ -346,9 +384,8 @@ class PairedFolders(SegmentationFolder):
         """Return where the files of a split should be."""
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the folder has images of a split, without reading them."""
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the folder has images and masks of a split, without reading them."""
         tree = cls.tree(folder, split)
         return tree.images.any() and tree.masks.any()
 
@@ -357,24 +394,24 @@ class PairedFolders(SegmentationFolder):
         self.source, self.shared_files = tree.source, tree.shared_files
 
     def check_pairing(self, image_ids: set[str], mask_ids: set[str]) -> None:
-        """Raises AbsentSplitError (no images) and MissingError (ids that only one of the two has)."""
+        """Raise AbsentSplitError if there are no images, and MissingError if only one of the two has an id."""
         cls, images, masks = type(self), self._images, self._masks
         if not image_ids:
             text = f"split {self.split!r} has no images in {images.folder}."
-            other = other_files(images)
-            raise missing(cls, f"{text} {other}", MissingError) if other else missing(cls, text, AbsentSplitError)
-        if not mask_ids and (other := other_files(masks)):
-            raise missing(cls, f"split {self.split!r} has no masks in {masks.folder}. {other}")
-        by_products = {f"{name}{_BY_PRODUCT}" for name in mask_ids} - image_ids
-        mask_ids = mask_ids - by_products
-        for have, lack, one, other_ in ((image_ids, mask_ids, images, masks), (mask_ids, image_ids, masks, images)):
+            hint = _other_files(images)
+            raise missing(cls, f"{text} {hint}") if hint else missing(cls, text, AbsentSplitError)
+        if not mask_ids and (hint := _other_files(masks)):
+            raise missing(cls, f"split {self.split!r} has no masks in {masks.folder}. {hint}")
+        # Converters of other projects write NAME_labelTrainIds.png next to NAME.png.
+        mask_ids = mask_ids - ({f"{name}_labelTrainIds" for name in mask_ids} - image_ids)
+        for have, lack, one, other in ((image_ids, mask_ids, images, masks), (mask_ids, image_ids, masks, images)):
             if alone := sorted(have - lack):
                 shown = ", ".join(one.path(name).name for name in alone[:3]) + (", ..." if len(alone) > 3 else "")
-                example = other_.path(min(lack) if lack else "NAME").name
+                example = other.path(min(lack) if lack else "NAME").name
                 raise missing(
                     cls,
-                    f"{len(alone)} of {len(have)} files in {one.folder} have no partner in {other_.folder}, whose "
-                    f"names look like {example!r}: {shown}. {why_alone(alone, have, lack, one, other_)}",
+                    f"{len(alone)} of {len(have)} files in {one.folder} have no partner in {other.folder}, whose "
+                    f"names look like {example!r}: {shown}. {_why_alone(alone, have, lack, one, other)}",
                 )
 
     def files(self, item: str) -> tuple[Path, Path]:
@@ -382,33 +419,15 @@ class PairedFolders(SegmentationFolder):
         return self._images.path(item), self._masks.path(item)
 
 
-# Converters of other projects write NAME_labelTrainIds.png next to NAME.png.
-_BY_PRODUCT = "_labelTrainIds"
-
-
-def _any_file(folder: Path, before: str, after: str) -> bool:
-    inner = []
-    try:
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                if entry.is_dir():
-                    inner.append(Path(entry.path))
-                elif entry.name.startswith(before) and entry.name.endswith(after) and not entry.name.startswith("."):
-                    return True
-    except OSError:
-        return False
-    return any(_any_file(place, before, after) for place in inner)
-
-
-def other_files(files: Files) -> str:
+def _other_files(files: Files) -> str:
     """Return a sentence on other files in the folder of `files`; empty if there are none."""
-    if present := sorted(file_ids(files.folder, "", "")):
+    if present := sorted(Files(files.folder, "").ids()):
         wanted = files.path("NAME").name
         return f"It has {len(present)} files such as {Path(present[0]).name!r}; {wanted} is expected: rename them."
     return ""
 
 
-def why_alone(alone: list[str], have: set[str], lack: set[str], one: Files, other: Files) -> str:
+def _why_alone(alone: list[str], have: set[str], lack: set[str], one: Files, other: Files) -> str:
     """Return why files probably have no partner, and the fix. alone: ids of `one` in `have` but not in `lack`."""
     if copies := [name for name in alone if re.search(r" ?\(\d+\)$| - [Cc]opy$", name)]:
         return f"{one.path(copies[0]).name!r} looks like a second download of a file: delete such copies."

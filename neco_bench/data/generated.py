@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import shutil
@@ -11,7 +10,8 @@ from pathlib import Path
 
 from filelock import FileLock
 
-from neco_bench.core.errors import UsageError
+from neco_bench.core.errors import MissingError, UsageError
+from neco_bench.core.files import file_sha256
 from neco_bench.core.paths import cache_dir
 
 _MANIFEST = "manifest.json"
@@ -52,17 +52,13 @@ def generated_folder(name: str, generate: Callable[[Path], None]) -> Path:
 def write_manifest(folder: Path) -> None:
     """Write `manifest.json`, the sha256 of each file of a folder."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-    digests = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    digests = {path.relative_to(folder).as_posix(): file_sha256(path) for path in files}
     (folder / _MANIFEST).write_text(json.dumps(digests, indent=0, sort_keys=True))
-
-
-def _sha256(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _intact(folder: Path) -> bool:
     try:
         digests = json.loads((folder / _MANIFEST).read_bytes())
-        return all(_sha256(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError):
+        return all(file_sha256(folder / name) == digest for name, digest in digests.items())
+    except (MissingError, OSError, ValueError, AttributeError):
         return False

@@ -23,22 +23,15 @@ from PIL import Image
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.core.files import write_whole
 from neco_bench.core.own_data import FILE, read_own
-from neco_bench.data.io import decoding, read_text, voc_colours
+from neco_bench.data.base import spread_indices
+from neco_bench.data.io import decoding, open_image, read_text, voc_colours
 from neco_bench.data.own import SUFFIXES, own_class
-
-MOST_MASKS = 2000  # maximum number of masks whose values are read, spread evenly
-
-MOST_VALUES = 255  # maximum number of classes; images with more values are not masks
 
 _MASK = re.compile(
     r"(?:^|[^a-z])(?:masks?|labels?|annot\w*|seg\w*|gt|ground.?truth)(?:$|[^a-z])|gtfine|labelids", re.IGNORECASE
 )
 
 _SPLITS = ("train", "training", "trn", "val", "valid", "validation", "test", "testing")
-
-_CLASS_LISTS = ("classes.txt", "labels.txt", "class_names.txt", "names.txt")
-
-_LIST_FOLDERS = ("", "splits", "lists", "ImageSets", "ImageSets/Segmentation")
 
 
 @dataclass(frozen=True)
@@ -271,12 +264,12 @@ def _splits(folder: Path, layout: _Layout) -> tuple[str, dict[str, list[str]], s
         counts = Counter(split for split, _ in layout.pairs)
         return _toml(names), {}, "splits: " + ", ".join(f"{name} ({counts[name]})" for name in names)
     ids = [item for _, item in layout.pairs]
-    for place in _LIST_FOLDERS:
+    for place in ("", "splits", "lists", "ImageSets", "ImageSets/Segmentation"):
         lists = {name: path for name in _SPLITS if (path := folder / place / f"{name}.txt").is_file()}
         if lists:
             table = {name: path.relative_to(folder).as_posix() for name, path in lists.items()}
             return _inline(table), {}, f"splits: the lists {', '.join(table.values())}"
-    # The order of a hash: which images are val does not depend on names in series, or on this machine.
+    # Sorted by a hash, so that the draw depends neither on the numbering of images nor on the machine.
     order = sorted(ids, key=lambda item: hashlib.sha256(item.encode()).digest())
     count = max(1, round(len(order) / 5))
     if len(order) < 2:
@@ -297,12 +290,11 @@ class _MaskValues:
 
     @classmethod
     def read(cls, paths: Sequence[Path]) -> _MaskValues:
-        """Read the values from at most MOST_MASKS masks. Raises BadInputError if a file is not a mask."""
-        indices = np.unique(np.linspace(0, len(paths) - 1, MOST_MASKS).astype(int))
+        """Read the values from at most 2000 masks. Raises BadInputError if a file is not a mask."""
         values: set[int] = set()
         colours: dict[int, tuple[int, int, int]] = {}
         grey = None
-        for path in (paths[i] for i in indices):
+        for path in (paths[i] for i in spread_indices(len(paths), 2000)):
             is_grey, own, palette = _values_in(path)
             if grey not in (None, is_grey):
                 raise BadInputError(
@@ -311,11 +303,11 @@ class _MaskValues:
             grey = is_grey
             values |= own
             colours |= palette
-            if len(values) > MOST_VALUES + 1:
+            if len(values) > 256:
                 raise BadInputError(
-                    f"Mask {path}: the masks up to here have {len(values)} values or colours, more than the maximum of "
-                    f"classes; they are photos, or were resized with interpolation or saved as JPEG. Restore the "
-                    f"original masks."
+                    f"Mask {path}: the masks up to here have {len(values)} values or colours, but 255 classes and void "
+                    f"are the maximum; they are photos, or were resized with interpolation or saved as JPEG. Restore "
+                    f"the original masks."
                 )
         if not grey:
             return cls(tuple(sorted(values)), {v: (v >> 16, v >> 8 & 255, v & 255) for v in values}, True, ())
@@ -346,7 +338,8 @@ class _MaskValues:
 
 def _values_in(path: Path) -> tuple[bool, set[int], dict[int, tuple[int, int, int]]]:
     """Return whether a mask has grey levels or indices, its values (colours as numbers), and their palette."""
-    with decoding(f"Cannot decode mask {path}"), Image.open(path) as image:
+    image = open_image(path, "mask", None)
+    with decoding(f"Cannot decode mask {path}"):
         is_grey = image.mode in ("L", "P", "I;16", "I")
         array = np.array(image if is_grey else image.convert("RGB")).astype(np.int64)
         stored = (image.getpalette("RGB") or []) if image.mode == "P" else []
@@ -358,7 +351,7 @@ def _values_in(path: Path) -> tuple[bool, set[int], dict[int, tuple[int, int, in
 def _class_names(folder: Path, values: _MaskValues) -> tuple[list[str], str]:
     """Return class names from a list in the folder if the number agrees, else numbered names; and a sentence."""
     count = len(values.values)
-    for name in _CLASS_LISTS:
+    for name in ("classes.txt", "labels.txt", "class_names.txt", "names.txt"):
         if (folder / name).is_file():
             lines = [line.strip() for line in read_text(folder / name, "List of classes").splitlines() if line.strip()]
             if len(lines) == count and len(set(lines)) == count:

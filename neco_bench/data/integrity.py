@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -23,9 +24,6 @@ from neco_bench.data.folder import AbsentSplitError
 from neco_bench.data.load import DATASETS, dataset_class, dataset_folder, fraction_names, open_split
 from neco_bench.data.video import VideoDataset, object_count
 from neco_bench.data.views import ViewDataset
-
-# Number of damaged items named in each split; the others are only counted.
-_NAMED = 20
 
 Progress = Callable[..., Iterable[Any]]
 
@@ -134,19 +132,7 @@ def _check_split(dataset: Dataset, wrap: Progress) -> list[Finding]:
     findings = [_check_count(dataset)]
     if folder := getattr(dataset, "folder", None):
         findings.append(Finding("ok", dataset.split, f"read from {folder}"))
-    if isinstance(dataset, SegmentationDataset):
-        findings += _check_segmentation(dataset, wrap)
-    elif isinstance(dataset, PairDataset):
-        findings += _check_pairs(dataset, wrap)
-    elif isinstance(dataset, DenseDataset):
-        findings += _check_dense(dataset, wrap)
-    elif isinstance(dataset, BoxDataset):
-        findings += _check_boxes(dataset, wrap)
-    elif isinstance(dataset, VideoDataset):
-        findings += _check_video(dataset, wrap)
-    elif isinstance(dataset, ViewDataset):
-        findings += _check_views(dataset, wrap)
-    return findings
+    return findings + _check_items(dataset, wrap)
 
 
 def _check_count(dataset: Dataset) -> Finding:
@@ -155,20 +141,19 @@ def _check_count(dataset: Dataset) -> Finding:
         return Finding("ok", dataset.split, f"{len(dataset)} items")
     present, full = coverage["found"], coverage["expected"]
     if present > full:
-        return Finding(
-            "error",
-            dataset.split,
-            f"{present} items are listed, but the full split has {full}.",
-            "Restore the official split list.",
-        )
-    return Finding(
-        "warning",
-        dataset.split,
-        f"{present} of the {full} items of the full split: results are marked as on a subset.",
-        "Download the whole data set for comparable numbers.",
-    )
+        text = f"{present} items are listed, but the full split has {full}."
+        return Finding("error", dataset.split, text, "Restore the official split list.")
+    text = f"{present} of the {full} items of the full split: results are marked as on a subset."
+    return Finding("warning", dataset.split, text, "Download the whole data set for comparable numbers.")
 
 
+@functools.singledispatch
+def _check_items(dataset: Dataset, wrap: Progress) -> list[Finding]:
+    """Read all items of a split, by the kind of data set; other kinds of plug-ins are not read."""
+    return []
+
+
+@_check_items.register
 def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Finding]:
     masks = MaskSummary()
     damage: list[str] = []
@@ -200,6 +185,7 @@ def _check_segmentation(dataset: SegmentationDataset, wrap: Progress) -> list[Fi
     return findings
 
 
+@_check_items.register
 def _check_dense(dataset: DenseDataset, wrap: Progress) -> list[Finding]:
     """Report frame sizes, the share of pixels with a target, and the range of depth or the mean normal."""
     targets, damage, means = DepthSummary(), [], []
@@ -238,6 +224,7 @@ def _check_dense(dataset: DenseDataset, wrap: Progress) -> list[Finding]:
     return findings
 
 
+@_check_items.register
 def _check_pairs(dataset: PairDataset, wrap: Progress) -> list[Finding]:
     sizes: dict[str, tuple[int, int]] = {}
     damage: list[str] = []
@@ -276,6 +263,7 @@ def _check_pairs(dataset: PairDataset, wrap: Progress) -> list[Finding]:
     return findings
 
 
+@_check_items.register
 def _check_boxes(dataset: BoxDataset, wrap: Progress) -> list[Finding]:
     damage: list[str] = []
     outside, empty = [], []
@@ -300,6 +288,7 @@ def _check_boxes(dataset: BoxDataset, wrap: Progress) -> list[Finding]:
     return findings
 
 
+@_check_items.register
 def _check_video(dataset: VideoDataset, wrap: Progress) -> list[Finding]:
     """Check every frame with its mask: sizes, objects of the first masks, later ids, void."""
     damage: list[str] = []
@@ -348,6 +337,7 @@ def _check_video(dataset: VideoDataset, wrap: Progress) -> list[Finding]:
     return findings
 
 
+@_check_items.register
 def _check_views(dataset: ViewDataset, wrap: Progress) -> list[Finding]:
     """Check every view with its depth: range, share of the object, rotations of the pairs."""
     damage: list[str] = []
@@ -381,9 +371,7 @@ def _check_views(dataset: ViewDataset, wrap: Progress) -> list[Finding]:
 def _damaged(dataset: Dataset, damage: list[str], count: int, what: str) -> list[Finding]:
     if not damage:
         return [Finding("ok", dataset.split, f"all {count} {what} can be read and agree")]
-    findings = [Finding("error", dataset.split, text) for text in damage[:_NAMED]]
+    findings = [Finding("error", dataset.split, text) for text in damage[:20]]  # the others are only counted
     fix = f"Download the data set again: {dataset.citation}." if dataset.citation else "Download the data set again."
-    return [
-        *findings,
-        Finding("error", dataset.split, f"{len(damage)} of {count} {what} are damaged or missing.", fix),
-    ]
+    text = f"{len(damage)} of {count} {what} are damaged or missing."
+    return [*findings, Finding("error", dataset.split, text, fix)]

@@ -1,7 +1,7 @@
-"""The one reader of images, masks, lists, JSON and MATLAB files.
+"""Readers of images, masks, lists, JSON and MATLAB files, which all data sets use.
 
-Every error names the file and, where known, the list naming it. `decoding` is the boundary: whatever wrong content
-raises becomes a BadInputError there.
+Error messages contain the file and, if known, the list that names it. `decoding` turns every error that wrong content
+causes into a BadInputError.
 """
 
 from __future__ import annotations
@@ -27,18 +27,15 @@ T = TypeVar("T")
 
 RESTORE = "Restore it from the original archive."
 
-# PIL modes with 8 bits per channel, which convert to RGB without a choice of range.
+# Pillow's modes with 8 bits per channel; converting them to RGB does not need a range of values.
 _IMAGE_MODES = {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "HSV", "LAB"}
-
-# PIL knows more, some of which run other programs or fetch other files.
-_FORMATS = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
 
 
 @contextlib.contextmanager
 def decoding(wrong: str, fix: str = RESTORE) -> Iterator[None]:
-    """Turn anything that wrong content raises inside into BadInputError("<wrong>: <error>. <fix>").
+    """Turn any error raised inside into BadInputError("<wrong>: <error>. <fix>").
 
-    Errors of ours and FileNotFoundError pass.
+    NecoBenchError and FileNotFoundError are not changed.
     """
     try:
         yield
@@ -46,19 +43,19 @@ def decoding(wrong: str, fix: str = RESTORE) -> Iterator[None]:
         raise
     except Exception as error:  # decoders raise anything on bad bytes
         text = str(error)
-        if isinstance(error, OSError) and error.errno is not None:  # of the system: decoders give no number
+        if isinstance(error, OSError) and error.errno is not None:  # an error of the file system, not of a decoder
             text, fix = error.strerror or text, "Make it readable."
         raise BadInputError(f"{wrong}: {type(error).__name__}: {_shown(text)}. {fix}") from error
 
 
 def _shown(text: str) -> str:
-    """One line of at most 300 characters, whatever a file holds."""
+    """Return a text as one line of at most 300 characters."""
     line = " ".join(text.encode("utf-8", "backslashreplace").decode().split()).rstrip(".")
     return line if len(line) <= 300 else f"{line[:300]}..."
 
 
 def read_image(path: Path, *, listed_in: Path | None = None) -> np.ndarray:
-    """An image file as (H, W, 3) uint8 RGB.
+    """Read an image file as (H, W, 3) uint8 RGB.
 
     Grey, palette and CMYK images are converted; an alpha channel is dropped, not composited. EXIF orientation is NOT
     applied: annotations refer to the stored pixel grid. Raises MissingError (no such file; `listed_in` is the list
@@ -77,15 +74,15 @@ def read_image(path: Path, *, listed_in: Path | None = None) -> np.ndarray:
 
 
 def read_size(path: Path, *, listed_in: Path | None = None) -> tuple[int, int]:
-    """(H, W) of an image file, of which nothing more is read. Raises like `read_image` where it is not an image."""
+    """Read only the size (H, W) of an image file. Raises MissingError, and BadInputError if it is not an image."""
     width, height = open_image(path, "image", listed_in, whole=False).size
     return height, width
 
 
 def id_table(classes: Mapping[int, int]) -> np.ndarray:
-    """(n,) int16 class id of each file value from {file value: class id or IGNORE}; -1 for values not in it.
+    """Return the class id of each file value, (n,) int16, from {file value: class id or IGNORE}; -1 for other values.
 
-    n is 256, or 65,536 where a value needs 16 bits.
+    n is 256, or 65,536 if a value needs 16 bits.
     """
     table = np.full(256 if max(classes) < 256 else 65536, -1, np.int16)
     table[list(classes)] = list(classes.values())
@@ -102,12 +99,19 @@ def read_mask(
     size: tuple[int, int] | None = None,
     listed_in: Path | None = None,
 ) -> np.ndarray:
-    """A mask file as (H, W) uint8 class ids, `table[file value]` (see `id_table`).
+    """Read a mask file as (H, W) uint8 class ids.
 
-    Only single-channel files of 8 bits, or of 16 bits where the table has 65,536 entries: grey levels or palette
-    indices are the values. colours: (256, 3) uint8, the data set's by file value, against which a palette is checked
-    (`check_palette`), unless it is not a `known_palette`. causes: {wrong value: what the file then is}, for messages.
-    size: (H, W) that the mask must have. Raises MissingError and BadInputError.
+    Args:
+        path: a single-channel file of 8 bits (of 16 if the table has 65,536 entries); its values are grey levels or
+            palette indices.
+        table: class id of each file value, see `id_table`.
+        colours: (256, 3) uint8, the data set's colour of each file value, for `check_palette`.
+        known_palette: whether to check the palette of the file.
+        causes: {wrong value: likely cause}, for messages.
+        size: (H, W) that the mask must have.
+        listed_in: the list that names the file, for messages.
+
+    Raises MissingError and BadInputError.
     """
     levels = read_plain_png(path, GREY)
     if levels is not None:
@@ -128,28 +132,24 @@ def read_mask(
 
 
 def voc_colours(count: int) -> np.ndarray:
-    """(count, 3) uint8, VOC's palette: the three bits of an id's octal digit b set bit 7-b of red, green and blue."""
+    """Return VOC's palette, (count, 3) uint8: the bits of octal digit b of an id are bit 7-b of red, green and blue."""
     ids = np.arange(count)[:, None]
     bits = [((ids >> (3 * b + np.arange(3))) & 1) << (7 - b) for b in range(3)]
     return np.sum(bits, axis=0).astype(np.uint8)
 
 
-_VOC_COLOURS = voc_colours(256)
-
-_GREY_LEVELS = np.repeat(np.arange(256)[:, None], 3, axis=1)
-
-
 def check_palette(image: Image.Image, used: np.ndarray, path: Path, colours: np.ndarray | None = None) -> None:
-    """Raise BadInputError where an index in use has none of: VOC's colour, its grey level, that in `colours`.
+    """Raise BadInputError if a used palette index has neither VOC's colour, nor its grey level, nor that in `colours`.
 
-    A program that saves a mask again may drop unused colours and number the others from 0: then colours are right and
-    indices are not.
+    A program that saves a mask again may remove unused colours and number the others from 0; the colours are then
+    right, but the indices are wrong.
     """
     with decoding(f"Cannot decode mask {path}"):
         palette = np.full((256, 3), -1, np.int16)
         stored = np.array(image.getpalette("RGB") or [], np.int16).reshape(-1, 3)
         palette[: len(stored)] = stored
-    known = [_VOC_COLOURS, _GREY_LEVELS, *(() if colours is None else (colours,))]
+    grey_levels = np.repeat(np.arange(256)[:, None], 3, axis=1)
+    known = [voc_colours(256), grey_levels, *(() if colours is None else (colours,))]
     right = np.any([(palette[used] == table[used]).all(axis=1) for table in known], axis=0)
     if not right.all():
         index = used[~right][0]
@@ -170,12 +170,9 @@ def map_ids(
     causes: Mapping[int, str] | None = None,
     size: tuple[int, int] | None = None,
 ) -> np.ndarray:
-    """What `read_mask` does with the values of a mask once `path` is read."""
-    if size is not None and mask.shape != size:
-        raise BadInputError(
-            f"Mask {path} is {mask.shape[1]}x{mask.shape[0]} pixels (width x height), its image {size[1]}x{size[0]}. "
-            f"One of the two was resized or belongs to another item: restore both from the original archive."
-        )
+    """Return the class ids (H, W) uint8 of the values in a mask file. Arguments and errors: see `read_mask`."""
+    if size is not None:
+        check_shape(path, mask.shape, size, "Mask")
     if mask.dtype == np.uint8:
         mapped = table.take(mask)
     else:
@@ -198,16 +195,25 @@ def map_ids(
     return mapped.astype(np.uint8)
 
 
+def check_shape(path: Path, shape: tuple[int, ...], size: tuple[int, ...], what: str) -> None:
+    """Raise BadInputError if a mask or map (`what`) has another shape than its image."""
+    if shape != size:
+        raise BadInputError(
+            f"{what} {path} is {shape[1]}x{shape[0]} pixels (width x height), but its image {size[1]}x{size[0]}. One "
+            f"of the two was resized or belongs to another item: restore both from the original archive."
+        )
+
+
 def _ranges(values: np.ndarray) -> str:
-    """0, 1, 2, 255 as "0..2, 255"."""
+    """Return sorted numbers as text, such as "0..2, 255"."""
     runs = np.split(values, np.flatnonzero(np.diff(values) > 1) + 1)
     return ", ".join(f"{run[0]}..{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
 
 
 def read_mat(path: Path, parse: Callable[[dict[str, Any]], T], what: str = "MATLAB file") -> T:
-    """What `parse` makes of the variables (`parse_matlab`) of a file; whatever it raises means that it is not a `what`.
+    """Return the result of `parse` for the variables of a MATLAB file (`parse_matlab`).
 
-    Raises MissingError and BadInputError.
+    Any error in `parse` means that the file is not a `what`. Raises MissingError and BadInputError.
     """
     try:
         with decoding(f"{path} is no readable {what}"):
@@ -217,47 +223,47 @@ def read_mat(path: Path, parse: Callable[[dict[str, Any]], T], what: str = "MATL
 
 
 def read_json(path: Path, parse: Callable[[Any], T], what: str) -> T:
-    """What `parse` makes of a JSON document; whatever it raises means that the file is not a `what`.
+    """Return the result of `parse` for a JSON document.
 
-    Raises FileNotFoundError and BadInputError.
+    Any error in `parse` means that the file is not a `what`. Raises FileNotFoundError and BadInputError.
     """
     with decoding(f"{path} is not a {what}"):
         return parse(json.loads(path.read_bytes()))
 
 
 def read_text(path: Path, what: str) -> str:
-    """A text file in UTF-8, or in UTF-16 as Windows writes it. Raises FileNotFoundError and BadInputError."""
+    """Read a text file in UTF-8, or in UTF-16 from Windows. Raises FileNotFoundError and BadInputError."""
     with decoding(f"{what} {path} is not a readable text file"):
         content = path.read_bytes()
         if content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
             text = content.decode("utf-16")
-        elif content[1::2].count(0) > len(content) // 4:  # UTF-16 without a mark: every second byte of ASCII is 0
+        elif content[1::2].count(0) > len(content) // 4:  # UTF-16 without a byte-order mark: ASCII has zero bytes
             text = content.decode("utf-16-le")
         else:
             text = content.decode("utf-8-sig")
         if "\0" in text:
-            raise ValueError("it holds a NUL character")
+            raise ValueError("it contains a NUL character")
         return text
 
 
 def valid_name(name: Any) -> str:
-    """A name of a file that an annotation gives. Raises ValueError where no file can have it."""
+    """Return a file name from an annotation. Raises ValueError if no file can have this name."""
     if not isinstance(name, str) or not name or "\0" in name:
         raise ValueError(f"{name!r} is not a file name")
-    name.encode()  # not possible for half a surrogate pair
+    name.encode()  # raises for half a surrogate pair
     return name
 
 
 def no_file(what: str, path: Path, listed_in: Path | None = None) -> MissingError:
-    """The error for a file that is not there: what there is instead, as far as that can be seen."""
+    """Return the error for a missing file, with a hint on a similar file if there is one."""
     named = f", which {listed_in} names" if listed_in else ""
     return MissingError(f"There is no {what} {path}{named}. {near_files(path) or RESTORE}")
 
 
 def near_files(path: Path) -> str:
-    """What lies where `path` should, as a sentence: the same name with another suffix or case, or as a second copy."""
+    """Return a sentence on a similar file in the folder of `path`: another suffix or case, or a second copy; or ""."""
     try:
-        with os.scandir(path.parent) as entries:  # a folder `train` is no `train.txt`
+        with os.scandir(path.parent) as entries:  # a folder `train` does not replace `train.txt`
             names = sorted(entry.name for entry in entries if not (path.suffix and entry.is_dir()))
     except (OSError, ValueError):
         return ""
@@ -274,10 +280,15 @@ def near_files(path: Path) -> str:
 
 
 def open_image(path: Path, what: str, listed_in: Path | None, *, whole: bool = True) -> Image.Image:
-    """A file as a Pillow image, decoded if `whole`. Raises MissingError and BadInputError, which call it `what`."""
+    """Open a file as a Pillow image, and decode it if `whole`. what: its kind, for messages.
+
+    Raises MissingError and BadInputError.
+    """
+    # Pillow supports more formats, but for some of them it runs other programs or reads other files.
+    formats = ("JPEG", "PNG", "PPM", "BMP", "TIFF", "WEBP", "GIF")
     try:
         wrong = decoding(f"Cannot decode {what} {path}", "The file is truncated or not an image: restore it.")
-        with wrong, Image.open(path, formats=_FORMATS) as image:
+        with wrong, Image.open(path, formats=formats) as image:
             if whole:
                 image.load()
             return image

@@ -94,9 +94,7 @@ __all__ = [
     "open_split",
 ]
 
-
-# Number of draws of each fraction, as in open-hummingbird-eval.
-DRAWS = 5
+DRAWS = 5  # number of draws of each fraction, as in open-hummingbird-eval
 
 
 def list_datasets(root: str | os.PathLike[str] | None = None) -> list[str]:
@@ -128,10 +126,9 @@ def load_dataset(
     """
     cls = dataset_class(name, root)
     drawn = check_split(cls, split)
+    dataset = open_split(cls, dataset_folder(cls, root), drawn[1] if drawn else split)
     if drawn:
-        dataset = open_split(cls, dataset_folder(cls, root), drawn[1]).fraction(int(drawn[2]), int(drawn[3]))
-    else:
-        dataset = open_split(cls, dataset_folder(cls, root), split)
+        dataset = dataset.fraction(int(drawn[2]), int(drawn[3]))
     if split_file is not None:
         dataset = dataset.subset(read_lines(cls, Path(split_file)))
     return dataset if limit is None else dataset.head(limit)

@@ -1,7 +1,7 @@
 """NAVI: photographs of 36 objects with depth and pose; pairs of its in-the-wild collections, as in probe3d.
 
 `neco-bench data prepare navi` writes copies whose shorter side is 1024 (like probe3d's first pass), and the list of
-pairs. The reference's list depends on the order in which a file system lists folders; ours depends on names only
+pairs. The reference's list depends on the order of folders in the file system; this one depends only on names
 (`draw_pairs`), and results record its sha256.
 """
 
@@ -19,25 +19,14 @@ from PIL import Image, ImageOps
 from neco_bench.core.errors import BadInputError
 from neco_bench.core.files import write_whole
 from neco_bench.data.folder import contents, file_digest, locate, missing
-from neco_bench.data.io import decoding, no_file, read_image, read_json, read_text, valid_name
+from neco_bench.data.io import decoding, open_image, read_image, read_json, read_text, valid_name
 from neco_bench.data.views import Camera, DepthView, ViewDataset, ViewPair, draw_pairs, rotation_matrix
 
 SHORT_SIDE = 1024  # shorter side of the prepared copies (probe3d)
 
-
-STEP, SEED = 4, 8  # every fourth view is a source; the seed of the reference
-
-
 COPY = "downsampled_"  # prefix of the names of the prepared copies
 
-
 LIST = "pairs.csv"
-
-
-DISPARITY = 65535 * 10.0  # a depth file contains this divided by the depth in millimetres
-
-
-FARTHEST = 20.0  # metres: the objects are household objects in a hand or on a table
 
 
 @dataclass(frozen=True)
@@ -54,7 +43,7 @@ class NAVI(ViewDataset):
 
     name = "navi"
     splits = ("test",)
-    expected = {"test": 575}  # noqa: RUF012 (every fourth of 2,298 views)
+    expected = {"test": 575}
     citation = (
         "Jampani et al., NAVI: Category-Agnostic Image Collections, NeurIPS 2023; pairs: El Banani et al., CVPR 2024"
     )
@@ -73,9 +62,8 @@ class NAVI(ViewDataset):
         self.ids = tuple(pair.id for pair in self.pairs)
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the folder has images of a split, without reading them."""
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the folder has prepared images, without reading them."""
         place = locate(folder, "*/wild_set/annotations.json")
         return next(place.glob(f"*/wild_set/images/{COPY}*.jpg"), None) is not None
 
@@ -84,11 +72,11 @@ class NAVI(ViewDataset):
         path = self.folder / LIST
         pairs = pairs_of(self._views)
         try:
-            found = read_text(path, "Pair list")
+            stored = read_text(path, "Pair list")
         except FileNotFoundError:
             text = f"there is no pair list {path}. Create it with: neco-bench data prepare navi"
             raise missing(type(self), text) from None
-        if found != list_text(pairs):
+        if stored != list_text(pairs):
             raise BadInputError(
                 f"The pair list {path} does not follow the rule for these annotations: it was changed, or "
                 f"objects were added or removed since. Delete it and run: neco-bench data prepare navi."
@@ -123,7 +111,7 @@ class NAVI(ViewDataset):
         return DepthView(image, depth, Camera(facts.camera.rotation, facts.camera.translation, focal))
 
     def fingerprint(self) -> str:
-        """Sha256 over name, reader version, split, pairs, cameras, and names and sizes of the files."""
+        """Return the sha256 over name, reader version, split, pairs, cameras, and names and sizes of the files."""
         used = [tuple(view.split("/", 1)) for view in self.image_ids]
         cameras = [self._views[name][view].camera for name, view in used]
         facts = [repr((c.rotation.tolist(), c.translation.tolist(), c.focal)) for c in cameras]
@@ -133,18 +121,18 @@ class NAVI(ViewDataset):
 
 def read_annotations(folder: Path) -> dict[str, dict[str, _View]]:
     """Return the in-the-wild views of each object that also has another collection, by object and view."""
-    found: dict[str, dict[str, _View]] = {}
+    objects: dict[str, dict[str, _View]] = {}
     for path in sorted(folder.glob("*/wild_set/annotations.json")):
         place = path.parent.parent
         collections = [p for p in place.iterdir() if (p / "annotations.json").is_file()]
         if len(collections) > 1:  # as the reference
             views = read_json(path, _parse, "list of annotations of NAVI")
             if views:
-                found[place.name] = views
-    if not found:
+                objects[place.name] = views
+    if not objects:
         text = f"{folder} has no object with a wild_set and another collection. {contents(folder)}"
         raise missing(NAVI, text)
-    return found
+    return objects
 
 
 def _parse(raw: Any) -> dict[str, _View]:
@@ -164,8 +152,9 @@ def _parse(raw: Any) -> dict[str, _View]:
 
 
 def pairs_of(views: dict[str, dict[str, _View]]) -> list[ViewPair]:
-    """Return the pairs of the views according to the rule."""
-    return draw_pairs({name: {view: own[view].camera for view in own} for name, own in views.items()}, STEP, SEED)
+    """Return the pairs of the views by the rule of `draw_pairs`, with the seed of the reference."""
+    cameras = {name: {view: own[view].camera for view in own} for name, own in views.items()}
+    return draw_pairs(cameras, step=4, seed=8)
 
 
 def list_text(pairs: Iterable[ViewPair]) -> str:
@@ -178,21 +167,19 @@ def read_disparity(path: Path, size: tuple[int, int]) -> np.ndarray:
 
     Raises MissingError, and BadInputError for 8 bits, another size, or numbers that are not disparities.
     """
-    try:
-        with decoding(f"Cannot decode depth {path}"), Image.open(path) as image:
-            mode, values = image.mode, np.array(image)
-    except FileNotFoundError:
-        raise no_file("depth", path) from None
-    if not mode.startswith("I") or values.shape != size:
-        shown = f"{image.size[0]}x{image.size[1]} pixels of format {mode}"
+    image = open_image(path, "depth", None)
+    with decoding(f"Cannot decode depth {path}"):
+        values = np.array(image)
+    if not image.mode.startswith("I") or values.shape != size:
+        shown = f"{image.width}x{image.height} pixels of format {image.mode}"
         raise BadInputError(
             f"Depth {path} has {shown}; expected are {size[1]}x{size[0]} pixels of 16 bits: it was converted to 8 "
             f"bits, resized or belongs to another view. Delete it and run: neco-bench data prepare navi."
         )
     disparity = values.astype(np.float64)
-    depth = np.where(disparity > 0, DISPARITY / np.maximum(disparity, 1) / 1000, 0).astype(np.float32)
+    depth = np.where(disparity > 0, 65535 * 10.0 / np.maximum(disparity, 1) / 1000, 0).astype(np.float32)
     positive = depth[depth > 0]
-    if len(positive) and np.median(positive) > FARTHEST:
+    if len(positive) and np.median(positive) > 20:  # the objects are in a hand or on a table
         raise BadInputError(
             f"Depth {path} has a median of {np.median(positive):.0f} m, but NAVI's objects are at arm's length: it has "
             f"depth in millimetres, or of another data set, instead of 16-bit disparity. Restore the original."
@@ -233,18 +220,16 @@ def _copy(path: Path, rule: Image.Resampling, size: tuple[int, int]) -> int:
     goal = path.with_name(f"{COPY}{path.name}")
     if goal.exists():
         return 0
-    try:
-        with decoding(f"Cannot decode {path}"), Image.open(path) as image:
-            upright = ImageOps.exif_transpose(image)
-            if (upright.height, upright.width) != size:
-                raise BadInputError(
-                    f"{path} is {upright.width}x{upright.height} pixels (width x height), but its annotation states "
-                    f"{size[1]}x{size[0]}. Restore the official file."
-                )
-            height, width = copy_size(*size)
-            small = upright.resize((width, height), rule)
-    except FileNotFoundError:
-        raise no_file("file", path, path.parent.parent / "annotations.json") from None
+    image = open_image(path, "file", path.parent.parent / "annotations.json")
+    with decoding(f"Cannot decode {path}"):
+        upright = ImageOps.exif_transpose(image)
+        if (upright.height, upright.width) != size:
+            raise BadInputError(
+                f"{path} is {upright.width}x{upright.height} pixels (width x height), but its annotation states "
+                f"{size[1]}x{size[0]}. Restore the official file."
+            )
+        height, width = copy_size(*size)
+        small = upright.resize((width, height), rule)
     temporary = goal.with_name(f".{goal.name}")
     small.save(temporary, "JPEG" if goal.suffix.lower() in (".jpg", ".jpeg") else "PNG")
     temporary.replace(goal)

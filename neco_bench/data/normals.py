@@ -16,12 +16,9 @@ from neco_bench.data.depth import MM, NYU_SIZE, LabelledFrames
 from neco_bench.data.folder import AbsentSplitError, contents, missing
 from neco_bench.data.io import no_file, read_mat
 
-# Values subtracted from red, green and blue in GeoNet's files: twice the mean of ImageNet in Caffe's numbers.
-_SUBTRACTED = 2 * np.array([122.175, 116.169, 103.508], np.float32)
-
-_LEFT_OUT = (6919, 21181)  # indices of the sorted files that probe3d leaves out as damaged
-
 _FILES = 30_816
+
+_LEFT_OUT = (6919, 21181)  # indices in the sorted files that probe3d leaves out as damaged
 
 
 class NYUNormalsLabelled(LabelledFrames):
@@ -113,7 +110,9 @@ class NYUNormals(DenseDataset):
             image, depth, normals = (np.asarray(variables[name], np.float32) for name in ("img", "depth", "norm"))
             if image.shape != normals.shape or image.shape[:2] != depth.shape or image.shape[2:] != (3,):
                 raise ValueError(f"img {image.shape}, depth {depth.shape} and norm {normals.shape} do not match")
-            image = np.clip(image[:height, :width] + _SUBTRACTED, 0, 255)
+            # GeoNet subtracted twice the mean of ImageNet in Caffe's numbers (red, green, blue).
+            subtracted = 2 * np.array([122.175, 116.169, 103.508], np.float32)
+            image = np.clip(image[:height, :width] + subtracted, 0, 255)
             known = depth[:height, :width, None] > 0
             return image.astype(np.uint8), unit_normals(normals[:height, :width]) * known
 

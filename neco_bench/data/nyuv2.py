@@ -97,7 +97,8 @@ class NYUv2(PairedFolders):
     name = "nyuv2"
     folder_name = "nyuv2"
     splits = ("train", "test")
-    expected = {"train": 795, "test": 654}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"train": 795, "test": 654}
+    first_value, void = 1, 0
     image_size = (480, 640)
     sampling_unit = "scene"
     citation = "Silberman et al., ECCV 2012; 40 classes: Gupta et al., CVPR 2013; 13 classes: Couprie et al., ICLR 2013"
@@ -137,12 +138,13 @@ class NYUv2(PairedFolders):
 
     @property
     def table(self) -> np.ndarray:
-        """Class id of each value in the files, (256,) integers."""
-        count = len(self.classes)
-        return id_table({0: IGNORE, **(labels_to_classes(count) if self.source else {i + 1: i for i in range(count)})})
+        """Return the class id of each file value, see `id_table`."""
+        if not self.source:
+            return super().table
+        return id_table({0: IGNORE, **labels_to_classes(len(self.classes))})
 
     def sanity_check(self, masks: MaskSummary) -> list[str]:
-        """Official frames have a border without labels."""
+        """Return messages if the masks have no void border; official ones do."""
         problems = super().sanity_check(masks)
         if len(masks) >= FEW and np.mean(np.array(masks.corners) == IGNORE) < 0.5:
             problems.append(

@@ -16,21 +16,21 @@ from neco_bench.core.dataset_file import DatasetFile
 from neco_bench.core.errors import BadInputError
 from neco_bench.core.files import digest
 from neco_bench.core.own_data import FILE, OwnDataset, read_own
-from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset
+from neco_bench.data.base import IGNORE, Dataset, Pair
 from neco_bench.data.folder import (
     AbsentSplitError,
     Files,
     PairedFolders,
+    PairFolder,
     Tree,
     checked_box,
     contents,
-    file_digest,
     first_entry,
     missing,
-    pair_text,
     read_lines,
+    repeated,
 )
-from neco_bench.data.io import id_table, near_files, read_image, read_json, valid_name, voc_colours
+from neco_bench.data.io import check_shape, id_table, near_files, read_image, read_json, valid_name
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".tif", ".tiff", ".webp", ".ppm")
 
@@ -52,18 +52,13 @@ def own_class(own: OwnDataset) -> type[Dataset]:
         "file": file,
         "splits": tuple(file.splits),
         "citation": file.citation,
+        "class_colours": file.palette,
         # Settings on which numbers depend; colours that are used only in pictures are left out.
         "version": digest(
             file.model_dump(exclude={"citation", *(() if file.mask_values == "colours" else ("palette",))})
         ),
         "layout": "\n".join(
-            f"  {own.folder}/{line}"
-            for line in (
-                f"{FILE}",
-                *filter(None, file.splits.values()),
-                file.images,
-                *filter(None, [file.masks]),
-            )
+            f"  {own.folder}/{line}" for line in (FILE, *file.splits.values(), file.images, file.masks) if line
         ),
     }
     if file.kind == "pairs":
@@ -133,8 +128,7 @@ class _OwnSegmentation(PairedFolders):
         return Tree(folder, files_of(folder, cls.file.images, split), files_of(folder, cls.file.masks, split))
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
         return (folder / cls.file.splits[split]).exists() and super().has_images(folder, split)
 
     @property
@@ -146,18 +140,8 @@ class _OwnSegmentation(PairedFolders):
             return super().read_mask(item, size)
         path = self.files(item)[1]
         colours = read_image(path, listed_in=self.list_file).astype(np.int32)
-        if colours.shape[:2] != size:
-            raise BadInputError(
-                f"Mask {path} is {colours.shape[1]}x{colours.shape[0]} pixels (width x height), but its image "
-                f"{size[1]}x{size[0]}. One of the two was resized: restore it."
-            )
+        check_shape(path, colours.shape[:2], size, "Mask")
         return _ids_of_colours(colours @ _CODE, self.file, path)
-
-    @property
-    def palette(self) -> np.ndarray:
-        if not self.file.palette:
-            return voc_colours(len(self.classes))
-        return np.array(self.file.palette, np.uint8)
 
 
 _CODE = np.array([1 << 16, 1 << 8, 1], np.int32)  # weights to encode a colour as one number
@@ -183,8 +167,7 @@ def _listed_ids(data: _OwnSegmentation, path: Path, images: Files) -> tuple[str,
     """Return the ids in a list, whose lines are ids or image paths. Raises AbsentSplitError and BadInputError."""
     place = images.folder.relative_to(data.folder).as_posix() + "/"
     ids = [_id_of(line, place, images) for line in read_lines(type(data), path)]
-    if len(set(ids)) < len(ids):
-        twice = next(item for i, item in enumerate(ids) if item in ids[:i])
+    if twice := repeated(ids):
         raise BadInputError(f"Split list {path} names {twice!r} more than once. Delete all but one of these lines.")
     return tuple(ids)
 
@@ -211,7 +194,7 @@ def _check_all_there(data: _OwnSegmentation, files: Files, what: str) -> None:
         )
 
 
-class _OwnPairs(PairDataset):
+class _OwnPairs(PairFolder):
     """Pairs of images with keypoints, listed in a JSON file (PAIRS_FORM).
 
     A pair may have `category` (text), `source_box` and `target_box` ([x1, y1, x2, y2]; without them the tight boxes of
@@ -231,9 +214,9 @@ class _OwnPairs(PairDataset):
             hint = near_files(path) or contents(path.parent)
             raise missing(type(self), f"the file of pairs {path} does not exist. {hint}", AbsentSplitError) from None
         self.ids = tuple(pair.id for pair in self.pairs)
-        absent = [name for name in self.image_ids if not self._images.path(name).is_file()]
+        absent = [name for name in self.image_ids if not self.image_file(name).is_file()]
         if absent:
-            first = self._images.path(absent[0])
+            first = self.image_file(absent[0])
             raise missing(
                 type(self),
                 f"{len(absent)} of the {len(self.image_ids)} images that {path} names do not exist; the first should "
@@ -244,18 +227,11 @@ class _OwnPairs(PairDataset):
         return _restore, (self.folder, vars(self))
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
         return (folder / cls.file.splits[split]).is_file() and files_of(folder, cls.file.images, split).any()
 
-    def read_image(self, image_id: str) -> np.ndarray:
-        """(H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
-        return read_image(self._images.path(image_id))
-
-    def fingerprint(self) -> str:
-        """Sha256 over name, `dataset.toml`, split, the pairs with all their points, and image names and sizes."""
-        facts = (self.name, self.version, self.split, *(pair_text(pair) for pair in self.pairs))
-        return file_digest(facts, self.folder, map(self._images.path, self.image_ids))
+    def image_file(self, image_id: str) -> Path:
+        return self._images.path(image_id)
 
 
 def _parse_pairs(document: Any) -> tuple[Pair, ...]:
@@ -269,9 +245,7 @@ def _parse_pairs(document: Any) -> tuple[Pair, ...]:
         except (KeyError, TypeError, ValueError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else str(error)
             raise ValueError(f"pair {number}: {what}") from error
-    ids = [pair.id for pair in pairs]
-    if len(set(ids)) < len(ids):
-        twice = next(item for i, item in enumerate(ids) if item in ids[:i])
+    if twice := repeated(pair.id for pair in pairs):
         raise ValueError(f"two pairs have the id {twice!r}; ids must be unique")
     return tuple(pairs)
 
@@ -279,23 +253,13 @@ def _parse_pairs(document: Any) -> tuple[Pair, ...]:
 def _parse_pair(raw: Any) -> Pair:
     if not isinstance(raw, dict):
         raise TypeError("it is not an object")
-    known = {
-        "id",
-        "source",
-        "target",
-        "source_points",
-        "target_points",
-        "source_box",
-        "target_box",
-        "category",
-        "point_ids",
-    }
+    known = {"id", "source", "target", "category", "point_ids"}
+    known |= {f"{image}_{what}" for image in ("source", "target") for what in ("points", "box")}
     if unknown := raw.keys() - known:
         raise ValueError(f"unknown key {min(unknown)!r}; known are {', '.join(sorted(known))}")
     points = [np.array(raw[key], np.float64) for key in ("source_points", "target_points")]
-    if any(p.ndim != 2 or p.shape[1:] != (2,) or not np.isfinite(p).all() for p in points) or len(points[0]) != len(
-        points[1]
-    ):
+    valid = all(p.ndim == 2 and p.shape[1] == 2 and np.isfinite(p).all() for p in points)
+    if not valid or len(points[0]) != len(points[1]):
         raise ValueError("source_points and target_points must have the same number of points [x, y], one or more")
     source, target = valid_name(raw["source"]), valid_name(raw["target"])
     point_ids = tuple(map(str, raw.get("point_ids", range(len(points[0])))))

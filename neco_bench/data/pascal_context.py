@@ -10,11 +10,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import ClassVar
 
-import numpy as np
-
 from neco_bench.data.base import IGNORE
 from neco_bench.data.folder import SegmentationFolder, locate, read_list
-from neco_bench.data.io import id_table
 
 
 class PascalContext(SegmentationFolder):
@@ -24,7 +21,7 @@ class PascalContext(SegmentationFolder):
     images_from = "voc"
     folder_name = "pascal_context"
     splits = ("train", "val")
-    expected = {"train": 4998, "val": 5105}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"train": 4998, "val": 5105}
     citation = (
         "Mottaghi et al., The Role of Context for Object Detection and Semantic Segmentation in the Wild, CVPR 2014"
     )
@@ -44,9 +41,9 @@ class PascalContext(SegmentationFolder):
     longest_side = 500
     rare_class = 58  # "wood"
     sizes_differ = True
-    causes = {  # noqa: RUF012 (a ClassVar of the base class)
-        IGNORE: "that ids were already shifted to 0..58 with 255 for background, while 0 = background is needed"
-    }
+    first_value = 1
+    void: ClassVar[int | None] = 0
+    causes = {IGNORE: "that ids were already shifted to 0..58 with 255 for background, while 0 = background is needed"}
 
     def __init__(self, folder: Path, split: str) -> None:
         self.folder = locate(folder, "ImageSets/SegmentationContext", name="2010")
@@ -58,20 +55,11 @@ class PascalContext(SegmentationFolder):
         """Return the image file and the mask file of an item."""
         return self.folder / "JPEGImages" / f"{item}.jpg", self.folder / "SegmentationClassContext" / f"{item}.png"
 
-    @property
-    def table(self) -> np.ndarray:
-        """Class id of each value in the files, (256,) integers."""
-        return id_table({0: IGNORE, **{i + 1: i for i in range(59)}})
-
 
 class PascalContext60(PascalContext):
     """Pascal Context with background as class 0 of 60."""
 
     name = "pascal_context60"
     classes = ("background", *PascalContext.classes)
+    first_value, void = 0, None
     rare_class = 59
-
-    @property
-    def table(self) -> np.ndarray:
-        """Class id of each value in the files, (256,) integers."""
-        return id_table({i: i for i in range(60)})

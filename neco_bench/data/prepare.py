@@ -14,7 +14,7 @@ import os
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
@@ -25,26 +25,20 @@ from filelock import FileLock, Timeout
 from PIL import Image
 
 from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
+from neco_bench.core.files import write_whole
 from neco_bench.core.paths import data_root
 from neco_bench.data.coco import find_annotation, panoptic_categories, read_segments
 from neco_bench.data.depth import MM, KITTIDepth, LabelledFrames
 from neco_bench.data.folder import locate, missing
+from neco_bench.data.integrity import Progress
 from neco_bench.data.io import decoding, id_table, read_mask, read_mat, read_text, voc_colours
 from neco_bench.data.load import dataset_class
 from neco_bench.data.navi import NAVI, prepare_navi
 from neco_bench.data.nyuv2 import FRAMES, LABELS, NYUv2, frames
 from neco_bench.data.voc2012 import VOC2012
 
-_SBD_IMAGES = 10582
-
-DEEPEST = 12.0  # metres: the sensor of NYUv2 measures at most 10
-
-_LOCK = ".neco-bench.lock"
-
 # Errors of the system for names in an archive that cannot be written; other errors are caused by the disk.
 _BAD_NAME = {errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EINVAL, errno.EILSEQ, errno.ELOOP}
-
-Progress = Callable[..., Iterable[Any]]
 
 
 @dataclass(frozen=True)
@@ -173,7 +167,7 @@ def _staging(archive: Path, folder: Path) -> Path:
 def _alone(staging: Path) -> Iterator[None]:
     """Create a folder and lock it for this process. Raises UsageError if another process has locked it."""
     staging.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(staging / _LOCK)
+    lock = FileLock(staging / ".neco-bench.lock")
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -185,7 +179,7 @@ def _alone(staging: Path) -> Iterator[None]:
 
 
 class _Strict(tarfile.TarInfo):
-    """Raise errors for unreadable headers and early ends, which tarfile interprets as the end of the archive."""
+    """Raise errors for unreadable headers and truncated archives; tarfile takes both as the end of the archive."""
 
     @classmethod
     def fromtarfile(cls, tar: tarfile.TarFile) -> _Strict:
@@ -276,7 +270,7 @@ def _convert(goal: Path, names: list[str], make: Callable[[str], Image.Image], w
 
 
 def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
-    """Write SegmentationClassAug and trainaug.txt: SBD and VOC train without VOC val, with VOC's masks if available."""
+    """Write SegmentationClassAug and trainaug.txt: SBD and VOC train without VOC val; VOC's masks are preferred."""
     done = []
     if source.is_file():
         done.append(unpack(source, base / "sbd", wrap))
@@ -314,16 +308,14 @@ def _voc_sbd(base: Path, source: Path, wrap: Progress) -> list[Prepared]:
         made.putpalette(voc_colours(256).tobytes())
         return made
 
-    note = "" if len(names) == _SBD_IMAGES else f"{len(names)} images, the whole set has {_SBD_IMAGES}"
+    full = VOC2012.expected["trainaug"]
+    note = "" if len(names) == full else f"{len(names)} images, the whole set has {full}"
     made = _convert(train.folder / "SegmentationClassAug", names, make, wrap)
     done.append(Prepared(made.path, made.written, "; ".join(filter(None, (made.note, note)))))
     assert train.list_file is not None  # noqa: S101 - every split of VOC has a list
     path = train.list_file.with_name("trainaug.txt")
-    text = "".join(f"{name}\n" for name in names)
     if not path.exists():
-        temporary = path.with_name(f".{os.getpid()}.tmp")
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
+        write_whole(path, "".join(f"{name}\n" for name in names).encode())
         done.append(Prepared(str(path), 1))
     else:
         same = set(read_text(path, "List").split()) == set(names)
@@ -361,7 +353,7 @@ def _nyuv2(folder: Path, source: Path, wrap: Progress) -> list[Prepared]:
         def depth(name: str) -> Image.Image:
             with decoding(wrong, fix):
                 metres = np.ascontiguousarray(file["rawDepths"][int(name) - 1].T)
-                if not 0 <= metres.min() <= metres.max() <= DEEPEST:
+                if not 0 <= metres.min() <= metres.max() <= 12:  # the sensor measures at most 10 m
                     raise ValueError(f"frame {name} holds depths of {metres.min():g} to {metres.max():g}, not metres")
                 return Image.fromarray(np.rint(metres * MM).astype(np.uint16))
 

@@ -8,44 +8,21 @@ from __future__ import annotations
 import csv
 import io
 import itertools
-from abc import abstractmethod
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
 import numpy as np
 
 from neco_bench.core.errors import BadInputError
-from neco_bench.data.base import Pair, PairDataset
-from neco_bench.data.folder import AbsentSplitError, checked_box, contents, file_digest, locate, missing, pair_text
-from neco_bench.data.io import decoding, read_image, read_mat, read_text, valid_name
+from neco_bench.data.base import Pair
+from neco_bench.data.folder import AbsentSplitError, PairFolder, checked_box, contents, locate, missing
+from neco_bench.data.io import decoding, read_mat, read_text, valid_name
 from neco_bench.data.voc2012 import VOC2012
 
 Box = tuple[float, float, float, float]
 
 
-class _ProposalFlow(PairDataset):
-    """Base class of both: `folder`, `pairs` and the paths of images."""
-
-    folder: Path
-
-    def _set_pairs(self, pairs: list[Pair]) -> None:
-        self.pairs = tuple(pairs)
-        self.ids = tuple(pair.id for pair in pairs)
-
-    @abstractmethod
-    def _image_file(self, image_id: str) -> Path: ...
-
-    def read_image(self, image_id: str) -> np.ndarray:
-        """Read an image, (H, W, 3) uint8 RGB. Raises MissingError and BadInputError."""
-        return read_image(self._image_file(image_id))
-
-    def fingerprint(self) -> str:
-        """Sha256 over name, reader version, split, the pairs with all their points, and image names and sizes."""
-        facts = (self.name, self.version, self.split, *(pair_text(pair) for pair in self.pairs))
-        return file_digest(facts, self.folder, map(self._image_file, self.image_ids))
-
-
-class PFWillow(_ProposalFlow):
+class PFWillow(PairFolder):
     """PF-WILLOW: all 900 ordered pairs within 10 sub-classes of 10 images, 10 points each, all visible.
 
     Boxes are the tight boxes of the points, as in all evaluations of this set.
@@ -53,7 +30,7 @@ class PFWillow(_ProposalFlow):
 
     name = "pf_willow"
     splits = ("test",)
-    expected = {"test": 900}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"test": 900}
     citation = "Ham et al., Proposal Flow, CVPR 2016"
     layout = """\
   <data root>/pf_willow/PF-dataset-WILLOW/    or directly pf_willow/
@@ -87,12 +64,12 @@ class PFWillow(_ProposalFlow):
         if not pairs:
             text = f"{self.folder} holds no sub-class folders with .mat files. {contents(self.folder)}"
             raise missing(type(self), text, AbsentSplitError)
-        self._set_pairs(pairs)
+        self.pairs = tuple(pairs)
+        self.ids = tuple(pair.id for pair in pairs)
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the folder has images of a split, without reading them."""
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the folder has images of a split, without reading them."""
         return next(locate(folder, "*(*)/*.mat", name="WILLOW").glob("*(*)/*.png"), None) is not None
 
     def _read(self, path: Path) -> np.ndarray:
@@ -105,7 +82,8 @@ class PFWillow(_ProposalFlow):
 
         return read_mat(path, parse, "annotation of PF-WILLOW")
 
-    def _image_file(self, image_id: str) -> Path:
+    def image_file(self, image_id: str) -> Path:
+        """Return the path of an image."""
         return self.folder / f"{image_id}.png"
 
 
@@ -125,7 +103,7 @@ def _tight(points: np.ndarray) -> Box:
     return x1, y1, x2, y2
 
 
-class PFPascal(_ProposalFlow):
+class PFPascal(PairFolder):
     """PF-PASCAL: the 299 test and 308 val pairs of the lists of Rocco et al. (ncnet), 20 VOC classes.
 
     Points are those visible in both images, from the .mat file of each image; boxes are the object boxes there. The
@@ -135,7 +113,7 @@ class PFPascal(_ProposalFlow):
     name = "pf_pascal"
     images_from = "voc"
     splits = ("val", "test")
-    expected = {"val": 308, "test": 299}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"val": 308, "test": 299}
     citation = (
         "Ham et al., Proposal Flow, TPAMI 2018; lists: Rocco et al., Neighbourhood Consensus Networks, NeurIPS 2018"
     )
@@ -148,15 +126,15 @@ class PFPascal(_ProposalFlow):
     def __init__(self, folder: Path, split: str) -> None:
         self.split = split
         rows = self._read_list(folder)
-        self._set_pairs([self._pair(f"{i:03d}-{a}-{b}:{name}", a, b, name) for i, (a, b, name) in enumerate(rows)])
+        self.pairs = tuple(self._pair(f"{i:03d}-{a}-{b}:{name}", a, b, name) for i, (a, b, name) in enumerate(rows))
+        self.ids = tuple(pair.id for pair in self.pairs)
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the folder has images of a split, without reading them."""
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the folder has the first image of a split, without reading it."""
         data = cls.__new__(cls)
         data.split = split
-        return data._image_file(data._read_list(folder)[0][0]).is_file()
+        return data.image_file(data._read_list(folder)[0][0]).is_file()
 
     def _read_list(self, folder: Path) -> list[tuple[str, str, str]]:
         """Return source, target and class of each pair; lists may be next to the archive's folder, or as in ncnet."""
@@ -208,5 +186,6 @@ class PFPascal(_ProposalFlow):
 
         return read_mat(path, parse, "annotation of PF-PASCAL")
 
-    def _image_file(self, image_id: str) -> Path:
+    def image_file(self, image_id: str) -> Path:
+        """Return the path of an image."""
         return self.folder / "JPEGImages" / f"{image_id}.jpg"

@@ -20,17 +20,11 @@ from PIL import Image
 from neco_bench.data.dense import DenseDataset, read_depth, read_normals
 from neco_bench.data.folder import read_list
 from neco_bench.data.generated import generated_folder, write_manifest
-from neco_bench.data.shapes import Shapes, between, two_colours
+from neco_bench.data.shapes import SIZE, TRAIN, VAL, Shapes, between, to_bytes, two_colours
 
 VERSION = "1"
 
-SIZE, FOCAL = 224, 224.0  # pixels
-
-TRAIN, VAL = 160, 80
-
-MM = 1000.0
-
-_LIGHT = np.array([-0.5, -0.7, -0.5]) / np.sqrt(0.99)  # towards it: left, up and to the camera
+FOCAL = 224.0  # pixels
 
 Array = np.ndarray
 
@@ -41,8 +35,8 @@ Surface = tuple[Array, Callable[[Array], tuple[Array, Array]]]
 
 _UP: Vector = (0.0, -1.0, 0.0)
 
-_X = (np.arange(SIZE) - (SIZE - 1) / 2)[None] / FOCAL  # of rays through the centres of pixels, whose z is 1
-
+# x (1, S) and y (S, 1) of the rays through the centres of pixels; their z is 1.
+_X = (np.arange(SIZE) - (SIZE - 1) / 2)[None] / FOCAL
 _Y = _X.T
 
 
@@ -160,7 +154,7 @@ def _things(rng: np.random.Generator, far: float, ground: float) -> list[list[Su
 
 
 def geometry_scene(part: str, index: int) -> GeometryScene:
-    """Scene `index` of "train" or "val"."""
+    """Return scene `index` of "train" or "val"."""
     rng = np.random.Generator(np.random.PCG64([int(VERSION), ("train", "val").index(part), index, SIZE]))
     ground, far, yaw = between(rng, 1.1, 1.3), between(rng, 4, 8), np.radians(between(rng, -30, 30))
     floor = _plane(_UP, np.array([0, ground, 0]), (1.0, 0.0, 0.0), (0.0, 0.0, 1.0), np.inf, np.inf)
@@ -182,9 +176,10 @@ def geometry_scene(part: str, index: int) -> GeometryScene:
         normals[own], place = at(points[own])
         image[own] = paint(place)
     depth, normals, image = (array.reshape(SIZE, SIZE, *array.shape[1:]) for array in (depth, normals, image))
-    image = image * (0.35 + 0.65 * np.maximum(normals @ _LIGHT, 0))[..., None]
+    light = np.array([-0.5, -0.7, -0.5]) / np.sqrt(0.99)  # direction towards it: left, up and to the camera
+    image = image * (0.35 + 0.65 * np.maximum(normals @ light, 0))[..., None]
     image = image * between(rng, 0.85, 1.15) + 0.04 * (rng.random((SIZE, SIZE, 1)) - 0.5)
-    return GeometryScene(np.floor(np.clip(image, 0, 1) * 255 + 0.5).astype(np.uint8), depth, normals)
+    return GeometryScene(to_bytes(image), depth, normals)
 
 
 def generate(folder: Path) -> None:
@@ -194,7 +189,7 @@ def generate(folder: Path) -> None:
             (folder / part / kind).mkdir(parents=True)
         for index in range(count):
             scene = geometry_scene(part, index)
-            millimetres = np.floor(scene.depth * MM + 0.5).astype(np.int32)  # which Pillow writes with 16 bits
+            millimetres = np.floor(scene.depth * 1000 + 0.5).astype(np.int32)  # Pillow writes it with 16 bits
             normals = np.floor((scene.normals + 1) * 127.5 + 0.5).astype(np.uint8)
             for kind, array, ending in (
                 ("images", scene.image, "ppm"),
@@ -235,7 +230,7 @@ class ShapesDepth(DenseDataset):
 
     def read_target(self, item: str, size: tuple[int, int]) -> np.ndarray:
         """Read the target of an item whose image has the size (H, W)."""
-        return read_depth(self.files(item)[1], MM, size)
+        return read_depth(self.files(item)[1], 1000, size)
 
 
 class ShapesNormals(ShapesDepth):

@@ -1,8 +1,8 @@
 """SPair-71k in its official layout: pairs of VOC images with common keypoints.
 
-Items are the pairs of Layout/large (of Layout/small in the splits *_small), sorted by pair name, so that no result
-depends on a directory's or list's order. Points and boxes are those of the pair files, unchanged: integers whose origin
-the authors do not state, with x up to and including the image width. Image ids are "<category>/<stem>".
+Items are the pairs of Layout/large (of Layout/small in the splits *_small), sorted by name, so that results do not
+depend on the order of folders and lists. Points and boxes are used as they are in the pair files: integers, x up to and
+including the image width; the authors do not state their origin. Image ids are "<category>/<stem>".
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Any
 import numpy as np
 
 from neco_bench.core.errors import BadInputError, MissingError
-from neco_bench.data.base import Pair, PairDataset
-from neco_bench.data.folder import file_digest, locate, missing, pair_text, parse_pair, read_list
+from neco_bench.data.base import Pair
+from neco_bench.data.folder import PairFolder, locate, missing, parse_pair, read_list
 from neco_bench.data.io import read_image, read_json
 
 
-class SPair71k(PairDataset):
+class SPair71k(PairFolder):
     """SPair-71k: 53,340/5,384/12,234 pairs, 18 categories, up to 30 keypoint names per category.
 
     Attributes: viewpoint_variation and scale_variation 0 easy, 1 medium, 2 hard; truncation and occlusion 0 none,
@@ -29,11 +29,11 @@ class SPair71k(PairDataset):
     name = "spair71k"
     images_from = "voc"
     splits = ("trn", "val", "test", "trn_small", "val_small", "test_small")
-    expected = {  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {
         "trn": 53340, "val": 5384, "test": 12234, "trn_small": 10652, "val_small": 1070, "test_small": 2438,
     }  # fmt: skip
     # Counts over the official files by third parties; each adds up to 12,234.
-    expected_attributes = {  # noqa: RUF012 (a ClassVar of the base class)
+    expected_attributes = {
         "test": {
             "viewpoint_variation": (6654, 4474, 1106),
             "scale_variation": (6458, 3794, 1982),
@@ -62,14 +62,13 @@ class SPair71k(PairDataset):
         self._sizes: dict[str, tuple[int, int]] = {}
 
     @classmethod
-    def has_images(cls, folder: Path | None, split: str) -> bool:
-        """Say whether the folder has images of a split, without reading them."""
-        assert folder is not None  # noqa: S101 - only a set without files has no folder
+    def has_images(cls, folder: Path, split: str) -> bool:
+        """Return whether the folder has the first image of a split, without reading it."""
         data = cls.__new__(cls)
         data.split = split
         data._set_places(folder)
         pair = data._read_pair(read_list(cls, data.list_file)[0])
-        return data._image_file(pair.source_id).is_file()
+        return data.image_file(pair.source_id).is_file()
 
     def _read_pair(self, name: str) -> Pair:
         path = self._annotations / f"{name}.json"
@@ -95,7 +94,7 @@ class SPair71k(PairDataset):
 
     def read_image(self, image_id: str) -> np.ndarray:
         """Read an image (H, W, 3) uint8 RGB with the annotated size. Raises MissingError and BadInputError."""
-        path = self._image_file(image_id)
+        path = self.image_file(image_id)
         image = read_image(path, listed_in=self._annotations)
         expected = self._sizes.get(image_id, image.shape[:2])
         if image.shape[:2] != expected:
@@ -105,10 +104,6 @@ class SPair71k(PairDataset):
             )
         return image
 
-    def fingerprint(self) -> str:
-        """Sha256 over name, reader version, split, the pairs with all their points, and image names and sizes."""
-        facts = (self.name, self.version, self.split, *(pair_text(pair) for pair in self.pairs))
-        return file_digest(facts, self.folder, map(self._image_file, self.image_ids))
-
-    def _image_file(self, image_id: str) -> Path:
+    def image_file(self, image_id: str) -> Path:
+        """Return the path of an image."""
         return self.folder / "JPEGImages" / f"{image_id}.jpg"

@@ -9,6 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
+from neco_bench.core.errors import BadInputError
 from neco_bench.data.base import IGNORE, Dataset, Sample
 from neco_bench.data.folder import file_digest
 from neco_bench.data.io import id_table, read_image, read_mask, read_size
@@ -82,13 +83,15 @@ class VideoDataset(Dataset):
         """Read a frame. Raises MissingError (no such file) and BadInputError (wrong kind of mask, wrong sizes)."""
         image_file, mask_file = self.files(sequence, frame)
         image = read_image(image_file)
-        self.check_size(image_file, image.shape[:2])
-        size = (image.shape[0], image.shape[1])
-        mask = read_mask(mask_file, table=self.object_ids, colours=self.colours, size=size)
+        height, width, _ = image.shape
+        if self.frame_height not in (None, height):
+            raise BadInputError(
+                f"Frame {image_file} is {width}x{height} pixels (width x height), but those of {self.name} are "
+                f"{self.frame_height} high: it was resized, or has another resolution. J and F of resized frames "
+                f"cannot be compared: restore the official frames."
+            )
+        mask = read_mask(mask_file, table=self.object_ids, colours=self.colours, size=(height, width))
         return Sample(image, mask, f"{sequence}/{frame}")
-
-    def check_size(self, path: Path, size: tuple[int, ...]) -> None:
-        """Raise BadInputError if a frame cannot have its original size."""
 
     def fingerprint(self) -> str:
         """Return the sha256 over name, reader version, split, the sequences, and names and sizes of their files."""

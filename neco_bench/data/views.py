@@ -15,8 +15,6 @@ from neco_bench.data.base import Dataset
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-WIDEST = 120.0  # maximum angle between the cameras of a pair, in degrees (probe3d)
-
 
 @dataclass(frozen=True)
 class Camera:
@@ -88,8 +86,8 @@ def draw_pairs(cameras: Mapping[str, Mapping[str, Camera]], step: int, seed: int
 
     Objects, and the views of each, are sorted by name. Every `step`-th view in that order, over all objects, is the
     source of a pair. Its partner is drawn uniformly, by a separate generator (seed, object, source), from the other
-    views of its object whose cameras are rotated relative to its own by more than 0 and at most WIDEST degrees. Sources
-    without such a view have no pair.
+    views of its object whose cameras are rotated relative to its own by more than 0 and at most 120 degrees (as in
+    probe3d). Sources without such a view have no pair.
 
     Args:
         cameras: the camera of each view of each object, by names.
@@ -101,7 +99,7 @@ def draw_pairs(cameras: Mapping[str, Mapping[str, Camera]], step: int, seed: int
     for object_name, source in views[::step]:
         own = cameras[object_name]
         angles = {other: own[source].angle(own[other]) for other in sorted(own) if other != source}
-        partners = [other for other, angle in angles.items() if 0 < angle <= WIDEST]
+        partners = [other for other, angle in angles.items() if 0 < angle <= 120]
         if partners:
             target = partners[int(item_rng(seed, "pair", object_name, source).integers(len(partners)))]
             pairs.append(

@@ -19,7 +19,7 @@ class VOC2012(SegmentationFolder):
     name = "voc2012"
     images_from = "voc"
     splits = ("train", "trainaug", "val")
-    expected = {"train": 1464, "trainaug": 10582, "val": 1449}  # noqa: RUF012 (a ClassVar of the base class)
+    expected = {"train": 1464, "trainaug": 10582, "val": 1449}
     citation = "Everingham et al., IJCV 2015; trainaug: Hariharan et al., ICCV 2011 (SBD)"
     layout = """\
   <data root>/voc2012/VOCdevkit/VOC2012/      or voc2012/VOC2012/, or directly voc2012/
@@ -37,7 +37,7 @@ class VOC2012(SegmentationFolder):
 
     longest_side = 500
     sizes_differ = True
-    fractions = {"trainaug": {128: 80, 64: 160, 8: 1320}}  # noqa: RUF012 (a ClassVar of the base class)
+    fractions = {"trainaug": {128: 80, 64: 160, 8: 1320}}
 
     def __init__(self, folder: Path, split: str) -> None:
         neco = folder / "VOCSegmentation"

@@ -19,14 +19,7 @@ from torch import Tensor
 from neco_bench.core.errors import NecoBenchError
 from neco_bench.encoders.base import Encoder
 
-# Positions of the changed cell, as fractions of the grid's height and width: at both edges, and off the diagonal.
-_SPOTS = ((1, 7), (3, 7), (6, 7), (2, 0), (5, 0), (0, 4), (7, 3), (2, 5), (5, 2), (4, 6))
-
-_SHIFTS = tuple(k for k in range(-9, 18) if k)  # tokens; no model in use has more than 17 in front
-
 _CELLS = 8  # cells per side of the images used
-
-_USUAL_SIZES = (224, 256, 384, 448, 518)  # sizes of encoders that accept one size only
 
 
 @dataclass(frozen=True)
@@ -82,7 +75,7 @@ def _error_text(error: Exception) -> str:
 
 
 def _images(count: int, height: int, width: int, seed: int = 0) -> Tensor:
-    """Smooth coloured noise in [0, 1], (count, 3, height, width)."""
+    """Draw smooth coloured noise in [0, 1], (count, 3, height, width)."""
     noise = torch.rand(count, 3, 5, 5, generator=torch.Generator().manual_seed(seed))
     return F.interpolate(noise, size=(height, width), mode="bilinear", align_corners=True)
 
@@ -92,7 +85,7 @@ def _size(encoder: Encoder) -> int:
     size = _CELLS * encoder.stride
     if encoder.only_size or (encoder.size_multiple or encoder.stride) > encoder.stride:
         return encoder.nearest_size(size)
-    for side in (size, *_USUAL_SIZES):
+    for side in (size, 224, 256, 384, 448, 518):  # usual sizes of encoders that accept one size only
         if side % encoder.stride == 0:
             with contextlib.suppress(Exception):  # reported by the checks themselves, if no size works
                 encoder.encode(_images(1, side, side))
@@ -181,7 +174,9 @@ def _batch(encoder: Encoder, size: int) -> tuple[bool, str]:
 def _location(encoder: Encoder, size: int) -> list[tuple[str, bool, str]]:
     """Return the lines on prefix tokens, orientation and locality, from the position of the largest change."""
     stride, side = encoder.stride, size // encoder.stride
-    cells = [(round(r / 7 * (side - 1)), round(c / 7 * (side - 1))) for r, c in _SPOTS]
+    # Rows and columns of the changed cells on a grid of 8x8: at both edges, and off the diagonal.
+    spots = ((1, 7), (3, 7), (6, 7), (2, 0), (5, 0), (0, 4), (7, 3), (2, 5), (5, 2), (4, 6))
+    cells = [(round(r / 7 * (side - 1)), round(c / 7 * (side - 1))) for r, c in spots]
     plain = _images(1, size, size)
     before = encoder.encode(plain).map[0]
     noise = (torch.rand(3, stride, stride, generator=torch.Generator().manual_seed(2)) > 0.5).float()
@@ -211,7 +206,8 @@ def _location(encoder: Encoder, size: int) -> list[tuple[str, bool, str]]:
         "mirrored left to right": explained(lambda r, c: (r, side - 1 - c)),
         "mirrored top to bottom": explained(lambda r, c: (side - 1 - r, c)),
     }
-    shift = max(_SHIFTS, key=lambda k: (shifted(k), shifted(k, within=0), -abs(k)))
+    shifts = [k for k in range(-9, 18) if k]  # no model in use has more than 17 prefix tokens
+    shift = max(shifts, key=lambda k: (shifted(k), shifted(k, within=0), -abs(k)))
     turn = max(turned, key=lambda name: turned[name])
     # Another position must explain clearly more changes than the expected one, as convolutions can move single ones.
     is_turn = turned[turn] >= right + 2

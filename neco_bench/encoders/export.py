@@ -34,17 +34,13 @@ log = logging.getLogger("neco_bench")
 
 READERS = {"dinov2": "torch.hub's model", "timm": "timm"}  # by layout, the code that reads its files
 
-LAYOUTS = tuple(READERS)
-
-SUFFIXES = (".safetensors", ".pth")
-
 
 def check_target(layout: str, path: Path, overwrite: bool = False) -> None:
     """Check that such a file can be written. Raises `UsageError` (layout, suffix, an existing file)."""
-    if layout not in LAYOUTS:
-        raise UsageError(f"Unknown layout {layout!r}: use {' or '.join(LAYOUTS)}.{did_you_mean(layout, LAYOUTS)}")
-    if path.suffix not in SUFFIXES:
-        raise UsageError(f"{path} must end in {' or '.join(SUFFIXES)}, which selects the file format.")
+    if layout not in READERS:
+        raise UsageError(f"Unknown layout {layout!r}: use {' or '.join(READERS)}.{did_you_mean(layout, READERS)}")
+    if path.suffix not in (".safetensors", ".pth"):
+        raise UsageError(f"{path} must end in .safetensors or .pth, which selects the file format.")
     if path.is_dir():
         raise UsageError(f"{path} is a folder. Name a file.")
     if path.exists() and not overwrite:

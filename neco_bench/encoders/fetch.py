@@ -13,12 +13,11 @@ from neco_bench.core.errors import MissingError
 
 TIMEOUT = 5.0  # seconds without an answer or without data
 
-_SWITCHES = ("NECO_BENCH_OFFLINE", "HF_HUB_OFFLINE")
-
 
 def offline() -> bool:
     """Return whether downloads are switched off by NECO_BENCH_OFFLINE or HF_HUB_OFFLINE."""
-    return any(os.environ.get(name, "0").lower() in ("1", "true", "yes") for name in _SWITCHES)
+    switches = (os.environ.get(name, "0").lower() for name in ("NECO_BENCH_OFFLINE", "HF_HUB_OFFLINE"))
+    return any(switch in ("1", "true", "yes") for switch in switches)
 
 
 def reachable(url: str) -> bool:

@@ -1,4 +1,4 @@
-"""Content ids of models: what stands for a model in the keys of results and features. Imports no torch."""
+"""Content ids of models, which are part of the keys of results and features. Imports no torch."""
 
 from __future__ import annotations
 
@@ -22,40 +22,41 @@ if TYPE_CHECKING:
 
 PACKAGES = ("neco_bench", "torch", "torchvision", "timm", "transformers")
 
-# What the zoo says of an entry that moves a number; its notes, licence and the like do not.
-_NUMERIC_FACTS = ("spec", "weights", "pos_interp", "drop_registers", "mean", "std")
-
 
 def content_id(spec: SpecLike, weights: str | Path | None = None) -> str:
-    """Compute the sha256 of what a model consists of, without loading it: its share of the keys of results.
+    """Compute the sha256 of a model's parts, without loading it.
 
-    It covers the spec with its options, and as content: what the zoo says of the model, the weights file (given, or the
-    zoo's own once it is in place), the Python file by its name and with those beside it, the local folder, the commit
-    of a Hugging Face repository in the cache, or the version of the package that defines the model; of a run folder
-    `encoder.json`, the weights of the branch, and the same of its architecture, but not its place.
+    It covers the spec with its options, the settings of the zoo entry, and the contents of files: the weights file
+    (given, or the zoo's if it exists), the Python file with the files next to it, or the local folder. For models from
+    elsewhere, it covers the commit of the Hugging Face repository in the cache, or the version of the package that
+    defines the model. For a run folder, it covers `encoder.json`, the weights of the branch, and the content id of its
+    architecture, but not its path.
 
-    What `load_encoder` fetches changes the id, so store the one taken after loading. Where `needs_loading` holds it
-    stands for the code, which may load other weights: `loaded_id` tells those apart.
+    The id changes when `load_encoder` downloads files, so store the id computed after loading. If `needs_loading` is
+    true, the id covers only the code, which may load other weights; `loaded_id` distinguishes those.
 
     Raises:
-        UsageError: an unknown name or option.
-        MissingError: a file that is not there.
+        UsageError: for an unknown name or option.
+        MissingError: if a file does not exist.
     """
     model = parse_spec(spec, weights)
+    # The settings of a zoo entry that affect features; its notes, licence and so on do not.
+    settings = ("spec", "weights", "pos_interp", "drop_registers", "mean", "std")
     facts: dict[str, Any] = {
         "kind": model.kind,
         "target": model.target,
         "options": sorted(model.options.items()),
-        "entry": [getattr(model.entry, fact) for fact in _NUMERIC_FACTS] if model.entry else None,
+        "entry": [getattr(model.entry, name) for name in settings] if model.entry else None,
     }
     facts |= _weights_facts(model) | _code_facts(model)
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def loaded_id(spec: SpecLike, weights: Path | None, encoder: Encoder) -> str:
-    """Compute the content id of a model once its encoder is loaded, with files that were fetched for it.
+    """Compute the content id of a model after its encoder was loaded, including files downloaded for it.
 
-    Where `needs_loading` holds it covers the encoder's weights and the code of its modules. Raises as `content_id`.
+    If `needs_loading` is true, it covers the encoder's weights and the code of its modules. Raises the errors of
+    `content_id`.
     """
     model = parse_spec(spec, weights)
     identity = content_id(model)
@@ -66,15 +67,15 @@ def loaded_id(spec: SpecLike, weights: Path | None, encoder: Encoder) -> str:
 
 
 def object_id(encoder: Encoder) -> str:
-    """Compute the content id of an Encoder object: weights, code, and how features are read from it."""
-    # These import torch, which whoever has an Encoder has imported already.
+    """Compute the content id of an Encoder object from its weights, code and settings of the features."""
+    # These import torch, which is already imported if there is an Encoder.
     from neco_bench.encoders.adapters.user_code import check_has_values
     from neco_bench.encoders.weights import state_sha256
 
     check_has_values(encoder, f"The encoder {encoder.name!r}")
     names = ("weights_id", "embed_dim", "stride", "mean", "std", "layer", "final_norm", "pos_interp", "precision")
     facts = {name: getattr(encoder, name) for name in names}
-    state = state_sha256(encoder, whole=True)  # an author's own weights_id may be the same for several
+    state = state_sha256(encoder, whole=True)  # because user code may give several encoders the same weights_id
     return digest({"device": encoder.device.type, "code": _module_sources(encoder), "state": state} | facts)
 
 
@@ -87,7 +88,7 @@ def version_of(package: str) -> str:
 
 
 def _weights_facts(model: ModelSpec) -> dict[str, Any]:
-    """The weights' share of a content id, of files that are in place; of a run folder its architecture's too."""
+    """Return the part of a content id for existing weights files; for a run folder, also for its architecture."""
     if model.base is not None:
         folder = Path(model.target)
         base = replace(model.base, weights=model.weights or weights_file(folder, model.branch))
@@ -98,7 +99,7 @@ def _weights_facts(model: ModelSpec) -> dict[str, Any]:
         return {}
     if model.entry and (file := model.entry.weights_file):
         return {"weights": file_sha256(file)} if file.is_file() else {}
-    if model.kind == "timm":  # timm's own, in a folder of the name with its tag
+    if model.kind == "timm":  # timm's own weights, in a folder with the model's name and tag
         folder = weights_folder(model.target)
         folders = [folder, *folder.parent.glob(f"{model.target}.*")]
         return {
@@ -109,7 +110,7 @@ def _weights_facts(model: ModelSpec) -> dict[str, Any]:
 
 
 def _code_facts(model: ModelSpec) -> dict[str, Any]:
-    """The share of the code that builds a model in its content id: files, a folder, a commit or a version."""
+    """Return the part of a content id for the code that builds the model: files, a folder, a commit or a version."""
     if model.kind == "file":
         path, _, attribute = model.target.rpartition(":")
         return {"target": f"{Path(path).name}:{attribute}", "code": _sources_beside(Path(path))}
@@ -129,13 +130,13 @@ def _code_facts(model: ModelSpec) -> dict[str, Any]:
 
 
 def _model_files(folder: Path) -> dict[str, str]:
-    """Code, configuration and weights in a folder: sha256 by path."""
+    """Return the sha256, by path, of code, configuration and weights in a folder."""
     files = sorted(file for file in folder.rglob("*") if MODEL_FILES.fullmatch(file.name))
     return {str(file.relative_to(folder)): file_sha256(file) for file in files}
 
 
 def _cached_commits(*patterns: str) -> list[str]:
-    """The commits of the Hugging Face repositories OWNER--NAME that its cache has as their main branch."""
+    """Return the cached commits of the main branches of Hugging Face repositories (patterns of OWNER--NAME)."""
     from huggingface_hub.constants import HF_HUB_CACHE  # slow to import
 
     files = {file for pattern in patterns for file in Path(HF_HUB_CACHE).glob(f"models--{pattern}/refs/main")}
@@ -143,7 +144,7 @@ def _cached_commits(*patterns: str) -> list[str]:
 
 
 def _package_facts(model: ModelSpec) -> dict[str, Any]:
-    """Package and version of a registered function, and its source files, located without importing its module."""
+    """Return package, version and source files of a registered function, without importing its module."""
     top = importlib.util.find_spec(model.target.partition(":")[0].partition(".")[0])
     sources: dict[str, str] = {}
     origin = Path(top.origin) if top and top.origin else None
@@ -156,21 +157,22 @@ def _package_facts(model: ModelSpec) -> dict[str, Any]:
 
 
 def _sources_beside(path: Path) -> dict[str, str]:
-    """A Python file and all that it may import from beside it (files, and packages with all below): sha256 by path."""
+    """Return the sha256, by path, of a Python file and of the files and packages next to it, which it may import."""
     packages = (package.parent.rglob("*.py") for package in path.parent.glob("*/__init__.py"))
     files = {path, *path.parent.glob("*.py"), *(file for package in packages for file in package)}
     return {str(file.relative_to(path.parent)): file_sha256(file) for file in sorted(files)}
 
 
 def _module_sources(encoder: Encoder, unreadable: str | None = None) -> dict[str, str]:
-    """The source of each class of modules in an encoder, but for those of `PACKAGES`, whose versions are known.
+    """Return the source code of each module class in an encoder, except those of `PACKAGES`, whose versions are known.
 
-    unreadable: what stands for code that cannot be read (it was typed in); None: it is never the same.
+    unreadable: replaces code that cannot be read, such as code typed in a console; None: a new random text each time.
     """
     sources = {}
     for kind in {type(module) for module in encoder.modules()}:
         if kind.__module__.partition(".")[0] not in PACKAGES:
-            module = "" if kind.__module__.startswith("neco_bench_user_") else kind.__module__  # which names the place
+            # The module name of a user's file depends on its path.
+            module = "" if kind.__module__.startswith("neco_bench_user_") else kind.__module__
             name = f"{module}.{kind.__qualname__}"
             try:
                 sources[name] = inspect.getsource(kind)

@@ -23,9 +23,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("neco_bench")
 
-# Statistics of DINOv3's weights for satellite images, which are recognised by the name of the official files.
-_SATELLITE = "sat493m", (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
-
 _ADAPTERS = {
     "timm": "timm_models",
     "hub": "torch_hub",
@@ -67,8 +64,8 @@ def is_fast_in_bf16(device: str | None) -> bool:
     if platform.machine().lower() in ("aarch64", "arm64"):
         return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
     # The supported versions of PyTorch have no public function to query a CPU instruction.
-    asked = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return any(ask() for ask in asked if ask is not None)
+    queries = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return any(query() for query in queries if query is not None)
 
 
 def build(model: ModelSpec) -> Encoder:
@@ -101,9 +98,11 @@ def _build_run_folder(model: ModelSpec, base: ModelSpec) -> Encoder:
 
 def _set_statistics(encoder: Encoder, model: ModelSpec) -> None:
     """Set mean and std from the spec or from the given file; for a file, a warning names them."""
-    file, (tag, mean, std) = model.weights, _SATELLITE
-    if model.mean is None and model.std is None and file and tag in file.name.lower():
-        encoder.mean, encoder.std, encoder.statistics = mean, std, "DINOv3's of SAT-493M, by the file's name"
+    file = model.weights
+    # DINOv3's weights for satellite images are recognised by the name of the official files.
+    if model.mean is None and model.std is None and file and "sat493m" in file.name.lower():
+        encoder.mean, encoder.std = (0.430, 0.411, 0.296), (0.213, 0.156, 0.143)
+        encoder.statistics = "DINOv3's of SAT-493M, by the file's name"
     if model.mean or model.std:
         missing = "" if model.mean and model.std else f"; {'std' if model.mean else 'mean'}: {encoder.statistics}"
         encoder.statistics = f"given in the spec{missing}"

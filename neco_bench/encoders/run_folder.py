@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, PositiveInt, 
 
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
 
-FORMAT = 1
+RUN_FILE = "encoder.json"  # in the folder of a training run
 
 _FIX = "Resume the training run, which writes it again with its next checkpoint."
 
@@ -70,8 +70,8 @@ def read_run(folder: Path) -> TrainedEncoder:
     except ValueError as error:
         raise BadInputError(f"{path} is not a complete JSON document ({error}). {_FIX}") from error
     version = document.get("format") if isinstance(document, dict) else None
-    if isinstance(version, int) and version > FORMAT:
-        raise BadInputError(f"{path} has format {version}; this neco-bench reads up to {FORMAT}. Upgrade neco-bench.")
+    if isinstance(version, int) and version > 1:
+        raise BadInputError(f"{path} has format {version}; this neco-bench reads up to 1. Upgrade neco-bench.")
     try:
         return TrainedEncoder.model_validate(document)
     except ValidationError as error:
@@ -89,9 +89,6 @@ def weights_file(folder: Path, branch: str | None) -> Path:
             f"--weights FILE."
         )
     return path
-
-
-RUN_FILE = "encoder.json"  # in the folder of a training run; `encoders.run_folder` reads it
 
 
 def is_run_folder(body: str) -> bool:

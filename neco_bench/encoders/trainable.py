@@ -25,8 +25,6 @@ from neco_bench.encoders.base import Encoder
 
 log = logging.getLogger("neco_bench")
 
-_BLOCK_LISTS = ("blocks", "stages", "layers", "layer")
-
 
 class StochasticDepth(nn.Module):
     """Drop a residual branch for some images, and scale it for the others (Huang et al., ECCV 2016).
@@ -70,7 +68,8 @@ def seeded(shard: RankShard, device: torch.device) -> Iterator[None]:
 def blocks_of(encoder: Encoder) -> list[nn.Module]:
     """Return the blocks of a transformer or the stages of a hierarchical network; none if their names are unknown."""
     for name, module in encoder.named_modules():
-        if name.rpartition(".")[2] in _BLOCK_LISTS and isinstance(module, nn.ModuleList | nn.Sequential):
+        last = name.rpartition(".")[2]
+        if last in ("blocks", "stages", "layers", "layer") and isinstance(module, nn.ModuleList | nn.Sequential):
             return [part for part in module if not isinstance(part, nn.Identity)]
         if hasattr(module, "layer1") and hasattr(module, "layer4"):
             return [getattr(module, f"layer{i}") for i in range(1, 5)]

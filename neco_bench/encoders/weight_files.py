@@ -25,19 +25,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, first_names
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 SUFFIXES = (".safetensors", ".pth", ".pt", ".bin", ".ckpt")
-
-_STANDARD_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 
 _UNPACK = "Unpack it and pass the weights file in it."
 
@@ -59,8 +52,6 @@ _HARMLESS = {
     *("argparse", "collections", "copyreg", "dataclasses", "datetime", "decimal", "enum", "fractions"),
     *("functools", "numbers", "pathlib", "random", "types", "typing", "uuid"),
 }
-
-_REFUSALS = ("Unsupported", "Can only", "Trying to", "Only persistent", "unsupported")  # errors of torch's reader
 
 
 def files_of(path: Path) -> list[Path]:
@@ -95,9 +86,10 @@ def _in_folder(folder: Path) -> Path:
     """Return the only weights file or index in a folder."""
     if (folder / "encoder.json").is_file():
         raise BadInputError(f"{folder} is the folder of a training run: use it as the model, without --weights.")
-    for name in _STANDARD_NAMES:
-        if (folder / name).is_file():
-            return folder / name
+    for name in ("model.safetensors", "pytorch_model.bin"):  # standard names
+        for file in (folder / name, folder / f"{name}.index.json"):
+            if file.is_file():
+                return file
     files = sorted(file for file in folder.iterdir() if file.suffix.lower() in SUFFIXES)
     if len(files) != 1:
         content = f"several weights files ({first_names(file.name for file in files)})" if files else "no weights file"
@@ -136,9 +128,8 @@ def _read(path: Path) -> dict[str, Tensor]:
             content = _read_zip(path)
         elif start.startswith(b"\x80"):
             with path.open("rb") as file:
-                names = set().union(
-                    *(_names_in_pickle(file) for _ in range(5))
-                )  # the older format: five pickles, then data
+                # The older format: five pickles, then data.
+                names = set().union(*(_names_in_pickle(file) for _ in range(5)))
             content = _load(path, path, names, start[1])
         else:
             raise BadInputError(f"Weights file {path} is {_other_kind(start)}")
@@ -269,7 +260,8 @@ def _load(path: Path, source: Path | io.BytesIO, names: set[str], protocol: int)
                     f"state dict again with torch.save."
                 ) from error
             else:
-                reason = next((line for line in str(error).splitlines() if line.startswith(_REFUSALS)), str(error))
+                starts = ("Unsupported", "Can only", "Trying to", "Only persistent", "unsupported")  # of torch's errors
+                reason = next((line for line in str(error).splitlines() if line.startswith(starts)), str(error))
                 raise BadInputError(f"Weights file {path} was not opened: {reason.strip()}") from error
     raise AssertionError("each round determines one kind, or returns")
 
@@ -321,9 +313,3 @@ def _flatten(content: Any, prefix: str, above: tuple[int, ...]) -> Iterator[tupl
             yield f"{prefix}{key}", value.detach()
         elif isinstance(key, str):
             yield from _flatten(value, f"{prefix}{key}.", (*above, id(content)))
-
-
-def first_names(names: Iterable[str]) -> str:
-    """Return the first eight names, and the number of further ones, as text."""
-    first = list(names)
-    return ", ".join(first[:8]) + (f" and {len(first) - 8} more" if len(first) > 8 else "")

@@ -22,9 +22,9 @@ from typing import NoReturn
 import torch
 from torch import Tensor, nn
 
-from neco_bench.core.errors import BadInputError
+from neco_bench.core.errors import BadInputError, first_names
 from neco_bench.encoders.base import Encoder, WeightsReport
-from neco_bench.encoders.weight_files import first_names, read_tensors
+from neco_bench.encoders.weight_files import read_tensors
 
 log = logging.getLogger("neco_bench")
 

@@ -38,10 +38,10 @@ def conditions(result: Result) -> dict[str, str]:
     provenance = result.provenance
     features, encoder = provenance.get("features") or {}, provenance.get("encoder") or {}
     values = {"precision": provenance.get("precision"), "stored features": features.get("dtype")}
-    asked, used, stride = features.get("input_size"), features.get("used_size"), encoder.get("stride")
-    if isinstance(asked, int) and isinstance(used, int):
+    requested, used, stride = features.get("input_size"), features.get("used_size"), encoder.get("stride")
+    if isinstance(requested, int) and isinstance(used, int):
         tolerance = stride if isinstance(stride, int) else 16
-        values["size"] = "as requested" if abs(used - asked) < tolerance else f"{used} px"
+        values["size"] = "as requested" if abs(used - requested) < tolerance else f"{used} px"
     packages = provenance.get("packages")
     if isinstance(packages, dict):
         values |= {name: packages.get(name) for name in PACKAGES}

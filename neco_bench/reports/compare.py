@@ -11,7 +11,7 @@ from functools import partial
 
 import numpy as np
 
-from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError, first_names
 from neco_bench.core.metric import Metric
 from neco_bench.metrics import segmentation
 from neco_bench.metrics.intervals import FEWEST
@@ -32,9 +32,6 @@ from neco_bench.results.store import ResultStore
 
 # Sizes of regions: limits of the share of an image's labelled pixels that a class covers.
 SIZES = {"small (below 1 %)": (0.0, 0.01), "medium (1 to 10 %)": (0.01, 0.1), "large (from 10 %)": (0.1, 1.1)}
-
-
-MOST_LISTED = 8  # results in a message
 
 
 @dataclass(frozen=True)
@@ -273,10 +270,7 @@ def _measured(result: Result) -> str:
 
 
 def _listed(results: dict[ResultKey, StoredResult]) -> str:
-    names = sorted({_measured(result) for result, _ in results.values()})
-    return ", ".join(names[:MOST_LISTED]) + (
-        f" and {len(names) - MOST_LISTED} more" if len(names) > MOST_LISTED else ""
-    )
+    return first_names(sorted({_measured(result) for result, _ in results.values()}))
 
 
 def _for_tasks(tasks: Sequence[str]) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -41,6 +41,20 @@ RUN_COLUMNS = {
     "deviation": "float64",
     "result": "object",
 }
+
+CELL_COLUMNS = {
+    "value": "float64",
+    "low": "float64",
+    "high": "float64",
+    "deviation": "float64",
+    "repeats": "int64",
+    "over": "object",
+    "usable": "int64",
+    "results": "object",
+    "marks": "object",
+}
+
+NORMAL = 1.959964  # the 97.5 % quantile of the normal distribution
 
 
 def runs_frame(results: Iterable[Result]) -> pd.DataFrame:
@@ -113,19 +127,6 @@ def cells_of(runs: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=[*cell, *CELL_COLUMNS]).astype(CELL_COLUMNS).set_index(cell)
 
 
-CELL_COLUMNS = {
-    "value": "float64",
-    "low": "float64",
-    "high": "float64",
-    "deviation": "float64",
-    "repeats": "int64",
-    "over": "object",
-    "usable": "int64",
-    "results": "object",
-    "marks": "object",
-}
-
-
 def _cell(runs: list[Any]) -> dict[str, Any]:
     """Return the row of `cells_of` for the runs of one cell, where successful runs are first."""
     good = [run for run in runs if run.ok]
@@ -171,9 +172,6 @@ def _interval_over_seeds(good: list[Any]) -> tuple[float, float]:
     return float(low), float(high)
 
 
-NORMAL = 1.959964
-
-
 @dataclass(frozen=True)
 class Grid:
     """Models by columns of one family and kind (of KINDS), in the order of its table.
@@ -209,7 +207,7 @@ def grids_of(cells: pd.DataFrame) -> Iterator[Grid]:
         if not kind:
             rates = win_rates(grid)
             models = list(rates.sort_values(ascending=False, kind="stable", na_position="last").index)
-            grid = Grid(family, kind, models, columns, part)
+            grid = replace(grid, models=models)
         yield grid
 
 

@@ -13,10 +13,9 @@ import pandas as pd
 from neco_bench.core.files import write_whole
 from neco_bench.reports.compare import ComparisonRow
 from neco_bench.reports.comparison import comparison_frame
+from neco_bench.reports.ranking import SIGNIFICANT
 from neco_bench.reports.render import render
 from neco_bench.reports.words import MEANING, TESTS, comparison_percent
-
-LEVEL = 0.05  # significance level for Holm-adjusted p
 
 MOST_SHOWN = 24  # rows of a table of classes on the pages; the CSV file has all
 
@@ -67,7 +66,7 @@ class Report:
 
 def verdict(row: ComparisonRow) -> str:
     """Return the verdict of the adjusted test: better, worse, or not significant."""
-    if not row.p_holm < LEVEL:
+    if not row.p_holm < SIGNIFICANT:
         return "not significant"
     return "better" if row.metric.sign * row.difference.value > 0 else "worse"
 
@@ -123,7 +122,7 @@ def plain_section(name: str, title: str, rows: Sequence[dict[str, Any]], note: s
 
 def write_report(report: Report, out: Path) -> Path:
     """Write `report.html`, `report.md`, `report.tex` and a CSV file for each section; return the path of the first."""
-    words = {"meaning": MEANING, "tests": TESTS, "level": LEVEL}
+    words = {"meaning": MEANING, "tests": TESTS, "level": SIGNIFICANT}
     curve = None if report.curve is None else _curve(*report.curve)
     for name in ("html", "md", "tex"):
         page = render(f"posttrain.{name}", report=report, words=words, curve=curve)

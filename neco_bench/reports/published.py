@@ -23,8 +23,8 @@ class Published(BaseModel):
     task: str
     protocol: str
     metric: str
-    unit: Unit | None = None  # unit of the value; None: that of the metric
-    direction: Literal["higher", "lower"] | None = None  # which values are better; None: that of the metric
+    unit: Unit | None = None  # unit of the value; None: the metric's unit
+    direction: Literal["higher", "lower"] | None = None  # which values are better; None: the metric's direction
     value: Decimal  # in its unit, with the printed digits
     setting: str
     source: str

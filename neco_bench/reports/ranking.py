@@ -28,10 +28,7 @@ from neco_bench.results.statistics import in_order, item_ids, primary_sums, samp
 # Returns the statistics of a result; raises NecoBenchError if there are none.
 Statistics = Callable[[Result], Mapping[str, np.ndarray]]
 
-SIGNIFICANT = 0.05
-
-# With more pairs than this, the test would need too many draws; Student's t of the same differences is used instead.
-_MOST_PAIRS = 500
+SIGNIFICANT = 0.05  # significance level of p adjusted by Holm
 
 # With more models than this, the comparisons are not kept, because their number grows with the square.
 MOST_COMPARED = 40
@@ -158,7 +155,8 @@ def _ranks(known: Mapping[str, _Known], sign: int) -> Ranks:
 def _tested(first: _Known, second: _Known, pairs: int) -> tuple[Tested, str]:
     """Compare two models; also return how they were compared."""
     if first.items is not None and second.items is not None and first.sampling is not None:
-        if pairs > _MOST_PAIRS:
+        # With more than 500 pairs, the test would need too many draws: Student's t of the same differences is used.
+        if pairs > 500:
             one, other = (estimate(side, first.sampling) for side in (first.items, second.items))
             less = other.minus(one)
             low, high = less.interval().ends or (_NAN, _NAN)

@@ -32,9 +32,6 @@ PACKAGES = (
 )
 
 
-_PACKAGE_FOLDER = Path(__file__).resolve().parents[1]
-
-
 def environment() -> dict[str, Any]:
     """Return the versions of PACKAGES, python, platform, cpu model, usable cores, git commit and dirty flag.
 
@@ -48,7 +45,7 @@ def environment() -> dict[str, Any]:
             packages[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    commit, dirty = _git_state(_PACKAGE_FOLDER)
+    commit, dirty = _git_state(Path(__file__).resolve().parents[1])
     return {
         "packages": packages,
         "python": platform.python_version(),

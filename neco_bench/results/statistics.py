@@ -19,18 +19,14 @@ from neco_bench.results.schema import Drawn, Result
 
 Arrays = Mapping[str, np.ndarray]
 
-TOLERANCE = 1e-9  # for a metric that is computed again from the same numbers, because of rounding
-
 # For classes in fewer images than this, intervals do not reach their nominal coverage.
 RARE = 5
-
-IDS = ("image_id", "pair_id", "item_id")
 
 
 def item_ids(arrays: Arrays) -> list[str] | None:
     """Return the ids of the items; None if they were not stored."""
-    found = next((arrays[name] for name in IDS if name in arrays), None)
-    return None if found is None else found.astype(str).tolist()
+    ids = next((arrays[name] for name in ("image_id", "pair_id", "item_id") if name in arrays), None)
+    return None if ids is None else ids.astype(str).tolist()
 
 
 def in_order(arrays: Arrays, ids: Sequence[str]) -> dict[str, np.ndarray]:
@@ -46,11 +42,11 @@ def in_order(arrays: Arrays, ids: Sequence[str]) -> dict[str, np.ndarray]:
         return dict(arrays)
     rows = {name: row for row, name in enumerate(own)}
     order = np.array([rows[name] for name in ids])
-    found = {}
+    ordered = {}
     for name, array in arrays.items():
         axis = -3 if name == "confusion" else -1 if name.startswith(("score/", "square/")) else 0
-        found[name] = array if name == "mapping" else np.take(array, order, axis=axis)
-    return found
+        ordered[name] = array if name == "mapping" else np.take(array, order, axis=axis)
+    return ordered
 
 
 def setting(result: Result, name: str) -> Any:
@@ -117,12 +113,12 @@ def known_sums(result: Result, arrays: Arrays) -> dict[str, SumMetric]:
         if result.primary_metric not in alphas or len(alphas) != arrays["hits"].shape[1]:
             return {}
         return {name: pck_sums(result, arrays, column) for column, name in enumerate(alphas)}
-    found = {}
+    sums = {}
     for array in arrays:
         form, _, name = array.partition("/")
         if form in ("score", "square") and name in result.metrics:
-            found[name] = _mean(result, name, arrays, form)
-    return found
+            sums[name] = _mean(result, name, arrays, form)
+    return sums
 
 
 def sampling_of(result: Result, arrays: Arrays) -> Sampling:
@@ -148,11 +144,11 @@ def check_primary(result: Result, sums: Mapping[str, SumMetric]) -> None:
     name = result.primary_metric
     if result.status != "ok" or name not in sums:
         return
-    again, stored = float(sums[name].value()), result.metrics[name]
-    if not abs(again - stored) <= TOLERANCE * max(1.0, abs(stored)):
+    computed, stored = float(sums[name].value()), result.metrics[name]
+    if not abs(computed - stored) <= 1e-9 * max(1.0, abs(stored)):  # equal, except for rounding
         raise BadInputError(
-            f"{name} of {result.model} on {result.column} is {stored:.6g}, but its stored counts give {again:.6g}: one "
-            f"of the two was changed. Run it again with --overwrite."
+            f"{name} of {result.model} on {result.column} is {stored:.6g}, but its stored counts give {computed:.6g}: "
+            f"one of the two was changed. Run it again with --overwrite."
         )
 
 

@@ -21,7 +21,6 @@ from neco_bench.results.schema import SCHEMA_VERSION, Result
 if TYPE_CHECKING:
     import numpy as np
 
-
 MAX_DEPTH = 32  # maximum nesting of a document; valid ones have 7
 
 

@@ -77,7 +77,7 @@ def test_known_palettes_are_read(tmp_path: Path, white_border: bool) -> None:
     image.save(tmp_path / "m.gif")
     own = Image.fromarray(np.array([[7, 8]], np.uint8))
     city = np.zeros((256, 3), np.uint8)
-    city[list(LABEL_IDS)] = Cityscapes.palette.fget(None)  # type: ignore[attr-defined]
+    city[list(LABEL_IDS)] = Cityscapes.class_colours
     own.putpalette(city.tobytes())
     own.save(tmp_path / "c.png")
     table = id_table({7: 0, 8: 1})

@@ -233,3 +233,10 @@ def test_disparity_by_hand(tmp_path: Path) -> None:
     Image.fromarray(np.array([[0, 65535], [1311, 6554]], np.uint16)).save(tmp_path / "a.png")
     depth = read_disparity(tmp_path / "a.png", (2, 2))
     assert depth.ravel().tolist() == pytest.approx([0, 0.01, 655350 / 1311 / 1000, 655350 / 6554 / 1000])
+
+
+def test_files_of_formats_that_no_data_set_uses_are_not_opened(tmp_path: Path) -> None:
+    """Pillow would choose the decoder by the content, and some decoders run programs or read other files."""
+    Image.fromarray(np.full((2, 2), 1311, np.uint16)).save(tmp_path / "a.png", "IM")
+    with pytest.raises(BadInputError, match=r"a\.png: .*not an image"):
+        read_disparity(tmp_path / "a.png", (2, 2))

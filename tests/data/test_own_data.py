@@ -392,7 +392,7 @@ INIT_FAULTS: dict[str, tuple[Callable[[Path], object], type[NecoBenchError], str
     "photographs as masks": (
         lambda f: write_masks(f, image_of(0)),
         BadInputError,
-        "values or colours, more than the maximum of classes",
+        "600 values or colours, but 255 classes and void are the maximum",
     ),
     "one class": (
         lambda f: write_masks(f, np.zeros((20, 30), np.uint8)),

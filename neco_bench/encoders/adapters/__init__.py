@@ -1,1 +1,1 @@
-"""One adapter per source of encoders; each has `build(spec, file)`."""
+"""One adapter per source of encoders; each has `build(spec)`."""

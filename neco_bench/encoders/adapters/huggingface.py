@@ -16,12 +16,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError, first_names
 from neco_bench.encoders import fetch, weights
 from neco_bench.encoders.adapters.layers import layer_indices, layer_name
 from neco_bench.encoders.base import DenseFeatures, Encoder, WeightsReport
 from neco_bench.encoders.spec import ModelSpec
-from neco_bench.encoders.weight_files import first_names
 
 
 class Type(NamedTuple):
