@@ -18,7 +18,6 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
-from PIL import Image
 
 from neco_bench.core.errors import BadInputError, MissingError, UsageError
 from neco_bench.core.files import write_whole
@@ -171,9 +170,9 @@ def _split_images_and_masks(
 
 def _looks_like_mask(path: Path) -> bool:
     try:
-        with Image.open(path) as image:
-            return image.mode in ("L", "P", "1", "I;16", "I") and len(np.unique(np.asarray(image))) < 64
-    except (OSError, ValueError):
+        has_one_channel = open_image(path, "mask", None, whole=False).mode in ("L", "P", "1", "I;16", "I")
+        return has_one_channel and len(np.unique(np.asarray(open_image(path, "mask", None)))) < 64
+    except (BadInputError, MissingError):
         return False
 
 
