@@ -1,7 +1,5 @@
 """`neco-bench tasks`, `suites`, `data`, `cache` and `doctor`."""
 
-from __future__ import annotations
-
 import json
 import sys
 import time

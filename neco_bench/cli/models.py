@@ -1,7 +1,5 @@
 """`neco-bench models`, `check`, `speed`, `diagnose`, `export`. Slow imports are inside the commands."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

@@ -1,7 +1,5 @@
 """`neco-bench posttrain-report`."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

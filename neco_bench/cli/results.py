@@ -1,7 +1,5 @@
 """`neco-bench leaderboard`, `compare` and `show`."""
 
-from __future__ import annotations
-
 import json
 import sys
 import textwrap
@@ -79,7 +77,7 @@ def leaderboard(
     if not stored:
         raise MissingError(f"No results in {', '.join(str(store.folder) for store in stores)}. Check --results.")
 
-    def statistics(result: Result) -> dict[str, np.ndarray]:
+    def statistics(result: "Result") -> "dict[str, np.ndarray]":
         return store_of[result.key].statistics(result)
 
     board = board_of(stored, statistics)
@@ -118,7 +116,7 @@ def _survey(published: Path, out: Path, as_json: bool) -> None:
 
 
 def _suite_tables(
-    suites: list[Suite], results: list[Result], published: Path, out: Path, data_root: Path | None, as_json: bool
+    suites: "list[Suite]", results: "list[Result]", published: Path, out: Path, data_root: Path | None, as_json: bool
 ) -> None:
     """Print and write the tables of suites."""
     from neco_bench.reports.published import read_published

@@ -1,7 +1,5 @@
 """`neco-bench run`."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
@@ -194,7 +192,7 @@ def _models_and_tasks(
     suite: list[str] | None,
     changed: dict[str, Any],
     data_root: Path | None,
-) -> list[tuple[list[str], list[Task]]]:
+) -> "list[tuple[list[str], list[Task]]]":
     """Return the models and tasks to run, of each suite and of --task. Raises UsageError if nothing is named."""
     from neco_bench.core.protocol import find_tasks
     from neco_bench.core.suites import find_suites
@@ -218,7 +216,7 @@ def _models_and_tasks(
     return parts
 
 
-def _print_missing(jobs: list[Job], missing: list[MissingJob]) -> None:
+def _print_missing(jobs: "list[Job]", missing: "list[MissingJob]") -> None:
     """Print once each what a suite lacks. Raises MissingError if nothing can be run."""
     for text in dict.fromkeys(str(absent.error) for absent in missing):
         models = dict.fromkeys(absent.model for absent in missing if str(absent.error) == text)
@@ -230,7 +228,7 @@ def _print_missing(jobs: list[Job], missing: list[MissingJob]) -> None:
 
 
 def _print_forecast(
-    jobs: list[Job], missing: list[MissingJob], store: ResultStore, suite: list[str] | None, as_json: bool
+    jobs: "list[Job]", missing: "list[MissingJob]", store: "ResultStore", suite: list[str] | None, as_json: bool
 ) -> NoReturn:
     """Print what would run, what is missing and the estimated cost; for a suite, print totals on stderr. Then exit."""
     from neco_bench.runner.estimate import forecast
@@ -263,7 +261,7 @@ def _print_forecast(
     raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
 
 
-def _print_done(title: str, result: Result, profile: bool) -> None:
+def _print_done(title: str, result: "Result", profile: bool) -> None:
     if profile:
         print_rows(phases(result), False, file=sys.stderr)
     if result.error or not is_quiet():

@@ -1,7 +1,5 @@
 """`neco-bench results`: push, pull and check."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -70,7 +68,7 @@ def check(
         print(f"{place}: {len(share.check_folder(place))} results, all can be used")
 
 
-def _print_copied(done: Copied, as_json: bool) -> None:
+def _print_copied(done: "Copied", as_json: bool) -> None:
     if as_json:
         print(json.dumps({"copied": done.copied, "same": done.same}))
         return

@@ -1,7 +1,5 @@
 """`neco-bench train`."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path
@@ -133,7 +131,7 @@ def train(
 
 def _train_suite(
     name: str,
-    options: TrainOptions,
+    options: "TrainOptions",
     settings: dict[str, Any],
     data: str | None,
     launcher: str | None,
