@@ -1,10 +1,10 @@
-"""Approximate search, on request: any index that FAISS has, always with its recall, measured against exact search.
+"""Approximate search, on request: any index of FAISS, always with its recall measured against exact search.
 
-An index is named by FAISS's factory string, such as "IVF4096,SQfp16" ("PCA256,RFlat" stands for "PCA256,Flat,RFlat",
-which FAISS wants in full). Two have short names. "ivf": an inverted file (Sivic and Zisserman, ICCV 2003) with keys in
-half precision. "ivfpq": the same with keys as 4 bits for every two dimensions (product quantisation: Jegou et al.,
-TPAMI 2011), of which the best candidates are ranked again in half precision. Keys wait in a file and are added in
-parts, so that a bank needs no more memory than its index, and up to as much again while that grows.
+An index is named by FAISS's factory string, such as "IVF4096,SQfp16" ("PCA256,RFlat" is accepted for
+"PCA256,Flat,RFlat"). Two indexes have short names. "ivf": an inverted file (Sivic and Zisserman, ICCV 2003) with keys
+in half precision. "ivfpq": the same with 4 bits for every two dimensions of a key (product quantisation: Jegou et al.,
+TPAMI 2011); the best candidates are ranked again in half precision. Keys are first written to a file, and then added in
+parts: a memory bank needs the memory of its index, and at most the same again while the index grows.
 """
 
 from __future__ import annotations
@@ -24,38 +24,39 @@ from neco_bench.core.errors import NumericalError, UsageError
 from neco_bench.search.exact import TopK, check_neighbours, nearest_of
 from neco_bench.search.row_file import RowFile, faiss_draw
 
-RECALL = 0.99  # that parameters are tuned for
-
+RECALL = 0.99  # the recall for which parameters are tuned
 SAMPLE = 256  # queries whose recall is measured
+TRAINING = 40  # keys per list on which an index is trained; at least 40 thousand in total
 
-TRAINING = 40  # keys per list that an index is trained on, and at least so many thousand
-
-# Parameters of FAISS's indexes that trade time for recall, with their largest values, in the order of tuning. The
-# largest "nprobe" is the number of lists.
+# Parameters of FAISS's indexes that trade time for recall, with their largest values, in the order of tuning. For
+# "nprobe", the largest value is the number of lists.
 LIMITS = {"k_factor_rf": 256, "quantizer_efSearch": 1024, "efSearch": 4096, "nprobe": 0}
 
 
 class ApproximateIndex:
-    """Like `ExactIndex`, but not exact. `facts`: index, its parameters, `recall` of `sample` queries, bytes and seconds
-    to build it; known with the first search.
+    """Approximate index with the interface of `ExactIndex`.
 
-    kind: "ivf", "ivfpq" or a factory string of FAISS. Raises UsageError where FAISS does not know it.
+    kind: "ivf", "ivfpq" or a factory string of FAISS. `facts`, set by the first search: factory string, parameters,
+    `recall` for `sample` queries, bytes, seconds to build. Raises UsageError if FAISS does not know the index.
     """
 
     def __init__(self, kind: str, dimension: int) -> None:
         self.kind, self.rows, self.facts = kind, 0, dict[str, Any]()
         self._rows = RowFile(dimension)
         self._index: Any = None
-        self._make()  # a mistake is an error now, not when all keys are there
+        self._make()  # raises now, not after all keys were added
 
     def add(self, keys: Tensor) -> None:
-        """Append (n, dimension) float32 keys, before the first search."""
+        """Append (n, dimension) float32 keys; only before the first search."""
         self._rows.append(keys.cpu().numpy())
         self.rows += len(keys)
 
     def search(self, queries: Tensor, k: int) -> TopK:
-        """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows or there
-        are too few to build the index, NumericalError where it finds fewer than k."""
+        """Return scores and row ids, each (n, k), best first, on the CPU.
+
+        Raises UsageError if there are fewer than k rows, or too few to build the index, and NumericalError if fewer
+        than k neighbours are found.
+        """
         check_neighbours(k, self.rows)
         queries = queries.cpu().float()
         if self._index is None:
@@ -74,7 +75,7 @@ class ApproximateIndex:
 
     @property
     def factory(self) -> str:
-        """FAISS's string for it."""
+        """The factory string of FAISS."""
         lists = max(1, min(int(2 * self.rows**0.5), self.rows // TRAINING))
         width = self._rows.dimension
         parts = next(m for m in range(max(1, width // 2), 0, -1) if width % m == 0)
@@ -107,11 +108,11 @@ class ApproximateIndex:
 
 
 def tune(index: Any, queries: Tensor, k: int, exact: Tensor) -> tuple[dict[str, int], float]:
-    """Set the parameters of an index to small values that reach RECALL on queries whose neighbours are `exact` (n, k),
-    or to the largest ones. Return the parameters and the recall.
+    """Tune the parameters of an index, and return them with the recall.
 
-    Parameters are tuned by bisection, one after the other, while later ones have their largest values. Each may lose
-    its share of what RECALL allows. The visited lists always contain at least k keys.
+    They are set to small values that reach RECALL on queries with the true neighbours `exact` (n, k), or else to the
+    largest values. Each is tuned by bisection, one after the other, while later ones have their largest values, and may
+    cost an equal part of the recall that RECALL allows to lose. The visited lists always contain at least k keys.
     """
     space = faiss.ParameterSpace()
     space.initialize(index)
@@ -143,12 +144,12 @@ def tune(index: Any, queries: Tensor, k: int, exact: Tensor) -> tuple[dict[str, 
 
 
 def recall(ids: Tensor, exact: Tensor) -> float:
-    """Share of the exact ids (n, k) that are among `ids`."""
+    """Compute the share of the exact ids (n, k) that are in `ids`."""
     return faiss.eval_intersection(ids.numpy(), exact.numpy()) / exact.numel()
 
 
 def size(index: Any) -> int:
-    """Bytes of an index as FAISS writes it."""
+    """Compute the bytes of an index as FAISS writes it."""
     lengths: list[int] = []
     writer = faiss.PyCallbackIOWriter(lambda data: lengths.append(len(data)))  # type: ignore[attr-defined]
     faiss.write_index(index, writer)
@@ -156,6 +157,6 @@ def size(index: Any) -> int:
 
 
 def _reason(error: RuntimeError) -> str:
-    """What FAISS says, without where in its source."""
+    """Return FAISS's message without the place in its source."""
     reason = re.sub(r"^Error in .*? at \S+:\d+: (Error: '.*' failed: ?)?", "", str(error).strip(), flags=re.DOTALL)
     return reason.rstrip(".") + "." if reason else "it takes no inner products."

@@ -1,7 +1,7 @@
 """k-nearest-neighbour search by inner product behind one small interface: exact, and approximate on request.
 
-Exact search is FAISS's: on CPUs, and on GPUs that it sees; on others a blocked product with a running top-k. Which one
-depends on the device alone, so that the same command gives the same digits.
+Exact search uses FAISS on CPUs and on GPUs that FAISS supports, and otherwise matrix products in blocks with top-k. The
+choice depends only on the device, so the same command gives the same digits.
 """
 
 from __future__ import annotations
@@ -23,42 +23,42 @@ TopK = tuple[Tensor, Tensor]  # scores and row ids, (n, k) each, best first
 
 
 def faiss_sees_gpu() -> bool:
-    """Whether FAISS is built for GPUs and finds one."""
+    """Return whether FAISS is built for GPUs and finds one."""
     return hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus() > 0
 
 
 @functools.cache
 def _resources() -> Any:
-    """FAISS's scratch memory on GPUs, 1.5 GiB on each that is used, for all indexes of this process."""
+    """Return FAISS's scratch memory, 1.5 GiB on each used GPU, which all indexes of this process share."""
     return faiss.StandardGpuResources()
 
 
 def to_gpu(index: faiss.Index, device: torch.device) -> Any:
-    """The index on that GPU."""
+    """Copy an index to a GPU."""
     return faiss.index_cpu_to_gpu(_resources(), device.index or 0, index)
 
 
 def merged(parts: list[TopK], k: int) -> TopK:
-    """The k best of results among different keys, best first; fewer where there are fewer."""
+    """Merge results for different keys: the k best, or all if there are fewer, best first."""
     values, ids = (torch.cat(columns, 1) for columns in zip(*parts, strict=True))
     values, order = values.topk(min(k, values.shape[1]))
     return values, ids.gather(1, order)
 
 
 def by_faiss(queries: Tensor, keys: Tensor, k: int) -> TopK:
-    """The k best of keys (m, D) for each query (n, D), both on the CPU."""
+    """Search the k best of keys (m, D) for each query (n, D), both on the CPU."""
     scores, ids = faiss.knn(queries.numpy(), keys.numpy(), k, metric=faiss.METRIC_INNER_PRODUCT)
     return torch.from_numpy(scores), torch.from_numpy(ids)
 
 
 def by_products(queries: Tensor, keys: Tensor, k: int) -> TopK:
-    """The same on any device, QUERIES at a time."""
+    """Search like `by_faiss`, on any device, with QUERIES queries at a time."""
     parts = [(part @ keys.T).topk(k) for part in queries.split(QUERIES)]
     return torch.cat([p.values for p in parts]), torch.cat([p.indices for p in parts])
 
 
 def nearest_of(blocks: Iterable[Tensor], queries: Tensor, k: int) -> TopK:
-    """The k best for each query (n, D) among keys that come block after block, (m, D) each; ids count through them."""
+    """Search the k best for each query (n, D) in blocks of keys, (m, D) each; ids are positions in all blocks."""
     best, start = list[TopK](), 0
     for block in blocks:
         find = by_faiss if block.device.type == "cpu" else by_products
@@ -72,8 +72,7 @@ def nearest_of(blocks: Iterable[Tensor], queries: Tensor, k: int) -> TopK:
 class ExactIndex:
     """Inner-product index over float32 rows of `dimension` on `device`.
 
-    capacity: rows that will be added, where known; more may come. `facts`: how it searched, known with the first
-    search.
+    capacity: the expected number of rows; more may be added. `facts`, set by the first search: kind and bytes.
     """
 
     def __init__(self, dimension: int, device: torch.device, *, capacity: int = 0) -> None:
@@ -92,7 +91,7 @@ class ExactIndex:
         self.rows, self._on_gpu = needed, None
 
     def search(self, queries: Tensor, k: int) -> TopK:
-        """Scores and row ids, each (n, k), best first, on the CPU. Raises UsageError where k exceeds the rows."""
+        """Return scores and row ids, each (n, k), best first, on the CPU. Raises UsageError if there are fewer rows."""
         check_neighbours(k, self.rows)
         keys, on_cpu = self._keys[: self.rows], self.device.type == "cpu"
         on_gpu = self.device.type == "cuda" and faiss_sees_gpu() and k <= 2048
@@ -111,8 +110,10 @@ class ExactIndex:
 
 
 class SharedIndex:
-    """The rows of all processes of a run, of which each holds and searches its own (`own`, an index); all give the same
-    answers. Rows count through the processes. Raises UsageError like the others."""
+    """Index over the rows of all processes of a run: each searches its own, and all return the same results.
+
+    own: the index of this process. Row ids count the rows of all processes in order.
+    """
 
     def __init__(self, own: Any) -> None:
         counts = distributed.gather(own.rows)
@@ -120,7 +121,7 @@ class SharedIndex:
         self.facts = dict[str, Any]()  # of this process's share
 
     def search(self, queries: Tensor, k: int) -> TopK:
-        """Scores and row ids, each (n, k), best first, on the CPU."""
+        """Return scores and row ids, each (n, k), best first, on the CPU. Raises UsageError if there are fewer rows."""
         check_neighbours(k, self.rows)
         mine: TopK = torch.zeros(len(queries), 0), torch.zeros(len(queries), 0, dtype=torch.int64)
         if self.own.rows:
@@ -130,7 +131,7 @@ class SharedIndex:
 
 
 def check_neighbours(k: int, rows: int) -> None:
-    """Raise UsageError where k exceeds the rows."""
+    """Raise UsageError if there are fewer rows than neighbours."""
     if k > rows:
         raise UsageError(
             f"{k} neighbours are needed, but the memory bank holds {rows} patches. "

@@ -1,4 +1,4 @@
-"""Rows of more features than memory holds, in a temporary file."""
+"""Rows of features in a temporary file, for more rows than memory can hold."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _full_disk_as_error() -> Iterator[None]:
 
 
 def faiss_draw(total: int, count: int, seed: int) -> np.ndarray:
-    """Draw `count` of `total` numbers as FAISS does with that seed, in its order; all in order if there are no more."""
+    """Draw `count` of the numbers below `total` like FAISS, in its order; if count >= total, all in ascending order."""
     if count >= total:
         return np.arange(total)
     permutation = np.empty(total, np.int32)
@@ -35,9 +35,9 @@ def faiss_draw(total: int, count: int, seed: int) -> np.ndarray:
 
 
 class RowFile:
-    """(N, D) float32 rows in a temporary file in the cache folder, gone when this is: appended, then read in parts.
+    """(N, D) float32 rows in a temporary file in the cache folder, which is deleted together with this object.
 
-    Raises NecoBenchError where the disk is full.
+    Raises NecoBenchError if the disk is full.
     """
 
     def __init__(self, dimension: int) -> None:
@@ -50,7 +50,7 @@ class RowFile:
         return self._count
 
     def append(self, rows: np.ndarray) -> None:
-        """Add (n, D) rows. Raises NecoBenchError where the disk is full."""
+        """Append (n, D) rows. Raises NecoBenchError if the disk is full."""
         with _full_disk_as_error():
             self._file.write(np.ascontiguousarray(rows, np.float32).data)
             self._file.flush()
