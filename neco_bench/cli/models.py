@@ -10,6 +10,7 @@ import typer
 
 from neco_bench.cli.common import DataRoot, Device, Json, Layers, Precision, Weights, app
 from neco_bench.cli.output import foreign_code, print_rows, speed_row
+from neco_bench.core.config import split_names
 from neco_bench.core.errors import UsageError
 
 
@@ -82,7 +83,7 @@ def speed(
     from neco_bench.results.store import ResultStore
     from neco_bench.runner.speed import SpeedOptions, measure_speed, task_sizes
 
-    texts = [part.strip() for value in size or [] for part in value.split(",") if part.strip()]
+    texts = split_names(size or [])
     if not all(text.isdecimal() and len(text) < 6 for text in texts):
         raise UsageError(f"--size takes pixels such as 224 or 224,448, got {', '.join(size or [])!r}.")
     sizes = tuple(map(int, texts)) or task_sizes()

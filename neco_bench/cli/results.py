@@ -15,6 +15,7 @@ from neco_bench.cli.output import (
     foreign_code,
     print_rows,
 )
+from neco_bench.core.config import split_names
 from neco_bench.core.errors import MissingError, user_error
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ def compare(
     from neco_bench.reports import compare as comparing
     from neco_bench.reports.words import MEANING, TESTS, comparison_percent
 
-    patterns = [part for value in task or [] for part in value.split(",") if part]
+    patterns = split_names(task or [])
     not_negative("--images", images)
     as_row = comparison_fractions if as_json else comparison_percent
     with open_stores(results) as stores:
@@ -218,7 +219,7 @@ def show(
     from neco_bench.runner.job import job_of
     from neco_bench.viz.show import show as draw
 
-    patterns = [part for value in task or [] for part in value.split(",") if part]
+    patterns = split_names(task or [])
     not_negative("--worst", worst)
     not_negative("--best", best)
     if layers:

@@ -1,4 +1,4 @@
-"""Read TOML on Python 3.10 and newer; every error names the file."""
+"""Read TOML on Python 3.10 and newer, with errors that name the file; split lists of names."""
 
 from __future__ import annotations
 
@@ -13,6 +13,11 @@ if sys.version_info >= (3, 11):
     import tomllib
 else:
     import tomli as tomllib
+
+
+def split_names(values: Iterable[str]) -> list[str]:
+    """Return the names in values, each of which may have several, separated by commas; spaces around are removed."""
+    return [name for value in values for part in value.split(",") if (name := part.strip())]
 
 
 def read_toml(path: Path) -> dict[str, Any]:

@@ -51,6 +51,12 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
 
 
+def plural(unit: str, count: int) -> str:
+    """Return the name of a unit, in the plural if needed."""
+    first, _, rest = unit.partition(" ")
+    return unit if count == 1 else f"{first}s {rest}".rstrip()
+
+
 def first_names(names: Iterable[str]) -> str:
     """Return the first eight names, and the number of further ones, as text."""
     known = list(names)
@@ -70,7 +76,7 @@ def is_out_of_memory(error: BaseException | None) -> bool:
         seen.add(id(error))
         if isinstance(error, MemoryError):
             return True
-        if isinstance(error, RuntimeError) and (  # torch.OutOfMemoryError is one; the others have no type of their own
+        if isinstance(error, RuntimeError) and (  # torch.OutOfMemoryError, or one without its type
             type(error).__name__ == "OutOfMemoryError"
             or any(sign in str(error) for sign in ("DefaultCPUAllocator", "out of memory", "STATUS_ALLOC_FAILED"))
         ):

@@ -30,7 +30,7 @@ from pydantic import (
     field_validator,
 )
 
-from neco_bench.core.config import read_toml
+from neco_bench.core.config import read_toml, split_names
 from neco_bench.core.errors import BadInputError, NecoBenchError, UsageError, did_you_mean
 from neco_bench.core.files import digest
 from neco_bench.core.own_data import FILE, OwnDataset, own_datasets
@@ -407,7 +407,7 @@ def find_tasks(
     """
     cards, broken = all_cards(data_root)
     tasks: dict[tuple[str, str], Task] = {}
-    for request in (part.strip() for item in requests for part in item.split(",") if part.strip()):
+    for request in split_names(requests):
         name, _, wanted = request.partition("@")
         name, split = _name_and_split(name, cards)
         is_glob = any(sign in name for sign in "*?[")

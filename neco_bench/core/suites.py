@@ -14,7 +14,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from neco_bench.core.config import read_toml
+from neco_bench.core.config import read_toml, split_names
 from neco_bench.core.dataset_file import problem_text
 from neco_bench.core.errors import BadInputError, UsageError, did_you_mean
 from neco_bench.core.protocol import Task, find_tasks
@@ -197,5 +197,4 @@ def find_suite(name: str) -> Suite:
 
 def find_suites(names: Iterable[str]) -> list[Suite]:
     """Return the suites for names (optionally comma-separated), without repeats. Raises errors of `find_suite`."""
-    wanted = dict.fromkeys(part.strip() for name in names for part in name.split(",") if part.strip())
-    return [find_suite(name) for name in wanted]
+    return [find_suite(name) for name in dict.fromkeys(split_names(names))]

@@ -261,7 +261,7 @@ def _paired(first: Result, second: Result, own: Arrays, others: Arrays, ids: lis
         return in_order(own, ids), in_order(others, ids)
     except BadInputError as error:
         raise BadInputError(
-            f"{place}: the two results are not of the same items. Run both again with --overwrite."
+            f"{place}: the two results were measured on different items. Run both again with --overwrite."
         ) from error
 
 

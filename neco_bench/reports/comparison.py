@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pandas as pd
 
+from neco_bench.core.config import split_names
 from neco_bench.core.errors import UsageError
 from neco_bench.reports import compare as comparing
 from neco_bench.reports.compare import ComparisonRow, ResultPair
@@ -79,7 +80,7 @@ def compare(first: str, second: str, tasks: str | Sequence[str] = (), *, results
     patterns = [tasks] if isinstance(tasks, str) else list(tasks)
     folders = [results] if isinstance(results, str | os.PathLike) else list(results)
     stores = [ResultStore(Path(folder)) for folder in folders]
-    pairs = comparing.find_pairs(stores, first, second, [part for text in patterns for part in text.split(",")])
+    pairs = comparing.find_pairs(stores, first, second, split_names(patterns))
     problems = dict.fromkeys(problem for store in stores for problem in store.problems)
     return Comparison(first, second, tuple(pairs), tuple(comparing.compare_tasks(pairs)), tuple(problems))
 

@@ -24,7 +24,7 @@ from neco_bench.core.files import slug
 from neco_bench.core.metric import metric_named
 from neco_bench.reports.grid import KINDS, Grid, cells_of, win_rates
 from neco_bench.reports.published import Published
-from neco_bench.reports.ranking import PAIRED, Board, Ranks, Statistics, board_of
+from neco_bench.reports.ranking import PAIRED, Board, Ranks, board_of
 from neco_bench.reports.render import render
 from neco_bench.reports.words import WORDS
 from neco_bench.results.frame import COLUMNS, results_frame
@@ -99,15 +99,13 @@ def _plain_cell(cell: Any) -> Any:
     return cell if re.fullmatch(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?", cell) else f"'{cell}"
 
 
-def build_tables(
-    results: Iterable[Result], published: Iterable[Published] = (), statistics: Statistics | None = None
-) -> list[Table]:
-    """Return the tables of all families. statistics: returns the statistics of a result, for the ranks.
+def build_tables(results: Iterable[Result], published: Iterable[Published] = ()) -> list[Table]:
+    """Return the tables of all families.
 
     They are `<family>` and `.ranking`, `.subset`, `.unranked`, `.conditions`, `.published` if they have rows, and
     `.full`. Results with equal key and metrics (copies in several folders) count once.
     """
-    return tables_of(board_of(results, statistics), published)
+    return tables_of(board_of(results), published)
 
 
 def tables_of(board: Board, published: Iterable[Published] = ()) -> list[Table]:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from neco_bench.core.errors import plural
+
 if TYPE_CHECKING:
     from neco_bench.reports.compare import ComparisonRow
 
@@ -53,12 +55,6 @@ WORDS = {"meaning": MEANING, "tests": TESTS, "ranks": RANKS}
 
 def _p(value: float) -> str:
     return f"{value:.4f}" if value >= 0.00005 else "<0.0001"
-
-
-def plural(unit: str, count: int) -> str:
-    """Return the name of a unit, in the plural if needed."""
-    first, _, rest = unit.partition(" ")
-    return unit if count == 1 else f"{first}s {rest}".rstrip()
 
 
 def comparison_percent(row: ComparisonRow) -> dict[str, Any]:

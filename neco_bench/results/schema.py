@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from neco_bench.core.errors import NecoBenchError, NumericalError
+from neco_bench.core.errors import NecoBenchError, NumericalError, plural
 from neco_bench.core.metric import Metric, metric_named
 
 if TYPE_CHECKING:
@@ -70,12 +70,11 @@ class Drawn(BaseModel):
     @property
     def text(self) -> str:
         """Return a short description."""
-        if self.method.startswith("moving blocks"):
-            name = "blocks of frames" if self.units != 1 else "block of frames"
-        else:
-            name = self.unit + ("" if self.units == 1 else "s")
-        parts = [f"{self.units} {name}"] + ([f"{self.repeats} seeds or draws"] if self.repeats > 1 else [])
-        return " and ".join(parts) + (f" ({'; '.join(self.notes)})" if self.notes else "")
+        unit = "block of frames" if self.method.startswith("moving blocks") else self.unit
+        text = f"{self.units} {plural(unit, self.units)}"
+        if self.repeats > 1:
+            text += f" and {self.repeats} seeds or draws"
+        return text + (f" ({'; '.join(self.notes)})" if self.notes else "")
 
 
 class Result(BaseModel):
@@ -206,7 +205,7 @@ class Result(BaseModel):
 
     @property
     def has_old_interval(self) -> bool:
-        """Whether the interval is of schema 1 and cannot be computed again, because no counts are stored."""
+        """Whether the interval was stored under schema 1 and cannot be computed again, because no counts are stored."""
         return self.schema_version < SCHEMA_VERSION and self.drawn is None and bool(self.ci95)
 
     @property

@@ -37,7 +37,7 @@ def in_order(arrays: Arrays, ids: Sequence[str]) -> dict[str, np.ndarray]:
     """
     own = item_ids(arrays)
     if own is None or len(set(own)) < len(own) or set(own) != set(ids):
-        raise BadInputError("The statistics are not of the same items. Run both tasks again with --overwrite.")
+        raise BadInputError("The statistics belong to different items. Run both tasks again with --overwrite.")
     if own == list(ids):
         return dict(arrays)
     rows = {name: row for row, name in enumerate(own)}

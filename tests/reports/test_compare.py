@@ -208,7 +208,7 @@ def test_items_are_paired_by_id_and_not_by_position(store: ResultStore, tmp_path
     assert (row.difference.value, row.items) == (0, 0)
     others = {**arrays, "image_id": np.array([f"{name}x" for name in arrays["image_id"]])}
     save(tmp_path, result, others, key="e" * 16, model="others")
-    with pytest.raises(BadInputError, match="not of the same items"):
+    with pytest.raises(BadInputError, match="measured on different items"):
         find_pairs([store, ResultStore(tmp_path)], "baseline_hog", "others", [])
 
 
@@ -227,3 +227,10 @@ def test_seeds_are_one_row_and_no_tasks(store: ResultStore, tmp_path: Path) -> N
     seeds = next(row for row in rows if "seeds" in row.name)
     assert seeds.difference.test == "t"
     assert seeds.p_holm <= 2 * seeds.difference.p  # Holm of two rows, not of four
+
+
+def test_spaces_after_commas_lose_no_task(store: ResultStore) -> None:
+    tasks = "shapes_ic, shapes_overcluster_50"
+    code, out, _ = neco("compare", "baseline_rgb", "baseline_hog", "--task", tasks, "--results", store.folder, "--json")
+    assert code == 0
+    assert {"shapes_ic", "shapes_overcluster_50"} == {row["name"].partition("@")[0] for row in json.loads(out)["tasks"]}

@@ -13,7 +13,7 @@ import pytest
 from neco_bench.core.errors import BadInputError
 from neco_bench.core.metric import Metric, metric_named
 from neco_bench.metrics.segmentation import mean_iou
-from neco_bench.results.schema import Result
+from neco_bench.results.schema import Drawn, Result
 from neco_bench.results.statistics import in_order, sampling_of, with_intervals
 from neco_bench.results.store import ResultStore
 
@@ -145,7 +145,7 @@ def test_items_are_put_in_order_by_id() -> None:
     repeats = {"image_id": arrays["image_id"], "confusion": arrays["confusion"][None], "score/x": np.array([1, 2, 3])}
     assert in_order(repeats, ["a", "b", "c"])["confusion"].shape == (1, 3, 2, 2)
     assert in_order(repeats, ["a", "b", "c"])["score/x"].tolist() == [2, 1, 3]
-    with pytest.raises(BadInputError, match="not of the same items"):
+    with pytest.raises(BadInputError, match="belong to different items"):
         in_order(arrays, ["a", "b", "d"])
 
 
@@ -204,3 +204,15 @@ def test_schemas_that_never_were_are_refused(version: object, make_result: Make,
     path.write_text(json.dumps(json.loads(path.read_text()) | {"schema_version": version}))
     assert store.load_all() == []
     assert "no schema_version from 1 on" in store.problems[0]
+
+
+@pytest.mark.parametrize(
+    ("drawn", "text"),
+    [
+        (Drawn(unit="pair of images", units=2, method="jackknife"), "2 pairs of images"),
+        (Drawn(unit="frame", units=1, groups=1, method="moving blocks of 4"), "1 block of frames"),
+        (Drawn(unit="image", units=80, repeats=3, method="jackknife"), "80 images and 3 seeds or draws"),
+    ],
+)
+def test_units_have_a_plural(drawn: Drawn, text: str) -> None:
+    assert drawn.text == text

@@ -101,6 +101,8 @@ def test_comparisons_name_what_they_cannot_find(tmp_path: Path) -> None:
     comparison = neco_bench.compare("baseline_rgb", "baseline_hog", results=tmp_path)
     frame = comparison.to_dataframe()
     assert len(frame) == 2
+    for tasks, number in (("", 2), ("shapes_cluster_gt, shapes_overcluster_50", 2), (["shapes_cluster_gt ,"], 1)):
+        assert len(neco_bench.compare("baseline_rgb", "baseline_hog", tasks, results=tmp_path).rows) == number
     assert (frame.difference - (frame.second - frame["first"])).abs().max() < 1e-12
     with pytest.raises(UsageError, match=r"2 tasks were compared\. Name one of: shapes_cluster_gt"):
         comparison.classes()
