@@ -149,7 +149,9 @@ def _suite_tables(
 def compare(
     first: Annotated[str, typer.Argument(help="Model as named in the results, or the start of a result's key.")],
     second: Annotated[str, typer.Argument(help="Model to compare with it.")],
-    task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task, glob or task@protocol; repeatable and comma-separated.")
+    ] = None,
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
     per_class: Annotated[bool, typer.Option("--per-class", help="Also compare each class of each task.")] = False,
     per_size: Annotated[
@@ -192,7 +194,9 @@ def compare(
 @app.command()
 def show(
     model: Annotated[str, typer.Argument(help="Model as named in the results, or the start of a result's key.")],
-    task: Annotated[list[str] | None, typer.Option(help="Task name or glob; repeatable, comma-separated.")] = None,
+    task: Annotated[
+        list[str] | None, typer.Option(help="Task, glob or task@protocol; repeatable and comma-separated.")
+    ] = None,
     results: Annotated[list[Path] | None, typer.Option(help="Results folder; repeatable. Default: results")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the pages, with one folder per result.")] = Path("pictures"),
     worst: Annotated[int, typer.Option(help="Number of images or pairs with the lowest scores.")] = 4,
@@ -214,7 +218,7 @@ def show(
 
     Example: neco-bench show baseline_hog --task shapes_ic
     """
-    from neco_bench.reports.compare import results_of
+    from neco_bench.reports.compare import results_of, unmatched
     from neco_bench.reports.extras import picture_folder
     from neco_bench.runner.job import job_of
     from neco_bench.viz.show import show as draw
@@ -229,6 +233,7 @@ def show(
     failure = 0
     with open_stores(results) as stores:
         matching = results_of(stores, model, patterns)
+        stores[0].problems += unmatched(patterns, matching.values(), repr(model))
     for result, store in matching.values():
         folder = picture_folder(result, out)
         try:

@@ -65,13 +65,19 @@ ResultKey = tuple[object, ...]
 StoredResult = tuple[Result, ResultStore]
 
 
-def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str]) -> dict[ResultKey, StoredResult]:
+def is_named(result: Result, task: str) -> bool:
+    """Return whether `task` is the task of a result: its name or a glob, optionally with @ and the protocol."""
+    names = (result.task, f"{result.task}@{result.protocol}")
+    return task in names or any(fnmatchcase(name, task) for name in names)
+
+
+def results_of(folders: Sequence[ResultStore], model: str, tasks: Sequence[str]) -> dict[ResultKey, StoredResult]:
     """Return the successful results of a model, by task, protocol, settings, seed and limit.
 
     Args:
         folders: results folders.
         model: its name in the results, or the start of a result's key if one name has several weights.
-        tasks: names or globs; all if empty.
+        tasks: see `is_named`; all if empty.
 
     Raises:
         MissingError: if there are no results.
@@ -81,7 +87,7 @@ def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str])
     matching: dict[ResultKey, StoredResult] = {}
     for result, store in finished:
         of_model = result.model == model or (len(model) >= 6 and result.key.startswith(model))
-        if of_model and (not tasks or any(p == result.task or fnmatchcase(result.task, p) for p in tasks)):
+        if of_model and (not tasks or any(is_named(result, task) for task in tasks)):
             other = matching.setdefault(result_key(result), (result, store))[0]
             if other.key != result.key:
                 raise UsageError(
@@ -92,6 +98,14 @@ def results_of(folders: Iterable[ResultStore], model: str, tasks: Sequence[str])
         names = ", ".join(sorted({result.model for result, _ in finished})) or "none"
         raise MissingError(f"No result of {model!r}{_for_tasks(tasks)}. Results exist for: {names}.")
     return matching
+
+
+def unmatched(tasks: Iterable[str], matching: Iterable[StoredResult], models: str) -> list[str]:
+    """Return a message for each task, see `is_named`, of which no result matches."""
+    results = [result for result, _ in matching]
+    return [
+        f"No result of {models} for {task}." for task in tasks if not any(is_named(result, task) for result in results)
+    ]
 
 
 def result_key(result: Result) -> ResultKey:
@@ -183,28 +197,28 @@ class ResultPair:
         return first, second
 
 
-def find_pairs(folders: Iterable[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[ResultPair]:
+def find_pairs(folders: Sequence[ResultStore], first: str, second: str, tasks: Sequence[str]) -> list[ResultPair]:
     """Pair the results of two models with the same task, protocol and settings; several seeds form one pair.
 
     Args:
         folders: results folders.
         first: a model, see `results_of`.
         second: the model to compare with it.
-        tasks: names or globs; all if empty.
+        tasks: see `is_named`; all if empty.
 
     Raises:
         MissingError: if there is nothing to compare.
         UsageError: if a name matches several results of one task.
         BadInputError: if two results were not measured on the same images.
     """
-    stores = list(folders)
-    of_first, of_second = (results_of(stores, model, tasks) for model in (first, second))
+    of_first, of_second = (results_of(folders, model, tasks) for model in (first, second))
     shared = sorted(set(of_first) & set(of_second), key=str)
     if not shared:
         raise MissingError(
             f"{first!r} and {second!r} have nothing in common{_for_tasks(tasks)}: task, protocol, settings, limit and "
             f"seed must be the same. {first!r} has {_listed(of_first)}; {second!r} has {_listed(of_second)}."
         )
+    folders[0].problems += unmatched(tasks, map(of_first.__getitem__, shared), f"{first!r} and {second!r}")
     return pair_results(of_first, of_second)
 
 

@@ -8,7 +8,6 @@ import re
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from PIL import Image, ImageDraw
 from neco_bench.core.errors import MissingError
 from neco_bench.core.files import slug, write_whole
 from neco_bench.core.metric import Metric
+from neco_bench.reports.compare import is_named
 from neco_bench.reports.grid import cells_of, runs_frame
 from neco_bench.reports.render import render
 from neco_bench.results.schema import Result
@@ -91,7 +91,7 @@ def layer_curves(results: Iterable[Result], model: str, tasks: Sequence[str]) ->
     layers: dict[str, tuple[Result, int]] = {}
     for result in results:
         name = _ONE_LAYER.fullmatch(result.model)
-        of_task = not tasks or any(pattern == result.task or fnmatchcase(result.task, pattern) for pattern in tasks)
+        of_task = not tasks or any(is_named(result, task) for task in tasks)
         if name and name["model"] == model and of_task:
             layers[result.key] = result, int(name["layer"])
     groups: dict[tuple[str, str], list[tuple[int, Any]]] = defaultdict(list)

@@ -234,3 +234,16 @@ def test_spaces_after_commas_lose_no_task(store: ResultStore) -> None:
     code, out, _ = neco("compare", "baseline_rgb", "baseline_hog", "--task", tasks, "--results", store.folder, "--json")
     assert code == 0
     assert {"shapes_ic", "shapes_overcluster_50"} == {row["name"].partition("@")[0] for row in json.loads(out)["tasks"]}
+
+
+def test_a_task_without_results_is_named_and_a_protocol_selects(store: ResultStore) -> None:
+    tasks = "shapes_ic@hbird-2,nothing,shapes_overcluster_*@*"
+    code, out, err = neco(
+        "compare", "baseline_rgb", "baseline_hog", "--task", tasks, "--results", store.folder, "--json"
+    )
+    assert code == 0
+    assert err.splitlines() == ["warning: No result of 'baseline_rgb' and 'baseline_hog' for nothing."]
+    names = {row["name"].partition(" ")[0] for row in json.loads(out)["tasks"]}
+    assert "shapes_ic@hbird-2" in names
+    assert {name.partition("@")[0] for name in names} == {"shapes_ic", "shapes_overcluster_50"}
+    assert {name for name in names if name.startswith("shapes_ic")} == {"shapes_ic@hbird-2"}
