@@ -9,6 +9,7 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
@@ -16,7 +17,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from neco_bench.core.errors import BadInputError, MissingError, first_names
-from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, Sample, SegmentationDataset
+from neco_bench.data.base import IGNORE, Dataset, Pair, PairDataset, Sample, Samples, SegmentationDataset
 from neco_bench.data.io import (
     id_table,
     near_files,
@@ -117,6 +118,34 @@ def first_entry(line: str) -> str:
     return file[0] if file else line.split()[0]
 
 
+def shared_items(train: Dataset, scored: Dataset) -> str:
+    """Return a message if two splits of a data set have items in common, of equal ids and files; else ""."""
+    shared = sorted(set(train.ids) & set(scored.ids))
+    files: list[Any] = [getattr(split, "files", None) for split in (train, scored)]
+    if not shared or None in files or files[0](shared[0]) != files[1](shared[0]):
+        return ""
+    share = f"{len(shared)} of the {len(scored)} items of split {scored.split}"
+    return f"{share} are also in split {train.split}: {first_names(shared)}."
+
+
+_times: ContextVar[list[int] | None] = ContextVar("times", default=None)  # those that `file_times` collects
+
+
+def file_times(dataset: Dataset | Samples) -> list[int]:
+    """Return the times (ns) at which the files of a data set were last changed.
+
+    The fingerprint of a data set has only the sizes of files, so that it is the same on every machine. Times also show,
+    on one machine, changes that keep the size.
+    """
+    times: list[int] = []
+    token = _times.set(times)
+    try:
+        dataset.fingerprint()
+    finally:
+        _times.reset(token)
+    return times
+
+
 def file_digest(facts: Iterable[str], bases: Path | Sequence[Path], files: Iterable[Path]) -> str:
     """Return the sha256 over `facts` and over names (relative to the first of `bases` above them) and sizes of files.
 
@@ -128,13 +157,15 @@ def file_digest(facts: Iterable[str], bases: Path | Sequence[Path], files: Itera
         digest.update(f"{fact}\n".encode("utf-8", "surrogateescape"))
     for path in files:
         try:
-            size = path.stat().st_size
+            status = path.stat()
         except FileNotFoundError:
             raise no_file("file", path) from None
         except OSError as error:
             raise BadInputError(f"{path} cannot be read: {error.strerror or error}. Make it readable.") from error
+        if (times := _times.get()) is not None:
+            times.append(status.st_mtime_ns)
         name = next(path.relative_to(base) for base in bases if path.is_relative_to(base))
-        digest.update(f"{name.as_posix()} {size}\n".encode("utf-8", "surrogateescape"))
+        digest.update(f"{name.as_posix()} {status.st_size}\n".encode("utf-8", "surrogateescape"))
     return digest.hexdigest()
 
 

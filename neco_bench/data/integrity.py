@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -20,7 +21,7 @@ from neco_bench.core.own_data import FILE, own_datasets
 from neco_bench.core.paths import data_root
 from neco_bench.data.base import IGNORE, BoxDataset, Dataset, MaskSummary, PairDataset, SegmentationDataset
 from neco_bench.data.dense import DenseDataset, DepthSummary
-from neco_bench.data.folder import AbsentSplitError
+from neco_bench.data.folder import AbsentSplitError, shared_items
 from neco_bench.data.load import DATASETS, dataset_class, dataset_folder, fraction_names, open_split
 from neco_bench.data.video import VideoDataset, object_count
 from neco_bench.data.views import ViewDataset
@@ -112,6 +113,7 @@ def check_dataset(
     wrap: Progress = progress or (lambda items, desc: items)
     findings: list[Finding] = []
     absent: list[AbsentSplitError] = []
+    opened: list[Dataset] = []
     for split in cls.splits:
         try:
             dataset = open_split(cls, folder, split)
@@ -123,6 +125,11 @@ def check_dataset(
             findings.append(Finding("error", split, str(error)))
         else:
             findings += _check_split(dataset, wrap)
+            opened.append(dataset)
+    training = [split for split in opened if split.split.startswith("train") and split.split != "trainval"]
+    for train, scored in itertools.product(training, opened):
+        if not scored.split.startswith("train") and (text := shared_items(train, scored)):
+            findings.append(Finding("error", scored.split, text, "Correct the lists of the splits."))
     if len(absent) == len(cls.splits):
         return [Finding("error", "", str(absent[0]), "Restore the split lists, or correct the data root.")]
     return findings
@@ -244,6 +251,15 @@ def _check_pairs(dataset: PairDataset, wrap: Progress) -> list[Finding]:
     if outside:
         text = f"{len(outside)} pairs have keypoints outside their images, the first is {outside[0]}."
         findings.append(Finding("error", dataset.split, text, "Restore the annotations and images of one version."))
+    wide = [
+        pair.id
+        for pair in dataset.pairs
+        for image_id, box in ((pair.source_id, pair.source_box), (pair.target_id, pair.target_box))
+        if image_id in sizes and not (min(box[:2]) >= -1 and (np.array(box[2:]) <= np.array(sizes[image_id]) + 1).all())
+    ]
+    if wide:
+        text = f"Boxes outside their images: {len(wide)}, the first in pair {wide[0]}."
+        findings.append(Finding("error", dataset.split, text, "Restore or correct the annotations."))
     flat = [pair.id for pair in dataset.pairs for x1, y1, x2, y2 in [pair.target_box] if not (x1 < x2 and y1 < y2)]
     if flat:
         text = f"{len(flat)} pairs have a target box without an area, the first is {flat[0]}."

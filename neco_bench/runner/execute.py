@@ -24,6 +24,7 @@ from neco_bench.core.protocol import FAMILIES, Task
 from neco_bench.core.registry import BUILTIN
 from neco_bench.core.task import Context, Outcome, RunRecord
 from neco_bench.data.base import BoxDataset, PairDataset, SegmentationDataset
+from neco_bench.data.folder import file_times
 from neco_bench.data.video import VideoDataset
 from neco_bench.data.views import ViewDataset
 from neco_bench.encoders.identity import loaded_id
@@ -218,6 +219,7 @@ def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None)
     """Return the stored result of a job, or run it and store the result. encoder: None loads the job's encoder."""
     try:
         if store and (known := stored(job, store)):
+            _warn_if_older(known, job, store)
             return known
     except NecoBenchError as error:  # a file of the model is gone
         if distributed.world() > 1:
@@ -225,6 +227,18 @@ def run_job(job: Job, store: ResultStore | None, encoder: Encoder | None = None)
         return failed_result(job, error)
     result, statistics = execute(job, encoder)
     return result if store is None else store_result(job, store, result, statistics)
+
+
+def _warn_if_older(result: Result, job: Job, store: ResultStore) -> None:
+    """Warn if files of the data were changed after the result was stored; with equal sizes, the result has its key."""
+    path = store.path(result)
+    stored_at = path.stat().st_mtime_ns if path.exists() else math.inf
+    newer = [data for data in job.data.values() if data.needs_root and max(file_times(data), default=0) > stored_at]
+    if newer:
+        log.warning(
+            f"Files of {newer[0].name} ({', '.join(data.split for data in newer)}) are newer than the stored result of "
+            f"{job.title}. If their content has changed, run again with --overwrite."
+        )
 
 
 def store_result(

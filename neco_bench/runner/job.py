@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
@@ -9,10 +10,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from neco_bench.core.errors import MissingError, NecoBenchError, UsageError
+from neco_bench.core.errors import BadInputError, MissingError, NecoBenchError, UsageError
 from neco_bench.core.files import digest
 from neco_bench.core.protocol import Task, find_tasks
 from neco_bench.data.base import Dataset
+from neco_bench.data.folder import shared_items
 from neco_bench.data.load import DRAWS, check_split, dataset_class, load_dataset
 from neco_bench.encoders.identity import content_id, loaded_id, version_of
 from neco_bench.encoders.load import is_fast_in_bf16, load_encoder
@@ -108,6 +110,9 @@ def plan(model: str, task: Task, options: RunOptions, *, identity: str | None = 
         file = options.split_file if role == "train" else None
         for part, name in _splits(role, split, file is not None).items():
             data[part] = load_dataset(task.dataset, name, root=options.data_root, limit=options.limit, split_file=file)
+    for (role, train), (other, scored) in itertools.product(data.items(), data.items()):
+        if role.startswith("train") and not other.startswith("train") and (text := shared_items(train, scored)):
+            raise BadInputError(f"{train.name}: {text} Correct the lists of the splits.")
     facts = {
         "layers": options.layers,
         "precision": options.precision or "fp32",

@@ -259,6 +259,11 @@ def test_pairs_with_keypoints(tmp_path: Path) -> None:
     answer = neco(*run, "--data-root", tmp_path, "--out", tmp_path / "results", "--workers", 0)
     assert json.loads(answer.out)[0]["metrics"]["PCK@0.10"] == 1.0  # all images are the same
 
+    for box in ([3, 4, 600, 30], [-9, 0, 20, 20]):
+        (folder / "pairs.json").write_text(json.dumps([{**pairs[0], "target_box": box}, pairs[1]]))
+        (error,) = (finding for finding in check_dataset("faces", tmp_path) if finding.level == "error")
+        assert error.text == "Boxes outside their images: 1, the first in pair a-b."
+
     for wrong, said in (
         (
             [{**pairs[0], "target_points": points[:1]}],
