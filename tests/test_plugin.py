@@ -97,6 +97,6 @@ def test_settings_of_a_plugin_are_validated(installed: Path, tmp_path: Path) -> 
     wrong = ["--set", "tolerence=0.1", "--set", "penalty=-1"]
     done = neco(installed, "run", "--model", "plugin_grey", "--task", "shapes_foreground", "--out", tmp_path, *wrong)
     assert done.returncode == 2
-    assert "tolerence: Extra inputs are not permitted. Did you mean 'tolerance'" in done.stderr
+    assert "tolerence: there is no such key. Did you mean 'tolerance'" in done.stderr
     assert "penalty: Input should be greater than 0" in done.stderr
     assert "Traceback" not in done.stderr

@@ -13,11 +13,10 @@ docs/pages/own_data.md has all keys.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
 from pathlib import PurePosixPath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from neco_bench.core.errors import did_you_mean
 
@@ -179,17 +178,3 @@ def _inside(path: str) -> str:
             f"{path!r} must be a path from the folder of dataset.toml, with / between folders; link what is elsewhere"
         )
     return path
-
-
-def problem_text(error: ValidationError, fields: Iterable[str] | None = None) -> str:
-    """Return the errors as text, by key. fields: the known keys; None: those of `dataset.toml`."""
-    known = list(DatasetFile.model_fields if fields is None else fields)
-    return "; ".join(_sentence(dict(item), known) for item in error.errors())
-
-
-def _sentence(problem: Mapping[str, Any], known: Iterable[str]) -> str:
-    place = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # without the kinds of a union
-    message = problem["msg"].removeprefix("Value error, ")
-    if problem["type"] == "extra_forbidden":
-        return f"{place}: there is no such key.{did_you_mean(place, known)}"
-    return f"{place}{': ' if place else ''}{message}."

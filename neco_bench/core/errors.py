@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 
 class NecoBenchError(Exception):
@@ -49,6 +50,22 @@ def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a sentence with the most similar known names, or an empty string."""
     near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
     return f" Did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+
+
+def problem_text(error: Any, known: Iterable[str]) -> str:
+    """Return the errors of pydantic's ValidationError as sentences, each with its key and value. known: all keys."""
+    sentences = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"] if "[" not in str(part))  # without the kinds of a union
+        message = problem["msg"].removeprefix("Value error, ").partition(", unable to parse")[0]
+        if problem["type"] == "extra_forbidden":
+            message = f"there is no such key.{did_you_mean(key, known)}"
+        elif problem["type"] == "missing":
+            message = "this value is missing."
+        else:
+            message += "." if problem["type"] == "value_error" else f", got {problem['input']!r}."
+        sentences.append(f"{key}: {message}" if key else message)
+    return " ".join(sentences)
 
 
 def plural(unit: str, count: int) -> str:

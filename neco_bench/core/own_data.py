@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neco_bench.core.config import read_toml
-from neco_bench.core.errors import NecoBenchError
+from neco_bench.core.errors import NecoBenchError, problem_text
 from neco_bench.core.paths import data_root
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ def read_own(folder: Path) -> OwnDataset:
     """Read the `dataset.toml` of a folder; errors are stored in `problem`, with the file's name."""
     from pydantic import ValidationError  # both are slow to import
 
-    from neco_bench.core.dataset_file import NAME, DatasetFile, problem_text
+    from neco_bench.core.dataset_file import NAME, DatasetFile
 
     path = folder / FILE
     try:
@@ -54,6 +54,6 @@ def read_own(folder: Path) -> OwnDataset:
     except NecoBenchError as error:
         return OwnDataset(folder.name, folder, None, str(error))
     except ValidationError as error:
-        return OwnDataset(folder.name, folder, None, f"{path}: {problem_text(error)}")
+        return OwnDataset(folder.name, folder, None, f"{path}: {problem_text(error, DatasetFile.model_fields)}")
     except ValueError as error:
         return OwnDataset(folder.name, folder, None, f"{path}: {error}.")

@@ -31,7 +31,7 @@ from pydantic import (
 )
 
 from neco_bench.core.config import read_toml, split_names
-from neco_bench.core.errors import BadInputError, NecoBenchError, UsageError, did_you_mean
+from neco_bench.core.errors import BadInputError, NecoBenchError, UsageError, did_you_mean, problem_text
 from neco_bench.core.files import digest
 from neco_bench.core.own_data import FILE, OwnDataset, own_datasets
 from neco_bench.core.registry import Registry
@@ -231,15 +231,11 @@ class Task:
         try:
             return schema(**self.constants)
         except ValidationError as error:
-            problems = []
-            for item in error.errors():
-                key = ".".join(map(str, item["loc"]))
-                hint = did_you_mean(key, schema.model_fields) if item["type"] == "extra_forbidden" else ""
-                problems.append(f"{key}: {item['msg'].removeprefix('Value error, ')}.{hint}")
             where = "--set" if self.changed else f"cards.toml of family {self.card.family!r}"
+            unknown = any(problem["type"] == "extra_forbidden" for problem in error.errors())
+            known = f" Settings of this family: {', '.join(sorted(schema.model_fields))}." if unknown else ""
             raise UsageError(
-                f"{where}, task {self.card.name}@{self.protocol.id}: {'; '.join(problems)} "
-                f"Settings of this family: {', '.join(sorted(schema.model_fields))}."
+                f"{where}, task {self.card.name}@{self.protocol.id}: {problem_text(error, schema.model_fields)}{known}"
             ) from error
 
 

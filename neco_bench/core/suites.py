@@ -15,8 +15,7 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from neco_bench.core.config import read_toml, split_names
-from neco_bench.core.dataset_file import problem_text
-from neco_bench.core.errors import BadInputError, UsageError, did_you_mean
+from neco_bench.core.errors import BadInputError, UsageError, did_you_mean, problem_text
 from neco_bench.core.protocol import Task, find_tasks
 
 FILE = Path(__file__).with_name("suites.toml")

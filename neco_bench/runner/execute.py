@@ -375,7 +375,7 @@ def check_size(task: Task, encoder: Encoder) -> None:
         needed = "of the stride" if multiple == encoder.stride else "that inputs need,"
         raise UsageError(
             f"--set input_size={size} is not a multiple {needed} {multiple} of "
-            f"{encoder.name!r}. Use {low or multiple} or {low + multiple}."
+            f"{encoder.name!r}. Use {f'{low} or ' if low else ''}{low + multiple}."
         )
 
 

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from neco_bench.core import config
-from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean
+from neco_bench.core.errors import BadInputError, MissingError, UsageError, did_you_mean, problem_text
 from neco_bench.training.views import ViewSettings
 
 FOLDER = Path(__file__).with_name("recipes")
@@ -175,7 +175,7 @@ def load_recipe(name: str, changes: Mapping[str, Any] | None = None) -> Recipe:
     try:
         return Recipe(**{**values, **(changes or {})})
     except ValidationError as error:
-        raise UsageError(f"recipe {name!r} with --set: {_faults(error)}.") from error
+        raise UsageError(f"recipe {name!r} with --set: {problem_text(error, Recipe.model_fields)}") from error
 
 
 def parse_changes(pairs: Sequence[str]) -> dict[str, Any]:
@@ -207,14 +207,5 @@ def _read(name: str, above: tuple[str, ...]) -> dict[str, Any]:
     try:
         Recipe(**values)
     except ValidationError as error:
-        raise BadInputError(f"{path}: {_faults(error)}.") from error
+        raise BadInputError(f"{path}: {problem_text(error, Recipe.model_fields)}") from error
     return values
-
-
-def _faults(error: ValidationError) -> str:
-    """Return pydantic's errors as one line."""
-    return "; ".join(
-        f"{'.'.join(map(str, fault['loc'])) or 'recipe'}: {fault['msg'].removeprefix('Value error, ')}"
-        + (f" (got {fault['input']!r})" if fault["loc"] else "")
-        for fault in error.errors()
-    )
