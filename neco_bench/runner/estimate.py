@@ -184,17 +184,25 @@ def estimate(job: Job, encoder: Encoder, rates: Rates | None = None, *, passed: 
     rate = rates.search(encoder.device, costs[0].width)
     seconds = sum((c.unstored if passed else c.images) * per_image + c.operations / rate for c in costs)
     memory = peak_memory_mb() * 2**20 + max(c.memory for c in costs)
-    return Estimate(seconds / 3600, memory, max(c.disk for c in costs), ahead)
+    disk = max(c.disk for c in costs) + (0 if passed else _feature_bytes(job, encoder, costs, 1 + len(ahead)))
+    return Estimate(seconds / 3600, memory, disk, ahead)
 
 
 def _stored_ahead(job: Job, encoder: Encoder, costs: Sequence[Cost]) -> tuple[int, ...]:
     """Return the layers that a job stores for later jobs: all or none, depending on the space in the feature store."""
-    images = sum(c.images - c.unstored for c in costs)
-    if not job.layers_ahead or not images or not encoder.equal_layers:
+    if not job.layers_ahead or not encoder.equal_layers:
         return ()
-    width = DTYPES[job.options.features].itemsize * encoder.embed_dim * (1 + len(job.layers_ahead))
+    return job.layers_ahead if _feature_bytes(job, encoder, costs, 1 + len(job.layers_ahead)) else ()
+
+
+def _feature_bytes(job: Job, encoder: Encoder, costs: Sequence[Cost], layers: int) -> float:
+    """Return the bytes of the features of a job in the feature store; 0 if they do not fit."""
+    if job.options.features == "off":
+        return 0
+    images = sum(c.images - c.unstored for c in costs)
+    width = DTYPES[job.options.features].itemsize * encoder.embed_dim * layers
     needed = images * width * max(c.size / encoder.stride for c in costs) ** 2
-    return job.layers_ahead if needed <= budget() else ()
+    return needed if needed <= budget() else 0
 
 
 def _encoder_and_error(job: Job, fetch: bool) -> tuple[Encoder | None, NecoBenchError | None]:

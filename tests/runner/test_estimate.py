@@ -14,6 +14,7 @@ from torch import Tensor
 
 from neco_bench.core import progress
 from neco_bench.encoders import DenseFeatures, Encoder
+from neco_bench.encoders.load import load_encoder
 from neco_bench.runner import estimate
 from tests.command import neco
 
@@ -71,3 +72,12 @@ def test_tasks_of_a_model_share_what_was_measured(tmp_path: Path, monkeypatch: p
     assert [row["hours"] > 0 for row in json.loads(answer.out)] == [True] * 8
     assert measured == [("baseline_hog", 224), ("baseline_rgb", 224)]
     assert "dry run: estimates 4 of 8, " in answer.err
+
+
+@pytest.mark.parametrize(("features", "itemsize"), [("fp32", 4), ("fp16", 2), ("off", 0)])
+def test_stored_features_are_in_the_disk_space(features: str, itemsize: int, tmp_path: Path) -> None:
+    run = ["run", "--model", "baseline_rgb", "--task", "shapes_ic", "--limit", "4", "--dry-run", "--json"]
+    answer = neco(*run, "--features", features, "--out", tmp_path)
+    (row,) = json.loads(answer.out)
+    dimension = load_encoder("baseline_rgb").embed_dim
+    assert row["disk_gb"] == pytest.approx(8 * dimension * 28**2 * itemsize / 2**30, rel=0.06)  # two digits
