@@ -112,7 +112,7 @@ def run(
     from neco_bench.core.config import parse_changes
     from neco_bench.results.store import ResultStore
     from neco_bench.runner import execute
-    from neco_bench.runner.job import numbered, plan_all
+    from neco_bench.runner.job import numbered, plan_all, stored
     from neco_bench.runner.options import RunOptions, check_device
 
     if distributed.started_by_torchrun():
@@ -154,6 +154,7 @@ def run(
     if dry_run:
         _print_forecast(jobs, missing, store, suite, as_json)
     _print_missing(jobs, missing)
+    known = [stored(job, store) is not None for job in jobs]
     results = []
     if launcher is not None:
         from neco_bench.runner.launch import JobPool
@@ -171,7 +172,7 @@ def run(
                 else:
                     results.append(execute.run_job(job, store))
             if not distributed.rank():
-                _print_done(job.title, results[-1], profile)
+                _print_done(job.title, results[-1], known[number], profile)
     except KeyboardInterrupt:
         if launcher is not None:
             pool.cancel()
@@ -261,11 +262,12 @@ def _print_forecast(
     raise typer.Exit(next((row["exit_code"] for row in rows if row["exit_code"]), 0))
 
 
-def _print_done(title: str, result: "Result", profile: bool) -> None:
+def _print_done(title: str, result: "Result", known: bool, profile: bool) -> None:
     if profile:
         print_rows(phases(result), False, file=sys.stderr)
     if result.error or not is_quiet():
-        print(f"{title}: {f'error: {result.error}' if result.error else 'done'}", file=sys.stderr)
+        state = f"error: {result.error}" if result.error else "already stored" if known else "done"
+        print(f"{title}: {state}", file=sys.stderr)
 
 
 def _models(values: Sequence[str]) -> list[str]:

@@ -5,10 +5,13 @@ A result is identified by the content key in its document; files may be renamed.
 
 from __future__ import annotations
 
+import functools
 import io
 import json
+import logging
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +25,9 @@ if TYPE_CHECKING:
     import numpy as np
 
 MAX_DEPTH = 32  # maximum nesting of a document; valid ones have 7
+
+
+log = logging.getLogger(__name__)
 
 
 class ResultStore:
@@ -79,6 +85,13 @@ class ResultStore:
         if not place.is_dir() or not os.access(place, os.W_OK | os.X_OK):
             fault = "is read-only" if place.is_dir() else "is not a folder"
             raise NecoBenchError(f"{self.folder}: cannot be written: {place} {fault}. Choose another --out.")
+        try:
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:  # of a file system that has no files of users, or is full
+            raise NecoBenchError(
+                f"{self.folder}: cannot be written ({error.strerror or error}). Choose another --out."
+            ) from error
         for folder in {path.parent for path in self.folder.rglob(".*.tmp")}:
             clear_leftovers(folder)
 
@@ -155,11 +168,19 @@ class ResultStore:
                 if key.encode() not in content:
                     continue
                 result = _verified(path, _parse(path, content))
-            except (OSError, NecoBenchError):
+            except OSError:
+                continue
+            except NecoBenchError as error:
+                _warn_once(f"A stored result is not used: {error}")
                 continue
             if result.key == key:
                 matching.append((path, result))
         return sorted(matching, key=lambda item: (item[1].status != "ok", item[0]))
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning(text)
 
 
 def _may_block(path: Path) -> bool:

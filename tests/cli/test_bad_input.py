@@ -298,6 +298,12 @@ def test_a_results_folder_that_cannot_be_written(tmp_path: Path) -> None:
         assert_says(answer, 1, tmp_path / "results", "is not a folder", "--out")
 
 
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a file system that takes no files, and says it does")
+def test_results_on_a_file_system_without_files_fail_before_anything_is_computed() -> None:
+    answer = neco("run", "--model", "baseline_rgb", "--task", "shapes_ic", "--out", "/proc/results", "--dry-run")
+    assert_says(answer, 1, "/proc/results: cannot be written", "--out")
+
+
 def test_a_failure_stops_no_other_job(tmp_path: Path, root: Path, file: Path) -> None:
     """Every job has its result, the failed ones too, and the exit code is that of the first failure."""
     (root / "voc2012" / "JPEGImages" / "2007_000001.jpg").unlink()

@@ -240,7 +240,7 @@ def test_tables_for_people(results: Path) -> None:
     ]
     assert row.split()[:4] == ["baseline_rgb", "shapes_ic", "hbird-2*", "mIoU"]
     assert "limit 4" in row
-    assert answer.err == "baseline_rgb on shapes_ic@hbird-2*: done\n"
+    assert answer.err == "baseline_rgb on shapes_ic@hbird-2*: already stored\n"
 
 
 def test_check() -> None:

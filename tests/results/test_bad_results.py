@@ -88,6 +88,19 @@ def test_one_bad_result_hides_no_other(field: str, value: Any, message: str, tmp
     assert "good" in (tmp_path / "out" / "in_context.csv").read_text()
 
 
+def test_a_damaged_result_is_named_before_it_is_computed_again(
+    tmp_path: Path, make_result: Make, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ResultStore(tmp_path)
+    result = full(make_result, "good", "a" * 16)
+    path = store.save(result)
+    assert store.find(result.key) is not None
+    assert not caplog.text
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"metrics": {"miou": 37.5}}))
+    assert store.find(result.key) is None
+    assert f"A stored result is not used: {path}" in caplog.text
+
+
 def repr_json(value: Any) -> str:
     """JSON without the limits of Python's writer on depth and digits."""
     depth = 0
