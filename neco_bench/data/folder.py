@@ -128,22 +128,21 @@ def shared_items(train: Dataset, scored: Dataset) -> str:
     return f"{share} are also in split {train.split}: {first_names(shared)}."
 
 
-_times: ContextVar[list[int] | None] = ContextVar("times", default=None)  # those that `file_times` collects
+_times: ContextVar[list[int] | None] = ContextVar("times", default=None)  # those that `fingerprint_and_times` collects
 
 
-def file_times(dataset: Dataset | Samples) -> list[int]:
-    """Return the times (ns) at which the files of a data set were last changed.
+def fingerprint_and_times(dataset: Dataset | Samples) -> tuple[str, list[int]]:
+    """Return the fingerprint of a data set, and the times (ns) at which its files were last changed.
 
-    The fingerprint of a data set has only the sizes of files, so that it is the same on every machine. Times also show,
-    on one machine, changes that keep the size.
+    The fingerprint depends only on names and sizes, so that it is the same on every machine. Times also show, on one
+    machine, changes that keep the size.
     """
     times: list[int] = []
     token = _times.set(times)
     try:
-        dataset.fingerprint()
+        return dataset.fingerprint(), times
     finally:
         _times.reset(token)
-    return times
 
 
 def file_digest(facts: Iterable[str], bases: Path | Sequence[Path], files: Iterable[Path]) -> str:

@@ -199,8 +199,8 @@ def check_shape(path: Path, shape: tuple[int, ...], size: tuple[int, ...], what:
     """Raise BadInputError if a mask or map (`what`) has another shape than its image."""
     if shape != size:
         raise BadInputError(
-            f"{what} {path} is {shape[1]}x{shape[0]} pixels (width x height), but its image {size[1]}x{size[0]}. One "
-            f"of the two was resized or belongs to another item: restore both from the original archive."
+            f"{what} {path} is {shape[1]}x{shape[0]} pixels (width x height), but its image is {size[1]}x{size[0]}. "
+            f"One of the two was resized or belongs to another item: restore both from the original archive."
         )
 
 

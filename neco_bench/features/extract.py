@@ -20,9 +20,8 @@ from torch import Tensor
 
 from neco_bench.core import distributed
 from neco_bench.core.errors import NecoBenchError, NumericalError, is_out_of_memory
-from neco_bench.core.files import digest
 from neco_bench.core.task import Context
-from neco_bench.data.folder import file_times
+from neco_bench.data.folder import fingerprint_and_times
 from neco_bench.encoders.adapters.layers import read_layers
 from neco_bench.encoders.base import Encoder
 from neco_bench.features.loader import ImageDataset, ItemDataset, load_items
@@ -239,8 +238,7 @@ class FeatureExtractor:
             "input": [encoder.stride, sorted(self._resolved_options(encoder).items())],
             "numbers": [encoder.precision, encoder.device.type, torch.__version__],
             "data": f"{dataset.name} {dataset.split}",
-            "fingerprint": dataset.fingerprint(),
-            "times": digest(file_times(dataset)),
+            "files": fingerprint_and_times(dataset),
             "transform": [pixels or [repr(transform), seed], hashlib.sha256(code.encode()).hexdigest()],
         }
         drawn = [("" if pixels else f"{epoch} ") + dataset.ids[index] for epoch, index in source.items]

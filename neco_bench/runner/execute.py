@@ -24,7 +24,7 @@ from neco_bench.core.protocol import FAMILIES, Task
 from neco_bench.core.registry import BUILTIN
 from neco_bench.core.task import Context, Outcome, RunRecord
 from neco_bench.data.base import BoxDataset, PairDataset, SegmentationDataset
-from neco_bench.data.folder import file_times
+from neco_bench.data.folder import fingerprint_and_times
 from neco_bench.data.video import VideoDataset
 from neco_bench.data.views import ViewDataset
 from neco_bench.encoders.identity import loaded_id
@@ -233,7 +233,8 @@ def _warn_if_older(result: Result, job: Job, store: ResultStore) -> None:
     """Warn if files of the data were changed after the result was stored; with equal sizes, the result has its key."""
     path = store.path(result)
     stored_at = path.stat().st_mtime_ns if path.exists() else math.inf
-    newer = [data for data in job.data.values() if data.needs_root and max(file_times(data), default=0) > stored_at]
+    read = [data for data in job.data.values() if data.needs_root]  # the others are generated
+    newer = [data for data in read if max(fingerprint_and_times(data)[1], default=0) > stored_at]
     if newer:
         log.warning(
             f"Files of {newer[0].name} ({', '.join(data.split for data in newer)}) are newer than the stored result of "

@@ -250,9 +250,8 @@ def plan_all(
                 if missing is None:
                     raise
                 missing.append(MissingJob(model, task, error))
-    for job in jobs:
-        if stored(job, store) is None:
-            store.check_writable()
+    if any(stored(job, store) is None for job in jobs):
+        store.check_writable()
     return numbered(jobs)
 
 

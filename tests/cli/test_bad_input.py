@@ -298,7 +298,7 @@ def test_a_results_folder_that_cannot_be_written(tmp_path: Path) -> None:
         assert_says(answer, 1, tmp_path / "results", "is not a folder", "--out")
 
 
-@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="a file system that takes no files, and says it does")
+@pytest.mark.skipif(not Path("/proc/self").is_dir(), reason="needs /proc, which takes no files")
 def test_results_on_a_file_system_without_files_fail_before_anything_is_computed() -> None:
     answer = neco("run", "--model", "baseline_rgb", "--task", "shapes_ic", "--out", "/proc/results", "--dry-run")
     assert_says(answer, 1, "/proc/results: cannot be written", "--out")

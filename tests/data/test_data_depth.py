@@ -208,7 +208,7 @@ def test_resized_frames(labelled: Path, kitti: Path) -> None:
         dense("nyu_depth_labelled", "test", root=labelled)[0]
     path = labelled / "nyuv2/test_depth/0002.png"
     Image.open(path).resize((320, 240)).save(path)
-    with pytest.raises(BadInputError, match=r"0002\.png is 320x240 pixels .* its image 640x480"):
+    with pytest.raises(BadInputError, match=r"0002\.png is 320x240 pixels .* its image is 640x480"):
         dense("nyu_depth_labelled", "test", root=labelled)[1]
     path = next((kitti / "kitti_depth/input").rglob("*0002_sync/image_02/data/0000000000.png"))
     Image.open(path).resize((1216, 352)).save(path)

@@ -111,7 +111,7 @@ def test_voc_defects_are_named(voc: Path) -> None:
     with pytest.raises(BadInputError, match=r"2007_000001\.png is a colour mask"):
         dataset[1]
     save_indices(mask, np.zeros((20, 31), np.uint8))
-    with pytest.raises(BadInputError, match=r"2007_000001\.png is 31x20 .* its image 30x20"):
+    with pytest.raises(BadInputError, match=r"2007_000001\.png is 31x20 .* its image is 30x20"):
         dataset[1]
     save_indices(mask, np.full((20, 30), 77, np.uint8))
     with pytest.raises(BadInputError, match=r"2007_000001\.png holds the values 77 in 600 pixels.*mapping"):

@@ -343,7 +343,7 @@ def break_list(folder: Path) -> None:
 
 FAULTS: dict[str, tuple[Callable[[Path], object], int, str]] = {
     "an id that no class has": (break_mask, 4, r"p02\.png holds the values 7 .* allowed are 0\.\.6, 255"),
-    "a mask of another size": (break_size, 4, r"p02\.png is 30x10 pixels .* its image 30x20"),
+    "a mask of another size": (break_size, 4, r"p02\.png is 30x10 pixels .* its image is 30x20"),
     "a mask that is missing": (
         lambda folder: (folder / "masks" / "p02.png").unlink(),
         3,
